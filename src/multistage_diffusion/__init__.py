@@ -1,0 +1,1 @@
+"""Multi-stage diffusion models."""

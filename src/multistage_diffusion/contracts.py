@@ -1,0 +1,66 @@
+"""The few protocols that every part of the library speaks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """What a denoiser may know besides the noisy image.
+
+    Attributes:
+        labels: class labels, int64 (B,), -1 for "no label"; None for an unconditional call.
+        augment: augmentation labels, float (B, A) (EDM's non-leaky augmentation); None for zeros.
+    """
+
+    labels: Tensor | None = None
+    augment: Tensor | None = None
+
+    def rows(self, index: Tensor | slice) -> Conditioning:
+        """Return the conditioning of a selection of rows."""
+        return Conditioning(
+            labels=None if self.labels is None else self.labels[index],
+            augment=None if self.augment is None else self.augment[index],
+        )
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """The one contract: the expected clean image given a noisy one."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+        """Return E[y | x] for unscaled x = y + sigma * n, n standard normal.
+
+        Args:
+            x: unscaled noisy data (B, C, H, W) (or (B, D)); no factor s(t) applied.
+            sigma: noise-to-signal ratio, (B,), finite, >= 0.
+            cond: class and augmentation labels, or None.
+
+        Returns:
+            The posterior mean, same shape and dtype as x.
+        """
+        ...
+
+
+@runtime_checkable
+class FeatureExtractor(Protocol):
+    """Maps images to feature vectors; its name is part of every metric computed from it."""
+
+    name: str
+    comparable_to: str
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Map uint8 images (N, C, H, W) to float features (N, D)."""
+        ...
+
+
+def as_float64(value: float | Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Return value as a float64 tensor (noise arithmetic is done in float64 throughout)."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device=device)
