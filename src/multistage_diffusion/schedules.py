@@ -50,6 +50,10 @@ class NoiseSchedule(ABC):
         """Return the time at which the log signal-to-noise ratio is log_snr."""
         return self.time(torch.exp(-0.5 * as_float64(log_snr)))
 
+    def start_std(self, sigma: float) -> float:
+        """Return the standard deviation of unscaled noise from which a trajectory starts at sigma: sigma itself."""
+        return sigma
+
     def edge_sigma(self, t: float) -> float:
         """Return the sigma of a stage edge given in this schedule's time."""
         return float(self.sigma(t))
@@ -93,6 +97,10 @@ class VP(NoiseSchedule):
     def scale(self, sigma: float | Tensor) -> Tensor:
         """Return 1/sqrt(1 + sigma²)."""
         return torch.rsqrt(1.0 + as_float64(sigma) ** 2)
+
+    def start_std(self, sigma: float) -> float:
+        """Return sqrt(1 + sigma²): the scaled state starts as unit noise."""
+        return math.sqrt(1.0 + sigma * sigma)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +246,10 @@ class Discrete(NoiseSchedule):
     def scale(self, sigma: float | Tensor) -> Tensor:
         """Return sqrt(alpha_bar) = 1/sqrt(1 + sigma²)."""
         return torch.rsqrt(1.0 + as_float64(sigma) ** 2)
+
+    def start_std(self, sigma: float) -> float:
+        """Return sqrt(1 + sigma²): the scaled state starts as unit noise."""
+        return math.sqrt(1.0 + sigma * sigma)
 
     def edge_sigma(self, t: float) -> float:
         """Return the geometric mean of sigma at steps t-1 and t."""
