@@ -1,1 +1,3 @@
-"""Multi-stage diffusion models."""
+"""Train diffusion models faster: one shared encoder, a tailored decoder for every noise range."""
+
+__version__ = "0.1.0"

@@ -79,15 +79,37 @@ class NetworkConfig:
                 f"network.attention_factors={list(self.attention_factors)}: {factor} is not a level's downsample "
                 f"factor ({', '.join(str(2**i) for i in range(len(self.channel_mult)))})",
             )
-        for width in {self.encoder_width, *self.decoder_widths}:
+        _require(min(self.channel_mult) > 0, f"network.channel_mult={list(self.channel_mult)} must be positive")
+        for width in {*self.decoder_widths, *(() if self.separate else (self.encoder_width,))}:
             _require(width >= 4 and width % 2 == 0, f"network: width {width} must be even and at least 4")
             for mult in self.channel_mult:
                 channels, groups = width * mult, group_count(width * mult)
                 _require(
                     channels % groups == 0,
                     f"network: width {width} x {mult} = {channels} channels is not divisible into {groups} groups for "
-                    f"GroupNorm; use a multiple of {group_count(width)}",
+                    f"GroupNorm; use a multiple of {4 if channels < 64 else 16}",
                 )
+        for decoder in self.decoder_widths:
+            encoder = decoder if self.separate else self.encoder_width
+            for channels in self._joined_channels(encoder, decoder):
+                _require(
+                    channels % group_count(channels) == 0,
+                    f"network: encoder width {encoder} and decoder width {decoder} meet in {channels} channels, not "
+                    f"divisible into {group_count(channels)} groups for GroupNorm; use multiples of 16",
+                )
+
+    def _joined_channels(self, encoder: int, decoder: int) -> list[int]:
+        """Channels of [h, skip] at the head of a decoder's blocks, from the bottom."""
+        joined, entering = [], encoder * self.channel_mult[-1]
+        for level, mult in reversed(list(enumerate(self.channel_mult))):
+            first_skip = encoder * (
+                self.channel_mult[level - 1] if level else 1
+            )  # of the down block or input convolution
+            joined += [entering + encoder * mult, decoder * mult + first_skip]
+            if self.blocks_per_level > 1:
+                joined.append(decoder * mult + encoder * mult)
+            entering = decoder * mult
+        return joined
 
 
 def group_count(channels: int) -> int:
@@ -112,7 +134,7 @@ class DiffusionConfig:
     prior: SigmaPrior = field(default_factory=UniformTime)
 
     def __post_init__(self) -> None:
-        _require(self.sigma_data > 0, f"diffusion.sigma_data={self.sigma_data} must be positive")
+        _require(0 < self.sigma_data < math.inf, f"diffusion.sigma_data={self.sigma_data} must be positive and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +151,18 @@ class OptimizerConfig:
     clip_scope: Literal["model", "part"] = "model"
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
+        for name in ("lr", "eps"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"optimizer.{name}={value} must be positive and finite")
         _require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas={self.betas} must be in [0, 1)")
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be >= 0")
-        _require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must be >= 0")
-        _require(self.clip is None or self.clip > 0, f"optimizer.clip={self.clip} must be positive or null")
+        _require(
+            0 <= self.weight_decay < math.inf, f"optimizer.weight_decay={self.weight_decay} must be >= 0 and finite"
+        )
+        _require(
+            self.clip is None or 0 < self.clip < math.inf,
+            f"optimizer.clip={self.clip} must be positive and finite, or null for no clipping",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,16 +210,23 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "keep_last", "held_out_rows"):
             _require(getattr(self, name) > 0, f"training.{name}={getattr(self, name)} must be positive")
+        _require(
+            self.accumulate <= self.batch,
+            f"training.accumulate={self.accumulate} must not exceed training.batch={self.batch}",
+        )
         for name in ("held_out_every", "keep_every", "sample_every", "sample_count", "ema_rampup", "seed"):
-            _require(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must be >= 0")
-        _require(self.ema_halflife > 0, f"training.ema_halflife={self.ema_halflife} must be positive")
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"training.{name}={value} must be >= 0 and finite")
+        _require(
+            0 < self.ema_halflife < math.inf, f"training.ema_halflife={self.ema_halflife} must be positive and finite"
+        )
         _require(0 <= self.label_dropout <= 1, f"training.label_dropout={self.label_dropout} must be in [0, 1]")
         for name in ("shares", "weights"):
             value = getattr(self, name)
             if isinstance(value, tuple):
                 _require(
                     all(v >= 0 and math.isfinite(v) for v in value) and sum(value) > 0,
-                    f"training.{name}={list(value)} must be >= 0 and not all zero",
+                    f"training.{name}={list(value)} must be >= 0, finite and not all zero",
                 )
 
 
@@ -224,7 +260,15 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _require(self.order in (1, 2, 3), f"sampling.order={self.order} must be 1, 2 or 3")
         _require(self.calls > 0, f"sampling.calls={self.calls} must be positive")
-        _require(self.churn >= 0, f"sampling.churn={self.churn} must be >= 0")
+        for name in ("sigma_min", "sigma_max"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < math.inf, f"sampling.{name}={value} must be positive and finite")
+        _require(
+            self.sigma_min is None or self.sigma_max is None or self.sigma_min < self.sigma_max,
+            f"sampling.sigma_min={self.sigma_min} must be below sampling.sigma_max={self.sigma_max}",
+        )
+        _require(0 < self.rho < math.inf, f"sampling.rho={self.rho} must be positive and finite")
+        _require(0 <= self.churn < math.inf, f"sampling.churn={self.churn} must be >= 0 and finite")
         _require(0 <= self.eta <= 1, f"sampling.eta={self.eta} must be in [0, 1]")
 
 

@@ -1,13 +1,14 @@
 """Random numbers that depend only on what they are for.
 
-Every draw is a pure function of a key (seed, step, purpose, ...) and a row number: the same on any device, in any batch
-size and on any number of ranks. The generator is Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy
-as 1, 2, 3"), written with integer tensor operations.
+Every draw is a pure function of a key (seed, step, purpose, ...) and a row number: the same in any batch size, on any
+number of ranks and on any device (normals up to the rounding of its log and cos). The generator is Philox 4x32-10
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), written with integer tensor operations.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 
@@ -23,7 +24,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 def fold(key: Key) -> int:
     """Hash a key of integers and words to 64 bits."""
-    text = "/".join(f"{type(part).__name__}:{part}" for part in key)
+    text = json.dumps(list(key))  # unambiguous, and refuses what would print differently on another day
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -50,14 +51,14 @@ def uniform(key: Key, rows: Tensor, count: int) -> Tensor:
     Returns:
         float64 (R, count); row i depends on (key, rows[i]) alone.
     """
-    folded = fold(key)
+    folded, rows = fold(key), rows.to(torch.int64)
     blocks = torch.arange((count + 3) // 4, device=rows.device)
     low = (rows & _MASK)[:, None].expand(-1, len(blocks))
     high = ((rows >> 32) & _MASK)[:, None].expand(-1, len(blocks))
     words = philox(
         (low, high, blocks[None].expand(len(rows), -1), torch.zeros_like(low)), (folded & _MASK, folded >> 32)
     )
-    bits = torch.stack(words, dim=-1).reshape(len(rows), -1)[:, :count]
+    bits = torch.stack(words, dim=-1).reshape(len(rows), 4 * len(blocks))[:, :count]
     return (bits.to(torch.float64) + 0.5) * 2.0**-32
 
 
@@ -68,10 +69,11 @@ def normal(key: Key, rows: Tensor, shape: Sequence[int], dtype: torch.dtype = to
         (R, *shape) of the given dtype; row i depends on (key, rows[i]) alone.
     """
     count = math.prod(shape)
-    u = uniform(key, rows, 2 * ((count + 1) // 2))
+    even = 2 * ((count + 1) // 2)
+    u = uniform(key, rows, even)
     radius, angle = torch.sqrt(-2.0 * torch.log(u[:, 0::2])), 2.0 * math.pi * u[:, 1::2]
     z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return z.reshape(len(rows), -1)[:, :count].reshape(len(rows), *shape).to(dtype)
+    return z.reshape(len(rows), even)[:, :count].reshape(len(rows), *shape).to(dtype)
 
 
 def generator(key: Key) -> torch.Generator:

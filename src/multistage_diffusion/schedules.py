@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .contracts import as_float64
 
+_TINY = torch.finfo(torch.float64).tiny
+
 
 class NoiseSchedule(ABC):
     """A kernel's own time, mapped to and from sigma.
@@ -38,9 +40,9 @@ class NoiseSchedule(ABC):
     def time(self, sigma: float | Tensor) -> Tensor:
         """Return the time at which the noise-to-signal ratio is sigma, float64, same shape."""
 
-    @abstractmethod
     def scale(self, sigma: float | Tensor) -> Tensor:
-        """Return s in x = s (y + sigma n), float64, same shape."""
+        """Return s in x = s (y + sigma n), float64, same shape; 1 unless the kernel shrinks its data."""
+        return torch.ones_like(as_float64(sigma))
 
     def log_snr(self, t: float | Tensor) -> Tensor:
         """Return the log signal-to-noise ratio at time t: -2 ln sigma(t)."""
@@ -63,8 +65,8 @@ class NoiseSchedule(ABC):
         return float(self.time(sigma))
 
     def _check_range(self) -> None:
-        if not self.t_min < self.t_max:
-            raise ValueError(f"{self.kind} schedule: t_min={self.t_min} must be below t_max={self.t_max}")
+        if not 0 <= self.t_min < self.t_max < math.inf:
+            raise ValueError(f"{self.kind} schedule: need 0 <= t_min={self.t_min} < t_max={self.t_max} < inf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +81,8 @@ class VP(NoiseSchedule):
 
     def __post_init__(self) -> None:
         self._check_range()
-        if self.beta_d < 0 or self.beta_min < 0 or self.beta_d + self.beta_min == 0:
+        if not (self.beta_d >= 0 and self.beta_min >= 0 and 0 < self.beta_d + self.beta_min < math.inf):
             raise ValueError(f"vp schedule: beta_d={self.beta_d}, beta_min={self.beta_min} must be >= 0, not both zero")
-        if self.t_min < 0:
-            raise ValueError(f"vp schedule: t_min={self.t_min} must be >= 0")
 
     def sigma(self, t: float | Tensor) -> Tensor:
         """Return sqrt(expm1(beta_d t²/2 + beta_min t))."""
@@ -92,7 +92,8 @@ class VP(NoiseSchedule):
     def time(self, sigma: float | Tensor) -> Tensor:
         """Solve beta_d t²/2 + beta_min t = log1p(sigma²), in the form without cancellation."""
         exponent = torch.log1p(as_float64(sigma) ** 2)
-        return 2.0 * exponent / (self.beta_min + torch.sqrt(self.beta_min**2 + 2.0 * self.beta_d * exponent))
+        root = torch.sqrt(self.beta_min**2 + 2.0 * self.beta_d * exponent)
+        return 2.0 * exponent / (self.beta_min + root).clamp(min=_TINY)  # 0/0 at sigma = 0 if beta_min = 0
 
     def scale(self, sigma: float | Tensor) -> Tensor:
         """Return 1/sqrt(1 + sigma²)."""
@@ -115,8 +116,8 @@ class VE(NoiseSchedule):
 
     def __post_init__(self) -> None:
         self._check_range()
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"ve schedule: sigma_min={self.sigma_min} must be in (0, sigma_max={self.sigma_max})")
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(f"ve schedule: need 0 < sigma_min={self.sigma_min} < sigma_max={self.sigma_max} < inf")
 
     def sigma(self, t: float | Tensor) -> Tensor:
         """Return sigma_min (sigma_max / sigma_min)^t."""
@@ -125,10 +126,6 @@ class VE(NoiseSchedule):
     def time(self, sigma: float | Tensor) -> Tensor:
         """Return ln(sigma / sigma_min) / ln(sigma_max / sigma_min)."""
         return torch.log(as_float64(sigma) / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
-
-    def scale(self, sigma: float | Tensor) -> Tensor:
-        """Return 1."""
-        return torch.ones_like(as_float64(sigma))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,10 +146,6 @@ class EDM(NoiseSchedule):
     def time(self, sigma: float | Tensor) -> Tensor:
         """Return sigma."""
         return as_float64(sigma)
-
-    def scale(self, sigma: float | Tensor) -> Tensor:
-        """Return 1."""
-        return torch.ones_like(as_float64(sigma))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +169,7 @@ class RectifiedFlow(NoiseSchedule):
     def sigma(self, t: float | Tensor) -> Tensor:
         """Return t/(1 - t), at most sigma_max."""
         t = as_float64(t)
-        return torch.clamp(t / (1.0 - t), max=self.sigma_max)
+        return torch.clamp(t / (1.0 - t.clamp(max=1.0)), max=self.sigma_max)
 
     def time(self, sigma: float | Tensor) -> Tensor:
         """Return sigma/(1 + sigma)."""
@@ -212,6 +205,7 @@ class Discrete(NoiseSchedule):
             )
         if self.spacing not in ("sqrt", "linear"):
             raise ValueError(f"discrete schedule: spacing={self.spacing!r} must be 'sqrt' or 'linear'")
+        self._check_range()
 
     @property
     def t_max(self) -> float:  # type: ignore[override]
@@ -226,6 +220,11 @@ class Discrete(NoiseSchedule):
         betas = torch.linspace(*ends, self.steps, dtype=torch.float64) ** power
         log_alpha_bar = torch.cumsum(torch.log1p(-betas), 0)
         return 0.5 * torch.log(torch.expm1(-log_alpha_bar))
+
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """Sigma of every step, float64 (steps,)."""
+        return torch.exp(self.log_sigmas)
 
     def sigma(self, t: float | Tensor) -> Tensor:
         """Return sigma at a step or between two."""
@@ -253,13 +252,13 @@ class Discrete(NoiseSchedule):
 
     def edge_sigma(self, t: float) -> float:
         """Return the geometric mean of sigma at steps t-1 and t."""
-        if t != int(t) or not 1 <= t <= self.steps - 1:
+        if not (float(t).is_integer() and 1 <= t <= self.steps - 1):
             raise ValueError(f"edge {t} of a discrete schedule must be an integer in 1..{self.steps - 1}")
         return float(torch.exp(self.log_sigmas[int(t) - 1 : int(t) + 1].mean()))
 
     def edge_time(self, sigma: float) -> float:
-        """Return the first step at or above sigma."""
-        return float(torch.searchsorted(self.log_sigmas, math.log(sigma)))
+        """Return the first step at or above sigma (`steps` if there is none)."""
+        return float(torch.searchsorted(self.sigmas, sigma))
 
 
 SCHEDULES: dict[str, type[NoiseSchedule]] = {c.kind: c for c in (VP, VE, EDM, RectifiedFlow, Discrete)}
@@ -341,10 +340,7 @@ class UniformSteps(SigmaPrior):
     schedule: Discrete = Discrete()
 
     def _interval(self, low: float, high: float) -> tuple[int, int]:
-        table = self.schedule.log_sigmas
-        first = 0 if low <= 0 else int(torch.searchsorted(table, math.log(low)))
-        last = self.schedule.steps if high == math.inf else int(torch.searchsorted(table, math.log(high)))
-        return first, last
+        return int(self.schedule.edge_time(low)), int(self.schedule.edge_time(high))
 
     def mass(self, low: float, high: float) -> float:
         """Return the share of steps whose sigma lies in [low, high)."""
@@ -357,7 +353,7 @@ class UniformSteps(SigmaPrior):
         if not first < last:
             raise self._empty(low, high)
         step = (first + as_float64(u) * (last - first)).floor().clamp(max=last - 1)
-        return self.schedule.sigma(step)
+        return _clamp_half_open(self.schedule.sigma(step), low, high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,31 +365,28 @@ class LogNormal(SigmaPrior):
     p_std: float = 1.2
 
     def __post_init__(self) -> None:
-        if not self.p_std > 0:
-            raise ValueError(f"log-normal prior: p_std={self.p_std} must be positive")
+        if not (0 < self.p_std < math.inf and math.isfinite(self.p_mean)):
+            raise ValueError(f"log-normal prior: need finite p_mean={self.p_mean} and positive p_std={self.p_std}")
 
-    def _z(self, sigma: float) -> Tensor:
-        return as_float64((math.log(sigma) - self.p_mean) / self.p_std if sigma > 0 else -math.inf)
-
-    def _tail(self, low: float, high: float) -> tuple[Tensor, Tensor, float]:
+    def _tail(self, low: float, high: float) -> tuple[float, float, float]:
         """Return the CDF at both edges, mirrored into the lower tail (where it is precise), and the mirror's sign."""
-        z_low, z_high = self._z(low), self._z(high)
-        sign = -1.0 if z_low > 0 else 1.0
-        return torch.special.ndtr(sign * z_low), torch.special.ndtr(sign * z_high), sign
+        z = [(math.log(v) - self.p_mean) / self.p_std if v > 0 else -math.inf for v in (low, high)]
+        sign = -1.0 if z[0] > 0 else 1.0
+        at_low, at_high = (0.5 * math.erfc(-sign * v / math.sqrt(2.0)) for v in z)  # torch's ndtr cancels in the tail
+        return at_low, at_high, sign
 
     def mass(self, low: float, high: float) -> float:
         """Return Phi(z_high) - Phi(z_low), precise in both tails."""
         at_low, at_high, _ = self._tail(low, high)
-        return abs(float(at_high - at_low)) if low < high else 0.0
+        return abs(at_high - at_low) if low < high else 0.0
 
     def sample_within(self, u: Tensor, low: float, high: float) -> Tensor:
         """Draw by the inverse normal CDF between the edges' quantiles."""
         if not self.mass(low, high) > 0:
             raise self._empty(low, high)
         at_low, at_high, sign = self._tail(low, high)
-        quantile = torch.lerp(at_low.to(u.device), at_high.to(u.device), as_float64(u))
-        tiny = torch.finfo(torch.float64).tiny  # u = 0 in an open interval must not give infinity
-        z = sign * torch.special.ndtri(quantile.clamp(min=tiny, max=1.0 - 2.0**-53))
+        quantile = at_low + as_float64(u) * (at_high - at_low)
+        z = sign * torch.special.ndtri(quantile.clamp(min=_TINY, max=1.0 - 2.0**-53))  # finite at u = 0 too
         return _clamp_half_open(torch.exp(self.p_mean + self.p_std * z), low, high)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 import tempfile
 import types
@@ -43,28 +44,41 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     if not isinstance(data, Mapping):
         raise ValueError(f"{where or cls.__name__}: expected a mapping, got {data!r}")
     data = dict(data)
-    if cls in _FAMILIES:
-        known = _FAMILIES[cls]
-        kind = data.pop("kind", None)
-        if kind not in known:
-            raise ValueError(f"{_join(where, 'kind')}={kind!r} is unknown; choose one of {', '.join(known)}")
-        cls = known[kind]
-    else:
-        data.pop("kind", None) if hasattr(cls, "kind") else None
+    cls = _concrete(cls, data, where)
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
-        if key not in names:
-            raise ValueError(f"{_join(where, key)}: unknown key{_suggest(key, names)}")
+        if key not in fields:
+            raise ValueError(f"{_join(where, key)}: unknown key{_suggest(key, list(fields))}")
+    for name, f in fields.items():
+        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{_join(where, name)} is missing")
     return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in data.items()})
 
 
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
+def _concrete(cls: type[T], data: dict[str, Any], where: str) -> type[T]:
+    """Take the tag `kind` out of a schedule's or prior's data and return the class it names."""
+    if cls in _FAMILIES:
+        known = _FAMILIES[cls]
+    elif issubclass(cls, tuple(_FAMILIES)):
+        own: Any = getattr(cls, "kind", None)
+        known = {own: cls}
+        data.setdefault("kind", own)
+    else:
+        return cls  # an ordinary field may be called `kind`
+    kind = data.pop("kind", None)
+    if not isinstance(kind, str) or kind not in known:
+        fault = " is missing" if kind is None else f"={kind!r} is unknown"
+        raise ValueError(f"{_join(where, 'kind')}{fault}; choose one of {', '.join(known)}")
+    return known[kind]
 
 
-def _suggest(key: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(key, names, 1)
+def _join(where: str, key: object) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _suggest(key: object, names: list[str]) -> str:
+    near = difflib.get_close_matches(str(key), names, 1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
 
 
@@ -79,10 +93,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             try:
                 return _convert(option, value, where)
             except ValueError as error:
-                errors.append(str(error))
-        raise ValueError(errors[0])
+                errors.append(str(error).removeprefix(f"{where}={value!r} must be "))
+        raise ValueError(f"{where}={value!r} must be {' or '.join(errors)}")
     if origin is typing.Literal:
-        if value not in args:
+        if not any(type(value) is type(arg) and value == arg for arg in args):
             raise ValueError(f"{where}={value!r} must be one of {', '.join(map(repr, args))}")
         return value
     if origin is tuple:
@@ -100,32 +114,33 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value if isinstance(value, hint) else from_dict(hint, value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is type(None):
-        hint = types.NoneType
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where}={value!r} must be of type {hint.__name__}")
+        wanted = "null" if hint is types.NoneType else f"of type {hint.__name__}"
+        raise ValueError(f"{where}={value!r} must be {wanted}")
     return value
 
 
 def override(config: T, changes: Mapping[str, Any]) -> T:
     """Return a copy of a configuration with dotted keys changed, e.g. {"optimizer.lr": 1e-4}.
 
+    A new `kind` of schedule or prior starts from that kind's defaults; other keys may change it in the same call.
+
     Raises:
         ValueError: for keys that do not exist and values of the wrong type.
     """
     data = to_dict(config)
-    for dotted, value in changes.items():
-        node = data
-        *parents, last = dotted.split(".")
+    for dotted, value in sorted(changes.items(), key=lambda change: not change[0].endswith(".kind")):
+        node, (*parents, last) = data, dotted.split(".")
         for depth, part in enumerate(parents):
             if not isinstance(node.get(part), dict):
-                raise ValueError(
-                    f"{dotted}: unknown key {'.'.join(parents[: depth + 1])!r}{_suggest(part, list(node))}"
-                )
+                fault = "has no keys" if part in node else f"is an unknown key{_suggest(part, list(node))}"
+                raise ValueError(f"{dotted}: {'.'.join(parents[: depth + 1])} {fault}")
             node = node[part]
         if last not in node and "kind" not in node:
             raise ValueError(f"{dotted}: unknown key{_suggest(last, list(node))}")
-        node[last] = value
+        if last == "kind" and node["kind"] != value and node["kind"] in {**SCHEDULES, **PRIORS}:
+            node.clear()
+        node[last] = to_dict(value)
     return from_dict(type(config), data)
 
 
@@ -146,19 +161,35 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
-    write_atomic(path, (json.dumps(to_dict(value), indent=2) + "\n").encode())
+    """Write JSON atomically.
+
+    Raises:
+        ValueError: for a NaN or an infinity, naming its key: JSON has neither. Nothing is written then.
+    """
+    data = to_dict(value)
+    _require_finite(data, path)
+    write_atomic(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _require_finite(data: Any, path: Path, where: str = "") -> None:
+    if isinstance(data, float) and not math.isfinite(data):
+        raise ValueError(f"{path}: {where}={data} cannot be written as JSON; use null")
+    children = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in children:
+        _require_finite(value, path, _join(where, key))
 
 
 def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        ValueError: if the file is missing or is not JSON, naming it.
+        ValueError: if the file cannot be read or is not JSON, naming it.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None

@@ -45,6 +45,8 @@ class Stages:
 
     def interval(self, stage: int) -> tuple[float, float]:
         """Return [low, high) of a stage index."""
+        if not 0 <= stage < len(self):
+            raise ValueError(f"stages: stage index {stage} must be in 0..{len(self) - 1}")
         return self.edges[stage], self.edges[stage + 1]
 
     def index(self, sigma: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ class Stages:
         Raises:
             ValueError: if a sigma is NaN or negative.
         """
-        if bool(torch.isnan(sigma).any()) or bool((sigma < 0).any()):
+        if not bool((sigma >= 0).all()):
             raise ValueError("stages: sigma must be >= 0 and not NaN")
         edges = torch.tensor(self.interior, dtype=torch.float64, device=sigma.device)
         return torch.bucketize(sigma.to(torch.float64), edges, right=True)

@@ -1,0 +1,87 @@
+"""Images in NumPy files: .npy (memory-mapped) and .npz."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .dataset import ImageData
+
+_IMAGE_KEYS = ("images", "arr_0")
+_LABEL_KEYS = ("labels", "label", "arr_1")
+
+
+def open_array(path: Path) -> ImageData:
+    """Open uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3.
+
+    A .npy file is memory-mapped. A .npz file holds the images as `images` or `arr_0` and, if it has labels, whole
+    numbers (N,) as `labels`, `label` or `arr_1`. Nothing pickled is ever loaded.
+
+    Raises:
+        ValueError: naming the file, for anything else.
+    """
+    arrays = _read(path)
+    images = _channels_first(_checked_pixels(arrays["images"], path), path)
+    return ImageData(images, arrays.get("labels"), str(path))
+
+
+def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Return `images` and, where there are any, `labels`."""
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"images": loaded}
+        with loaded:
+            return _pick(loaded)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
+        raise ValueError(
+            f"{path}: cannot be read as plain NumPy arrays ({reason}); save uint8 images with np.save or np.savez"
+        ) from None
+
+
+def _pick(file: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    images = [key for key in _IMAGE_KEYS if key in file]
+    labels = [key for key in _LABEL_KEYS if key in file]
+    if not images:
+        raise ValueError(f"no key {' or '.join(_IMAGE_KEYS)} among {', '.join(file)}")
+    return {"images": file[images[0]], **({"labels": file[labels[0]]} if labels else {})}
+
+
+def _checked_pixels(images: npt.NDArray[Any], path: Path) -> npt.NDArray[np.uint8]:
+    if images.dtype == np.uint8:
+        return images
+    mend = "convert them to uint8 (0..255)"
+    if np.issubdtype(images.dtype, np.floating) and images.size:
+        part = images[:256]
+        low = float(part.min())
+        formula = "np.round(x * 255)" if low >= 0 else "np.round((x + 1) * 127.5)"
+        where = f"in about [{low:.3g}, {float(part.max()):.3g}]"
+        mend = f"values {where}; convert them, e.g. {formula}.astype(np.uint8) for [{0 if low >= 0 else -1}, 1]"
+    raise ValueError(f"{path}: images are {images.dtype}, not uint8: {mend}")
+
+
+def _channels_first(images: npt.NDArray[np.uint8], path: Path) -> npt.NDArray[np.uint8]:
+    shape = images.shape
+    if images.size == 0 or images.ndim not in (3, 4):
+        raise ValueError(f"{path}: images of shape {shape}; give (N, H, W), (N, H, W, C) or (N, C, H, W), none zero")
+    if images.ndim == 3:
+        return images[:, None]
+    first, last = shape[1] in (1, 3), shape[3] in (1, 3)
+    if first and last:
+        raise ValueError(
+            f"{path}: images of shape {shape} could be (N, C, H, W) or (N, H, W, C); pass ImageData from Python, whose "
+            f"images are (N, C, H, W)"
+        )
+    if not first and not last:
+        raise ValueError(
+            f"{path}: images of shape {shape} have neither 1 nor 3 channels, first or last; "
+            f"{'drop the alpha channel' if 4 in (shape[1], shape[3]) else 'convert them to grey or RGB'}"
+        )
+    return images if first else images.transpose(0, 3, 1, 2)

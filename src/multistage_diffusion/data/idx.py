@@ -1,0 +1,82 @@
+"""Fashion-MNIST in its idx files."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .dataset import ImageData
+
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts its files
+
+CLASS_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+_IMAGES, _LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+
+
+def open_fashion_mnist(folder: Path | None = None) -> ImageData:
+    """Open the 60,000 training images, uint8 (N, 1, 28, 28), from idx files, compressed (.gz) or not.
+
+    Args:
+        folder: where the files are; None looks where Debian's package puts them.
+
+    Raises:
+        ValueError: if files are missing (saying how to get them) or damaged (naming them).
+    """
+    where = DEBIAN_FOLDER if folder is None else folder
+    images, labels = read_idx(_find(where, _IMAGES), 3), read_idx(_find(where, _LABELS), 1)
+    name = "fashion-mnist" if folder is None else f"fashion-mnist:{folder}"
+    return ImageData(images[:, None], labels.astype(np.int64), name, CLASS_NAMES)
+
+
+def _find(folder: Path, stem: str) -> Path:
+    for path in (folder / stem, folder / f"{stem}.gz"):
+        if path.is_file():
+            return path
+    raise ValueError(
+        f"data.source='fashion-mnist': no {stem} (.gz or not) in {folder}; install Debian's package "
+        f"dataset-fashion-mnist, or give fashion-mnist:FOLDER with the four idx files"
+    )
+
+
+def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
+    """Read an idx file of bytes.
+
+    The format: two zero bytes, the type (8: uint8), the number of dimensions, their sizes as big-endian uint32, data.
+
+    Raises:
+        ValueError: naming the file, if it is not such a file or its length is wrong.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); fetch the file again") from None
+    header = 4 + 4 * dimensions
+    if len(data) < header or data[:4] != bytes((0, 0, 8, dimensions)):
+        raise ValueError(
+            f"{path}: starts with {data[:4].hex() or 'nothing'}, not an idx file of {dimensions}-dimensional bytes "
+            f"(0000080{dimensions}); fetch the file again"
+        )
+    shape = struct.unpack(f">{dimensions}I", data[4:header])
+    if len(data) - header != math.prod(shape) or 0 in shape:
+        raise ValueError(
+            f"{path}: holds {len(data) - header} bytes for {' x '.join(map(str, shape))}; fetch the file again"
+        )
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)

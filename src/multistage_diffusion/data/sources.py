@@ -1,0 +1,118 @@
+"""Opening a data set by one word or path."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from ..config import DataConfig
+from .arrays import open_array
+from .dataset import ImageData
+from .fitting import Fit, fit_array
+from .folders import Progress, open_images
+from .idx import open_fashion_mnist
+
+KNOWN = ("digits", "fashion-mnist")
+_FORMS = "digits, fashion-mnist[:FOLDER], a folder or .zip of images, .npy, .npz"
+
+
+def open_data(
+    source: str | Path,
+    *,
+    size: tuple[int, int] | None = None,
+    fit: Fit = "exact",
+    skip_bad: bool = False,
+    progress: Progress | None = None,
+) -> ImageData:
+    """Open a data set.
+
+    Args:
+        source: "digits" (scikit-learn's 1797 scans, 8x8), "fashion-mnist" or "fashion-mnist:FOLDER" (idx files; without
+            a folder those of Debian's package), a folder or .zip of images, a .npy or .npz file. A word means the data
+            set even where a folder has its name; write "./digits" (or a Path) for the folder.
+        size: (height, width) the images must have or be brought to; None: their own.
+        fit: "exact" (raise if an image has another size), "crop" (scale, then keep the centre) or "resize".
+        skip_bad: leave out image files that cannot be read, with one warning, instead of raising.
+        progress: called with (files read, files in all) while a folder or zip file is read.
+
+    Returns:
+        The images, uint8 (N, C, H, W) with C = 1 or 3 and N > 0, and labels where the source has them.
+
+    Raises:
+        ValueError: one line naming the source (and file), what is wrong and the mend.
+    """
+    if size is not None and min(size) <= 0:
+        raise ValueError(f"data.size={size} must be positive")
+    if fit not in get_args(Fit):
+        raise ValueError(f"data.fit={fit!r} must be one of {', '.join(get_args(Fit))}")
+    if size is None and fit != "exact":
+        raise ValueError(f"data.fit={fit!r} needs data.size; add --size H W")
+    known = _open_known(source) if isinstance(source, str) else None
+    if known is not None:
+        return _fitted(known, size, fit)
+    path = _existing(source)
+    suffix = path.suffix.lower()
+    if path.is_dir() or suffix == ".zip":
+        return open_images(path, size=size, fit=fit, skip_bad=skip_bad, progress=progress)
+    if suffix in (".npy", ".npz"):
+        return _fitted(open_array(path), size, fit)
+    raise ValueError(f"data.source='{source}' is not a data set; known: {_FORMS}")
+
+
+def open_configured(config: DataConfig, progress: Progress | None = None) -> ImageData:
+    """Open the data set a configuration names, and see that it is still the one recorded there.
+
+    Raises:
+        ValueError: as `open_data`, and if the fingerprint or shape is recorded and differs.
+    """
+    data = open_data(config.source, size=config.size, fit=config.fit, skip_bad=config.skip_bad, progress=progress)
+    if config.shape and tuple(config.shape) != data.shape:
+        raise ValueError(
+            f"data.shape={list(config.shape)} is recorded, but {data.name} now has images of shape {list(data.shape)}; "
+            f"restore the data or start a new run"
+        )
+    if config.fingerprint and config.fingerprint != data.fingerprint:
+        raise ValueError(
+            f"data.fingerprint={config.fingerprint} is recorded, but {data.name} now has {data.fingerprint}; "
+            f"restore the data or start a new run"
+        )
+    return data
+
+
+def _open_known(source: str) -> ImageData | None:
+    """Open a data set that has a name of its own."""
+    word, colon, folder = source.partition(":")
+    if source == "digits":
+        return _open_digits()
+    if word != "fashion-mnist":
+        return None
+    if colon and not folder:
+        raise ValueError(f"data.source={source!r}: no folder after the colon; write fashion-mnist or add the folder")
+    return open_fashion_mnist(Path(folder).expanduser() if folder else None)
+
+
+def _open_digits() -> ImageData:
+    """Scale scikit-learn's digits from 0..16 to 0..255."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("data.source='digits' needs scikit-learn: pip install 'multistage-diffusion[demo]'") from None
+    bunch = load_digits()
+    images = np.round(bunch.images * (255.0 / 16.0)).astype(np.uint8)
+    return ImageData(images[:, None], bunch.target.astype(np.int64), "digits", tuple("0123456789"))
+
+
+def _existing(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    near = difflib.get_close_matches(str(source).lower(), KNOWN, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"data.source='{source}': no such file or folder, nor a known data set; {hint}known: {_FORMS}")
+
+
+def _fitted(data: ImageData, size: tuple[int, int] | None, fit: Fit) -> ImageData:
+    return ImageData(fit_array(data.images, size, fit, data.name), data.labels, data.name, data.class_names)

@@ -1,0 +1,311 @@
+"""How far samples are from real images: Fréchet distance, precision and recall, memorisation. All in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..contracts import FeatureExtractor
+from ..keyed import generator
+from .features import PixelFeatures, check_images, extract
+
+MAX_DIMS = 4096  # a float64 covariance of this size takes 128 MiB and its eigenvalues about a minute
+PERCENTILE = 5.0  # of held-out images counted as "near a training image"
+_ROUNDING = 1e-12  # relative error of |a|² + |b|² - 2 a·b in float64, with room for thousands of dimensions
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance between Gaussians fitted to two feature sets (Dowson & Landau 1982; FID, Heusel et al. 2017).
+
+    |mean_a - mean_b|² + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), covariances unbiased, possibly singular.
+
+    Args:
+        a: features (N, D), N >= 2.
+        b: features (M, D), M >= 2.
+
+    Returns:
+        The distance (a squared length), >= 0, in squared units of the features.
+
+    Raises:
+        ValueError: for unequal D, D > 4096, fewer than 2 rows, or values that are not finite.
+    """
+    _check_pair(a, b, rows=2)
+    if a.shape[1] > MAX_DIMS:
+        raise ValueError(
+            f"Fréchet distance: {a.shape[1]} feature dimensions exceed {MAX_DIMS}; use smaller images or other features"
+        )
+    (mean_a, cov_a), (mean_b, cov_b) = _moments(a), _moments(b)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = root @ cov_b @ root
+    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return max(float(distance), 0.0)
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 1024) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, eqs. 1 and 2).
+
+    A set's manifold is the union of closed balls around its points, each reaching to the point's k-th nearest other
+    point. Precision is the share of fake features in the real manifold, recall that of real features in the fake one.
+
+    Args:
+        real: features (N, D), N > k.
+        fake: features (M, D), M > k.
+        k: neighbours.
+        chunk: rows compared at a time; bounds the memory.
+
+    Returns:
+        (precision, recall), each in [0, 1].
+
+    Raises:
+        ValueError: for unequal D, k < 1, k >= N or M, or values that are not finite.
+    """
+    if k < 1 or k >= min(len(real), len(fake)):
+        raise ValueError(
+            f"k={k} must be at least 1 and below the number of features ({len(real)} real, {len(fake)} fake)"
+        )
+    _check_pair(real, fake, rows=2)
+    return _covered(fake, real, k, chunk), _covered(real, fake, k, chunk)
+
+
+def nearest(a: Tensor, b: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """Find the nearest row of b (Euclidean) for every row of a; of equally near rows the first.
+
+    Args:
+        a: features (N, D).
+        b: features (M, D), M >= 1.
+        chunk: rows of each compared at a time; bounds the memory.
+
+    Returns:
+        (distance, index): float64 (N,) and int64 (N,).
+
+    Raises:
+        ValueError: for unequal D, no rows, or values that are not finite.
+    """
+    _check_pair(a, b, rows=1)
+    best = torch.full((len(a),), torch.inf, dtype=torch.float64, device=a.device)
+    index = torch.zeros(len(a), dtype=torch.int64, device=a.device)
+    for start in range(0, len(b), chunk):
+        part = b[start : start + chunk]
+        for row in range(0, len(a), chunk):
+            rows = slice(row, row + chunk)
+            squared, at = _squared_distances(a[rows], part).min(dim=1)
+            nearer = squared < best[rows]
+            best[rows] = torch.where(nearer, squared, best[rows])
+            index[rows] = torch.where(nearer, at + start, index[rows])
+    return best.sqrt(), index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memorisation:
+    """How many samples look copied from the training images.
+
+    Attributes:
+        share: samples at most `threshold` from a training image, in [0, 1].
+        held_out_share: the same for held-out images: about 0.05, by construction of the threshold.
+        threshold: 5th percentile of the held-out images' distances.
+        distance: every sample's distance to its nearest training image, float64 (N,): Euclidean, pixels in [-1, 1].
+        index: which training image that is, int64 (N,).
+    """
+
+    share: float
+    held_out_share: float
+    threshold: float
+    distance: Tensor
+    index: Tensor
+
+
+def memorisation(samples: Tensor, train: Tensor, held_out: Tensor) -> Memorisation:
+    """Compare the samples' distances to the training images with those of held-out images, in pixels.
+
+    Args:
+        samples: uint8 (N, C, H, W).
+        train: uint8 (M, C, H, W), the images trained on.
+        held_out: uint8 (K, C, H, W), real images not trained on.
+
+    Raises:
+        ValueError: for images of another type or of unequal shapes.
+    """
+    _check_sets(samples, train, held_out)
+    pixels = PixelFeatures()
+    real = pixels(train)
+    distance, index = nearest(pixels(samples), real)
+    own, _ = nearest(pixels(held_out), real)
+    threshold = torch.quantile(own, PERCENTILE / 100)
+    return Memorisation(
+        share=float((distance <= threshold).double().mean()),
+        held_out_share=float((own <= threshold).double().mean()),
+        threshold=float(threshold),
+        distance=distance,
+        index=index,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """Numbers of one evaluation and all that is needed to know what they mean.
+
+    `*_real` is what real images reach: training images stand in for samples, at the same count.
+
+    Attributes:
+        extractor, comparable_to: the features of the Fréchet distance, precision and recall.
+        preprocessing: what was done to the images before the extractor.
+        samples, train, held_out: images given.
+        count: images on each side of the Fréchet distance, precision and recall.
+        splits: random draws of `count` images over which these are averaged.
+        dims: feature dimensions.
+        rank_deficient: count <= dims: covariances are singular; the distance is valid only beside `frechet_real`.
+        k: neighbours of precision and recall.
+        memorised, memorised_held_out, memorised_threshold: see `Memorisation`.
+    """
+
+    extractor: str
+    comparable_to: str
+    preprocessing: str
+    samples: int
+    train: int
+    held_out: int
+    count: int
+    splits: int
+    seed: int
+    dims: int
+    rank_deficient: bool
+    k: int
+    frechet: float
+    frechet_real: float
+    precision: float
+    precision_real: float
+    recall: float
+    recall_real: float
+    memorised: float
+    memorised_held_out: float
+    memorised_threshold: float
+
+
+def evaluate_samples(
+    samples: Tensor,
+    train: Tensor,
+    held_out: Tensor,
+    extractor: FeatureExtractor,
+    *,
+    k: int = 3,
+    count: int | None = None,
+    splits: int = 5,
+    seed: int = 0,
+) -> EvaluationResult:
+    """Measure samples against held-out images, and real training images in the same way beside them.
+
+    The Fréchet distance shrinks with the number of images, so each split draws equally many of all three sets; the
+    training and held-out draws are two disjoint sets of real images and say what a perfect model would reach.
+
+    Args:
+        samples: uint8 (N, C, H, W).
+        train: uint8 (M, C, H, W), the images trained on.
+        held_out: uint8 (K, C, H, W), real images not trained on.
+        extractor: feature function.
+        k: neighbours of precision and recall.
+        count: images drawn of each set; default: the size of the smallest.
+        splits: draws to average over.
+        seed: of the draws.
+
+    Raises:
+        ValueError: for unequal shapes, too few images, or what the metrics refuse.
+    """
+    _check_sets(samples, train, held_out)
+    smallest = min(len(samples), len(train), len(held_out))
+    count = smallest if count is None else count
+    if not k < count <= smallest:
+        raise ValueError(
+            f"count={count} must be above k={k} and at most {smallest}, the smallest of {len(samples)} samples, "
+            f"{len(train)} training and {len(held_out)} held-out images"
+        )
+    if splits < 1:
+        raise ValueError(f"splits={splits} must be at least 1")
+    features = [extract(extractor, images) for images in (samples, train, held_out)]
+    scores = torch.tensor([_scores(features, k, count, seed, split) for split in range(splits)], dtype=torch.float64)
+    frechet, frechet_real, precision, recall, precision_real, recall_real = scores.mean(dim=0).tolist()
+    copies = memorisation(samples, train, held_out)
+    dims = features[0].shape[1]
+    return EvaluationResult(
+        extractor=extractor.name,
+        comparable_to=extractor.comparable_to,
+        preprocessing=f"uint8 images at their own size, {' x '.join(map(str, samples.shape[1:]))} (C x H x W)",
+        samples=len(samples),
+        train=len(train),
+        held_out=len(held_out),
+        count=count,
+        splits=splits,
+        seed=seed,
+        dims=dims,
+        rank_deficient=count <= dims,
+        k=k,
+        frechet=frechet,
+        frechet_real=frechet_real,
+        precision=precision,
+        precision_real=precision_real,
+        recall=recall,
+        recall_real=recall_real,
+        memorised=copies.share,
+        memorised_held_out=copies.held_out_share,
+        memorised_threshold=copies.threshold,
+    )
+
+
+def _scores(features: list[Tensor], k: int, count: int, seed: int, split: int) -> tuple[float, ...]:
+    """Score one draw: Fréchet distance of samples and of real images, then precision and recall of both."""
+    order = [generator((seed, "evaluation", split, which)) for which in ("samples", "train", "held-out")]
+    fake, real, reference = (
+        f[torch.randperm(len(f), generator=g)[:count].to(f.device)] for f, g in zip(features, order, strict=True)
+    )
+    return (
+        frechet_distance(fake, reference),
+        frechet_distance(real, reference),
+        *precision_recall(reference, fake, k),
+        *precision_recall(reference, real, k),
+    )
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean (D,) and unbiased covariance (D, D) in float64."""
+    features = features.to(torch.float64)
+    mean = features.mean(dim=0)
+    centred = features - mean
+    return mean, centred.T @ centred / (len(features) - 1)
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return |a_i - b_j|², float64 (N, M), exactly 0 where the rows are equal up to rounding."""
+    a, b = a.to(torch.float64), b.to(torch.float64)
+    norms = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
+    squared = norms - 2 * (a @ b.T)
+    return torch.where(squared > _ROUNDING * norms, squared, 0.0)
+
+
+def _covered(points: Tensor, centres: Tensor, k: int, chunk: int) -> float:
+    """Return the share of points within any centre's ball, which reaches to its k-th nearest other centre."""
+    # k + 1: every centre is its own nearest
+    squared_radii = torch.cat([_squared_distances(c, centres).kthvalue(k + 1).values for c in torch.split(centres, chunk)])
+    reach = squared_radii * (1 + 1e-9)  # balls are closed: rounding must not put a point on the rim outside
+    inside = [(_squared_distances(p, centres) <= reach).any(dim=1) for p in torch.split(points, chunk)]
+    return float(torch.cat(inside).double().mean())
+
+
+def _check_pair(a: Tensor, b: Tensor, rows: int) -> None:
+    for features in (a, b):
+        if features.ndim != 2 or len(features) < rows:
+            raise ValueError(f"features: expected (N, D) with N >= {rows}, got {tuple(features.shape)}")
+        if not bool(torch.isfinite(features).all()):
+            bad = int((~torch.isfinite(features)).any(dim=1).sum())
+            raise ValueError(f"features: {bad} of {len(features)} rows hold NaN or infinity")
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"features: {a.shape[1]} and {b.shape[1]} dimensions; both sets need the same")
+
+
+def _check_sets(samples: Tensor, train: Tensor, held_out: Tensor) -> None:
+    for name, images in (("samples", samples), ("train", train), ("held_out", held_out)):
+        check_images(name, images)
+        if images.shape[1:] != train.shape[1:]:
+            raise ValueError(f"{name}: images of shape {tuple(images.shape[1:])}, training {tuple(train.shape[1:])}")

@@ -1,0 +1,20 @@
+"""Networks: a shared encoder with a tailored decoder for every stage."""
+
+from __future__ import annotations
+
+from ..config import NetworkConfig
+from .ddpmpp import DDPMppDecoder, DDPMppEncoder
+from .ncsnpp import NCSNppDecoder, NCSNppEncoder
+from .unet import MultiDecoderUNet
+
+__all__ = ["MultiDecoderUNet", "build_network"]
+
+
+def build_network(config: NetworkConfig) -> MultiDecoderUNet:
+    """Return a freshly initialised network (torch's global generator; wrap in `torch.device("meta")` to only count).
+
+    One decoder width gives the ordinary network of the family; `config.separate` gives one ordinary network per stage.
+    """
+    if config.family == "ncsnpp":
+        return MultiDecoderUNet(config, NCSNppEncoder, NCSNppDecoder)
+    return MultiDecoderUNet(config, DDPMppEncoder, DDPMppDecoder)

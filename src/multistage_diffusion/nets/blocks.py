@@ -1,0 +1,249 @@
+"""The pieces that both pixel families, NCSN++ and DDPM++, are made of."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import group_count
+from ..contracts import Conditioning
+
+SQRT_HALF = math.sqrt(0.5)
+TINY = 1e-5  # gain of layers that start near zero: the last convolutions and attention's output
+ATTENTION_GAIN = math.sqrt(0.2)  # fused (C -> 3C): the same bounds as sqrt(0.1) on three separate C -> C maps
+
+
+def conv(channels_in: int, channels_out: int, kernel: int = 3, gain: float = 1.0, *, stride: int = 1) -> nn.Conv2d:
+    """Return a convolution with Xavier-uniform weights times gain and zero biases; "same" padding at stride 1."""
+    layer = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2 if stride == 1 else 0)
+    _initialise(layer.weight, layer.bias, gain)
+    return layer
+
+
+def linear(features_in: int, features_out: int, gain: float = 1.0, *, bias: bool = True) -> nn.Linear:
+    """Return a linear layer with Xavier-uniform weights times gain and zero biases."""
+    layer = nn.Linear(features_in, features_out, bias)
+    _initialise(layer.weight, layer.bias, gain)
+    return layer
+
+
+def _initialise(weight: Tensor, bias: Tensor | None, gain: float) -> None:
+    # Xavier-uniform is variance scaling "fan average, uniform" with scale gain^2, as NCSN++ calls it.
+    nn.init.xavier_uniform_(weight, gain)
+    if bias is not None:
+        nn.init.zeros_(bias)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return GroupNorm with min(channels // 4, 16) groups and eps 1e-6."""
+    return nn.GroupNorm(group_count(channels), channels, eps=1e-6)
+
+
+def sinusoids(noise: Tensor, width: int) -> Tensor:
+    """Return [sin, cos](noise * 10000^(-i / (half - 1))), i < half = width / 2: shape (B, width), in noise's dtype."""
+    half = width // 2
+    i = torch.arange(half, device=noise.device, dtype=noise.dtype)
+    angle = noise[:, None] * torch.exp(i * (-math.log(10000) / (half - 1)))
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class NoiseEmbedding(nn.Module):
+    """Noise level, class and augmentation labels to the vector that every block receives."""
+
+    def __init__(self, width: int, num_classes: int = 0, augment_dim: int = 0) -> None:
+        super().__init__()
+        self.width = width
+        self.label = linear(num_classes, width) if num_classes else None
+        self.augment = linear(augment_dim, width, bias=False) if augment_dim else None
+        self.linear0 = linear(width, 4 * width)
+        self.linear1 = linear(4 * width, 4 * width)
+
+    def forward(self, noise: Tensor, cond: Conditioning) -> Tensor:
+        """Return (B, 4 width) after the final SiLU, in fp32 (fp64 in a float64 network) even under autocast.
+
+        Args:
+            noise: (B,), the family's c_noise; any float dtype.
+            cond: labels (B,) int64 in [-1, num_classes), -1 for none; augment (B, augment_dim).
+
+        Raises:
+            ValueError: if a label is given that the network has no input for, has the wrong shape, or is out of range
+                (looked at on the CPU only: on a GPU it would cost a synchronisation).
+        """
+        dtype = self.linear0.weight.dtype
+        with _no_autocast(noise.device):
+            emb = sinusoids(noise.to(torch.promote_types(dtype, torch.float32)), self.width).to(dtype)
+            if self.label is not None:
+                emb = emb + self.label(_scaled_one_hot(cond.labels, len(noise), self.label.weight))
+            elif cond.labels is not None:
+                raise ValueError("cond.labels were given to a network with num_classes=0; leave them out")
+            if cond.augment is not None:
+                emb = emb + self._augmentation(cond.augment, len(noise))
+            hidden = F.silu(self.linear0(emb))
+            return F.silu(self.linear1(hidden))
+
+    def _augmentation(self, augment: Tensor, rows: int) -> Tensor:
+        if self.augment is None:
+            raise ValueError("cond.augment was given to a network with augment_dim=0; leave it out")
+        expected = (rows, self.augment.in_features)
+        if augment.shape != expected:
+            raise ValueError(f"cond.augment has shape {tuple(augment.shape)}; this batch and network need {expected}")
+        result: Tensor = self.augment(augment.to(self.augment.weight.dtype))
+        return result
+
+
+def _scaled_one_hot(labels: Tensor | None, rows: int, weight: Tensor) -> Tensor:
+    """One-hot times sqrt(classes); zeros for label -1 (and for no labels at all)."""
+    classes = weight.shape[1]
+    if labels is None:
+        return weight.new_zeros(rows, classes)
+    if labels.shape != (rows,):
+        raise ValueError(f"cond.labels has shape {tuple(labels.shape)}; this batch needs ({rows},)")
+    if labels.device.type == "cpu" and bool(((labels < -1) | (labels >= classes)).any()):
+        raise ValueError(
+            f"cond.labels hold {labels.min().item()} to {labels.max().item()}; the network has num_classes={classes}: "
+            f"use 0 to {classes - 1}, or -1 for none"
+        )
+    hot = labels[:, None] == torch.arange(classes, device=labels.device)
+    return hot.to(weight.dtype) * math.sqrt(classes)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _fir_kernel(channels: int) -> Tensor:
+    """[1, 3, 3, 1] outer itself, of sum 1, once per channel: (C, 1, 4, 4)."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    return torch.outer(taps, taps).repeat(channels, 1, 1, 1)
+
+
+class FIRDown(nn.Module):
+    """Depthwise [1, 3, 3, 1] filter of sum 1; as it stands it halves the size."""
+
+    kernel: Tensor
+
+    def __init__(self, channels: int, stride: int = 2, padding: int = 1) -> None:
+        super().__init__()
+        self.stride, self.padding = stride, padding
+        self.register_buffer("kernel", _fir_kernel(channels), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H / 2, W / 2), or to (B, C, H + 1, W + 1) at stride 1 with padding 2."""
+        return F.conv2d(x, self.kernel, stride=self.stride, padding=self.padding, groups=len(self.kernel))
+
+
+class FIRUp(nn.Module):
+    """Zero-stuff by 2, pad (2, 1), depthwise [1, 3, 3, 1] filter of sum 4: doubles the size."""
+
+    kernel: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("kernel", 4 * _fir_kernel(channels), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, 2H, 2W)."""
+        return F.conv_transpose2d(x, self.kernel, stride=2, padding=1, groups=len(self.kernel))
+
+
+class BoxDown(nn.Module):
+    """2x2 averaging."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H / 2, W / 2)."""
+        return F.avg_pool2d(x, 2)
+
+
+class BoxUp(nn.Module):
+    """Nearest-neighbour doubling."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, 2H, 2W)."""
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class Attention(nn.Module):
+    """One head over all pixels, scale C^-1/2, then (x + h) / sqrt(2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = linear(channels, 3 * channels, ATTENTION_GAIN)
+        self.proj = linear(channels, channels, TINY)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).unsqueeze(1).chunk(3, dim=-1)
+        h = self.proj(F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        out: Tensor = (x + h.transpose(1, 2).view_as(x)).mul_(SQRT_HALF)
+        return out
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions after GroupNorm and SiLU, the embedding between them; (skip + h) / sqrt(2); then attention.
+
+    `resample` (a module halving or doubling the size) acts on both branches before any convolution.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        emb: int,
+        dropout: float,
+        *,
+        attention: bool = False,
+        resample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.resample = resample
+        self.norm0 = group_norm(channels_in)
+        self.conv0 = conv(channels_in, channels_out)
+        self.affine = linear(emb, channels_out)
+        self.norm1 = group_norm(channels_out)
+        self.conv1 = conv(channels_out, channels_out, gain=TINY)
+        project = channels_in != channels_out or resample is not None
+        self.skip = conv(channels_in, channels_out, 1) if project else None
+        self.attention = Attention(channels_out) if attention else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map (B, channels_in, H, W) and the activated embedding (B, emb) to (B, channels_out, H', W')."""
+        h = F.silu(self.norm0(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv0(h) + self.affine(emb)[:, :, None, None]
+        h = self.conv1(F.dropout(F.silu(self.norm1(h)), self.dropout, self.training))
+        if self.skip is not None:
+            x = self.skip(x)
+        out: Tensor = (x + h).mul_(SQRT_HALF)
+        if self.attention is not None:
+            out = self.attention(out)
+        return out
+
+
+class Bottom(nn.Module):
+    """Two blocks at the lowest resolution, the first with attention whatever the resolution."""
+
+    def __init__(self, channels: int, emb: int, dropout: float) -> None:
+        super().__init__()
+        self.block0 = ResidualBlock(channels, channels, emb, dropout, attention=True)
+        self.block1 = ResidualBlock(channels, channels, emb, dropout)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        h: Tensor = self.block1(self.block0(x, emb), emb)
+        return h

@@ -1,0 +1,134 @@
+"""Parameters and arithmetic of a network, counted on the meta device: no weights, no real computation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config import NetworkConfig
+from . import MultiDecoderUNet, build_network
+from .blocks import Attention
+from .ncsnpp import PyramidStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """One stage: the encoder it uses and its decoder together, for one image.
+
+    Attributes:
+        stage: 1 for the lowest noise.
+        parameters: encoder and decoder.
+        multiply_adds: in the paper's convention, 2-d convolutions only. NCSN++: without the attention's 1x1
+            projections and the pyramid's convolutions; DDPM++: all, projections included.
+        true_flops: 2 per multiply-add, of everything: convolutions, FIR filters, linear layers, attention products.
+    """
+
+    stage: int
+    parameters: int
+    multiply_adds: int
+    true_flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkCost:
+    """The whole network. Shared is what all stages use (the encoder); 0 for separate networks."""
+
+    shared_parameters: int
+    shared_multiply_adds: int
+    total_parameters: int
+    stages: tuple[StageCost, ...]
+
+
+def network_cost(config: NetworkConfig, height: int, width: int) -> NetworkCost:
+    """Count parameters and arithmetic of one image of height x width pixels per stage.
+
+    Sizes that the network would pad are counted as padded.
+    """
+    with torch.device("meta"):
+        network = build_network(config).eval()
+    encoder_adds, stages = 0, []
+    for index in range(len(config.decoder_widths)):
+        flops, encoder_adds, decoder_adds = _count_stage(network, index, height, width)
+        encoder = network.encoders[index if config.separate else 0]
+        stages.append(
+            StageCost(
+                stage=index + 1,
+                parameters=_parameters(encoder) + _parameters(network.decoders[index]),
+                multiply_adds=encoder_adds + decoder_adds,
+                true_flops=flops,
+            )
+        )
+    return NetworkCost(
+        shared_parameters=0 if config.separate else _parameters(network.encoders[0]),
+        shared_multiply_adds=0 if config.separate else encoder_adds,
+        total_parameters=_parameters(network),
+        stages=tuple(stages),
+    )
+
+
+def weighted_multiply_adds(cost: NetworkCost, weights: Sequence[float]) -> float:
+    """Return the mean multiply-adds of a denoiser call, given how often each stage is called.
+
+    Args:
+        cost: what `network_cost` returned.
+        weights: calls (or interval lengths) per stage, lowest noise first; only their ratios matter.
+
+    Raises:
+        ValueError: if there is not one weight >= 0 per stage, or all are zero.
+    """
+    if len(weights) != len(cost.stages) or min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(
+            f"weights={list(weights)} must be one number >= 0 for each of the {len(cost.stages)} stages, not all zero"
+        )
+    total = sum(w * stage.multiply_adds for w, stage in zip(weights, cost.stages, strict=True))
+    return total / sum(weights)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _count_stage(network: MultiDecoderUNet, stage: int, height: int, width: int) -> tuple[int, int, int]:
+    """Return (true FLOPs, encoder's and decoder's multiply-adds in the paper's convention) of one image."""
+    x = torch.empty(1, network.config.channels, height, width, device="meta")
+    noise = torch.empty(1, device="meta")
+    counts = [int(k == stage) for k in range(len(network.decoders))]
+    family, flop_counter = network.config.family, FlopCounterMode(display=False)
+    count_encoder, count_decoder = _counted(network.encoders, family), _counted(network.decoders, family)
+    with count_encoder as encoder, count_decoder as decoder, torch.no_grad(), flop_counter:
+        network(x, noise, counts)
+    return flop_counter.get_total_flops(), sum(encoder), sum(decoder)
+
+
+@contextmanager
+def _counted(part: nn.Module, family: str) -> Iterator[list[int]]:
+    """Collect the multiply-adds of the counted layers of a part while it runs."""
+    counted: list[int] = []
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer.weight, Tensor)
+        # One multiply-add per output element and weight that reaches it (a convolution's kernel, a linear map's row).
+        counted.append(output.numel() * layer.weight[0].numel())
+
+    hooks = [layer.register_forward_hook(note) for layer in _counted_layers(part, family)]
+    try:
+        yield counted
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _counted_layers(part: nn.Module, family: str) -> Iterator[nn.Module]:
+    """Yield the layers that the paper's convention counts (an attention's linear layers are 1x1 convolutions)."""
+    for child in part.children():
+        if isinstance(child, Attention):
+            yield from (child.qkv, child.proj) if family == "ddpmpp" else ()
+        elif isinstance(child, nn.Conv2d):
+            yield child
+        elif not isinstance(child, PyramidStep):
+            yield from _counted_layers(child, family)

@@ -1,0 +1,220 @@
+"""A U-Net with one shared encoder and one decoder per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import NetworkConfig
+from ..contracts import Conditioning
+from .blocks import TINY, NoiseEmbedding, ResidualBlock, conv, group_norm
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoder hands to a decoder, for the same rows.
+
+    Attributes:
+        h: lowest-resolution features (B, C, h, w).
+        skips: feature maps in the order made; a decoder takes them from the end.
+        emb: activated embedding (B, 4 encoder_width).
+    """
+
+    h: Tensor
+    skips: tuple[Tensor, ...]
+    emb: Tensor
+
+    def split(self, counts: Sequence[int]) -> list[Encoded]:
+        """Return consecutive groups of rows (one split per map: its backward is one concatenation)."""
+        if len(counts) == 1:
+            return [self]
+        groups = zip(*(part.split_with_sizes(list(counts)) for part in (self.h, self.emb, *self.skips)), strict=True)
+        return [Encoded(h=h, skips=tuple(skips), emb=emb) for h, emb, *skips in groups]
+
+
+class Encoder(nn.Module):
+    """Embedding, input convolution, blocks per level, a down block between levels; families define `forward`."""
+
+    def __init__(self, config: NetworkConfig, width: int, down: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        emb, widths = 4 * width, [width * mult for mult in config.channel_mult]
+        self.embedding = NoiseEmbedding(width, config.num_classes, config.augment_dim)
+        self.conv_in = conv(config.channels, width)
+        self.downs = nn.ModuleList(ResidualBlock(w, w, emb, config.dropout, resample=down(w)) for w in widths[:-1])
+        self.levels = nn.ModuleList()
+        for level, (before, after) in enumerate(zip([width, *widths], widths, strict=False)):
+            self.levels.append(EncoderLevel(config, before, after, emb, attention=_attends(config, level)))
+
+
+class EncoderLevel(nn.Module):
+    """The blocks of one encoder resolution."""
+
+    def __init__(self, config: NetworkConfig, before: int, width: int, emb: int, *, attention: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ResidualBlock(width if i else before, width, emb, config.dropout, attention=attention)
+            for i in range(config.blocks_per_level)
+        )
+
+    def forward(self, h: Tensor, emb: Tensor) -> list[Tensor]:
+        """Return the output of every block."""
+        outputs = []
+        for block in self.blocks:
+            h = block(h, emb)
+            outputs.append(h)
+        return outputs
+
+
+class Decoder(nn.Module):
+    """From the lowest resolution: blocks on [h, skip] per level, an up block between levels; GroupNorm, SiLU, conv."""
+
+    def __init__(self, config: NetworkConfig, encoder_width: int, width: int, up: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        emb, mults = 4 * encoder_width, config.channel_mult
+        skips = skip_widths(config, encoder_width)
+        before = encoder_width * mults[-1]
+        self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
+        for level, mult in reversed(list(enumerate(mults))):
+            after = width * mult
+            popped = [skips.pop() for _ in range(config.blocks_per_level + 1)]
+            self.levels.append(DecoderLevel(config, before, after, popped, emb, attention=_attends(config, level)))
+            if level:
+                self.ups.append(ResidualBlock(after, after, emb, config.dropout, resample=up(after)))
+            before = after
+        self.norm_out = group_norm(before)
+        self.conv_out = conv(before, config.channels, gain=TINY)
+
+    def forward(self, encoded: Encoded) -> Tensor:
+        """Map the encoder's output for B rows to (B, C, H, W)."""
+        h, emb, skips = encoded.h, encoded.emb, list(encoded.skips)
+        for i, level in enumerate(self.levels):
+            if i:
+                h = self.ups[i - 1](h, emb)
+            h = level(h, skips, emb)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return out
+
+
+class DecoderLevel(nn.Module):
+    """The blocks of one decoder resolution; attention, where asked, follows the last."""
+
+    def __init__(
+        self, config: NetworkConfig, before: int, width: int, skips: list[int], emb: int, *, attention: bool
+    ) -> None:
+        super().__init__()
+        last = len(skips) - 1
+        self.blocks = nn.ModuleList(
+            ResidualBlock(
+                (width if i else before) + skip, width, emb, config.dropout, attention=attention and i == last
+            )
+            for i, skip in enumerate(skips)
+        )
+
+    def forward(self, h: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
+        """Run the blocks, each taking one map off the end of skips."""
+        for block in self.blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return h
+
+
+def _attends(config: NetworkConfig, level: int) -> bool:
+    return 2**level in config.attention_factors
+
+
+def skip_widths(config: NetworkConfig, width: int) -> list[int]:
+    """Return the widths of an encoder's skips, in the order made: input convolution, then per level [down,] blocks."""
+    widths = [width]
+    for level, mult in enumerate(config.channel_mult):
+        down = [width * config.channel_mult[level - 1]] if level else []
+        widths += down + [width * mult] * config.blocks_per_level
+    return widths
+
+
+class MultiDecoderUNet(nn.Module):
+    """One shared encoder (or, with `config.separate`, one per stage) and one decoder per stage.
+
+    It knows neither schedules nor stages: it is told how many rows belong to each decoder.
+
+    Args:
+        config: widths and depth.
+        encoder: makes an encoder from (config, width).
+        decoder: makes a decoder from (config, encoder width, decoder width).
+    """
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        encoder: Callable[[NetworkConfig, int], Encoder],
+        decoder: Callable[[NetworkConfig, int, int], Decoder],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.decoder_widths
+        encoder_widths = widths if config.separate else (config.encoder_width,) * len(widths)
+        self.encoders = nn.ModuleList(encoder(config, w) for w in (widths if config.separate else encoder_widths[:1]))
+        self.decoders = nn.ModuleList(decoder(config, e, d) for e, d in zip(encoder_widths, widths, strict=True))
+
+    def forward(self, x: Tensor, noise: Tensor, counts: Sequence[int], cond: Conditioning | None = None) -> Tensor:
+        """Run the encoder once on all rows and each decoder on its own.
+
+        Args:
+            x: (B, C, H, W), already times c_in, rows sorted by stage. H and W are free: the network pads them (by
+                replication) to a multiple of 2^(levels - 1) and crops its output.
+            noise: (B,), c_noise as the family takes it: 999 t for NCSN++, ln(sigma) / 4 for DDPM++ in the EDM form.
+            counts: rows of each stage, lowest noise first, sum B. A decoder without rows is not called, so it gets
+                no gradient.
+            cond: class and augmentation labels, row by row, or None.
+
+        Returns:
+            (B, C, H, W), the raw network output; reduced precision under autocast.
+
+        Raises:
+            ValueError: if shapes or counts disagree, or a label has no input (see NoiseEmbedding).
+        """
+        self._check(x, noise, counts)
+        cond = cond or Conditioning()
+        busy = [stage for stage, count in enumerate(counts) if count]
+        rows = [counts[stage] for stage in busy]
+        padded = self._pad(x)
+        if self.config.separate:
+            pieces = [
+                self.encoders[k](padded[r], noise[r], cond.rows(r)) for k, r in zip(busy, _slices(rows), strict=True)
+            ]
+        else:
+            pieces = self.encoders[0](padded, noise, cond).split(rows)
+        outputs = [self.decoders[k](piece) for k, piece in zip(busy, pieces, strict=True)]
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return out[..., : x.shape[2], : x.shape[3]]
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the parts by name: "encoder" ("encoder.1", ... if separate), "decoder.1", ...; 1 is lowest noise."""
+        if self.config.separate:
+            encoders = {f"encoder.{k}": module for k, module in enumerate(self.encoders, start=1)}
+        else:
+            encoders = {"encoder": self.encoders[0]}
+        return encoders | {f"decoder.{k}": module for k, module in enumerate(self.decoders, start=1)}
+
+    def _pad(self, x: Tensor) -> Tensor:
+        multiple = 2 ** (len(self.config.channel_mult) - 1)
+        bottom, right = -x.shape[2] % multiple, -x.shape[3] % multiple
+        return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
+
+    def _check(self, x: Tensor, noise: Tensor, counts: Sequence[int]) -> None:
+        if x.ndim != 4 or x.shape[1] != self.config.channels:
+            raise ValueError(f"x has shape {tuple(x.shape)}; the network needs (B, {self.config.channels}, H, W)")
+        if noise.shape != x.shape[:1]:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}; {len(x)} rows of x need ({len(x)},)")
+        if len(counts) != len(self.decoders) or min(counts) < 0 or sum(counts) != len(x) or len(x) == 0:
+            raise ValueError(
+                f"counts={list(counts)} must give the rows of each of the {len(self.decoders)} decoders: "
+                f"numbers >= 0 whose sum is the batch, {len(x)} (at least 1)"
+            )
+
+
+def _slices(counts: Sequence[int]) -> list[slice]:
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]

@@ -1,0 +1,112 @@
+"""Images to look at and to keep: grids, PNG files, npz archives."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .serialization import write_atomic
+
+CELL = 64  # default side of a grid's cells: small images are enlarged up to this many pixels
+LINE = 128  # grey of the lines between cells, seen against black and against white images
+
+
+def grid(images: Tensor, columns: int | None = None, scale: int | None = None, pad: int = 1) -> Image.Image:
+    """Lay images out row by row, each enlarged by repeating its pixels, with grey lines around them.
+
+    Args:
+        images: uint8 (N, C, H, W), C = 1 (grey) or 3 (RGB), N >= 1.
+        columns: images per row; default: as square as possible.
+        scale: whole enlargement factor; default: the largest that keeps an image's longer side within 64 pixels.
+        pad: width of the lines in pixels of the result.
+
+    Returns:
+        An image of mode "L" or "RGB"; unused cells at the end are line grey.
+
+    Raises:
+        ValueError: for another type or shape, or columns or scale below 1, or pad below 0.
+    """
+    _check(images)
+    count, channels, height, width = images.shape
+    columns = math.ceil(math.sqrt(count)) if columns is None else columns
+    scale = max(1, CELL // max(height, width)) if scale is None else scale
+    for name, value, least in (("columns", columns, 1), ("scale", scale, 1), ("pad", pad, 0)):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    rows = math.ceil(count / columns)
+    step_y, step_x = height * scale + pad, width * scale + pad
+    canvas = torch.full((channels, rows * step_y + pad, columns * step_x + pad), LINE, dtype=torch.uint8)
+    large = images.cpu().repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    for i, image in enumerate(large):
+        top, left = pad + i // columns * step_y, pad + i % columns * step_x
+        canvas[:, top : top + height * scale, left : left + width * scale] = image
+    return _to_pil(canvas)
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG atomically."""
+    write_atomic(path, _png(image))
+
+
+def save_folder(images: Tensor, folder: Path, start: int = 0, overwrite: bool = False) -> list[Path]:
+    """Write images as 000000.png, 000001.png, ...
+
+    Args:
+        images: uint8 (N, C, H, W), C = 1 or 3.
+        folder: made if missing.
+        start: number of the first file.
+        overwrite: replace files that are there.
+
+    Returns:
+        The files' paths, in order.
+
+    Raises:
+        ValueError: if one of the files is there already (nothing is written then), or for another type or shape.
+    """
+    _check(images)
+    paths = [folder / f"{start + i:06d}.png" for i in range(len(images))]
+    taken = [] if overwrite else [path for path in paths if path.exists()]
+    if taken:
+        raise ValueError(f"{taken[0]}: exists ({len(taken)} such files); choose another folder or ask to overwrite")
+    for path, image in zip(paths, images.cpu(), strict=True):
+        save_png(_to_pil(image), path)
+    return paths
+
+
+def save_npz(images: Tensor, path: Path) -> None:
+    """Write images, uint8 (N, C, H, W), as the array `images` of a compressed .npz archive, atomically."""
+    _check(images)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, images=images.cpu().numpy())
+    write_atomic(path, buffer.getvalue())
+
+
+def data_uri(image: Image.Image) -> str:
+    """Return a PNG as a data: address, for HTML that needs no other file."""
+    return "data:image/png;base64," + base64.b64encode(_png(image)).decode("ascii")
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _to_pil(image: Tensor) -> Image.Image:
+    """Convert uint8 (C, H, W) on the CPU, C = 1 or 3."""
+    array = image.numpy()
+    return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
+
+
+def _check(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.numel() == 0 or images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"images: expected uint8 (N, C, H, W) with C = 1 or 3, got {images.dtype} {tuple(images.shape)}"
+        )

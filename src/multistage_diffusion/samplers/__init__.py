@@ -1,0 +1,16 @@
+"""Samplers: a plan of steps made on the host, and the solvers that follow it."""
+
+from .plan import Plan, Step, make_plan, multistep_orders, singlestep_orders
+from .solvers import Noise, sample, start_noise, step_noise
+
+__all__ = [
+    "Noise",
+    "Plan",
+    "Step",
+    "make_plan",
+    "multistep_orders",
+    "sample",
+    "singlestep_orders",
+    "start_noise",
+    "step_noise",
+]

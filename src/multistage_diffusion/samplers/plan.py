@@ -1,0 +1,207 @@
+"""What a sampler will do, decided on the host before it sees data: steps, their orders and every sigma in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from ..config import SamplingConfig
+from ..schedules import VP, NoiseSchedule
+
+VP_T_END = 1e-4  # where the paper's VP trajectories end: below the training times, which start at 1e-3
+
+Points = Callable[[float, float, int], list[float]]  # (start, end, count): the count + 1 sigmas from start to end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One outer step.
+
+    Attributes:
+        calls: the sigmas at which the denoiser is called, in order; the first is where the step starts.
+        end: the sigma where the step arrives.
+        order: order of the update.
+        noise_std: standard deviation of fresh noise: added before the step by Heun (churn, which lifted calls[0]),
+            after it by DDIM (eta); 0 for none.
+    """
+
+    calls: tuple[float, ...]
+    end: float
+    order: int
+    noise_std: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that a trajectory decides before it sees data: float64 numbers on the host.
+
+    Attributes:
+        solver, method: as in SamplingConfig.
+        steps: the outer steps, sigma descending.
+        start_std: standard deviation of the unscaled noise from which the trajectory starts.
+    """
+
+    solver: str
+    method: str
+    steps: tuple[Step, ...]
+    start_std: float
+
+    @property
+    def calls(self) -> tuple[float, ...]:
+        """Every sigma at which the denoiser will be called, in order."""
+        return tuple(sigma for step in self.steps for sigma in step.calls)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step adds noise."""
+        return any(step.noise_std > 0 for step in self.steps)
+
+
+def make_plan(config: SamplingConfig, schedule: NoiseSchedule) -> Plan:
+    """Lay out the steps of a sampler.
+
+    DPM solvers and DDIM make exactly `calls` calls; Heun's n sigmas cost 2n - 1, so there `calls` is a ceiling and n =
+    (calls + 1) // 2. DDIM and Heun have one method and order, so `method` and `order` do not touch them.
+    sigma_max None is sigma(t_max) of the schedule; sigma_min None is sigma(t_min), but sigma(1e-4) for VP.
+
+    Args:
+        config: solver, order, calls, spacing and range.
+        schedule: gives the default range, the time of spacing "time", and the width of the starting noise.
+
+    Raises:
+        ValueError: for unknown names, too few calls, an empty or impossible range, churn or eta without a solver that
+            uses it.
+    """
+    _check(config)
+    low, high = _sigma_range(config, schedule)
+    points = _spacing(config, schedule, low, high)
+    if config.solver == "heun":
+        steps = _heun_steps(points(high, low, (config.calls + 1) // 2 - 1), config.churn)
+    elif config.solver == "ddim":
+        steps = _ddim_steps(points(high, low, config.calls), config.eta)
+    elif config.method == "multistep":
+        steps = _multistep_steps(points(high, low, config.calls), config.order)
+    else:
+        steps = _singlestep_steps(config, points, low, high)
+    return Plan(solver=config.solver, method=config.method, steps=tuple(steps), start_std=schedule.start_std(high))
+
+
+def singlestep_orders(calls: int, order: int) -> list[int]:
+    """Return the orders of singlestep DPM-Solver's steps; they sum to `calls` (Lu et al. 2022a, "DPM-Solver-fast").
+
+    As many steps of the order asked for as fit, the rest at the end; order 3 never ends on 3 but on 2, 1.
+    """
+    if order == 3 and calls % 3 == 0:
+        return [3] * (calls // 3 - 1) + [2, 1]
+    return [order] * (calls // order) + ([calls % order] if calls % order else [])
+
+
+def multistep_orders(calls: int, order: int) -> list[int]:
+    """Return the orders of multistep steps: 1, 2, .. as history grows; below 10 steps falling to 1 again at the end."""
+    rising = [min(order, i + 1) for i in range(calls)]
+    return [min(o, calls - i) for i, o in enumerate(rising)] if calls < 10 else rising
+
+
+def _check(config: SamplingConfig) -> None:
+    choices = {
+        "solver": ("dpm", "dpm++", "ddim", "heun"),
+        "method": ("singlestep", "multistep"),
+        "spacing": ("log-snr", "time", "edm"),
+    }
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"sampling.{name}={getattr(config, name)!r} must be one of {', '.join(map(repr, known))}")
+    for name, owner in (("churn", "heun"), ("eta", "ddim")):
+        value = getattr(config, name)
+        if value and config.solver != owner:
+            raise ValueError(
+                f"sampling.{name}={value} has no meaning for solver {config.solver!r}; set it to 0 or take {owner!r}"
+            )
+    if config.solver == "heun" and config.calls < 3:
+        raise ValueError(f"sampling.calls={config.calls} is too few for solver 'heun'; its 2 sigmas need at least 3")
+    if config.solver in ("dpm", "dpm++") and config.calls < config.order:
+        raise ValueError(
+            f"sampling.calls={config.calls} is below sampling.order={config.order}; raise it or lower the order"
+        )
+    if not (config.rho > 0 and math.isfinite(config.rho)):
+        raise ValueError(f"sampling.rho={config.rho} must be positive and finite")
+
+
+def _sigma_range(config: SamplingConfig, schedule: NoiseSchedule) -> tuple[float, float]:
+    t_end = VP_T_END if isinstance(schedule, VP) else schedule.t_min
+    low = float(schedule.sigma(t_end)) if config.sigma_min is None else config.sigma_min
+    high = float(schedule.sigma(schedule.t_max)) if config.sigma_max is None else config.sigma_max
+    if not 0 < low < high < math.inf:
+        raise ValueError(
+            f"sampling.sigma_min={low:.6g} and sampling.sigma_max={high:.6g} must be finite, 0 < sigma_min < sigma_max"
+        )
+    return low, high
+
+
+def _spacing(config: SamplingConfig, schedule: NoiseSchedule, low: float, high: float) -> Points:
+    """Return the function that splits [start, end] evenly in the coordinate of the spacing."""
+    to: Callable[[float], float]
+    back: Callable[[float], float]
+    if config.spacing == "log-snr":
+        to, back = math.log, math.exp
+    elif config.spacing == "time":
+        to, back = lambda sigma: float(schedule.time(sigma)), lambda t: float(schedule.sigma(t))
+    else:
+        to, back = lambda sigma: sigma ** (1.0 / config.rho), lambda u: u**config.rho
+
+    for name, sigma in (("sigma_min", low), ("sigma_max", high)):
+        if not math.isclose(back(to(sigma)), sigma, rel_tol=1e-6):
+            raise ValueError(
+                f"sampling.{name}={sigma:.6g} is reached at no time of the {schedule.kind} schedule; move it inside or "
+                "use another sampling.spacing than 'time'"
+            )
+
+    def points(start: float, end: float, count: int) -> list[float]:
+        first, last = to(start), to(end)
+        return [start, *(back(first + (last - first) * i / count) for i in range(1, count)), end]
+
+    return points
+
+
+def _singlestep_steps(config: SamplingConfig, points: Points, low: float, high: float) -> list[Step]:
+    """Lay out singlestep DPM-Solver.
+
+    In log-SNR all steps are equally long, in the other spacings all calls are equally far apart (the published solver's
+    choice for time). Inner points split their step evenly in the same spacing.
+    """
+    orders = singlestep_orders(config.calls, config.order)
+    if config.spacing == "log-snr":
+        outer = points(high, low, len(orders))
+    else:
+        grid = points(high, low, config.calls)
+        outer = [grid[i] for i in accumulate(orders, initial=0)]
+    return [
+        Step(calls=tuple(points(start, end, order)[:-1]), end=end, order=order)
+        for (start, end), order in zip(pairwise(outer), orders, strict=True)
+    ]
+
+
+def _multistep_steps(sigmas: list[float], order: int) -> list[Step]:
+    orders = multistep_orders(len(sigmas) - 1, order)
+    return [Step(calls=(s,), end=t, order=o) for (s, t), o in zip(pairwise(sigmas), orders, strict=True)]
+
+
+def _heun_steps(sigmas: list[float], churn: float) -> list[Step]:
+    """Lay out EDM's Algorithm 2 (S_min = 0, S_max = inf, S_noise = 1); without churn it is Algorithm 1."""
+    lift = 1.0 + min(churn / len(sigmas), math.sqrt(2.0) - 1.0)
+    steps = []
+    for sigma, end in pairwise([*sigmas, 0.0]):
+        start = sigma * lift
+        calls = (start, end) if end > 0 else (start,)
+        std = math.sqrt(start**2 - sigma**2)
+        steps.append(Step(calls=calls, end=end, order=len(calls), noise_std=std))
+    return steps
+
+
+def _ddim_steps(sigmas: list[float], eta: float) -> list[Step]:
+    """Lay out DDIM; eq. (16) of Song et al. 2021 divided by sqrt(alpha) is eta sigma_t sqrt(1 - sigma_t²/sigma_s²)."""
+    return [
+        Step(calls=(s,), end=t, order=1, noise_std=eta * t * math.sqrt(1.0 - (t / s) ** 2)) for s, t in pairwise(sigmas)
+    ]

@@ -1,0 +1,218 @@
+"""From noise to images: DPM-Solver and DPM-Solver++, DDIM and EDM's Heun follow a plan.
+
+Everything is in unscaled coordinates x = y + sigma n, where every schedule has the same probability-flow ODE,
+dx/dsigma = (x - D(x; sigma))/sigma (Karras et al. 2022, eq. 1 and 3), and DPM-Solver's updates are those of the scaled
+state divided by s(t). With lambda = -ln sigma and a step of length h in lambda from sigma_s to sigma_t, the two
+exponential integrators (Lu et al. 2022a, "DPM-Solver"; 2022b, "DPM-Solver++") are
+
+    noise prediction, f = (x - D)/sigma:   x_t = x_s - sigma_t sum_k h^k phi_k(h) f^(k-1)
+    data prediction,  f = D:               x_t = (sigma_t/sigma_s) x_s + sum_k h^k phi_k(-h) f^(k-1)
+
+where phi_1(z) = (e^z - 1)/z, phi_2 = (phi_1 - 1)/z, phi_3 = (phi_2 - 1/2)/z. Solvers differ in how they estimate the
+derivatives f^(k) in lambda: from inner points (singlestep) or from earlier steps (multistep). At order 2 both papers
+put phi_1/2 for phi_2, which is as good at that order.
+
+Except for Heun, which goes on to sigma = 0, trajectories end at sigma_min, without a final denoising.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import keyed
+from ..contracts import Conditioning, Denoiser
+from .plan import Plan, Step
+
+Denoise = Callable[[Tensor, float], Tensor]
+Noise = Callable[[int], Tensor]
+
+
+def start_noise(
+    seed: int, indices: Tensor, shape: Sequence[int], plan: Plan, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Draw the unscaled starting states of samples `indices`.
+
+    Args:
+        seed: sampling seed.
+        indices: int64 (B,) sample numbers; they set the device.
+        shape: shape of one sample, without the batch.
+        plan: gives the standard deviation.
+        dtype: of the result.
+
+    Returns:
+        (B, *shape); the row of sample i depends on (seed, i) alone, whatever batch it is drawn in.
+    """
+    return keyed.normal((seed, "sampling", "start"), indices, shape, torch.float64).mul_(plan.start_std).to(dtype)
+
+
+def step_noise(seed: int, indices: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Noise:
+    """Return the unit noise of each step for `sample`, keyed by (seed, step, sample number) like `start_noise`."""
+    return lambda step: keyed.normal((seed, "sampling", "step", step), indices, shape, dtype)
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    start: Tensor,
+    plan: Plan,
+    cond: Conditioning | None = None,
+    *,
+    noise: Noise | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Follow a plan from noise to data.
+
+    Args:
+        denoiser: any Denoiser; called with sigma (B,) in the state's dtype.
+        start: unscaled starting states (B, ...), e.g. of `start_noise`.
+        plan: of `make_plan`.
+        cond: labels, handed to every call.
+        noise: maps a step's number to unit noise of start's shape, e.g. `step_noise`; for plans with churn or eta.
+        progress: called after each denoiser call with (calls made, calls in all).
+
+    Returns:
+        The unscaled states where the plan ends, shaped like start: float64 if start is, else float32.
+
+    Raises:
+        ValueError: if the plan is stochastic and no noise is given.
+        RuntimeError: if the result is not finite.
+    """
+    if plan.stochastic and noise is None:
+        raise ValueError(f"noise=None: {plan.solver} with churn or eta draws noise in each step; pass step_noise(...)")
+    made, total = 0, len(plan.calls)
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        nonlocal made
+        denoised = denoiser(x, x.new_full((len(x),), sigma), cond).to(x.dtype)
+        made += 1
+        if progress is not None:
+            progress(made, total)
+        return denoised
+
+    x = start if start.dtype == torch.float64 else start.float()
+    if plan.solver == "heun":
+        x = _heun(denoise, x, plan.steps, noise)
+    elif plan.solver == "ddim":
+        x = _ddim(denoise, x, plan.steps, noise)
+    elif plan.method == "multistep":
+        x = _multistep(denoise, x, plan.steps, data=plan.solver == "dpm++")
+    else:
+        x = _singlestep(denoise, x, plan.steps, data=plan.solver == "dpm++")
+    bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+    if bad:
+        end = plan.steps[-1].end
+        raise RuntimeError(f"{bad} of {len(x)} samples are not finite at the trajectory's end, sigma={end:.6g}")
+    return x
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """The exact solution over one step: x_t = decay x_s + w1 f + w2 (h f') + w3 (h² f'') + .., derivatives at s."""
+
+    h: float
+    decay: float
+    w1: float
+    w2: float
+    w3: float
+
+
+def _flow(sigma_s: float, sigma_t: float, data: bool) -> _Flow:
+    h = math.log(sigma_s / sigma_t)
+    z = -h if data else h
+    decay, factor = (sigma_t / sigma_s, h) if data else (1.0, -sigma_t * h)
+    phi1 = math.expm1(z) / z
+    phi2 = (phi1 - 1.0) / z
+    phi3 = (phi2 - 0.5) / z
+    return _Flow(h, decay, factor * phi1, factor * phi2, factor * phi3)
+
+
+def _predict(denoise: Denoise, x: Tensor, sigma: float, data: bool) -> Tensor:
+    denoised = denoise(x, sigma)
+    return denoised if data else (x - denoised) / sigma
+
+
+def _singlestep(denoise: Denoise, x: Tensor, steps: Sequence[Step], *, data: bool) -> Tensor:
+    """Follow DPM-Solver-1, -2, -3 (Lu et al. 2022a, algorithms 1 and 2) or 2S, 3S, with r1, r2 as the inner points lie.
+
+    Order 3 needs r2 = 2/3 up to O(h): true of every smooth spacing, exact in log-SNR spacing.
+    """
+    for step in steps:
+        start, *inner = step.calls
+        flow = _flow(start, step.end, data)
+        f0 = _predict(denoise, x, start, data)
+        change = flow.w1 * f0
+        if inner:
+            to1 = _flow(start, inner[0], data)
+            r1 = to1.h / flow.h
+            d1 = _predict(denoise, to1.decay * x + to1.w1 * f0, inner[0], data) - f0
+            if step.order == 2:
+                change = change + (0.5 / r1 * flow.w1) * d1
+            else:
+                to2 = _flow(start, inner[1], data)
+                r2 = to2.h / flow.h
+                x2 = to2.decay * x + to2.w1 * f0 + (r2 / r1 * to2.w2) * d1
+                d2 = _predict(denoise, x2, inner[1], data) - f0
+                change = change + (flow.w2 / r2) * d2
+        x = flow.decay * x + change
+    return x
+
+
+def _multistep(denoise: Denoise, x: Tensor, steps: Sequence[Step], *, data: bool) -> Tensor:
+    """Follow Adams-Bashforth in lambda: derivatives from earlier predictions (Lu et al. 2022b, Algorithm 2).
+
+    Order 3 takes f' and f'' from divided differences; f'' is twice the second one, without which the order is lost.
+    """
+    past: list[tuple[float, Tensor]] = []  # (lambda, prediction), newest first
+    for step in steps:
+        flow = _flow(step.calls[0], step.end, data)
+        past = [(-math.log(step.calls[0]), _predict(denoise, x, step.calls[0], data)), *past[: step.order - 1]]
+        (lambda0, f0), *older = past
+        change = flow.w1 * f0
+        if older:
+            lambda1, f1 = older[0]
+            first = (f0 - f1) / (lambda0 - lambda1)
+            if step.order == 2:
+                change = change + (0.5 * flow.w1 * flow.h) * first
+            else:
+                lambda2, f2 = older[1]
+                second = (first - (f1 - f2) / (lambda1 - lambda2)) / (lambda0 - lambda2)
+                slope = first + (lambda0 - lambda1) * second
+                change = change + (flow.w2 * flow.h) * slope + (2.0 * flow.w3 * flow.h**2) * second
+        x = flow.decay * x + change
+    return x
+
+
+def _add_noise(x: Tensor, std: float, noise: Noise | None, step: int) -> Tensor:
+    if std == 0:
+        return x
+    assert noise is not None  # sample() refuses a stochastic plan without it
+    return x + std * noise(step).to(x)
+
+
+def _ddim(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise | None) -> Tensor:
+    """Follow DDIM with eta (Song et al. 2021, eq. 12, divided by sqrt(alpha))."""
+    for i, step in enumerate(steps):
+        denoised = denoise(x, step.calls[0])
+        direction = math.sqrt(step.end**2 - step.noise_std**2) / step.calls[0]
+        x = denoised + direction * (x - denoised)
+        x = _add_noise(x, step.noise_std, noise, i)
+    return x
+
+
+def _heun(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise | None) -> Tensor:
+    """Follow Heun's method in sigma with churn (Karras et al. 2022, algorithms 1 and 2); the last step is Euler's."""
+    for i, step in enumerate(steps):
+        start, *corrected = step.calls
+        x = _add_noise(x, step.noise_std, noise, i)
+        slope = (x - denoise(x, start)) / start
+        ahead = x + (step.end - start) * slope
+        if corrected:
+            slope = 0.5 * (slope + (ahead - denoise(ahead, step.end)) / step.end)
+            ahead = x + (step.end - start) * slope
+        x = ahead
+    return x

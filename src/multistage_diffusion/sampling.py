@@ -1,0 +1,70 @@
+"""Images from a denoiser: numbered samples, drawn in batches, each independent of the batch it was drawn in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .config import SamplingConfig
+from .contracts import Conditioning, Denoiser
+from .data import to_uint8
+from .samplers import make_plan, sample, start_noise, step_noise
+from .schedules import NoiseSchedule
+
+
+def sample_images(
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    count: int,
+    *,
+    config: SamplingConfig,
+    schedule: NoiseSchedule,
+    seed: int = 0,
+    batch: int = 256,
+    labels: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Draw samples 0 .. count-1 of a seed.
+
+    Args:
+        denoiser: any Denoiser.
+        shape: of one image (C, H, W).
+        count: number of samples.
+        config: solver and calls.
+        schedule: of the run; gives the default range and the time of spacing "time".
+        seed: with the sample's number, decides its noise.
+        batch: samples drawn at once; changes speed and memory, not the noise of any sample.
+        labels: int64 (count,) class labels, or None.
+        device: where.
+        progress: called with (denoiser calls times images done, in all).
+
+    Returns:
+        uint8 (count, C, H, W) on the CPU.
+
+    Raises:
+        ValueError: if count or batch is not positive, or the sampler's settings do not fit.
+    """
+    if count < 1 or batch < 1:
+        raise ValueError(f"count={count} and batch={batch} must be positive")
+    plan = make_plan(config, schedule)
+    images = []
+    for first in range(0, count, batch):
+        index = torch.arange(first, min(first + batch, count), device=device)
+
+        def report(calls: int, _: int, first: int = first, size: int = len(index)) -> None:
+            if progress is not None:
+                progress(first * len(plan.calls) + calls * size, count * len(plan.calls))
+
+        end = sample(
+            denoiser,
+            start_noise(seed, index, shape, plan),
+            plan,
+            None if labels is None else Conditioning(labels=labels[first : first + len(index)].to(device)),
+            noise=step_noise(seed, index, shape),
+            progress=report,
+        )
+        images.append(to_uint8(end).cpu())
+    return torch.cat(images)

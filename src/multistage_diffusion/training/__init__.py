@@ -1,0 +1,1 @@
+"""Training: batches, objective, EMA, checkpoints and the trainer."""

@@ -1,0 +1,169 @@
+"""Training rows as pure functions of (seed, step, stage, row): which images, how noisy, flipped or not, labelled or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import keyed
+from ..config import RunConfig, TrainingConfig
+from ..contracts import Conditioning
+from ..data import ImageData, to_float
+from ..schedules import SigmaPrior
+from ..stages import Stages
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows sorted by stage.
+
+    Attributes:
+        y: clean images in [-1, 1], float32 (B, C, H, W).
+        noise: standard normal, same shape.
+        sigma: float64 (B,).
+        counts: rows of each stage.
+        cond: labels, or None.
+    """
+
+    y: Tensor
+    noise: Tensor
+    sigma: Tensor
+    counts: tuple[int, ...]
+    cond: Conditioning | None
+
+
+def stage_shares(training: TrainingConfig, stages: Stages, prior: SigmaPrior) -> tuple[float, ...]:
+    """Return the share of rows (or of steps) that each stage gets; they add up to 1."""
+    if training.shares == "prior":
+        return prior_masses(stages, prior)
+    raw = (1.0,) * len(stages) if training.shares == "uniform" else training.shares
+    return tuple(s / sum(raw) for s in raw)
+
+
+def stage_weights(training: TrainingConfig, stages: Stages, prior: SigmaPrior) -> tuple[float, ...]:
+    """Return lambda_k of the objective sum_k lambda_k (mean loss of stage k), scaled to add up to 1."""
+    if training.weights == "prior":
+        return prior_masses(stages, prior)
+    if training.weights == "shares":
+        return stage_shares(training, stages, prior)
+    return tuple(w / sum(training.weights) for w in training.weights)
+
+
+def prior_masses(stages: Stages, prior: SigmaPrior) -> tuple[float, ...]:
+    """Return the training density's mass on each stage."""
+    return tuple(prior.mass(*stages.interval(k)) for k in range(len(stages)))
+
+
+def allocate(batch: int, shares: Sequence[float]) -> tuple[int, ...]:
+    """Divide a batch over the stages by largest remainder, at least one row for each stage with a share.
+
+    The counts are the same at every step: shapes stay static, and the objective's weights never depend on them.
+
+    Raises:
+        ValueError: if there are fewer rows than stages.
+    """
+    active = [s > 0 for s in shares]
+    if batch < sum(active):
+        raise ValueError(
+            f"training.batch={batch} is too small for {sum(active)} stages; use at least one row per stage"
+        )
+    exact = [batch * s for s in shares]
+    counts = [max(int(e), int(a)) for e, a in zip(exact, active, strict=True)]
+    while sum(counts) != batch:
+        step = 1 if sum(counts) < batch else -1
+        movable = [k for k in range(len(counts)) if active[k] and (step > 0 or counts[k] > 1)]
+        counts[max(movable, key=lambda k: step * (exact[k] - counts[k]))] += step
+    return tuple(counts)
+
+
+class BatchSource:
+    """Draws training rows from a data set held as uint8, on the device when it fits there."""
+
+    device_budget = 4 << 30  # bytes of images kept on an accelerator
+
+    def __init__(self, config: RunConfig, data: ImageData, device: torch.device) -> None:
+        self.training, self.stages, self.prior = config.training, config.stages, config.diffusion.prior
+        self.device = device
+        self.images = torch.from_numpy(data.images)
+        if device.type != "cpu" and self.images.nbytes <= self.device_budget:
+            self.images = self.images.to(device)
+        wanted = config.network.num_classes > 0
+        if wanted and data.labels is None:
+            raise ValueError(
+                f"network.num_classes={config.network.num_classes} but data {data.name!r} has no labels; set it to 0"
+            )
+        self.labels = torch.from_numpy(data.labels).to(device) if wanted and data.labels is not None else None
+        self._orders: dict[int, tuple[int, Tensor]] = {}
+
+    def draw(self, step: int, counts: Sequence[int], part: int = 0, parts: int = 1) -> Batch:
+        """Draw the rows of one step, or one of several equal parts of them (gradient accumulation).
+
+        Row r of stage k is the same whatever the other stages' counts, the parts or the number of processes.
+        """
+        picks, sigmas, rows, sizes = [], [], [], []
+        seed = self.training.seed
+        for stage, count in enumerate(counts):
+            row = torch.arange(count * part // parts, count * (part + 1) // parts)
+            sizes.append(len(row))
+            if len(row) == 0:
+                continue
+            keyed_row = (stage << 32) + row
+            u = keyed.uniform((seed, "sigma", step), keyed_row, 1)[:, 0]
+            sigmas.append(self.prior.sample_within(u, *self.stages.interval(stage)))
+            picks.append(self._pick(stage, step * count + row))
+            rows.append(keyed_row)
+        return self._assemble(step, torch.cat(picks), torch.cat(sigmas), torch.cat(rows), tuple(sizes))
+
+    def _pick(self, stage: int, position: Tensor) -> Tensor:
+        """Return the images at positions of a stage's endless stream: a fresh permutation for every epoch."""
+        size = len(self.images)
+        picked = torch.empty_like(position)
+        for epoch in torch.unique(position // size).tolist():
+            inside = position // size == epoch
+            picked[inside] = self._order(stage, epoch)[position[inside] % size]
+        return picked
+
+    def _order(self, stage: int, epoch: int) -> Tensor:
+        known = self._orders.get(stage)
+        if known is None or known[0] != epoch:
+            order = torch.randperm(
+                len(self.images), generator=keyed.generator((self.training.seed, "order", stage, epoch))
+            )
+            known = self._orders[stage] = (epoch, order)
+        return known[1]
+
+    def _assemble(self, step: int, pick: Tensor, sigma: Tensor, rows: Tensor, counts: tuple[int, ...]) -> Batch:
+        seed = self.training.seed
+        rows, sigma = rows.to(self.device), sigma.to(self.device)
+        y = to_float(self.images[pick.to(self.images.device)].to(self.device))
+        noise = keyed.normal((seed, "noise", step), rows, y.shape[1:])
+        coins = keyed.uniform((seed, "coins", step), rows, 2)
+        if self.training.flip:
+            y = torch.where((coins[:, 0] < 0.5)[:, None, None, None], y.flip(-1), y)
+        cond = None
+        if self.labels is not None:
+            labels = self.labels[pick.to(self.device)]
+            cond = Conditioning(labels=torch.where(coins[:, 1] < self.training.label_dropout, -1, labels))
+        return Batch(y, noise, sigma, counts, cond)
+
+
+def held_out_batch(config: RunConfig, data: ImageData, stage: int, device: torch.device) -> Batch:
+    """Return one stage's held-out rows: the same images and noise at every evaluation, no flips, labels kept."""
+    count = config.training.held_out_rows
+    row = torch.arange(count)
+    key = (config.training.seed, "held-out", stage)
+    # evenly spread noise levels: a stratified draw has far less variance than an independent one
+    u = (row + keyed.uniform(key, row, 1)[:, 0]) / count
+    pick = row % len(data)
+    y = to_float(torch.from_numpy(data.images[pick.numpy()])).to(device)
+    labels = torch.from_numpy(data.labels[pick.numpy()]).to(device) if data.labels is not None else None
+    return Batch(
+        y=y,
+        noise=keyed.normal(key, row.to(device), y.shape[1:]),
+        sigma=config.diffusion.prior.sample_within(u, *config.stages.interval(stage)).to(device),
+        counts=tuple(count if k == stage else 0 for k in range(len(config.stages))),
+        cond=Conditioning(labels=labels) if config.network.num_classes else None,
+    )

@@ -1,0 +1,75 @@
+"""What may happen beside training: sample grids, TensorBoard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..pictures import grid, save_png
+from ..sampling import sample_images
+from .trainer import Callback, Trainer
+
+
+class SampleGrid(Callback):
+    """Draws the same noise through the averaged weights every training.sample_every steps: RUN/samples/step_N.png."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def stepped(self, trainer: Trainer) -> None:
+        """Draw a grid when its time has come."""
+        config, training = trainer.config, trainer.config.training
+        if not training.sample_every or trainer.step % training.sample_every:
+            return
+        images = sample_images(
+            trainer.ema.module,
+            self.shape,
+            training.sample_count,
+            config=config.sampling,
+            schedule=config.diffusion.schedule,
+            seed=training.seed,
+            labels=example_labels(config.network.num_classes, training.sample_count),
+            device=trainer.device,
+        )
+        save_png(grid(images), trainer.run.path / "samples" / f"step_{trainer.step:08d}.png")
+
+
+def example_labels(classes: int, count: int) -> torch.Tensor | None:
+    """Return labels 0, 1, .. in turn, None for an unconditional network."""
+    return torch.arange(count) % classes if classes else None
+
+
+class TensorBoard(Callback):
+    """Writes every logged number to RUN/tensorboard (extra `track`).
+
+    Raises:
+        ValueError: if tensorboard is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("tensorboard is not installed: pip install 'multistage-diffusion[track]'") from None
+        self._make = SummaryWriter
+        self._writer: Any = None
+
+    def started(self, trainer: Trainer) -> None:
+        """Open the event file; what was logged after the resumed step is hidden."""
+        self._writer = self._make(str(trainer.run.path / "tensorboard"), purge_step=trainer.step + 1)
+
+    def logged(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """Write a record's numbers."""
+        for stage, loss in enumerate(record["loss"], start=1):
+            if loss is not None:
+                self._writer.add_scalar(f"loss/{record['kind']}/stage {stage}", loss, record["step"])
+        for name, norm in record.get("grad_norm", {}).items():
+            self._writer.add_scalar(f"gradient norm/{name}", norm, record["step"])
+        for name in ("lr", "images_per_s"):
+            if name in record:
+                self._writer.add_scalar(name, record[name], record["step"])
+
+    def finished(self, trainer: Trainer) -> None:
+        """Close the event file."""
+        self._writer.close()

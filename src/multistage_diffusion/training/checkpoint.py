@@ -1,0 +1,147 @@
+"""Checkpoints: a folder that is either wholly there or not at all, holding safetensors and JSON only.
+
+checkpoints/step_00001000/model.safetensors      weights
+                          ema.safetensors        averaged weights
+                          optimizer.safetensors  Adam's moments, named after their parameters
+                          state.json             step, images, scores, running sums, the whole run configuration
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ..serialization import read_json, to_dict
+
+_PREFIX, _TEMPORARY = "step_", ".writing-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is saved: tensors by file, and JSON-able state (holding at least `step`)."""
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint under a temporary name, fsync every file, then rename: an older one is never touched.
+
+    Raises:
+        OSError: if it cannot be written (a full disk); what was there before is intact.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{_PREFIX}{checkpoint.state['step']:08d}"
+    temporary = folder / f"{_TEMPORARY}{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process killed in mid-write
+    try:
+        temporary.mkdir()
+        for name in ("model", "ema", "optimizer"):
+            tensors = {k: v.detach().cpu().contiguous() for k, v in getattr(checkpoint, name).items()}
+            _write(temporary / f"{name}.safetensors", save(tensors))
+        _write(temporary / "state.json", json.dumps(to_dict(checkpoint.state), indent=1).encode())
+        _sync(temporary)
+        if final.exists():  # the same step saved again after a resume
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first."""
+    return sorted(p for p in folder.glob(f"{_PREFIX}*") if (p / "state.json").exists())
+
+
+def checkpoint_step(path: Path) -> int:
+    """Return the step of a checkpoint folder."""
+    return int(path.name.removeprefix(_PREFIX))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's state.json."""
+    state: dict[str, Any] = read_json(path / "state.json")
+    return state
+
+
+def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    """Return "model", "ema" or "optimizer" tensors of a checkpoint, on the CPU.
+
+    Raises:
+        ValueError: if the file is missing or damaged, naming it.
+    """
+    file = path / f"{name}.safetensors"
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); choose another checkpoint") from None
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """Return the kept checkpoint with the lowest `score`, None if none has one."""
+    scored = [
+        (state["score"], p) for p in list_checkpoints(folder) if (state := read_state(p)).get("score") is not None
+    ]
+    return min(scored)[1] if scored else None
+
+
+def prune(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Delete all checkpoints but the newest ones, the best, and every keep_every steps."""
+    found = list_checkpoints(folder)
+    best = best_checkpoint(folder)
+    for path in found[:-keep_last]:
+        if path != best and not (keep_every and checkpoint_step(path) % keep_every == 0):
+            # renamed first, so that a half-deleted one is never taken for a checkpoint
+            doomed = folder / f"{_TEMPORARY}{path.name}"
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """Return an optimiser's state as named tensors; parameters never stepped have none."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in module.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put named tensors back into an optimiser, bit for bit."""
+    parameters = dict(module.named_parameters())
+    for key, value in tensors.items():
+        name, field = key.rsplit(".", 1)
+        parameter = parameters[name]
+        # Adam's step counter stays on the CPU unless the optimiser is fused on the parameter's device
+        target = parameter.device if field != "step" or optimizer.param_groups[0].get("fused") else torch.device("cpu")
+        optimizer.state[parameter][field] = value.to(target)

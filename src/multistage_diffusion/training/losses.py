@@ -1,0 +1,34 @@
+"""The objective: sum over stages of lambda_k times the mean loss over the rows of stage k."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..denoisers import MultiStageDenoiser
+from .batches import Batch
+
+
+def stage_losses(denoiser: MultiStageDenoiser, batch: Batch) -> list[Tensor]:
+    """Return each stage's summed row losses, float32 scalars; a row's loss is the mean squared error of F.
+
+    That is the denoising error weighted by 1/c_out²: eps-prediction's plain loss, EDM's lambda(sigma), velocity matching.
+    """
+    x = batch.y + batch.sigma.to(batch.y.dtype)[:, None, None, None] * batch.noise
+    target = denoiser.preconditioning.target(batch.y, batch.noise, batch.sigma)
+    output = denoiser.output(x, batch.sigma, batch.counts, batch.cond).to(target.dtype)
+    rows = (output - target).square().flatten(1).mean(1)
+    return [part.sum() for part in torch.split(rows, list(batch.counts))]
+
+
+def objective(sums: Sequence[Tensor], weights: Sequence[float], counts: Sequence[int]) -> Tensor:
+    """Return sum_k weights[k] * sums[k] / counts[k], over the stages with rows.
+
+    Args:
+        sums: summed row losses of each stage in this pass.
+        weights: lambda_k.
+        counts: rows of each stage in the whole step, so that accumulated passes add up to the same objective.
+    """
+    return torch.stack([w / c * s for s, w, c in zip(sums, weights, counts, strict=True) if c > 0]).sum()

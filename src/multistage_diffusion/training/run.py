@@ -1,0 +1,203 @@
+"""A run's folder: where everything is, how it is opened, locked and logged.
+
+RUN/config.json      the run configuration        RUN/checkpoints/   see checkpoint.py
+RUN/split.json       the split its stages come from (if any)
+RUN/metrics.jsonl    training and held-out losses RUN/samples/       grids drawn during training
+RUN/launches.jsonl   every command that trained it
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..config import DataConfig, RunConfig
+from ..data import ImageData, open_configured
+from ..denoisers import MultiStageDenoiser, build_denoiser
+from ..serialization import from_dict, read_json, to_dict, write_atomic, write_json
+from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, load_tensors
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder that holds a run."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The run configuration."""
+        return self.path / "config.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """Losses, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig, *, replace: bool = False) -> Run:
+        """Make a run's folder.
+
+        Args:
+            path: where.
+            config: what it is going to train.
+            replace: move an existing run aside (to PATH.replaced-TIME) instead of refusing.
+
+        Raises:
+            ValueError: if there is a run, or anything else, at path.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if not replace:
+                raise ValueError(
+                    f"{path}: exists; resume it (--resume {path}), choose another --out, or give --replace"
+                )
+            path.rename(path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path)
+        write_json(run.config_file, config)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Open an existing run.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        run = cls(path)
+        if not run.config_file.exists():
+            raise ValueError(f"{path}: not a run (no {run.config_file.name}); train one with msdiff train --out {path}")
+        return run
+
+    def config(self) -> RunConfig:
+        """Read the run configuration."""
+        try:
+            return from_dict(RunConfig, read_json(self.config_file))
+        except ValueError as error:
+            raise ValueError(f"{self.config_file}: {error}") from None
+
+    def data(self, config: DataConfig | None = None) -> ImageData:
+        """Open the run's whole data set.
+
+        Args:
+            config: where the data are now, if they have moved; default: where they were at the start.
+
+        Raises:
+            ValueError: if the data are not those that the run was started on.
+        """
+        return open_configured(config or self.config().data)
+
+    def checkpoint(self, which: str = "best") -> Path:
+        """Return the folder of a checkpoint.
+
+        Args:
+            which: "latest", "best" (lowest held-out loss; the latest if none was scored) or a step.
+
+        Raises:
+            ValueError: if there is no such checkpoint, listing those there are.
+        """
+        found = list_checkpoints(self.checkpoints)
+        if not found:
+            raise ValueError(f"{self.path}: has no checkpoint yet; continue it with msdiff train --resume {self.path}")
+        if which == "latest":
+            return found[-1]
+        if which == "best":
+            return best_checkpoint(self.checkpoints) or found[-1]
+        for path in found:
+            if which.isdigit() and checkpoint_step(path) == int(which):
+                return path
+        steps = ", ".join(str(checkpoint_step(p)) for p in found)
+        raise ValueError(f"checkpoint {which!r}: not kept in {self.path}; choose latest, best or one of {steps}")
+
+    def denoiser(
+        self,
+        which: str = "best",
+        weights: Literal["ema", "model"] = "ema",
+        device: torch.device | str = "cpu",
+    ) -> MultiStageDenoiser:
+        """Load a checkpoint's denoiser, ready for sampling."""
+        denoiser = build_denoiser(self.config())
+        denoiser.load_state_dict(load_tensors(self.checkpoint(which), weights))
+        return denoiser.to(device).eval().requires_grad_(False)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Read metrics.jsonl; a last line torn by a kill is ignored."""
+        return read_lines(self.metrics_file)
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop what was logged after a checkpoint's step: those steps are going to be run again."""
+        kept = [r for r in self.records() if r["step"] <= step]
+        write_atomic(self.metrics_file, "".join(json.dumps(r) + "\n" for r in kept).encode())
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        append_line(self.metrics_file, record)
+
+    def log_launch(self, device: torch.device) -> None:
+        """Append the command that trains this run to launches.jsonl."""
+        from .. import __version__
+
+        command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+        launch = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": command,
+            "version": __version__,
+            "torch": torch.__version__,
+            "device": device_name(device),
+        }
+        append_line(self.path / "launches.jsonl", launch)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run: two processes must not train it at once.
+
+        Raises:
+            ValueError: if another process holds it.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f"{self.path}: another process is training this run; wait for it or stop it") from None
+            yield
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines file; a torn last line is ignored, a missing file is empty."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON object as a line."""
+    with path.open("a") as file:
+        file.write(json.dumps(to_dict(record)) + "\n")
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,368 @@
+"""The trainer: one run from its first step, or its last checkpoint, to its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import keyed
+from ..config import RunConfig
+from ..data import ImageData
+from ..denoisers import MultiStageDenoiser, build_denoiser
+from . import checkpoint as ckpt
+from .batches import BatchSource, allocate, held_out_batch, stage_shares, stage_weights
+from .ema import EMA
+from .losses import objective, stage_losses
+from .run import Run
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient stopped being finite; the optimiser step was not taken."""
+
+
+class Callback:
+    """What may happen beside training; every method does nothing unless overridden."""
+
+    def started(self, trainer: Trainer) -> None:
+        """Training begins (or goes on) at trainer.step."""
+
+    def stepped(self, trainer: Trainer) -> None:
+        """One iteration has been done."""
+
+    def logged(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """A line was added to metrics.jsonl."""
+
+    def finished(self, trainer: Trainer) -> None:
+        """Training has ended, or stops early with a checkpoint."""
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Return the device asked for, or CUDA when there is one, else the CPU.
+
+    Raises:
+        ValueError: if CUDA is asked for and absent.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r} is unknown; use cpu, cuda or cuda:N") from None
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: no CUDA device is available; use --device cpu")
+    return resolved
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return the autocast type of a precision setting on a device, None for plain fp32."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+class Trainer:
+    """Trains one run.
+
+    Args:
+        run: its folder, holding the configuration; with a checkpoint, training goes on from the latest.
+        data: training images.
+        held_out: held-out images, or None.
+        device: where; default CUDA when there is one.
+        callbacks: see Callback.
+
+    Raises:
+        ValueError: if data, run and configuration do not fit.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        data: ImageData,
+        held_out: ImageData | None = None,
+        *,
+        device: str | torch.device | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.run, self.config = run, run.config()
+        self.device = resolve_device(device)
+        self.callbacks = list(callbacks)
+        config, training = self.config, self.config.training
+        if data.shape[0] != config.network.channels:
+            raise ValueError(f"network.channels={config.network.channels} but the images have {data.shape[0]} channels")
+        self.shares = stage_shares(training, config.stages, config.diffusion.prior)
+        self.weights = stage_weights(training, config.stages, config.diffusion.prior)
+        self.counts = allocate(training.batch, self.shares)
+        self.source = BatchSource(config, data, self.device)
+        self.held_out = held_out if held_out is not None and len(held_out) else None
+
+        torch.manual_seed(keyed.fold((training.seed, "initial weights")) >> 1)
+        self.denoiser = build_denoiser(config).to(self.device)
+        self.ema = EMA(self.denoiser, training.ema_halflife, training.ema_rampup)
+        self.optimizer = make_optimizer(config, self.denoiser)
+        self.autocast = autocast_dtype(training.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
+        self.parts = {
+            name: [p for p in part.parameters() if p.requires_grad]
+            for name, part in self.denoiser.network.parts().items()
+        }
+        self.step, self.stopping = 0, False
+        self.sums = RunningSums(len(config.stages))
+        latest = ckpt.list_checkpoints(run.checkpoints)
+        if latest:
+            self._restore(latest[-1])
+
+    @property
+    def images(self) -> int:
+        """Images seen so far."""
+        return self.step * self.config.training.batch
+
+    def fit(self) -> None:
+        """Train to the end (or until `stop`), leaving a checkpoint of the last step.
+
+        Raises:
+            TrainingDiverged: if a loss is not finite; the last good checkpoint stays.
+            OSError: if a checkpoint cannot be written; the previous one stays.
+        """
+        training = self.config.training
+        with self.run.locked():
+            self.run.rewind_metrics(self.step)
+            self.run.log_launch(self.device)
+            self._tell("started")
+            self._clock = time.perf_counter()
+            while self.step < training.steps and not self.stopping:
+                self._iterate()
+                self._tell("stepped")
+                last = self.step == training.steps
+                if self.step % training.log_every == 0 or last:
+                    self._log_training()
+                score = None
+                if training.held_out_every and self.held_out and (self.step % training.held_out_every == 0 or last):
+                    score = self._log_held_out()
+                if self.step % training.checkpoint_every == 0 or last or self.stopping:
+                    self.save(score)
+            self._tell("finished")
+
+    def stop(self) -> None:
+        """Ask fit to end after the current step with a checkpoint."""
+        self.stopping = True
+
+    # -- one iteration ------------------------------------------------------------------------------------------------
+
+    def _iterate(self) -> None:
+        torch.manual_seed(keyed.fold((self.config.training.seed, "dropout", self.step)) >> 1)
+        for counts, weights in self._plan():
+            self._optimize(counts, weights)
+        self.ema.update(self.config.training.batch, self.images)
+        self.step += 1
+        self.sums.steps += 1
+
+    def _plan(self) -> Iterator[tuple[tuple[int, ...], tuple[float, ...]]]:
+        """Yield the optimiser steps of this iteration: rows and objective weights of every stage."""
+        training, stages = self.config.training, range(len(self.shares))
+        if training.update_mode == "mixed":
+            yield self.counts, self.weights
+        elif training.update_mode == "sequential":
+            for k in stages:
+                if self.counts[k]:
+                    yield tuple(c if j == k else 0 for j, c in enumerate(self.counts)), self.weights
+        else:
+            u = keyed.uniform((training.seed, "stage"), torch.tensor([self.step]), 1).item()
+            bounds = torch.tensor(self.shares, dtype=torch.float64).cumsum(0)
+            k = min(int(torch.searchsorted(bounds, u, right=True)), len(bounds) - 1)
+            # a stage drawn with probability share counts weight/share, so that the expected objective is the same
+            yield (
+                tuple(training.batch if j == k else 0 for j in stages),
+                tuple(
+                    w / s if j == k and s else 0.0
+                    for j, (w, s) in enumerate(zip(self.weights, self.shares, strict=True))
+                ),
+            )
+
+    def _optimize(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> None:
+        training, optimizer = self.config.training, self.optimizer
+        self.denoiser.train()
+        optimizer.zero_grad(set_to_none=True)
+        parts = min(training.accumulate, max(counts))
+        totals = torch.zeros(len(counts), device=self.device)
+        for part in range(parts):
+            batch = self.source.draw(self.step, counts, part, parts)
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                sums = stage_losses(self.denoiser, batch)
+            self.scaler.scale(objective(sums, weights, counts)).backward()  # type: ignore[no-untyped-call]
+            totals += torch.stack(sums).detach()
+        losses = (totals / totals.new_tensor([max(c, 1) for c in counts])).tolist()
+        self._refuse_non_finite(losses, [f"stage {k + 1}" for k in range(len(losses))], "loss")
+        self.scaler.unscale_(optimizer)
+        norms = self._clip()
+        if not self.scaler.is_enabled():  # scaled fp16 gradients may overflow: the scaler skips that step
+            self._refuse_non_finite(list(norms.values()), list(norms), "gradient")
+        self._warm_up()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        self.sums.add([x if c else None for x, c in zip(losses, counts, strict=True)], norms)
+
+    def _refuse_non_finite(self, values: Sequence[float], names: Sequence[str], what: str) -> None:
+        bad = [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
+        if bad:
+            found = ckpt.list_checkpoints(self.run.checkpoints)
+            kept = (
+                f"the checkpoint of step {ckpt.checkpoint_step(found[-1])} is intact" if found else "no checkpoint yet"
+            )
+            raise TrainingDiverged(
+                f"the {what} of {', '.join(bad)} is not finite at step {self.step + 1}; stopped before the optimiser step, "
+                f"{kept}; lower optimizer.lr or set training.precision=fp32"
+            )
+
+    def _clip(self) -> dict[str, float]:
+        """Clip gradients by the norm of the whole model or of each part; return each part's norm before clipping."""
+        limit, scope = self.config.optimizer.clip, self.config.optimizer.clip_scope
+        grads = {name: [p.grad for p in part if p.grad is not None] for name, part in self.parts.items()}
+        grads = {name: g for name, g in grads.items() if g}
+        norms = {name: nn.utils.get_total_norm(g) for name, g in grads.items()}
+        if limit is not None:
+            whole = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+            for name, part in grads.items():
+                norm = norms[name] if scope == "part" else whole
+                torch._foreach_mul_(part, (limit / (norm + 1e-6)).clamp(max=1.0))
+        return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
+
+    def _warm_up(self) -> None:
+        settings = self.config.optimizer
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * min(1.0, (self.step + 1) / max(settings.warmup_steps, 1))
+
+    # -- logging and checkpoints --------------------------------------------------------------------------------------
+
+    def _log_training(self) -> None:
+        seconds = time.perf_counter() - self._clock
+        images = self.sums.steps * self.config.training.batch
+        losses, norms = self.sums.means()
+        record = {
+            "kind": "train",
+            "step": self.step,
+            "images": self.images,
+            "loss": losses,
+            "grad_norm": norms,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_s": images / max(seconds, 1e-9),
+            "seconds": seconds,
+        }
+        self.sums.clear()
+        self._clock = time.perf_counter()
+        self._log(record)
+
+    @torch.no_grad()
+    def held_out_losses(self) -> list[float]:
+        """Return each stage's mean loss on held-out rows under the averaged weights (fixed images and noise)."""
+        assert self.held_out is not None
+        losses = []
+        for stage in range(len(self.shares)):
+            batch = held_out_batch(self.config, self.held_out, stage, self.device)
+            losses.append(float(stage_losses(self.ema.module, batch)[stage]) / len(batch.y))
+        return losses
+
+    def _log_held_out(self) -> float:
+        start = time.perf_counter()
+        losses = self.held_out_losses()
+        seconds = time.perf_counter() - start
+        self._clock += seconds  # not counted in the training rate
+        self._log({"kind": "held_out", "step": self.step, "images": self.images, "loss": losses, "seconds": seconds})
+        return sum(w * x for w, x in zip(self.weights, losses, strict=True))
+
+    def _log(self, record: dict[str, Any]) -> None:
+        self.run.log(record)
+        for callback in self.callbacks:
+            callback.logged(self, record)
+
+    def _tell(self, event: str) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self)
+
+    def save(self, score: float | None = None) -> None:
+        """Write a checkpoint of this step and prune the older ones."""
+        training = self.config.training
+        state = {
+            "step": self.step,
+            "images": self.images,
+            "score": score,
+            "sums": dataclasses.asdict(self.sums),
+            "scaler": self.scaler.state_dict(),
+            "config": self.config,
+        }
+        ckpt.save_checkpoint(
+            self.run.checkpoints,
+            ckpt.Checkpoint(
+                model=self.denoiser.state_dict(),
+                ema=self.ema.module.state_dict(),
+                optimizer=ckpt.optimizer_tensors(self.optimizer, self.denoiser),
+                state=state,
+            ),
+        )
+        ckpt.prune(self.run.checkpoints, training.keep_last, training.keep_every)
+
+    def _restore(self, path: Any) -> None:
+        state = ckpt.read_state(path)
+        self.denoiser.load_state_dict(ckpt.load_tensors(path, "model"))
+        self.ema.module.load_state_dict(ckpt.load_tensors(path, "ema"))
+        ckpt.restore_optimizer(self.optimizer, self.denoiser, ckpt.load_tensors(path, "optimizer"))
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.sums = RunningSums(**state["sums"])
+        self.step = state["step"]
+
+
+@dataclasses.dataclass
+class RunningSums:
+    """Losses and gradient norms since the last log line; part of a checkpoint, so that a resumed log is the same."""
+
+    stages: int
+    steps: int = 0
+    loss: list[float] = dataclasses.field(default_factory=list)
+    rows: list[int] = dataclasses.field(default_factory=list)
+    norm: dict[str, float] = dataclasses.field(default_factory=dict)
+    seen: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.loss = self.loss or [0.0] * self.stages
+        self.rows = self.rows or [0] * self.stages
+
+    def add(self, losses: Sequence[float | None], norms: dict[str, float]) -> None:
+        """Add one optimiser step's mean losses (None: no rows) and gradient norms."""
+        for k, loss in enumerate(losses):
+            if loss is not None:
+                self.loss[k] += loss
+                self.rows[k] += 1
+        for name, value in norms.items():
+            self.norm[name] = self.norm.get(name, 0.0) + value
+            self.seen[name] = self.seen.get(name, 0) + 1
+
+    def means(self) -> tuple[list[float | None], dict[str, float]]:
+        """Return the mean loss per stage (None: not seen) and the mean norm per part."""
+        losses = [s / n if n else None for s, n in zip(self.loss, self.rows, strict=True)]
+        return losses, {name: value / self.seen[name] for name, value in self.norm.items()}
+
+    def clear(self) -> None:
+        """Start a new interval."""
+        self.__init__(self.stages)  # type: ignore[misc]
+
+
+def make_optimizer(config: RunConfig, module: MultiStageDenoiser) -> torch.optim.Optimizer:
+    """Return Adam or AdamW over all parameters; those without a gradient are not stepped, decayed or averaged."""
+    settings = config.optimizer
+    kind = torch.optim.AdamW if settings.kind == "adamw" else torch.optim.Adam
+    return kind(
+        module.parameters(),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )

@@ -1,0 +1,131 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from multistage_diffusion.data import open_data
+
+
+def pixels(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((5, 4, 6), None),
+        ((5, 1, 4, 6), (0, 1, 2, 3)),
+        ((5, 3, 4, 6), (0, 1, 2, 3)),
+        ((5, 4, 6, 3), (0, 3, 1, 2)),
+        ((5, 4, 6, 1), (0, 3, 1, 2)),
+        ((3, 3, 5, 4), (0, 1, 2, 3)),
+    ],
+)
+def test_every_layout_becomes_channels_first(tmp_path, suffix, shape, axes):
+    images = pixels(*shape)
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "npy":
+        np.save(path, images)
+    else:
+        np.savez(path, images)
+    expected = images[:, None] if axes is None else images.transpose(axes)
+    data = open_data(path)
+    np.testing.assert_array_equal(data.images, expected)
+    assert data.labels is None
+
+
+def test_a_npy_file_is_memory_mapped(tmp_path):
+    np.save(tmp_path / "a.npy", pixels(5, 4, 6, 3))
+    assert isinstance(open_data(tmp_path / "a.npy").images, np.memmap)
+
+
+@pytest.mark.parametrize("keys", [("images", "labels"), ("images", "label"), ("arr_0", "arr_1")])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_keys(tmp_path, keys, save):
+    save(tmp_path / "a.npz", **{keys[0]: pixels(4, 2, 5), keys[1]: np.array([2, 0, 1, 2], np.uint8)})
+    data = open_data(tmp_path / "a.npz")
+    np.testing.assert_array_equal(data.images[:, 0], pixels(4, 2, 5))
+    assert data.labels.tolist() == [2, 0, 1, 2]
+    assert data.labels.dtype == np.int64
+
+
+def test_sizes_are_held_to_or_fitted(tmp_path):
+    colours = np.full((2, 4, 12, 3), (10, 20, 30), np.uint8)
+    colours[:, :, :4] = 255
+    colours[:, :, 8:] = 255
+    np.save(tmp_path / "a.npy", colours)
+    assert isinstance(open_data(tmp_path / "a.npy", size=(4, 12)).images, np.memmap)
+    with pytest.raises(
+        ValueError, match=r"a\.npy: its images: height x width 4x12 instead of data\.size=4x4; add --fit"
+    ):
+        open_data(tmp_path / "a.npy", size=(4, 4))
+    cropped = open_data(tmp_path / "a.npy", size=(4, 4), fit="crop").images
+    np.testing.assert_array_equal(cropped, np.broadcast_to(np.array([10, 20, 30])[:, None, None], (2, 3, 4, 4)))
+
+
+@pytest.mark.parametrize("fit", ["crop", "resize"])
+@pytest.mark.parametrize("shape", [(3, 9, 14, 3), (3, 14, 9)])
+def test_fitting_an_array_equals_fitting_its_images_in_a_folder(tmp_path, fit, shape):
+    np.save(tmp_path / "a.npy", pixels(*shape))
+    for i, image in enumerate(pixels(*shape)):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    array, folder = (open_data(source, size=(5, 6), fit=fit) for source in (tmp_path / "a.npy", tmp_path))
+    assert array.images.shape[2:] == (5, 6)
+    np.testing.assert_array_equal(array.images, folder.images)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 4, 4, 4), np.uint8), "neither 1 nor 3 channels.*drop the alpha"),
+        (np.zeros((2, 5, 5, 5), np.uint8), "neither 1 nor 3 channels.*convert them to grey or RGB"),
+        (np.zeros((2, 3, 9, 3), np.uint8), r"\(2, 3, 9, 3\) could be \(N, C, H, W\) or \(N, H, W, C\)"),
+        (np.zeros((4, 4), np.uint8), r"images of shape \(4, 4\)"),
+        (np.zeros((0, 4, 4), np.uint8), r"images of shape \(0, 4, 4\)"),
+        (np.zeros((2, 0, 4), np.uint8), r"images of shape \(2, 0, 4\)"),
+        (
+            np.linspace(0, 1, 32).reshape(2, 4, 4),
+            r"float64, not uint8: values in about \[0, 1\].*np\.round\(x \* 255\)",
+        ),
+        (
+            np.linspace(-1, 1, 32, dtype=np.float32).reshape(2, 4, 4),
+            r"float32, not uint8: values in about \[-1, 1\].*np\.round\(\(x \+ 1\) \* 127\.5\)",
+        ),
+        (np.zeros((2, 4, 4), np.int64), "int64, not uint8: convert them to uint8"),
+    ],
+)
+def test_refuses_other_images(tmp_path, images, message):
+    np.save(tmp_path / "a.npy", images)
+    with pytest.raises(ValueError, match=rf"a\.npy: images.*{message}|a\.npy: .*{message}"):
+        open_data(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"pictures": pixels(2, 4, 4)}, "no key images or arr_0 among pictures"),
+        ({"images": pixels(2, 4, 4), "labels": np.zeros(3, np.int64)}, "3 labels for 2 images"),
+        ({"images": pixels(2, 4, 4), "labels": np.zeros((2, 10))}, r"labels must be whole numbers .*\(2, 10\)"),
+        ({"images": pixels(2, 4, 4), "labels": np.array([0, -1])}, "label -1 is not in"),
+        ({"images": pixels(2, 4, 4), "labels": np.array([0, "a"], object)}, "cannot be read as plain NumPy arrays"),
+    ],
+)
+def test_refuses_other_npz_content(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"a\.npz: .*{message}"):
+        open_data(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize("damage", ["empty", "garbage", "truncated", "objects"])
+def test_damaged_files_and_pickles_are_one_line_errors(tmp_path, suffix, damage):
+    path = tmp_path / f"a.{suffix}"
+    images = np.array([{}, {}], object) if damage == "objects" else pixels(20, 8, 8)
+    with path.open("wb") as file:
+        (np.save if suffix == "npy" else np.savez)(file, images)
+    content = path.read_bytes()
+    if damage != "objects":
+        path.write_bytes({"empty": b"", "garbage": b"not an array", "truncated": content[:500]}[damage])
+    with pytest.raises(ValueError, match=rf"a\.{suffix}: cannot be read as plain NumPy arrays") as caught:
+        open_data(path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,166 @@
+import numpy as np
+import pytest
+import torch
+
+from multistage_diffusion.data import ImageData, to_float, to_uint8
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2000, 3, 4, 5), dtype=np.uint8)
+    return ImageData(images, rng.integers(0, 7, 2000), "set")
+
+
+def rows(data):
+    return {image.tobytes() for image in data.images}
+
+
+def test_shape_length_and_classes(data):
+    assert (len(data), data.shape, data.num_classes) == (2000, (3, 4, 5), 7)
+    assert data.class_names == tuple("0123456")
+    unlabelled = ImageData(data.images, None, "set")
+    assert unlabelled.num_classes == 0
+
+
+def test_small_label_types_become_int64(data):
+    converted = ImageData(data.images, data.labels.astype(np.uint8), "set")
+    assert converted.labels.dtype == np.int64
+    np.testing.assert_array_equal(converted.labels, data.labels)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": np.zeros((4, 1, 2, 2))}, r"set: images must be uint8 .*float64"),
+        ({"images": np.zeros((4, 2, 2), np.uint8)}, r"set: images must be uint8 \(N, C, H, W\).*\(4, 2, 2\)"),
+        ({"labels": np.zeros(3, np.int64)}, "set: 3 labels for 4 images"),
+        ({"labels": np.zeros(4)}, "set: labels must be whole numbers .*float64"),
+        ({"labels": np.zeros((4, 1), np.int64)}, r"set: labels must be whole numbers .*\(4, 1\)"),
+        ({"labels": np.array([0, 1, -1, 2])}, "set: label -1 is not in"),
+        ({"labels": np.array([0, 1, 10**9, 2])}, "set: label 1000000000 is not in"),
+        ({"class_names": ("a", "b")}, "set: label 3 has no name among the 2"),
+        ({"labels": None, "class_names": ("a",)}, "set: class_names=.* without labels"),
+    ],
+)
+def test_refuses(change, message):
+    good = {"images": np.zeros((4, 1, 2, 2), np.uint8), "labels": np.arange(4), "name": "set"}
+    ImageData(**good)
+    with pytest.raises(ValueError, match=message):
+        ImageData(**(good | change))
+
+
+def test_fingerprint_sees_every_pixel_label_and_shape(data):
+    pixel = data.images.copy()
+    pixel[-1, -1, -1, -1] ^= 1
+    label = data.labels.copy()
+    label[-1] = (label[-1] + 1) % 7
+    variants = [
+        data,
+        ImageData(pixel, data.labels, "set"),
+        ImageData(data.images, label, "set"),
+        ImageData(data.images, None, "set"),
+        ImageData(data.images.reshape(2000, 3, 5, 4), data.labels, "set"),
+        data.subset(np.arange(2000)[::-1]),
+    ]
+    assert len({v.fingerprint for v in variants}) == len(variants)
+    assert ImageData(data.images.copy(), data.labels, "other name", tuple("abcdefg")).fingerprint == data.fingerprint
+
+
+def test_fingerprint_is_the_same_for_any_chunk_size_and_memory_layout(data, monkeypatch):
+    whole = data.fingerprint
+    monkeypatch.setattr("multistage_diffusion.data.dataset._CHUNK_BYTES", 70)
+    assert ImageData(data.images, data.labels, "set").fingerprint == whole
+    strided = np.ascontiguousarray(data.images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    assert ImageData(strided, data.labels, "set").fingerprint == whole
+
+
+def test_subset_keeps_order_labels_and_classes(data):
+    part = data.subset([5, 2, 5])
+    np.testing.assert_array_equal(part.images, data.images[[5, 2, 5]])
+    np.testing.assert_array_equal(part.labels, data.labels[[5, 2, 5]])
+    assert part.num_classes == 7
+
+
+@pytest.mark.parametrize("held_out", [0.05, 0.1, 0.5])
+def test_split_is_disjoint_exhaustive_and_near_the_share(data, held_out):
+    train, held = data.split(held_out)
+    assert rows(train).isdisjoint(rows(held))
+    assert rows(train) | rows(held) == rows(data)
+    assert len(train) + len(held) == len(data)
+    assert abs(len(held) / 2000 - held_out) < 4 * (held_out * (1 - held_out) / 2000) ** 0.5
+
+
+def test_split_carries_labels_along(data):
+    for side in data.split(0.3):
+        label_of = {image.tobytes(): label for image, label in zip(data.images, data.labels, strict=True)}
+        assert [label_of[image.tobytes()] for image in side.images] == side.labels.tolist()
+
+
+def test_split_does_not_depend_on_order_labels_or_other_images(data):
+    held = rows(data.split(0.2)[1])
+    assert rows(data.subset(np.random.default_rng(1).permutation(2000)).split(0.2)[1]) == held
+    assert rows(ImageData(data.images, None, "renamed").split(0.2)[1]) == held
+    first = data.subset(range(1000))
+    assert rows(first.split(0.2)[1]) == held & rows(first)
+
+
+def test_a_larger_share_keeps_what_was_held_out(data):
+    assert rows(data.split(0.1)[1]) < rows(data.split(0.2)[1])
+
+
+def test_duplicates_go_to_one_side(data):
+    doubled = data.subset([*range(2000), *range(2000)])
+    train, held = doubled.split(0.3)
+    assert rows(train).isdisjoint(rows(held))
+    assert len(held) == 2 * len(data.split(0.3)[1])
+
+
+def test_equal_bytes_of_another_shape_are_another_image(data):
+    turned = ImageData(data.images.reshape(2000, 3, 5, 4), None, "set")
+    assert rows(turned.split(0.2)[1]) != rows(data.split(0.2)[1])
+
+
+def test_holding_out_nothing_returns_the_whole(data):
+    train, held = data.split(0.0)
+    assert train is data
+    assert (len(held), held.shape, held.num_classes) == (0, (3, 4, 5), 7)
+
+
+@pytest.mark.parametrize("held_out", [-0.1, 1.0, float("nan")])
+def test_split_refuses_shares_outside_the_range(data, held_out):
+    with pytest.raises(ValueError, match=r"data\.held_out=.* must be in \[0, 1\)"):
+        data.split(held_out)
+
+
+def test_split_refuses_to_leave_a_side_empty(data):
+    train, held = data.split(0.5)
+    with pytest.raises(ValueError, match=r"data\.held_out=0\.5 leaves no held-out images among the 3 of set"):
+        train.subset(range(3)).split(0.5)
+    with pytest.raises(ValueError, match=r"data\.held_out=0\.5 leaves no training images among the 3 of set"):
+        held.subset(range(3)).split(0.5)
+
+
+def test_floats_and_bytes_round_trip_exactly():
+    levels = torch.arange(256, dtype=torch.uint8)
+    x = to_float(levels)
+    assert x.dtype == torch.float32
+    assert (x[0].item(), x[255].item()) == (-1.0, 1.0)
+    torch.testing.assert_close(x.double(), levels.double() / 127.5 - 1, rtol=0, atol=1e-7)
+    assert torch.equal(to_uint8(x), levels)
+
+
+def test_to_uint8_rounds_and_clamps():
+    x = torch.tensor([-3.0, 3.0, 10.4 / 127.5 - 1, 10.6 / 127.5 - 1])
+    assert to_uint8(x).tolist() == [0, 255, 10, 11]
+
+
+def test_to_float_reads_read_only_arrays_without_a_warning(tmp_path, recwarn):
+    np.save(tmp_path / "a.npy", np.full((2, 1, 2, 2), 255, np.uint8))
+    assert torch.equal(to_float(np.load(tmp_path / "a.npy", mmap_mode="r")), torch.ones(2, 1, 2, 2))
+    assert not recwarn.list
+
+
+def test_to_float_refuses_floats():
+    with pytest.raises(ValueError, match=r"must be uint8, not torch\.float32"):
+        to_float(torch.zeros(3))

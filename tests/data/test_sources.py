@@ -1,0 +1,110 @@
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from multistage_diffusion.config import DataConfig
+from multistage_diffusion.data import open_configured, open_data
+
+
+@pytest.fixture
+def digits():
+    pytest.importorskip("sklearn")
+    return open_data("digits")
+
+
+def test_digits_are_scaled_from_sixteen_levels(digits):
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    assert digits.images.shape == (1797, 1, 8, 8)
+    assert np.abs(digits.images[:, 0] / 255 - raw.images / 16).max() <= 0.5 / 255 + 1e-12
+    np.testing.assert_array_equal(digits.labels, raw.target)
+    assert digits.class_names == tuple("0123456789")
+    train, held_out = digits.split(0.1)
+    assert abs(len(held_out) - 180) < 40
+    assert train.num_classes == held_out.num_classes == 10
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ValueError, match=r"data\.source='digits' needs scikit-learn: pip install .*\[demo\]"):
+        open_data("digits")
+
+
+def test_digits_can_be_resized(digits):
+    assert open_data("digits", size=(12, 6), fit="resize").images.shape == (1797, 1, 12, 6)
+    with pytest.raises(ValueError, match=r"digits: its images: height x width 8x8 instead of data\.size=16x16"):
+        open_data("digits", size=(16, 16))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("digit", r"data\.source='digit': .*did you mean 'digits'\? known: digits, fashion-mnist\[:FOLDER\]"),
+        ("Fashion_MNIST", "did you mean 'fashion-mnist'"),
+        ("no/such/folder", r"data\.source='no/such/folder': no such file or folder, nor a known data set; known:"),
+        ("missing.zip", r"data\.source='missing\.zip': no such file"),
+        ("missing.npy", r"data\.source='missing\.npy': no such file"),
+    ],
+)
+def test_unknown_sources(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        open_data(source)
+
+
+def test_a_file_of_another_kind(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"a\.txt' is not a data set; known: digits"):
+        open_data(tmp_path / "a.txt")
+
+
+def test_a_word_is_the_data_set_and_a_path_the_folder(tmp_path, monkeypatch, digits):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    Image.fromarray(np.zeros((2, 3), np.uint8)).save(tmp_path / "digits" / "0.png")
+    assert open_data("digits").fingerprint == digits.fingerprint
+    assert open_data("./digits").shape == (1, 2, 3)
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "a.npy", np.zeros((2, 4, 4), np.uint8))
+    assert len(open_data("~/a.npy")) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fit": "crop"}, r"data\.fit='crop' needs data\.size"),
+        ({"fit": "squeeze", "size": (4, 4)}, r"data\.fit='squeeze' must be one of exact, crop, resize"),
+        ({"size": (0, 4)}, r"data\.size=\(0, 4\) must be positive"),
+    ],
+)
+def test_refuses_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        open_data("digits", **options)
+
+
+def test_configured_data_are_checked_against_the_record(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros((2, 4, 4), np.uint8))
+    plain = open_configured(DataConfig(source=str(path), size=(2, 2), fit="resize"))
+    assert plain.shape == (1, 2, 2)
+    record = DataConfig(source=str(path), fingerprint=open_data(path).fingerprint, shape=(1, 4, 4))
+    assert open_configured(record).fingerprint == record.fingerprint
+    np.save(path, np.ones((2, 4, 4), np.uint8))
+    with pytest.raises(ValueError, match=rf"data\.fingerprint={record.fingerprint} is recorded"):
+        open_configured(record)
+    np.save(path, np.zeros((2, 5, 4), np.uint8))
+    with pytest.raises(ValueError, match=r"data\.shape=\[1, 4, 4\] is recorded, but .* shape \[1, 5, 4\]"):
+        open_configured(record)
+
+
+def test_configured_data_may_skip_bad_files(tmp_path):
+    Image.fromarray(np.zeros((2, 3), np.uint8)).save(tmp_path / "0.png")
+    (tmp_path / "1.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"1\.png"):
+        assert len(open_configured(DataConfig(source=str(tmp_path), skip_bad=True))) == 1

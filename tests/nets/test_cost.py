@@ -1,0 +1,125 @@
+import pytest
+
+from multistage_diffusion.config import NetworkConfig
+from multistage_diffusion.nets import build_network
+from multistage_diffusion.nets.cost import NetworkCost, network_cost, weighted_multiply_adds
+
+CIFAR = NetworkConfig(encoder_width=128, decoder_widths=(192, 128, 16), blocks_per_level=8)
+EDM = NetworkConfig(
+    family="ddpmpp", encoder_width=128, decoder_widths=(192, 128, 16), channel_mult=(2, 2, 2), blocks_per_level=4
+)
+TINY = NetworkConfig(
+    family="ddpmpp",
+    channels=1,
+    encoder_width=8,
+    decoder_widths=(4, 8),
+    channel_mult=(1,),
+    blocks_per_level=1,
+    attention_factors=(),
+)
+
+
+@pytest.fixture(scope="module")
+def cifar() -> NetworkCost:
+    return network_cost(CIFAR, 32, 32)
+
+
+def test_ncsnpp_parameters_as_printed(cifar: NetworkCost) -> None:
+    millions = [round(stage.parameters / 1e6) for stage in cifar.stages]
+    # Printed: 169, 108, 47 per stage, 43 shared, 237 in all.
+    assert millions == [169, 108, 47]
+    assert round(cifar.shared_parameters / 1e6) == 43
+    assert round(cifar.total_parameters / 1e6) == 237
+
+
+def test_ncsnpp_multiply_adds_as_printed(cifar: NetworkCost) -> None:
+    giga = [stage.multiply_adds / 1e9 for stage in cifar.stages]
+    assert giga == pytest.approx([29.95, 17.65, 6.31], rel=4e-3)
+    assert cifar.shared_multiply_adds / 1e9 == pytest.approx(5.75, rel=4e-3)
+    # 18.65 is the mean over interval lengths in t, cut at 0.426 and 0.626.
+    assert weighted_multiply_adds(cifar, (0.426, 0.2, 0.374)) / 1e9 == pytest.approx(18.65, rel=4e-3)
+
+
+def test_edm_multistage_as_counted() -> None:
+    cost = network_cost(EDM, 32, 32)
+    assert [round(stage.parameters / 1e6, 1) for stage in cost.stages] == [87.9, 55.7, 24.4]
+    assert round(cost.shared_parameters / 1e6, 1) == 19.6
+    assert round(cost.total_parameters / 1e6, 1) == 128.8
+    assert [round(stage.multiply_adds / 1e9, 2) for stage in cost.stages] == [35.56, 21.02, 7.58]
+
+
+def tiny_by_hand(decoder: int, pixels: int) -> tuple[int, int]:
+    """Multiply-adds of TINY with one decoder width: (2-d convolutions, everything else)."""
+
+    def block(before: int, after: int) -> int:
+        return 9 * before * after + 9 * after * after + (before * after if before != after else 0)
+
+    convolutions = 9 * 8 + block(8, 8)  # encoder: input convolution, one block
+    convolutions += 2 * block(8, 8) + 4 * 8 * 8  # bottom: two blocks, attention's projections
+    convolutions += block(8 + 8, decoder) + block(decoder + 8, decoder) + 9 * decoder
+    embedding = 8 * 32 + 32 * 32
+    affine = 32 * (3 * 8 + 2 * decoder)
+    return convolutions * pixels, embedding + affine + 2 * pixels * pixels * 8
+
+
+def test_all_arithmetic_by_hand() -> None:
+    cost = network_cost(TINY, 4, 6)
+    for stage, width in zip(cost.stages, TINY.decoder_widths, strict=True):
+        convolutions, rest = tiny_by_hand(width, 24)
+        assert stage.multiply_adds == convolutions
+        assert stage.true_flops == 2 * (convolutions + rest)
+    assert cost.shared_multiply_adds == (9 * 8 + 2 * 9 * 8 * 8) * 24
+
+
+@pytest.mark.parametrize("family", ["ncsnpp", "ddpmpp"])
+def test_separate_networks_share_nothing(family: str) -> None:
+    config = NetworkConfig(
+        family=family,  # type: ignore[arg-type]
+        decoder_widths=(16, 8),
+        channel_mult=(1, 2),
+        blocks_per_level=1,
+        separate=True,
+    )
+    cost = network_cost(config, 8, 8)
+    assert (cost.shared_parameters, cost.shared_multiply_adds) == (0, 0)
+    assert cost.total_parameters == sum(stage.parameters for stage in cost.stages)
+    assert cost.total_parameters == sum(p.numel() for p in build_network(config).parameters())
+    for stage, width in zip(cost.stages, (16, 8), strict=True):
+        ordinary = NetworkConfig(
+            family=family,  # type: ignore[arg-type]
+            encoder_width=width,
+            decoder_widths=(width,),
+            channel_mult=(1, 2),
+            blocks_per_level=1,
+        )
+        alone = network_cost(ordinary, 8, 8).stages[0]
+        assert (stage.parameters, stage.multiply_adds, stage.true_flops) == (
+            alone.parameters,
+            alone.multiply_adds,
+            alone.true_flops,
+        )
+
+
+def test_odd_sizes_count_as_padded(cifar: NetworkCost) -> None:
+    assert network_cost(CIFAR, 29, 25).stages == cifar.stages
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, -1.0, 1.0), (0.0, 0.0, 0.0)])
+def test_bad_weights(cifar: NetworkCost, weights: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="weights="):
+        weighted_multiply_adds(cifar, weights)
+
+
+def test_ncsnpp_counts_neither_pyramid_nor_projections() -> None:
+    config = NetworkConfig(
+        channels=1,
+        encoder_width=8,
+        decoder_widths=(8,),
+        channel_mult=(1, 1),
+        blocks_per_level=1,
+    )
+    fine, coarse, block = 8 * 8, 4 * 4, 2 * 9 * 8 * 8
+    by_hand = (9 * 8 + block) * fine  # input convolution and a block
+    by_hand += (block + 8 * 8) * coarse  # down block, with its 1x1 skip
+    by_hand += 3 * block * coarse  # a block, two at the bottom
+    assert network_cost(config, 8, 8).shared_multiply_adds == by_hand

@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.contracts import Conditioning
+from multistage_diffusion.samplers import make_plan, sample, start_noise, step_noise
+from multistage_diffusion.schedules import EDM, VP
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "samplers.safetensors"
+DPM = [
+    {"solver": solver, "method": method, "order": order}
+    for solver in ("dpm", "dpm++")
+    for method in ("singlestep", "multistep")
+    for order in (1, 2, 3)
+]
+ALL = [*DPM, {"solver": "ddim"}, {"solver": "ddim", "eta": 1.0}, {"solver": "heun"}, {"solver": "heun", "churn": 10.0}]
+SPACINGS = ("log-snr", "time", "edm")
+
+
+def label(value: object) -> str:
+    return "-".join(str(v) for v in value.values()) if isinstance(value, dict) else str(value)
+
+
+class Mixture:
+    """E[y | y + sigma n] for density sum_j w_j N(mu_j, sd_j² I), recording the sigma of every call."""
+
+    def __init__(self, weights: Tensor, means: Tensor, stds: Tensor) -> None:
+        self.weights, self.means, self.stds = weights, means, stds
+        self.called: list[float] = []
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+        assert sigma.shape == (len(x),)
+        assert sigma.dtype == x.dtype
+        assert not torch.is_grad_enabled()
+        self.called.append(float(sigma[0]))
+        x64, variance = x.double(), self.stds**2 + float(sigma[0]) ** 2
+        offset = x64[:, None] - self.means
+        logits = self.weights.log() - 0.5 * x.shape[1] * variance.log() - 0.5 * (offset**2).sum(-1) / variance
+        posterior = self.means + (self.stds**2 / variance)[:, None] * offset
+        return (torch.softmax(logits, 1)[..., None] * posterior).sum(1).to(x.dtype)
+
+
+@pytest.fixture(scope="module")
+def golden() -> tuple[dict, dict[str, Tensor]]:
+    with safe_open(GOLDEN, "pt") as file:
+        return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def build_mixture(tensors: dict[str, Tensor]) -> Mixture:
+    return Mixture(*(tensors[f"mixture.{name}"] for name in ("weights", "means", "stds")))
+
+
+@pytest.fixture
+def mixture(golden) -> Mixture:
+    return build_mixture(golden[1])
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    return float((value - reference).abs().max() / reference.abs().max())
+
+
+# --- golden trajectories ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [
+        ("dpm_solver_singlestep3_logsnr_20", "dpm"),
+        ("dpm_solver_singlestep3_logsnr_10", "dpm"),
+        ("dpm_solver_singlestep2_time_20", "dpm"),
+        ("dpm_solverpp_multistep2_time_20", "dpm++"),
+        ("ddim_time_20", "dpm"),
+        ("ddim_time_20", "dpm++"),
+        ("ddim_time_20", "ddim"),
+    ],
+)
+def test_vp_trajectories_equal_the_published_solver(golden, mixture, name, solver):
+    config, tensors = golden[0][name], golden[1]
+    vp = VP()
+    plan = make_plan(
+        SamplingConfig(
+            solver=solver,
+            method=config["method"],
+            order=config["order"],
+            calls=config["steps"],
+            spacing={"logSNR": "log-snr", "time_uniform": "time"}[config["spacing"]],
+            sigma_min=None if config["t_end"] == 1e-4 else float(vp.sigma(config["t_end"])),
+        ),
+        vp,
+    )
+    end = sample(mixture, tensors["noise"] * plan.start_std, plan)
+    assert relative(end * vp.scale(plan.steps[-1].end), tensors[name]) < 1e-9
+    assert len(mixture.called) == config["nfe"]
+    assert relative(vp.time(torch.tensor(mixture.called, dtype=torch.float64)), tensors[f"{name}.evaluated_t"]) < 1e-9
+
+
+@pytest.mark.parametrize("extra", [0, 1])  # `calls` is a ceiling: 36 allow no more than 35
+def test_heun_trajectory_equals_the_published_sampler(golden, mixture, extra):
+    config, tensors = golden[0]["edm_heun_18"], golden[1]
+    plan = make_plan(
+        SamplingConfig(solver="heun", calls=config["nfe"] + extra, spacing="edm", rho=config["rho"]),
+        EDM(t_min=config["sigma_min"], t_max=config["sigma_max"]),
+    )
+    assert plan.start_std == config["sigma_max"]
+    end = sample(mixture, tensors["noise"] * plan.start_std, plan)
+    assert relative(end, tensors["edm_heun_18"]) < 1e-9
+    assert len(mixture.called) == config["nfe"]
+
+
+# --- order of convergence ---------------------------------------------------------------------------------------------
+
+LOW, HIGH = 0.05, 60.0
+
+
+@pytest.fixture(scope="module")
+def reference(golden) -> tuple[Tensor, Tensor]:
+    """Start and end of the probability-flow ODE, by Runge-Kutta 4 in ln sigma, a route of its own."""
+    denoiser = build_mixture(golden[1])
+    start = x = golden[1]["noise"] * HIGH
+
+    def slope(x: Tensor, u: float) -> Tensor:
+        return x - denoiser(x, x.new_full((len(x),), math.exp(u)))
+
+    grid = torch.linspace(math.log(HIGH), math.log(LOW), 501, dtype=torch.float64).tolist()
+    with torch.no_grad():
+        for u, v in pairwise(grid):
+            d = v - u
+            k1 = slope(x, u)
+            k2 = slope(x + 0.5 * d * k1, u + 0.5 * d)
+            k3 = slope(x + 0.5 * d * k2, u + 0.5 * d)
+            k4 = slope(x + d * k3, v)
+            x = x + d / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + k4)
+    return start, x
+
+
+@pytest.mark.parametrize(
+    ("case", "spacing"),
+    [
+        *((case, "log-snr") for case in (*DPM, {"solver": "ddim"})),
+        *((case, "edm") for case in DPM if case["order"] > 1),  # steps of unequal length
+        *((case, "time") for case in DPM if case["order"] == 3 and case["method"] == "singlestep"),  # r2 far from 2/3
+    ],
+    ids=label,
+)
+def test_error_falls_with_the_order(mixture, reference, case, spacing):
+    """Twice the steps, 2^order times less error: inner points and past steps are weighted as the theory says."""
+    start, end = reference
+    order = case.get("order", 1)
+    errors = []
+    for steps in (64, 128):
+        # 3K - 1 calls end on a step of order 2, whose local error is of the size that order 3 has globally
+        calls = order * steps - (order == 3) if case.get("method") == "singlestep" else steps
+        config = SamplingConfig(**case, calls=calls, spacing=spacing, sigma_min=LOW, sigma_max=HIGH)
+        errors.append(float((sample(mixture, start, make_plan(config, VP())) - end).abs().max()))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.45)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("case", [c for c in DPM if c["order"] == 3], ids=label)
+def test_order_three_is_exact_for_predictions_linear_in_lambda(case, spacing):
+    """With f = lambda the update is a closed integral, whatever r1 and r2 are."""
+    data = case["solver"] == "dpm++"
+    states: list[tuple[float, Tensor]] = []
+
+    def denoiser(x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+        states.append((float(sigma[0]), x))
+        f = -math.log(float(sigma[0]))
+        return torch.full_like(x, f) if data else x - float(sigma[0]) * f
+
+    def exact(x: Tensor, s: float, t: float) -> Tensor:
+        if data:
+            h = math.log(s / t)
+            return t / s * x - math.log(s) * (1 - t / s) + (h - 1 + t / s)
+        return x - (t * math.log(t) - t) + (s * math.log(s) - s)
+
+    plan = make_plan(SamplingConfig(**case, calls=13, spacing=spacing, sigma_min=0.05), VP())
+    sample(denoiser, torch.tensor([[3.0], [-5.0]], dtype=torch.float64), plan)
+    # from the start of a step to its second inner point and its end; multistep: once two steps are past
+    pairs = [(0, 2), (0, 3), (3, 5), (9, 12)] if case["method"] == "singlestep" else [(2, 3), (6, 7), (11, 12)]
+    for i, j in pairs:
+        (s, x), (t, arrived) = states[i], states[j]
+        torch.testing.assert_close(arrived, exact(x, s, t), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("spacing", ["log-snr", "edm"])
+def test_heun_is_of_order_two(mixture, spacing):
+    """To sigma = 0, against the same sampler refined: the last Euler step starts where D hardly changes."""
+    start = torch.tensor([[30.0, 20.0], [-50.0, 10.0]], dtype=torch.float64)
+
+    def run(n: int) -> Tensor:
+        config = SamplingConfig(solver="heun", calls=2 * n - 1, spacing=spacing, sigma_min=1e-3, sigma_max=HIGH)
+        return sample(mixture, start, make_plan(config, VP()))
+
+    coarse, middle, fine = run(60), run(119), run(237)
+    ratio = (coarse - middle).abs().max() / (middle - fine).abs().max()
+    assert math.log2(ratio) == pytest.approx(2.0, abs=0.3)
+
+
+# --- stochastic solvers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_ddim_is_the_papers_equation_in_scaled_coordinates(golden, mixture, eta):
+    """Song et al. 2021, eq. (12) and (16), in their alpha = 1/(1 + sigma²) and their x = sqrt(alpha) (y + sigma n)."""
+    vp, noise = VP(), step_noise(5, torch.arange(16), (2,), torch.float64)
+    plan = make_plan(SamplingConfig(solver="ddim", calls=12, eta=eta), vp)
+    x = golden[1]["noise"]
+    end = sample(mixture, x * plan.start_std, plan, noise=noise)
+    with torch.no_grad():
+        for i, step in enumerate(plan.steps):
+            a, a_prev = 1 / (1 + step.calls[0] ** 2), 1 / (1 + step.end**2)
+            x0 = mixture(x / math.sqrt(a), x.new_full((16,), step.calls[0]))
+            eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
+            std = eta * math.sqrt((1 - a_prev) / (1 - a)) * math.sqrt(1 - a / a_prev)
+            x = math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev - std**2) * eps + std * noise(i)
+    assert relative(end * vp.scale(plan.steps[-1].end), x) < 1e-9
+
+
+@pytest.mark.parametrize("churn", [3.0, 40.0])
+def test_heun_with_churn_is_edms_algorithm_2(golden, mixture, churn):
+    """Karras et al. 2022, Algorithm 2, line by line with the sigmas of eq. (5)."""
+    n, noise = 10, step_noise(5, torch.arange(16), (2,), torch.float64)
+    plan = make_plan(SamplingConfig(solver="heun", calls=2 * n - 1, churn=churn, spacing="edm"), EDM())
+    x = golden[1]["noise"] * 80.0
+    end = sample(mixture, x, plan, noise=noise)
+    t = [(80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(n)] + [0.0]
+
+    def slope(x: Tensor, t: float) -> Tensor:
+        return (x - mixture(x, x.new_full((16,), t))) / t
+
+    with torch.no_grad():
+        for i in range(n):
+            gamma = min(churn / n, math.sqrt(2) - 1)
+            t_hat = t[i] + gamma * t[i]
+            x_hat = x + math.sqrt(t_hat**2 - t[i] ** 2) * noise(i)
+            d = slope(x_hat, t_hat)
+            x = x_hat + (t[i + 1] - t_hat) * d
+            if t[i + 1] != 0:
+                x = x_hat + (t[i + 1] - t_hat) * (0.5 * d + 0.5 * slope(x, t[i + 1]))
+    assert relative(end, x) < 1e-9
+
+
+@pytest.mark.parametrize("case", [{"solver": "ddim", "eta": 0.5}, {"solver": "heun", "churn": 10.0}], ids=label)
+def test_stochastic_plans_ask_for_noise(golden, mixture, case):
+    plan = make_plan(SamplingConfig(**case), EDM())
+    with pytest.raises(ValueError, match="noise=None"):
+        sample(mixture, golden[1]["noise"], plan)
+
+
+# --- every solver -----------------------------------------------------------------------------------------------------
+
+
+class Points:
+    """The optimal denoiser of a finite data set."""
+
+    def __init__(self, points: Tensor) -> None:
+        self.points = points
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+        distance = torch.cdist(x, self.points, compute_mode="donot_use_mm_for_euclid_dist")
+        return torch.softmax(-0.5 * (distance / sigma[:, None]) ** 2, 1) @ self.points
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("case", ALL, ids=label)
+def test_fifty_calls_land_on_data(case, spacing):
+    # far apart beside the last step of the time grid (from 0.08, or 0.14), which cannot settle near ones
+    chosen = torch.randperm(5**4, generator=torch.Generator().manual_seed(0))[:50]
+    points = 4.0 * (torch.cartesian_prod(*[torch.arange(5.0, dtype=torch.float64)] * 4)[chosen] - 2.0)
+    # sigma is left in the result: at 0.002, five standard deviations are 1e-2
+    schedule = VP() if spacing == "time" else EDM()
+    plan = make_plan(SamplingConfig(**case, calls=50, spacing=spacing, sigma_min=0.002), schedule)
+    indices = torch.arange(64)
+    end = sample(
+        Points(points),
+        start_noise(1, indices, (4,), plan, torch.float64),
+        plan,
+        noise=step_noise(1, indices, (4,), torch.float64),
+    )
+    distance = (end[:, None] - points).abs().amax(2)
+    assert float(distance.amin(1).max()) < 1e-2
+    assert len(distance.argmin(1).unique()) > 20  # on many points, not on one
+
+
+@pytest.mark.parametrize("case", ALL, ids=label)
+def test_calls_progress_and_float32(golden, mixture, case):
+    plan = make_plan(SamplingConfig(**case, calls=13), VP())
+    start = golden[1]["noise"] * plan.start_std
+    noise, seen = step_noise(0, torch.arange(16), (2,), torch.float64), []
+    end = sample(mixture, start, plan, noise=noise, progress=lambda made, total: seen.append((made, total)))
+    assert mixture.called == list(plan.calls)
+    assert seen == [(i + 1, 13) for i in range(13)]
+    assert end.dtype == torch.float64
+    single = sample(mixture, start.float(), plan, noise=noise)
+    assert single.dtype == torch.float32
+    assert relative(single.double(), end) < 1e-4
+    assert sample(mixture, start.bfloat16(), plan, noise=noise).dtype == torch.float32
+
+
+def test_conditioning_reaches_every_call():
+    cond, seen = Conditioning(labels=torch.tensor([1, 2])), []
+
+    def denoiser(x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+        seen.append(cond)
+        return torch.zeros_like(x)
+
+    sample(denoiser, torch.ones(2, 3), make_plan(SamplingConfig(calls=5), VP()), cond)
+    assert len(seen) == 5
+    assert all(c is cond for c in seen)
+
+
+def test_non_finite_samples_are_counted():
+    def denoiser(x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+        return torch.where(x[:, :1] > 0, x, math.nan)
+
+    plan = make_plan(SamplingConfig(order=1, calls=2), EDM())
+    with pytest.raises(RuntimeError, match=r"1 of 3 samples are not finite .* sigma=0\.002"):
+        sample(denoiser, torch.tensor([[1.0, 1.0], [-1.0, 1.0], [2.0, 0.0]]), plan)
+
+
+# --- noise of a sample ------------------------------------------------------------------------------------------------
+
+
+def test_noise_of_a_sample_does_not_depend_on_its_batch():
+    plan = make_plan(SamplingConfig(solver="ddim", eta=1.0), VP())
+    everyone = start_noise(7, torch.arange(100), (3, 4, 5), plan)
+    some = torch.tensor([42, 3, 99])
+    assert torch.equal(start_noise(7, some, (3, 4, 5), plan), everyone[some])
+    assert torch.equal(step_noise(7, some, (6,))(2), step_noise(7, torch.arange(100), (6,))(2)[some])
+    assert not torch.equal(start_noise(8, some, (3, 4, 5), plan), everyone[some])
+    assert not torch.equal(step_noise(7, some, (6,))(2), step_noise(7, some, (6,))(3))
+
+
+def test_start_noise_has_the_plans_width():
+    plan = make_plan(SamplingConfig(), VP())
+    noise = start_noise(0, torch.arange(1000), (50,), plan, torch.float64)
+    assert float(noise.std() / plan.start_std) == pytest.approx(1.0, abs=0.02)
+    assert float(noise.mean() / plan.start_std) == pytest.approx(0.0, abs=0.02)
+    assert not torch.equal(noise, plan.start_std * step_noise(0, torch.arange(1000), (50,), torch.float64)(0))
+
+
+def test_stochastic_samples_do_not_depend_on_their_batch(mixture):
+    plan = make_plan(SamplingConfig(solver="heun", calls=9, churn=5.0), VP())
+
+    def run(indices: Tensor) -> Tensor:
+        start = start_noise(3, indices, (2,), plan, torch.float64)
+        return sample(mixture, start, plan, noise=step_noise(3, indices, (2,), torch.float64))
+
+    torch.testing.assert_close(run(torch.tensor([5, 2])), run(torch.arange(8))[[5, 2]], rtol=1e-12, atol=1e-12)

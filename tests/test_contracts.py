@@ -1,0 +1,61 @@
+"""The protocols and the two helpers beside them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from multistage_diffusion.contracts import Conditioning, Denoiser, FeatureExtractor, as_float64
+
+
+class PixelMeans:
+    name = "means"
+    comparable_to = "nothing"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.float().mean((2, 3))
+
+
+def shrink(x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+    return x / (1 + sigma[:, None] ** 2)
+
+
+def test_rows_select_from_every_part() -> None:
+    cond = Conditioning(labels=torch.tensor([3, -1, 5, 7]), augment=torch.arange(8.0).reshape(4, 2))
+    picked = cond.rows(torch.tensor([2, 0, 2]))
+    assert picked.labels is not None
+    assert picked.augment is not None
+    assert picked.labels.tolist() == [5, 3, 5]
+    assert picked.augment.tolist() == [[4.0, 5.0], [0.0, 1.0], [4.0, 5.0]]
+    tail = cond.rows(slice(3, None))
+    assert tail.labels is not None
+    assert tail.labels.tolist() == [7]
+
+
+def test_rows_of_nothing_are_nothing() -> None:
+    assert Conditioning().rows(slice(0, 2)) == Conditioning()
+    only = Conditioning(augment=torch.ones(2, 3)).rows(torch.tensor([1]))
+    assert only.labels is None
+    assert only.augment is not None
+    assert only.augment.shape == (1, 3)
+
+
+def test_protocols_recognise_what_has_their_parts() -> None:
+    denoiser: Denoiser = shrink
+    extractor: FeatureExtractor = PixelMeans()
+    assert isinstance(denoiser, Denoiser)
+    assert isinstance(extractor, FeatureExtractor)
+    assert not isinstance(shrink, FeatureExtractor)
+    assert not isinstance(3, Denoiser)
+
+
+def test_as_float64() -> None:
+    for value in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        assert as_float64(value).dtype == torch.float64
+        assert float(as_float64(value)) == 0.1
+    assert as_float64(torch.tensor([1, 2])).dtype == torch.float64
+    assert as_float64(torch.tensor([0.5], dtype=torch.float16)).tolist() == [0.5]
+    double = torch.ones(3, dtype=torch.float64)
+    assert as_float64(double) is double
+    assert as_float64(1.0, "meta").device.type == "meta"
+    assert as_float64(torch.ones(1), "meta").device.type == "meta"

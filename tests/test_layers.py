@@ -1,0 +1,253 @@
+"""The house keeps its layers: imports point down, optional packages load late, and nothing is unpickled."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import multistage_diffusion
+
+PACKAGE = "multistage_diffusion"
+SOURCE = Path(multistage_diffusion.__file__).parent
+
+# Lowest first. A unit (a module or a whole sub-package) imports itself and units of earlier rows; units of one row are
+# strangers. A new file must be placed here.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    # L0: what everything speaks
+    ("contracts",),
+    ("keyed", "schedules"),
+    ("stages",),
+    ("serialization",),
+    ("config",),
+    ("data",),
+    # L1: finding stages, networks, pictures
+    ("nets", "optimal", "pictures"),
+    ("pages", "splitting"),
+    # L2: from networks to images
+    ("codecs", "denoisers", "samplers"),
+    ("sampling",),
+    # L3: training and judging, which do not know each other
+    ("evaluation", "interop", "training"),
+    ("report",),
+    # L4: what a user calls
+    ("console", "presets"),
+    ("workflow",),
+    ("demo",),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
+)
+RANK = {unit: rank for rank, row in enumerate(LAYERS) for unit in row}
+FORBIDDEN = {"nets": {"schedules", "stages"}}  # networks are given stage indices and embeddings' inputs
+EXTRAS = (
+    "sklearn",
+    "tensorboard",
+    "torch.utils.tensorboard",
+    "torch_fidelity",
+    "diffusers",
+    "datasets",
+    "huggingface_hub",
+)
+PICKLES = (
+    "pickle",
+    "_pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+    "torch.load",
+    "torch.save",
+)
+MAY_UNPICKLE = "interop/published.py"  # other people's checkpoints, through a restricted reader
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name in full, e.g. multistage_diffusion.schedules.VP."""
+
+    name: str
+    line: int
+    late: bool  # inside a function, or for type checkers only
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def imports(node: ast.AST, package: list[str], late: bool = False) -> Iterator[Import]:
+    """Yield every import below node; `package` is what a single leading dot stands for."""
+    if isinstance(node, ast.Import):
+        yield from (Import(alias.name, node.lineno, late) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = package[: len(package) - node.level + 1] if node.level else []
+        stem = [*base, *([node.module] if node.module else [])]
+        yield from (Import(".".join([*stem, alias.name]), node.lineno, late) for alias in node.names)
+    late = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or is_type_checking(node)
+    for child in ast.iter_child_nodes(node):
+        yield from imports(child, package, late)
+
+
+def within(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == p or name.startswith(p + ".") for p in packages)
+
+
+def layer_fault(unit: str, found: Import) -> str | None:
+    """Say what is wrong with `unit` importing what was found, if anything."""
+    target, parts = found.name, found.name.split(".")
+    if parts[0] != PACKAGE or (found.late and target == f"{PACKAGE}.__version__"):
+        return None
+    other = parts[1] if len(parts) > 1 else ""
+    if other not in RANK:
+        return f"imports {target}, which is no module with a layer"
+    if other in FORBIDDEN.get(unit, ()):
+        return f"{unit} must not know {other}"
+    if other != unit and RANK[other] >= RANK[unit]:
+        return f"{unit} imports {other}, which is not below it"
+    return None
+
+
+def call_faults(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield calls that unpickle: torch.load without weights_only=True, numpy's load with allow_pickle."""
+    alias = {a.asname or a.name: a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        owner = ast.unparse(node.func.value)
+        name = f"{alias.get(owner, owner)}.{node.func.attr}"
+        given = {k.arg: k.value for k in node.keywords}
+        flag = {"torch.load": "weights_only", "numpy.load": "allow_pickle"}.get(name)
+        value = given.get(flag) if flag else None
+        constant = value.value if isinstance(value, ast.Constant) else None
+        if name == "torch.load" and constant is not True:
+            yield node.lineno, "torch.load needs weights_only=True"
+        if name == "numpy.load" and value is not None and constant is not False:
+            yield node.lineno, "numpy.load must not allow pickle"
+        if name == "torch.save":
+            yield node.lineno, "torch.save writes pickles; use safetensors"
+
+
+def file_faults(relative: str, source: str) -> Iterator[str]:
+    """Yield the faults of one file, as lines FILE:LINE: fault."""
+    parts = relative.removesuffix(".py").split("/")
+    tree = ast.parse(source)
+    unit = parts[0]
+    top = relative == "__init__.py"  # the public face may import anything
+    if not top and unit not in RANK:
+        yield f"{relative}:1: has no layer; give {unit!r} a row in LAYERS"
+        return
+    for found in imports(tree, [PACKAGE, *parts[:-1]]):
+        fault = None if top else layer_fault(unit, found)
+        if fault:
+            yield f"{relative}:{found.line}: {fault}"
+        if within(found.name, EXTRAS) and not found.late:
+            yield f"{relative}:{found.line}: {found.name} is optional; import it where it is used"
+        if within(found.name, PICKLES) and relative != MAY_UNPICKLE:
+            yield f"{relative}:{found.line}: {found.name} pickles"
+    if relative != MAY_UNPICKLE:
+        yield from (f"{relative}:{line}: {fault}" for line, fault in call_faults(tree))
+
+
+def faults(root: Path) -> list[str]:
+    files = sorted(root.rglob("*.py"))
+    return [
+        fault for f in files for fault in file_faults(f.relative_to(root).as_posix(), f.read_text(encoding="utf-8"))
+    ]
+
+
+def test_the_package_keeps_its_layers() -> None:
+    assert len(list(SOURCE.rglob("*.py"))) > 5
+    assert faults(SOURCE) == []
+
+
+def test_every_unit_has_one_row() -> None:
+    units = [unit for row in LAYERS for unit in row]
+    assert len(units) == len(set(units))
+
+
+def plant(root: Path, relative: str, source: str) -> list[str]:
+    """Write a small house that is in order, add one file and return the faults."""
+    house = {
+        "__init__.py": "from .cli import main\n",
+        "schedules.py": "import math\nfrom .contracts import as_float64\n",
+        "config.py": "from .schedules import VP\nfrom .stages import Stages\n",
+        "nets/unet.py": "from . import blocks\nfrom .blocks import Block\nfrom ..config import NetworkConfig\n",
+        "training/__init__.py": "from .trainer import Trainer\n",
+        "training/trainer.py": "from .. import keyed\nfrom ..nets.unet import UNet\nimport multistage_diffusion.data\n",
+        "data/digits.py": "def load():\n    from sklearn.datasets import load_digits\n",
+        "interop/published.py": "import pickle\nimport torch\ntorch.load('x', weights_only=False)\n",
+    }
+    for name, text in {**house, relative: source}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return faults(root)
+
+
+def test_a_house_in_order_has_no_faults(tmp_path: Path) -> None:
+    assert plant(tmp_path, "cli.py", "from .training import Trainer\nfrom .config import RunConfig\n") == []
+
+
+@pytest.mark.parametrize(
+    ("relative", "source", "fault"),
+    [
+        ("stages.py", "from .config import RunConfig\n", "stages imports config, which is not below it"),
+        ("keyed.py", "from .schedules import VP\n", "keyed imports schedules, which is not below it"),
+        ("contracts.py", "def f():\n    from .keyed import fold\n", "contracts.py:2: contracts imports keyed"),
+        ("nets/ldm.py", "from ..schedules import VP\n", "nets must not know schedules"),
+        ("nets/ldm.py", "from .. import stages\n", "nets must not know stages"),
+        ("training/loop.py", "from ..evaluation.metrics import frechet\n", "training imports evaluation"),
+        ("evaluation/tables.py", "import multistage_diffusion.training.ema\n", "evaluation imports training"),
+        ("evaluation/__init__.py", "from .. import training\n", "evaluation imports training"),
+        ("samplers.py", "from multistage_diffusion.denoisers import D\n", "samplers imports denoisers"),
+        (
+            "report.py",
+            "from . import __version__\n",
+            "multistage_diffusion.__version__, which is no module with a layer",
+        ),
+        ("report.py", "import multistage_diffusion\n", "no module with a layer"),
+        ("helpers.py", "import math\n", "helpers.py:1: has no layer"),
+        ("tools/x.py", "import math\n", "tools/x.py:1: has no layer"),
+        ("cli.py", "import sklearn\n", "sklearn is optional"),
+        (
+            "cli.py",
+            "try:\n    from torch.utils import tensorboard\nexcept ImportError:\n    pass\n",
+            "cli.py:2: torch.utils",
+        ),
+        ("cli.py", "from torch.utils.tensorboard import SummaryWriter\n", "is optional"),
+        ("cli.py", "class A:\n    import datasets\n", "datasets is optional"),
+        ("__init__.py", "import diffusers\n", "__init__.py:1: diffusers is optional"),
+        ("interop/published.py", "from huggingface_hub import hf_hub_download\n", "is optional"),
+        ("cli.py", "import pickle as p\n", "pickle pickles"),
+        ("cli.py", "def f():\n    from pickle import loads\n", "pickle.loads pickles"),
+        ("cli.py", "from torch import load\n", "torch.load pickles"),
+        ("cli.py", "import torch\ntorch.load('x')\n", "cli.py:2: torch.load needs weights_only=True"),
+        ("cli.py", "import torch as t\nt.load('x', weights_only=False)\n", "torch.load needs"),
+        ("cli.py", "import torch\ntorch.load('x', weights_only=safe)\n", "torch.load needs"),
+        ("cli.py", "import torch\ntorch.save({}, 'x')\n", "torch.save writes"),
+        ("cli.py", "import numpy as np\nnp.load('x', allow_pickle=True)\n", "numpy.load must not"),
+    ],
+)
+def test_a_planted_fault_is_found(relative: str, source: str, fault: str, tmp_path: Path) -> None:
+    found = plant(tmp_path, relative, source)
+    assert len(found) == 1, found
+    assert fault in found[0]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.load('x', weights_only=True)\n",
+        "import numpy as np\nnp.load('x', allow_pickle=False)\nnp.load('y')\n",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import datasets\n",
+        "from .data import datasets\n",
+        "def f():\n    import diffusers\n",
+        "def f():\n    from . import __version__\n",
+    ],
+)
+def test_what_is_allowed_is_not_a_fault(source: str, tmp_path: Path) -> None:
+    assert plant(tmp_path, "cli.py", source) == []

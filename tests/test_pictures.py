@@ -1,0 +1,90 @@
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from multistage_diffusion.pictures import data_uri, grid, save_folder, save_npz, save_png
+
+RAMP = torch.arange(3 * 2 * 2, dtype=torch.uint8).view(3, 1, 2, 2)
+
+
+def test_grid_is_pixel_exact() -> None:
+    image = grid(RAMP, columns=2, scale=2, pad=1)
+    g = 128
+    expected = [
+        [g] * 11,
+        [g, 0, 0, 1, 1, g, 4, 4, 5, 5, g],
+        [g, 0, 0, 1, 1, g, 4, 4, 5, 5, g],
+        [g, 2, 2, 3, 3, g, 6, 6, 7, 7, g],
+        [g, 2, 2, 3, 3, g, 6, 6, 7, 7, g],
+        [g] * 11,
+        [g, 8, 8, 9, 9, g, g, g, g, g, g],
+        [g, 8, 8, 9, 9, g, g, g, g, g, g],
+        [g, 10, 10, 11, 11, g, g, g, g, g, g],
+        [g, 10, 10, 11, 11, g, g, g, g, g, g],
+        [g] * 11,
+    ]
+    assert image.mode == "L"
+    assert np.asarray(image).tolist() == expected
+
+
+def test_colour_grid_without_lines_keeps_the_channels() -> None:
+    images = torch.randint(0, 256, (4, 3, 5, 6), dtype=torch.uint8)
+    array = np.asarray(grid(images, columns=2, scale=1, pad=0))
+    assert array.shape == (10, 12, 3)
+    assert np.array_equal(array[5:, :6], images[2].permute(1, 2, 0).numpy())
+
+
+def test_default_layout_makes_small_images_visible() -> None:
+    assert grid(torch.zeros(10, 1, 8, 8).byte(), pad=2).size == (4 * 66 + 2, 3 * 66 + 2)
+    assert grid(torch.zeros(1, 3, 100, 80).byte(), pad=0).size == (80, 100)
+
+
+@pytest.mark.parametrize("arguments", [{"columns": 0}, {"scale": 0}, {"pad": -1}])
+def test_grid_refuses_layouts(arguments: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))}=.* must be at least"):
+        grid(RAMP, **arguments)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 4, 4), (4, 4), (0, 1, 4, 4)])
+def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="C = 1 or 3"):
+        grid(torch.zeros(shape, dtype=torch.uint8))
+
+
+def test_png_round_trip(tmp_path: Path) -> None:
+    image = grid(RAMP)
+    save_png(image, tmp_path / "new" / "grid.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "grid.png")), np.asarray(image))
+    head, _, payload = data_uri(image).partition(",")
+    assert head == "data:image/png;base64"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(payload)))), np.asarray(image))
+
+
+def test_folder_holds_every_image(tmp_path: Path) -> None:
+    paths = save_folder(RAMP, tmp_path / "samples", start=9)
+    assert [p.name for p in paths] == ["000009.png", "000010.png", "000011.png"]
+    for path, image in zip(paths, RAMP, strict=True):
+        assert np.array_equal(np.asarray(Image.open(path)), image[0].numpy())
+
+
+def test_folder_overwrites_nothing_unasked(tmp_path: Path) -> None:
+    save_folder(RAMP[:1], tmp_path, start=2)
+    before = (tmp_path / "000002.png").read_bytes()
+    with pytest.raises(ValueError, match=r"000002.png: exists \(1 such files\)"):
+        save_folder(255 - RAMP, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["000002.png"]
+    assert (tmp_path / "000002.png").read_bytes() == before
+    save_folder(255 - RAMP, tmp_path, overwrite=True)
+    assert (tmp_path / "000002.png").read_bytes() != before
+
+
+def test_npz_round_trip(tmp_path: Path) -> None:
+    save_npz(RAMP, tmp_path / "samples.npz")
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as archive:
+        assert list(archive) == ["images"]
+        assert np.array_equal(archive["images"], RAMP.numpy())

@@ -1,0 +1,414 @@
+"""Schedules and priors against 50-digit decimals, published values and exact distributions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from decimal import Decimal, localcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from multistage_diffusion.schedules import (
+    EDM,
+    PRIORS,
+    SCHEDULES,
+    VE,
+    VP,
+    Discrete,
+    LogNormal,
+    NoiseSchedule,
+    RectifiedFlow,
+    SigmaPrior,
+    UniformSteps,
+    UniformTime,
+)
+from multistage_diffusion.stages import Stages
+
+F64 = torch.float64
+INF = math.inf
+ALL = [VP(), VP(beta_min=0.0), VP(beta_d=0.0), VE(), EDM(), RectifiedFlow(), Discrete(), Discrete(spacing="linear")]
+TIMES = [1e-6, 1e-4, 1e-3, 0.1, 0.442, 0.631, 0.9, 0.999]
+
+
+def ids(schedule: NoiseSchedule) -> str:
+    return repr(schedule)
+
+
+def vp_decimal(t: float) -> Decimal:
+    """sqrt(exp(beta_d t²/2 + beta_min t) - 1) in 50 digits."""
+    d, b, t_ = Decimal("19.9"), Decimal("0.1"), Decimal(t)
+    return ((d * t_ * t_ / 2 + b * t_).exp() - 1).sqrt()
+
+
+def ve_decimal(t: float) -> Decimal:
+    low, high = Decimal("0.01"), Decimal("50")
+    return low * (Decimal(t) * (high / low).ln()).exp()
+
+
+def flow_decimal(t: float) -> Decimal:
+    return Decimal(t) / (1 - Decimal(t))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "exact"),
+    [(VP(), vp_decimal), (VE(), ve_decimal), (EDM(), Decimal), (RectifiedFlow(), flow_decimal)],
+    ids=["vp", "ve", "edm", "flow"],
+)
+def test_sigma_equals_fifty_digits(schedule: NoiseSchedule, exact: Callable[[float], Decimal]) -> None:
+    with localcontext() as context:
+        context.prec = 50
+        for t in [*TIMES, schedule.t_min]:
+            assert float(schedule.sigma(t)) == pytest.approx(float(exact(t)), rel=1e-14)
+
+
+@pytest.mark.parametrize("spacing", ["sqrt", "linear"])
+def test_discrete_table_equals_fifty_digits(spacing: str) -> None:
+    schedule = Discrete(spacing=spacing)
+    with localcontext() as context:
+        context.prec = 50
+        low, high = Decimal(schedule.beta_start), Decimal(schedule.beta_end)
+        if spacing == "sqrt":
+            low, high = low.sqrt(), high.sqrt()
+        alpha_bar = Decimal(1)
+        for step in range(1000):
+            beta = low + (high - low) * step / 999
+            alpha_bar *= 1 - (beta * beta if spacing == "sqrt" else beta)
+            if step in (0, 1, 441, 442, 998, 999):
+                exact = float(((1 - alpha_bar) / alpha_bar).sqrt())
+                assert float(schedule.sigma(float(step))) == pytest.approx(exact, rel=1e-12)
+                assert float(schedule.scale(exact)) == pytest.approx(float(alpha_bar.sqrt()), rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=ids)
+def test_sigma_to_time_and_back(schedule: NoiseSchedule) -> None:
+    near = [1e-3, 1e-2, 0.3, 0.77, 1.0]
+    times = torch.tensor([schedule.t_min + f * (schedule.t_max - schedule.t_min) for f in near], dtype=F64)
+    sigmas = schedule.sigma(times)
+    assert sigmas.dtype == F64
+    assert bool((sigmas.diff() > 0).all())
+    torch.testing.assert_close(schedule.sigma(schedule.time(sigmas)), sigmas, rtol=1e-12, atol=0)
+    torch.testing.assert_close(schedule.time(sigmas), times, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "schedule", [VP(), VP(beta_min=0.0), VP(beta_d=0.0), EDM(), RectifiedFlow(sigma_max=1e7)], ids=ids
+)
+@pytest.mark.parametrize("t", [1e-9, 1e-6, 1e-4, 0.5, 1 - 1e-6, 1 - 1e-7])
+def test_time_is_exact_at_both_ends(schedule: NoiseSchedule, t: float) -> None:
+    assert float(schedule.time(schedule.sigma(t))) == pytest.approx(t, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [VE(), Discrete()], ids=ids)
+@pytest.mark.parametrize("t", [1e-6, 0.5, 1 - 1e-6, 1.0])
+def test_time_is_exact_as_far_as_sigma_can_hold_it(schedule: NoiseSchedule, t: float) -> None:
+    # a relative rounding of sigma by 2^-53 alone moves these times by about 1e-16 absolute
+    assert float(schedule.time(schedule.sigma(t))) == pytest.approx(t, rel=0, abs=4e-15)
+
+
+@pytest.mark.parametrize("schedule", [VP(), VP(beta_min=0.0), EDM(), RectifiedFlow(), Discrete()], ids=ids)
+def test_no_noise_is_time_zero(schedule: NoiseSchedule) -> None:
+    assert float(schedule.time(0.0)) == 0.0
+    assert schedule.edge_time(0.0) == 0.0
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=ids)
+def test_log_snr_relations(schedule: NoiseSchedule) -> None:
+    span = schedule.t_max - schedule.t_min
+    times = torch.linspace(schedule.t_min + 0.01 * span, schedule.t_max, 9, dtype=F64)
+    log_snr = schedule.log_snr(times)
+    torch.testing.assert_close(log_snr, torch.log(1.0 / schedule.sigma(times) ** 2), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(schedule.time_of_log_snr(log_snr), times, rtol=1e-11, atol=0)
+
+
+def test_scale_and_sigma_are_the_coefficients_of_the_kernel() -> None:
+    t = torch.tensor([0.01, 0.4, 0.95], dtype=F64)
+    vp, flow = VP(), RectifiedFlow()
+    # VP: signal² + noise² = 1; rectified flow: signal + noise = 1
+    s = vp.scale(vp.sigma(t))
+    torch.testing.assert_close(s**2 + (s * vp.sigma(t)) ** 2, torch.ones(3, dtype=F64), rtol=1e-14, atol=0)
+    torch.testing.assert_close(s, torch.exp(-0.5 * (19.9 * t**2 / 2 + 0.1 * t)), rtol=1e-13, atol=0)
+    s = flow.scale(flow.sigma(t))
+    torch.testing.assert_close(s, 1 - t, rtol=1e-13, atol=0)
+    torch.testing.assert_close(s * flow.sigma(t), t, rtol=1e-13, atol=0)
+    for schedule in (VE(), EDM()):
+        assert torch.equal(schedule.scale(t), torch.ones(3, dtype=F64))
+
+
+def test_published_edges() -> None:
+    vp = VP()
+    assert vp.edge_sigma(0.442) == pytest.approx(2.5103, abs=5e-5)
+    assert vp.edge_sigma(0.6308) == pytest.approx(7.405, abs=5e-4)
+    assert vp.edge_time(7.6577) == pytest.approx(0.636, abs=5e-5)
+    assert float(Discrete().sigma(442.0)) == pytest.approx(2.153, abs=5e-4)
+
+
+def test_start_std() -> None:
+    for schedule in (VP(), Discrete()):
+        sigma = float(schedule.sigma(schedule.t_max))
+        assert schedule.start_std(sigma) * float(schedule.scale(sigma)) == pytest.approx(1.0, rel=1e-14)
+    for schedule in (VE(), EDM(), RectifiedFlow()):
+        assert schedule.start_std(80.0) == 80.0
+
+
+def test_rectified_flow_stops_at_sigma_max() -> None:
+    flow = RectifiedFlow(sigma_max=500.0)
+    assert flow.t_max == pytest.approx(500 / 501, rel=1e-15)
+    times = torch.tensor([flow.t_max, 0.9999, 1.0, 1.5], dtype=F64)
+    torch.testing.assert_close(flow.sigma(times), torch.full((4,), 500.0, dtype=F64), rtol=1e-12, atol=0)
+    assert float(flow.sigma(times).max()) <= 500.0
+
+
+def test_float32_and_integer_times_are_computed_in_float64() -> None:
+    t = torch.tensor([0.25, 0.5])
+    assert torch.equal(VP().sigma(t), VP().sigma(t.to(F64)))
+    assert torch.equal(
+        Discrete().sigma(torch.tensor([3, 999])), Discrete().sigma(torch.tensor([3.0, 999.0], dtype=F64))
+    )
+
+
+def test_discrete_between_and_outside_steps() -> None:
+    schedule = Discrete()
+    at = schedule.sigma(torch.tensor([10.0, 10.5, 11.0], dtype=F64))
+    assert float(at[1]) == pytest.approx(math.sqrt(float(at[0] * at[2])), rel=1e-14)
+    assert float(schedule.sigma(-5.0)) == float(schedule.sigma(0.0))
+    assert float(schedule.sigma(2000.0)) == float(schedule.sigma(999.0))
+    assert schedule.time(torch.tensor([0.0, 1e-9, 1e9, INF], dtype=F64)).tolist() == [0.0, 0.0, 999.0, 999.0]
+    steps = torch.arange(1000, dtype=F64)
+    assert torch.equal(schedule.sigma(steps), schedule.sigmas)
+    torch.testing.assert_close(schedule.time(schedule.sigmas), steps, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("steps", [2, 7, 1000])
+def test_discrete_edges(steps: int) -> None:
+    schedule = Discrete(steps=steps)
+    for k in {1, steps // 2, steps - 1}:
+        edge = schedule.edge_sigma(k)
+        assert edge == pytest.approx(
+            math.sqrt(float(schedule.sigma(k - 1.0)) * float(schedule.sigma(float(k)))), rel=1e-14
+        )
+        assert schedule.edge_time(edge) == k
+        stages = Stages((edge,)).index(schedule.sigma(torch.arange(steps, dtype=F64)))
+        assert stages.tolist() == [0] * k + [1] * (steps - k)
+    assert schedule.edge_time(INF) == steps
+
+
+@pytest.mark.parametrize("edge", [0, 1000, -1, 442.5, math.nan, INF])
+def test_discrete_edge_must_be_an_inner_integer(edge: float) -> None:
+    with pytest.raises(ValueError, match=r"integer in 1\.\.999"):
+        Discrete().edge_sigma(edge)
+
+
+@pytest.mark.parametrize(
+    ("cls", "bad", "named"),
+    [
+        (VP, {"t_min": 1.0}, "t_min"),
+        (VP, {"t_min": -0.1}, "t_min"),
+        (VP, {"t_max": INF}, "t_max"),
+        (VP, {"t_min": math.nan}, "t_min"),
+        (VP, {"beta_d": -1.0}, "beta_d"),
+        (VP, {"beta_d": math.nan}, "beta_d"),
+        (VP, {"beta_d": 0.0, "beta_min": 0.0}, "beta_min"),
+        (VE, {"sigma_min": 0.0}, "sigma_min"),
+        (VE, {"sigma_min": 60.0}, "sigma_min"),
+        (VE, {"sigma_max": INF}, "sigma_max"),
+        (EDM, {"t_max": INF}, "t_max"),
+        (EDM, {"t_min": -1.0}, "t_min"),
+        (RectifiedFlow, {"sigma_max": INF}, "sigma_max"),
+        (RectifiedFlow, {"sigma_max": 0.0}, "sigma_max"),
+        (RectifiedFlow, {"t_min": 0.9999}, "t_min"),
+        (Discrete, {"steps": 1}, "steps"),
+        (Discrete, {"beta_end": 1.0}, "beta_end"),
+        (Discrete, {"beta_start": 0.5}, "beta_start"),
+        (Discrete, {"spacing": "cosine"}, "spacing"),
+        (Discrete, {"t_min": 999.0}, "t_min"),
+        (LogNormal, {"p_std": 0.0}, "p_std"),
+        (LogNormal, {"p_std": INF}, "p_std"),
+        (LogNormal, {"p_mean": math.nan}, "p_mean"),
+        (UniformTime, {"schedule": Discrete()}, "uniform-steps"),
+    ],
+)
+def test_refused_values_are_named(cls: type, bad: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        cls(**bad)
+
+
+def test_registries_name_every_class_by_its_kind() -> None:
+    for registry, base in ((SCHEDULES, NoiseSchedule), (PRIORS, SigmaPrior)):
+        assert {cls.kind: cls for cls in base.__subclasses__()} == registry
+
+
+# --- priors ---------------------------------------------------------------------------------------------------------
+
+PRIOR_CASES = [
+    UniformTime(),
+    UniformTime(schedule=VE()),
+    UniformTime(schedule=EDM()),
+    UniformTime(schedule=RectifiedFlow()),
+    UniformSteps(),
+    UniformSteps(schedule=Discrete(steps=7)),
+    LogNormal(),
+    LogNormal(p_mean=0.0, p_std=1.0),
+]
+PARTITIONS = [(), (2.5103, 7.6577), (1e-9, 0.05, 0.3, 1.0, 2.5103, 40.0, 1e6)]
+U_GRID = torch.cat((torch.tensor([0.0, 2.0**-53, 1e-12], dtype=F64), torch.arange(1, 20_000, dtype=F64) / 20_000,
+                    torch.tensor([1 - 1e-12, 1 - 2.0**-53], dtype=F64)))  # fmt: skip
+
+
+@pytest.mark.parametrize("prior", PRIOR_CASES, ids=repr)
+@pytest.mark.parametrize("interior", PARTITIONS)
+def test_masses_of_a_partition_sum_to_one(prior: SigmaPrior, interior: tuple[float, ...]) -> None:
+    stages = Stages(interior)
+    masses = [prior.mass(*stages.interval(k)) for k in range(len(stages))]
+    assert min(masses) >= 0.0
+    assert sum(masses) == pytest.approx(1.0, abs=1e-14)
+
+
+def test_published_edm_masses() -> None:
+    stages, prior = Stages((2.5103, 7.6577)), LogNormal()
+    percent = [100 * prior.mass(*stages.interval(k)) for k in range(3)]
+    assert percent == [pytest.approx(96.1, abs=0.05), pytest.approx(3.5, abs=0.05), pytest.approx(0.35, abs=0.005)]
+
+
+def test_log_normal_mass_equals_erfc_in_both_tails() -> None:
+    prior = LogNormal()
+    for z in (-30.0, -8.0, -1.0, 0.0, 1.0, 8.0, 30.0):
+        edge = math.exp(prior.p_mean + prior.p_std * z)
+        assert prior.mass(0.0, edge) == pytest.approx(0.5 * math.erfc(-z / math.sqrt(2)), rel=1e-11)
+        assert prior.mass(edge, INF) == pytest.approx(0.5 * math.erfc(z / math.sqrt(2)), rel=1e-11)
+
+
+def test_uniform_masses_are_lengths_of_time() -> None:
+    vp = VP()
+    assert UniformTime().mass(vp.edge_sigma(0.2), vp.edge_sigma(0.5)) == pytest.approx(0.3 / 0.999, rel=1e-13)
+    assert UniformTime().mass(vp.edge_sigma(1e-4), vp.edge_sigma(0.5)) == pytest.approx(0.499 / 0.999, rel=1e-13)
+    steps = UniformSteps()
+    low, high = steps.schedule.edge_sigma(442), steps.schedule.edge_sigma(631)
+    assert [steps.mass(0.0, low), steps.mass(low, high), steps.mass(high, INF)] == [0.442, 0.189, 0.369]
+
+
+@pytest.mark.parametrize("prior", PRIOR_CASES, ids=repr)
+@pytest.mark.parametrize("interior", PARTITIONS)
+def test_every_draw_lies_in_its_stage(prior: SigmaPrior, interior: tuple[float, ...]) -> None:
+    stages = Stages(interior)
+    for k in range(len(stages)):
+        low, high = stages.interval(k)
+        if prior.mass(low, high) == 0:
+            continue
+        draws = prior.sample_within(U_GRID, low, high)
+        assert draws.dtype == F64
+        assert bool(torch.isfinite(draws).all())
+        assert bool((draws > 0).all())
+        assert bool((draws >= low).all())
+        assert bool((draws < high).all())
+        assert bool((stages.index(draws) == k).all())
+        assert bool((draws.diff() >= 0).all())  # the inverse of a CDF rises
+
+
+@pytest.mark.parametrize("z", [8.0, 20.0, 36.0])
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_log_normal_tails_neither_overflow_nor_collapse(z: float, side: float) -> None:
+    prior = LogNormal()
+    edge = math.exp(prior.p_mean + prior.p_std * side * z)
+    low, high = (0.0, edge) if side < 0 else (edge, INF)
+    u = torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 2.0**-53], dtype=F64)
+    draws = prior.sample_within(u, low, high)
+    assert bool(torch.isfinite(draws).all())
+    assert bool(((draws >= low) & (draws < high)).all())
+    # the share of the tail's mass below each inner draw is u again
+    shares = torch.tensor([prior.mass(low, float(d)) / prior.mass(low, high) for d in draws[1:4]], dtype=F64)
+    torch.testing.assert_close(shares, u[1:4], rtol=1e-9, atol=0)
+
+
+def cdf_within(prior: SigmaPrior, draws: Tensor, low: float, high: float) -> Tensor:
+    """P(sigma <= draw | [low, high)), from formulas of the distribution itself."""
+    if isinstance(prior, LogNormal):
+
+        def cdf(v: float) -> float:
+            return 0.5 * math.erfc(-(math.log(v) - prior.p_mean) / prior.p_std / math.sqrt(2)) if v > 0 else 0.0
+    else:
+        assert isinstance(prior, UniformTime)
+        s = prior.schedule
+
+        def cdf(v: float) -> float:
+            t = s.t_max if v == INF else float(s.time(v)) if v > 0 else s.t_min
+            return (min(max(t, s.t_min), s.t_max) - s.t_min) / (s.t_max - s.t_min)
+
+    at_low, at_high = cdf(low), cdf(high)
+    return torch.tensor([(cdf(float(d)) - at_low) / (at_high - at_low) for d in draws], dtype=F64)
+
+
+@pytest.mark.parametrize("prior", [p for p in PRIOR_CASES if not isinstance(p, UniformSteps)], ids=repr)
+@pytest.mark.parametrize("interval", [(0.0, INF), (0.05, 0.9), (2.5103, 7.6577), (2.5103, INF), (0.0, 0.4)])
+def test_empirical_distribution_kolmogorov_smirnov(prior: SigmaPrior, interval: tuple[float, float]) -> None:
+    u = torch.rand(2000, dtype=F64, generator=torch.Generator().manual_seed(3))
+    shares = cdf_within(prior, prior.sample_within(u, *interval), *interval).sort().values
+    ranks = torch.arange(1, 2001, dtype=F64) / 2000
+    distance = torch.maximum((shares - ranks).abs(), (shares - ranks + 1 / 2000).abs()).max()
+    assert float(distance) < 1.95 / math.sqrt(2000)  # p < 1e-3 if the distribution is right; the seed is fixed
+
+
+@pytest.mark.parametrize("prior", [UniformTime(), LogNormal(), UniformSteps()], ids=repr)
+def test_drawing_a_stage_first_equals_drawing_from_the_whole(prior: SigmaPrior) -> None:
+    # u of the whole density lands in stage k exactly when u lies in the stage's slice of [0, 1), and at the same sigma
+    stages = Stages((0.3, 2.5103, 7.6577))
+    u = (torch.arange(4000, dtype=F64) + 0.5) / 4000
+    whole = prior.sample(u)
+    start = 0.0
+    for k in range(len(stages)):
+        low, high = stages.interval(k)
+        mass = prior.mass(low, high)
+        mine = stages.index(whole) == k
+        assert torch.equal(mine, (u >= start) & (u < start + mass))
+        within = prior.sample_within((u[mine] - start) / mass, low, high)
+        torch.testing.assert_close(within, whole[mine], rtol=1e-9, atol=0)
+        start += mass
+
+
+@pytest.mark.parametrize(
+    ("prior", "interval"),
+    [
+        (UniformTime(), (1e6, INF)),
+        (UniformTime(), (0.0, 1e-3)),
+        (UniformTime(), (1.0, 1.0)),
+        (UniformTime(), (2.0, 1.0)),
+        (UniformSteps(), (0.0, 0.01)),
+        (UniformSteps(), (1e3, INF)),
+        (UniformSteps(), (2.1475, 2.148)),
+        (LogNormal(), (1.0, 1.0)),
+        (LogNormal(), (2.0, 1.0)),
+        (LogNormal(), (1e300, INF)),
+    ],
+)
+def test_an_interval_without_mass_is_refused(prior: SigmaPrior, interval: tuple[float, float]) -> None:
+    assert prior.mass(*interval) == 0.0
+    with pytest.raises(ValueError, match=f"holds no mass of the {prior.kind} prior"):
+        prior.sample_within(torch.tensor([0.5], dtype=F64), *interval)
+
+
+def test_uniform_steps_hit_each_integer_step_equally_often() -> None:
+    prior = UniformSteps()
+    schedule = prior.schedule
+    low, high = schedule.edge_sigma(442), schedule.edge_sigma(631)
+    u = (torch.arange(3 * 189, dtype=F64) + 0.5) / (3 * 189)
+    draws = prior.sample_within(u, low, high)
+    assert torch.equal(draws, schedule.sigmas[442:631].repeat_interleave(3))
+    steps = schedule.time(draws)
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-10)
+
+
+def test_uniform_steps_agree_with_stages_when_an_edge_is_exactly_a_step() -> None:
+    # an edge at a step's own sigma belongs to the upper stage, whatever log and exp round to
+    prior = UniformSteps()
+    for k in range(1, 1000):
+        edge = float(prior.schedule.sigmas[k])
+        assert prior.mass(0.0, edge) == k / 1000
+        assert float(prior.sample_within(torch.tensor([0.0], dtype=F64), edge, INF)) == edge
+
+
+def test_priors_are_values() -> None:
+    for prior in PRIOR_CASES:
+        assert dataclasses.replace(prior) == prior  # type: ignore[type-var]
+        assert hash(dataclasses.replace(prior)) == hash(prior)  # type: ignore[type-var]
