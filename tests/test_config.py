@@ -48,7 +48,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (NetworkConfig, {"decoder_widths": (64, 33)}, "width 33 must be even"),
     (NetworkConfig, {"encoder_width": 18}, "width 18 x 1 = 18 channels is not divisible into 4 groups"),
     (NetworkConfig, {"decoder_widths": (68,)}, "use a multiple of 16"),
-    (NetworkConfig, {"encoder_width": 40, "decoder_widths": (28,)}, "meet in 136 channels, not divisible into 16"),
+    (NetworkConfig, {"encoder_width": 40, "decoder_widths": (28,)}, "meet in 68 channels, not divisible into 16"),
     (DiffusionConfig, {"sigma_data": 0.0}, "diffusion.sigma_data=0.0"),
     (DiffusionConfig, {"sigma_data": INF}, "diffusion.sigma_data=inf"),
     (OptimizerConfig, {"lr": 0.0}, "optimizer.lr=0.0"),
@@ -119,6 +119,7 @@ def test_edges_of_what_is_accepted() -> None:
     DataConfig(held_out=0.0, size=(1, 1))
     NetworkConfig(dropout=0.0, encoder_width=4, decoder_widths=(4, 12), attention_factors=())
     NetworkConfig(attention_factors=(1, 2, 4, 8))
+    NetworkConfig(encoder_width=28, decoder_widths=(4,), channel_mult=(1, 2))
     OptimizerConfig(betas=(0.0, 0.0), warmup_steps=0, clip=None)
     TrainingConfig(batch=4, accumulate=4, ema_rampup=0.0, label_dropout=1.0, shares=(0.0, 1.0))
     SamplingConfig(sigma_min=0.002, sigma_max=80.0, eta=1.0)

@@ -255,6 +255,8 @@ def test_override_of_a_kind_starts_from_its_defaults(reverse: bool) -> None:
     if reverse:
         changes = dict(reversed(changes.items()))
     assert override(RunConfig(), changes).diffusion.prior == LogNormal(p_std=1.0)
+    schedule: dict[str, Any] = {"diffusion.schedule.beta_d": 9.0, "diffusion.schedule.kind": "vp"}
+    assert override(EDM_RUN, schedule).diffusion.schedule == VP(beta_d=9.0)
     # the same kind again keeps what was set; an ordinary field called `kind` resets nothing
     kept = override(EDM_RUN, {"diffusion.prior.p_mean": -3.0})
     assert override(kept, {"diffusion.prior.kind": "log-normal"}) == kept

@@ -99,16 +99,12 @@ class NetworkConfig:
                 )
 
     def _joined_channels(self, encoder: int, decoder: int) -> list[int]:
-        """Channels of [h, skip] at the head of a decoder's blocks, from the bottom."""
-        joined, entering = [], encoder * self.channel_mult[-1]
-        for level, mult in reversed(list(enumerate(self.channel_mult))):
-            first_skip = encoder * (
-                self.channel_mult[level - 1] if level else 1
-            )  # of the down block or input convolution
-            joined += [entering + encoder * mult, decoder * mult + first_skip]
+        """Channels of [h, skip] at the head of a decoder's blocks; h enters the bottom at the encoder's width."""
+        joined = [2 * encoder * self.channel_mult[-1]]
+        for mult, mult_before in zip(self.channel_mult, (1, *self.channel_mult), strict=False):
+            joined.append(decoder * mult + encoder * mult_before)  # skip of the down block or input convolution
             if self.blocks_per_level > 1:
                 joined.append(decoder * mult + encoder * mult)
-            entering = decoder * mult
         return joined
 
 

@@ -44,7 +44,7 @@ def digits() -> RunConfig:
             attention_factors=(2,),
             dropout=0.1,
         ),
-        diffusion=DiffusionConfig(precondition="edm", sigma_data=0.5, prior=LogNormal(p_mean=-0.6, p_std=1.4)),
+        diffusion=DiffusionConfig(precondition="edm", sigma_data=0.75, prior=LogNormal(p_mean=-0.6, p_std=1.4)),
         stages=_vp_stages((0.188, 0.577), rule="interval-mean", data_range=[-1.0, 1.0], data="digits"),
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=200),
         training=TrainingConfig(

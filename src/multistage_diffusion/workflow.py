@@ -133,7 +133,7 @@ def train(
     Raises:
         ValueError: if something does not fit; nothing has been written then.
     """
-    data = data or open_configured(config.data)
+    data = data or open_configured(dataclasses.replace(config.data, fingerprint="", shape=()))
     if result is not None and result.fingerprint not in (
         "",
         data.fingerprint,

@@ -48,7 +48,7 @@ def test_samples_are_uniform_in_time_and_keyed(digits, monkeypatch):
     assert 0.2 < float(curves.t.min()) < 0.201
     assert 0.599 < float(curves.t.max()) < 0.6
     assert float(curves.t.mean()) == pytest.approx(0.4, abs=0.01)
-    assert all(0 <= float(s.min()) and float(s.max()) <= 1 for s in (curves.s0, curves.s1))
+    assert all(float(s.min()) >= 0 and float(s.max()) <= 1 for s in (curves.s0, curves.s1))
     assert not torch.equal(curves.t, sample_similarities(denoiser, samples=4000, seed=4, **options).t)
     monkeypatch.setattr(similarity, "_CURVE_ROWS", 700)
     done = []

@@ -30,7 +30,7 @@ def plot_split(result: SplitResult, path: Path | str) -> None:
     figure = Figure(figsize=(8.0, 4.8) if first else (6.8, 5.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["top", "right"] if first else ["top", "right", "left", "bottom"]].set_visible(False)
     if first:
         _draw_curves(axes, result)
     else:
