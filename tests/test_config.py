@@ -51,6 +51,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (NetworkConfig, {"encoder_width": 40, "decoder_widths": (28,)}, "meet in 68 channels, not divisible into 16"),
     (DiffusionConfig, {"sigma_data": 0.0}, "diffusion.sigma_data=0.0"),
     (DiffusionConfig, {"sigma_data": INF}, "diffusion.sigma_data=inf"),
+    (DiffusionConfig, {"schedule": EDM()}, "diffusion.schedule='edm': precondition 'vp-eps' needs"),
     (OptimizerConfig, {"lr": 0.0}, "optimizer.lr=0.0"),
     (OptimizerConfig, {"lr": NAN}, "optimizer.lr=nan"),
     (OptimizerConfig, {"lr": INF}, "optimizer.lr=inf"),
@@ -112,7 +113,7 @@ def test_a_stage_that_training_noise_never_reaches_is_refused() -> None:
         two_stages(0.001)
     with pytest.raises(ValueError, match="uniform-steps"):
         two_stages(100.0, prior=UniformSteps())
-    assert two_stages(160.0, schedule=EDM(), prior=LogNormal()).stages.interior == (160.0,)
+    assert two_stages(160.0, precondition="edm", schedule=EDM(), prior=LogNormal()).stages.interior == (160.0,)
 
 
 def test_edges_of_what_is_accepted() -> None:

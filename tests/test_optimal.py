@@ -103,9 +103,9 @@ def test_extreme_sigmas_reach_the_limits(digits, dtype):
 
 def test_zero_sigma_averages_ties_and_only_ties():
     data = torch.tensor([[0.0, 0.0], [1.0, 0.0], [5.0, 5.0], [5.0, 5.0], [0.5, 0.6]])
-    x = torch.tensor([[0.5, 0.0], [0.5, -0.2], [4.0, 4.0], [0.4, 0.0]])
-    expected = torch.tensor([[0.5, 0.0], [0.5, 0.0], [5.0, 5.0], [0.0, 0.0]])
-    torch.testing.assert_close(OptimalDenoiser(data)(x, torch.zeros(4)), expected)
+    x = torch.tensor([[0.5, 0.0], [0.5, -0.2], [4.0, 4.0], [0.4, 0.0], [0.50002, 0.0]])
+    expected = torch.tensor([[0.5, 0.0], [0.5, 0.0], [5.0, 5.0], [0.0, 0.0], [1.0, 0.0]])
+    torch.testing.assert_close(OptimalDenoiser(data)(x, torch.zeros(5)), expected)
 
 
 def test_duplicates_count_twice():

@@ -41,6 +41,7 @@ def test_colour_grid_without_lines_keeps_the_channels() -> None:
 
 def test_default_layout_makes_small_images_visible() -> None:
     assert grid(torch.zeros(10, 1, 8, 8).byte(), pad=2).size == (4 * 66 + 2, 3 * 66 + 2)
+    assert grid(torch.zeros(1, 1, 30, 8).byte(), pad=0).size == (16, 60)
     assert grid(torch.zeros(1, 3, 100, 80).byte(), pad=0).size == (80, 100)
 
 

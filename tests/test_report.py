@@ -152,6 +152,7 @@ def test_images_arrive_unchanged(tmp_path: Path) -> None:
     config = make_config(1)
     page = Page(write_report(tmp_path, config=config, architecture=[], samples=samples, real=real))
     grid, single = page.images()
+    assert single.shape == (70, 70)
     assert np.array_equal(single[3:-3, 3:-3][::8, ::8], real[0, 0].numpy())  # enlarged 8 times, 3 pixels around
     assert np.array_equal(grid[3 : 3 + 64, 70 : 70 + 64][::8, ::8], samples[1, 0].numpy())
 

@@ -72,7 +72,11 @@ def some_run(seed: int) -> RunConfig:
             source="a b.zip", size=rng.choice([None, (8, 9)]), fit="crop", shape=rng.choice([(), (1, 8, 8)])
         ),
         network=NetworkConfig(family=rng.choice(["ncsnpp", "ddpmpp"]), decoder_widths=(64,) * len(stages)),
-        diffusion=DiffusionConfig(schedule=schedule, prior=rng.choice(priors[1:]) if rng.random() < 0.5 else prior),
+        diffusion=DiffusionConfig(
+            precondition=rng.choice(("edm", "velocity")),
+            schedule=schedule,
+            prior=rng.choice(priors[1:]) if rng.random() < 0.5 else prior,
+        ),
         stages=stages,
         optimizer=OptimizerConfig(kind=rng.choice(["adam", "adamw"]), lr=1 / 3, clip=rng.choice([None, 0.1])),
         training=TrainingConfig(

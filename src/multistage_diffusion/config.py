@@ -131,6 +131,11 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.sigma_data < math.inf, f"diffusion.sigma_data={self.sigma_data} must be positive and finite")
+        _require(
+            self.precondition != "vp-eps" or self.schedule.kind in ("vp", "discrete"),
+            f"diffusion.schedule={self.schedule.kind!r}: precondition 'vp-eps' needs the time of 'vp' or 'discrete'; "
+            "use precondition 'edm' or 'velocity' for the others",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,9 @@ from .schedules import NoiseSchedule
 from .stages import Stages
 
 
+_LEAST = 1e-12  # sigma = 0 must not become -inf in the embedding of a logarithmic time
+
+
 class Coefficients(NamedTuple):
     """c_skip, c_out, c_in and c_noise, each float64 (B,)."""
 
@@ -62,7 +65,7 @@ class VPEps(Preconditioning):
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """Return 1, -sigma, s(sigma) and the embedding's time."""
-        time = self.schedule.time(sigma)
+        time = self.schedule.time(sigma.clamp(min=_LEAST))
         noise = time if self.schedule.kind == "discrete" else 999.0 * time
         return Coefficients(torch.ones_like(sigma), -sigma, self.schedule.scale(sigma), noise)
 
@@ -77,7 +80,7 @@ class EDMPreconditioning(Preconditioning):
         """Return c_skip, c_out, c_in and c_noise of Table 1."""
         data = self.sigma_data
         total = sigma**2 + data**2
-        noise = 0.25 * torch.log(sigma.clamp(min=1e-12))  # sigma = 0 must not become -inf in the embedding
+        noise = 0.25 * torch.log(sigma.clamp(min=_LEAST))
         return Coefficients(data**2 / total, sigma * data * total.rsqrt(), total.rsqrt(), noise)
 
 

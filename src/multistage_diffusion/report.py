@@ -5,7 +5,6 @@ The file opens from disk without a network: style, charts (SVG) and pictures (PN
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 from .config import RunConfig
 from .pages import INK, chart, colour, escape, facts, note, page, picture, table, tidy
 from .pictures import data_uri, grid
-from .serialization import read_json, to_dict, write_atomic
+from .serialization import read_json, read_lines, to_dict, write_atomic
 
 Record = Mapping[str, Any]
 
@@ -98,7 +97,7 @@ def write_report(
     """
     if evaluation is None:
         evaluation = read_json(run / "evaluation.json") if (run / "evaluation.json").exists() else []
-    records, launches = _read_lines(run / "metrics.jsonl"), _read_lines(run / "launches.jsonl")
+    records, launches = read_lines(run / "metrics.jsonl"), read_lines(run / "launches.jsonl")
     train = [r for r in records if r["kind"] == "train"]
     held_out = [r for r in records if r["kind"] == "held_out"]
     metrics = "".join(_metrics(to_dict(result)) for result in evaluation)
@@ -313,20 +312,3 @@ def _count(value: int) -> str:
 def _duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; a missing file is empty, a last line torn by a kill is ignored.
-
-    Raises:
-        ValueError: if another line is not JSON, naming it.
-    """
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
-    return records

@@ -120,9 +120,9 @@ def test_balls_are_closed_and_may_have_no_radius() -> None:
     """Four equal points have balls of radius 0 that hold an equal point; a point on a rim is inside."""
     same = (gauss(1, 50, 12) * 10).expand(4, 50)
     assert precision_recall(same, same.clone()) == (1.0, 1.0)
-    line = torch.tensor([[0.0], [0.1], [0.3]])  # k = 1: radii 0.1, 0.1, 0.2
+    line = torch.tensor([[0.0], [0.1], [0.3]], dtype=torch.float64)  # k = 1: radii 0.1, 0.1, 0.2
     fake = torch.tensor([[0.5], [-0.1], [0.51], [9.0]], dtype=torch.float64)
-    assert precision_recall(line.double(), fake, 1)[0] == 0.5
+    assert precision_recall(line, fake, 1)[0] == 0.5
 
 
 @pytest.mark.parametrize("k", [0, 5])

@@ -149,6 +149,7 @@ def test_other_files_are_refused(tmp_path):
         (DIGITS_UINT8.astype(np.int64), "must be uint8 or floating point"),
         (torch.tensor([[0.0, float("nan")], [0.0, 0.5]]), "NaN"),
         (DIGITS * 16, r"from 0 to 16, outside data_range=\(-1, 1\)"),
+        (DIGITS - 1.5, r"from -1.5 to -0.5, outside data_range=\(-1, 1\)"),
     ],
 )
 @pytest.mark.parametrize("settings", [FEW, SplitSettings(algorithm=2, samples=100)])

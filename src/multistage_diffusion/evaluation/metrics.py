@@ -287,7 +287,9 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
 def _covered(points: Tensor, centres: Tensor, k: int, chunk: int) -> float:
     """Return the share of points within any centre's ball, which reaches to its k-th nearest other centre."""
     # k + 1: every centre is its own nearest
-    squared_radii = torch.cat([_squared_distances(c, centres).kthvalue(k + 1).values for c in torch.split(centres, chunk)])
+    squared_radii = torch.cat(
+        [_squared_distances(c, centres).kthvalue(k + 1).values for c in torch.split(centres, chunk)]
+    )
     reach = squared_radii * (1 + 1e-9)  # balls are closed: rounding must not put a point on the rim outside
     inside = [(_squared_distances(p, centres) <= reach).any(dim=1) for p in torch.split(points, chunk)]
     return float(torch.cat(inside).double().mean())

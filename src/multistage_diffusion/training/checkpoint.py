@@ -44,7 +44,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{_PREFIX}{checkpoint.state['step']:08d}"
     temporary = folder / f"{_TEMPORARY}{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process killed in mid-write
+    for leftover in folder.glob(f"{_TEMPORARY}*"):  # of a process killed in mid-write or mid-delete
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         temporary.mkdir()
         for name in ("model", "ema", "optimizer"):
@@ -52,8 +53,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
             _write(temporary / f"{name}.safetensors", save(tensors))
         _write(temporary / "state.json", json.dumps(to_dict(checkpoint.state), indent=1).encode())
         _sync(temporary)
-        if final.exists():  # the same step saved again after a resume
-            shutil.rmtree(final)
+        if final.exists():  # the same step saved again
+            _delete(final)
         os.rename(temporary, final)
         _sync(folder)
     except BaseException:
@@ -120,11 +121,14 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> None:
     best = best_checkpoint(folder)
     for path in found[:-keep_last]:
         if path != best and not (keep_every and checkpoint_step(path) % keep_every == 0):
-            # renamed first, so that a half-deleted one is never taken for a checkpoint
-            doomed = folder / f"{_TEMPORARY}{path.name}"
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.rename(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint, renamed first: a half-deleted one is never taken for a whole one."""
+    doomed = path.with_name(f"{_TEMPORARY}deleted-{path.name}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:

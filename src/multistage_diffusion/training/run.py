@@ -24,7 +24,7 @@ import torch
 from ..config import DataConfig, RunConfig
 from ..data import ImageData, open_configured
 from ..denoisers import MultiStageDenoiser, build_denoiser
-from ..serialization import from_dict, read_json, to_dict, write_atomic, write_json
+from ..serialization import append_line, from_dict, read_json, read_lines, write_atomic, write_json
 from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, load_tensors
 
 
@@ -175,25 +175,6 @@ class Run:
             except OSError:
                 raise ValueError(f"{self.path}: another process is training this run; wait for it or stop it") from None
             yield
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file; a torn last line is ignored, a missing file is empty."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON object as a line."""
-    with path.open("a") as file:
-        file.write(json.dumps(to_dict(record)) + "\n")
 
 
 def device_name(device: torch.device) -> str:

@@ -39,7 +39,7 @@ class Callback:
         """A line was added to metrics.jsonl."""
 
     def finished(self, trainer: Trainer) -> None:
-        """Training has ended, or stops early with a checkpoint."""
+        """Training is over: at its end, stopped early with a checkpoint, or by an error."""
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -131,28 +131,33 @@ class Trainer:
             TrainingDiverged: if a loss is not finite; the last good checkpoint stays.
             OSError: if a checkpoint cannot be written; the previous one stays.
         """
-        training = self.config.training
         with self.run.locked():
             self.run.rewind_metrics(self.step)
             self.run.log_launch(self.device)
             self._tell("started")
-            self._clock = time.perf_counter()
-            while self.step < training.steps and not self.stopping:
-                self._iterate()
-                self._tell("stepped")
-                last = self.step == training.steps
-                if self.step % training.log_every == 0 or last:
-                    self._log_training()
-                score = None
-                if training.held_out_every and self.held_out and (self.step % training.held_out_every == 0 or last):
-                    score = self._log_held_out()
-                if self.step % training.checkpoint_every == 0 or last or self.stopping:
-                    self.save(score)
-            self._tell("finished")
+            try:
+                self._loop()
+            finally:
+                self._tell("finished")
 
     def stop(self) -> None:
         """Ask fit to end after the current step with a checkpoint."""
         self.stopping = True
+
+    def _loop(self) -> None:
+        training = self.config.training
+        self._clock = time.perf_counter()
+        while self.step < training.steps and not self.stopping:
+            self._iterate()
+            self._tell("stepped")
+            last = self.step == training.steps
+            if self.step % training.log_every == 0 or last:
+                self._log_training()
+            score = None
+            if training.held_out_every and self.held_out and (self.step % training.held_out_every == 0 or last):
+                score = self._log_held_out()
+            if self.step % training.checkpoint_every == 0 or last or self.stopping:
+                self.save(score)
 
     # -- one iteration ------------------------------------------------------------------------------------------------
 
@@ -269,13 +274,14 @@ class Trainer:
             losses.append(float(stage_losses(self.ema.module, batch)[stage]) / len(batch.y))
         return losses
 
-    def _log_held_out(self) -> float:
+    def _log_held_out(self) -> float | None:
         start = time.perf_counter()
         losses = self.held_out_losses()
         seconds = time.perf_counter() - start
         self._clock += seconds  # not counted in the training rate
         self._log({"kind": "held_out", "step": self.step, "images": self.images, "loss": losses, "seconds": seconds})
-        return sum(w * x for w, x in zip(self.weights, losses, strict=True))
+        score = sum(w * x for w, x in zip(self.weights, losses, strict=True))
+        return score if math.isfinite(score) else None
 
     def _log(self, record: dict[str, Any]) -> None:
         self.run.log(record)
@@ -341,6 +347,8 @@ class RunningSums:
                 self.loss[k] += loss
                 self.rows[k] += 1
         for name, value in norms.items():
+            if not math.isfinite(value):  # an fp16 step that the scaler skipped; JSON has no infinity
+                continue
             self.norm[name] = self.norm.get(name, 0.0) + value
             self.seen[name] = self.seen.get(name, 0) + 1
 

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.samplers import make_plan, sample, start_noise
+from multistage_diffusion.sampling import sample_images
+from multistage_diffusion.schedules import EDM
+
+SHAPE = (1, 3, 4)
+CONFIG = SamplingConfig(solver="heun", calls=9, spacing="edm", sigma_min=0.01, sigma_max=20.0)
+
+
+def gaussian(x, sigma, cond=None):
+    """The exact denoiser of N(0.2, 0.3²), moved by a hundredth per class."""
+    mean = 0.2 if cond is None else 0.2 + 0.1 * cond.labels.to(x.dtype)[:, None, None, None]
+    s = sigma.to(x.dtype)[:, None, None, None]
+    return (0.09 * x + s**2 * mean) / (0.09 + s**2)
+
+
+def draw(count=7, *, config=CONFIG, **options):
+    return sample_images(gaussian, SHAPE, count, config=config, schedule=EDM(), **options)
+
+
+def test_images_are_the_sampler_s_end_as_pixels():
+    plan = make_plan(CONFIG, EDM())
+    end = sample(gaussian, start_noise(5, torch.arange(7), SHAPE, plan), plan)
+    expected = ((end + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    assert torch.equal(draw(seed=5), expected)
+    assert expected.shape == (7, *SHAPE)
+
+
+@pytest.mark.parametrize("churn", [0.0, 5.0])
+def test_a_sample_depends_on_its_seed_and_number_alone(churn):
+    config = SamplingConfig(solver="heun", calls=9, spacing="edm", sigma_min=0.01, sigma_max=20.0, churn=churn)
+    images = draw(7, config=config)
+    assert torch.equal(draw(7, config=config, batch=3), images)
+    assert torch.equal(draw(4, config=config, batch=1), images[:4])
+    assert not torch.equal(draw(7, config=config, seed=1), images)
+    assert len({bytes(i.numpy().tobytes()) for i in images}) == 7
+
+
+def test_many_samples_have_the_data_s_mean_and_spread():
+    x = draw(4000, config=SamplingConfig(calls=20, sigma_min=0.002, sigma_max=80.0)).float() / 127.5 - 1
+    assert float(x.mean()) == pytest.approx(0.2, abs=0.01)
+    assert float(x.std()) == pytest.approx(0.3, abs=0.01)
+
+
+def test_labels_follow_their_samples_through_the_batches():
+    labels = torch.tensor([0, 3, 1, 2, 0])
+    images = draw(5, labels=labels, batch=2)
+    for i, label in enumerate(labels.tolist()):
+        alone = draw(5, labels=torch.full((5,), label))
+        assert torch.equal(images[i], alone[i])
+    assert not torch.equal(images, draw(5))
+
+
+def test_progress_counts_every_call_of_every_image():
+    seen = []
+    draw(5, batch=2, progress=lambda done, total: seen.append((done, total)))
+    assert {total for _, total in seen} == {5 * 9}
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (45, 45)
+    assert seen[8] == (18, 45)  # the first batch of two is through
+
+
+@pytest.mark.parametrize(("count", "batch"), [(0, 4), (-1, 4), (3, 0)])
+def test_impossible_counts_are_refused(count, batch):
+    with pytest.raises(ValueError, match=f"count={count} and batch={batch}"):
+        draw(count, batch=batch)
