@@ -22,7 +22,6 @@ from .nets.unet import MultiDecoderUNet
 from .schedules import NoiseSchedule
 from .stages import Stages
 
-
 _LEAST = 1e-12  # sigma = 0 must not become -inf in the embedding of a logarithmic time
 
 

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from multistage_diffusion.config import TrainingConfig
+from multistage_diffusion.data import ImageData, to_float
+from multistage_diffusion.schedules import LogNormal
+from multistage_diffusion.stages import Stages
+from multistage_diffusion.training.batches import (
+    BatchSource,
+    allocate,
+    held_out_batch,
+    prior_masses,
+    stage_shares,
+    stage_weights,
+)
+
+CPU = torch.device("cpu")
+STAGES, PRIOR = Stages((0.2, 0.6)), LogNormal()
+
+
+def numbered(count: int) -> ImageData:
+    """Images whose corner pixel is their number; the last column differs, so that a flip shows."""
+    pixels = np.zeros((count, 1, 4, 4), np.uint8)
+    pixels[:, 0, :, 0] = np.arange(count)[:, None]
+    pixels[:, 0, :, 3] = 255
+    return ImageData(pixels, np.arange(count) % 3, "numbered")
+
+
+def numbers(batch) -> list[int]:
+    """The images of a batch, by the corner that is not 255 (white)."""
+    corners = ((batch.y[:, 0, 0, [0, 3]] + 1) * 127.5).round().long()
+    return corners.min(1).values.tolist()
+
+
+def rows_of(batch, stage: int) -> slice:
+    start = sum(batch.counts[:stage])
+    return slice(start, start + batch.counts[stage])
+
+
+def same(a, b, rows_a=slice(None), rows_b=slice(None)) -> bool:
+    return all(
+        torch.equal(getattr(a, name)[rows_a], getattr(b, name)[rows_b]) for name in ("y", "noise", "sigma")
+    ) and torch.equal(a.cond.labels[rows_a], b.cond.labels[rows_b])
+
+
+@pytest.fixture
+def source(tiny_config):
+    return BatchSource(tiny_config(network__num_classes=3, training__label_dropout=0.5), numbered(17), CPU)
+
+
+# -- shares and counts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "shares", "counts"),
+    [
+        (12, (1 / 3, 1 / 3, 1 / 3), (4, 4, 4)),
+        (128, (0.5, 0.35, 0.15), (64, 45, 19)),  # 64, 44.8, 19.2
+        (10, (0.47, 0.35, 0.18), (5, 3, 2)),  # 4.7, 3.5, 1.8
+        (10, (0.99, 0.01), (9, 1)),
+        (3, (0.98, 0.01, 0.01), (1, 1, 1)),
+        (8, (0.5, 0.0, 0.5), (4, 0, 4)),
+        (7, (1.0,), (7,)),
+    ],
+)
+def test_rows_are_allocated_by_largest_remainder(batch, shares, counts):
+    assert allocate(batch, shares) == counts
+
+
+def test_allocation_adds_up_and_is_the_nearest_there_is():
+    rng = random.Random(0)
+    for _ in range(200):
+        raw = [rng.random() for _ in range(3)]
+        shares, batch = [r / sum(raw) for r in raw], rng.randint(3, 40)
+        counts = allocate(batch, shares)
+        assert sum(counts) == batch
+        assert min(counts) >= 1
+
+        def distance(candidate, shares=shares, batch=batch):
+            return sum((c - batch * s) ** 2 for c, s in zip(candidate, shares, strict=True))
+
+        every = [c for c in itertools.product(range(1, batch + 1), repeat=2) if sum(c) < batch]
+        best = min(distance((*c, batch - sum(c))) for c in every)
+        assert distance(counts) == pytest.approx(best)
+
+
+def test_a_batch_smaller_than_the_stages_is_refused():
+    with pytest.raises(ValueError, match=r"training\.batch=2 is too small for 3 stages"):
+        allocate(2, (0.5, 0.3, 0.2))
+
+
+def test_prior_masses_are_those_of_many_draws():
+    draws = torch.exp(-1.2 + 1.2 * torch.randn(400_000, generator=torch.Generator().manual_seed(0)))
+    found = torch.bincount(STAGES.index(draws)) / len(draws)
+    assert prior_masses(STAGES, PRIOR) == pytest.approx(found.tolist(), abs=3e-3)
+    assert sum(prior_masses(STAGES, PRIOR)) == pytest.approx(1)
+
+
+def test_shares_and_weights_add_up_to_one():
+    masses = pytest.approx(prior_masses(STAGES, PRIOR))
+    given = TrainingConfig(shares=(2.0, 1.0, 1.0), weights=(1.0, 3.0, 0.0))
+    assert stage_shares(given, STAGES, PRIOR) == (0.5, 0.25, 0.25)
+    assert stage_weights(given, STAGES, PRIOR) == (0.25, 0.75, 0.0)
+    assert stage_shares(TrainingConfig(shares="uniform"), STAGES, PRIOR) == pytest.approx((1 / 3,) * 3)
+    assert stage_shares(TrainingConfig(shares="prior"), STAGES, PRIOR) == masses
+    assert stage_weights(TrainingConfig(weights="prior"), STAGES, PRIOR) == masses
+    follow = TrainingConfig(weights="shares", shares=(2.0, 1.0, 1.0))
+    assert stage_weights(follow, STAGES, PRIOR) == (0.5, 0.25, 0.25)
+
+
+# -- draws ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_draw_depends_on_the_step_alone(source, tiny_config):
+    first = source.draw(3, (4, 5, 3))
+    source.draw(8, (4, 5, 3))
+    assert same(first, source.draw(3, (4, 5, 3)))
+    other = source.draw(4, (4, 5, 3))
+    assert not torch.isin(other.sigma, first.sigma).any()
+    assert not torch.isin(other.noise, first.noise).any()
+    reseeded = BatchSource(tiny_config(network__num_classes=3, training__seed=1), numbered(17), CPU)
+    assert not torch.isin(reseeded.draw(3, (4, 5, 3)).noise, first.noise).any()
+
+
+def test_a_stage_s_rows_do_not_depend_on_the_other_stages_counts(source):
+    a, b = source.draw(5, (4, 5, 3)), source.draw(5, (1, 5, 9))
+    assert same(a, b, rows_of(a, 1), rows_of(b, 1))
+    assert not torch.isin(a.noise[rows_of(a, 0)], a.noise[rows_of(a, 1)]).any()  # stages share no noise
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_parts_of_a_step_add_up_to_the_whole(source, parts):
+    counts = (4, 5, 2)
+    whole = source.draw(6, counts)
+    pieces = [source.draw(6, counts, part, parts) for part in range(parts)]
+    assert tuple(map(sum, zip(*(p.counts for p in pieces), strict=True))) == counts
+    for stage in range(3):
+        picked = [(p, rows_of(p, stage)) for p in pieces]
+        for name in ("y", "noise", "sigma"):
+            joined = torch.cat([getattr(p, name)[rows] for p, rows in picked])
+            assert torch.equal(joined, getattr(whole, name)[rows_of(whole, stage)])
+        labels = torch.cat([p.cond.labels[rows] for p, rows in picked])
+        assert torch.equal(labels, whole.cond.labels[rows_of(whole, stage)])
+
+
+def test_every_stage_sees_every_image_once_an_epoch(source):
+    seen = [[], [], []]
+    for step in range(17 * 3):
+        batch = source.draw(step, (4, 2, 1))
+        for stage in range(3):
+            seen[stage] += numbers(batch)[rows_of(batch, stage)]
+    orders = []
+    for stream in seen:
+        for epoch in range(len(stream) // 17):
+            order = stream[17 * epoch : 17 * (epoch + 1)]
+            assert sorted(order) == list(range(17))
+            orders.append(tuple(order))
+    assert len(orders) == 12 + 6 + 3
+    assert len(set(orders)) == len(orders)  # a fresh order for every epoch and stage
+
+
+def test_images_labels_and_ranges_arrive_unchanged(tiny_config):
+    data = numbered(17)
+    source = BatchSource(
+        tiny_config(network__num_classes=3, training__flip=False, training__label_dropout=0.0), data, CPU
+    )
+    batch = source.draw(0, (4, 5, 3))
+    index = numbers(batch)
+    assert torch.equal(batch.y, to_float(data.images[index]))
+    assert batch.cond.labels.tolist() == [i % 3 for i in index]
+    assert batch.sigma.dtype == torch.float64
+    assert batch.counts == (4, 5, 3)
+
+
+def test_sigma_lies_in_its_stage_and_follows_the_prior_there(source):
+    batch = source.draw(0, (3000, 3000, 3000))
+    for stage in range(3):
+        sigma = batch.sigma[rows_of(batch, stage)]
+        assert set(STAGES.index(sigma).tolist()) == {stage}
+        low, high = STAGES.interval(stage)
+        middle = float(sigma.median())
+        assert PRIOR.mass(low, middle) == pytest.approx(PRIOR.mass(low, high) / 2, rel=0.06)
+    assert float(batch.noise.mean()) == pytest.approx(0, abs=0.01)
+    assert float(batch.noise.std()) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(("flip", "dropout"), [(True, 0.25), (False, 0.25), (True, 0.0), (True, 1.0)])
+def test_rates_of_flips_and_hidden_labels(tiny_config, flip, dropout):
+    config = tiny_config(network__num_classes=3, training__flip=flip, training__label_dropout=dropout)
+    batch = BatchSource(config, numbered(17), CPU).draw(0, (2000, 2000, 0))
+    flipped = batch.y[:, 0, 0, 0] == 1.0  # white now on the left
+    hidden = batch.cond.labels == -1
+    assert float(flipped.float().mean()) == pytest.approx(0.5 if flip else 0, abs=0.03 if flip else 0)
+    assert float(hidden.float().mean()) == pytest.approx(dropout, abs=0.03 if 0 < dropout < 1 else 0)
+    if flip and 0 < dropout < 1:  # the two coins are independent
+        assert float((flipped & hidden).float().mean()) == pytest.approx(0.5 * dropout, abs=0.03)
+    shown = [n % 3 for n in numbers(batch)]
+    assert all(label in (-1, n) for label, n in zip(batch.cond.labels.tolist(), shown, strict=True))
+
+
+def test_labels_are_left_out_or_asked_for(tiny_config, tiny_data):
+    assert BatchSource(tiny_config(), numbered(17), CPU).draw(0, (1, 1, 1)).cond is None
+    with pytest.raises(ValueError, match=r"network\.num_classes=3 but data 'random' has no labels"):
+        BatchSource(tiny_config(network__num_classes=3), tiny_data(), CPU)
+
+
+# -- held-out rows ----------------------------------------------------------------------------------------------------
+
+
+def test_held_out_rows_are_fixed_whole_and_in_their_stage(tiny_config):
+    config = tiny_config(network__num_classes=3, training__held_out_rows=40, training__label_dropout=1.0)
+    data = numbered(17)
+    for stage in range(3):
+        batch = held_out_batch(config, data, stage, CPU)
+        assert same(batch, held_out_batch(config, data, stage, CPU))
+        assert batch.counts == tuple(40 if k == stage else 0 for k in range(3))
+        assert torch.equal(batch.y, to_float(data.images[np.arange(40) % 17]))
+        assert batch.cond.labels.tolist() == [i % 17 % 3 for i in range(40)]
+        assert set(STAGES.index(batch.sigma).tolist()) == {stage}
+    assert held_out_batch(tiny_config(), data, 0, CPU).cond is None
+
+
+def test_held_out_noise_levels_are_one_per_quantile(tiny_config):
+    batch = held_out_batch(tiny_config(training__held_out_rows=40), numbered(17), 1, CPU)
+    low, high = STAGES.interval(1)
+    quantile = [PRIOR.mass(low, s) / PRIOR.mass(low, high) for s in batch.sigma.tolist()]
+    assert [int(40 * q) for q in quantile] == list(range(40))

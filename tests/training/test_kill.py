@@ -1,0 +1,129 @@
+"""A training process killed with -9 again and again, often while it writes, ends where an undisturbed one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from multistage_diffusion.serialization import write_json
+from multistage_diffusion.training.checkpoint import list_checkpoints
+from multistage_diffusion.training.run import Run
+
+pytestmark = pytest.mark.slow
+
+STEPS, KILLS = 300, 20
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # one thread each: the test's own load must not change rounding
+
+
+@pytest.fixture
+def config(tmp_path, tiny_config, tiny_data) -> Path:
+    """A run that writes a checkpoint after every step: most of its time is writing."""
+    np.save(tmp_path / "images.npy", tiny_data(40).images)
+    write_json(
+        tmp_path / "tiny.json",
+        tiny_config(
+            data__source=str(tmp_path / "images.npy"),
+            data__held_out=0.2,
+            training__steps=STEPS,
+            training__log_every=3,
+            training__held_out_every=10,
+            training__held_out_rows=2,
+            training__checkpoint_every=1,
+        ),
+    )
+    return tmp_path / "tiny.json"
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "multistage_diffusion.cli", "train", *map(str, arguments), "--device", "cpu"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def outcome(run: Path) -> tuple[dict[str, bytes], dict, list[dict]]:
+    """Return the last checkpoint's tensors and state, and the log without its times."""
+    last = Run.open(run).checkpoint("latest")
+    tensors = {p.name: p.read_bytes() for p in sorted(last.glob("*.safetensors"))}
+    records = [{k: v for k, v in r.items() if k not in ("seconds", "images_per_s")} for r in Run.open(run).records()]
+    return tensors, json.loads((last / "state.json").read_text()), records
+
+
+def writing(run: Path) -> bool:
+    return any((run / "checkpoints").glob(".writing-step_*"))
+
+
+def wait_for(condition, process: subprocess.Popen[str], seconds: float = 60.0) -> None:
+    """Wait, without sleeping long, until a condition holds or the process has ended."""
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.0005)
+
+
+def latest(run: Path) -> int:
+    found = list_checkpoints(run / "checkpoints")
+    return int(found[-1].name.removeprefix("step_")) if found else 0
+
+
+def kill_once(run: Path, process: subprocess.Popen[str], rng: random.Random, *, in_write: bool) -> bool:
+    """Let training make its first checkpoint, kill it after a random while (or at once in a write); tell if it wrote."""
+    before = latest(run)
+    wait_for(lambda: latest(run) > before, process)
+    time.sleep(rng.uniform(0.0, 0.15))
+    if in_write:
+        wait_for(lambda: writing(run), process)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, errors
+    return writing(run)
+
+
+def test_killed_twenty_times_it_ends_where_an_undisturbed_run_does(tmp_path, config):
+    rng = random.Random(0)
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    undisturbed = start("--config", config, "--out", whole)
+    process, caught_writing = start("--config", config, "--out", run), 0
+    for attempt in range(KILLS):
+        caught_writing += kill_once(run, process, rng, in_write=attempt % 2 == 0)
+        assert 0 < latest(run) < STEPS
+        process = start("--resume", run)
+    finish(process)
+    finish(undisturbed)
+    assert caught_writing >= 5
+    assert not writing(run)
+    tensors, state, records = outcome(run)
+    tensors_whole, state_whole, records_whole = outcome(whole)
+    assert tensors.keys() == {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
+    assert tensors == tensors_whole
+    assert state == state_whole
+    assert records == records_whole
+    assert len((run / "launches.jsonl").read_text().splitlines()) == KILLS + 1
+
+
+def test_interrupted_it_leaves_a_checkpoint_one_line_and_code_130(tmp_path, config):
+    run = tmp_path / "run"
+    process = start("--config", config, "--out", run)
+    wait_for(lambda: latest(run) >= 3, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    (said,) = (line for line in errors.splitlines() if line.startswith("msdiff:"))
+    assert "interrupted" in said
+    reached = latest(run)
+    assert 3 <= reached < STEPS
+    assert not writing(run)
+    finish(start("--resume", run, "--set", f"training.steps={reached + 2}"))
+    assert latest(run) == reached + 2

@@ -1,0 +1,518 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from multistage_diffusion.data import ImageData
+from multistage_diffusion.training import checkpoint as ckpt
+from multistage_diffusion.training.losses import objective, stage_losses
+from multistage_diffusion.training.run import Run
+from multistage_diffusion.training.trainer import (
+    Callback,
+    RunningSums,
+    Trainer,
+    TrainingDiverged,
+    autocast_dtype,
+    resolve_device,
+)
+
+MODES = ("mixed", "one-stage", "sequential")
+
+
+class Stepped(Callback):
+    """Calls a function after every step."""
+
+    def __init__(self, function) -> None:
+        self.function = function
+
+    def stepped(self, trainer: Trainer) -> None:
+        self.function(trainer)
+
+
+@pytest.fixture
+def new_trainer(tmp_path, tiny_config, tiny_data):
+    """Make trainers of new runs: new_trainer(key=value, ...), without dropout and flips unless they are given."""
+
+    def make(name="run", *, data=None, held_out=None, stepped=None, **changes):
+        config = tiny_config(**{"network__dropout": 0.0, "training__flip": False, **changes})
+        run = Run.create(tmp_path / name, config)
+        callbacks = [Stepped(stepped)] if stepped else []
+        return Trainer(run, data or tiny_data(), held_out, device="cpu", callbacks=callbacks)
+
+    return make
+
+
+def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.denoiser.named_parameters()}
+
+
+def adam(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in ckpt.optimizer_tensors(trainer.optimizer, trainer.denoiser).items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def part_of(name: str) -> str:
+    """Return the part a parameter belongs to, as `network.parts()` calls it."""
+    _, kind, number, *_ = name.split(".")
+    return "encoder" if kind == "encoders" else f"decoder.{int(number) + 1}"
+
+
+def hand_gradients(trainer: Trainer, counts: tuple[int, ...], weights: tuple[float, ...]) -> dict[str, torch.Tensor]:
+    """Return the gradient of the objective at the first step, without the trainer."""
+    module = copy.deepcopy(trainer.denoiser)
+    objective(stage_losses(module, trainer.source.draw(0, counts)), weights, counts).backward()
+    return {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+
+
+def norms_by_part(grads: dict[str, torch.Tensor]) -> dict[str, float]:
+    squares: dict[str, float] = {}
+    for name, g in grads.items():
+        squares[part_of(name)] = squares.get(part_of(name), 0.0) + float(g.double().square().sum())
+    return {name: math.sqrt(value) for name, value in squares.items()}
+
+
+# -- resume -----------------------------------------------------------------------------------------------------------
+
+
+def outcome(run: Run) -> tuple[dict[str, bytes], list[dict]]:
+    """Return the latest checkpoint's files and the log without its times."""
+    latest = run.checkpoint("latest")
+    records = [{k: v for k, v in r.items() if k not in ("seconds", "images_per_s")} for r in run.records()]
+    return {p.name: p.read_bytes() for p in sorted(latest.iterdir())}, records
+
+
+RESUMES = [
+    ("mixed", 60, {"network.num_classes": 3}),
+    ("one-stage", 20, {"optimizer.kind": "adamw", "optimizer.weight_decay": 0.1}),
+    ("sequential", 20, {"optimizer.clip_scope": "part"}),
+    ("mixed", 12, {"training.precision": "bf16", "training.accumulate": 2}),
+    ("mixed", 12, {"training.precision": "fp16"}),
+]
+
+
+@pytest.mark.parametrize(("mode", "steps", "extra"), RESUMES, ids=["mixed", "one-stage", "sequential", "bf16", "fp16"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, tiny_config, tiny_data, mode, steps, extra):
+    changes = {
+        "network__dropout": 0.2,
+        "training__flip": True,
+        "training__label_dropout": 0.3,
+        "training__update_mode": mode,
+        "training__steps": steps,
+        "training__log_every": 7,
+        "training__held_out_every": 4,
+        "training__checkpoint_every": steps // 2,
+        "training__held_out_rows": 5,
+        **{key.replace(".", "__"): value for key, value in extra.items()},
+    }
+    data, held_out = tiny_data(26, classes=3), tiny_data(9, classes=3, seed=1)
+
+    def trainer(name: str, stepped=lambda _: None) -> Trainer:
+        path = tmp_path / name
+        run = Run.open(path) if path.exists() else Run.create(path, tiny_config(**changes))
+        return Trainer(run, data, held_out, device="cpu", callbacks=[Stepped(stepped)])
+
+    def killed(trainer: Trainer) -> None:
+        if trainer.step == steps // 2 + 3:  # after the checkpoint, with lines logged since
+            raise InterruptedError
+
+    whole, broken = trainer("whole"), trainer("broken", killed)
+    whole.fit()
+    with pytest.raises(InterruptedError):
+        broken.fit()
+    torch.manual_seed(123)  # another process starts from another state
+    resumed = trainer("broken")
+    assert resumed.step == steps // 2
+    resumed.fit()
+    (files, records), (files_again, records_again) = outcome(whole.run), outcome(resumed.run)
+    assert files.keys() == {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
+    assert files_again == files
+    assert records_again == records
+    assert {r["step"] for r in records if r["kind"] == "train"} == {*range(7, steps + 1, 7), steps}
+    assert equal(parameters(whole), parameters(resumed))
+    assert not equal(parameters(whole), dict(whole.ema.module.named_parameters()))
+
+
+def test_stop_ends_after_the_step_with_a_checkpoint_to_go_on_from(new_trainer, tiny_data):
+    def stop(trainer: Trainer) -> None:
+        if trainer.step == 3:
+            trainer.stop()
+
+    trainer = new_trainer(training__steps=6, stepped=stop)
+    trainer.fit()
+    whole = new_trainer("whole", training__steps=6)
+    whole.fit()
+    assert [ckpt.checkpoint_step(p) for p in ckpt.list_checkpoints(trainer.run.checkpoints)] == [3]
+    resumed = Trainer(trainer.run, tiny_data(), device="cpu")
+    resumed.fit()
+    assert outcome(resumed.run) == outcome(whole.run)
+
+
+def test_a_finished_run_has_nothing_left_to_do(new_trainer, tiny_data):
+    trainer = new_trainer(training__steps=2)
+    trainer.fit()
+    before = outcome(trainer.run)
+    Trainer(trainer.run, tiny_data(), device="cpu").fit()
+    assert outcome(trainer.run) == before
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_decoder_without_rows_is_not_stepped_decayed_or_averaged(new_trainer, separate):
+    seen = []
+
+    def check(trainer: Trainer) -> None:
+        now, state = parameters(trainer), adam(trainer)
+        before, state_before = seen[-1][:2]
+        moved = {part_of(n) for n in now if not torch.equal(now[n], before[n])}
+        assert len([p for p in moved if p.startswith("decoder")]) == 1
+        (stage,) = (p[-1] for p in moved if p.startswith("decoder"))
+        for key, value in state.items():
+            idle = part_of(key).startswith("decoder") and part_of(key)[-1] != stage
+            if idle:
+                assert torch.equal(value, state_before[key])
+        for name in now:
+            if part_of(name) in moved and not separate:
+                steps = int(state[f"{name}.step"])
+                assert steps == int(state_before.get(f"{name}.step", 0)) + 1
+        seen.append((now, state, stage))
+
+    trainer = new_trainer(
+        stepped=check,
+        training__update_mode="one-stage",
+        training__steps=25,
+        optimizer__kind="adamw",
+        optimizer__weight_decay=0.5,
+        network__separate=separate,
+    )
+    seen.append((parameters(trainer), adam(trainer), None))
+    trainer.fit()
+    assert {stage for *_, stage in seen[1:]} == {"1", "2", "3"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_mode_takes_the_steps_it_says(new_trainer, mode):
+    trainer = new_trainer(training__update_mode=mode, training__steps=6, training__batch=12)
+    trainer.fit()
+    steps = {}
+    for key, value in adam(trainer).items():
+        if key.endswith(".step"):
+            steps.setdefault(part_of(key), set()).add(int(value))
+    decoders = [steps.get(f"decoder.{k}", {0}) for k in (1, 2, 3)]
+    if mode == "mixed":
+        assert steps == {"encoder": {6}, "decoder.1": {6}, "decoder.2": {6}, "decoder.3": {6}}
+    elif mode == "sequential":
+        assert steps == {"encoder": {18}, "decoder.1": {6}, "decoder.2": {6}, "decoder.3": {6}}
+    else:
+        assert steps["encoder"] == {6}
+        assert sum(min(d) for d in decoders) == sum(max(d) for d in decoders) == 6
+
+
+def test_one_stage_mode_draws_stages_by_share_and_weighs_them_back(new_trainer):
+    trainer = new_trainer(
+        training__update_mode="one-stage", training__shares=(0.6, 0.3, 0.1), training__weights=(0.2, 0.2, 0.6)
+    )
+    drawn = []
+    for step in range(2000):
+        trainer.step = step
+        ((counts, weights),) = trainer._plan()
+        (stage,) = (k for k in range(3) if counts[k])
+        assert counts[stage] == 12
+        assert weights[stage] == pytest.approx((0.2 / 0.6, 0.2 / 0.3, 6.0)[stage])
+        drawn.append(stage)
+    assert (np.bincount(drawn) / 2000).tolist() == pytest.approx([0.6, 0.3, 0.1], abs=0.035)
+
+
+def test_sequential_steps_see_the_rows_of_the_mixed_step(new_trainer):
+    trainer = new_trainer(training__update_mode="sequential", training__shares=(0.5, 0.25, 0.25))
+    assert [counts for counts, _ in trainer._plan()] == [(6, 0, 0), (0, 3, 0), (0, 0, 3)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_first_gradient_is_the_objective_s(new_trainer, accumulate):
+    trainer = new_trainer(training__steps=1, training__accumulate=accumulate, optimizer__clip=None)
+    expected = hand_gradients(trainer, trainer.counts, trainer.weights)
+    trainer.fit()
+    moments = adam(trainer)
+    for name, g in expected.items():
+        torch.testing.assert_close(moments[f"{name}.exp_avg"], 0.1 * g, rtol=1e-3, atol=1e-7)
+    (record,) = trainer.run.records()
+    assert record["grad_norm"] == pytest.approx(norms_by_part(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["model", "part"])
+def test_clipping_scales_the_gradient_of_the_model_or_of_each_part(new_trainer, scope):
+    limit = 0.05
+    trainer = new_trainer(training__steps=1, optimizer__clip=limit, optimizer__clip_scope=scope)
+    grads = hand_gradients(trainer, trainer.counts, trainer.weights)
+    parts = norms_by_part(grads)
+    whole = math.sqrt(sum(v**2 for v in parts.values()))
+    assert min(parts.values()) < limit < whole  # so that the two scopes differ
+    trainer.fit()
+    moments = adam(trainer)
+    for name, g in grads.items():
+        factor = min(1.0, limit / (whole if scope == "model" else parts[part_of(name)]))
+        torch.testing.assert_close(moments[f"{name}.exp_avg"], 0.1 * factor * g, rtol=1e-3, atol=1e-8)
+    (record,) = trainer.run.records()
+    assert record["grad_norm"] == pytest.approx(parts, rel=1e-4)  # logged as it was before clipping
+
+
+def test_warm_up_raises_the_learning_rate_in_a_line(new_trainer):
+    trainer = new_trainer(training__steps=6, optimizer__lr=0.01, optimizer__warmup_steps=4)
+    trainer.fit()
+    assert [r["lr"] for r in trainer.run.records()] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+    trainer = new_trainer("cold", training__steps=2, optimizer__lr=0.01)
+    trainer.fit()
+    assert [r["lr"] for r in trainer.run.records()] == [0.01, 0.01]
+
+
+def test_average_follows_the_weights_by_images(new_trainer):
+    seen = []
+    trainer = new_trainer(
+        training__steps=5, training__ema_rampup=0.5, stepped=lambda t: seen.append(parameters(t)), optimizer__lr=0.1
+    )
+    trainer.fit()
+    average = seen[0]
+    for step in range(1, 5):
+        decay = 0.5 ** (12 / min(100.0, 0.5 * 12 * step))
+        average = {n: decay * average[n] + (1 - decay) * p for n, p in seen[step].items()}
+    for name, p in trainer.ema.module.named_parameters():
+        torch.testing.assert_close(p, average[name])
+
+
+def test_initial_weights_depend_on_the_seed_alone(new_trainer):
+    torch.manual_seed(1)
+    a = new_trainer("a")
+    torch.manual_seed(2)
+    assert equal(parameters(a), parameters(new_trainer("b")))
+    assert not equal(parameters(a), parameters(new_trainer("c", training__seed=1)))
+
+
+# -- logs and losses --------------------------------------------------------------------------------------------------
+
+
+def test_logged_losses_are_means_over_the_interval(new_trainer):
+    every = new_trainer("every", training__steps=7, training__update_mode="one-stage")
+    every.fit()
+    thirds = new_trainer("thirds", training__steps=7, training__log_every=3, training__update_mode="one-stage")
+    thirds.fit()
+    single = every.run.records()
+    for record, (first, last) in zip(thirds.run.records(), [(0, 3), (3, 6), (6, 7)], strict=True):
+        for stage in range(3):
+            losses = [r["loss"][stage] for r in single[first:last] if r["loss"][stage] is not None]
+            if losses:
+                assert record["loss"][stage] == pytest.approx(sum(losses) / len(losses))
+            else:
+                assert record["loss"][stage] is None
+        norms = [r["grad_norm"]["encoder"] for r in single[first:last]]
+        assert record["grad_norm"]["encoder"] == pytest.approx(sum(norms) / len(norms))
+        assert record["images"] == 12 * record["step"] == 12 * last
+        assert record["images_per_s"] == pytest.approx(12 * (last - first) / record["seconds"])
+
+
+def test_running_sums_survive_a_round_trip_and_leave_out_skipped_steps():
+    sums = RunningSums(2)
+    sums.add([0.5, None], {"encoder": 2.0, "decoder.1": math.inf})
+    sums.add([1.5, None], {"encoder": math.nan})
+    again = RunningSums(**dataclasses.asdict(sums))
+    assert again.means() == ([1.0, None], {"encoder": 2.0})
+    again.clear()
+    assert again == RunningSums(2)
+
+
+def test_held_out_losses_are_the_averaged_weights_and_repeat_exactly(new_trainer, tiny_data):
+    held_out = tiny_data(6, seed=1)
+    trainer = new_trainer(
+        held_out=held_out,
+        training__steps=4,
+        training__held_out_every=2,
+        training__checkpoint_every=2,
+        optimizer__lr=0.02,
+    )
+    trainer.fit()
+    losses = trainer.held_out_losses()
+    assert trainer.held_out_losses() == losses
+    records = [r for r in trainer.run.records() if r["kind"] == "held_out"]
+    assert [r["step"] for r in records] == [2, 4]
+    assert records[1]["loss"] == losses
+    assert records[0]["loss"] != losses
+    # the score that picks the best checkpoint is the ordinary loss
+    masses = [trainer.config.diffusion.prior.mass(*trainer.config.stages.interval(k)) for k in range(3)]
+    score = ckpt.read_state(trainer.run.checkpoint("latest"))["score"]
+    assert score == pytest.approx(sum(m * x for m, x in zip(masses, losses, strict=True)))
+    with torch.no_grad():
+        for p in trainer.denoiser.parameters():
+            p.zero_()
+    assert trainer.held_out_losses() == losses
+
+
+def two_images() -> ImageData:
+    pixels = np.zeros((8, 1, 4, 4), np.uint8)
+    pixels[::2, :, :2] = 255
+    pixels[1::2, :, :, 2:] = 255
+    return ImageData(pixels, None, "two")
+
+
+LEARN = {
+    "mixed": (40, {}),
+    "one-stage": (70, {"training__update_mode": "one-stage"}),
+    "sequential": (40, {"training__update_mode": "sequential"}),
+    "separate": (40, {"network__separate": True}),
+    "one-decoder": (40, {"network__decoder_widths": (8,), "stages__interior": ()}),
+    "ncsnpp-vp": (
+        40,
+        {
+            "network__family": "ncsnpp",
+            "diffusion__precondition": "vp-eps",
+            "diffusion__prior__kind": "uniform-time",
+            "diffusion__prior__schedule": {"kind": "vp"},
+        },
+    ),
+    "velocity": (40, {"diffusion__precondition": "velocity"}),
+}
+
+
+@pytest.mark.parametrize("case", LEARN)
+def test_training_learns(new_trainer, case):
+    steps, changes = LEARN[case]
+    settings = {"training__batch": 24, "optimizer__lr": 5e-3, "diffusion__sigma_data": 1.0, **changes}
+    trainer = new_trainer(data=two_images(), held_out=two_images(), training__steps=steps, **settings)
+    before = np.dot(trainer.weights, trainer.held_out_losses())
+    trainer.fit()
+    assert np.dot(trainer.weights, trainer.held_out_losses()) < 0.7 * before
+
+
+# -- divergence -------------------------------------------------------------------------------------------------------
+
+
+def poison(trainer: Trainer, decoder: int) -> None:
+    with torch.no_grad():
+        trainer.denoiser.network.decoders[decoder].conv_out.weight[0, 0, 0, 0] = math.nan
+
+
+@pytest.mark.parametrize("mode", ["mixed", "one-stage"])
+def test_a_loss_that_is_not_finite_stops_before_the_step(new_trainer, tiny_data, mode):
+    kept = {}
+
+    def spoil(trainer: Trainer) -> None:
+        if trainer.step == 3:
+            for decoder in range(3) if mode == "one-stage" else (1,):
+                poison(trainer, decoder)
+            kept.update(
+                parameters=parameters(trainer),
+                adam=adam(trainer),
+                average={n: p.clone() for n, p in trainer.ema.module.named_parameters()},
+            )
+
+    trainer = new_trainer(training__steps=9, training__checkpoint_every=2, training__update_mode=mode, stepped=spoil)
+    name = "stage 2" if mode == "mixed" else "stage [123]"
+    with pytest.raises(
+        TrainingDiverged,
+        match=rf"the loss of {name} is not finite at step 4; .* checkpoint of step 2 is intact; lower optimizer\.lr",
+    ):
+        trainer.fit()
+    assert trainer.step == 3
+    for n, p in parameters(trainer).items():
+        assert torch.allclose(p, kept["parameters"][n], rtol=0, atol=0, equal_nan=True)
+    assert equal(adam(trainer), kept["adam"])
+    assert equal({n: p.clone() for n, p in trainer.ema.module.named_parameters()}, kept["average"])
+    assert [ckpt.checkpoint_step(p) for p in ckpt.list_checkpoints(trainer.run.checkpoints)] == [2]
+    again = Trainer(trainer.run, tiny_data(), device="cpu")  # unlocked, and the checkpoint is good
+    again.fit()
+    assert again.step == 9
+    assert all(bool(torch.isfinite(p).all()) for p in parameters(again).values())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(new_trainer):
+    trainer = new_trainer(training__steps=4, optimizer__clip=None)
+    before = parameters(trainer)
+    weight = trainer.denoiser.network.decoders[2].conv_out.weight
+    weight.register_hook(lambda g: g * math.inf)
+    with pytest.raises(
+        TrainingDiverged, match=r"the gradient of decoder\.3 is not finite at step 1; .* no checkpoint yet"
+    ):
+        trainer.fit()
+    assert equal(parameters(trainer), before)
+    assert adam(trainer) == {}
+
+
+def test_callbacks_are_told_of_the_end_even_after_an_error(new_trainer):
+    told = []
+
+    class Listener(Callback):
+        def started(self, trainer):
+            told.append("started")
+
+        def logged(self, trainer, record):
+            told.append(record["step"])
+
+        def finished(self, trainer):
+            told.append("finished")
+
+    def spoil(trainer):
+        if trainer.step == 2:
+            poison(trainer, 0)
+
+    trainer = new_trainer(stepped=spoil)
+    trainer.callbacks.append(Listener())
+    with pytest.raises(TrainingDiverged):
+        trainer.fit()
+    assert told == ["started", 1, 2, "finished"]
+
+
+# -- precision and devices --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_trains_near_full_precision(new_trainer, precision):
+    losses = {}
+    for kind in ("fp32", precision):
+        trainer = new_trainer(kind, training__steps=3, training__precision=kind)
+        trainer.fit()
+        losses[kind] = np.array([r["loss"] for r in trainer.run.records()])
+        assert all(p.dtype == torch.float32 for p in trainer.denoiser.parameters())
+    assert losses[precision].tolist() != losses["fp32"].tolist()  # it was used
+    np.testing.assert_allclose(losses[precision], losses["fp32"], rtol=0.03)
+
+
+def test_an_fp16_step_that_overflows_is_skipped_and_the_scale_halved(new_trainer):
+    trainer = new_trainer(training__steps=1, training__precision="fp16")
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**120})
+    before = parameters(trainer)
+    trainer.fit()
+    assert equal(parameters(trainer), before)
+    assert trainer.scaler.get_scale() == 2.0**119
+    assert ckpt.read_state(trainer.run.checkpoint("latest"))["scaler"]["scale"] == 2.0**119
+    assert "Infinity" not in trainer.run.metrics_file.read_text()
+    assert "NaN" not in trainer.run.metrics_file.read_text()
+
+
+def test_precision_of_a_device():
+    cpu = torch.device("cpu")
+    assert autocast_dtype("auto", cpu) is None
+    assert autocast_dtype("fp32", cpu) is None
+    assert autocast_dtype("bf16", cpu) == torch.bfloat16
+    assert autocast_dtype("fp16", cpu) == torch.float16
+
+
+def test_devices_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device(None) == resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="no CUDA device is available; use --device cpu"):
+        resolve_device("cuda:1")
+    with pytest.raises(ValueError, match="device='gpu' is unknown"):
+        resolve_device("gpu")
+
+
+def test_data_of_another_kind_are_refused(new_trainer, tiny_data):
+    with pytest.raises(ValueError, match=r"network\.channels=1 but the images have 3 channels"):
+        new_trainer(data=tiny_data(shape=(3, 4, 4)))
