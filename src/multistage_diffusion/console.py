@@ -25,8 +25,8 @@ class Bar:
     def __init__(self, title: str, unit: str = "", every: float = 10.0) -> None:
         self.title, self.unit, self.every = title, unit, every
         self.note = ""
-        self._start = self._last = time.monotonic()
-        self._first: int | None = None
+        self._start: tuple[float, int] | None = None  # when the first news came, and how much was done then
+        self._last = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -43,6 +43,7 @@ class Bar:
             self._task = self._bar.add_task(title, total=None, rate="", note="")
 
     def __enter__(self) -> Bar:
+        self._last = time.monotonic()
         if self._bar:
             self._bar.start()
         return self
@@ -54,9 +55,10 @@ class Bar:
     def __call__(self, done: int, total: int) -> None:
         """Show progress."""
         now = time.monotonic()
-        if self._first is None:
-            self._first = done
-        rate = (done - self._first) / max(now - self._start, 1e-9)
+        if self._start is None:
+            self._start = now, done
+        since, first = self._start
+        rate = (done - first) / max(now - since, 1e-9)
         speed = f"{rate:.1f} {self.unit}/s" if self.unit and rate else ""
         if self._bar:
             self._bar.update(self._task, completed=done, total=total, rate=speed, note=self.note)
@@ -68,10 +70,16 @@ class Bar:
 
 
 class TrainingProgress(Callback):
-    """Shows steps, rate, time left and the latest losses while a run trains."""
+    """Shows steps, rate, time left and the latest losses while a run trains; `with` takes the bar away after an error."""
 
     def __init__(self) -> None:
         self._bar = Bar("training", "steps")
+
+    def __enter__(self) -> TrainingProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.__exit__()
 
     def started(self, trainer: Trainer) -> None:
         """Say what is going to happen."""

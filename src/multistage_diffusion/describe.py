@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from .config import RunConfig, SamplingConfig
 from .nets.cost import network_cost, weighted_multiply_adds
-from .report import ArchitectureRow
 from .samplers import make_plan
 from .schedules import NoiseSchedule
+
+if TYPE_CHECKING:
+    from .report import ArchitectureRow
 
 
 def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[str, Any]:
@@ -26,6 +28,8 @@ def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[
     Raises:
         ValueError: if the configuration has no image shape yet.
     """
+    if len(config.data.shape) != 3:
+        raise ValueError(f"data.shape={list(config.data.shape)} must be [channels, height, width]")
     _, height, width = config.data.shape
     cost = network_cost(config.network, height, width)
     schedule, stages = config.diffusion.schedule, config.stages
@@ -68,6 +72,8 @@ def edge_time(schedule: NoiseSchedule, sigma: float) -> float:
 
 def architecture_rows(described: dict[str, Any]) -> list[ArchitectureRow]:
     """Return a description as the lines of a report's table."""
+    from .report import ArchitectureRow  # matplotlib takes a while to import
+
     rows = [
         ArchitectureRow(
             name=f"stage {s['stage']}",

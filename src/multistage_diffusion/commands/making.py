@@ -1,0 +1,239 @@
+"""Commands that make something: stages, runs, samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from ..config import DataConfig
+from ..console import Bar, TrainingProgress
+from ..pictures import grid, save_folder, save_npz, save_png
+from ..presets import PRESETS, preset
+from ..schedules import SCHEDULES
+from ..serialization import override, to_dict
+from ..splitting import SplitResult, SplitSettings
+from ..training.callbacks import TensorBoard
+from ..training.run import Run
+from ..training.trainer import Callback
+from ..workflow import resume, sample, split, train
+from .options import (
+    Changes,
+    DataOptions,
+    Device,
+    RunFolder,
+    SamplerOptions,
+    check_out,
+    load_config,
+    option,
+    parse_changes,
+    print_json,
+)
+
+
+@dataclass(kw_only=True)
+class Split(DataOptions):
+    """Find the noise ranges (stages) of a data set from the data themselves.
+
+    Writes OUT (JSON) and the curves that the stages are read from beside it (PNG).
+
+    Examples
+      msdiff split digits --out split.json
+      msdiff split photos/ --size 64 64 --fit crop --algorithm 2 --stages 4 --out split.json
+      msdiff split digits --data-range 0 1 --json
+    """
+
+    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
+    """digits, fashion-mnist[:FOLDER], a folder or .zip of images, .npy or .npz"""
+    out: Path = Path("split.json")
+    """Where to write the result."""
+    algorithm: Literal[1, 2] = 1
+    """1: three stages by similarity to the limits; 2: any number by clustering."""
+    stages: int = 3
+    """Number of stages (algorithm 2)."""
+    samples: Annotated[int | None, option("INT", "50000, or 2000 for algorithm 2")] = None
+    """Noisy images compared."""
+    eta: float = 2 / 256
+    """Largest difference of a coordinate that counts as agreement."""
+    alpha: float = 0.9
+    """Similarity that the outer stages keep (algorithm 1)."""
+    rule: Literal["interval-mean", "pointwise"] = "interval-mean"
+    """How edges are read from the curves (algorithm 1)."""
+    space: Annotated[Literal["eps", "x0"] | None, option("{eps,x0}", "eps, or x0 for algorithm 2")] = None
+    """What is compared: noise predictions or posterior means."""
+    objective: Literal["total-distance", "mean-similarity"] = "total-distance"
+    """What algorithm 2 optimises."""
+    data_range: Annotated[tuple[float, float], tyro.conf.arg(metavar="LOW HIGH")] = (-1.0, 1.0)
+    """Range of the pixels: that of training; 0 1 reproduces the paper."""
+    schedule: Literal["vp", "ve", "edm", "rectified-flow", "discrete"] = "vp"
+    """Kernel in whose time edges are printed."""
+    seed: int = 0
+    """Seed of the samples."""
+    device: Device = None
+    """cpu, cuda or cuda:N"""
+    overwrite: bool = False
+    """Replace OUT if it exists."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> None:
+        """Run the command."""
+        names = [f.name for f in dataclasses.fields(SplitSettings)]
+        settings = SplitSettings(**{name: getattr(self, name) for name in names if hasattr(self, name)})
+        picture = self.out.with_suffix(".png")
+        if self.out == picture:
+            raise ValueError(f"--out {self.out}: the result is JSON; name it {self.out.with_suffix('.json')}")
+        for path in (self.out, picture):
+            check_out(path, self.overwrite)
+        with Bar("finding stages", "samples") as bar:
+            result = split(
+                DataConfig(source=self.data, **self.given()),
+                settings,
+                schedule=SCHEDULES[self.schedule](),
+                out=self.out,
+                device=self.device,
+                progress=bar,
+            )
+        if self.json:
+            print_json(result.to_dict())
+            return
+        for k, (t, sigma) in enumerate(zip(result.edges_t, result.edges_sigma, strict=True), start=1):
+            print(f"stage {k} | {k + 1}: t = {t:.4f}, sigma = {sigma:.4f}")
+        print(f"written: {self.out}, {picture}")
+
+
+@dataclass(kw_only=True)
+class Train(DataOptions):
+    """Train a multi-decoder model, or go on with a run.
+
+    Settings come from a preset or a configuration file; --set changes single ones (YAML values).
+
+    Examples
+      msdiff train --preset digits --data digits --stages split.json --out runs/digits
+      msdiff train --preset fashion-mnist --data photos/ --size 32 48 --fit crop --out runs/photos
+      msdiff train --preset digits --out runs/slow --set optimizer.lr=1e-4 training.steps=20000
+      msdiff train --resume runs/digits
+      msdiff train --resume runs/digits --set training.steps=20000
+    """
+
+    preset: Annotated[str | None, option("{" + ",".join(PRESETS) + "}")] = None
+    """Where to start from; msdiff describe NAME shows one."""
+    config: Annotated[Path | None, option("FILE")] = None
+    """A configuration (JSON or YAML, e.g. another run's config.json) instead of a preset."""
+    data: Annotated[str | None, option("DATA", "the preset's")] = None
+    """digits, fashion-mnist[:FOLDER], a folder or .zip of images, .npy or .npz"""
+    stages: Annotated[Path | None, option("FILE", "the preset's")] = None
+    """The split.json of msdiff split."""
+    out: Annotated[Path | None, option("FOLDER")] = None
+    """The run's new folder."""
+    resume: Annotated[Path | None, option("RUN")] = None
+    """A run to go on with, from its latest checkpoint."""
+    set: Changes = ()
+    """Changes to the preset, e.g. optimizer.lr=1e-4 network.decoder_widths=[64,48,16]."""
+    replace: bool = False
+    """Move a run that is already at OUT aside."""
+    tensorboard: bool = False
+    """Write TensorBoard events to the run (extra: track)."""
+    device: Device = None
+    """cpu, cuda or cuda:N"""
+
+    def run(self) -> None:
+        """Run the command."""
+        changes = {f"data.{name}": value for name, value in self.given().items()} | parse_changes(self.set)
+        if self.data is not None:
+            changes["data.source"] = self.data
+        with TrainingProgress() as progress:
+            callbacks = [progress, *([TensorBoard()] if self.tensorboard else [])]
+            run = self.go_on(changes, callbacks) if self.resume is not None else self.start(changes, callbacks)
+        print(
+            f"trained: {run.path} (next: msdiff sample {run.path}, msdiff evaluate {run.path}, msdiff report {run.path})"
+        )
+
+    def go_on(self, changes: dict[str, Any], callbacks: Sequence[Callback]) -> Run:
+        """Resume a run."""
+        for name in ("preset", "config", "stages", "out", "replace"):
+            if getattr(self, name):
+                raise ValueError(f"--{name} does not go with --resume: a run keeps its own; start a new run instead")
+        assert self.resume is not None
+        return resume(self.resume, changes, device=self.device, callbacks=callbacks)
+
+    def start(self, changes: dict[str, Any], callbacks: Sequence[Callback]) -> Run:
+        """Start a run."""
+        if (self.preset is None) == (self.config is None):
+            raise ValueError("give one of --preset NAME, --config FILE or --resume RUN")
+        if self.out is None:
+            raise ValueError("--out is missing: name the new run's folder (or --resume RUN)")
+        base = load_config(self.config) if self.config is not None else preset(self.preset or "")
+        result = None if self.stages is None else SplitResult.load(self.stages)
+        if result is not None:  # together with decoder widths for as many stages
+            changes = {"stages": result.stages(), **changes}
+        config = override(base, changes)
+        return train(config, self.out, result=result, replace=self.replace, device=self.device, callbacks=callbacks)
+
+
+@dataclass(kw_only=True)
+class Sample(SamplerOptions):
+    """Draw samples of a run: a grid (.png), a folder of PNGs, or an array (.npz).
+
+    Sample i depends on the seed and i alone, not on the count or the batch.
+
+    Examples
+      msdiff sample runs/digits --count 64 --seed 0 --solver dpm --calls 20 --out grid.png
+      msdiff sample runs/digits --count 5000 --out samples.npz
+      msdiff sample runs/digits --count 100 --out samples/
+    """
+
+    run_folder: RunFolder
+    """A trained run's folder."""
+    count: int = 64
+    """Number of samples."""
+    seed: int = 0
+    """Seed."""
+    out: Path = Path("samples.png")
+    """FILE.png for a grid, FILE.npz for an array, anything else for a folder."""
+    label: Annotated[int | None, option("INT", "all classes in turn")] = None
+    """Class of all samples (class-conditional runs)."""
+    checkpoint: str = "best"
+    """best, latest or a step."""
+    batch: int = 256
+    """Samples drawn at once."""
+    device: Device = None
+    """cpu, cuda or cuda:N"""
+    overwrite: bool = False
+    """Replace OUT if it exists."""
+    json: bool = False
+    """Print what was done as JSON."""
+
+    def run(self) -> None:
+        """Run the command."""
+        run = Run.open(self.run_folder)
+        folder = self.out.suffix not in (".png", ".npz")
+        check_out(self.out, self.overwrite, folder=folder)
+        sampling = self.sampling_config(run.config().sampling)
+        with Bar("sampling", "calls") as bar:
+            images = sample(
+                run,
+                self.count,
+                seed=self.seed,
+                sampling=sampling,
+                checkpoint=self.checkpoint,
+                label=self.label,
+                batch=self.batch,
+                device=self.device,
+                progress=bar,
+            )
+        if folder:
+            save_folder(images, self.out, overwrite=self.overwrite)
+        elif self.out.suffix == ".png":
+            save_png(grid(images), self.out)
+        else:
+            save_npz(images, self.out)
+        if self.json:
+            print_json({"out": str(self.out), "count": self.count, "seed": self.seed, "sampling": to_dict(sampling)})
+        else:
+            print(f"written: {self.out} ({self.count} samples, {sampling.solver}, {sampling.calls} calls)")

@@ -1,0 +1,148 @@
+"""What commands share: options, reading settings and configurations, printing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+from ..config import RunConfig, SamplingConfig
+from ..serialization import from_dict, read_json
+
+
+def option(metavar: str, default: str = "") -> Any:
+    """Return how help shows an option that has no default, or one that is decided elsewhere."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})" if default else "")
+
+
+RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="RUN", metavar="RUN")]
+
+
+Device = Annotated[str | None, option("DEVICE", "CUDA when there is one")]
+
+
+Changes = Annotated[tuple[str, ...], option("KEY=VALUE ...")]
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """How images are read."""
+
+    size: Annotated[tuple[int, int] | None, option("H W", "their own")] = None
+    """Height and width of the images; with --fit they are brought to it."""
+    fit: Annotated[Literal["exact", "crop", "resize"] | None, option("{exact,crop,resize}", "exact")] = None
+    """Images of another size than --size: refuse, crop to the centre, or resize."""
+    skip_bad: bool = False
+    """Leave out images that cannot be read instead of stopping."""
+    held_out: Annotated[float | None, option("SHARE", "0.1")] = None
+    """Share of images never trained on, chosen by a hash of their content."""
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given, named as in DataConfig."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(DataOptions)}
+        return {k: v for k, v in values.items() if v is not None and v is not False}
+
+
+@dataclass(kw_only=True)
+class SamplerOptions:
+    """Another sampler than the run's own."""
+
+    solver: Annotated[Literal["dpm", "dpm++", "ddim", "heun"] | None, option("{dpm,dpm++,ddim,heun}", "the run's")] = (
+        None
+    )
+    """DPM-Solver, DPM-Solver++ (data prediction), DDIM or Heun (EDM)."""
+    method: Annotated[Literal["singlestep", "multistep"] | None, option("{singlestep,multistep}", "the run's")] = None
+    """For dpm and dpm++."""
+    order: Annotated[Literal[1, 2, 3] | None, option("{1,2,3}", "the run's")] = None
+    """For dpm and dpm++."""
+    calls: Annotated[int | None, option("INT", "the run's")] = None
+    """Denoiser calls per image (NFE)."""
+    spacing: Annotated[Literal["log-snr", "time", "edm"] | None, option("{log-snr,time,edm}", "the run's")] = None
+    """How noise levels are spaced."""
+    churn: Annotated[float | None, option("FLOAT", "the run's")] = None
+    """Stochasticity of heun (S_churn)."""
+    eta: Annotated[float | None, option("FLOAT", "the run's")] = None
+    """Stochasticity of ddim."""
+
+    def sampling_config(self, own: SamplingConfig) -> SamplingConfig:
+        """Return a run's sampling configuration with these options applied."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplerOptions)}
+        return dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
+
+
+def check_out(path: Path, overwrite: bool, *, folder: bool = False) -> None:
+    """See, before the work is done, that its result can be written.
+
+    Raises:
+        ValueError: if path exists and may not be replaced, or lies where nothing can be written.
+    """
+    if path.exists():
+        if not overwrite:
+            raise ValueError(f"--out {path}: exists; choose another name or give --overwrite")
+        if path.is_dir() != folder:
+            raise ValueError(f"--out {path}: is a {'file' if folder else 'folder'}; choose another name")
+    above = next(p for p in path.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"--out {path}: nothing can be written in {above}; choose another place")
+
+
+def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
+    """Return {"optimizer.lr": 1e-4} from ["optimizer.lr=1e-4"].
+
+    Raises:
+        ValueError: if a setting is not KEY=VALUE with a YAML value.
+    """
+    changes = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set {setting}: must be KEY=VALUE, e.g. optimizer.lr=1e-4")
+        try:
+            changes[key] = plain_numbers(yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise ValueError(f"--set {setting}: {value!r} is not a YAML value") from None
+    return changes
+
+
+def plain_numbers(value: Any) -> Any:
+    """Read 1e-4, which YAML takes for a word, as the number everyone means, in lists and mappings too."""
+    if isinstance(value, dict):
+        return {key: plain_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain_numbers(item) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a run configuration from JSON or YAML.
+
+    Raises:
+        ValueError: naming the file, the key and the value.
+    """
+    if path.suffix not in (".yaml", ".yml"):
+        data = read_json(path)
+    else:
+        try:
+            data = plain_numbers(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = error.strerror if isinstance(error, OSError) else f"not valid YAML: {error}"
+            raise ValueError(f"{path}: {reason}") from None
+    try:
+        return from_dict(RunConfig, data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def print_json(value: Any) -> None:
+    """Print JSON on standard output."""
+    print(json.dumps(value, indent=2, allow_nan=False))

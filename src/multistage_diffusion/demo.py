@@ -1,0 +1,52 @@
+"""The whole job on real handwritten digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from .evaluation import EvaluationResult
+from .pictures import grid, save_png
+from .presets import preset
+from .serialization import override
+from .training.run import Run
+from .training.trainer import Callback
+from .workflow import evaluate, report, resume, sample, split, train
+from .workflow.progress import Progress
+
+
+def demo(
+    out: Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    device: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    bar: Callable[[str], AbstractContextManager[Progress]],
+) -> tuple[Path, EvaluationResult]:
+    """Do the whole job on the digits: split, train, sample, evaluate, report; goes on where it was interrupted.
+
+    Args:
+        out: the run's folder.
+        changes: dotted keys of the digits preset to change.
+        device: default CUDA when there is one.
+        callbacks: of training.
+        bar: makes a progress display from a title.
+
+    Returns:
+        The report's path and the evaluation.
+    """
+    if Run(out).config_file.exists():
+        run = resume(out, changes, device=device, callbacks=callbacks)
+    else:
+        config = override(preset("digits"), changes or {})
+        with bar("finding stages") as progress:
+            result = split(config.data, progress=progress, device=device)
+        run = train(config, out, result=result, device=device, callbacks=callbacks)
+    with bar("sampling") as progress:
+        save_png(grid(sample(run, 100, device=device, progress=progress)), out / "samples.png")
+    with bar("evaluating") as progress:
+        scores = evaluate(run, count=2000, device=device, progress=progress)
+    with bar("reporting") as progress:
+        return report(run, device=device, progress=progress), scores

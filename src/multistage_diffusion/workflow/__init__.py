@@ -1,0 +1,14 @@
+"""The main job as Python functions; the command line is a thin layer over them.
+
+result = split("digits", out=Path("split.json"))
+run = train(preset("digits"), Path("runs/digits"), result=result)
+images = sample(run, count=64)
+scores = evaluate(run)
+report(run)
+"""
+
+from .finding import save_split, split
+from .fitting import CHANGEABLE, prepare, resume, train
+from .using import evaluate, report, sample
+
+__all__ = ["CHANGEABLE", "evaluate", "prepare", "report", "resume", "sample", "save_split", "split", "train"]

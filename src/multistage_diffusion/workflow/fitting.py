@@ -1,0 +1,244 @@
+"""Training a run, from its start or from its latest checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import DataConfig, RunConfig
+from ..data import ImageData, open_configured
+from ..data.sources import KNOWN
+from ..nets.cost import network_cost
+from ..samplers import make_plan
+from ..serialization import from_dict, override, to_dict, write_json
+from ..splitting import SplitResult
+from ..training.batches import BatchSource, allocate, stage_shares
+from ..training.callbacks import SampleGrid
+from ..training.checkpoint import checkpoint_step, list_checkpoints, read_state
+from ..training.run import Run
+from ..training.trainer import Callback, Trainer, resolve_device
+from .finding import save_split
+
+
+def prepare(config: RunConfig, data: ImageData, result: SplitResult | None = None) -> RunConfig:
+    """Fit a configuration to its data and its split.
+
+    Args:
+        config: usually a preset.
+        data: the whole data set: gives channels, shape and fingerprint.
+        result: gives the stages; None keeps those of the configuration.
+
+    Raises:
+        ValueError: if the split was made in another data range than networks train on, or has another number of stages.
+    """
+    stages = config.stages
+    if result is not None:
+        if tuple(result.data_range) != (-1.0, 1.0):
+            low, high = result.data_range
+            raise ValueError(
+                f"stages: the split was made with data_range [{low:g}, {high:g}], but networks train on [-1, 1], where its "
+                "edges mean other noise; run msdiff split without --data-range"
+            )
+        stages = result.stages()
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(located(config.data), fingerprint=data.fingerprint, shape=data.shape),
+        network=dataclasses.replace(config.network, channels=data.shape[0]),
+        stages=stages,
+    )
+
+
+def located(data: DataConfig) -> DataConfig:
+    """Return data with the path of its source made absolute: a run is used from other folders too."""
+    path = Path(data.source).expanduser()
+    return data if data.source in KNOWN or not path.exists() else dataclasses.replace(data, source=str(path.resolve()))
+
+
+def check(config: RunConfig, data: ImageData) -> tuple[ImageData, ImageData]:
+    """Return (training, held-out) images of a data set on which a configuration can be trained.
+
+    Raises:
+        ValueError: if anything would stop the training later: network, sampler, batch, labels or held-out share.
+    """
+    network_cost(config.network, *data.shape[1:])
+    make_plan(config.sampling, config.diffusion.schedule)
+    allocate(config.training.batch, stage_shares(config.training, config.stages, config.diffusion.prior))
+    parts = data.split(config.data.held_out)
+    BatchSource(config, parts[0], torch.device("cpu"))
+    return parts
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    *,
+    result: SplitResult | None = None,
+    replace: bool = False,
+    device: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    data: ImageData | None = None,
+) -> Run:
+    """Start a run and train it to its end.
+
+    Args:
+        config: usually a preset, changed with `override`.
+        out: the run's new folder.
+        result: the split that gives the stages; None keeps those of the configuration.
+        replace: move a run that is there already aside.
+        device: default CUDA when there is one.
+        callbacks: progress, TensorBoard, ...
+        data: the data set, if it has been opened already.
+
+    Raises:
+        ValueError: if something does not fit; nothing has been written then.
+    """
+    if data is None:
+        if not config.data.source:
+            raise ValueError(f"data.source is empty: preset {config.name!r} has no data of its own; give --data")
+        data = open_configured(dataclasses.replace(config.data, fingerprint="", shape=()))
+    config = prepare(config, data, result)
+    parts = check(config, data)
+    if result is not None and result.fingerprint not in ("", data.fingerprint, parts[0].fingerprint):
+        warnings.warn("the split was made on other data than these; its edges may not suit them", stacklevel=2)
+    resolve_device(device)
+    run = Run.create(out, config, replace=replace)
+    if result is not None:
+        save_split(result, run.path / "split.json")
+    return _fit(run, parts, device, callbacks)
+
+
+# What may differ when a run is resumed: its length and what is written when, never what is computed.
+CHANGEABLE = (
+    "data.source",
+    "training.steps",
+    "training.log_every",
+    "training.held_out_every",
+    "training.checkpoint_every",
+    "training.keep_last",
+    "training.keep_every",
+    "training.sample_every",
+    "training.sample_count",
+)
+
+
+def resume(
+    path: Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    device: str | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """Go on with a run from its latest checkpoint.
+
+    Args:
+        path: the run's folder.
+        changes: dotted keys to change, of CHANGEABLE only: a longer training, data that have moved.
+        device: default CUDA when there is one.
+        callbacks: progress, TensorBoard, ...
+
+    Raises:
+        ValueError: if there is no run, a change would make it another run, or the data are not those it was started on.
+    """
+    run = Run.open(path)
+    config = run.config()
+    _refuse_edited(run, config)
+    changed = override(config, changes or {})
+    refused = [key for key in differences(config, changed) if key not in CHANGEABLE]
+    if refused:
+        raise ValueError(
+            f"{', '.join(refused)}: differs from the run's own; resuming may change only {', '.join(CHANGEABLE)}; start a "
+            "new run for anything else"
+        )
+    changed = dataclasses.replace(changed, data=located(changed.data))
+    parts = check(changed, run.data(changed.data))
+    resolve_device(device)
+    if changed != config:
+        with run.locked():
+            write_json(run.config_file, changed)
+    return _fit(run, parts, device, callbacks)
+
+
+def differences(a: RunConfig, b: RunConfig) -> list[str]:
+    """Return the dotted keys in which two configurations differ; where stages come from makes none."""
+    one, other = _flat(to_dict(a)), _flat(to_dict(b))
+    keys = [key for key in one | other if one.get(key) != other.get(key)]
+    return [key for key in keys if not key.startswith("stages.origin.")]
+
+
+def _flat(data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
+    return flat
+
+
+def _refuse_edited(run: Run, config: RunConfig) -> None:
+    """Raise ValueError if config.json is no longer what the latest checkpoint was trained with."""
+    found = list_checkpoints(run.checkpoints)
+    if not found:
+        return
+    before = from_dict(RunConfig, read_state(found[-1])["config"])
+    edited = [key for key in differences(before, config) if key not in CHANGEABLE]
+    if edited:
+        raise ValueError(
+            f"{run.config_file}: {', '.join(edited)} was edited since step {checkpoint_step(found[-1])}; put it back or "
+            "start a new run"
+        )
+
+
+def _fit(run: Run, parts: tuple[ImageData, ImageData], device: str | None, callbacks: Sequence[Callback]) -> Run:
+    train_images, held_out = parts
+    trainer = Trainer(
+        run, train_images, held_out, device=device, callbacks=[*callbacks, SampleGrid(train_images.shape)]
+    )
+    try:
+        with stop_on_interrupt(trainer):
+            trainer.fit()
+    except OSError as error:
+        raise OSError(
+            f"{run.path}: cannot be written at step {trainer.step} ({error.strerror or error}); {_kept(run)}; mend that "
+            f"(free some space?) and go on with msdiff train --resume {run.path}"
+        ) from error
+    return run
+
+
+def _kept(run: Run) -> str:
+    found = list_checkpoints(run.checkpoints)
+    return f"the checkpoint of step {checkpoint_step(found[-1])} is intact" if found else "there is no checkpoint yet"
+
+
+@contextmanager
+def stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
+    """Let Ctrl-C (or SIGTERM) end training after the current step, with a checkpoint; a second one ends it at once.
+
+    Raises:
+        KeyboardInterrupt: once the checkpoint is written.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        trainer.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if trainer.stopping:
+        path = trainer.run.path
+        raise KeyboardInterrupt(
+            f"{path}: stopped at step {trainer.step} with a checkpoint; go on with msdiff train --resume {path}"
+        )

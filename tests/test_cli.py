@@ -1,0 +1,562 @@
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import types
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import multistage_diffusion as msd
+from multistage_diffusion import cli, demo
+from multistage_diffusion.commands import COMMANDS
+from multistage_diffusion.commands.options import load_config, parse_changes
+from multistage_diffusion.console import TrainingProgress
+from multistage_diffusion.presets import preset
+from multistage_diffusion.serialization import read_json, to_dict, write_json
+from multistage_diffusion.splitting import SplitSettings
+
+TINY = [
+    "--set",
+    "network.encoder_width=8",
+    "network.decoder_widths=[8,8,8]",
+    "network.blocks_per_level=1",
+    "training.shares=uniform",
+    "training.batch=6",
+    "training.steps=2",
+    "training.held_out_rows=4",
+    "training.sample_every=0",
+    "sampling.calls=6",
+]
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def msdiff(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Run a command line in an empty folder; return exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([str(a) for a in arguments])
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a split, the run trained with it, and images."""
+    folder = tmp_path_factory.mktemp("made")
+    assert cli.main(["split", "digits", "--samples", "200", "--out", str(folder / "split.json")]) == 0
+    train = ["train", "--preset", "digits", "--stages", str(folder / "split.json"), "--out", str(folder / "run")]
+    assert cli.main([*train, *TINY]) == 0
+    write_pictures(folder / "photos", 60, (12, 20, 3))
+    return folder
+
+
+def write_pictures(folder: Path, count: int, shape: tuple[int, ...]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(len(shape)).integers(0, 256, (count, *shape), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+
+
+def refused(result: tuple[int, str, str], *words: str, code: int = 2) -> None:
+    """Assert one clear line on standard error, nothing on standard output, and nothing made in the working folder."""
+    found, out, err = result
+    assert (found, out) == (code, "")
+    assert err.startswith("msdiff: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    for word in words:
+        assert word in err
+    assert "Traceback" not in err
+
+
+# -- help and arguments -----------------------------------------------------------------------------------------------
+
+
+def test_the_overview_names_every_command(msdiff: Call) -> None:
+    assert list(cli.SUMMARIES) == list(COMMANDS)
+    for arguments in ([], ["--help"], ["-h"]):
+        code, out, err = msdiff(*arguments)
+        assert (code, err) == (0, "")
+        assert all(f"  {name} " in out and summary in out for name, summary in cli.SUMMARIES.items())
+        assert max(map(len, out.splitlines())) <= 130
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples_that_parse(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, err) == (0, "")
+    assert out.splitlines()[2] == cli.SUMMARIES[name]
+    assert "{None}" not in out
+    examples = [line.strip() for line in out.splitlines() if line.startswith("  msdiff ")]
+    assert examples
+    for example in examples:
+        program, command, *arguments = example.split()
+        assert (program, command) == ("msdiff", name)
+        assert isinstance(cli.parse(command, arguments), COMMANDS[name])
+
+
+def test_the_version(msdiff: Call) -> None:
+    assert msdiff("--version") == (0, f"msdiff {msd.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["command 'trian' is unknown; did you mean 'train'?"]),
+        (["x"], ["choose one of split, train, sample"]),
+        (["split"], ["Missing from msdiff split: DATA"]),
+        (["split", "digits", "--algorithm", "3"], ["invalid choice '3' for argument '--algorithm'"]),
+        (
+            ["split", "digits", "--size", "3"],
+            ["Error parsing --size: ['3'] is not {INT INT}; for help, run msdiff split"],
+        ),
+        (["split", "digits", "--fit", "stretch"], ["'stretch' for argument '--fit'", "'crop'"]),
+        (
+            ["sample", "run", "--seed", "one"],
+            ["Error parsing --seed: invalid literal for int() with base 10: 'one'; for"],
+        ),
+        (["sample", "run", "--sizes", "3"], ["msdiff: Unrecognized options: --sizes, 3; for help"]),
+        (["split", "digits", "--eta"], ["Missing value for argument '--eta'"]),
+    ],
+)
+def test_wrong_arguments(msdiff: Call, arguments: list[str], words: list[str]) -> None:
+    result = msdiff(*arguments)
+    refused(result, *words)
+    assert "None" not in result[2]
+    assert "--- " not in result[2]
+
+
+def test_negative_numbers_are_values(msdiff: Call) -> None:
+    command = cli.parse("split", ["digits", "--data-range", "-1", "0.5", "--seed", "-3"])
+    assert (command.data_range, command.seed) == ((-1.0, 0.5), -3)
+
+
+def test_every_set_counts() -> None:
+    arguments = ["--set", "a=1", "b=2", "--preset", "digits", "--set", "c=-3", "--set=d=4", "--replace"]
+    command = cli.parse("train", arguments)
+    assert command.set == ("a=1", "b=2", "c=-3", "d=4")
+    assert (command.preset, command.replace) == ("digits", True)
+
+
+def test_settings_are_yaml_values() -> None:
+    changes = parse_changes(["a=1e-4", "b=[1, 2e3, 0.5]", "c=null", "d=crop", "e=true", "f={x: 1e2}", "g=a=b"])
+    assert changes == {
+        "a": 1e-4,
+        "b": [1, 2e3, 0.5],
+        "c": None,
+        "d": "crop",
+        "e": True,
+        "f": {"x": 100.0},
+        "g": "a=b",
+    }
+
+
+def test_a_configuration_file_may_be_yaml(tmp_path: Path) -> None:
+    config = preset("digits")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    write_json(tmp_path / "c.json", config)
+    assert load_config(tmp_path / "c.yaml") == load_config(tmp_path / "c.json") == config
+
+
+# -- every command ----------------------------------------------------------------------------------------------------
+
+
+def test_split_prints_and_writes(msdiff: Call, tmp_path: Path) -> None:
+    arguments = ("split", "digits", "--samples", "200", "--data-range", "0", "1", "--out", "s.json")
+    code, out, err = msdiff(*arguments)
+    assert (code, err) == (0, "")
+    saved = read_json(tmp_path / "s.json")
+    assert out == (
+        f"stage 1 | 2: t = {saved['edges_t'][0]:.4f}, sigma = {saved['edges_sigma'][0]:.4f}\n"
+        f"stage 2 | 3: t = {saved['edges_t'][1]:.4f}, sigma = {saved['edges_sigma'][1]:.4f}\n"
+        "written: s.json, s.png\n"
+    )
+    assert (tmp_path / "s.png").exists()
+    assert saved["data_range"] == [0.0, 1.0]
+    code, out, err = msdiff(*arguments, "--json", "--overwrite")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == saved
+    assert {"edges_t", "edges_sigma", "schedule", "data_range", "settings"} <= set(saved)
+
+
+def test_split_reads_folders_and_schedules(msdiff: Call, made: Path) -> None:
+    code, out, _ = msdiff(
+        *("split", made / "photos", "--size", "6", "8", "--fit", "crop", "--held-out", "0.2"),
+        *("--algorithm", "2", "--stages", "4", "--samples", "100", "--schedule", "edm", "--json"),
+    )
+    result = json.loads(out)
+    assert code == 0
+    assert result["schedule"]["kind"] == "edm"
+    assert result["edges_t"] == pytest.approx(result["edges_sigma"])
+    assert len(result["edges_t"]) == 3
+
+
+def test_train_says_what_comes_next(made: Path, msdiff: Call, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    code, out, err = msdiff("train", "--resume", "run", "--set", "training.steps=3")
+    assert code == 0
+    assert out == "trained: run (next: msdiff sample run, msdiff evaluate run, msdiff report run)\n"
+    assert err == "training digits on cpu: steps 2 to 3, encoder 8, decoders 8/8/8, rows per stage 2/2/2\n"
+    assert read_json(run / "config.json")["stages"]["interior"] == read_json(made / "split.json")["edges_sigma"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "npz"])
+def test_train_and_sample_small_colour_images(kind: str, made: Path, msdiff: Call, tmp_path: Path) -> None:
+    source = made / "photos"
+    if kind == "zip":
+        with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+            for file in source.iterdir():
+                archive.write(file, file.name)
+        source = tmp_path / "photos.zip"
+    elif kind == "npz":
+        pixels = [np.asarray(Image.open(file)) for file in sorted(source.iterdir())]
+        np.savez(tmp_path / "photos.npz", images=np.stack(pixels))
+        source = tmp_path / "photos.npz"
+    assert msdiff("train", "--preset", "digits", "--data", source, "--held-out", "0.2", "--out", "run", *TINY)[0] == 0
+    config = read_json(tmp_path / "run" / "config.json")
+    assert (config["network"]["channels"], config["data"]["shape"]) == (3, [3, 12, 20])
+    assert config["data"]["held_out"] == 0.2
+    assert msdiff("sample", "run", "--count", "3", "--out", "made")[:2] == (
+        0,
+        "written: made (3 samples, dpm, 6 calls)\n",
+    )
+    files = sorted((tmp_path / "made").iterdir())
+    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
+    for file in files:
+        with Image.open(file) as image:
+            assert (image.size, image.mode) == ((20, 12), "RGB")
+
+
+def test_train_reads_images_as_told(made: Path, msdiff: Call, tmp_path: Path) -> None:
+    shutil.copytree(made / "photos", tmp_path / "photos")
+    write_pictures(tmp_path / "photos" / "more", 3, (9, 9))
+    (tmp_path / "photos" / "000-torn.png").write_bytes((made / "photos" / "000.png").read_bytes()[:300])
+    train = ("train", "--preset", "digits", "--data", "photos", "--out", "run", *TINY)
+    refused(msdiff(*train), "000-torn.png")
+    refused(msdiff(*train, "--skip-bad"), "more/000.png is 9x9", "--fit crop")
+    refused(msdiff(*train, "--skip-bad", "--fit", "crop"), "needs data.size; add --size H W")
+    assert not (tmp_path / "run").exists()
+    code, _, err = msdiff(*train, "--skip-bad", "--size", "8", "6", "--fit", "crop")
+    assert code == 0
+    assert err.startswith("msdiff: warning: ")
+    assert "000-torn.png" in err
+    data = read_json(tmp_path / "run" / "config.json")["data"]
+    assert (data["shape"], data["fit"], data["skip_bad"], data["held_out"]) == ([3, 8, 6], "crop", True, 0.1)
+
+
+def test_train_with_more_stages(made: Path, msdiff: Call, tmp_path: Path) -> None:
+    assert msdiff("split", "digits", "--algorithm", "2", "--stages", "4", "--samples", "100")[0] == 0
+    train = ("train", "--preset", "digits", "--stages", "split.json", "--out", "run", *TINY)
+    refused(msdiff(*train), "4 intervals but network.decoder_widths=[8, 8, 8]")
+    assert msdiff(*train, "network.decoder_widths=[8,8,8,8]")[0] == 0
+    assert len(read_json(tmp_path / "run" / "config.json")["stages"]["interior"]) == 3
+
+
+def test_train_from_another_runs_configuration(made: Path, msdiff: Call, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "grey", 40, (6, 6))
+    code, _, _ = msdiff("train", "--config", made / "run" / "config.json", "--data", "grey", "--out", "run")
+    assert code == 0
+    assert read_json(tmp_path / "run" / "config.json")["data"]["shape"] == [1, 6, 6]
+
+
+def test_train_writes_tensorboard_or_names_the_extra(
+    made: Path, msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    refused(msdiff("train", "--preset", "digits", "--out", "run", "--tensorboard"), "multistage-diffusion[track]")
+    assert not (tmp_path / "run").exists()
+
+
+def test_sample_writes_grids_and_arrays(made: Path, msdiff: Call, tmp_path: Path) -> None:
+    code, out, err = msdiff("sample", made / "run", "--count", "4", "--solver", "ddim", "--calls", "3", "--json")
+    assert (code, err) == (0, "")
+    done = json.loads(out)
+    assert (done["out"], done["count"], done["seed"]) == ("samples.png", 4, 0)
+    assert (done["sampling"]["solver"], done["sampling"]["calls"]) == ("ddim", 3)
+    with Image.open(tmp_path / "samples.png") as image:
+        assert image.size == (2 * 65 + 1, 2 * 65 + 1)
+    assert msdiff("sample", made / "run", "--count", "4", "--out", "a.npz")[0] == 0
+    assert np.load(tmp_path / "a.npz")["images"].shape == (4, 1, 8, 8)
+
+
+def test_what_is_there_is_not_replaced_unasked(made: Path, msdiff: Call, tmp_path: Path) -> None:
+    mine = {"grid.png": "a picture", "a.npz": "an array", "split.json": "a split", "samples/000001.png": "mine"}
+    for name, text in mine.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for out in ("grid.png", "a.npz", "samples"):
+        refused(msdiff("sample", made / "run", "--out", out), f"--out {out}: exists", "--overwrite")
+    refused(msdiff("split", "digits"), "--out split.json: exists")
+    refused(msdiff("split", "digits", "--out", "grid.json"), "--out grid.png: exists")
+    refused(msdiff("train", "--preset", "digits", "--out", "samples", *TINY), "samples: exists", "--replace")
+    assert {name: (tmp_path / name).read_text() for name in mine} == mine
+    assert len(list(tmp_path.rglob("*"))) == 5
+    (tmp_path / "folder.png").mkdir()
+    refused(msdiff("sample", made / "run", "--out", "folder.png", "--overwrite"), "folder.png: is a folder")
+    assert msdiff("sample", made / "run", "--count", "2", "--out", "samples", "--overwrite")[0] == 0
+    assert (tmp_path / "samples" / "000001.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_need_a_place(made: Path, msdiff: Call, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    refused(msdiff("sample", made / "run", "--out", "file/grid.png"), "nothing can be written in", "file")
+    refused(msdiff("split", "digits", "--out", "split.png"), "the result is JSON; name it split.json")
+
+
+def test_evaluate_prints_words_or_json(made: Path, msdiff: Call, tmp_path: Path) -> None:
+    shutil.copytree(made / "run", tmp_path / "run")
+    code, out, err = msdiff("evaluate", "run", "--count", "30", "--json")
+    result = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (result["samples"], result["extractor"]) == (30, "pixels")
+    code, out, _ = msdiff("evaluate", "run", "--count", "30", "--data", "digits")
+    assert f"Fréchet distance   {result['frechet']:.4g}   (real images: {result['frechet_real']:.4g})" in out
+    assert "not comparable" in out or result["comparable_to"] in out
+    assert len(read_json(tmp_path / "run" / "evaluation.json")) == 2
+
+
+def test_evaluate_reads_other_data_as_the_run_did(made: Path, msdiff: Call, tmp_path: Path) -> None:
+    train = ("train", "--preset", "digits", "--data", made / "photos", "--size", "6", "6", "--fit", "resize")
+    assert msdiff(*train, "--held-out", "0.3", "--out", "run", *TINY)[0] == 0
+    write_pictures(tmp_path / "others", 40, (9, 9, 3))
+    assert msdiff("evaluate", "run", "--data", "others", "--count", "8")[0] == 0
+    refused(msdiff("evaluate", "run", "--held-out", "0.4"), "--held-out needs --data")
+    refused(
+        msdiff("evaluate", "run", "--data", made / "photos", "--held-out", "0.4"), "was trained on these data with 0.3"
+    )
+
+
+def test_describe_knows_runs_and_presets(made: Path, msdiff: Call, tmp_path: Path) -> None:
+    code, out, err = msdiff("describe", made / "run")
+    assert (code, err) == (0, "")
+    assert "stage 3" in out
+    (tmp_path / "digits").mkdir()  # a folder of images, say
+    code, out, err = msdiff("describe", "digits", "--json", "--calls", "9")
+    assert (code, err) == (0, "")
+    described = json.loads(out)
+    assert [s["decoder_width"] for s in described["stages"]] == [48, 32, 16]
+    assert sum(s["calls"] for s in described["stages"]) == 9
+
+
+def test_report_names_the_page(made: Path, msdiff: Call) -> None:
+    page = made / "run" / "report.html"
+    assert msdiff("report", made / "run", "--count", "4") == (0, f"written: {page}\n", "")
+    assert "<html" in page.read_text()
+
+
+def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = functools.partial(demo.split, settings=SplitSettings(samples=200))
+    monkeypatch.setattr(demo, "split", quick)
+    code, out, _ = msdiff("demo", "--out", "demo", *TINY)
+    assert code == 0
+    names = [line.split("  (")[0] for line in out.splitlines() if line.startswith("demo")]
+    assert names == ["demo/samples.png", "demo/split.png", "demo/report.html"]
+    assert all((tmp_path / name).stat().st_size > 1000 for name in names)
+    assert "Fréchet distance" in out
+    trained = (tmp_path / "demo" / "checkpoints" / "step_00000002" / "model.safetensors").read_bytes()
+    assert msdiff("demo", "--out", "demo", *TINY)[0] == 0
+    assert (tmp_path / "demo" / "checkpoints" / "step_00000002" / "model.safetensors").read_bytes() == trained
+    assert len(read_json(tmp_path / "demo" / "evaluation.json")) == 2
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("split nowhere", "'nowhere': no such file or folder"),
+        ("split empty", "empty: holds no images"),
+        ("split digits --samples 5", "samples=5 must be at least 100"),
+        ("split digits --stages 4", "algorithm 1 finds three stages"),
+        ("split digits --data-range 1 -1", "must be finite and ascending"),
+        ("split digits --device cuda:77", "device='cuda:77'"),
+        ("split nan.npy", "nan.npy: images are float32, not uint8"),
+        ("train", "give one of --preset NAME, --config FILE or --resume RUN"),
+        ("train --preset digits --config c.yaml --out new", "give one of --preset"),
+        ("train --preset digits", "--out is missing"),
+        ("train --preset digit --out new", "preset 'digit' is unknown; did you mean 'digits'?"),
+        ("train --preset digits --out new --data nowhere", "nowhere"),
+        ("train --preset digits --out new --data empty", "empty: holds no images"),
+        (
+            "train --preset digits --out new --set network.width=3",
+            "network.width: unknown key; known: family, channels",
+        ),
+        ("train --preset digits --out new --set network.encoder_width=37", "network: width 37 must be even"),
+        (
+            "train --preset digits --out new --set network.encoder_width=68",
+            "network: width 68 x 1 = 68 channels is not",
+        ),
+        ("train --preset digits --out new --set stages.interior=[2,1]", "strictly ascending"),
+        ("train --preset digits --out new --set optimizer.lr", "--set optimizer.lr: must be KEY=VALUE"),
+        ("train --preset digits --out new --set optimizer.lr=[1", "'[1' is not a YAML value"),
+        ("train --preset digits --out new --set optimizer.lr=fast", "optimizer.lr='fast' must be of type float"),
+        ("train --preset digits --out new --set training.batch=2", "training.batch=2 is too small for 3 stages"),
+        ("train --preset digits --out new --stages falling.json", "falling.json: stages: edges [5.0, 1.0]"),
+        ("train --preset digits --out new --stages nowhere.json", "nowhere.json: no such file"),
+        ("train --preset digits --out new --stages c.yaml", "c.yaml: not valid JSON"),
+        ("train --preset digits --out new --device cuda:77", "device='cuda:77'"),
+        ("train --config nowhere.yaml --out new", "nowhere.yaml: No such file"),
+        ("train --config c.yaml --out new", "c.yaml: not valid YAML"),
+        ("train --config empty.yml --out new", "empty.yml: RunConfig: expected a mapping, got None"),
+        ("train --config latin.yml --out new", "latin.yml: not valid YAML"),
+        ("train --resume empty", "empty: not a run"),
+        ("train --resume RUN --preset digits", "--preset does not go with --resume"),
+        ("train --resume RUN --replace", "--replace does not go with --resume"),
+        ("train --resume RUN --set optimizer.lr=1", "optimizer.lr: differs from the run's own"),
+        ("train --resume RUN --held-out 0.5", "data.held_out: differs from the run's own"),
+        ("train --resume RUN --data nan.npy", "nan.npy"),
+        ("sample nowhere", "nowhere: not a run"),
+        ("sample BARE", "has no checkpoint yet; continue it with msdiff train --resume"),
+        ("sample RUN --checkpoint 7", "checkpoint '7': not kept"),
+        ("sample RUN --count 0", "count=0"),
+        ("sample RUN --batch 0", "batch=0"),
+        ("sample RUN --label 3", "label=3: the run knows no classes"),
+        ("sample RUN --calls 2", "sampling.calls=2 is below sampling.order=3"),
+        ("sample RUN --churn 4", "sampling.churn=4.0 has no meaning for solver 'dpm'"),
+        ("sample RUN --device gpu", "device='gpu' is unknown"),
+        ("evaluate RUN --features inception", "features='inception' is unknown"),
+        ("evaluate RUN --count 0", "0 samples"),
+        ("evaluate RUN --data PHOTOS", "images of 3 x 12 x 20"),
+        ("describe nowhere", "nowhere: neither a run's folder nor a preset (digits, "),
+        ("describe digits --order 2 --calls 1", "sampling.calls=1 is below sampling.order=2"),
+        ("report RUN --count 0", "count=0"),
+        ("report empty", "empty: not a run"),
+        ("demo --out new --set network.x=1", "network.x: unknown key"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(arguments: str, words: str, made: Path, msdiff: Call, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "c.yaml").write_text("{a: [")
+    (tmp_path / "empty.yml").write_text("")
+    (tmp_path / "latin.yml").write_bytes(b"name: caf\xe9")
+    np.save(tmp_path / "nan.npy", np.full((20, 8, 8), np.nan, np.float32))
+    split = read_json(made / "split.json")
+    write_json(tmp_path / "falling.json", {**split, "edges_t": [0.7, 0.2], "edges_sigma": [5.0, 1.0]})
+    (tmp_path / "bare").mkdir()
+    shutil.copy(made / "run" / "config.json", tmp_path / "bare")
+    before = {p.relative_to(tmp_path) for p in tmp_path.rglob("*")} | {p for p in made.rglob("*")}
+    places = {"RUN": made / "run", "BARE": "bare", "PHOTOS": made / "photos"}
+    refused(msdiff(*(places.get(a, a) for a in arguments.split())), words)
+    after = {p.relative_to(tmp_path) for p in tmp_path.rglob("*")} | {p for p in made.rglob("*")}
+    assert after - before == set()
+
+
+def test_a_missing_extra_is_named(msdiff: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    refused(msdiff("split", "digits"), "pip install 'multistage-diffusion[demo]'")
+
+
+def raises(error: BaseException) -> Callable[..., None]:
+    def act(*_: object, **__: object) -> None:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (OSError("run: cannot be written\n(free some space?)"), 1, "run: cannot be written (free some space?)"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt("run: stopped"), 130, "run: stopped"),
+        (ValueError("a=[bold]1[/bold]"), 2, "a=[bold]1[/bold]"),
+    ],
+)
+def test_what_stops_a_command(
+    error: BaseException, code: int, line: str, msdiff: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(COMMANDS["describe"], "run", raises(error))
+    assert msdiff("describe", "digits") == (code, "", f"msdiff: {line}\n")
+
+
+def test_divergence_and_full_memory_are_no_tracebacks_but_bugs_are(
+    msdiff: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from multistage_diffusion.training.trainer import TrainingDiverged
+
+    for error in (TrainingDiverged("the loss is not finite"), torch.OutOfMemoryError("CUDA out of memory")):
+        monkeypatch.setattr(COMMANDS["describe"], "run", raises(error))
+        refused(msdiff("describe", "digits"), str(error), code=1)
+    monkeypatch.setattr(COMMANDS["describe"], "run", raises(RuntimeError("a fault of ours")))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        msdiff("describe", "digits")
+
+
+def test_an_interrupted_training_can_go_on(msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path / "grey", 40, (6, 6))
+    monkeypatch.setattr(TrainingProgress, "stepped", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    code, out, err = msdiff("train", "--preset", "digits", "--data", "grey", "--out", "run", *TINY)
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == (
+        "msdiff: run: stopped at step 1 with a checkpoint; go on with msdiff train --resume run"
+    )
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert msdiff("train", "--resume", "run")[0] == 0
+
+
+def test_warnings_are_one_line_and_do_not_change_the_process(msdiff: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = warnings.showwarning
+    monkeypatch.setattr(
+        COMMANDS["describe"], "run", lambda *_: warnings.warn("edges [a, b]\nmay not suit", stacklevel=2)
+    )
+    assert msdiff("describe", "digits") == (0, "", "msdiff: warning: edges [a, b] may not suit\n")
+    assert warnings.showwarning is shown
+
+
+# -- as a program and as a library ------------------------------------------------------------------------------------
+
+
+def test_the_program_answers_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from multistage_diffusion import cli; assert cli.main(['--help']) == 0; "
+        "heavy = {'torch', 'matplotlib', 'tyro'} & set(sys.modules); assert not heavy, heavy; "
+        "sys.exit(cli.main(['train', '--preset', 'x', '--out', 'r']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout.startswith("usage: msdiff COMMAND")
+    assert done.stderr.startswith("msdiff: preset 'x' is unknown; ")
+
+
+def test_the_package_offers_its_names() -> None:
+    for name in msd.__all__:
+        assert not isinstance(getattr(msd, name), types.ModuleType)
+    assert set(msd.__all__) <= set(dir(msd))
+    assert msd.preset("digits") == preset("digits")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _: Any = msd.nothing
+
+
+@pytest.mark.parametrize("name", ["describe", "report"])
+def test_functions_named_like_a_module_stay_functions(name: str) -> None:
+    assert isinstance(importlib.import_module(f"multistage_diffusion.{name}"), types.ModuleType)
+    assert isinstance(getattr(msd, name), types.FunctionType)

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from multistage_diffusion import console as module
+from multistage_diffusion.console import Bar, TrainingProgress
+from multistage_diffusion.presets import preset
+from multistage_diffusion.serialization import override
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    text = io.StringIO()
+    monkeypatch.setattr(module, "console", Console(file=text, force_terminal=True, width=150))
+    return text
+
+
+def test_plain_lines_tell_rate_and_time_left(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    clock.now += 500.0  # the work may start long after the program
+    with Bar("sampling", "calls", every=10.0) as bar:
+        bar(100, 1000)  # goes on where an earlier part ended
+        clock.now += 9.0
+        bar(145, 1000)
+        clock.now += 1.0
+        bar(150, 1000)
+        clock.now += 5.0
+        bar(175, 1000)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "sampling: 150/1000, 5.0 calls/s, 170 s left\n"
+
+
+def test_a_short_job_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bar("sampling") as bar:
+        bar(1, 2)
+        bar(2, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_nothing_done_yet_gives_no_rate(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Bar("reading", "files", every=1.0)
+    clock.now += 2.0
+    bar(0, 10)
+    assert capsys.readouterr().err == "reading: 0/10\n"
+
+
+def test_a_terminal_shows_a_bar_and_takes_it_away(clock: Clock, terminal: io.StringIO) -> None:
+    with Bar("finding stages", "samples") as bar:
+        bar(0, 50)
+        clock.now += 2.0
+        bar.note = "so far"
+        bar(10, 50)
+    text = terminal.getvalue()
+    assert "finding stages" in text
+    assert "10/50" in text
+    assert "5.0 samples/s" in text
+    assert "so far" in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor was hidden, and came back
+
+
+def trainer(step: int) -> Any:
+    config = override(preset("digits"), {"training.steps": 100})
+    return SimpleNamespace(config=config, device="cpu", step=step, counts=(64, 45, 19))
+
+
+def test_training_shows_steps_and_losses(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = TrainingProgress()
+    clock.now += 60.0  # opening the data is no part of the rate
+    progress.started(trainer(20))
+    progress.logged(trainer(30), {"kind": "train", "loss": [0.5, None, 0.25]})
+    clock.now += 20.0
+    progress.stepped(trainer(40))
+    progress.logged(trainer(50), {"kind": "held_out", "loss": [1.0, 2.0, 3.0]})
+    clock.now += 20.0
+    progress.stepped(trainer(60))
+    progress.finished(trainer(100))
+    start, *lines = capsys.readouterr().err.splitlines()[-3:]
+    assert start == "training digits on cpu: steps 20 to 100, encoder 32, decoders 48/32/16, rows per stage 64/45/19"
+    assert lines == [
+        "training: 40/100, 1.0 steps/s, 60 s left, loss 0.5000 - 0.2500",
+        "training: 60/100, 1.0 steps/s, 40 s left, held-out 1.0000 2.0000 3.0000",
+    ]
+
+
+def test_the_bar_goes_away_after_an_error(terminal: io.StringIO) -> None:
+    def train() -> None:
+        with TrainingProgress() as progress:
+            progress.started(trainer(0))
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        train()
+    assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h") == 1

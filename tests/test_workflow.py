@@ -1,0 +1,393 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from multistage_diffusion.config import DataConfig, RunConfig
+from multistage_diffusion.data import ImageData, open_data
+from multistage_diffusion.presets import preset
+from multistage_diffusion.serialization import from_dict, override, read_json, to_dict, write_json
+from multistage_diffusion.splitting import SplitResult, SplitSettings
+from multistage_diffusion.stages import Stages
+from multistage_diffusion.training.checkpoint import list_checkpoints
+from multistage_diffusion.training.run import Run
+from multistage_diffusion.training.trainer import Callback, Trainer
+from multistage_diffusion.workflow import CHANGEABLE, evaluate, prepare, report, resume, sample, split, train
+from multistage_diffusion.workflow.fitting import differences
+
+TINY: dict[str, Any] = {
+    "network.encoder_width": 8,
+    "network.decoder_widths": [8, 8, 8],
+    "network.blocks_per_level": 1,
+    "training.shares": "uniform",
+    "training.batch": 6,
+    "training.steps": 4,
+    "training.log_every": 2,
+    "training.checkpoint_every": 2,
+    "training.held_out_every": 2,
+    "training.held_out_rows": 4,
+    "training.sample_every": 0,
+    "sampling.calls": 6,
+}
+
+
+def tiny(**changes: Any) -> RunConfig:
+    return override(preset("digits"), TINY | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return open_data("digits")
+
+
+@pytest.fixture(scope="module")
+def result() -> SplitResult:
+    return split("digits", SplitSettings(samples=200))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, digits: ImageData, result: SplitResult) -> Run:
+    return train(tiny(), tmp_path_factory.mktemp("runs") / "run", result=result, data=digits)
+
+
+def images(count: int, *shape: int) -> ImageData:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
+    return ImageData(pixels, None, "noise")
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_split_leaves_held_out_images_out(digits: ImageData, result: SplitResult) -> None:
+    training, _ = digits.split(0.1)
+    assert result.fingerprint == training.fingerprint
+    assert split(training, SplitSettings(samples=200)) == result
+    assert split("digits", SplitSettings(samples=200, seed=1)).edges_sigma != result.edges_sigma
+
+
+def test_a_split_is_written_with_its_picture(tmp_path: Path) -> None:
+    data = images(20, 1, 4, 4)
+    found = split(data, SplitSettings(samples=100, algorithm=2, stages=2), out=tmp_path / "new" / "s.json")
+    assert SplitResult.load(tmp_path / "new" / "s.json") == found
+    assert (tmp_path / "new" / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+# -- preparing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_is_fitted_to_its_data(result: SplitResult) -> None:
+    data = images(20, 3, 12, 20)
+    config = prepare(tiny(), data, result)
+    assert config.network.channels == 3
+    assert config.data.shape == (3, 12, 20)
+    assert config.data.fingerprint == data.fingerprint
+    assert config.stages.interior == result.edges_sigma
+    assert config.stages.origin["fingerprint"] == result.fingerprint
+    assert prepare(tiny(), data).stages == tiny().stages
+
+
+def test_the_source_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    data = images(20, 1, 8, 8)
+    assert prepare(tiny(data__source="photos"), data).data.source == str(tmp_path / "photos")
+    (tmp_path / "digits").mkdir()  # the word means the data set all the same
+    assert prepare(tiny(), data).data.source == "digits"
+
+
+def test_a_split_in_another_range_is_refused(result: SplitResult) -> None:
+    settings = dataclasses.replace(result.settings, data_range=(0.0, 1.0))
+    with pytest.raises(ValueError, match=r"data_range \[0, 1\], but networks train on \[-1, 1\]"):
+        prepare(tiny(), images(20, 1, 8, 8), dataclasses.replace(result, settings=settings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training.batch": 2}, "training.batch=2 is too small for 3 stages"),
+        ({"sampling.eta": 0.5}, "sampling.eta=0.5 has no meaning"),
+        ({"network.num_classes": 10}, "has no labels"),
+        ({"data.held_out": 0.001}, "leaves no held-out images"),
+        ({"training.steps": 4}, "device='cuda:99'"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("kept")
+    with pytest.raises(ValueError, match=message):
+        train(
+            override(tiny(), changes),
+            tmp_path / "run",
+            replace=True,
+            device="cuda:99" if "training.steps" in changes else "cpu",
+            data=images(40, 1, 8, 8),
+        )
+    assert [p.name for p in tmp_path.rglob("*")] == ["run", "mine"]
+
+
+def test_a_preset_without_data_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"data.source is empty: preset 'cifar10-dpm' has no data of its own; give --data"
+    ):
+        train(preset("cifar10-dpm"), tmp_path / "run")
+
+
+def test_edges_of_other_data_are_warned_of(result: SplitResult, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="the split was made on other data"):
+        train(tiny(training__steps=1), tmp_path / "run", result=result, data=images(40, 1, 8, 8))
+
+
+# -- training and resuming --------------------------------------------------------------------------------------------
+
+
+def test_a_run_holds_all_that_it_came_from(run: Run, result: SplitResult, digits: ImageData) -> None:
+    config = run.config()
+    assert config == prepare(tiny(), digits, result)
+    assert SplitResult.load(run.path / "split.json") == result
+    assert (run.path / "split.png").read_bytes().startswith(b"\x89PNG")
+    assert [(r["kind"], r["step"]) for r in run.records()] == [
+        ("train", 2),
+        ("held_out", 2),
+        ("train", 4),
+        ("held_out", 4),
+    ]
+
+
+def final_files(run: Run) -> dict[str, bytes]:
+    folder = run.checkpoint("latest")
+    return {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
+
+
+def test_a_longer_training_is_one_that_was_long_from_the_start(run: Run, result: SplitResult, tmp_path: Path) -> None:
+    short = train(tiny(training__steps=2), tmp_path / "run", result=result)
+    longer = resume(short.path, {"training.steps": 4, "training.keep_last": 1})
+    assert longer.config().training.steps == 4
+    assert final_files(longer) == final_files(run)
+    assert [r["loss"] for r in longer.records()] == [r["loss"] for r in run.records()]
+    assert len(list_checkpoints(longer.checkpoints)) <= 2  # the latest and the best
+
+
+def test_a_finished_run_stays_as_it_is(run: Run) -> None:
+    before = final_files(run)
+    resume(run.path)
+    assert final_files(run) == before
+
+
+def test_only_length_and_records_may_change(run: Run) -> None:
+    before = run.config_file.read_bytes()
+    for changes in (
+        {"optimizer.lr": 0.1},
+        {"training.batch": 12, "training.steps": 8},
+        {"stages.interior": [1.0, 2.0]},
+        {"data.held_out": 0.2},
+    ):
+        with pytest.raises(
+            ValueError, match=r"differs from the run's own; resuming may change only data.source, train"
+        ):
+            resume(run.path, changes)
+    resume(run.path, {"optimizer.lr": run.config().optimizer.lr})  # the same again is no change
+    assert run.config_file.read_bytes() == before
+
+
+def test_what_may_change_exists() -> None:
+    config = tiny()
+    for key in CHANGEABLE:
+        part, name = key.split(".")
+        value = getattr(getattr(config, part), name)
+        assert differences(config, override(config, {key: "x" if isinstance(value, str) else value + 1})) == [key]
+
+
+def test_differences_are_named_by_their_keys(result: SplitResult) -> None:
+    config = tiny()
+    assert differences(config, config) == []
+    other = override(config, {"optimizer.lr": 0.5, "diffusion.prior.kind": "uniform-time", "network.separate": True})
+    found = differences(config, other)
+    assert {"optimizer.lr", "diffusion.prior.kind", "network.separate"} <= set(found)
+    origin = dataclasses.replace(config, stages=Stages(config.stages.interior, {"data": "elsewhere"}))
+    assert differences(config, origin) == []
+
+
+@pytest.fixture
+def copy(run: Run, tmp_path: Path) -> Run:
+    shutil.copytree(run.path, tmp_path / "copy")
+    return Run(tmp_path / "copy")
+
+
+def test_an_edited_configuration_is_refused(copy: Run) -> None:
+    data = read_json(copy.config_file)
+    data["optimizer"]["lr"] = 0.5
+    write_json(copy.config_file, data)
+    with pytest.raises(ValueError, match=r"config.json: optimizer.lr was edited since step 4; put it back"):
+        resume(copy.path)
+    data["optimizer"]["lr"] = tiny().optimizer.lr
+    data["training"]["steps"] = 5
+    write_json(copy.config_file, data)
+    assert resume(copy.path).records()[-1]["step"] == 5
+
+
+def test_other_data_are_refused_and_moved_data_are_not(tmp_path: Path) -> None:
+    data = images(40, 1, 8, 8)
+    np.save(tmp_path / "old.npy", data.images)
+    run = train(tiny(data__source=str(tmp_path / "old.npy")), tmp_path / "run")
+    np.save(tmp_path / "other.npy", data.images[::-1])
+    with pytest.raises(ValueError, match=r"data.fingerprint=.* is recorded"):
+        resume(run.path, {"data.source": str(tmp_path / "other.npy")})
+    (tmp_path / "old.npy").rename(tmp_path / "new.npy")
+    with pytest.raises(ValueError, match=r"old.npy': no such file"):
+        resume(run.path)
+    resume(run.path, {"data.source": str(tmp_path / "new.npy")})
+    assert run.config().data.source == str(tmp_path / "new.npy")
+
+
+class At(Callback):
+    """Does something at a step."""
+
+    def __init__(self, step: int, action: Any) -> None:
+        self.step, self.action = step, action
+
+    def stepped(self, trainer: Trainer) -> None:
+        if trainer.step == self.step:
+            self.action()
+
+
+def test_an_interrupted_training_leaves_a_checkpoint_and_goes_on(run: Run, result: SplitResult, tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(
+        KeyboardInterrupt, match=r"stopped at step 3 with a checkpoint; go on with msdiff train --resume"
+    ):
+        train(tiny(), tmp_path / "run", result=result, callbacks=[At(3, lambda: os.kill(os.getpid(), signal.SIGINT))])
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert Run(tmp_path / "run").checkpoint("latest").name == "step_00000003"
+    assert final_files(resume(tmp_path / "run")) == final_files(run)
+
+
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(copy: Run) -> None:
+    before = final_files(copy)
+    message = r"copy: cannot be written at step 6 \(.*\); the checkpoint of step 4 is intact; .* msdiff train --resume"
+    with small_files(50_000), pytest.raises(OSError, match=message):
+        resume(copy.path, {"training.steps": 6})
+    assert final_files(copy) == before
+    assert [p.name for p in copy.checkpoints.iterdir() if p.name.startswith(".")] == []
+    assert resume(copy.path).records()[-1]["step"] == 6
+
+
+def test_a_full_disk_at_the_start_says_that_there_is_no_checkpoint(tmp_path: Path) -> None:
+    with small_files(50_000), pytest.raises(OSError, match="there is no checkpoint yet"):
+        train(tiny(), tmp_path / "run", data=images(40, 1, 8, 8))
+
+
+# -- using a run ------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_depends_on_its_seed_and_number_alone(run: Run) -> None:
+    many = sample(run, 7, seed=3)
+    assert many.shape == (7, 1, 8, 8)
+    assert many.dtype == torch.uint8
+    difference = (sample(run, 5, seed=3, batch=2).int() - many[:5].int()).abs()
+    assert int(difference.max()) <= 1  # another batch may round a pixel to its neighbour
+    assert float((difference > 0).float().mean()) < 0.01
+    assert torch.equal(sample(run, 5, seed=3, batch=5), sample(run, 5, seed=3))
+    assert not torch.equal(sample(run, 7, seed=4), many)
+
+
+def test_a_sample_of_a_checkpoint_and_sampler_can_be_asked_for(run: Run) -> None:
+    first, last = sample(run, 2, checkpoint="2"), sample(run, 2, checkpoint="latest")
+    assert not torch.equal(first, last)
+    assert torch.equal(last, sample(run, 2, checkpoint="4"))
+    other = dataclasses.replace(run.config().sampling, solver="ddim", calls=3)
+    seen: list[tuple[int, int]] = []
+    sample(run, 2, sampling=other, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (6, 6)
+
+
+def test_classes_are_checked(run: Run) -> None:
+    with pytest.raises(ValueError, match="label=1: the run knows no classes"):
+        sample(run, 2, label=1)
+
+
+def test_a_run_with_classes_samples_them(tmp_path: Path, digits: ImageData) -> None:
+    run = train(tiny(network__num_classes=10, training__steps=2), tmp_path / "run", data=digits)
+    in_turn, threes = sample(run, 4), sample(run, 4, label=3)
+    assert torch.equal(in_turn[3], threes[3])
+    with pytest.raises(ValueError, match=r"label=10: it must be in 0\.\.9"):
+        sample(run, 2, label=10)
+
+
+def test_sides_that_are_no_multiples_are_kept(tmp_path: Path) -> None:
+    run = train(tiny(training__steps=1), tmp_path / "run", data=images(40, 3, 5, 9))
+    assert sample(run, 2).shape == (2, 3, 5, 9)
+
+
+def test_evaluations_are_added_to_the_run(copy: Run) -> None:
+    first = evaluate(copy, count=40)
+    second = evaluate(copy, DataConfig(source="digits"), count=20, seed=5, checkpoint="2")
+    entries = read_json(copy.path / "evaluation.json")
+    assert [(e["step"], e["sampling_seed"], e["samples"], e["data"]) for e in entries] == [
+        (int(copy.checkpoint().name[-4:]), 0, 40, "digits"),
+        (2, 5, 20, "digits"),
+    ]
+    assert [e["frechet"] for e in entries] == [first.frechet, second.frechet]
+    assert evaluate(copy, count=20, seed=5, checkpoint="4").frechet != second.frechet
+    assert (first.count, first.held_out, first.train) == (40, 180, 1617)
+    assert json.loads(json.dumps(to_dict(first), allow_nan=False)) == to_dict(first)
+
+
+def test_what_cannot_be_compared_is_refused_before_sampling(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr("multistage_diffusion.workflow.using.sample", refuse)
+    np.save(tmp_path / "few.npy", images(20, 1, 8, 8).images)
+    np.save(tmp_path / "colour.npy", images(20, 3, 8, 8).images)
+    np.save(tmp_path / "wide.npy", images(20, 1, 8, 16).images)
+    for source, held_out, message in (
+        ("few.npy", 0.1, r"\d held-out images are too few to compare: need more than 3 of each"),
+        ("colour.npy", 0.3, "data: images of 3 x 8 x 8"),
+        ("wide.npy", 0.3, r"data: images of 1 x 8 x 16 .*, but .* makes 1 x 8 x 8; give --size H W"),
+        ("digits", 0.3, "data.held_out=0.3: .* was trained on these data with 0.1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(run, DataConfig(source=str(tmp_path / source) if "." in source else source, held_out=held_out))
+    with pytest.raises(ValueError, match="features='inception' is unknown"):
+        evaluate(run, features="inception")
+    assert not (run.path / "evaluation.json").exists()
+
+
+def test_the_report_is_one_file(run: Run) -> None:
+    page = report(run, count=4)
+    assert page == run.path / "report.html"
+    text = page.read_text()
+    assert "Similarity curves on the data" in text
+    assert "4 samples, not selected" in text
+    assert "shared encoder" in text
+
+
+def test_a_run_is_read_as_it_was_written(run: Run) -> None:
+    assert from_dict(RunConfig, read_json(run.config_file)) == run.config()
