@@ -116,6 +116,15 @@ def test_a_stage_that_training_noise_never_reaches_is_refused() -> None:
     assert two_stages(160.0, precondition="edm", schedule=EDM(), prior=LogNormal()).stages.interior == (160.0,)
 
 
+def test_a_stage_without_rows_must_not_count() -> None:
+    stages, network = Stages((1.0,)), NetworkConfig(decoder_widths=(16, 16))
+    for weights in ("shares", (0.0, 1.0)):
+        RunConfig(stages=stages, network=network, training=TrainingConfig(shares=(0.0, 1.0), weights=weights))
+    for counted in ("prior", (0.5, 0.5)):
+        with pytest.raises(ValueError, match="stage 1 gets no rows but counts"):
+            RunConfig(stages=stages, network=network, training=TrainingConfig(shares=(0.0, 1.0), weights=counted))
+
+
 def test_edges_of_what_is_accepted() -> None:
     DataConfig(held_out=0.0, size=(1, 1))
     NetworkConfig(dropout=0.0, encoder_width=4, decoder_widths=(4, 12), attention_factors=())

@@ -42,7 +42,10 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
 
 
 def distances_to_class(
-    points: npt.NDArray[np.float64], classes: npt.NDArray[np.int64], real: npt.NDArray[np.float64], own: npt.NDArray[np.int64]
+    points: npt.NDArray[np.float64],
+    classes: npt.NDArray[np.int64],
+    real: npt.NDArray[np.float64],
+    own: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float64]:
     """Return every point's distance to the nearest real image of the class it was taken for."""
     squared = ((points[:, None] - real[None]) ** 2).sum(-1)

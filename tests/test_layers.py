@@ -32,9 +32,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sampling",),
     # L3: training and judging, which do not know each other
     ("evaluation", "interop", "training"),
-    ("report",),
+    ("report_page",),
     # L4: what a user calls
-    ("console", "describe", "presets"),
+    ("console", "description", "presets"),
     ("workflow",),
     ("demo",),
     ("commands",),
@@ -205,11 +205,11 @@ def test_a_house_in_order_has_no_faults(tmp_path: Path) -> None:
         ("evaluation/__init__.py", "from .. import training\n", "evaluation imports training"),
         ("samplers.py", "from multistage_diffusion.denoisers import D\n", "samplers imports denoisers"),
         (
-            "report.py",
+            "report_page.py",
             "from . import train\n",
             "multistage_diffusion.train, which is no module with a layer",
         ),
-        ("report.py", "import multistage_diffusion\n", "no module with a layer"),
+        ("report_page.py", "import multistage_diffusion\n", "no module with a layer"),
         ("helpers.py", "import math\n", "helpers.py:1: has no layer"),
         ("tools/x.py", "import math\n", "tools/x.py:1: has no layer"),
         ("cli.py", "import sklearn\n", "sklearn is optional"),

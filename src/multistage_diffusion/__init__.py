@@ -10,8 +10,6 @@ images = msd.sample(run, count=64)
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
     from .data import ImageData as ImageData
     from .data import open_data as open_data
     from .denoisers import build_denoiser as build_denoiser
-    from .describe import describe as describe
+    from .description import describe as describe
     from .optimal import OptimalDenoiser as OptimalDenoiser
     from .pictures import grid as grid
     from .presets import preset as preset
@@ -72,7 +70,7 @@ _HOME = {
     **dict.fromkeys(("EDM", "VE", "VP", "Discrete", "RectifiedFlow"), "schedules"),
     **dict.fromkeys(("SplitResult", "SplitSettings"), "splitting"),
     "build_denoiser": "denoisers",
-    "describe": "describe",
+    "describe": "description",
     "grid": "pictures",
     "OptimalDenoiser": "optimal",
     "override": "serialization",
@@ -92,14 +90,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])
-
-
-class _Package(types.ModuleType):
-    """Keeps `describe` and `report` functions: importing the modules of these names must not put them in their place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -62,7 +62,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         parse(name, arguments).run()
     except ValueError as error:
         return _fail(error, 2)
-    except (OSError, RuntimeError) as error:
+    except (OSError, FloatingPointError, RuntimeError) as error:
         if not _expected(error):
             raise
         return _fail(error, 1)
@@ -72,12 +72,10 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 
 def _expected(error: Exception) -> bool:
-    """Whether an error is the machine's or the training's, not a fault of this program."""
+    """Whether an error is the machine's or the numbers' (diverged training or sampling), not a fault of this program."""
     import torch
 
-    from .training.trainer import TrainingDiverged
-
-    return isinstance(error, OSError | TrainingDiverged | torch.OutOfMemoryError)
+    return isinstance(error, OSError | FloatingPointError | torch.OutOfMemoryError)
 
 
 def _fail(message: object, code: int) -> int:

@@ -309,7 +309,16 @@ class RunConfig:
                     len(value) == decoders,
                     f"training.{name}={list(value)} needs one number for each of the {decoders} stages",
                 )
+        shares, weights = self.training.shares, self.training.weights
         for stage in range(decoders):
+            _require(
+                not isinstance(shares, tuple)
+                or shares[stage] > 0
+                or weights == "shares"
+                or (isinstance(weights, tuple) and weights[stage] == 0),
+                f"training.shares={list(shares)}: stage {stage + 1} gets no rows but counts in the objective; give it a "
+                "share, or training.weights with 0 for it",
+            )
             low, high = self.stages.interval(stage)
             _require(
                 self.diffusion.prior.mass(low, high) > 0,

@@ -49,16 +49,16 @@ def digits() -> RunConfig:
         stages=_vp_stages((0.188, 0.577), rule="interval-mean", data_range=[-1.0, 1.0], data="digits"),
         optimizer=OptimizerConfig(lr=2e-3, warmup_steps=200),
         training=TrainingConfig(
-            steps=3500,
+            steps=2600,
             batch=96,
-            shares=(0.5, 0.35, 0.15),
+            shares=(0.55, 0.35, 0.1),  # the middle and high noise are learnt sooner
             ema_halflife=50_000,
             ema_rampup=0.1,
             flip=False,
             log_every=100,
-            held_out_every=500,
-            checkpoint_every=500,
-            sample_every=500,
+            held_out_every=200,
+            checkpoint_every=200,
+            sample_every=400,
         ),
         sampling=SamplingConfig(sigma_min=0.005, sigma_max=40.0),
     )

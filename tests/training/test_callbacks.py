@@ -50,6 +50,19 @@ def test_no_grids_unless_asked_for(tmp_path, tiny_config, tiny_data):
     assert not (run.path / "samples").exists()
 
 
+def test_samples_that_are_not_finite_do_not_stop_training(tmp_path, tiny_config, tiny_data, monkeypatch):
+    def diverges(*_args, **_settings):
+        raise FloatingPointError("4 of 4 samples are not finite")
+
+    monkeypatch.setattr("multistage_diffusion.training.callbacks.sample_images", diverges)
+    run = Run.create(tmp_path / "run", tiny_config(training__steps=2, training__sample_every=2))
+    trainer = Trainer(run, tiny_data(), device="cpu", callbacks=[SampleGrid((1, 4, 4))])
+    with pytest.warns(UserWarning, match="no sample grid at step 2: 4 of 4"):
+        trainer.fit()
+    assert trainer.step == 2
+    assert not (run.path / "samples").exists()
+
+
 def test_example_labels_take_turns():
     assert example_labels(0, 5) is None
     assert example_labels(3, 5).tolist() == [0, 1, 2, 0, 1]

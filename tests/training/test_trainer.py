@@ -516,3 +516,14 @@ def test_devices_by_name(monkeypatch):
 def test_data_of_another_kind_are_refused(new_trainer, tiny_data):
     with pytest.raises(ValueError, match=r"network\.channels=1 but the images have 3 channels"):
         new_trainer(data=tiny_data(shape=(3, 4, 4)))
+
+
+def test_every_checkpoint_is_scored_though_held_out_losses_are_logged_elsewhere(new_trainer, tiny_data):
+    trainer = new_trainer(
+        held_out=tiny_data(), training__steps=3, training__held_out_every=2, training__checkpoint_every=1
+    )
+    trainer.fit()
+    scores = [ckpt.read_state(p)["score"] for p in ckpt.list_checkpoints(trainer.run.checkpoints)]
+    assert len(scores) >= 2
+    assert all(math.isfinite(s) for s in scores)
+    assert [r["step"] for r in trainer.run.records() if r["kind"] == "held_out"] == [2, 3]

@@ -12,7 +12,7 @@ import tyro
 from ..config import RunConfig
 from ..console import Bar, TrainingProgress
 from ..demo import demo
-from ..describe import describe, description_table
+from ..description import describe, description_table
 from ..evaluation import EvaluationResult
 from ..presets import PRESETS, preset
 from ..serialization import to_dict

@@ -80,7 +80,7 @@ def sample(
 
     Raises:
         ValueError: if the plan is stochastic and no noise is given.
-        RuntimeError: if the result is not finite.
+        FloatingPointError: if the result is not finite.
     """
     if plan.stochastic and noise is None:
         raise ValueError(f"noise=None: {plan.solver} with churn or eta draws noise in each step; pass step_noise(...)")
@@ -106,7 +106,7 @@ def sample(
     bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
     if bad:
         end = plan.steps[-1].end
-        raise RuntimeError(f"{bad} of {len(x)} samples are not finite at the trajectory's end, sigma={end:.6g}")
+        raise FloatingPointError(f"{bad} of {len(x)} samples are not finite at the trajectory's end, sigma={end:.6g}")
     return x
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -22,16 +23,20 @@ class SampleGrid(Callback):
         config, training = trainer.config, trainer.config.training
         if not training.sample_every or trainer.step % training.sample_every:
             return
-        images = sample_images(
-            trainer.ema.module,
-            self.shape,
-            training.sample_count,
-            config=config.sampling,
-            schedule=config.diffusion.schedule,
-            seed=training.seed,
-            labels=example_labels(config.network.num_classes, training.sample_count),
-            device=trainer.device,
-        )
+        try:
+            images = sample_images(
+                trainer.ema.module,
+                self.shape,
+                training.sample_count,
+                config=config.sampling,
+                schedule=config.diffusion.schedule,
+                seed=training.seed,
+                labels=example_labels(config.network.num_classes, training.sample_count),
+                device=trainer.device,
+            )
+        except FloatingPointError as error:  # a young network may sample badly; training goes on
+            warnings.warn(f"no sample grid at step {trainer.step}: {error}", stacklevel=2)
+            return
         save_png(grid(images), trainer.run.path / "samples" / f"step_{trainer.step:08d}.png")
 
 

@@ -22,7 +22,7 @@ from .losses import objective, stage_losses
 from .run import Run
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(FloatingPointError):
     """A loss or gradient stopped being finite; the optimiser step was not taken."""
 
 
@@ -153,10 +153,13 @@ class Trainer:
             last = self.step == training.steps
             if self.step % training.log_every == 0 or last:
                 self._log_training()
+            saving = self.step % training.checkpoint_every == 0 or last or self.stopping
             score = None
-            if training.held_out_every and self.held_out and (self.step % training.held_out_every == 0 or last):
-                score = self._log_held_out()
-            if self.step % training.checkpoint_every == 0 or last or self.stopping:
+            if training.held_out_every and self.held_out:
+                due = self.step % training.held_out_every == 0 or last
+                if due or saving:  # every checkpoint has a score, so that the best is known
+                    score = self._score_held_out(log=due)
+            if saving:
                 self.save(score)
 
     # -- one iteration ------------------------------------------------------------------------------------------------
@@ -274,12 +277,16 @@ class Trainer:
             losses.append(float(stage_losses(self.ema.module, batch)[stage]) / len(batch.y))
         return losses
 
-    def _log_held_out(self) -> float | None:
+    def _score_held_out(self, *, log: bool) -> float | None:
+        """Return the objective on held-out rows, None if it is not finite."""
         start = time.perf_counter()
         losses = self.held_out_losses()
         seconds = time.perf_counter() - start
         self._clock += seconds  # not counted in the training rate
-        self._log({"kind": "held_out", "step": self.step, "images": self.images, "loss": losses, "seconds": seconds})
+        if log:
+            self._log(
+                {"kind": "held_out", "step": self.step, "images": self.images, "loss": losses, "seconds": seconds}
+            )
         score = sum(w * x for w, x in zip(self.weights, losses, strict=True))
         return score if math.isfinite(score) else None
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import DataConfig, SamplingConfig
 from ..data import open_configured
-from ..describe import architecture_rows, describe
+from ..description import architecture_rows, describe
 from ..evaluation import EvaluationResult, evaluate_samples, get_features, nearest
 from ..sampling import sample_images
 from ..serialization import read_json, to_dict, write_json
@@ -149,7 +149,7 @@ def report(
         device: default CUDA when there is one.
         progress: called with (done, total).
     """
-    from ..report import Neighbours, write_report  # matplotlib takes a while to import
+    from ..report_page import Neighbours, write_report  # matplotlib takes a while to import
 
     config = run.config()
     train_images, held_out = (torch.from_numpy(part.images) for part in run.data().split(config.data.held_out))

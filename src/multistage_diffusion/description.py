@@ -15,7 +15,7 @@ from .samplers import make_plan
 from .schedules import NoiseSchedule
 
 if TYPE_CHECKING:
-    from .report import ArchitectureRow
+    from .report_page import ArchitectureRow
 
 
 def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def edge_time(schedule: NoiseSchedule, sigma: float) -> float:
 
 def architecture_rows(described: dict[str, Any]) -> list[ArchitectureRow]:
     """Return a description as the lines of a report's table."""
-    from .report import ArchitectureRow  # matplotlib takes a while to import
+    from .report_page import ArchitectureRow  # matplotlib takes a while to import
 
     rows = [
         ArchitectureRow(

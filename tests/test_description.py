@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from multistage_diffusion.config import RunConfig, SamplingConfig
-from multistage_diffusion.describe import architecture_rows, describe, description_table, edge_time
+from multistage_diffusion.description import architecture_rows, describe, description_table, edge_time
 from multistage_diffusion.presets import PRESETS, preset
 from multistage_diffusion.schedules import EDM, VP, Discrete
 from multistage_diffusion.serialization import override

@@ -13,7 +13,7 @@ from PIL import Image
 
 from multistage_diffusion.config import DataConfig, NetworkConfig, RunConfig
 from multistage_diffusion.evaluation import EvaluationResult, PixelFeatures, evaluate_samples
-from multistage_diffusion.report import POINTS, ArchitectureRow, Neighbours, _curve, write_report
+from multistage_diffusion.report_page import POINTS, ArchitectureRow, Neighbours, _curve, write_report
 from multistage_diffusion.serialization import to_dict, write_json
 from multistage_diffusion.stages import Stages
 
