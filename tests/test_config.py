@@ -23,7 +23,7 @@ from multistage_diffusion.config import (
     group_count,
 )
 from multistage_diffusion.nets import build_network
-from multistage_diffusion.schedules import EDM, LogNormal, UniformSteps, UniformTime
+from multistage_diffusion.schedules import EDM, VP, Discrete, LogNormal, UniformSteps, UniformTime
 from multistage_diffusion.stages import Stages
 
 NAN, INF = math.nan, math.inf
@@ -112,7 +112,9 @@ def test_a_stage_that_training_noise_never_reaches_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\[0, 0\.001\) holds no mass"):
         two_stages(0.001)
     with pytest.raises(ValueError, match="uniform-steps"):
-        two_stages(100.0, prior=UniformSteps())
+        two_stages(100.0, schedule=Discrete(), prior=UniformSteps())
+    with pytest.raises(ValueError, match=r"diffusion\.prior\.schedule differs from diffusion\.schedule"):
+        two_stages(1.0, schedule=VP(beta_d=10.0))
     assert two_stages(160.0, precondition="edm", schedule=EDM(), prior=LogNormal()).stages.interior == (160.0,)
 
 

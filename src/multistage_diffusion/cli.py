@@ -1,4 +1,4 @@
-"""The command line `msdiff`. A user's mistake is one line on standard error and exit code 2.
+"""The command line `msdiff`. What ends a command early (a mistake, a full disk, Ctrl-C) is one line, exit code 2.
 
 Nothing heavy is imported before a command is named, so that `msdiff --help` answers at once.
 """
@@ -44,7 +44,7 @@ Examples
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command line; return the exit code: 0, 2 for a user's mistake, 1 for a failure, 130 when interrupted."""
+    """Run a command line; return the exit code: 0, or 2 for whatever one clear line can say."""
     name, *arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
     if name in ("-h", "--help"):
         print(OVERVIEW.format(commands="\n".join(f"  {n:<10}{text}" for n, text in SUMMARIES.items())), end="")
@@ -60,27 +60,26 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: Sequence[str]) -> int:
     try:
         parse(name, arguments).run()
-    except ValueError as error:
-        return _fail(error, 2)
-    except (OSError, FloatingPointError, RuntimeError) as error:
-        if not _expected(error):
-            raise
-        return _fail(error, 1)
+    except (ValueError, OSError, FloatingPointError) as error:
+        return _fail(error)
     except KeyboardInterrupt as interrupt:
-        return _fail(interrupt if interrupt.args else "interrupted", 130)
+        return _fail(interrupt if interrupt.args else "interrupted")
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        return _fail(error)
     return 0
 
 
-def _expected(error: Exception) -> bool:
-    """Whether an error is the machine's or the numbers' (diverged training or sampling), not a fault of this program."""
+def _out_of_memory(error: RuntimeError) -> bool:
     import torch
 
-    return isinstance(error, OSError | FloatingPointError | torch.OutOfMemoryError)
+    return isinstance(error, torch.OutOfMemoryError)
 
 
-def _fail(message: object, code: int) -> int:
+def _fail(message: object) -> int:
     _say(message)
-    return code
+    return 2
 
 
 def _say(message: object) -> None:

@@ -136,6 +136,11 @@ class DiffusionConfig:
             f"diffusion.schedule={self.schedule.kind!r}: precondition 'vp-eps' needs the time of 'vp' or 'discrete'; "
             "use precondition 'edm' or 'velocity' for the others",
         )
+        own = getattr(self.prior, "schedule", self.schedule)
+        _require(
+            self.precondition != "vp-eps" or own == self.schedule,
+            "diffusion.prior.schedule differs from diffusion.schedule, in whose time the network is told its noise; set both",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ class Mixture:
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
         assert sigma.shape == (len(x),)
-        assert sigma.dtype == x.dtype
+        assert sigma.dtype == torch.float64
         assert not torch.is_grad_enabled()
         self.called.append(float(sigma[0]))
         x64, variance = x.double(), self.stds**2 + float(sigma[0]) ** 2

@@ -220,8 +220,10 @@ def test_held_out_rows_are_fixed_whole_and_in_their_stage(tiny_config):
         batch = held_out_batch(config, data, stage, CPU)
         assert same(batch, held_out_batch(config, data, stage, CPU))
         assert batch.counts == tuple(40 if k == stage else 0 for k in range(3))
-        assert torch.equal(batch.y, to_float(data.images[np.arange(40) % 17]))
-        assert batch.cond.labels.tolist() == [i % 17 % 3 for i in range(40)]
+        shown = [int(np.flatnonzero([torch.equal(y, to_float(image)) for image in data.images])[0]) for y in batch.y]
+        assert shown[:17] == shown[17:34] != sorted(shown[:17])  # every image in turn, in a drawn order
+        assert sorted(shown[:17]) == list(range(17))
+        assert batch.cond.labels.tolist() == [i % 3 for i in shown]
         assert set(STAGES.index(batch.sigma).tolist()) == {stage}
     assert held_out_batch(tiny_config(), data, 0, CPU).cond is None
 
@@ -231,3 +233,9 @@ def test_held_out_noise_levels_are_one_per_quantile(tiny_config):
     low, high = STAGES.interval(1)
     quantile = [PRIOR.mass(low, s) / PRIOR.mass(low, high) for s in batch.sigma.tolist()]
     assert [int(40 * q) for q in quantile] == list(range(40))
+
+
+def test_more_classes_than_the_network_knows_are_refused(tiny_config):
+    config = tiny_config(network__num_classes=2)
+    with pytest.raises(ValueError, match=r"network\.num_classes=2 but data .* has 3 classes"):
+        BatchSource(config, numbered(9), CPU)

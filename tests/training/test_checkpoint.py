@@ -219,3 +219,12 @@ def test_nothing_is_pickled(tmp_path):
         data = (path / f"{name}.safetensors").read_bytes()
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         assert {k for k in header if k != "__metadata__"} == {"a.weight", "b"}
+
+
+def test_a_users_copy_of_a_checkpoint_is_left_alone(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, made(step))
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000001-good")
+    prune(tmp_path, keep_last=1, keep_every=2)
+    assert steps(tmp_path) == [2, 3]
+    assert (tmp_path / "step_00000001-good" / "state.json").exists()

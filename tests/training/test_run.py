@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from multistage_diffusion.denoisers import build_denoiser
+from multistage_diffusion.serialization import override, write_json
 from multistage_diffusion.training.checkpoint import Checkpoint, save_checkpoint
 from multistage_diffusion.training.run import Run, device_name
 
@@ -24,7 +25,9 @@ def save(run: Run, step: int, score: float | None = None) -> dict[str, torch.Ten
     denoiser = build_denoiser(run.config())
     weights = {k: torch.full_like(v, float(step)) for k, v in denoiser.state_dict().items()}
     averaged = {k: torch.full_like(v, 1.0 / step) for k, v in weights.items()}
-    save_checkpoint(run.checkpoints, Checkpoint(weights, averaged, {}, {"step": step, "score": score}))
+    save_checkpoint(
+        run.checkpoints, Checkpoint(weights, averaged, {}, {"step": step, "score": score, "config": run.config()})
+    )
     return averaged
 
 
@@ -157,3 +160,30 @@ def test_data_that_have_changed_are_refused(tmp_path, tiny_config, tiny_data):
     np.save(tmp_path / "images.npy", data.images[:-1])
     with pytest.raises(ValueError, match="fingerprint"):
         run.data(pinned)
+
+
+def test_a_configuration_edited_since_is_not_sampled_from(run):
+    save(run, 1)
+    for name, change in (("stages", {"stages.interior": [0.9, 3.0]}), ("network", {"network.blocks_per_level": 2})):
+        before = run.config_file.read_text()
+        write_json(run.config_file, override(run.config(), change))
+        with pytest.raises(ValueError, match=f"{name} was edited since step 1; put it back"):
+            run.denoiser()
+        run.config_file.write_text(before)
+    run.denoiser()
+
+
+def test_a_run_in_training_is_not_moved_aside(run, tiny_config):
+    with run.locked(), pytest.raises(ValueError, match="another process is training this run"):
+        Run.create(run.path, tiny_config(), replace=True)
+    assert run.config_file.exists()
+
+
+def test_launches_survive_a_torn_line_and_can_be_pasted(run, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/msdiff", "train", "--data", "my photos"])
+    run.log_launch(torch.device("cpu"))
+    with (run.path / "launches.jsonl").open("a") as file:
+        file.write('{"time": "2026')
+    run.log_launch(torch.device("cpu"))
+    commands = [json.loads(line)["command"] for line in (run.path / "launches.jsonl").read_text().splitlines()]
+    assert commands == ["msdiff train --data 'my photos'"] * 2

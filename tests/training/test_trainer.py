@@ -417,7 +417,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(new_trainer, tiny_data,
     name = "stage 2" if mode == "mixed" else "stage [123]"
     with pytest.raises(
         TrainingDiverged,
-        match=rf"the loss of {name} is not finite at step 4; .* checkpoint of step 2 is intact; lower optimizer\.lr",
+        match=rf"the loss of {name} is not finite at step 4; .* checkpoint of step 2 is intact; start a new run",
     ):
         trainer.fit()
     assert trainer.step == 3
@@ -527,3 +527,57 @@ def test_every_checkpoint_is_scored_though_held_out_losses_are_logged_elsewhere(
     assert len(scores) >= 2
     assert all(math.isfinite(s) for s in scores)
     assert [r["step"] for r in trainer.run.records() if r["kind"] == "held_out"] == [2, 3]
+
+
+def test_a_stop_during_scoring_ends_after_the_next_step_with_a_checkpoint(new_trainer, tiny_data):
+    class StopsAtScores(Callback):
+        def logged(self, trainer, record):
+            if record["kind"] == "held_out":
+                trainer.stop()
+
+    settings = {"training__steps": 9, "training__held_out_every": 4, "training__checkpoint_every": 6}
+    trainer = new_trainer(held_out=tiny_data(), **settings)
+    trainer.callbacks.append(StopsAtScores())
+    trainer.fit()
+    (only,) = ckpt.list_checkpoints(trainer.run.checkpoints)
+    assert trainer.step == ckpt.checkpoint_step(only) == 4
+
+
+def test_every_so_many_steps_are_kept_whatever_the_rhythm_of_checkpoints(new_trainer):
+    trainer = new_trainer(
+        training__steps=8, training__checkpoint_every=4, training__keep_every=3, training__keep_last=1
+    )
+    trainer.fit()
+    assert [ckpt.checkpoint_step(p) for p in ckpt.list_checkpoints(trainer.run.checkpoints)] == [3, 6, 8]
+
+
+def test_a_trainer_left_behind_by_another_process_refuses_to_go_on(new_trainer, tiny_data):
+    ahead = new_trainer(training__steps=2)
+    behind = Trainer(ahead.run, tiny_data(), device="cpu")
+    ahead.fit()
+    with pytest.raises(ValueError, match="another process has trained it to step 2; resume again"):
+        behind.fit()
+
+
+def test_the_rate_counts_from_the_resume(new_trainer, tiny_data):
+    first = new_trainer(training__steps=20, training__log_every=10, stepped=lambda t: t.step == 9 and t.stop())
+    first.fit()
+    again = Trainer(first.run, tiny_data(), device="cpu")
+    again.fit()
+    record = next(r for r in again.run.records() if r["step"] == 10)
+    batch = again.config.training.batch
+    assert record["images_per_s"] * record["seconds"] == pytest.approx(batch)  # one step, not ten
+
+
+def test_held_out_losses_that_are_not_finite_are_null_in_the_log(new_trainer, tiny_data, monkeypatch):
+    trainer = new_trainer(held_out=tiny_data(), training__steps=1, training__held_out_every=1)
+    monkeypatch.setattr(trainer, "held_out_losses", lambda: [1.0, math.nan, math.inf])
+    trainer.fit()
+    assert trainer.run.records()[-1]["loss"] == [1.0, None, None]
+    assert ckpt.read_state(ckpt.list_checkpoints(trainer.run.checkpoints)[-1])["score"] is None
+
+
+@pytest.mark.parametrize(("device", "message"), [("meta", "not supported"), ("cuda:99", "CUDA"), ("gpu", "unknown")])
+def test_devices_that_cannot_train_are_refused(device, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_device(device)

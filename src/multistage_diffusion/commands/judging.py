@@ -151,11 +151,16 @@ class Demo:
     """Changes to the digits preset, e.g. training.steps=2000."""
     device: Device = None
     """cpu, cuda or cuda:N"""
+    json: bool = False
+    """Print the evaluation as JSON."""
 
     def run(self) -> None:
         """Run the command."""
         with TrainingProgress() as progress:
             page, result = demo(self.out, parse_changes(self.set), device=self.device, callbacks=[progress], bar=Bar)
+        if self.json:
+            print_json({**to_dict(result), "report": str(page)})
+            return
         print(evaluation_text(result))
         for name, what in (
             ("samples.png", "samples"),

@@ -169,6 +169,8 @@ class Train(DataOptions):
         if self.out is None:
             raise ValueError("--out is missing: name the new run's folder (or --resume RUN)")
         base = load_config(self.config) if self.config is not None else preset(self.preset or "")
+        if self.stages is not None and any(key.startswith("stages.") for key in changes):
+            raise ValueError("--stages FILE and --set stages.... both name the stages; give one of them")
         result = None if self.stages is None else SplitResult.load(self.stages)
         if result is not None:  # together with decoder widths for as many stages
             changes = {"stages": result.stages(), **changes}
@@ -212,7 +214,10 @@ class Sample(SamplerOptions):
     def run(self) -> None:
         """Run the command."""
         run = Run.open(self.run_folder)
-        folder = self.out.suffix not in (".png", ".npz")
+        suffix = self.out.suffix.lower()
+        folder = suffix not in (".png", ".npz")
+        if suffix in (".jpg", ".jpeg", ".webp", ".gif", ".npy", ".zip"):
+            raise ValueError(f"--out {self.out}: samples are written as a .png grid, an .npz array or a folder of PNGs")
         check_out(self.out, self.overwrite, folder=folder)
         sampling = self.sampling_config(run.config().sampling)
         with Bar("sampling", "calls") as bar:
@@ -229,7 +234,7 @@ class Sample(SamplerOptions):
             )
         if folder:
             save_folder(images, self.out, overwrite=self.overwrite)
-        elif self.out.suffix == ".png":
+        elif suffix == ".png":
             save_png(grid(images), self.out)
         else:
             save_npz(images, self.out)

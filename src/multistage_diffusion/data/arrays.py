@@ -76,8 +76,8 @@ def _channels_first(images: npt.NDArray[np.uint8], path: Path) -> npt.NDArray[np
     first, last = shape[1] in (1, 3), shape[3] in (1, 3)
     if first and last:
         raise ValueError(
-            f"{path}: images of shape {shape} could be (N, C, H, W) or (N, H, W, C); pass ImageData from Python, whose "
-            f"images are (N, C, H, W)"
+            f"{path}: images of shape {shape} could be (N, C, H, W) or (N, H, W, C); save grey images as (N, H, W), "
+            "colour ones as PNG files"
         )
     if not first and not last:
         raise ValueError(

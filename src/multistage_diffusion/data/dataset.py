@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,6 +76,12 @@ class ImageData:
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def tensor(self) -> Tensor:
+        """Return the images as a uint8 tensor that shares their memory: to be read, not written."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(self.images)
 
     def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> ImageData:
         """Return the images of the given numbers, in that order, copied into memory."""

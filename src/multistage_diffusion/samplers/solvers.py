@@ -68,7 +68,7 @@ def sample(
     """Follow a plan from noise to data.
 
     Args:
-        denoiser: any Denoiser; called with sigma (B,) in the state's dtype.
+        denoiser: any Denoiser; called with sigma (B,) in float64, so that a stage's edge is met exactly.
         start: unscaled starting states (B, ...), e.g. of `start_noise`.
         plan: of `make_plan`.
         cond: labels, handed to every call.
@@ -88,7 +88,8 @@ def sample(
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         nonlocal made
-        denoised = denoiser(x, x.new_full((len(x),), sigma), cond).to(x.dtype)
+        sigmas = torch.full((len(x),), sigma, dtype=torch.float64, device=x.device)  # exact at a stage's edge
+        denoised = denoiser(x, sigmas, cond).to(x.dtype)
         made += 1
         if progress is not None:
             progress(made, total)

@@ -79,6 +79,13 @@ def allocate(batch: int, shares: Sequence[float]) -> tuple[int, ...]:
     return tuple(counts)
 
 
+def row_counts(training: TrainingConfig, shares: Sequence[float]) -> tuple[int, ...]:
+    """Return the rows of each stage in a step that trains it: the whole batch where a step trains one stage only."""
+    if training.update_mode == "one-stage":
+        return (training.batch,) * len(shares)
+    return allocate(training.batch, shares)
+
+
 class BatchSource:
     """Draws training rows from a data set held as uint8, on the device when it fits there."""
 
@@ -87,13 +94,18 @@ class BatchSource:
     def __init__(self, config: RunConfig, data: ImageData, device: torch.device) -> None:
         self.training, self.stages, self.prior = config.training, config.stages, config.diffusion.prior
         self.device = device
-        self.images = torch.from_numpy(data.images)
+        self.images = data.tensor()
         if device.type != "cpu" and self.images.nbytes <= self.device_budget:
             self.images = self.images.to(device)
         wanted = config.network.num_classes > 0
         if wanted and data.labels is None:
             raise ValueError(
                 f"network.num_classes={config.network.num_classes} but data {data.name!r} has no labels; set it to 0"
+            )
+        if wanted and data.num_classes > config.network.num_classes:
+            raise ValueError(
+                f"network.num_classes={config.network.num_classes} but data {data.name!r} has {data.num_classes} classes; "
+                "set it to that"
             )
         self.labels = torch.from_numpy(data.labels).to(device) if wanted and data.labels is not None else None
         self._orders: dict[int, tuple[int, Tensor]] = {}
@@ -118,7 +130,10 @@ class BatchSource:
         return self._assemble(step, torch.cat(picks), torch.cat(sigmas), torch.cat(rows), tuple(sizes))
 
     def _pick(self, stage: int, position: Tensor) -> Tensor:
-        """Return the images at positions of a stage's endless stream: a fresh permutation for every epoch."""
+        """Return the images at positions of a stage's endless stream, a fresh permutation for every epoch.
+
+        Where steps train one stage each, a stage skips the positions of the steps that were not its own.
+        """
         size = len(self.images)
         picked = torch.empty_like(position)
         for epoch in torch.unique(position // size).tolist():
@@ -157,7 +172,9 @@ def held_out_batch(config: RunConfig, data: ImageData, stage: int, device: torch
     key = (config.training.seed, "held-out", stage)
     # evenly spread noise levels: a stratified draw has far less variance than an independent one
     u = (row + keyed.uniform(key, row, 1)[:, 0]) / count
-    pick = row % len(data)
+    # in a drawn order: files come sorted by class, and rows by noise level
+    order = torch.randperm(len(data), generator=keyed.generator((config.training.seed, "held-out images")))
+    pick = order[row % len(data)]
     y = to_float(torch.from_numpy(data.images[pick.numpy()])).to(device)
     labels = torch.from_numpy(data.labels[pick.numpy()]).to(device) if data.labels is not None else None
     return Batch(

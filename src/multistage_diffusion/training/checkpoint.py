@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..serialization import read_json, to_dict
+from ..serialization import read_json, sync_folder, to_dict
 
 _PREFIX, _TEMPORARY = "step_", ".writing-"
 
@@ -52,11 +52,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
             tensors = {k: v.detach().cpu().contiguous() for k, v in getattr(checkpoint, name).items()}
             _write(temporary / f"{name}.safetensors", save(tensors))
         _write(temporary / "state.json", json.dumps(to_dict(checkpoint.state), indent=1).encode())
-        _sync(temporary)
+        sync_folder(temporary)
         if final.exists():  # the same step saved again
             _delete(final)
         os.rename(temporary, final)
-        _sync(folder)
+        sync_folder(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -70,17 +70,10 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first."""
-    return sorted(p for p in folder.glob(f"{_PREFIX}*") if (p / "state.json").exists())
+    """Return the complete checkpoints, oldest first; a folder of another name (a user's copy) is none."""
+    named = [p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit()]
+    return sorted((p for p in named if (p / "state.json").exists()), key=checkpoint_step)
 
 
 def checkpoint_step(path: Path) -> int:
@@ -104,7 +97,9 @@ def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); choose another checkpoint") from None
+        raise ValueError(
+            f"{file}: cannot be read ({error}); delete {path} to go on from the checkpoint before it"
+        ) from None
 
 
 def best_checkpoint(folder: Path) -> Path | None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,8 @@ from ..config import DataConfig, RunConfig
 from ..data import ImageData, open_configured
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..serialization import append_line, from_dict, read_json, read_lines, write_atomic, write_json
-from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, load_tensors
+from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, load_tensors, read_state
+from .devices import device_name
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class Run:
                 raise ValueError(
                     f"{path}: exists; resume it (--resume {path}), choose another --out, or give --replace"
                 )
-            path.rename(path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
+            aside = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
+            with cls(path).locked() if cls(path).config_file.exists() else nullcontext():
+                path.rename(aside)
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
         write_json(run.config_file, config)
@@ -130,9 +134,21 @@ class Run:
         weights: Literal["ema", "model"] = "ema",
         device: torch.device | str = "cpu",
     ) -> MultiStageDenoiser:
-        """Load a checkpoint's denoiser, ready for sampling."""
-        denoiser = build_denoiser(self.config())
-        denoiser.load_state_dict(load_tensors(self.checkpoint(which), weights))
+        """Load a checkpoint's denoiser, ready for sampling.
+
+        Raises:
+            ValueError: if there is no such checkpoint, or config.json no longer names its network, noise or stages.
+        """
+        folder, config = self.checkpoint(which), self.config()
+        trained = from_dict(RunConfig, read_state(folder)["config"])
+        for name in ("network", "diffusion", "stages"):
+            if getattr(trained, name) != getattr(config, name):
+                raise ValueError(
+                    f"{self.config_file}: {name} was edited since step {checkpoint_step(folder)}; put it back (the "
+                    f"checkpoint's own configuration is in {folder / 'state.json'})"
+                )
+        denoiser = build_denoiser(trained)
+        denoiser.load_state_dict(load_tensors(folder, weights))
         return denoiser.to(device).eval().requires_grad_(False)
 
     def records(self) -> list[dict[str, Any]]:
@@ -152,15 +168,16 @@ class Run:
         """Append the command that trains this run to launches.jsonl."""
         from .. import __version__
 
-        command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
         launch = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": command,
+            "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
             "version": __version__,
             "torch": torch.__version__,
             "device": device_name(device),
         }
-        append_line(self.path / "launches.jsonl", launch)
+        file = self.path / "launches.jsonl"
+        lines = [json.dumps(record) + "\n" for record in (*read_lines(file), launch)]  # without a line torn by a kill
+        write_atomic(file, "".join(lines).encode())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -175,10 +192,3 @@ class Run:
             except OSError:
                 raise ValueError(f"{self.path}: another process is training this run; wait for it or stop it") from None
             yield
-
-
-def device_name(device: torch.device) -> str:
-    """Return a device in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"

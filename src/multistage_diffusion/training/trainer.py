@@ -16,10 +16,14 @@ from ..config import RunConfig
 from ..data import ImageData
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from . import checkpoint as ckpt
-from .batches import BatchSource, allocate, held_out_batch, stage_shares, stage_weights
+from .batches import BatchSource, held_out_batch, row_counts, stage_shares, stage_weights
+from .devices import autocast_dtype, resolve_device
 from .ema import EMA
 from .losses import objective, stage_losses
 from .run import Run
+
+# Loss scales start at 2^16 and halve at every overflow; below this it is no longer the scale's fault.
+SMALLEST_SCALE = 2.0**-20
 
 
 class TrainingDiverged(FloatingPointError):
@@ -40,32 +44,6 @@ class Callback:
 
     def finished(self, trainer: Trainer) -> None:
         """Training is over: at its end, stopped early with a checkpoint, or by an error."""
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Return the device asked for, or CUDA when there is one, else the CPU.
-
-    Raises:
-        ValueError: if CUDA is asked for and absent.
-    """
-    if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device={device!r} is unknown; use cpu, cuda or cuda:N") from None
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: no CUDA device is available; use --device cpu")
-    return resolved
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast type of a precision setting on a device, None for plain fp32."""
-    if precision == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 class Trainer:
@@ -99,7 +77,7 @@ class Trainer:
             raise ValueError(f"network.channels={config.network.channels} but the images have {data.shape[0]} channels")
         self.shares = stage_shares(training, config.stages, config.diffusion.prior)
         self.weights = stage_weights(training, config.stages, config.diffusion.prior)
-        self.counts = allocate(training.batch, self.shares)
+        self.counts = row_counts(training, self.shares)
         self.source = BatchSource(config, data, self.device)
         self.held_out = held_out if held_out is not None and len(held_out) else None
 
@@ -132,6 +110,7 @@ class Trainer:
             OSError: if a checkpoint cannot be written; the previous one stays.
         """
         with self.run.locked():
+            self._refuse_stale()
             self.run.rewind_metrics(self.step)
             self.run.log_launch(self.device)
             self._tell("started")
@@ -140,27 +119,38 @@ class Trainer:
             finally:
                 self._tell("finished")
 
+    def _refuse_stale(self) -> None:
+        """Raise ValueError if another process has trained the run since it was opened here."""
+        found = ckpt.list_checkpoints(self.run.checkpoints)
+        if found and ckpt.checkpoint_step(found[-1]) > self.step:
+            raise ValueError(
+                f"{self.run.path}: another process has trained it to step {ckpt.checkpoint_step(found[-1])}; resume again"
+            )
+
     def stop(self) -> None:
         """Ask fit to end after the current step with a checkpoint."""
         self.stopping = True
 
     def _loop(self) -> None:
         training = self.config.training
-        self._clock = time.perf_counter()
-        while self.step < training.steps and not self.stopping:
+        self._restart_clock()
+        while self.step < training.steps:
             self._iterate()
             self._tell("stepped")
             last = self.step == training.steps
             if self.step % training.log_every == 0 or last:
                 self._log_training()
-            saving = self.step % training.checkpoint_every == 0 or last or self.stopping
-            score = None
-            if training.held_out_every and self.held_out:
-                due = self.step % training.held_out_every == 0 or last
-                if due or saving:  # every checkpoint has a score, so that the best is known
-                    score = self._score_held_out(log=due)
-            if saving:
+            due = bool(training.held_out_every) and (self.step % training.held_out_every == 0 or last)
+            kept = bool(training.keep_every) and self.step % training.keep_every == 0
+            score = self._score_held_out(log=True) if due and self.held_out else None
+            stopping = self.stopping  # read once: a stop that comes later is seen after the next step
+            if self.step % training.checkpoint_every == 0 or kept or last or stopping:
+                # every checkpoint has a score, so that the best is known
+                if score is None and training.held_out_every and self.held_out:
+                    score = self._score_held_out(log=False)
                 self.save(score)
+            if stopping:
+                return
 
     # -- one iteration ------------------------------------------------------------------------------------------------
 
@@ -170,29 +160,24 @@ class Trainer:
             self._optimize(counts, weights)
         self.ema.update(self.config.training.batch, self.images)
         self.step += 1
-        self.sums.steps += 1
 
     def _plan(self) -> Iterator[tuple[tuple[int, ...], tuple[float, ...]]]:
         """Yield the optimiser steps of this iteration: rows and objective weights of every stage."""
         training, stages = self.config.training, range(len(self.shares))
+
+        def only(k: int) -> tuple[int, ...]:
+            return tuple(self.counts[k] if j == k else 0 for j in stages)
+
         if training.update_mode == "mixed":
             yield self.counts, self.weights
         elif training.update_mode == "sequential":
-            for k in stages:
-                if self.counts[k]:
-                    yield tuple(c if j == k else 0 for j, c in enumerate(self.counts)), self.weights
+            yield from ((only(k), self.weights) for k in stages if self.counts[k])
         else:
             u = keyed.uniform((training.seed, "stage"), torch.tensor([self.step]), 1).item()
             bounds = torch.tensor(self.shares, dtype=torch.float64).cumsum(0)
             k = min(int(torch.searchsorted(bounds, u, right=True)), len(bounds) - 1)
             # a stage drawn with probability share counts weight/share, so that the expected objective is the same
-            yield (
-                tuple(training.batch if j == k else 0 for j in stages),
-                tuple(
-                    w / s if j == k and s else 0.0
-                    for j, (w, s) in enumerate(zip(self.weights, self.shares, strict=True))
-                ),
-            )
+            yield only(k), tuple(self.weights[j] / self.shares[j] if j == k else 0.0 for j in stages)
 
     def _optimize(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> None:
         training, optimizer = self.config.training, self.optimizer
@@ -215,6 +200,10 @@ class Trainer:
         self._warm_up()
         self.scaler.step(optimizer)
         self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise TrainingDiverged(
+                f"fp16 gradients overflow at any loss scale at step {self.step + 1}; start a run with training.precision=fp32"
+            )
         self.sums.add([x if c else None for x, c in zip(losses, counts, strict=True)], norms)
 
     def _refuse_non_finite(self, values: Sequence[float], names: Sequence[str], what: str) -> None:
@@ -226,7 +215,7 @@ class Trainer:
             )
             raise TrainingDiverged(
                 f"the {what} of {', '.join(bad)} is not finite at step {self.step + 1}; stopped before the optimiser step, "
-                f"{kept}; lower optimizer.lr or set training.precision=fp32"
+                f"{kept}; start a new run with a lower optimizer.lr or training.precision=fp32"
             )
 
     def _clip(self) -> dict[str, float]:
@@ -251,7 +240,7 @@ class Trainer:
 
     def _log_training(self) -> None:
         seconds = time.perf_counter() - self._clock
-        images = self.sums.steps * self.config.training.batch
+        images = self.images - self._clock_images
         losses, norms = self.sums.means()
         record = {
             "kind": "train",
@@ -264,8 +253,11 @@ class Trainer:
             "seconds": seconds,
         }
         self.sums.clear()
-        self._clock = time.perf_counter()
+        self._restart_clock()
         self._log(record)
+
+    def _restart_clock(self) -> None:
+        self._clock, self._clock_images = time.perf_counter(), self.images
 
     @torch.no_grad()
     def held_out_losses(self) -> list[float]:
@@ -284,9 +276,8 @@ class Trainer:
         seconds = time.perf_counter() - start
         self._clock += seconds  # not counted in the training rate
         if log:
-            self._log(
-                {"kind": "held_out", "step": self.step, "images": self.images, "loss": losses, "seconds": seconds}
-            )
+            known = [x if math.isfinite(x) else None for x in losses]  # JSON has no NaN
+            self._log({"kind": "held_out", "step": self.step, "images": self.images, "loss": known, "seconds": seconds})
         score = sum(w * x for w, x in zip(self.weights, losses, strict=True))
         return score if math.isfinite(score) else None
 
@@ -337,7 +328,6 @@ class RunningSums:
     """Losses and gradient norms since the last log line; part of a checkpoint, so that a resumed log is the same."""
 
     stages: int
-    steps: int = 0
     loss: list[float] = dataclasses.field(default_factory=list)
     rows: list[int] = dataclasses.field(default_factory=list)
     norm: dict[str, float] = dataclasses.field(default_factory=dict)

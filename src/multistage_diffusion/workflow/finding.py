@@ -8,7 +8,7 @@ from ..config import DataConfig
 from ..data import ImageData, open_configured
 from ..schedules import VP, NoiseSchedule
 from ..splitting import SplitResult, SplitSettings, find_stages
-from ..training.trainer import resolve_device
+from ..training.devices import resolve_device
 from .progress import Progress
 
 

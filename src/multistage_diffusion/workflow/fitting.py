@@ -20,11 +20,12 @@ from ..nets.cost import network_cost
 from ..samplers import make_plan
 from ..serialization import from_dict, override, to_dict, write_json
 from ..splitting import SplitResult
-from ..training.batches import BatchSource, allocate, stage_shares
+from ..training.batches import BatchSource, row_counts, stage_shares
 from ..training.callbacks import SampleGrid
 from ..training.checkpoint import checkpoint_step, list_checkpoints, read_state
+from ..training.devices import precision_name, resolve_device
 from ..training.run import Run
-from ..training.trainer import Callback, Trainer, resolve_device
+from ..training.trainer import Callback, Trainer
 from .finding import save_split
 
 
@@ -58,8 +59,13 @@ def prepare(config: RunConfig, data: ImageData, result: SplitResult | None = Non
 
 def located(data: DataConfig) -> DataConfig:
     """Return data with the path of its source made absolute: a run is used from other folders too."""
-    path = Path(data.source).expanduser()
-    return data if data.source in KNOWN or not path.exists() else dataclasses.replace(data, source=str(path.resolve()))
+    word, colon, folder = data.source.rpartition(":")
+    if word not in KNOWN:  # a path, not fashion-mnist:FOLDER
+        word, colon, folder = "", "", data.source
+    path = Path(folder).expanduser()
+    if data.source in KNOWN or not path.exists():
+        return data
+    return dataclasses.replace(data, source=f"{word}{colon}{path.resolve()}")
 
 
 def check(config: RunConfig, data: ImageData) -> tuple[ImageData, ImageData]:
@@ -70,7 +76,7 @@ def check(config: RunConfig, data: ImageData) -> tuple[ImageData, ImageData]:
     """
     network_cost(config.network, *data.shape[1:])
     make_plan(config.sampling, config.diffusion.schedule)
-    allocate(config.training.batch, stage_shares(config.training, config.stages, config.diffusion.prior))
+    row_counts(config.training, stage_shares(config.training, config.stages, config.diffusion.prior))
     parts = data.split(config.data.held_out)
     BatchSource(config, parts[0], torch.device("cpu"))
     return parts
@@ -84,7 +90,6 @@ def train(
     replace: bool = False,
     device: str | None = None,
     callbacks: Sequence[Callback] = (),
-    data: ImageData | None = None,
 ) -> Run:
     """Start a run and train it to its end.
 
@@ -95,20 +100,20 @@ def train(
         replace: move a run that is there already aside.
         device: default CUDA when there is one.
         callbacks: progress, TensorBoard, ...
-        data: the data set, if it has been opened already.
 
     Raises:
         ValueError: if something does not fit; nothing has been written then.
     """
-    if data is None:
-        if not config.data.source:
-            raise ValueError(f"data.source is empty: preset {config.name!r} has no data of its own; give --data")
-        data = open_configured(dataclasses.replace(config.data, fingerprint="", shape=()))
+    if not config.data.source:
+        raise ValueError(f"data.source is empty: preset {config.name!r} has no data of its own; give --data")
+    data = open_configured(dataclasses.replace(config.data, fingerprint="", shape=()))
     config = prepare(config, data, result)
     parts = check(config, data)
     if result is not None and result.fingerprint not in ("", data.fingerprint, parts[0].fingerprint):
         warnings.warn("the split was made on other data than these; its edges may not suit them", stacklevel=2)
-    resolve_device(device)
+    # the arithmetic chosen here is stored: a run resumed on another device keeps it
+    precision = precision_name(config.training.precision, resolve_device(device))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
     run = Run.create(out, config, replace=replace)
     if result is not None:
         save_split(result, run.path / "split.json")

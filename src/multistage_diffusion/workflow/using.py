@@ -11,12 +11,13 @@ from ..config import DataConfig, SamplingConfig
 from ..data import open_configured
 from ..description import architecture_rows, describe
 from ..evaluation import EvaluationResult, evaluate_samples, get_features, nearest
+from ..keyed import generator
 from ..sampling import sample_images
 from ..serialization import read_json, to_dict, write_json
 from ..training.callbacks import example_labels
 from ..training.checkpoint import checkpoint_step
+from ..training.devices import resolve_device
 from ..training.run import Run
-from ..training.trainer import resolve_device
 from .progress import Progress
 
 NEIGHBOURS = 3  # of precision and recall, as published
@@ -88,7 +89,7 @@ def evaluate(
 
     Args:
         run: a trained run.
-        data: other data to compare with than the run's own.
+        data: other data to compare with than the run's own; their training part then stands for the images trained on.
         count: samples drawn; default as many as there are held-out images, but 500 to 5000.
         features: name of a feature extractor.
         seed: of the samples.
@@ -114,7 +115,7 @@ def evaluate(
         raise ValueError(
             f"data.held_out={share}: {run.path} was trained on these data with {config.data.held_out}; use that"
         )
-    train_images, held_out = (torch.from_numpy(part.images) for part in opened.split(share))
+    train_images, held_out = (part.tensor() for part in opened.split(share))
     count = min(max(len(held_out), 500), 5000) if count is None else count
     if min(count, len(train_images), len(held_out)) <= NEIGHBOURS:
         raise ValueError(
@@ -122,8 +123,6 @@ def evaluate(
             f"need more than {NEIGHBOURS} of each; give other images with --data, or train with a larger data.held_out"
         )
     step = checkpoint_step(run.checkpoint(checkpoint))  # which one is best may change while a run goes on
-    file = run.path / "evaluation.json"
-    earlier = read_json(file) if file.exists() else []
     images = sample(run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress)
     result = evaluate_samples(images, train_images, held_out, extractor, k=NEIGHBOURS)
     entry = {
@@ -133,7 +132,8 @@ def evaluate(
         "sampling_seed": seed,
         **to_dict(result),
     }
-    write_json(file, [*earlier, entry])
+    file = run.path / "evaluation.json"
+    write_json(file, [*(read_json(file) if file.exists() else []), entry])
     return result
 
 
@@ -152,7 +152,7 @@ def report(
     from ..report_page import Neighbours, write_report  # matplotlib takes a while to import
 
     config = run.config()
-    train_images, held_out = (torch.from_numpy(part.images) for part in run.data().split(config.data.held_out))
+    train_images, held_out = (part.tensor() for part in run.data().split(config.data.held_out))
     real = held_out if len(held_out) else train_images
     images = sample(run, count, checkpoint=checkpoint, device=device, progress=progress)
     pixels = get_features("pixels")
@@ -163,7 +163,7 @@ def report(
         config=config,
         architecture=architecture_rows(describe(config)),
         samples=images,
-        real=real[:count],
+        real=real[torch.randperm(len(real), generator=generator(("report", "real")))[:count]],
         neighbours=Neighbours(samples=images[:16], nearest=train_images[index[:16]], distances=distance[:16].tolist()),
         split_png=split_png if split_png.exists() else None,
     )

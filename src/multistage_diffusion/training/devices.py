@@ -1,0 +1,54 @@
+"""Where a run is trained and in which arithmetic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Return the device asked for, or CUDA when there is one, else the CPU.
+
+    Raises:
+        ValueError: if CUDA is asked for and absent.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r} is unknown; use cpu, cuda or cuda:N") from None
+    if resolved.type not in ("cpu", "cuda"):  # the noise is drawn in float64, which others lack
+        raise ValueError(f"device={str(device)!r} is not supported; use cpu, cuda or cuda:N")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r}: no CUDA device is available; use --device cpu")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={str(device)!r}: there are {torch.cuda.device_count()} CUDA devices; use a lower number"
+        )
+    return resolved
+
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def precision_name(setting: Precision | Literal["auto"], device: torch.device) -> Precision:
+    """Return a precision setting with "auto" resolved: bf16 on CUDA where it has it, else fp16; fp32 on the CPU."""
+    if setting != "auto":
+        return setting
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def autocast_dtype(setting: Precision | Literal["auto"], device: torch.device) -> torch.dtype | None:
+    """Return the autocast type of a precision setting on a device, None for plain fp32."""
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision_name(setting, device)]
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
