@@ -220,7 +220,7 @@ def test_train_says_what_comes_next(made: Path, msdiff: Call, tmp_path: Path) ->
     code, out, err = msdiff("train", "--resume", "run", "--set", "training.steps=3")
     assert code == 0
     assert out == "trained: run (next: msdiff sample run, msdiff evaluate run, msdiff report run)\n"
-    assert err == "training digits on cpu: steps 2 to 3, encoder 8, decoders 8/8/8, rows per stage 2/2/2\n"
+    assert err == "training run on cpu: steps 2 to 3, encoder 8, decoders 8/8/8, rows per stage 2/2/2\n"
     assert read_json(run / "config.json")["stages"]["interior"] == read_json(made / "split.json")["edges_sigma"]
 
 

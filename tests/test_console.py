@@ -48,7 +48,7 @@ def test_plain_lines_tell_rate_and_time_left(clock: Clock, capsys: pytest.Captur
         bar(175, 1000)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "sampling: 150/1000, 5.0 calls/s, 170 s left\n"
+    assert err == "sampling: 150/1000, 5.0 calls/s, 3 min left\n"
 
 
 def test_a_short_job_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,3 +112,11 @@ def test_the_bar_goes_away_after_an_error(terminal: io.StringIO) -> None:
     with pytest.raises(OSError, match="disk full"):
         train()
     assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h") == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (89, "89 s"), (100, "2 min"), (7000, "117 min"), (7200, "2 h"), (1e7, "116 days")],
+)
+def test_times_are_in_words(seconds: float, words: str) -> None:
+    assert module.duration(seconds) == words

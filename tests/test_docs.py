@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from multistage_diffusion import cli
+from multistage_diffusion.config import RunConfig
+from multistage_diffusion.serialization import to_dict
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,6 +52,13 @@ def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), {})
+
+
+def test_every_setting_is_explained() -> None:
+    explained = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)`", (ROOT / "docs" / "settings.md").read_text()))
+    for section, value in to_dict(RunConfig()).items():
+        keys = [f"{section}.{key}" for key in value] if isinstance(value, dict) else [section]
+        assert set(keys) <= explained, section
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

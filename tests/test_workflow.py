@@ -25,7 +25,7 @@ from multistage_diffusion.training.checkpoint import list_checkpoints
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Callback, Trainer
 from multistage_diffusion.workflow import CHANGEABLE, evaluate, prepare, report, resume, sample, split, train
-from multistage_diffusion.workflow.fitting import differences
+from multistage_diffusion.workflow.fitting import differences, located
 
 TINY: dict[str, Any] = {
     "network.encoder_width": 8,
@@ -58,8 +58,14 @@ def result() -> SplitResult:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, digits: ImageData, result: SplitResult) -> Run:
-    return train(tiny(), tmp_path_factory.mktemp("runs") / "run", result=result, data=digits)
+def run(tmp_path_factory: pytest.TempPathFactory, result: SplitResult) -> Run:
+    return train(tiny(), tmp_path_factory.mktemp("runs") / "run", result=result)
+
+
+def noise(folder: Path, config: RunConfig, *shape: int) -> RunConfig:
+    """Store random images (N, H, W[, C]) and return the configuration that names them."""
+    np.save(folder / "noise.npy", np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    return override(config, {"data.source": str(folder / "noise.npy"), "data.shape": []})
 
 
 def images(count: int, *shape: int) -> ImageData:
@@ -130,13 +136,12 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     (tmp_path / "run" / "mine").write_text("kept")
     with pytest.raises(ValueError, match=message):
         train(
-            override(tiny(), changes),
+            override(noise(tmp_path, tiny(), 40, 8, 8), changes),
             tmp_path / "run",
             replace=True,
             device="cuda:99" if "training.steps" in changes else "cpu",
-            data=images(40, 1, 8, 8),
         )
-    assert [p.name for p in tmp_path.rglob("*")] == ["run", "mine"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine", "noise.npy", "run"]
 
 
 def test_a_preset_without_data_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +154,7 @@ def test_a_preset_without_data_says_so(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_edges_of_other_data_are_warned_of(result: SplitResult, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="the split was made on other data"):
-        train(tiny(training__steps=1), tmp_path / "run", result=result, data=images(40, 1, 8, 8))
+        train(noise(tmp_path, tiny(training__steps=1), 40, 8, 8), tmp_path / "run", result=result)
 
 
 # -- training and resuming --------------------------------------------------------------------------------------------
@@ -157,7 +162,9 @@ def test_edges_of_other_data_are_warned_of(result: SplitResult, tmp_path: Path) 
 
 def test_a_run_holds_all_that_it_came_from(run: Run, result: SplitResult, digits: ImageData) -> None:
     config = run.config()
-    assert config == prepare(tiny(), digits, result)
+    fitted = prepare(tiny(), digits, result)
+    training = dataclasses.replace(fitted.training, precision=config.training.precision)
+    assert config == dataclasses.replace(fitted, name="run", training=training)
     assert SplitResult.load(run.path / "split.json") == result
     assert (run.path / "split.png").read_bytes().startswith(b"\x89PNG")
     assert [(r["kind"], r["step"]) for r in run.records()] == [
@@ -297,8 +304,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(copy: Run) -> None:
 
 
 def test_a_full_disk_at_the_start_says_that_there_is_no_checkpoint(tmp_path: Path) -> None:
+    config = noise(tmp_path, tiny(), 40, 8, 8)
     with small_files(50_000), pytest.raises(OSError, match="there is no checkpoint yet"):
-        train(tiny(), tmp_path / "run", data=images(40, 1, 8, 8))
+        train(config, tmp_path / "run")
 
 
 # -- using a run ------------------------------------------------------------------------------------------------------
@@ -330,8 +338,8 @@ def test_classes_are_checked(run: Run) -> None:
         sample(run, 2, label=1)
 
 
-def test_a_run_with_classes_samples_them(tmp_path: Path, digits: ImageData) -> None:
-    run = train(tiny(network__num_classes=10, training__steps=2), tmp_path / "run", data=digits)
+def test_a_run_with_classes_samples_them(tmp_path: Path) -> None:
+    run = train(tiny(network__num_classes=10, training__steps=2), tmp_path / "run")
     in_turn, threes = sample(run, 4), sample(run, 4, label=3)
     assert torch.equal(in_turn[3], threes[3])
     with pytest.raises(ValueError, match=r"label=10: it must be in 0\.\.9"):
@@ -339,7 +347,7 @@ def test_a_run_with_classes_samples_them(tmp_path: Path, digits: ImageData) -> N
 
 
 def test_sides_that_are_no_multiples_are_kept(tmp_path: Path) -> None:
-    run = train(tiny(training__steps=1), tmp_path / "run", data=images(40, 3, 5, 9))
+    run = train(noise(tmp_path, tiny(training__steps=1), 40, 5, 9, 3), tmp_path / "run")
     assert sample(run, 2).shape == (2, 3, 5, 9)
 
 
@@ -391,3 +399,37 @@ def test_the_report_is_one_file(run: Run) -> None:
 
 def test_a_run_is_read_as_it_was_written(run: Run) -> None:
     assert from_dict(RunConfig, read_json(run.config_file)) == run.config()
+
+
+def test_stages_and_scale_of_other_data_are_warned_of(tmp_path: Path) -> None:
+    config = override(noise(tmp_path, tiny(training__steps=1), 40, 8, 8), {"diffusion.sigma_data": 2.0})
+    with pytest.warns(UserWarning, match="those of digits") as warned:
+        train(config, tmp_path / "run")
+    said = [str(w.message) for w in warned]
+    assert any("the stages are those of digits; msdiff split finds" in message for message in said)
+    assert any("diffusion.sigma_data=2, but the images' standard deviation is 0.5" in message for message in said)
+
+
+def test_a_run_is_not_made_shorter_than_it_is(copy: Run) -> None:
+    before = final_files(copy)
+    with pytest.raises(ValueError, match=r"training\.steps=3 is below step 4, which .* has reached"):
+        resume(copy.path, {"training.steps": 3})
+    assert final_files(copy) == before
+
+
+def test_folders_may_be_given_as_strings(copy: Run) -> None:
+    assert torch.equal(sample(str(copy.path), 2), sample(copy, 2))
+    assert Run.open(str(copy.path)).config() == copy.config()
+
+
+def test_what_auto_precision_chose_is_stored(run: Run) -> None:
+    assert tiny().training.precision == "auto"
+    assert run.config().training.precision == "fp32"
+
+
+def test_data_behind_a_word_are_found_from_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "idx").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert located(DataConfig(source="fashion-mnist:idx")).source == f"fashion-mnist:{tmp_path / 'idx'}"
+    assert located(DataConfig(source="idx")).source == str(tmp_path / "idx")
+    assert located(DataConfig(source="digits")).source == "digits"

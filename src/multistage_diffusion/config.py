@@ -312,7 +312,8 @@ class RunConfig:
             if isinstance(value, tuple):
                 _require(
                     len(value) == decoders,
-                    f"training.{name}={list(value)} needs one number for each of the {decoders} stages",
+                    f"training.{name}={list(value)} needs one number for each of the {decoders} stages, or a word: "
+                    f"training.{name}={'uniform' if name == 'shares' else 'prior'}",
                 )
         shares, weights = self.training.shares, self.training.weights
         for stage in range(decoders):

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from .training.trainer import Callback, Trainer
 
@@ -31,16 +31,12 @@ class Bar:
         if console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                BarColumn(bar_width=12),
+                TextColumn("{task.fields[text]}"),
                 console=console,
                 transient=True,
             )
-            self._task = self._bar.add_task(title, total=None, rate="", note="")
+            self._task = self._bar.add_task(title, total=None, text="")
 
     def __enter__(self) -> Bar:
         self._last = time.monotonic()
@@ -59,14 +55,25 @@ class Bar:
             self._start = now, done
         since, first = self._start
         rate = (done - first) / max(now - since, 1e-9)
-        speed = f"{rate:.1f} {self.unit}/s" if self.unit and rate else ""
+        speed = f"{rate:.{1 if rate >= 1 else 3}f} {self.unit}/s" if self.unit and rate else ""
+        left = f"{duration((total - done) / rate)} left" if rate else ""
+        text = ", ".join(part for part in (f"{done}/{total}", speed, left, self.note) if part)
         if self._bar:
-            self._bar.update(self._task, completed=done, total=total, rate=speed, note=self.note)
+            self._bar.update(self._task, completed=done, total=total, text=text)
         elif now - self._last >= self.every:
             self._last = now
-            left = f"{(total - done) / rate:.0f} s left" if rate else ""
-            parts = [f"{self.title}: {done}/{total}", speed, left, self.note]
-            console.print(", ".join(p for p in parts if p))
+            console.print(f"{self.title}: {text}")
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    hours = round(minutes / 60)
+    return f"{hours} h" if hours < 72 else f"{round(hours / 24)} days"
 
 
 class TrainingProgress(Callback):
@@ -85,9 +92,12 @@ class TrainingProgress(Callback):
         """Say what is going to happen."""
         config = trainer.config
         widths = "/".join(map(str, config.network.decoder_widths))
+        rows = f"rows per stage {'/'.join(map(str, trainer.counts))}"
+        if config.training.update_mode == "one-stage":
+            rows = f"{config.training.batch} rows of one stage per step"
         console.print(
             f"training {config.name} on {trainer.device}: steps {trainer.step} to {config.training.steps}, encoder "
-            f"{config.network.encoder_width}, decoders {widths}, rows per stage {'/'.join(map(str, trainer.counts))}"
+            f"{config.network.encoder_width}, decoders {widths}, {rows}"
         )
         self._bar.__enter__()
         self._bar(trainer.step, config.training.steps)

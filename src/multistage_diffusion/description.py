@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.table import Table
 
 from .config import RunConfig, SamplingConfig
 from .nets.cost import network_cost, weighted_multiply_adds
@@ -85,7 +81,7 @@ def architecture_rows(described: dict[str, Any]) -> list[ArchitectureRow]:
         )
         for s in described["stages"]
     ]
-    if described["shared_parameters"]:
+    if described["shared_parameters"] and len(rows) > 1:
         rows.append(
             ArchitectureRow(
                 name="shared encoder",
@@ -98,42 +94,35 @@ def architecture_rows(described: dict[str, Any]) -> list[ArchitectureRow]:
 
 
 def description_table(described: dict[str, Any]) -> str:
-    """Return a description as a text table."""
-    table = Table(
-        title=f"{described['name']}: {described['family']}, images {' x '.join(map(str, described['shape']))}"
-    )
-    for column in ("", "sigma", "t", "width", "parameters", "multiply-adds", "calls"):
-        table.add_column(column, justify="left" if column in ("", "sigma", "t") else "right")
-    for stage in described["stages"]:
+    """Return a description as a text table, at most 80 columns wide."""
+    stages = described["stages"]
+    rows = [["", "sigma", "t", "width", "params, M", "mult-adds, M", "calls"]]
+    for stage in stages:
         low, high = stage["sigma"]
-        table.add_row(
-            f"stage {stage['stage']}",
-            f"[{low:.4g}, {'inf' if high is None else format(high, '.4g')})",
-            f"[{stage['t'][0]:.4g}, {stage['t'][1]:.4g})",
-            str(stage["decoder_width"]),
-            f"{stage['parameters'] / 1e6:.3g} M",
-            f"{stage['multiply_adds'] / 1e9:.4g} G",
-            str(stage["calls"]),
+        interval = f"[{low:.3g}, {'inf' if high is None else format(high, '.3g')})"
+        times = f"[{stage['t'][0]:.3g}, {stage['t'][1]:.3g})"
+        size = [f"{stage['parameters'] / 1e6:.4g}", f"{stage['multiply_adds'] / 1e6:.5g}"]
+        rows.append(
+            [f"stage {stage['stage']}", interval, times, str(stage["decoder_width"]), *size, str(stage["calls"])]
         )
-    if described["shared_parameters"]:
-        table.add_row(
-            "shared encoder",
-            "",
-            "",
-            str(described["encoder_width"]),
-            f"{described['shared_parameters'] / 1e6:.3g} M",
-            f"{described['shared_multiply_adds'] / 1e9:.4g} G",
-            "",
+    if described["shared_parameters"] and len(stages) > 1:
+        size = [f"{described['shared_parameters'] / 1e6:.4g}", f"{described['shared_multiply_adds'] / 1e6:.5g}"]
+        rows.append(["encoder", "", "", str(described["encoder_width"]), *size, ""])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
-    table.add_row(
-        "whole network",
-        "",
-        "",
-        "",
-        f"{described['parameters'] / 1e6:.3g} M",
-        f"{described['multiply_adds_by_calls'] / 1e9:.4g} G per call",
-        str(sum(s["calls"] for s in described["stages"])),
+        for row in rows
+    ]
+    mean, calls = described["multiply_adds_by_calls"] / 1e6, sum(stage["calls"] for stage in stages)
+    return "\n".join(
+        [
+            f"{described['name']}: {described['family']}, images {' x '.join(map(str, described['shape']))}",
+            "",
+            *(line.rstrip() for line in lines),
+            "",
+            f"whole network: {described['parameters'] / 1e6:.4g} M parameters; {mean:.5g} M multiply-adds per call",
+            f"(mean over the {calls} calls of the sampler; a stage's figures include its encoder)",
+        ]
     )
-    buffer = io.StringIO()
-    Console(file=buffer, width=120).print(table)
-    return buffer.getvalue().rstrip()

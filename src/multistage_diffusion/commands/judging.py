@@ -175,6 +175,12 @@ def evaluation_text(result: EvaluationResult) -> str:
     return "\n".join(
         (
             f"{result.extractor} features ({result.comparable_to}); {result.count} images a side, mean of {result.splits} draws",
+            f"{result.samples} samples drawn"
+            + (
+                "; fewer images than dimensions: compare only with figures of equal counts"
+                if result.rank_deficient
+                else ""
+            ),
             f"Fréchet distance   {result.frechet:.4g}   (real images: {result.frechet_real:.4g})",
             f"precision, recall  {result.precision:.3f}, {result.recall:.3f}   (real images: {result.precision_real:.3f}, "
             f"{result.recall_real:.3f}; k = {result.k})",

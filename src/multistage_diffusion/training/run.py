@@ -66,7 +66,8 @@ class Run:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             if not replace:
                 raise ValueError(
-                    f"{path}: exists; resume it (--resume {path}), choose another --out, or give --replace"
+                    f"{path}: exists; resume it (--resume {path}), choose another --out, or replace it (--replace; "
+                    "replace=True in Python)"
                 )
             aside = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
             with cls(path).locked() if cls(path).config_file.exists() else nullcontext():
@@ -77,13 +78,13 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> Run:
+    def open(cls, path: Path | str) -> Run:
         """Open an existing run.
 
         Raises:
             ValueError: if there is none.
         """
-        run = cls(path)
+        run = cls(Path(path))
         if not run.config_file.exists():
             raise ValueError(f"{path}: not a run (no {run.config_file.name}); train one with msdiff train --out {path}")
         return run

@@ -53,6 +53,7 @@ class Trainer:
         run: its folder, holding the configuration; with a checkpoint, training goes on from the latest.
         data: training images.
         held_out: held-out images, or None.
+        config: instead of the configuration in the run's folder (a resumed run made longer).
         device: where; default CUDA when there is one.
         callbacks: see Callback.
 
@@ -66,10 +67,11 @@ class Trainer:
         data: ImageData,
         held_out: ImageData | None = None,
         *,
+        config: RunConfig | None = None,
         device: str | torch.device | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.run, self.config = run, run.config()
+        self.run, self.config = run, config or run.config()
         self.device = resolve_device(device)
         self.callbacks = list(callbacks)
         config, training = self.config, self.config.training
@@ -319,7 +321,10 @@ class Trainer:
         ckpt.restore_optimizer(self.optimizer, self.denoiser, ckpt.load_tensors(path, "optimizer"))
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.sums = RunningSums(**state["sums"])
+        try:
+            self.sums = RunningSums(**state["sums"])
+        except TypeError:
+            raise ValueError(f"{path}: was written by another release, which alone can resume it") from None
         self.step = state["step"]
 
 

@@ -17,7 +17,7 @@ def split(
     settings: SplitSettings | None = None,
     *,
     schedule: NoiseSchedule | None = None,
-    out: Path | None = None,
+    out: Path | str | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> SplitResult:
@@ -46,7 +46,7 @@ def split(
         progress=progress,
     )
     if out is not None:
-        save_split(result, out)
+        save_split(result, Path(out))
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from ..config import DataConfig, RunConfig
-from ..data import ImageData, open_configured
+from ..data import ImageData, open_configured, to_float
 from ..data.sources import KNOWN
 from ..nets.cost import network_cost
 from ..samplers import make_plan
@@ -57,6 +58,22 @@ def prepare(config: RunConfig, data: ImageData, result: SplitResult | None = Non
     )
 
 
+def _warn_of_borrowed(config: RunConfig, images: ImageData) -> None:
+    """Say so where stages or sigma_data were made for other images."""
+    made_for = config.stages.origin.get("data", config.data.source)
+    if len(config.stages) > 1 and made_for != config.data.source:
+        warnings.warn(
+            f"the stages are those of {made_for}; msdiff split finds these data's own (--stages)", stacklevel=3
+        )
+    std = float(to_float(images.images[:4096]).std())
+    if config.diffusion.precondition == "edm" and not 0.5 < config.diffusion.sigma_data / max(std, 1e-9) < 2.0:
+        warnings.warn(
+            f"diffusion.sigma_data={config.diffusion.sigma_data:g}, but the images' standard deviation is {std:.2g}; "
+            f"consider --set diffusion.sigma_data={std:.2g}",
+            stacklevel=3,
+        )
+
+
 def located(data: DataConfig) -> DataConfig:
     """Return data with the path of its source made absolute: a run is used from other folders too."""
     word, colon, folder = data.source.rpartition(":")
@@ -84,7 +101,7 @@ def check(config: RunConfig, data: ImageData) -> tuple[ImageData, ImageData]:
 
 def train(
     config: RunConfig,
-    out: Path,
+    out: Path | str,
     *,
     result: SplitResult | None = None,
     replace: bool = False,
@@ -107,17 +124,19 @@ def train(
     if not config.data.source:
         raise ValueError(f"data.source is empty: preset {config.name!r} has no data of its own; give --data")
     data = open_configured(dataclasses.replace(config.data, fingerprint="", shape=()))
-    config = prepare(config, data, result)
+    config = dataclasses.replace(prepare(config, data, result), name=Path(out).name)
     parts = check(config, data)
     if result is not None and result.fingerprint not in ("", data.fingerprint, parts[0].fingerprint):
         warnings.warn("the split was made on other data than these; its edges may not suit them", stacklevel=2)
+    if result is None:
+        _warn_of_borrowed(config, parts[0])
     # the arithmetic chosen here is stored: a run resumed on another device keeps it
     precision = precision_name(config.training.precision, resolve_device(device))
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
-    run = Run.create(out, config, replace=replace)
+    run = Run.create(Path(out), config, replace=replace)
     if result is not None:
         save_split(result, run.path / "split.json")
-    return _fit(run, parts, device, callbacks)
+    return _fit(run, config, parts, device, callbacks)
 
 
 # What may differ when a run is resumed: its length and what is written when, never what is computed.
@@ -135,7 +154,7 @@ CHANGEABLE = (
 
 
 def resume(
-    path: Path,
+    path: Path | str,
     changes: Mapping[str, Any] | None = None,
     *,
     device: str | None = None,
@@ -152,7 +171,7 @@ def resume(
     Raises:
         ValueError: if there is no run, a change would make it another run, or the data are not those it was started on.
     """
-    run = Run.open(path)
+    run = Run.open(Path(path))
     config = run.config()
     _refuse_edited(run, config)
     changed = override(config, changes or {})
@@ -163,12 +182,14 @@ def resume(
             "new run for anything else"
         )
     changed = dataclasses.replace(changed, data=located(changed.data))
+    found = list_checkpoints(run.checkpoints)
+    if found and changed.training.steps < checkpoint_step(found[-1]):
+        raise ValueError(
+            f"training.steps={changed.training.steps} is below step {checkpoint_step(found[-1])}, which {run.path} has "
+            "reached; give more"
+        )
     parts = check(changed, run.data(changed.data))
-    resolve_device(device)
-    if changed != config:
-        with run.locked():
-            write_json(run.config_file, changed)
-    return _fit(run, parts, device, callbacks)
+    return _fit(run, changed, parts, device, callbacks)
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
@@ -199,11 +220,18 @@ def _refuse_edited(run: Run, config: RunConfig) -> None:
         )
 
 
-def _fit(run: Run, parts: tuple[ImageData, ImageData], device: str | None, callbacks: Sequence[Callback]) -> Run:
-    train_images, held_out = parts
-    trainer = Trainer(
-        run, train_images, held_out, device=device, callbacks=[*callbacks, SampleGrid(train_images.shape)]
-    )
+def _fit(
+    run: Run,
+    config: RunConfig,
+    parts: tuple[ImageData, ImageData],
+    device: str | None,
+    callbacks: Sequence[Callback],
+) -> Run:
+    grids = SampleGrid(parts[0].shape)
+    trainer = Trainer(run, *parts, config=config, device=device, callbacks=[*callbacks, grids])
+    if config != run.config():
+        with run.locked():
+            write_json(run.config_file, config)
     try:
         with stop_on_interrupt(trainer):
             trainer.fit()
@@ -233,6 +261,8 @@ def stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
 
     def stop(*_: object) -> None:
         trainer.stop()
+        if sys.stderr.isatty():  # a step, or a sample grid, may take a while
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         for number, handler in before.items():
             signal.signal(number, handler)
 

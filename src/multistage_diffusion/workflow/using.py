@@ -23,8 +23,12 @@ from .progress import Progress
 NEIGHBOURS = 3  # of precision and recall, as published
 
 
+def _opened(run: Run | Path | str) -> Run:
+    return run if isinstance(run, Run) else Run.open(Path(run))
+
+
 def sample(
-    run: Run,
+    run: Run | Path | str,
     count: int = 64,
     *,
     seed: int = 0,
@@ -38,7 +42,7 @@ def sample(
     """Draw samples of a run.
 
     Args:
-        run: a trained run.
+        run: a trained run, or its folder.
         count: number of samples.
         seed: sample i is the same whatever the count or batch.
         sampling: another sampler than the run's own.
@@ -54,6 +58,7 @@ def sample(
     Raises:
         ValueError: if there is no such checkpoint, class or sampler.
     """
+    run = _opened(run)
     config, resolved = run.config(), resolve_device(device)
     classes = config.network.num_classes
     if label is not None and not 0 <= label < classes:
@@ -74,7 +79,7 @@ def sample(
 
 
 def evaluate(
-    run: Run,
+    run: Run | Path | str,
     data: DataConfig | None = None,
     *,
     count: int | None = None,
@@ -88,7 +93,7 @@ def evaluate(
     """Compare samples of a run with real images and add the result to RUN/evaluation.json.
 
     Args:
-        run: a trained run.
+        run: a trained run, or its folder.
         data: other data to compare with than the run's own; their training part then stands for the images trained on.
         count: samples drawn; default as many as there are held-out images, but 500 to 5000.
         features: name of a feature extractor.
@@ -101,7 +106,7 @@ def evaluate(
     Raises:
         ValueError: if there are too few images, or data and run differ in shape.
     """
-    extractor = get_features(features)
+    extractor, run = get_features(features), _opened(run)
     config = run.config()
     opened = run.data() if data is None else open_configured(data)
     if opened.shape != config.data.shape:
@@ -138,12 +143,17 @@ def evaluate(
 
 
 def report(
-    run: Run, *, checkpoint: str = "best", count: int = 64, device: str | None = None, progress: Progress | None = None
+    run: Run | Path | str,
+    *,
+    checkpoint: str = "best",
+    count: int = 64,
+    device: str | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write RUN/report.html: stages, network, losses, samples, nearest neighbours, metrics, command and configuration.
 
     Args:
-        run: a trained run.
+        run: a trained run, or its folder.
         checkpoint: whose samples are shown.
         count: samples shown.
         device: default CUDA when there is one.
@@ -151,6 +161,7 @@ def report(
     """
     from ..report_page import Neighbours, write_report  # matplotlib takes a while to import
 
+    run = _opened(run)
     config = run.config()
     train_images, held_out = (part.tensor() for part in run.data().split(config.data.held_out))
     real = held_out if len(held_out) else train_images
