@@ -442,7 +442,7 @@ def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monk
         ("evaluate RUN --features inception", "features='inception' is unknown"),
         ("evaluate RUN --count 0", "0 samples"),
         ("evaluate RUN --data PHOTOS", "images of 3 x 12 x 20"),
-        ("describe nowhere", "nowhere: neither a run's folder nor a preset (digits, "),
+        ("describe nowhere", "nowhere: neither a run's folder nor a preset (msdiff presets"),
         ("describe digits --order 2 --calls 1", "sampling.calls=1 is below sampling.order=2"),
         ("report RUN --count 0", "count=0"),
         ("report empty", "empty: not a run"),

@@ -49,6 +49,20 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (NetworkConfig, {"encoder_width": 18}, "width 18 x 1 = 18 channels is not divisible into 4 groups"),
     (NetworkConfig, {"decoder_widths": (68,)}, "use a multiple of 16"),
     (NetworkConfig, {"encoder_width": 40, "decoder_widths": (28,)}, "meet in 68 channels, not divisible into 16"),
+    (NetworkConfig, {"encoder_width": 18, "channel_mult": (2,), "attention_factors": ()}, "width 18 x 1 = 18 channels"),
+    (NetworkConfig, {"head_channels": 16}, "network.head_channels=16 is a setting of network.family=ldm only; leave"),
+    (NetworkConfig, {"family": "ddpmpp", "decoder_attention": (True,)}, "network.decoder_attention=[True] is a setting"),
+    (NetworkConfig, {"family": "ldm", "head_channels": 0}, "network.head_channels=0 must be positive"),
+    (NetworkConfig, {"family": "ldm", "head_channels": 48}, "network.head_channels=48 does not divide 256 channels"),
+    (
+        NetworkConfig,
+        {"family": "ldm", "head_channels": 64, "decoder_widths": (96,), "channel_mult": (1, 2, 3), "attention_factors": (4,)},
+        "network.head_channels=64 does not divide 288 channels that attend; use 32",
+    ),
+    (NetworkConfig, {"family": "ldm", "decoder_attention": (True, False)}, "decoder_attention=[True, False] needs true"),
+    (NetworkConfig, {"family": "ldm", "decoder_attention": ()}, "network.decoder_attention=[] needs true or false for each"),
+    (NetworkConfig, {"family": "ldm", "encoder_width": 48}, "48 x 1 = 48 channels is not divisible into 32 groups"),
+    (NetworkConfig, {"family": "ldm", "decoder_widths": (80,)}, "GroupNorm; use a multiple of 32"),
     (DiffusionConfig, {"sigma_data": 0.0}, "diffusion.sigma_data=0.0"),
     (DiffusionConfig, {"sigma_data": INF}, "diffusion.sigma_data=inf"),
     (DiffusionConfig, {"schedule": EDM()}, "diffusion.schedule='edm': precondition 'vp-eps' needs"),
@@ -132,6 +146,12 @@ def test_edges_of_what_is_accepted() -> None:
     NetworkConfig(dropout=0.0, encoder_width=4, decoder_widths=(4, 12), attention_factors=())
     NetworkConfig(attention_factors=(1, 2, 4, 8))
     NetworkConfig(encoder_width=28, decoder_widths=(4,), channel_mult=(1, 2))
+    # An encoder's input convolution is as wide as the encoder; a decoder has nothing of its bare width.
+    NetworkConfig(family="ldm", encoder_width=32, decoder_widths=(16,), channel_mult=(2,), attention_factors=())
+    # Only what attends needs whole heads: not a decoder without attention, whatever its width.
+    NetworkConfig(
+        family="ldm", encoder_width=64, decoder_widths=(128, 96), decoder_attention=(True, False), head_channels=64
+    )
     OptimizerConfig(betas=(0.0, 0.0), warmup_steps=0, clip=None)
     TrainingConfig(batch=4, accumulate=4, ema_rampup=0.0, label_dropout=1.0, shares=(0.0, 1.0))
     SamplingConfig(sigma_min=0.002, sigma_max=80.0, eta=1.0)
@@ -149,13 +169,13 @@ def test_every_width_of_the_paper_is_accepted(width: int) -> None:
 
 def test_just_the_widths_that_no_network_can_have_are_refused() -> None:
     rng = random.Random(4)
-    outcomes = set()
-    for _ in range(30):
+    outcomes: set[tuple[str, bool]] = set()
+    for _ in range(60):
         choice: dict[str, Any] = {
-            "family": rng.choice(["ncsnpp", "ddpmpp"]),
+            "family": rng.choice(["ncsnpp", "ddpmpp", "ldm"]),
             "encoder_width": rng.choice([6, 12, 20, 36, 40, 48, 64]),
             "decoder_widths": (rng.choice([6, 12, 20, 28, 48, 64]),),
-            "channel_mult": rng.choice([(1,), (1, 2), (2, 1), (1, 3)]),
+            "channel_mult": rng.choice([(1,), (2,), (1, 2), (2, 1), (1, 3)]),
             "blocks_per_level": rng.choice([1, 2]),
             "attention_factors": (),
             "separate": rng.random() < 0.2,
@@ -173,8 +193,8 @@ def test_just_the_widths_that_no_network_can_have_are_refused() -> None:
         except ValueError:
             impossible = True
         assert refused == impossible, choice
-        outcomes.add(refused)
-    assert outcomes == {True, False}
+        outcomes.add((choice["family"], refused))
+    assert len(outcomes) == 6
 
 
 @pytest.mark.parametrize("width", range(4, 140, 2))

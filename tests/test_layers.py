@@ -34,8 +34,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "interop", "training"),
     ("report_page",),
     # L4: what a user calls
-    ("console", "description", "presets"),
-    ("workflow",),
+    ("console", "description", "paper_presets"),
+    ("presets",),
+    ("paper_tables", "workflow"),
     ("demo",),
     ("commands",),
     ("cli",),

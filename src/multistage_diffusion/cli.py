@@ -24,6 +24,8 @@ SUMMARIES = {
     "describe": "Show a run's (or preset's) stages, widths, parameters and multiply-adds.",
     "report": "Write RUN/report.html: one file with stages, network, losses, samples, neighbours, metrics and configuration.",
     "demo": "Do the whole job on real handwritten digits in a few minutes: split, train, sample, evaluate, report.",
+    "presets": "List the presets, one line each.",
+    "tables": "Count the networks of the paper's tables and print them beside its figures.",
 }
 
 OVERVIEW = """\

@@ -10,6 +10,7 @@ from .schedules import VP, NoiseSchedule, SigmaPrior, UniformTime
 from .stages import Stages
 
 FORMAT_VERSION = 1
+LDM_GROUPS = 32  # of every GroupNorm of the LDM U-Net
 
 
 def _require(condition: bool, message: str) -> None:
@@ -40,7 +41,7 @@ class NetworkConfig:
     """Widths and depth of a multi-decoder U-Net.
 
     Attributes:
-        family: "ncsnpp" (score_sde's NCSN++) or "ddpmpp" (EDM's DDPM++).
+        family: "ncsnpp" (score_sde's NCSN++), "ddpmpp" (EDM's DDPM++) or "ldm" (latent diffusion's U-Net).
         channels: image channels.
         encoder_width: width of the shared encoder; the embedding is 4 times as wide.
         decoder_widths: one width per stage, lowest noise first.
@@ -51,9 +52,11 @@ class NetworkConfig:
         separate: no sharing: stage k is an ordinary network of width decoder_widths[k], encoder included.
         num_classes: 0 for unconditional.
         augment_dim: length of the augmentation label, 0 for none.
+        head_channels: channels of an attention head ("ldm" only; the others have one head).
+        decoder_attention: per stage, whether its decoder attends ("ldm" only); None: all do.
     """
 
-    family: Literal["ncsnpp", "ddpmpp"] = "ncsnpp"
+    family: Literal["ncsnpp", "ddpmpp", "ldm"] = "ncsnpp"
     channels: int = 3
     encoder_width: int = 128
     decoder_widths: tuple[int, ...] = (128,)
@@ -64,6 +67,8 @@ class NetworkConfig:
     separate: bool = False
     num_classes: int = 0
     augment_dim: int = 0
+    head_channels: int = 32
+    decoder_attention: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         _require(self.channels > 0, f"network.channels={self.channels} must be positive")
@@ -80,23 +85,61 @@ class NetworkConfig:
                 f"factor ({', '.join(str(2**i) for i in range(len(self.channel_mult)))})",
             )
         _require(min(self.channel_mult) > 0, f"network.channel_mult={list(self.channel_mult)} must be positive")
-        for width in {*self.decoder_widths, *(() if self.separate else (self.encoder_width,))}:
+        self._check_widths()
+        if self.family == "ldm":
+            self._check_heads()
+        else:
+            for name, default in (("head_channels", 32), ("decoder_attention", None)):
+                _require(
+                    getattr(self, name) == default,
+                    f"network.{name}={_plain(getattr(self, name))} is a setting of network.family=ldm only; leave it out",
+                )
+
+    def _check_widths(self) -> None:
+        """Every GroupNorm must divide its channels."""
+        encoders = self.decoder_widths if self.separate else (self.encoder_width,)
+        for width in {*self.decoder_widths, *encoders}:
             _require(width >= 4 and width % 2 == 0, f"network: width {width} must be even and at least 4")
-            for mult in self.channel_mult:
-                channels, groups = width * mult, group_count(width * mult)
+            # The input convolution hands an encoder's first block its bare width.
+            for mult in (*((1,) if width in encoders else ()), *self.channel_mult):
+                channels, groups = width * mult, self._groups(width * mult)
+                multiple = LDM_GROUPS if self.family == "ldm" else 4 if channels < 64 else 16
                 _require(
                     channels % groups == 0,
                     f"network: width {width} x {mult} = {channels} channels is not divisible into {groups} groups for "
-                    f"GroupNorm; use a multiple of {4 if channels < 64 else 16}",
+                    f"GroupNorm; use a multiple of {multiple}",
                 )
         for decoder in self.decoder_widths:
             encoder = decoder if self.separate else self.encoder_width
             for channels in self._joined_channels(encoder, decoder):
                 _require(
-                    channels % group_count(channels) == 0,
+                    channels % self._groups(channels) == 0,
                     f"network: encoder width {encoder} and decoder width {decoder} meet in {channels} channels, not "
-                    f"divisible into {group_count(channels)} groups for GroupNorm; use multiples of 16",
+                    f"divisible into {self._groups(channels)} groups for GroupNorm; use multiples of 16",
                 )
+
+    def _groups(self, channels: int) -> int:
+        return LDM_GROUPS if self.family == "ldm" else group_count(channels)
+
+    def _check_heads(self) -> None:
+        """Every attention of an LDM U-Net must have whole heads."""
+        _require(self.head_channels > 0, f"network.head_channels={self.head_channels} must be positive")
+        stages, attention = len(self.decoder_widths), self.decoder_attention
+        _require(
+            attention is None or len(attention) == stages,
+            f"network.decoder_attention={_plain(attention)} needs true or false for each of the {stages} stages",
+        )
+        mults = [mult for i, mult in enumerate(self.channel_mult) if 2**i in self.attention_factors]
+        encoders = self.decoder_widths if self.separate else (self.encoder_width,)
+        # An encoder's middle attends in any case.
+        attended = [width * mult for width in encoders for mult in (*mults, self.channel_mult[-1])]
+        for width, attends in zip(self.decoder_widths, attention or [True] * stages, strict=True):
+            attended += [width * mult for mult in mults if attends]
+        for channels in attended:
+            _require(
+                channels % self.head_channels == 0,
+                f"network.head_channels={self.head_channels} does not divide {channels} channels that attend; use 32",
+            )
 
     def _joined_channels(self, encoder: int, decoder: int) -> list[int]:
         """Channels of [h, skip] at the head of a decoder's blocks; h enters the bottom at the encoder's width."""
@@ -106,6 +149,10 @@ class NetworkConfig:
             if self.blocks_per_level > 1:
                 joined.append(decoder * mult + encoder * mult)
         return joined
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def group_count(channels: int) -> int:

@@ -29,10 +29,7 @@ def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[
     _, height, width = config.data.shape
     cost = network_cost(config.network, height, width)
     schedule, stages = config.diffusion.schedule, config.stages
-    plan = make_plan(sampling or config.sampling, schedule)
-    calls = [0] * len(stages)
-    for sigma in plan.calls:
-        calls[stages.index_of(sigma)] += 1
+    calls = calls_per_stage(config, sampling)
     return {
         "name": config.name,
         "family": config.network.family,
@@ -57,6 +54,14 @@ def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[
             for low, high in [stages.interval(k)]
         ],
     }
+
+
+def calls_per_stage(config: RunConfig, sampling: SamplingConfig | None = None) -> list[int]:
+    """Return how often a sampler (default: the run's) calls each stage, lowest noise first."""
+    calls = [0] * len(config.stages)
+    for sigma in make_plan(sampling or config.sampling, config.diffusion.schedule).calls:
+        calls[config.stages.index_of(sigma)] += 1
+    return calls
 
 
 def edge_time(schedule: NoiseSchedule, sigma: float) -> float:

@@ -1,11 +1,10 @@
-"""Presets: functions that return a whole run configuration."""
+"""Presets: functions that return a whole run configuration; the first line of each docstring says what it is."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 from collections.abc import Callable
-from typing import Any
 
 from .config import (
     DataConfig,
@@ -16,18 +15,8 @@ from .config import (
     SamplingConfig,
     TrainingConfig,
 )
-from .schedules import EDM, VP, LogNormal
-from .stages import Stages
-
-# The published cuts: Algorithm 1 on CIFAR-10 in [0, 1], reused by the paper for networks trained on [-1, 1]. Its second
-# sigma is kept as printed although it is that of t = 0.636 (0.631 would give 7.414).
-PAPER_T = (0.442, 0.631)
-PAPER_SIGMA = (2.5103, 7.6577)
-
-
-def _vp_stages(edges_t: tuple[float, ...], **origin: Any) -> Stages:
-    """Stages cut at VP times."""
-    return Stages(tuple(VP().edge_sigma(t) for t in edges_t), {"edges_t": list(edges_t), "schedule": "vp", **origin})
+from .paper_presets import PAPER_PRESETS, vp_stages
+from .schedules import LogNormal
 
 
 def digits() -> RunConfig:
@@ -46,7 +35,7 @@ def digits() -> RunConfig:
             dropout=0.0,  # minutes of training do not overfit
         ),
         diffusion=DiffusionConfig(precondition="edm", sigma_data=0.75, prior=LogNormal(p_mean=-0.6, p_std=1.4)),
-        stages=_vp_stages((0.188, 0.577), rule="interval-mean", data_range=[-1.0, 1.0], data="digits"),
+        stages=vp_stages((0.188, 0.577), rule="interval-mean", data_range=[-1.0, 1.0], data="digits"),
         optimizer=OptimizerConfig(lr=2e-3, warmup_steps=200),
         training=TrainingConfig(
             steps=2600,
@@ -93,71 +82,16 @@ def fashion_mnist() -> RunConfig:
     )
 
 
-def cifar10_dpm() -> RunConfig:
-    """CIFAR-10, Multistage DPM-Solver: NCSN++ with encoder 128, decoders 192/128/16 (Table 7, row 1).
-
-    Training settings are the paper's; a tenth of the images is held out unless data.held_out says otherwise.
-    """
-    return RunConfig(
-        name="cifar10-dpm",
-        data=DataConfig(source="", shape=(3, 32, 32)),
-        network=NetworkConfig(
-            family="ncsnpp",
-            encoder_width=128,
-            decoder_widths=(192, 128, 16),
-            channel_mult=(1, 2, 2, 2),
-            blocks_per_level=8,
-            attention_factors=(2,),
-            dropout=0.1,
-        ),
-        diffusion=DiffusionConfig(precondition="vp-eps"),
-        stages=_vp_stages(PAPER_T, rule="published", data_range=[0.0, 1.0], data="CIFAR-10"),
-        optimizer=OptimizerConfig(lr=2e-4, warmup_steps=5000, clip=1.0),
-        training=TrainingConfig(
-            steps=250_000,
-            batch=128,
-            update_mode="one-stage",
-            shares="uniform",
-            weights="shares",
-            ema_halflife=887_000,  # 0.9999 per iteration of 128 images
-            ema_rampup=0.0,
-        ),
-    )
-
-
-def cifar10_edm() -> RunConfig:
-    """CIFAR-10, Multistage EDM: DDPM++ with encoder 128, decoders 192/128/16, the paper's sigma edges.
-
-    Without EDM's augmentation, which this release does not make yet.
-    """
-    return RunConfig(
-        name="cifar10-edm",
-        data=DataConfig(source="", shape=(3, 32, 32)),
-        network=NetworkConfig(
-            family="ddpmpp",
-            encoder_width=128,
-            decoder_widths=(192, 128, 16),
-            channel_mult=(2, 2, 2),
-            blocks_per_level=4,
-            attention_factors=(2,),
-            dropout=0.13,
-        ),
-        diffusion=DiffusionConfig(precondition="edm", schedule=EDM(), prior=LogNormal()),
-        stages=Stages(PAPER_SIGMA, {"rule": "published", "data_range": [0.0, 1.0], "data": "CIFAR-10"}),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=20_000, clip=None),
-        training=TrainingConfig(
-            steps=400_000, batch=512, update_mode="one-stage", shares="prior", weights="prior", ema_rampup=0.05
-        ),
-        sampling=SamplingConfig(solver="heun", calls=35, spacing="edm"),
-    )
-
-
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
-    "cifar10-dpm": cifar10_dpm,
-    "cifar10-edm": cifar10_edm,
+    **PAPER_PRESETS,
 }
+
+
+def summary(name: str) -> str:
+    """Return what a preset is, in one line."""
+    return (PRESETS[name].__doc__ or "").partition("\n")[0]
 
 
 def preset(name: str) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Published parameter names of both families, as functions of the network's configuration."""
+"""Published parameter names of every family, as functions of the network's configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Target:
     Attributes:
         name: our parameter.
         layout: "same"; "transposed" (published (in, out), ours (out, in)); "pointwise" (a published 1x1 convolution,
-            ours linear); "interleaved" (pointwise, or a bias, with rows in order (channel, qkv), ours (qkv, channel)).
+            ours linear, rows in the same order); "interleaved" (pointwise, or a bias, with rows in order (channel,
+            qkv), ours (qkv, channel)).
         third: 0, 1, 2 if the tensor is only the q, k or v rows of ours.
     """
 
@@ -35,7 +36,7 @@ class Target:
             return value.t()
         if self.layout == "interleaved":
             value = value.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
-        return value.flatten(1) if self.layout != "same" and value.ndim == 4 else value
+        return value.flatten(1) if self.layout != "same" and value.ndim > 2 else value
 
 
 def convert_published(published: Mapping[str, Tensor], names: Mapping[str, Target]) -> dict[str, Tensor]:
@@ -193,3 +194,76 @@ def _edm_block(theirs: str, ours: str, *, skip: bool = False, attention: bool = 
         yield f"{theirs}.qkv.bias", Target(f"{ours}.attention.qkv.bias", "interleaved")
         yield f"{theirs}.proj.weight", Target(f"{ours}.attention.proj.weight", "pointwise")
         yield f"{theirs}.proj.bias", Target(f"{ours}.attention.proj.bias")
+
+
+# --- LDM: `input_blocks.i`, `middle_block.i`, `de_modules.stage.i`, each entry a list: block, attention, resampling.
+
+
+def ldm_names(config: NetworkConfig) -> dict[str, Target]:
+    """Return {published name: ours} of a multi-decoder LDM U-Net without class labels."""
+    names: dict[str, Target] = {}
+    for i in (0, 1):
+        names |= dict(_weight_and_bias(f"time_embed.{2 * i}", f"encoders.0.embedding.linear{i}"))
+    names |= dict(_ldm_encoder(config))
+    for k, attention in enumerate(config.decoder_attention or [True] * len(config.decoder_widths)):
+        names |= dict(_ldm_decoder(config, k, attention))
+    return names
+
+
+def _ldm_encoder(config: NetworkConfig) -> Iterator[tuple[str, Target]]:
+    entry, width = 0, 1
+    yield from _weight_and_bias("input_blocks.0.0", "encoders.0.conv_in")
+    for level, mult in enumerate(config.channel_mult):
+        if level:
+            entry += 1
+            yield from _weight_and_bias(f"input_blocks.{entry}.0.op", f"encoders.0.downs.{level - 1}")
+        for i in range(config.blocks_per_level):
+            entry += 1
+            block = f"encoders.0.levels.{level}.{i}"
+            yield from _ldm_block(f"input_blocks.{entry}.0", block, skip=mult != width)
+            if 2**level in config.attention_factors:
+                yield from _ldm_attention(f"input_blocks.{entry}.1", block)
+            width = mult
+    yield from _ldm_block("middle_block.0", "encoders.0.middle.block0", skip=False)
+    yield from _ldm_attention("middle_block.1", "encoders.0.middle.block0")
+    yield from _ldm_block("middle_block.2", "encoders.0.middle.block1", skip=False)
+
+
+def _ldm_decoder(config: NetworkConfig, stage: int, attention: bool) -> Iterator[tuple[str, Target]]:
+    ours, entry, levels = f"decoders.{stage}", 0, len(config.channel_mult)
+    for i in range(levels):
+        attends = attention and 2 ** (levels - 1 - i) in config.attention_factors
+        for j in range(config.blocks_per_level + 1):
+            theirs, block = f"de_modules.{stage}.{entry}", f"{ours}.levels.{i}.{j}"
+            # A block keeps its width, and so has no 1x1 skip, only where h and skip together are as wide as the decoder.
+            yield from _ldm_block(f"{theirs}.0", block, skip=_ldm_joined(config, stage, i, j))
+            if attends:
+                yield from _ldm_attention(f"{theirs}.1", block)
+            if j == config.blocks_per_level and i < levels - 1:
+                yield from _weight_and_bias(f"{theirs}.{1 + attends}.conv", f"{ours}.ups.{i}.1")
+            entry += 1
+    yield from _weight_and_bias(f"outs.{stage}.0", f"{ours}.norm_out")
+    yield from _weight_and_bias(f"outs.{stage}.2", f"{ours}.conv_out")
+
+
+def _ldm_joined(config: NetworkConfig, stage: int, i: int, j: int) -> bool:
+    """Tell whether the input of a decoder's block [h, skip] differs from its output in width."""
+    width, encoder = config.decoder_widths[stage], config.encoder_width
+    mults = config.channel_mult[::-1]
+    above = encoder * mults[0] if i == 0 else width * mults[i - 1]
+    skip = encoder * (mults[i] if j < config.blocks_per_level else (*mults, 1)[i + 1])
+    return (width * mults[i] if j else above) + skip != width * mults[i]
+
+
+def _ldm_block(theirs: str, ours: str, *, skip: bool) -> Iterator[tuple[str, Target]]:
+    pairs = {"in_layers.0": "norm0", "in_layers.2": "conv0", "emb_layers.1": "affine", "out_layers.0": "norm1"}
+    pairs |= {"out_layers.3": "conv1"} | ({"skip_connection": "skip"} if skip else {})
+    for a, b in pairs.items():
+        yield from _weight_and_bias(f"{theirs}.{a}", f"{ours}.{b}")
+
+
+def _ldm_attention(theirs: str, block: str) -> Iterator[tuple[str, Target]]:
+    yield from _weight_and_bias(f"{theirs}.norm", f"{block}.attention.norm")
+    for a, b in {"qkv": "qkv", "proj_out": "proj"}.items():
+        yield f"{theirs}.{a}.weight", Target(f"{block}.attention.{b}.weight", "pointwise")
+        yield f"{theirs}.{a}.bias", Target(f"{block}.attention.{b}.bias")

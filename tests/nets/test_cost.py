@@ -19,6 +19,29 @@ TINY = NetworkConfig(
 )
 
 
+# CelebA-HQ 256 in latents of 3 x 64 x 64: encoder's and decoders' widths; parameters (M) and multiply-adds (G) per stage and
+# shared, total parameters, multiply-adds weighted by 8/4/8 of 20 calls; as printed. Only the first decoder attends.
+LDM_TABLE = [
+    (224, (224,), (274,), None, 274, (88.39,), None, 88.39),
+    (192, (224, 192, 160), (238, 189, 161), 79, 428, (80.03, 64.95, 51.87), 16.69, 65.75),
+    (160, (224, 192, 128), (206, 158, 108), 55, 361, (72.61, 57.85, 34.38), 11.6, 54.37),
+    (224, (224, 192, 128), (274, 224, 170), 108, 452, (88.39, 72.97, 48.17), 22.71, 69.22),
+    (224, (256, 192, 128), (316, 224, 170), 108, 494, (105.82, 72.97, 48.17), 22.71, 76.19),
+]
+
+
+def ldm(encoder: int, decoders: tuple[int, ...]) -> NetworkConfig:
+    return NetworkConfig(
+        family="ldm",
+        encoder_width=encoder,
+        decoder_widths=decoders,
+        channel_mult=(1, 2, 3, 4),
+        blocks_per_level=2,
+        attention_factors=(2, 4, 8),
+        decoder_attention=(True, False, False)[: len(decoders)],
+    )
+
+
 @pytest.fixture(scope="module")
 def cifar() -> NetworkCost:
     return network_cost(CIFAR, 32, 32)
@@ -71,11 +94,57 @@ def test_all_arithmetic_by_hand() -> None:
     assert cost.shared_multiply_adds == (9 * 8 + 2 * 9 * 8 * 8) * 24
 
 
-@pytest.mark.parametrize("family", ["ncsnpp", "ddpmpp"])
-def test_separate_networks_share_nothing(family: str) -> None:
+@pytest.mark.parametrize(
+    ("encoder", "decoders", "millions", "shared", "total", "giga", "shared_giga", "weighted"),
+    LDM_TABLE,
+    ids=["one stage", "T8-1", "T8-2", "T8-3", "T8-4"],
+)
+def test_ldm_as_printed(
+    encoder: int,
+    decoders: tuple[int, ...],
+    millions: tuple[int, ...],
+    shared: int | None,
+    total: int,
+    giga: tuple[float, ...],
+    shared_giga: float | None,
+    weighted: float,
+) -> None:
+    cost = network_cost(ldm(encoder, decoders), 64, 64)
+    assert [round(stage.parameters / 1e6) for stage in cost.stages] == list(millions)
+    assert round(cost.total_parameters / 1e6) == total
+    assert [stage.multiply_adds / 1e9 for stage in cost.stages] == pytest.approx(giga, rel=5e-3)
+    calls = (8, 4, 8) if len(decoders) == 3 else (20,)
+    assert weighted_multiply_adds(cost, calls) / 1e9 == pytest.approx(weighted, rel=5e-3)
+    if shared is not None and shared_giga is not None:
+        assert round(cost.shared_parameters / 1e6) == shared
+        assert cost.shared_multiply_adds / 1e9 == pytest.approx(shared_giga, rel=5e-3)
+
+
+def test_ldm_counts_no_projections() -> None:
+    config = NetworkConfig(
+        family="ldm",
+        channels=1,
+        encoder_width=32,
+        decoder_widths=(32,),
+        channel_mult=(1, 1),
+        blocks_per_level=1,
+        attention_factors=(1, 2),
+    )
+    fine, coarse, square = 8 * 8, 4 * 4, 9 * 32 * 32
+    by_hand = (9 * 32 + 2 * square) * fine  # input convolution and a block
+    by_hand += (square + 2 * square + 4 * square) * coarse  # down, a block, the middle's two
+    cost = network_cost(config, 8, 8)
+    assert cost.shared_multiply_adds == by_hand
+    joined = 2 * square + square + 2 * 32 * 32  # a decoder's block: 64 to 32, 32 to 32 channels, and its 1x1 skip
+    by_hand += 2 * joined * coarse + (square + 2 * joined + 9 * 32) * fine
+    assert cost.stages[0].multiply_adds == by_hand
+
+
+@pytest.mark.parametrize(("family", "scale"), [("ncsnpp", 1), ("ddpmpp", 1), ("ldm", 4)])
+def test_separate_networks_share_nothing(family: str, scale: int) -> None:
     config = NetworkConfig(
         family=family,  # type: ignore[arg-type]
-        decoder_widths=(16, 8),
+        decoder_widths=(16 * scale, 8 * scale),
         channel_mult=(1, 2),
         blocks_per_level=1,
         separate=True,
@@ -84,7 +153,7 @@ def test_separate_networks_share_nothing(family: str) -> None:
     assert (cost.shared_parameters, cost.shared_multiply_adds) == (0, 0)
     assert cost.total_parameters == sum(stage.parameters for stage in cost.stages)
     assert cost.total_parameters == sum(p.numel() for p in build_network(config).parameters())
-    for stage, width in zip(cost.stages, (16, 8), strict=True):
+    for stage, width in zip(cost.stages, config.decoder_widths, strict=True):
         ordinary = NetworkConfig(
             family=family,  # type: ignore[arg-type]
             encoder_width=width,

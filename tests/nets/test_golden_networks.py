@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_names import convert_published, edm_names, ncsnpp_names
+from golden_names import convert_published, edm_names, ldm_names, ncsnpp_names
 from safetensors import safe_open
 from torch import Tensor
 
@@ -30,19 +30,26 @@ class Golden:
                 case, field = key.split(".")
                 self.cases.setdefault(case, {})[field] = value
         meta = self.meta
+        attention = meta.get("attention_downsample_factors") or [
+            meta["image_size"] // r for r in meta["attention_resolutions"]
+        ]
         self.config = NetworkConfig(
-            family="ncsnpp" if name == "ncsnpp" else "ddpmpp",
+            family={"ncsnpp": "ncsnpp", "edm": "ddpmpp", "ldm": "ldm"}[name],  # type: ignore[arg-type]
             channels=meta["channels"],
             encoder_width=meta["encoder_width"],
             decoder_widths=tuple(meta["decoder_widths"]),
             channel_mult=tuple(meta["channel_mult"]),
             blocks_per_level=meta["blocks_per_level"],
-            attention_factors=tuple(meta["image_size"] // r for r in meta["attention_resolutions"]),
+            attention_factors=tuple(attention),
             augment_dim=meta.get("augment_dim", 0),
+            head_channels=meta.get("head_channels", 32),
+            decoder_attention=tuple(meta["decoder_has_attention"]) if name == "ldm" else None,
         )
-        self.names = (
-            ncsnpp_names(self.config) if name == "ncsnpp" else edm_names(self.config, resolution=meta["image_size"])
-        )
+        self.names = {
+            "ncsnpp": lambda: ncsnpp_names(self.config),
+            "edm": lambda: edm_names(self.config, resolution=meta["image_size"]),
+            "ldm": lambda: ldm_names(self.config),
+        }[name]()
         self.network: MultiDecoderUNet = build_network(self.config).eval()
         self.network.load_state_dict(convert_published(self.weights, self.names))
 
@@ -55,6 +62,11 @@ def ncsnpp() -> Golden:
 @pytest.fixture(scope="module")
 def edm() -> Golden:
     return Golden("edm")
+
+
+@pytest.fixture(scope="module")
+def ldm() -> Golden:
+    return Golden("ldm")
 
 
 def stage_of(value: float, uppers: list[float | None]) -> int:
@@ -70,7 +82,7 @@ def assert_close(result: Tensor, reference: Tensor) -> None:
     assert float((result - reference).abs().max() / reference.abs().max()) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["ncsnpp", "edm"])
+@pytest.mark.parametrize("name", ["ncsnpp", "edm", "ldm"])
 def test_mapping_covers_every_published_weight(name: str, request: pytest.FixtureRequest) -> None:
     golden = request.getfixturevalue(name)
     buffers = {k for k in golden.weights if k == "sigmas" or k.endswith("resample_filter")}
@@ -109,4 +121,17 @@ def test_ddpmpp_equals_published_denoiser(edm: Golden) -> None:
         raw = edm.network(c_in * x, c_noise, one_stage(stage, len(x)), cond)
         assert_close(c_skip * x + c_out * raw, case["denoised"])
         assert_close(raw, (case["denoised"] - c_skip * x) / c_out)  # the network's own share, not hidden by c_skip x
+    assert seen == {0, 1, 2}
+
+
+@torch.no_grad()
+def test_ldm_equals_published_output(ldm: Golden) -> None:
+    uppers = ldm.meta["stage_timestep_upper_bounds"]  # exclusive
+    seen = set()
+    for case in ldm.cases.values():
+        step = int(case["timestep"][0])
+        stage = next(k for k, upper in enumerate(uppers) if step < upper)
+        seen.add(stage)
+        eps = ldm.network(case["x"], case["timestep"], one_stage(stage, len(case["x"])))
+        assert_close(eps, case["eps"])
     assert seen == {0, 1, 2}

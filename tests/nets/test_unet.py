@@ -10,23 +10,25 @@ from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.nets import MultiDecoderUNet, build_network
 
-FAMILIES = ["ncsnpp", "ddpmpp"]
+FAMILIES = ["ncsnpp", "ddpmpp", "ldm"]
 
 
 def small(family: str, **changes: Any) -> NetworkConfig:
-    base = NetworkConfig(
-        family=family,  # type: ignore[arg-type]
-        channels=2,
-        encoder_width=8,
-        decoder_widths=(12, 8, 4),
-        channel_mult=(1, 2, 2),
-        blocks_per_level=1,
-        attention_factors=(2,),
-        num_classes=4,
-        augment_dim=3,
-        dropout=0.0,
-    )
-    return replace(base, **changes)
+    base: dict[str, Any] = {
+        "family": family,
+        "channels": 2,
+        "encoder_width": 8,
+        "decoder_widths": (12, 8, 4),
+        "channel_mult": (1, 2, 2),
+        "blocks_per_level": 1,
+        "attention_factors": (2,),
+        "num_classes": 4,
+        "augment_dim": 3,
+        "dropout": 0.0,
+    }
+    if family == "ldm":  # 32 groups everywhere
+        base |= {"encoder_width": 32, "decoder_widths": (64, 32, 32), "head_channels": 16}
+    return NetworkConfig(**base | changes)
 
 
 def awake(config: NetworkConfig) -> MultiDecoderUNet:
@@ -154,7 +156,10 @@ def test_fresh_network_is_nearly_zero_and_float32(family: str) -> None:
     x, noise, _ = batch(3)
     result = network(x.float(), noise, [1, 1, 1])  # float64 noise, as schedules give it, is welcome
     assert result.dtype == torch.float32
-    assert 0 < float(result.detach().abs().max()) < 1e-3
+    if family == "ldm":
+        assert not result.any()
+    else:
+        assert 0 < float(result.detach().abs().max()) < 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -203,12 +208,12 @@ def test_state_dict_round_trip(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_level_without_asked_attention(family: str) -> None:
-    network = awake(small(family, channel_mult=(1,), attention_factors=(), decoder_widths=(8,)))
+    network = awake(small(family, channel_mult=(1,), attention_factors=(), decoder_widths=(32,)))
     x, noise, cond = batch(2, 5, 3)
     assert network(x, noise, [2], cond).shape == x.shape
     attending = [name for name, _ in network.named_modules() if name.endswith("attention")]
-    side = "encoders" if family == "ncsnpp" else "decoders"
-    assert attending == [f"{side}.0.bottom.block0.attention"]
+    where = {"ncsnpp": "encoders.0.bottom", "ddpmpp": "decoders.0.bottom", "ldm": "encoders.0.middle"}[family]
+    assert attending == [f"{where}.block0.attention"]
 
 
 @pytest.mark.parametrize("counts", [[1, 1], [1, 1, 2], [4, -1, 0], [3, 0, 0, 0]])

@@ -7,9 +7,10 @@ from typing import Any
 
 from .judging import Demo, Describe, Evaluate, Report
 from .making import Sample, Split, Train
+from .paper import Presets, Tables
 
 COMMANDS: dict[str, type[Any]] = {
-    c.__name__.lower(): c for c in (Split, Train, Sample, Evaluate, Describe, Report, Demo)
+    c.__name__.lower(): c for c in (Split, Train, Sample, Evaluate, Describe, Report, Demo, Presets, Tables)
 }
 
 __all__ = ["COMMANDS"]

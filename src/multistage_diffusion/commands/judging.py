@@ -109,7 +109,7 @@ class Describe(SamplerOptions):
             return Run.open(path).config()
         if self.what in PRESETS:
             return preset(self.what)
-        raise ValueError(f"{self.what}: neither a run's folder nor a preset ({', '.join(PRESETS)})")
+        raise ValueError(f"{self.what}: neither a run's folder nor a preset (msdiff presets lists them)")
 
 
 @dataclass(kw_only=True)

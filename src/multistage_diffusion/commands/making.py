@@ -14,7 +14,7 @@ from tyro.conf import Positional
 from ..config import DataConfig
 from ..console import Bar, TrainingProgress
 from ..pictures import grid, save_folder, save_npz, save_png
-from ..presets import PRESETS, preset
+from ..presets import preset
 from ..schedules import SCHEDULES
 from ..serialization import override, to_dict
 from ..splitting import SplitResult, SplitSettings
@@ -121,8 +121,8 @@ class Train(DataOptions):
       msdiff train --resume runs/digits --set training.steps=20000
     """
 
-    preset: Annotated[str | None, option("{" + ",".join(PRESETS) + "}")] = None
-    """Where to start from; msdiff describe NAME shows one."""
+    preset: Annotated[str | None, option("NAME")] = None
+    """Where to start from; msdiff presets lists them, msdiff describe NAME shows one."""
     config: Annotated[Path | None, option("FILE")] = None
     """A configuration (JSON or YAML, e.g. another run's config.json) instead of a preset."""
     data: Annotated[str | None, option("DATA", "the preset's")] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..config import NetworkConfig
 from .ddpmpp import DDPMppDecoder, DDPMppEncoder
+from .ldm import LDMDecoder, LDMEncoder
 from .ncsnpp import NCSNppDecoder, NCSNppEncoder
 from .unet import MultiDecoderUNet
 
@@ -17,4 +18,6 @@ def build_network(config: NetworkConfig) -> MultiDecoderUNet:
     """
     if config.family == "ncsnpp":
         return MultiDecoderUNet(config, NCSNppEncoder, NCSNppDecoder)
+    if config.family == "ldm":
+        return MultiDecoderUNet(config, LDMEncoder, LDMDecoder)
     return MultiDecoderUNet(config, DDPMppEncoder, DDPMppDecoder)

@@ -1,8 +1,9 @@
-"""The pieces that both pixel families, NCSN++ and DDPM++, are made of."""
+"""The pieces of the pixel families, NCSN++ and DDPM++; the latent family shares convolutions and the embedding."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,9 +18,11 @@ TINY = 1e-5  # gain of layers that start near zero: the last convolutions and at
 ATTENTION_GAIN = math.sqrt(0.2)  # fused (C -> 3C): the same bounds as sqrt(0.1) on three separate C -> C maps
 
 
-def conv(channels_in: int, channels_out: int, kernel: int = 3, gain: float = 1.0, *, stride: int = 1) -> nn.Conv2d:
-    """Return a convolution with Xavier-uniform weights times gain and zero biases; "same" padding at stride 1."""
-    layer = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2 if stride == 1 else 0)
+def conv(
+    channels_in: int, channels_out: int, kernel: int = 3, gain: float = 1.0, *, stride: int = 1, pad: bool = True
+) -> nn.Conv2d:
+    """Return a convolution with Xavier-uniform weights times gain and zero biases; padded by kernel // 2, or not."""
+    layer = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2 if pad else 0)
     _initialise(layer.weight, layer.bias, gain)
     return layer
 
@@ -52,11 +55,21 @@ def sinusoids(noise: Tensor, width: int) -> Tensor:
 
 
 class NoiseEmbedding(nn.Module):
-    """Noise level, class and augmentation labels to the vector that every block receives."""
+    """Noise level, class and augmentation labels to the vector that every block receives.
 
-    def __init__(self, width: int, num_classes: int = 0, augment_dim: int = 0) -> None:
+    `features` turns noise (B,) and the width into (B, width).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int = 0,
+        augment_dim: int = 0,
+        features: Callable[[Tensor, int], Tensor] = sinusoids,
+    ) -> None:
         super().__init__()
         self.width = width
+        self.features = features
         self.label = linear(num_classes, width) if num_classes else None
         self.augment = linear(augment_dim, width, bias=False) if augment_dim else None
         self.linear0 = linear(width, 4 * width)
@@ -75,7 +88,7 @@ class NoiseEmbedding(nn.Module):
         """
         dtype = self.linear0.weight.dtype
         with _no_autocast(noise.device):
-            emb = sinusoids(noise.to(torch.promote_types(dtype, torch.float32)), self.width).to(dtype)
+            emb = self.features(noise.to(torch.promote_types(dtype, torch.float32)), self.width).to(dtype)
             if self.label is not None:
                 emb = emb + self.label(_scaled_one_hot(cond.labels, len(noise), self.label.weight))
             elif cond.labels is not None:

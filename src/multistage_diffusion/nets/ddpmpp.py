@@ -32,8 +32,8 @@ class DDPMppEncoder(Encoder):
 class DDPMppDecoder(Decoder):
     """Two blocks of the encoder's width at the bottom, then the plain decoder."""
 
-    def __init__(self, config: NetworkConfig, encoder_width: int, width: int) -> None:
-        super().__init__(config, encoder_width, width, up=BoxUp)
+    def __init__(self, config: NetworkConfig, stage: int, encoder_width: int) -> None:
+        super().__init__(config, stage, encoder_width, up=BoxUp)
         self.bottom = Bottom(encoder_width * config.channel_mult[-1], 4 * encoder_width, config.dropout)
 
     def forward(self, encoded: Encoded) -> Tensor:

@@ -40,7 +40,7 @@ class PyramidStep(nn.Module):
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
         self.filter = FIRDown(channels_in, stride=1, padding=2)
-        self.conv = conv(channels_in, channels_out, stride=2)
+        self.conv = conv(channels_in, channels_out, stride=2, pad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, channels_in, H, W) to (B, channels_out, H / 2, W / 2)."""
@@ -51,5 +51,5 @@ class PyramidStep(nn.Module):
 class NCSNppDecoder(Decoder):
     """The plain decoder with FIR resampling."""
 
-    def __init__(self, config: NetworkConfig, encoder_width: int, width: int) -> None:
-        super().__init__(config, encoder_width, width, up=FIRUp)
+    def __init__(self, config: NetworkConfig, stage: int, encoder_width: int) -> None:
+        super().__init__(config, stage, encoder_width, up=FIRUp)

@@ -47,7 +47,7 @@ class Encoder(nn.Module):
         self.downs = nn.ModuleList(ResidualBlock(w, w, emb, config.dropout, resample=down(w)) for w in widths[:-1])
         self.levels = nn.ModuleList()
         for level, (before, after) in enumerate(zip([width, *widths], widths, strict=False)):
-            self.levels.append(EncoderLevel(config, before, after, emb, attention=_attends(config, level)))
+            self.levels.append(EncoderLevel(config, before, after, emb, attention=attends(config, level)))
 
 
 class EncoderLevel(nn.Module):
@@ -72,16 +72,16 @@ class EncoderLevel(nn.Module):
 class Decoder(nn.Module):
     """From the lowest resolution: blocks on [h, skip] per level, an up block between levels; GroupNorm, SiLU, conv."""
 
-    def __init__(self, config: NetworkConfig, encoder_width: int, width: int, up: Callable[[int], nn.Module]) -> None:
+    def __init__(self, config: NetworkConfig, stage: int, encoder_width: int, up: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        emb, mults = 4 * encoder_width, config.channel_mult
+        emb, mults, width = 4 * encoder_width, config.channel_mult, config.decoder_widths[stage]
         skips = skip_widths(config, encoder_width)
         before = encoder_width * mults[-1]
         self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
         for level, mult in reversed(list(enumerate(mults))):
             after = width * mult
             popped = [skips.pop() for _ in range(config.blocks_per_level + 1)]
-            self.levels.append(DecoderLevel(config, before, after, popped, emb, attention=_attends(config, level)))
+            self.levels.append(DecoderLevel(config, before, after, popped, emb, attention=attends(config, level)))
             if level:
                 self.ups.append(ResidualBlock(after, after, emb, config.dropout, resample=up(after)))
             before = after
@@ -121,7 +121,8 @@ class DecoderLevel(nn.Module):
         return h
 
 
-def _attends(config: NetworkConfig, level: int) -> bool:
+def attends(config: NetworkConfig, level: int) -> bool:
+    """Tell whether the blocks of a level (0 is full resolution) are asked to attend."""
     return 2**level in config.attention_factors
 
 
@@ -141,22 +142,22 @@ class MultiDecoderUNet(nn.Module):
 
     Args:
         config: widths and depth.
-        encoder: makes an encoder from (config, width).
-        decoder: makes a decoder from (config, encoder width, decoder width).
+        encoder: makes an encoder, (x, noise, cond) -> Encoded, from (config, width).
+        decoder: makes a stage's decoder, Encoded -> output, from (config, stage index, encoder width).
     """
 
     def __init__(
         self,
         config: NetworkConfig,
-        encoder: Callable[[NetworkConfig, int], Encoder],
-        decoder: Callable[[NetworkConfig, int, int], Decoder],
+        encoder: Callable[[NetworkConfig, int], nn.Module],
+        decoder: Callable[[NetworkConfig, int, int], nn.Module],
     ) -> None:
         super().__init__()
         self.config = config
-        widths = config.decoder_widths
-        encoder_widths = widths if config.separate else (config.encoder_width,) * len(widths)
-        self.encoders = nn.ModuleList(encoder(config, w) for w in (widths if config.separate else encoder_widths[:1]))
-        self.decoders = nn.ModuleList(decoder(config, e, d) for e, d in zip(encoder_widths, widths, strict=True))
+        stages = range(len(config.decoder_widths))
+        widths = config.decoder_widths if config.separate else (config.encoder_width,)
+        self.encoders = nn.ModuleList(encoder(config, width) for width in widths)
+        self.decoders = nn.ModuleList(decoder(config, k, widths[k if config.separate else 0]) for k in stages)
 
     def forward(self, x: Tensor, noise: Tensor, counts: Sequence[int], cond: Conditioning | None = None) -> Tensor:
         """Run the encoder once on all rows and each decoder on its own.
@@ -164,7 +165,8 @@ class MultiDecoderUNet(nn.Module):
         Args:
             x: (B, C, H, W), already times c_in, rows sorted by stage. H and W are free: the network pads them (by
                 replication) to a multiple of 2^(levels - 1) and crops its output.
-            noise: (B,), c_noise as the family takes it: 999 t for NCSN++, ln(sigma) / 4 for DDPM++ in the EDM form.
+            noise: (B,), c_noise as the family takes it: 999 t for NCSN++, ln(sigma) / 4 for DDPM++ in the EDM form, the
+                step for the LDM U-Net.
             counts: rows of each stage, lowest noise first, sum B. A decoder without rows is not called, so it gets
                 no gradient.
             cond: class and augmentation labels, row by row, or None.

@@ -1,0 +1,159 @@
+"""The U-Net of latent diffusion (Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models")."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import LDM_GROUPS, NetworkConfig
+from ..contracts import Conditioning
+from .blocks import BoxUp, NoiseEmbedding, conv, linear
+from .unet import Encoded, attends, skip_widths
+
+
+def group_norm32(channels: int) -> nn.GroupNorm:
+    """Return GroupNorm with 32 groups and eps 1e-5."""
+    return nn.GroupNorm(LDM_GROUPS, channels, eps=1e-5)
+
+
+def cosines_first(noise: Tensor, width: int) -> Tensor:
+    """Return [cos, sin](noise * 10000^(-i / half)), i < half = width / 2: shape (B, width), in noise's dtype."""
+    half = width // 2
+    i = torch.arange(half, device=noise.device, dtype=noise.dtype)
+    angle = noise[:, None] * torch.exp(i * (-math.log(10000) / half))
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class HeadedAttention(nn.Module):
+    """Heads of `head_channels` over all pixels, scale head_channels^-1/2, then x + h; the last layer starts at zero."""
+
+    def __init__(self, channels: int, head_channels: int) -> None:
+        super().__init__()
+        self.head_channels = head_channels
+        self.norm = group_norm32(channels)
+        self.qkv = linear(channels, 3 * channels)
+        self.proj = linear(channels, channels, gain=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        heads = self.qkv(tokens).unflatten(2, (-1, 3, self.head_channels))  # the rows of a head: q, k, v
+        q, k, v = heads.permute(3, 0, 2, 1, 4)
+        h = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        out: Tensor = x + h.transpose(1, 2).view_as(x)
+        return out
+
+
+class LDMBlock(nn.Module):
+    """Two 3x3 convolutions after GroupNorm and SiLU, the embedding between them; skip + h; then attention.
+
+    The second convolution starts at zero. `head_channels`: channels of an attention head, None for no attention.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, emb: int, dropout: float, head_channels: int | None = None
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.norm0 = group_norm32(channels_in)
+        self.conv0 = conv(channels_in, channels_out)
+        self.affine = linear(emb, channels_out)
+        self.norm1 = group_norm32(channels_out)
+        self.conv1 = conv(channels_out, channels_out, gain=0.0)
+        self.skip = conv(channels_in, channels_out, 1) if channels_in != channels_out else None
+        self.attention = HeadedAttention(channels_out, head_channels) if head_channels else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map (B, channels_in, H, W) and the activated embedding (B, emb) to (B, channels_out, H, W)."""
+        h = self.conv0(F.silu(self.norm0(x))) + self.affine(emb)[:, :, None, None]
+        h = self.conv1(F.dropout(F.silu(self.norm1(h)), self.dropout, self.training))
+        if self.skip is not None:
+            x = self.skip(x)
+        out: Tensor = x + h
+        if self.attention is not None:
+            out = self.attention(out)
+        return out
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, config: NetworkConfig, channels: int, emb: int) -> None:
+        super().__init__()
+        self.block0 = LDMBlock(channels, channels, emb, config.dropout, config.head_channels)
+        self.block1 = LDMBlock(channels, channels, emb, config.dropout)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        h: Tensor = self.block1(self.block0(x, emb), emb)
+        return h
+
+
+class LDMEncoder(nn.Module):
+    """Embedding, input convolution, blocks per level, a stride-2 convolution between levels, and the middle."""
+
+    def __init__(self, config: NetworkConfig, width: int) -> None:
+        super().__init__()
+        emb, widths = 4 * width, [width * mult for mult in config.channel_mult]
+        self.embedding = NoiseEmbedding(width, config.num_classes, config.augment_dim, features=cosines_first)
+        self.conv_in = conv(config.channels, width)
+        self.downs = nn.ModuleList(conv(w, w, stride=2) for w in widths[:-1])
+        self.levels = nn.ModuleList()
+        for level, (before, after) in enumerate(zip([width, *widths], widths, strict=False)):
+            heads = config.head_channels if attends(config, level) else None
+            inputs = [before] + [after] * (config.blocks_per_level - 1)
+            self.levels.append(nn.ModuleList(LDMBlock(w, after, emb, config.dropout, heads) for w in inputs))
+        self.middle = Middle(config, widths[-1], emb)
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Encoded:
+        """Encode x (B, C, H, W) at noise = the step of the discrete schedule (B,); any real number will do."""
+        emb = self.embedding(noise, cond)
+        skips: list[Tensor] = [self.conv_in(x)]
+        for i, level in enumerate(self.levels):
+            if i:
+                skips.append(self.downs[i - 1](skips[-1]))
+            assert isinstance(level, nn.ModuleList)
+            for block in level:
+                skips.append(block(skips[-1], emb))
+        return Encoded(h=self.middle(skips[-1], emb), skips=tuple(skips), emb=emb)
+
+
+class LDMDecoder(nn.Module):
+    """Blocks on [h, skip] per level, nearest doubling and a 3x3 convolution between levels; GroupNorm, SiLU, conv.
+
+    Attention, where asked, follows every block of a level, unless `config.decoder_attention` denies it to this stage.
+    """
+
+    def __init__(self, config: NetworkConfig, stage: int, encoder_width: int) -> None:
+        super().__init__()
+        emb, mults, width = 4 * encoder_width, config.channel_mult, config.decoder_widths[stage]
+        attention = config.decoder_attention is None or config.decoder_attention[stage]
+        skips = skip_widths(config, encoder_width)
+        before = encoder_width * mults[-1]
+        self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
+        for level, mult in reversed(list(enumerate(mults))):
+            heads = config.head_channels if attention and attends(config, level) else None
+            blocks = nn.ModuleList()
+            for _ in range(config.blocks_per_level + 1):
+                blocks.append(LDMBlock(before + skips.pop(), width * mult, emb, config.dropout, heads))
+                before = width * mult
+            self.levels.append(blocks)
+            if level:
+                self.ups.append(nn.Sequential(BoxUp(before), conv(before, before)))
+        self.norm_out = group_norm32(before)
+        self.conv_out = conv(before, config.channels, gain=0.0)
+
+    def forward(self, encoded: Encoded) -> Tensor:
+        """Map the encoder's output for B rows to (B, C, H, W)."""
+        h, emb, skips = encoded.h, encoded.emb, list(encoded.skips)
+        for i, level in enumerate(self.levels):
+            if i:
+                h = self.ups[i - 1](h)
+            assert isinstance(level, nn.ModuleList)
+            for block in level:
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return out

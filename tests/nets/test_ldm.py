@@ -1,0 +1,122 @@
+"""What sets the LDM U-Net apart; test_unet.py holds what all families share, test_golden_networks.py the published outputs."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from multistage_diffusion.config import NetworkConfig
+from multistage_diffusion.nets import MultiDecoderUNet, build_network
+from multistage_diffusion.nets.ldm import HeadedAttention, LDMBlock, LDMDecoder, LDMEncoder, cosines_first
+
+SMALL = NetworkConfig(
+    family="ldm",
+    channels=4,
+    encoder_width=32,
+    decoder_widths=(64, 32),
+    channel_mult=(1, 2),
+    blocks_per_level=2,
+    attention_factors=(1,),
+    head_channels=16,
+    dropout=0.0,
+)
+
+
+def awake(module: torch.nn.Module) -> torch.nn.Module:
+    """In float64 and with ordinary random weights: the last layers of blocks and attentions start at zero."""
+    torch.manual_seed(0)
+    for parameter in module.double().parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return module.eval()
+
+
+def attending(config: NetworkConfig) -> list[str]:
+    names = [name for name, module in build_network(config).named_modules() if isinstance(module, HeadedAttention)]
+    return [name.removesuffix(".attention") for name in names]
+
+
+def test_embedding_by_hand() -> None:
+    result = cosines_first(torch.tensor([0.0, 999.0], dtype=torch.float64), 8)
+    for row, step in enumerate([0.0, 999.0]):
+        angles = [step * 10000 ** (-i / 4) for i in range(4)]
+        expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
+        assert result[row].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("head_channels", [64, 32, 16])
+def test_attention_equals_explicit_softmax_head_by_head(head_channels: int) -> None:
+    layer = HeadedAttention(64, head_channels)
+    awake(layer)
+    x = torch.randn(2, 64, 3, 5, dtype=torch.float64)
+    tokens = F.group_norm(x, 32, layer.norm.weight, layer.norm.bias, 1e-5).permute(0, 2, 3, 1).reshape(2, 15, 64)
+    heads = []
+    for rows in layer.qkv(tokens).split(3 * head_channels, dim=-1):  # each head's q, k and v lie together
+        q, k, v = rows.split(head_channels, dim=-1)
+        weights = torch.softmax(torch.einsum("bic,bjc->bij", q, k) / math.sqrt(head_channels), dim=-1)
+        heads.append(torch.einsum("bij,bjc->bic", weights, v))
+    h = layer.proj(torch.cat(heads, dim=-1)).reshape(2, 3, 5, 64).permute(0, 3, 1, 2)
+    torch.testing.assert_close(layer(x), x + h)
+
+
+def test_block_by_hand() -> None:
+    block = LDMBlock(32, 64, 8, dropout=0.0)
+    awake(block)
+    x, emb = torch.randn(2, 32, 4, 4, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+    h = F.silu(F.group_norm(x, 32, block.norm0.weight, block.norm0.bias, 1e-5))
+    h = F.conv2d(h, block.conv0.weight, block.conv0.bias, padding=1)
+    h = h + (emb @ block.affine.weight.T + block.affine.bias)[:, :, None, None]
+    h = F.silu(F.group_norm(h, 32, block.norm1.weight, block.norm1.bias, 1e-5))
+    h = F.conv2d(h, block.conv1.weight, block.conv1.bias, padding=1)
+    assert block.skip is not None
+    torch.testing.assert_close(block(x, emb), F.conv2d(x, block.skip.weight, block.skip.bias) + h)
+
+
+def test_a_fresh_block_passes_its_input_on() -> None:
+    block = LDMBlock(32, 32, 8, dropout=0.0, head_channels=8)
+    x = torch.randn(2, 32, 4, 4)
+    assert torch.equal(block(x, torch.randn(2, 8)), x)
+
+
+def test_resampling_by_hand() -> None:
+    network = build_network(SMALL)
+    awake(network)
+    encoder, decoder = network.encoders[0], network.decoders[0]
+    assert isinstance(encoder, LDMEncoder)
+    assert isinstance(decoder, LDMDecoder)
+    down, x = encoder.downs[0], torch.randn(1, 32, 4, 6, dtype=torch.float64)
+    every = F.conv2d(F.pad(x, (1, 1, 1, 1)), down.weight, down.bias)  # type: ignore[arg-type]
+    torch.testing.assert_close(down(x), every[..., ::2, ::2])
+    up, x = decoder.ups[0], torch.randn(1, 128, 2, 3, dtype=torch.float64)
+    doubled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    torch.testing.assert_close(up(x), F.conv2d(doubled, up[1].weight, up[1].bias, padding=1))  # type: ignore[index]
+
+
+def test_attention_follows_every_block_of_its_level_and_the_middle() -> None:
+    encoder = ["encoders.0.levels.0.0", "encoders.0.levels.0.1", "encoders.0.middle.block0"]
+    first, second = ([f"decoders.{k}.levels.1.{j}" for j in range(3)] for k in range(2))
+    assert attending(SMALL) == encoder + first + second
+    assert attending(replace(SMALL, decoder_attention=(True, True))) == encoder + first + second
+    assert attending(replace(SMALL, decoder_attention=(True, False))) == encoder + first
+    assert attending(replace(SMALL, decoder_attention=(False, False))) == encoder
+
+
+def test_separate_networks_keep_their_own_attention() -> None:
+    names = attending(replace(SMALL, separate=True, decoder_attention=(False, True)))
+    assert [name for name in names if name.startswith("decoders")] == [f"decoders.1.levels.1.{j}" for j in range(3)]
+    assert len([name for name in names if name.startswith("encoders")]) == 6
+
+
+def test_the_last_layers_start_at_zero_and_learn() -> None:
+    torch.manual_seed(0)
+    network: MultiDecoderUNet = build_network(SMALL)
+    zero = {n for n, p in network.named_parameters() if n.endswith("weight") and not p.any()}
+    last = ("conv1.weight", "proj.weight", "conv_out.weight")
+    assert zero == {n for n, _ in network.named_parameters() if n.endswith(last)}
+    x = torch.randn(2, 4, 4, 4)
+    (network(x, torch.tensor([3.0, 800.0]), [1, 1]) - 1).square().mean().backward()
+    for decoder in network.decoders:
+        assert isinstance(decoder, LDMDecoder)
+        assert decoder.conv_out.weight.grad is not None
+        assert decoder.conv_out.weight.grad.any()
