@@ -21,6 +21,7 @@ TINY = {
     "training.held_out_rows": 4,
     "training.checkpoint_every": 3,
     "training.log_every": 3,
+    "sampling.calls": 3,
 }
 
 

@@ -47,6 +47,6 @@ def demo(
     with bar("sampling") as progress:
         save_png(grid(sample(run, 100, device=device, progress=progress)), out / "samples.png")
     with bar("evaluating") as progress:
-        scores = evaluate(run, count=2000, device=device, progress=progress)
+        scores = evaluate(run, count=1000, device=device, progress=progress)
     with bar("reporting") as progress:
         return report(run, device=device, progress=progress), scores

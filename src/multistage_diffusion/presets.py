@@ -20,7 +20,7 @@ from .schedules import LogNormal
 
 
 def digits() -> RunConfig:
-    """8x8 handwritten digits (scikit-learn): three decoders, about four minutes on two CPU cores."""
+    """8x8 handwritten digits (scikit-learn): three decoders, five minutes on two CPU cores."""
     return RunConfig(
         name="digits",
         data=DataConfig(source="digits", shape=(1, 8, 8)),

@@ -92,7 +92,7 @@ def kill_once(run: Path, process: subprocess.Popen[str], rng: random.Random, *, 
 
 def test_killed_twenty_times_it_ends_where_an_undisturbed_run_does(tmp_path, config):
     rng = random.Random(0)
-    whole, run = tmp_path / "whole", tmp_path / "killed"
+    whole, run = tmp_path / "whole" / "run", tmp_path / "killed" / "run"  # a run is called after its folder
     undisturbed = start("--config", config, "--out", whole)
     process, caught_writing = start("--config", config, "--out", run), 0
     for attempt in range(KILLS):
