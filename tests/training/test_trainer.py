@@ -520,11 +520,15 @@ def test_data_of_another_kind_are_refused(new_trainer, tiny_data):
 
 def test_every_checkpoint_is_scored_though_held_out_losses_are_logged_elsewhere(new_trainer, tiny_data):
     trainer = new_trainer(
-        held_out=tiny_data(), training__steps=3, training__held_out_every=2, training__checkpoint_every=1
+        held_out=tiny_data(),
+        training__steps=3,
+        training__held_out_every=2,
+        training__checkpoint_every=1,
+        training__keep_last=3,
     )
     trainer.fit()
     scores = [ckpt.read_state(p)["score"] for p in ckpt.list_checkpoints(trainer.run.checkpoints)]
-    assert len(scores) >= 2
+    assert len(scores) == 3
     assert all(math.isfinite(s) for s in scores)
     assert [r["step"] for r in trainer.run.records() if r["kind"] == "held_out"] == [2, 3]
 

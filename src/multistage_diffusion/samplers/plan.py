@@ -125,8 +125,6 @@ def _check(config: SamplingConfig) -> None:
         raise ValueError(
             f"sampling.calls={config.calls} is below sampling.order={config.order}; raise it or lower the order"
         )
-    if not (config.rho > 0 and math.isfinite(config.rho)):
-        raise ValueError(f"sampling.rho={config.rho} must be positive and finite")
 
 
 def _sigma_range(config: SamplingConfig, schedule: NoiseSchedule) -> tuple[float, float]:

@@ -155,13 +155,14 @@ class BatchSource:
         rows, sigma = rows.to(self.device), sigma.to(self.device)
         y = to_float(self.images[pick.to(self.images.device)].to(self.device))
         noise = keyed.normal((seed, "noise", step), rows, y.shape[1:])
-        coins = keyed.uniform((seed, "coins", step), rows, 2)
         if self.training.flip:
+            coins = keyed.uniform((seed, "flips", step), rows, 1)
             y = torch.where((coins[:, 0] < 0.5)[:, None, None, None], y.flip(-1), y)
         cond = None
         if self.labels is not None:
             labels = self.labels[pick.to(self.device)]
-            cond = Conditioning(labels=torch.where(coins[:, 1] < self.training.label_dropout, -1, labels))
+            coins = keyed.uniform((seed, "labels", step), rows, 1)
+            cond = Conditioning(labels=torch.where(coins[:, 0] < self.training.label_dropout, -1, labels))
         return Batch(y, noise, sigma, counts, cond)
 
 
