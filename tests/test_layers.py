@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("contracts",),
     ("keyed", "schedules"),
     ("stages",),
-    ("serialization",),
+    ("network_config", "serialization"),
     ("config",),
     ("data",),
     # L1: finding stages, networks, pictures

@@ -6,16 +6,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .network_config import NetworkConfig as NetworkConfig
+from .network_config import require
 from .schedules import VP, NoiseSchedule, SigmaPrior, UniformTime
 from .stages import Stages
 
 FORMAT_VERSION = 1
-LDM_GROUPS = 32  # of every GroupNorm of the LDM U-Net
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,139 +21,48 @@ class DataConfig:
     source: str = "digits"
     held_out: float = 0.1
     size: tuple[int, int] | None = None
-    fit: Literal["exact", "crop", "resize"] = "exact"
+    fit: Literal["exact", "crop", "resize", "pad"] = "exact"
     skip_bad: bool = False
     fingerprint: str = ""
     shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(0 <= self.held_out < 1, f"data.held_out={self.held_out} must be in [0, 1)")
+        require(0 <= self.held_out < 1, f"data.held_out={self.held_out} must be in [0, 1)")
         if self.size is not None:
-            _require(min(self.size) > 0, f"data.size={self.size} must be positive")
+            require(min(self.size) > 0, f"data.size={self.size} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
-    """Widths and depth of a multi-decoder U-Net.
+class CodecConfig:
+    """The autoencoder in whose latents a run is trained; without a source or shape it is trained on pixels.
 
     Attributes:
-        family: "ncsnpp" (score_sde's NCSN++), "ddpmpp" (EDM's DDPM++) or "ldm" (latent diffusion's U-Net).
-        channels: image channels.
-        encoder_width: width of the shared encoder; the embedding is 4 times as wide.
-        decoder_widths: one width per stage, lowest noise first.
-        channel_mult: width factor per level; each level halves the resolution of the one before.
-        blocks_per_level: residual blocks per encoder level (a decoder has one more).
-        attention_factors: downsample factors at which blocks attend (1 is full resolution).
-        dropout: probability inside residual blocks.
-        separate: no sharing: stage k is an ordinary network of width decoder_widths[k], encoder included.
-        num_classes: 0 for unconditional.
-        augment_dim: length of the augmentation label, 0 for none.
-        head_channels: channels of an attention head ("ldm" only; the others have one head).
-        decoder_attention: per stage, whether its decoder attends ("ldm" only); None: all do.
+        source: a folder that holds a diffusers AutoencoderKL or VQModel (such as msdiff train-codec writes), or hf:NAME.
+        subfolder: where in it the autoencoder is ("vae" of a whole pipeline).
+        scale: networks see latents times this; None: 1 / their standard deviation, recorded when a run starts.
+        shape: (channels, height, width) of a latent, recorded when a run starts.
+        fingerprint: of the autoencoder's weights, recorded when a run starts and checked at every use.
     """
 
-    family: Literal["ncsnpp", "ddpmpp", "ldm"] = "ncsnpp"
-    channels: int = 3
-    encoder_width: int = 128
-    decoder_widths: tuple[int, ...] = (128,)
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
-    blocks_per_level: int = 4
-    attention_factors: tuple[int, ...] = (2,)
-    dropout: float = 0.1
-    separate: bool = False
-    num_classes: int = 0
-    augment_dim: int = 0
-    head_channels: int = 32
-    decoder_attention: tuple[bool, ...] | None = None
+    source: str = ""
+    subfolder: str = ""
+    scale: float | None = None
+    shape: tuple[int, ...] = ()
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
-        _require(self.channels > 0, f"network.channels={self.channels} must be positive")
-        _require(len(self.decoder_widths) > 0, "network.decoder_widths must name at least one decoder")
-        _require(len(self.channel_mult) > 0, "network.channel_mult must name at least one level")
-        _require(self.blocks_per_level > 0, f"network.blocks_per_level={self.blocks_per_level} must be positive")
-        _require(0 <= self.dropout < 1, f"network.dropout={self.dropout} must be in [0, 1)")
-        for name in ("num_classes", "augment_dim"):
-            _require(getattr(self, name) >= 0, f"network.{name}={getattr(self, name)} must be >= 0")
-        for factor in self.attention_factors:
-            _require(
-                factor in [2**i for i in range(len(self.channel_mult))],
-                f"network.attention_factors={list(self.attention_factors)}: {factor} is not a level's downsample "
-                f"factor ({', '.join(str(2**i) for i in range(len(self.channel_mult)))})",
-            )
-        _require(min(self.channel_mult) > 0, f"network.channel_mult={list(self.channel_mult)} must be positive")
-        self._check_widths()
-        if self.family == "ldm":
-            self._check_heads()
-        else:
-            for name, default in (("head_channels", 32), ("decoder_attention", None)):
-                _require(
-                    getattr(self, name) == default,
-                    f"network.{name}={_plain(getattr(self, name))} is a setting of network.family=ldm only; leave it out",
-                )
-
-    def _check_widths(self) -> None:
-        """Every GroupNorm must divide its channels."""
-        encoders = self.decoder_widths if self.separate else (self.encoder_width,)
-        for width in {*self.decoder_widths, *encoders}:
-            _require(width >= 4 and width % 2 == 0, f"network: width {width} must be even and at least 4")
-            # The input convolution hands an encoder's first block its bare width.
-            for mult in (*((1,) if width in encoders else ()), *self.channel_mult):
-                channels, groups = width * mult, self._groups(width * mult)
-                multiple = LDM_GROUPS if self.family == "ldm" else 4 if channels < 64 else 16
-                _require(
-                    channels % groups == 0,
-                    f"network: width {width} x {mult} = {channels} channels is not divisible into {groups} groups for "
-                    f"GroupNorm; use a multiple of {multiple}",
-                )
-        for decoder in self.decoder_widths:
-            encoder = decoder if self.separate else self.encoder_width
-            for channels in self._joined_channels(encoder, decoder):
-                _require(
-                    channels % self._groups(channels) == 0,
-                    f"network: encoder width {encoder} and decoder width {decoder} meet in {channels} channels, not "
-                    f"divisible into {self._groups(channels)} groups for GroupNorm; use multiples of 16",
-                )
-
-    def _groups(self, channels: int) -> int:
-        return LDM_GROUPS if self.family == "ldm" else group_count(channels)
-
-    def _check_heads(self) -> None:
-        """Every attention of an LDM U-Net must have whole heads."""
-        _require(self.head_channels > 0, f"network.head_channels={self.head_channels} must be positive")
-        stages, attention = len(self.decoder_widths), self.decoder_attention
-        _require(
-            attention is None or len(attention) == stages,
-            f"network.decoder_attention={_plain(attention)} needs true or false for each of the {stages} stages",
+        require(
+            self.scale is None or 0 < self.scale < math.inf, f"codec.scale={self.scale} must be positive and finite"
         )
-        mults = [mult for i, mult in enumerate(self.channel_mult) if 2**i in self.attention_factors]
-        encoders = self.decoder_widths if self.separate else (self.encoder_width,)
-        # An encoder's middle attends in any case.
-        attended = [width * mult for width in encoders for mult in (*mults, self.channel_mult[-1])]
-        for width, attends in zip(self.decoder_widths, attention or [True] * stages, strict=True):
-            attended += [width * mult for mult in mults if attends]
-        for channels in attended:
-            _require(
-                channels % self.head_channels == 0,
-                f"network.head_channels={self.head_channels} does not divide {channels} channels that attend; use 32",
-            )
+        require(
+            not self.shape or (len(self.shape) == 3 and min(self.shape) > 0),
+            f"codec.shape={list(self.shape)} must be [channels, height, width]",
+        )
 
-    def _joined_channels(self, encoder: int, decoder: int) -> list[int]:
-        """Channels of [h, skip] at the head of a decoder's blocks; h enters the bottom at the encoder's width."""
-        joined = [2 * encoder * self.channel_mult[-1]]
-        for mult, mult_before in zip(self.channel_mult, (1, *self.channel_mult), strict=False):
-            joined.append(decoder * mult + encoder * mult_before)  # skip of the down block or input convolution
-            if self.blocks_per_level > 1:
-                joined.append(decoder * mult + encoder * mult)
-        return joined
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def group_count(channels: int) -> int:
-    """GroupNorm groups of both pixel families: min(channels // 4, 16)."""
-    return min(channels // 4, 16)
+    @property
+    def used(self) -> bool:
+        """Whether the run is trained on latents."""
+        return bool(self.source or self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,14 +82,14 @@ class DiffusionConfig:
     prior: SigmaPrior = field(default_factory=UniformTime)
 
     def __post_init__(self) -> None:
-        _require(0 < self.sigma_data < math.inf, f"diffusion.sigma_data={self.sigma_data} must be positive and finite")
-        _require(
+        require(0 < self.sigma_data < math.inf, f"diffusion.sigma_data={self.sigma_data} must be positive and finite")
+        require(
             self.precondition != "vp-eps" or self.schedule.kind in ("vp", "discrete"),
             f"diffusion.schedule={self.schedule.kind!r}: precondition 'vp-eps' needs the time of 'vp' or 'discrete'; "
             "use precondition 'edm' or 'velocity' for the others",
         )
         own = getattr(self.prior, "schedule", self.schedule)
-        _require(
+        require(
             self.precondition != "vp-eps" or own == self.schedule,
             "diffusion.prior.schedule differs from diffusion.schedule, in whose time the network is told its noise; set both",
         )
@@ -206,13 +111,13 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, f"optimizer.{name}={value} must be positive and finite")
-        _require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas={self.betas} must be in [0, 1)")
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be >= 0")
-        _require(
+            require(0 < value < math.inf, f"optimizer.{name}={value} must be positive and finite")
+        require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas={self.betas} must be in [0, 1)")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be >= 0")
+        require(
             0 <= self.weight_decay < math.inf, f"optimizer.weight_decay={self.weight_decay} must be >= 0 and finite"
         )
-        _require(
+        require(
             self.clip is None or 0 < self.clip < math.inf,
             f"optimizer.clip={self.clip} must be positive and finite, or null for no clipping",
         )
@@ -234,6 +139,10 @@ class TrainingConfig:
         ema_rampup: the half-life is at most this share of the images seen so far; 0 turns the ramp off.
         flip: random horizontal flips.
         label_dropout: probability of hiding a class label.
+        augment: probability of each transformation of EDM's augmentation (non-leaky: the network is told which); needs
+            network.augment_dim=9.
+        soft_intervals: probability that a row of a stage draws its noise from the whole prior instead of the stage's own
+            interval (MEME's soft assignment).
         precision: "auto" (bf16 on CUDA, else fp32), "fp32", "bf16" or "fp16" (with loss scaling).
         keep_last, keep_every: checkpoints kept: the newest ones, and every so many steps (0: none).
         held_out_rows: held-out images per stage in each held-out loss (noise fixed).
@@ -249,6 +158,8 @@ class TrainingConfig:
     ema_rampup: float = 0.05
     flip: bool = True
     label_dropout: float = 0.1
+    augment: float = 0.0
+    soft_intervals: float = 0.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = 0
     log_every: int = 50
@@ -262,22 +173,23 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "keep_last", "held_out_rows"):
-            _require(getattr(self, name) > 0, f"training.{name}={getattr(self, name)} must be positive")
-        _require(
+            require(getattr(self, name) > 0, f"training.{name}={getattr(self, name)} must be positive")
+        require(
             self.accumulate <= self.batch,
             f"training.accumulate={self.accumulate} must not exceed training.batch={self.batch}",
         )
         for name in ("held_out_every", "keep_every", "sample_every", "sample_count", "ema_rampup", "seed"):
             value = getattr(self, name)
-            _require(0 <= value < math.inf, f"training.{name}={value} must be >= 0 and finite")
-        _require(
+            require(0 <= value < math.inf, f"training.{name}={value} must be >= 0 and finite")
+        require(
             0 < self.ema_halflife < math.inf, f"training.ema_halflife={self.ema_halflife} must be positive and finite"
         )
-        _require(0 <= self.label_dropout <= 1, f"training.label_dropout={self.label_dropout} must be in [0, 1]")
+        for name in ("label_dropout", "augment", "soft_intervals"):
+            require(0 <= getattr(self, name) <= 1, f"training.{name}={getattr(self, name)} must be in [0, 1]")
         for name in ("shares", "weights"):
             value = getattr(self, name)
             if isinstance(value, tuple):
-                _require(
+                require(
                     all(v >= 0 and math.isfinite(v) for v in value) and sum(value) > 0,
                     f"training.{name}={list(value)} must be >= 0, finite and not all zero",
                 )
@@ -297,6 +209,8 @@ class SamplingConfig:
         rho: for EDM spacing.
         churn: S_churn of Heun (Karras et al. 2022, Algorithm 2); 0 is deterministic.
         eta: stochasticity of DDIM.
+        guidance: classifier-free guidance w of a class-conditional run, D = D_none + w (D_label - D_none): 0 is
+            unconditional, 1 conditional; other values call the network twice, in one batch.
     """
 
     solver: Literal["dpm", "dpm++", "ddim", "heun"] = "dpm"
@@ -309,20 +223,22 @@ class SamplingConfig:
     rho: float = 7.0
     churn: float = 0.0
     eta: float = 0.0
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.order in (1, 2, 3), f"sampling.order={self.order} must be 1, 2 or 3")
-        _require(self.calls > 0, f"sampling.calls={self.calls} must be positive")
+        require(self.order in (1, 2, 3), f"sampling.order={self.order} must be 1, 2 or 3")
+        require(self.calls > 0, f"sampling.calls={self.calls} must be positive")
         for name in ("sigma_min", "sigma_max"):
             value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, f"sampling.{name}={value} must be positive and finite")
-        _require(
+            require(value is None or 0 < value < math.inf, f"sampling.{name}={value} must be positive and finite")
+        require(
             self.sigma_min is None or self.sigma_max is None or self.sigma_min < self.sigma_max,
             f"sampling.sigma_min={self.sigma_min} must be below sampling.sigma_max={self.sigma_max}",
         )
-        _require(0 < self.rho < math.inf, f"sampling.rho={self.rho} must be positive and finite")
-        _require(0 <= self.churn < math.inf, f"sampling.churn={self.churn} must be >= 0 and finite")
-        _require(0 <= self.eta <= 1, f"sampling.eta={self.eta} must be in [0, 1]")
+        require(0 < self.rho < math.inf, f"sampling.rho={self.rho} must be positive and finite")
+        require(0 <= self.churn < math.inf, f"sampling.churn={self.churn} must be >= 0 and finite")
+        require(0 <= self.eta <= 1, f"sampling.eta={self.eta} must be in [0, 1]")
+        require(0 <= self.guidance < math.inf, f"sampling.guidance={self.guidance} must be >= 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +252,7 @@ class RunConfig:
     format_version: int = FORMAT_VERSION
     name: str = "custom"
     data: DataConfig = field(default_factory=DataConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     stages: Stages = field(default_factory=Stages)
@@ -343,13 +260,18 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of what the network sees: a latent, or else an image; () if not yet known."""
+        return self.codec.shape if self.codec.used else self.data.shape
+
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.format_version == FORMAT_VERSION,
             f"format_version={self.format_version}: this release reads format {FORMAT_VERSION}",
         )
         decoders = len(self.network.decoder_widths)
-        _require(
+        require(
             len(self.stages) == decoders,
             f"stages: {len(self.stages)} intervals but network.decoder_widths={list(self.network.decoder_widths)} has "
             f"{decoders}; give one width per stage",
@@ -357,14 +279,18 @@ class RunConfig:
         for name in ("shares", "weights"):
             value = getattr(self.training, name)
             if isinstance(value, tuple):
-                _require(
+                require(
                     len(value) == decoders,
                     f"training.{name}={list(value)} needs one number for each of the {decoders} stages, or a word: "
                     f"training.{name}={'uniform' if name == 'shares' else 'prior'}",
                 )
+        require(
+            not self.training.augment or not self.codec.used,
+            f"training.augment={self.training.augment}: EDM's augmentation is of pixels, not of latents; set it to 0",
+        )
         shares, weights = self.training.shares, self.training.weights
         for stage in range(decoders):
-            _require(
+            require(
                 not isinstance(shares, tuple)
                 or shares[stage] > 0
                 or weights == "shares"
@@ -373,7 +299,7 @@ class RunConfig:
                 "share, or training.weights with 0 for it",
             )
             low, high = self.stages.interval(stage)
-            _require(
+            require(
                 self.diffusion.prior.mass(low, high) > 0,
                 f"stages: [{low:.6g}, {high:.6g}) holds no mass of the {self.diffusion.prior.kind} prior; move it",
             )

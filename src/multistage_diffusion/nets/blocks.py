@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import group_count
 from ..contracts import Conditioning
+from ..network_config import group_count
 
 SQRT_HALF = math.sqrt(0.5)
 TINY = 1e-5  # gain of layers that start near zero: the last convolutions and attention's output

@@ -1,0 +1,138 @@
+"""Widths and depth of a network, validated: every GroupNorm and attention head must divide its channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+LDM_GROUPS = 32  # of every GroupNorm of the LDM U-Net
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless a user's value is as it must be."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Widths and depth of a multi-decoder U-Net.
+
+    Attributes:
+        family: "ncsnpp" (score_sde's NCSN++), "ddpmpp" (EDM's DDPM++) or "ldm" (latent diffusion's U-Net).
+        channels: image channels.
+        encoder_width: width of the shared encoder; the embedding is 4 times as wide.
+        decoder_widths: one width per stage, lowest noise first.
+        channel_mult: width factor per level; each level halves the resolution of the one before.
+        blocks_per_level: residual blocks per encoder level (a decoder has one more).
+        attention_factors: downsample factors at which blocks attend (1 is full resolution).
+        dropout: probability inside residual blocks.
+        separate: no sharing: stage k is an ordinary network of width decoder_widths[k], encoder included.
+        num_classes: 0 for unconditional.
+        augment_dim: length of the augmentation label, 0 for none.
+        head_channels: channels of an attention head ("ldm" only; the others have one head).
+        decoder_attention: per stage, whether its decoder attends ("ldm" only); None: all do.
+    """
+
+    family: Literal["ncsnpp", "ddpmpp", "ldm"] = "ncsnpp"
+    channels: int = 3
+    encoder_width: int = 128
+    decoder_widths: tuple[int, ...] = (128,)
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    blocks_per_level: int = 4
+    attention_factors: tuple[int, ...] = (2,)
+    dropout: float = 0.1
+    separate: bool = False
+    num_classes: int = 0
+    augment_dim: int = 0
+    head_channels: int = 32
+    decoder_attention: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        require(self.channels > 0, f"network.channels={self.channels} must be positive")
+        require(len(self.decoder_widths) > 0, "network.decoder_widths must name at least one decoder")
+        require(len(self.channel_mult) > 0, "network.channel_mult must name at least one level")
+        require(self.blocks_per_level > 0, f"network.blocks_per_level={self.blocks_per_level} must be positive")
+        require(0 <= self.dropout < 1, f"network.dropout={self.dropout} must be in [0, 1)")
+        for name in ("num_classes", "augment_dim"):
+            require(getattr(self, name) >= 0, f"network.{name}={getattr(self, name)} must be >= 0")
+        for factor in self.attention_factors:
+            require(
+                factor in [2**i for i in range(len(self.channel_mult))],
+                f"network.attention_factors={list(self.attention_factors)}: {factor} is not a level's downsample "
+                f"factor ({', '.join(str(2**i) for i in range(len(self.channel_mult)))})",
+            )
+        require(min(self.channel_mult) > 0, f"network.channel_mult={list(self.channel_mult)} must be positive")
+        self._check_widths()
+        if self.family == "ldm":
+            self._check_heads()
+        else:
+            for name, default in (("head_channels", 32), ("decoder_attention", None)):
+                require(
+                    getattr(self, name) == default,
+                    f"network.{name}={_plain(getattr(self, name))} is a setting of network.family=ldm only; leave it out",
+                )
+
+    def _check_widths(self) -> None:
+        """Every GroupNorm must divide its channels."""
+        encoders = self.decoder_widths if self.separate else (self.encoder_width,)
+        for width in {*self.decoder_widths, *encoders}:
+            require(width >= 4 and width % 2 == 0, f"network: width {width} must be even and at least 4")
+            # The input convolution hands an encoder's first block its bare width.
+            for mult in (*((1,) if width in encoders else ()), *self.channel_mult):
+                channels, groups = width * mult, self._groups(width * mult)
+                multiple = LDM_GROUPS if self.family == "ldm" else 4 if channels < 64 else 16
+                require(
+                    channels % groups == 0,
+                    f"network: width {width} x {mult} = {channels} channels is not divisible into {groups} groups for "
+                    f"GroupNorm; use a multiple of {multiple}",
+                )
+        for decoder in self.decoder_widths:
+            encoder = decoder if self.separate else self.encoder_width
+            for channels in self._joined_channels(encoder, decoder):
+                require(
+                    channels % self._groups(channels) == 0,
+                    f"network: encoder width {encoder} and decoder width {decoder} meet in {channels} channels, not "
+                    f"divisible into {self._groups(channels)} groups for GroupNorm; use multiples of 16",
+                )
+
+    def _groups(self, channels: int) -> int:
+        return LDM_GROUPS if self.family == "ldm" else group_count(channels)
+
+    def _check_heads(self) -> None:
+        """Every attention of an LDM U-Net must have whole heads."""
+        require(self.head_channels > 0, f"network.head_channels={self.head_channels} must be positive")
+        stages, attention = len(self.decoder_widths), self.decoder_attention
+        require(
+            attention is None or len(attention) == stages,
+            f"network.decoder_attention={_plain(attention)} needs true or false for each of the {stages} stages",
+        )
+        mults = [mult for i, mult in enumerate(self.channel_mult) if 2**i in self.attention_factors]
+        encoders = self.decoder_widths if self.separate else (self.encoder_width,)
+        # An encoder's middle attends in any case.
+        attended = [width * mult for width in encoders for mult in (*mults, self.channel_mult[-1])]
+        for width, attends in zip(self.decoder_widths, attention or [True] * stages, strict=True):
+            attended += [width * mult for mult in mults if attends]
+        for channels in attended:
+            require(
+                channels % self.head_channels == 0,
+                f"network.head_channels={self.head_channels} does not divide {channels} channels that attend; use 32",
+            )
+
+    def _joined_channels(self, encoder: int, decoder: int) -> list[int]:
+        """Channels of [h, skip] at the head of a decoder's blocks; h enters the bottom at the encoder's width."""
+        joined = [2 * encoder * self.channel_mult[-1]]
+        for mult, mult_before in zip(self.channel_mult, (1, *self.channel_mult), strict=False):
+            joined.append(decoder * mult + encoder * mult_before)  # skip of the down block or input convolution
+            if self.blocks_per_level > 1:
+                joined.append(decoder * mult + encoder * mult)
+        return joined
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def group_count(channels: int) -> int:
+    """GroupNorm groups of both pixel families: min(channels // 4, 16)."""
+    return min(channels // 4, 16)
