@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,6 +56,49 @@ def test_labels_follow_their_samples_through_the_batches():
         alone = draw(5, labels=torch.full((5,), label))
         assert torch.equal(images[i], alone[i])
     assert not torch.equal(images, draw(5))
+
+
+def test_guidance_moves_the_samples_as_the_closed_form_says():
+    labels = torch.tensor([0, 3, 1])
+    for weight in (0.0, 1.0, 2.0):
+
+        def guided(
+            x, sigma, cond, weight=weight
+        ):  # equally wide Gaussians: N(0.1, 0.3²) without a label, see `gaussian`
+            mean = 0.1 + weight * 0.1 * (cond.labels.to(x.dtype)[:, None, None, None] + 1)
+            s = sigma.to(x.dtype)[:, None, None, None]
+            return (0.09 * x + s**2 * mean) / (0.09 + s**2)
+
+        images = draw(3, labels=labels, batch=2, config=replace(CONFIG, guidance=weight))
+        expected = sample_images(guided, SHAPE, 3, config=CONFIG, schedule=EDM(), labels=labels)
+        assert float((images.float() - expected.float()).abs().max()) <= 1
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_guidance_without_labels_is_refused_before_any_work(weight):
+    with pytest.raises(ValueError, match=rf"sampling\.guidance={weight}: there are no class labels"):
+        draw(2, config=replace(CONFIG, guidance=weight), progress=lambda *_: pytest.fail("a call was made"))
+
+
+def test_end_states_are_decoded_batch_by_batch_before_they_become_pixels():
+    seen = []
+
+    def decode(z):
+        seen.append(z)
+        return z.repeat_interleave(2, dim=-1)[:, [0, 0, 0]] * 0.5
+
+    images = draw(5, batch=2, decode=decode)
+    plan = make_plan(CONFIG, EDM())
+    z = sample(gaussian, start_noise(0, torch.arange(5), SHAPE, plan), plan)
+    torch.testing.assert_close(torch.cat(seen), z)
+    assert [len(z) for z in seen] == [2, 2, 1]
+    expected = ((z * 0.5 + 1) * 127.5).round().to(torch.uint8)
+    assert torch.equal(images, expected.repeat_interleave(2, dim=-1).expand(5, 3, 3, 8))
+
+
+def test_decoders_build_no_graph():
+    weight = torch.ones(1, requires_grad=True)
+    draw(2, decode=lambda z: z * weight if not torch.is_grad_enabled() else pytest.fail("gradients are on"))
 
 
 def test_progress_counts_every_call_of_every_image():

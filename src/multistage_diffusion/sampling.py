@@ -10,10 +10,12 @@ from torch import Tensor
 from .config import SamplingConfig
 from .contracts import Conditioning, Denoiser
 from .data import to_uint8
+from .guidance import Guided
 from .samplers import make_plan, sample, start_noise, step_noise
 from .schedules import NoiseSchedule
 
 
+@torch.no_grad()
 def sample_images(
     denoiser: Denoiser,
     shape: tuple[int, ...],
@@ -26,30 +28,33 @@ def sample_images(
     labels: Tensor | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Draw samples 0 .. count-1 of a seed.
 
     Args:
         denoiser: any Denoiser.
-        shape: of one image (C, H, W).
+        shape: of what the denoiser makes, one image or latent (C, H, W).
         count: number of samples.
-        config: solver and calls.
+        config: solver, calls and guidance (other than 0 and 1 it doubles the rows of each call).
         schedule: of the run; gives the default range and the time of spacing "time".
         seed: with the sample's number, decides its noise.
         batch: samples drawn at once; changes speed and memory, not the noise of any sample.
         labels: int64 (count,) class labels, or None.
         device: where.
         progress: called with (denoiser calls times images done, in all).
+        decode: maps end states to images in [-1, 1], e.g. a codec's decoder, on the device; None: end states are images.
 
     Returns:
-        uint8 (count, C, H, W) on the CPU.
+        uint8 images (count, C, H, W) on the CPU.
 
     Raises:
-        ValueError: if count or batch is not positive, or the sampler's settings do not fit.
+        ValueError: if count or batch is not positive, the sampler's settings do not fit, or config.guidance is not 1 and
+            there are no labels.
     """
     if count < 1 or batch < 1:
         raise ValueError(f"count={count} and batch={batch} must be positive")
-    plan = make_plan(config, schedule)
+    plan, guided = make_plan(config, schedule), Guided(denoiser, config.guidance)
     images = []
     for first in range(0, count, batch):
         index = torch.arange(first, min(first + batch, count), device=device)
@@ -59,12 +64,12 @@ def sample_images(
                 progress(first * len(plan.calls) + calls * size, count * len(plan.calls))
 
         end = sample(
-            denoiser,
+            guided,
             start_noise(seed, index, shape, plan),
             plan,
             None if labels is None else Conditioning(labels=labels[first : first + len(index)].to(device)),
             noise=step_noise(seed, index, shape),
             progress=report,
         )
-        images.append(to_uint8(end).cpu())
+        images.append(to_uint8(end if decode is None else decode(end)).cpu())
     return torch.cat(images)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
@@ -7,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from multistage_diffusion import keyed
 from multistage_diffusion.config import TrainingConfig
 from multistage_diffusion.data import ImageData, to_float
+from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.schedules import LogNormal
 from multistage_diffusion.stages import Stages
+from multistage_diffusion.training.augment import augment
 from multistage_diffusion.training.batches import (
     BatchSource,
     allocate,
@@ -19,6 +23,7 @@ from multistage_diffusion.training.batches import (
     stage_shares,
     stage_weights,
 )
+from multistage_diffusion.training.losses import stage_losses
 
 CPU = torch.device("cpu")
 STAGES, PRIOR = Stages((0.2, 0.6)), LogNormal()
@@ -239,3 +244,178 @@ def test_more_classes_than_the_network_knows_are_refused(tiny_config):
     config = tiny_config(network__num_classes=2)
     with pytest.raises(ValueError, match=r"network\.num_classes=2 but data .* has 3 classes"):
         BatchSource(config, numbered(9), CPU)
+
+
+# -- soft intervals ---------------------------------------------------------------------------------------------------
+
+
+def test_hard_intervals_use_one_number_per_row_and_no_coin(tiny_config):
+    for soft in ({}, {"training__soft_intervals": 0.0}):
+        batch = BatchSource(tiny_config(**soft), numbered(17), CPU).draw(3, (4, 5, 3))
+        for stage, count in enumerate((4, 5, 3)):
+            u = keyed.uniform((0, "sigma", 3), (stage << 32) + torch.arange(count), 1)[:, 0]
+            assert torch.equal(batch.sigma[rows_of(batch, stage)], PRIOR.sample_within(u, *STAGES.interval(stage)))
+
+
+@pytest.mark.parametrize("soft", [0.3, 1.0, (0.0, 0.6, 1.0)])
+def test_soft_rows_draw_their_noise_from_the_whole_prior(tiny_config, soft):
+    counts = (4000, 4000, 4000)
+    batch = BatchSource(tiny_config(training__soft_intervals=soft), numbered(17), CPU).draw(0, counts)
+    masses = prior_masses(STAGES, PRIOR)
+    for stage in range(3):
+        found = torch.bincount(STAGES.index(batch.sigma[rows_of(batch, stage)]), minlength=3) / 4000
+        share = soft[stage] if isinstance(soft, tuple) else soft
+        expected = [share * mass + (1 - share) * (k == stage) for k, mass in enumerate(masses)]
+        assert found.tolist() == pytest.approx(expected, abs=0.03)
+    hard = BatchSource(tiny_config(), numbered(17), CPU).draw(0, counts)
+    assert batch.counts == hard.counts  # every row still trains its own stage's decoder
+    assert torch.equal(batch.y, hard.y)
+    assert torch.equal(batch.noise, hard.noise)
+
+
+def test_parts_of_a_step_with_soft_intervals_add_up_and_held_out_rows_stay_in_their_stage(tiny_config):
+    config = tiny_config(training__soft_intervals=0.5, training__held_out_rows=50)
+    source = BatchSource(config, numbered(17), CPU)
+    whole, pieces = source.draw(1, (0, 9, 0)), [source.draw(1, (0, 9, 0), part, 2) for part in range(2)]
+    assert torch.equal(torch.cat([p.sigma for p in pieces]), whole.sigma)
+    assert set(STAGES.index(held_out_batch(config, numbered(17), 1, CPU).sigma).tolist()) == {1}
+
+
+# -- augmentation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_augmented_rows_come_with_what_was_done_to_them(tiny_config, flip, classes):
+    changes = {"network__num_classes": classes, "training__flip": flip}
+    plain = BatchSource(tiny_config(**{**changes, "training__flip": False}), numbered(17), CPU).draw(2, (9, 0, 40))
+    config = tiny_config(**changes, training__augment=0.3, network__augment_dim=9)
+    batch = BatchSource(config, numbered(17), CPU).draw(2, (9, 0, 40))
+    rows = torch.cat([torch.arange(9), (2 << 32) + torch.arange(40)])
+    y, done = augment(plain.y, 0.3, (0, "augment", 2), rows, flip=flip)
+    assert torch.equal(batch.y, y)
+    assert torch.equal(batch.cond.augment, done)
+    assert bool(done[:, 0].any()) == flip
+    assert torch.equal(batch.noise, plain.noise)
+    assert torch.equal(batch.sigma, plain.sigma)
+    if classes:
+        assert torch.equal(batch.cond.labels, plain.cond.labels)
+    else:
+        assert batch.cond.labels is None
+
+
+def test_parts_of_an_augmented_step_add_up_to_the_whole(tiny_config):
+    source = BatchSource(tiny_config(training__augment=0.5, network__augment_dim=9), numbered(17), CPU)
+    whole, pieces = source.draw(6, (0, 11, 0)), [source.draw(6, (0, 11, 0), part, 3) for part in range(3)]
+    assert torch.equal(torch.cat([p.y for p in pieces]), whole.y)
+    assert torch.equal(torch.cat([p.cond.augment for p in pieces]), whole.cond.augment)
+
+
+def test_held_out_rows_are_not_augmented(tiny_config):
+    changes = {"training__augment": 1.0, "network__augment_dim": 9, "network__num_classes": 3}
+    config, data = tiny_config(**changes), numbered(17)
+    batch = held_out_batch(config, data, 0, CPU)
+    assert batch.cond.augment is None
+    assert same(batch, held_out_batch(tiny_config(network__num_classes=3), data, 0, CPU))
+
+
+@pytest.mark.parametrize("dim", [0, 4])
+def test_augmentation_needs_a_network_that_is_told(tiny_config, dim):
+    config = tiny_config(training__augment=0.12, network__augment_dim=dim)
+    with pytest.raises(ValueError, match=rf"training\.augment=0\.12 needs network\.augment_dim=9, not {dim}"):
+        BatchSource(config, numbered(9), CPU)
+
+
+# -- latents ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Latents:
+    """Floats at rest."""
+
+    latents: torch.Tensor
+    mirrored: torch.Tensor | None
+    labels: np.ndarray | None
+    name: str = "latents"
+    num_classes: int = 3
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.latents.shape[1:])
+
+    def tensor(self) -> torch.Tensor:
+        return self.latents
+
+
+def latents(count: int = 17, *, mirrored: bool = True) -> Latents:
+    """Row i holds 10 + i everywhere, its mirror image -(10 + i): no pixel values, and no flip of the row."""
+    values = torch.full((count, 1, 4, 4), 10.0) + torch.arange(count)[:, None, None, None]
+    return Latents(values, -values if mirrored else None, np.arange(count) % 3)
+
+
+def test_latents_are_used_as_they_are_and_mirrored_by_their_mirror_images(tiny_config):
+    config = tiny_config(network__num_classes=3, training__label_dropout=0.0)
+    batch = BatchSource(config, latents(), CPU).draw(0, (200, 0, 200))
+    assert batch.y.dtype == torch.float32
+    number = batch.y[:, 0, 0, 0].abs() - 10
+    flipped = batch.y[:, 0, 0, 0] < 0
+    assert torch.equal(batch.y.abs(), (number + 10)[:, None, None, None].expand(-1, 1, 4, 4))
+    assert float(flipped.double().mean()) == pytest.approx(0.5, abs=0.08)
+    assert batch.cond.labels.tolist() == (number.long() % 3).tolist()
+    pixels = BatchSource(config, numbered(17), CPU).draw(0, (200, 0, 200))  # the same rows, flipped the same
+    assert numbers(pixels) == number.long().tolist()
+    assert torch.equal(pixels.y[:, 0, 0, 0] == 1.0, flipped)
+
+
+def test_latents_without_mirror_images_are_drawn_unflipped_or_refused(tiny_config):
+    batch = BatchSource(tiny_config(training__flip=False), latents(mirrored=False), CPU).draw(0, (20, 20, 0))
+    assert bool((batch.y > 0).all())
+    message = r"training\.flip=True but data 'latents' has no mirrored latents, and a mirrored latent is not"
+    with pytest.raises(ValueError, match=message):
+        BatchSource(tiny_config(), latents(mirrored=False), CPU)
+
+
+def test_held_out_latents_are_unflipped_and_labelled(tiny_config):
+    config = tiny_config(network__num_classes=3, training__held_out_rows=34)
+    batch = held_out_batch(config, latents(), 2, CPU)
+    number = (batch.y[:, 0, 0, 0] - 10).long().tolist()
+    assert sorted(number) == sorted([*range(17)] * 2)
+    assert batch.cond.labels.tolist() == [n % 3 for n in number]
+
+
+# -- labels in every family -------------------------------------------------------------------------------------------
+
+WIDE = {"network__encoder_width": 64, "network__decoder_widths": (64, 64, 64)}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("ncsnpp", {"diffusion__precondition": "vp-eps"}), ("ddpmpp", {}), ("ldm", WIDE)],
+)
+def test_a_step_of_every_family_learns_from_the_labels_of_its_rows(tiny_config, tiny_data, family, changes):
+    changes = {"network__family": family, "network__num_classes": 5, "network__augment_dim": 9, **changes}
+    config = tiny_config(training__label_dropout=0.3, training__augment=0.5, **changes)
+    torch.manual_seed(0)
+    denoiser = build_denoiser(config)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # the last layers start near zero
+    batch = BatchSource(config, tiny_data(4, classes=4), CPU).draw(0, (2, 2, 2))
+    shown = batch.cond.labels.unique().tolist()
+    assert -1 in shown
+    sum(stage_losses(denoiser, batch)).backward()
+    embedding = denoiser.network.encoders[0].embedding
+    learned = embedding.label.weight.grad.abs().sum(0).nonzero()[:, 0].tolist()
+    assert learned == [label for label in shown if label >= 0]  # class 4 is never seen
+    told = batch.cond.augment.abs().sum(0).ne(0)
+    assert torch.equal(embedding.augment.weight.grad.abs().sum(0).ne(0), told)
+
+    held_out = held_out_batch(config, tiny_data(4, classes=4), 1, CPU)
+    assert sorted(held_out.cond.labels.tolist()) == [0, 1, 2, 3]
+    with torch.no_grad():
+        kept = stage_losses(denoiser, held_out)[1]
+        hidden = dataclasses.replace(held_out.cond, labels=torch.full((4,), -1))
+        assert abs(float(kept - stage_losses(denoiser, dataclasses.replace(held_out, cond=hidden))[1])) > 1e-4

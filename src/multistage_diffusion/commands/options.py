@@ -71,6 +71,8 @@ class SamplerOptions:
     """Stochasticity of heun (S_churn)."""
     eta: Annotated[float | None, option("FLOAT", "the run's")] = None
     """Stochasticity of ddim."""
+    guidance: Annotated[float | None, option("FLOAT", "the run's")] = None
+    """Classifier-free guidance: 0 unconditional, 1 conditional."""
 
     def sampling_config(self, own: SamplingConfig) -> SamplingConfig:
         """Return a run's sampling configuration with these options applied."""

@@ -4,16 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .. import keyed
 from ..config import RunConfig, TrainingConfig
 from ..contracts import Conditioning
-from ..data import ImageData, to_float
+from ..data import to_float
 from ..schedules import SigmaPrior
 from ..stages import Stages
+from .augment import LABELS, augment
+
+
+class TrainingData(Protocol):
+    """Images or latents at rest (data.ImageData is one).
+
+    Where `tensor` is floats, an attribute `mirrored` holds the same of the mirrored images, for training.flip, or None.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the data are called in messages."""
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        """Class numbers (N,), or None."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 without labels."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of a row."""
+
+    def __len__(self) -> int: ...
+
+    def tensor(self) -> Tensor:
+        """Return all rows (N, C, H, W): uint8 pixels, or float32 latents as the network is to see them."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +53,11 @@ class Batch:
     """Rows sorted by stage.
 
     Attributes:
-        y: clean images in [-1, 1], float32 (B, C, H, W).
+        y: clean images in [-1, 1], or latents, float32 (B, C, H, W).
         noise: standard normal, same shape.
         sigma: float64 (B,).
         counts: rows of each stage.
-        cond: labels, or None.
+        cond: class and augmentation labels, or None.
     """
 
     y: Tensor
@@ -87,28 +119,49 @@ def row_counts(training: TrainingConfig, shares: Sequence[float]) -> tuple[int, 
 
 
 class BatchSource:
-    """Draws training rows from a data set held as uint8, on the device when it fits there."""
+    """Draws training rows from a data set, kept as it is at rest, on the device when it fits there.
+
+    Raises:
+        ValueError: if the data have no labels or too many classes for the network, cannot be flipped, or the network has
+            no input for what was augmented.
+    """
 
     device_budget = 4 << 30  # bytes of images kept on an accelerator
 
-    def __init__(self, config: RunConfig, data: ImageData, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, data: TrainingData, device: torch.device) -> None:
         self.training, self.stages, self.prior = config.training, config.stages, config.diffusion.prior
         self.device = device
+        self._check(config, data)
         self.images = data.tensor()
-        if device.type != "cpu" and self.images.nbytes <= self.device_budget:
+        # the latents of mirrored images; pixels are mirrored as they are drawn
+        self.mirrored: Tensor | None = getattr(data, "mirrored", None) if self.training.flip else None
+        if self.training.flip and self.images.is_floating_point() and self.mirrored is None:
+            raise ValueError(
+                f"training.flip=True but data {data.name!r} has no mirrored latents, and a mirrored latent is not the latent "
+                "of the mirrored image; set it to False"
+            )
+        kept = self.images.nbytes + (0 if self.mirrored is None else self.mirrored.nbytes)
+        if device.type != "cpu" and kept <= self.device_budget:
             self.images = self.images.to(device)
-        wanted = config.network.num_classes > 0
-        if wanted and data.labels is None:
-            raise ValueError(
-                f"network.num_classes={config.network.num_classes} but data {data.name!r} has no labels; set it to 0"
-            )
-        if wanted and data.num_classes > config.network.num_classes:
-            raise ValueError(
-                f"network.num_classes={config.network.num_classes} but data {data.name!r} has {data.num_classes} classes; "
-                "set it to that"
-            )
-        self.labels = torch.from_numpy(data.labels).to(device) if wanted and data.labels is not None else None
+            self.mirrored = None if self.mirrored is None else self.mirrored.to(device)
+        wanted = config.network.num_classes > 0 and data.labels is not None
+        self.labels = torch.from_numpy(data.labels).to(device) if wanted else None
         self._orders: dict[int, tuple[int, Tensor]] = {}
+
+    @staticmethod
+    def _check(config: RunConfig, data: TrainingData) -> None:
+        classes, training = config.network.num_classes, config.training
+        if classes and data.labels is None:
+            raise ValueError(f"network.num_classes={classes} but data {data.name!r} has no labels; set it to 0")
+        if classes and data.num_classes > classes:
+            raise ValueError(
+                f"network.num_classes={classes} but data {data.name!r} has {data.num_classes} classes; set it to that"
+            )
+        if training.augment and config.network.augment_dim != LABELS:
+            raise ValueError(
+                f"training.augment={training.augment} needs network.augment_dim={LABELS}, not "
+                f"{config.network.augment_dim}: the network must be told what was done to an image"
+            )
 
     def draw(self, step: int, counts: Sequence[int], part: int = 0, parts: int = 1) -> Batch:
         """Draw the rows of one step, or one of several equal parts of them (gradient accumulation).
@@ -124,10 +177,23 @@ class BatchSource:
                 continue
             keyed_row = (stage << 32) + row
             u = keyed.uniform((seed, "sigma", step), keyed_row, 1)[:, 0]
-            sigmas.append(self.prior.sample_within(u, *self.stages.interval(stage)))
+            sigmas.append(self._sigma(step, stage, u, keyed_row))
             picks.append(self._pick(stage, step * count + row))
             rows.append(keyed_row)
         return self._assemble(step, torch.cat(picks), torch.cat(sigmas), torch.cat(rows), tuple(sizes))
+
+    def _sigma(self, step: int, stage: int, u: Tensor, rows: Tensor) -> Tensor:
+        """Map uniforms to the stage's interval, or, where a coin says so, to the whole prior.
+
+        Those are the soft intervals of Lee et al. 2024, "Multi-architecture multi-expert diffusion models".
+        """
+        sigma = self.prior.sample_within(u, *self.stages.interval(stage))
+        soft = self.training.soft_intervals
+        share = soft[stage] if isinstance(soft, tuple) else soft
+        if share:
+            coins = keyed.uniform((self.training.seed, "soft intervals", step), rows, 1)[:, 0]
+            sigma = torch.where(coins < share, self.prior.sample(u), sigma)
+        return sigma
 
     def _pick(self, stage: int, position: Tensor) -> Tensor:
         """Return the images at positions of a stage's endless stream, a fresh permutation for every epoch.
@@ -151,23 +217,38 @@ class BatchSource:
         return known[1]
 
     def _assemble(self, step: int, pick: Tensor, sigma: Tensor, rows: Tensor, counts: tuple[int, ...]) -> Batch:
-        seed = self.training.seed
+        seed, training = self.training.seed, self.training
         rows, sigma = rows.to(self.device), sigma.to(self.device)
-        y = to_float(self.images[pick.to(self.images.device)].to(self.device))
+        y = self._rows(self.images, pick)
         noise = keyed.normal((seed, "noise", step), rows, y.shape[1:])
-        if self.training.flip:
+        labels = done = None
+        if training.augment:
+            y, done = augment(y, training.augment, (seed, "augment", step), rows, flip=training.flip)
+        elif training.flip:
             coins = keyed.uniform((seed, "flips", step), rows, 1)
-            y = torch.where((coins[:, 0] < 0.5)[:, None, None, None], y.flip(-1), y)
-        cond = None
+            mirrored = y.flip(-1) if self.mirrored is None else self._rows(self.mirrored, pick)
+            y = torch.where((coins[:, 0] < 0.5)[:, None, None, None], mirrored, y)
         if self.labels is not None:
             labels = self.labels[pick.to(self.device)]
             coins = keyed.uniform((seed, "labels", step), rows, 1)
-            cond = Conditioning(labels=torch.where(coins[:, 0] < self.training.label_dropout, -1, labels))
+            labels = torch.where(coins[:, 0] < training.label_dropout, -1, labels)
+        cond = None if labels is None and done is None else Conditioning(labels=labels, augment=done)
         return Batch(y, noise, sigma, counts, cond)
 
+    def _rows(self, data: Tensor, pick: Tensor) -> Tensor:
+        return _as_float(data[pick.to(data.device)].to(self.device))
 
-def held_out_batch(config: RunConfig, data: ImageData, stage: int, device: torch.device) -> Batch:
-    """Return one stage's held-out rows: the same images and noise at every evaluation, no flips, labels kept."""
+
+def _as_float(rows: Tensor) -> Tensor:
+    """Map pixels to [-1, 1]; latents are what the network is to see."""
+    return rows if rows.is_floating_point() else to_float(rows)
+
+
+def held_out_batch(config: RunConfig, data: TrainingData, stage: int, device: torch.device) -> Batch:
+    """Return one stage's held-out rows: the same images and noise at every evaluation, labels kept.
+
+    Nothing is flipped, augmented or drawn from beyond the stage's own interval.
+    """
     count = config.training.held_out_rows
     row = torch.arange(count)
     key = (config.training.seed, "held-out", stage)
@@ -176,7 +257,7 @@ def held_out_batch(config: RunConfig, data: ImageData, stage: int, device: torch
     # in a drawn order: files come sorted by class, and rows by noise level
     order = torch.randperm(len(data), generator=keyed.generator((config.training.seed, "held-out images")))
     pick = order[row % len(data)]
-    y = to_float(torch.from_numpy(data.images[pick.numpy()])).to(device)
+    y = _as_float(data.tensor()[pick]).to(device)
     labels = torch.from_numpy(data.labels[pick.numpy()]).to(device) if data.labels is not None else None
     return Batch(
         y=y,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..pictures import grid, save_png
 from ..sampling import sample_images
@@ -13,10 +15,15 @@ from .trainer import Callback, Trainer
 
 
 class SampleGrid(Callback):
-    """Draws the same noise through the averaged weights every training.sample_every steps: RUN/samples/step_N.png."""
+    """Draws the same noise through the averaged weights every training.sample_every steps: RUN/samples/step_N.png.
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
+    Args:
+        shape: of what the network makes, (C, H, W).
+        decode: maps that to images, where it is a latent.
+    """
+
+    def __init__(self, shape: tuple[int, ...], decode: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.shape, self.decode = shape, decode
 
     def stepped(self, trainer: Trainer) -> None:
         """Draw a grid when its time has come."""
@@ -33,6 +40,7 @@ class SampleGrid(Callback):
                 seed=training.seed,
                 labels=example_labels(config.network.num_classes, training.sample_count),
                 device=trainer.device,
+                decode=self.decode,
             )
         except FloatingPointError as error:  # a young network may sample badly; training goes on
             warnings.warn(f"no sample grid at step {trainer.step}: {error}", stacklevel=2)

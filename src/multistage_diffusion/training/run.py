@@ -105,7 +105,10 @@ class Run:
         Raises:
             ValueError: if the data are not those that the run was started on.
         """
-        return open_configured(config or self.config().data)
+        config = config or self.config().data
+        if not config.source:
+            raise ValueError(f"data.source: {self.path} was imported and knows no data of its own yet; give --data")
+        return open_configured(config)
 
     def checkpoint(self, which: str = "best") -> Path:
         """Return the folder of a checkpoint.

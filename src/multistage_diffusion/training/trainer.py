@@ -13,14 +13,14 @@ from torch import nn
 
 from .. import keyed
 from ..config import RunConfig
-from ..data import ImageData
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from . import checkpoint as ckpt
-from .batches import BatchSource, held_out_batch, row_counts, stage_shares, stage_weights
+from .batches import BatchSource, TrainingData, held_out_batch, row_counts, stage_shares, stage_weights
 from .devices import autocast_dtype, resolve_device
 from .ema import EMA
 from .losses import objective, stage_losses
 from .run import Run
+from .warm_start import WarmStart, warm_start
 
 # Loss scales start at 2^16 and halve at every overflow; below this it is no longer the scale's fault.
 SMALLEST_SCALE = 2.0**-20
@@ -64,8 +64,8 @@ class Trainer:
     def __init__(
         self,
         run: Run,
-        data: ImageData,
-        held_out: ImageData | None = None,
+        data: TrainingData,
+        held_out: TrainingData | None = None,
         *,
         config: RunConfig | None = None,
         device: str | torch.device | None = None,
@@ -95,9 +95,14 @@ class Trainer:
         }
         self.step, self.stopping = 0, False
         self.sums = RunningSums(len(config.stages))
+        self.warm_start: WarmStart | None = None
         latest = ckpt.list_checkpoints(run.checkpoints)
         if latest:
             self._restore(latest[-1])
+        elif training.init_from:
+            self.warm_start = warm_start(training.init_from, config)
+            for module in (self.denoiser, self.ema.module):
+                module.load_state_dict({**module.state_dict(), **self.warm_start.tensors})
 
     @property
     def images(self) -> int:

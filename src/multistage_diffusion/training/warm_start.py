@@ -1,0 +1,127 @@
+"""Warm start: an ordinary trained model's encoder and decoder cloned into a multi-decoder network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config import RunConfig
+from ..denoisers import MultiStageDenoiser, build_denoiser
+from .run import Run
+
+_LABELS = ("embedding.label.", "embedding.augment.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """What a warm start takes over.
+
+    Attributes:
+        tensors: {name in the new denoiser: trained tensor}.
+        cloned, fresh: names of the parts taken over, and of those that start from scratch.
+    """
+
+    tensors: dict[str, Tensor]
+    cloned: tuple[str, ...]
+    fresh: tuple[str, ...]
+
+
+def warm_start(path: Path | str, config: RunConfig) -> WarmStart:
+    """Read a trained run's averaged weights (its best checkpoint) for a new network.
+
+    The encoder is taken over whole. A decoder of the new network is cloned from the run's only decoder, or, where the run
+    has as many, from the one of the same stage, if their shapes are equal; wider or narrower ones start from scratch.
+
+    Args:
+        path: the trained run.
+        config: of the new run.
+
+    Raises:
+        ValueError: if there is no such run, its network output means something else, or the encoders differ.
+    """
+    run = Run.open(path)
+    own, trained = _meanings(config), _meanings(run.config())
+    for key, value in own.items():
+        if trained.get(key, value) != value:
+            raise ValueError(
+                f"training.init_from={path}: was trained with {key}={trained[key]}, the new run has {value}"
+            )
+    with torch.device("meta"):
+        target = build_denoiser(config)
+    return _matched(path, run.denoiser("best"), target)
+
+
+def _meanings(config: RunConfig) -> dict[str, object]:
+    """Return what decides the meaning of equal weights."""
+    network, diffusion = config.network, config.diffusion
+    meanings: dict[str, object] = {
+        "network.family": network.family,
+        "network.head_channels": network.head_channels,
+        "diffusion.precondition": diffusion.precondition,
+    }
+    if diffusion.precondition == "edm":
+        meanings["diffusion.sigma_data"] = diffusion.sigma_data
+    if diffusion.precondition == "vp-eps":  # in whose time the network is told its noise
+        meanings["diffusion.schedule"] = diffusion.schedule
+    return meanings
+
+
+def _matched(path: Path | str, source: MultiStageDenoiser, target: MultiStageDenoiser) -> WarmStart:
+    pairs: dict[str, Tensor] = {}
+    cloned, fresh = [], []
+    prefixes = {module: prefix for prefix, module in target.named_modules()}
+    for name, part in target.network.parts().items():
+        given = _counterpart(name, source, target)
+        if given is not None and _fits(given, part):
+            pairs |= _tensors(given, prefixes[part], part)
+            cloned.append(name)
+        elif name == "encoder":
+            raise ValueError(f"training.init_from={path}: {_difference(given, part)}; the encoders must be alike")
+        else:
+            fresh.append(name)
+    if not cloned:
+        raise ValueError(f"training.init_from={path}: no part of its network fits the new one; nothing would be cloned")
+    return WarmStart(tensors=pairs, cloned=tuple(cloned), fresh=tuple(fresh))
+
+
+def _counterpart(name: str, source: MultiStageDenoiser, target: MultiStageDenoiser) -> nn.Module | None:
+    """Return the trained part that a new one may be cloned from."""
+    kind, _, stage = name.partition(".")
+    parts = source.network.parts()
+    trained = [part for key, part in parts.items() if key.partition(".")[0] == kind]
+    if len(trained) == 1:
+        return trained[0]
+    return trained[int(stage) - 1] if stage and len(source.stages) == len(target.stages) else None
+
+
+def _fits(given: nn.Module, part: nn.Module) -> bool:
+    return _shapes(given) == _shapes(part)
+
+
+def _shapes(part: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of a part's tensors, those of label layers left out: not every network has them."""
+    return {key: value.shape for key, value in part.state_dict().items() if not key.startswith(_LABELS)}
+
+
+def _tensors(given: nn.Module, prefix: str, part: nn.Module) -> dict[str, Tensor]:
+    """Return a part's tensors; labels that the trained network did not know start without effect."""
+    theirs = given.state_dict()
+    return {
+        f"{prefix}.{key}": theirs[key].clone()
+        if key in theirs and theirs[key].shape == value.shape
+        else torch.zeros(value.shape)
+        for key, value in part.state_dict().items()
+    }
+
+
+def _difference(given: nn.Module | None, part: nn.Module) -> str:
+    """Name the first tensor in which two encoders differ."""
+    if given is None:
+        return "it has an encoder for every stage"
+    theirs, ours = _shapes(given), _shapes(part)
+    key = next(key for key in [*ours, *theirs] if ours.get(key) != theirs.get(key))
+    had, needed = (list(shapes[key]) if key in shapes else "nothing" for shapes in (theirs, ours))
+    return f"its encoder has {had} for {key}, the new one {needed}"

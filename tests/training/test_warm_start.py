@@ -1,0 +1,126 @@
+"""A one-stage network cloned into every stage is the same denoiser; whatever does not fit starts from scratch or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from multistage_diffusion.config import RunConfig
+from multistage_diffusion.contracts import Conditioning
+from multistage_diffusion.denoisers import MultiStageDenoiser
+from multistage_diffusion.training.run import Run
+from multistage_diffusion.training.trainer import Trainer
+from multistage_diffusion.training.warm_start import warm_start
+
+ONE = {"stages__interior": [], "network__decoder_widths": [8]}
+
+
+@pytest.fixture
+def trained(tmp_path, tiny_config, tiny_data):
+    """Return a function that makes a run with a checkpoint whose averaged weights are random."""
+
+    def make(name: str = "one", **changes: object) -> Run:
+        run = Run.create(tmp_path / name, tiny_config(**{**ONE, **changes}))
+        classes = run.config().network.num_classes
+        trainer = Trainer(run, tiny_data(classes=classes), device="cpu")
+        with torch.no_grad():
+            for parameter in trainer.ema.module.parameters():
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+        trainer.step = 4
+        trainer.save()
+        return run
+
+    return make
+
+
+def started(path: Path, config: RunConfig, data) -> Trainer:
+    return Trainer(Run.create(path, config), data, device="cpu")
+
+
+def at_every_stage(denoiser: MultiStageDenoiser, cond: Conditioning | None = None) -> torch.Tensor:
+    x = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return denoiser.eval()(x, torch.tensor([0.05, 0.1, 0.3, 0.5, 1.0, 5.0], dtype=torch.float64), cond)
+
+
+def test_clones_in_every_stage_are_the_same_denoiser(trained, tiny_config, tiny_data, tmp_path) -> None:
+    run = trained()
+    config = tiny_config(network__decoder_widths=[8, 8, 8], training__init_from=str(run.path))
+    trainer = started(tmp_path / "three", config, tiny_data())
+    expected = at_every_stage(run.denoiser())
+    torch.testing.assert_close(at_every_stage(trainer.denoiser), expected)
+    torch.testing.assert_close(at_every_stage(trainer.ema.module), expected)
+
+
+def test_wider_and_narrower_decoders_start_from_scratch(trained, tiny_config, tiny_data, tmp_path) -> None:
+    run = trained()
+    start = warm_start(run.path, tiny_config())
+    assert start.cloned == ("encoder", "decoder.2")
+    assert start.fresh == ("decoder.1", "decoder.3")
+    trainer = started(tmp_path / "three", tiny_config(training__init_from=str(run.path)), tiny_data())
+    same = at_every_stage(trainer.denoiser) - at_every_stage(run.denoiser())
+    assert same[2:4].abs().max() < 1e-6
+    assert same[:2].abs().max() > 1e-3
+    assert same[4:].abs().max() > 1e-3
+
+
+def test_as_many_stages_are_cloned_one_by_one(trained, tiny_config) -> None:
+    three = trained("three", stages__interior=[0.2, 0.6], network__decoder_widths=[12, 8, 4])
+    start = warm_start(three.path, tiny_config(stages__interior=[0.3, 0.9]))
+    assert start.cloned == ("encoder", "decoder.1", "decoder.2", "decoder.3")
+    trained_weights = three.denoiser().state_dict()
+    assert start.tensors.keys() == trained_weights.keys()
+    assert all(torch.equal(start.tensors[name], value) for name, value in trained_weights.items())
+
+
+def test_separate_networks_are_each_a_clone(trained, tiny_config) -> None:
+    config = tiny_config(network__decoder_widths=[8, 8, 8], network__separate=True)
+    assert len(warm_start(trained().path, config).cloned) == 6
+
+
+def test_labels_that_were_not_known_start_without_effect(trained, tiny_config, tiny_data, tmp_path) -> None:
+    run = trained()
+    changes = {"network__decoder_widths": [8, 8, 8], "network__num_classes": 3, "training__init_from": str(run.path)}
+    trainer = started(tmp_path / "conditional", tiny_config(**changes), tiny_data(classes=3))
+    conditional = at_every_stage(trainer.denoiser, Conditioning(labels=torch.tensor([0, 1, 2, 0, 1, -1])))
+    torch.testing.assert_close(conditional, at_every_stage(run.denoiser()))
+
+
+def test_a_stopped_run_goes_on_from_its_checkpoint_not_from_its_start(
+    trained, tiny_config, tiny_data, tmp_path
+) -> None:
+    config = tiny_config(network__decoder_widths=[8, 8, 8], training__init_from=str(trained().path))
+    trainer = started(tmp_path / "three", config, tiny_data())
+    trainer.fit()
+    again = Trainer(trainer.run, tiny_data(), device="cpu")
+    assert again.step == 4
+    assert torch.equal(at_every_stage(again.denoiser), at_every_stage(trainer.denoiser))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"network__encoder_width": 12},
+            r"its encoder has \[32, 8\] for embedding.linear0.weight, the new one \[48, 12\]",
+        ),
+        ({"network__blocks_per_level": 2}, "its encoder has nothing for levels.0.blocks.1"),
+        ({"network__family": "ncsnpp"}, "trained with network.family=ddpmpp, the new run has ncsnpp"),
+        ({"diffusion__precondition": "velocity"}, "trained with diffusion.precondition=edm"),
+        ({"diffusion__sigma_data": 0.7}, "trained with diffusion.sigma_data=0.5, the new run has 0.7"),
+    ],
+)
+def test_what_cannot_be_cloned_is_refused(trained, tiny_config, changes: dict[str, object], message: str) -> None:
+    run = trained()
+    with pytest.raises(ValueError, match=message):
+        warm_start(run.path, tiny_config(**changes))
+
+
+def test_a_run_that_shares_nothing_is_refused(trained, tiny_config) -> None:
+    two = trained("two", stages__interior=[0.5], network__decoder_widths=[8, 8], network__separate=True)
+    with pytest.raises(ValueError, match="an encoder for every stage"):
+        warm_start(two.path, tiny_config())
+    with pytest.raises(ValueError, match="not a run"):
+        warm_start(two.path / "none", tiny_config())
