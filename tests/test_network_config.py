@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"family": "ldm", "decoder_attention": (True, False)}, "decoder_attention=[True, False] needs true"),
     ({"family": "ldm", "decoder_attention": ()}, "network.decoder_attention=[] needs true or false for each"),
+    ({"attention_shares": (0.5,)}, "network.attention_shares=[0.5] is a setting of network.family=meme only; leave it out"),
+    ({"family": "ldm", "attention_shares": (0.5,)}, "network.attention_shares=[0.5] is a setting"),
+    ({"family": "meme", "attention_shares": (0.5,), "head_channels": 16}, "network.head_channels=16 is a setting"),
+    ({"family": "meme"}, "network.attention_shares=None needs a number in [0, 1] for each of the 1 stages"),
+    ({"family": "meme", "attention_shares": (0.5, 0.5)}, "network.attention_shares=[0.5, 0.5] needs a number"),
+    ({"family": "meme", "attention_shares": (1.5,)}, "network.attention_shares=[1.5] needs a number in [0, 1]"),
+    ({"family": "meme", "attention_shares": (-0.5,)}, "network.attention_shares=[-0.5] needs a number in [0, 1]"),
+    ({"family": "meme", "attention_shares": (math.nan,)}, "network.attention_shares=[nan] needs a number"),
+    (
+        {"family": "meme", "decoder_widths": (64, 64), "attention_shares": (0.2, 0.8)},
+        "network.separate=False: the 2 experts of network.family=meme share nothing; set it to true",
+    ),
     ({"family": "ldm", "encoder_width": 48}, "48 x 1 = 48 channels is not divisible into 32 groups"),
     ({"family": "ldm", "decoder_widths": (80,)}, "GroupNorm; use a multiple of 32"),
 ]  # fmt: skip
@@ -66,14 +79,16 @@ def test_every_width_of_the_paper_is_accepted(width: int) -> None:
 def test_just_the_widths_that_no_network_can_have_are_refused() -> None:
     rng = random.Random(4)
     outcomes: set[tuple[str, bool]] = set()
-    for _ in range(60):
+    for _ in range(80):
+        family = rng.choice(["ncsnpp", "ddpmpp", "ldm", "meme"])
         choice: dict[str, Any] = {
-            "family": rng.choice(["ncsnpp", "ddpmpp", "ldm"]),
+            "family": family,
             "encoder_width": rng.choice([6, 12, 20, 36, 40, 48, 64]),
             "decoder_widths": (rng.choice([6, 12, 20, 28, 48, 64]),),
             "channel_mult": rng.choice([(1,), (2,), (1, 2), (2, 1), (1, 3)]),
             "blocks_per_level": rng.choice([1, 2]),
-            "attention_factors": (),
+            "attention_factors": (1,) if family == "meme" else (),
+            "attention_shares": (rng.choice([0.0, 0.1, 0.5, 1.0]),) if family == "meme" else None,
             "separate": rng.random() < 0.2,
         }
         try:
@@ -89,8 +104,8 @@ def test_just_the_widths_that_no_network_can_have_are_refused() -> None:
         except ValueError:
             impossible = True
         assert refused == impossible, choice
-        outcomes.add((choice["family"], refused))
-    assert len(outcomes) == 6
+        outcomes.add((family, refused))
+    assert len(outcomes) == 8
 
 
 @pytest.mark.parametrize("width", range(4, 140, 2))

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.description import calls_per_stage
-from multistage_diffusion.nets.cost import network_cost
+from multistage_diffusion.nets.cost import network_cost, weighted_multiply_adds
 from multistage_diffusion.paper_presets import PAPER_PRESETS
 from multistage_diffusion.presets import PRESETS, preset
 from multistage_diffusion.schedules import VP
@@ -28,7 +30,10 @@ def test_a_paper_preset_is_a_preset_of_its_name(name: str) -> None:
         ("cifar10-dpm", [0.442, 0.631]),
         ("cifar10-dpm-four-stages", [0.376, 0.526, 0.726]),
         ("cifar10-dpm-five-stages", [0.376, 0.476, 0.626, 0.776]),
+        ("cifar10-dpm-separate", [0.442, 0.631]),
+        ("cifar10-meme", [0.25, 0.5, 0.75]),
         ("cifar10-edm", [0.442, 0.636]),
+        ("cifar10-edm-separate", [0.442, 0.636]),
         ("cifar10-edm-one-stage", []),
         ("celeba32-edm", [0.442, 0.636]),
     ],
@@ -57,6 +62,63 @@ def test_the_edm_networks_have_their_known_sizes() -> None:
     assert [s.multiply_adds / 1e9 for s in cost.stages] == pytest.approx([35.56, 21.02, 7.58], abs=0.005)
     # The baseline is the middle stage alone: the published EDM network for CIFAR-10 has 55.7 M parameters.
     assert network_cost(preset("cifar10-edm-one-stage").network, 32, 32).total_parameters == cost.stages[1].parameters
+
+
+def test_the_edm_networks_train_on_the_published_augmentation() -> None:
+    for name in ("cifar10-edm", "cifar10-edm-one-stage", "cifar10-edm-separate", "celeba32-edm"):
+        config = preset(name)
+        assert (config.network.augment_dim, config.training.augment, config.training.flip) == (9, 0.12, True)
+
+
+@pytest.mark.parametrize(
+    ("shared", "millions", "giga"),
+    [
+        ("cifar10-dpm", [241.8, 107.5, 1.7], [39.66, 17.63, 0.28]),
+        ("cifar10-edm", [125.3, 55.7, 0.9], [47.28, 21.02, 0.33]),
+    ],
+)
+def test_separate_networks_differ_from_the_published_in_sharing_only(
+    shared: str, millions: list[float], giga: list[float]
+) -> None:
+    config = preset(f"{shared}-separate")
+    network = dataclasses.replace(config.network, separate=False)
+    assert dataclasses.replace(config, name=shared, network=network) == preset(shared)
+    cost = network_cost(config.network, 32, 32)
+    assert cost.shared_parameters == 0
+    # The middle one is the published baseline of one stage.
+    assert [s.parameters / 1e6 for s in cost.stages] == pytest.approx(millions, abs=0.06)
+    assert [s.multiply_adds / 1e9 for s in cost.stages] == pytest.approx(giga, abs=0.006)
+
+
+def test_the_meme_experts_cost_what_table_5_says() -> None:
+    config = preset("cifar10-meme")
+    network, training = config.network, config.training
+    cost = network_cost(network, 32, 32)
+    lengths = [1, 1, 1, 1]  # of the intervals of t
+    assert weighted_multiply_adds(cost, lengths) / 1e9 == pytest.approx(13.08, rel=5e-3)
+    # 7.85 PF of training: a forward pass of one image for every iteration
+    assert training.steps * weighted_multiply_adds(cost, lengths) / 1e15 == pytest.approx(7.85, rel=5e-3)
+    assert network.separate
+    assert network.attention_shares is not None
+    assert list(network.attention_shares) == [
+        (k + 0.5) / 4 for k in range(4)
+    ]  # more attention where there is more noise
+    multistage = preset("cifar10-dpm")
+    assert dataclasses.replace(training, steps=250_000, soft_intervals=0.0) == multistage.training
+    assert (config.optimizer, config.diffusion, config.sampling) == (
+        multistage.optimizer,
+        multistage.diffusion,
+        multistage.sampling,
+    )
+    assert training.soft_intervals == (0.2, 0.6, 0.8, 0.9)
+
+
+def test_the_ldm_networks_see_latents_of_large_images() -> None:
+    for name in LDM:
+        config = preset(name)
+        assert (config.data.shape, config.input_shape) == ((3, 256, 256), (3, 64, 64))
+        assert (config.codec.source, config.codec.subfolder) == ("hf:CompVis/ldm-celebahq-256", "vqvae")
+        assert config.codec.scale == 1.0
 
 
 def test_the_ldm_networks_are_cut_at_steps() -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 LDM_GROUPS = 32  # of every GroupNorm of the LDM U-Net
+# Settings that one family alone has: (family, name, default).
+OWN_SETTINGS = (("ldm", "head_channels", 32), ("ldm", "decoder_attention", None), ("meme", "attention_shares", None))
 
 
 def require(condition: bool, message: str) -> None:
@@ -19,22 +21,25 @@ class NetworkConfig:
     """Widths and depth of a multi-decoder U-Net.
 
     Attributes:
-        family: "ncsnpp" (score_sde's NCSN++), "ddpmpp" (EDM's DDPM++) or "ldm" (latent diffusion's U-Net).
+        family: "ncsnpp" (score_sde's NCSN++), "ddpmpp" (EDM's DDPM++), "ldm" (latent diffusion's U-Net) or "meme" (the
+            iU-Net of MEME's experts).
         channels: image channels.
         encoder_width: width of the shared encoder; the embedding is 4 times as wide.
         decoder_widths: one width per stage, lowest noise first.
         channel_mult: width factor per level; each level halves the resolution of the one before.
         blocks_per_level: residual blocks per encoder level (a decoder has one more).
-        attention_factors: downsample factors at which blocks attend (1 is full resolution).
+        attention_factors: downsample factors at which blocks attend, or with "meme" have mixers (1 is full resolution).
         dropout: probability inside residual blocks.
         separate: no sharing: stage k is an ordinary network of width decoder_widths[k], encoder included.
         num_classes: 0 for unconditional.
         augment_dim: length of the augmentation label, 0 for none.
         head_channels: channels of an attention head ("ldm" only; the others have one head).
         decoder_attention: per stage, whether its decoder attends ("ldm" only); None: all do.
+        attention_shares: per stage, the share of a mixer's channels that attention mixes, the others being left to
+            convolution ("meme" only, which needs it).
     """
 
-    family: Literal["ncsnpp", "ddpmpp", "ldm"] = "ncsnpp"
+    family: Literal["ncsnpp", "ddpmpp", "ldm", "meme"] = "ncsnpp"
     channels: int = 3
     encoder_width: int = 128
     decoder_widths: tuple[int, ...] = (128,)
@@ -47,6 +52,7 @@ class NetworkConfig:
     augment_dim: int = 0
     head_channels: int = 32
     decoder_attention: tuple[bool, ...] | None = None
+    attention_shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         require(self.channels > 0, f"network.channels={self.channels} must be positive")
@@ -64,14 +70,15 @@ class NetworkConfig:
             )
         require(min(self.channel_mult) > 0, f"network.channel_mult={list(self.channel_mult)} must be positive")
         self._check_widths()
+        for family, name, default in OWN_SETTINGS:
+            require(
+                self.family == family or getattr(self, name) == default,
+                f"network.{name}={_plain(getattr(self, name))} is a setting of network.family={family} only; leave it out",
+            )
         if self.family == "ldm":
             self._check_heads()
-        else:
-            for name, default in (("head_channels", 32), ("decoder_attention", None)):
-                require(
-                    getattr(self, name) == default,
-                    f"network.{name}={_plain(getattr(self, name))} is a setting of network.family=ldm only; leave it out",
-                )
+        if self.family == "meme":
+            self._check_experts()
 
     def _check_widths(self) -> None:
         """Every GroupNorm must divide its channels."""
@@ -118,6 +125,19 @@ class NetworkConfig:
                 channels % self.head_channels == 0,
                 f"network.head_channels={self.head_channels} does not divide {channels} channels that attend; use 32",
             )
+
+    def _check_experts(self) -> None:
+        """MEME's experts share nothing, and each has its share of attention."""
+        stages, shares = len(self.decoder_widths), self.attention_shares
+        require(
+            self.separate or stages == 1,
+            f"network.separate={self.separate}: the {stages} experts of network.family=meme share nothing; set it to true",
+        )
+        require(
+            shares is not None and len(shares) == stages and all(0 <= share <= 1 for share in shares),
+            f"network.attention_shares={_plain(shares)} needs a number in [0, 1] for each of the {stages} stages: the "
+            "share of channels that attend",
+        )
 
     def _joined_channels(self, encoder: int, decoder: int) -> list[int]:
         """Channels of [h, skip] at the head of a decoder's blocks; h enters the bottom at the encoder's width."""

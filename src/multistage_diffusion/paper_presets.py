@@ -1,7 +1,8 @@
 """The paper's networks as run configurations, each with its published training settings.
 
 Source: "Improving Training Efficiency of Diffusion Models via Multi-Stage Framework and Tailored Multi-Decoder
-Architecture" (CVPR 2024), Tables 7, 8 and 9 and appendix B. Widths are recovered from the printed parameter counts.
+Architecture" (CVPR 2024), Tables 5, 7, 8 and 9 and appendix B. Widths are recovered from the printed parameter counts,
+but for those of MEME and of the separate networks, which are chosen here.
 None has a data source: `msdiff train --preset NAME --data DATA`. A tenth of the images is held out unless data.held_out
 says otherwise.
 """
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .config import (
+    CodecConfig,
     DataConfig,
     DiffusionConfig,
     NetworkConfig,
@@ -113,10 +115,47 @@ def cifar10_dpm_five_stages() -> RunConfig:
     return _dpm("cifar10-dpm-five-stages", 64, (224, 160, 160, 64, 48))
 
 
+def cifar10_dpm_separate() -> RunConfig:
+    """CIFAR-10, DPM-Solver without sharing: three separate NCSN++ of widths 192/128/16 on the stages of cifar10-dpm.
+
+    The widths are chosen here: a stage's network has the width of its published decoder throughout, so that stage 2 is
+    exactly the one-stage baseline.
+    """
+    return _separate("cifar10-dpm-separate", cifar10_dpm())
+
+
+def _separate(name: str, shared: RunConfig) -> RunConfig:
+    return dataclasses.replace(shared, name=name, network=dataclasses.replace(shared.network, separate=True))
+
+
+def cifar10_meme() -> RunConfig:
+    """CIFAR-10, MEME baseline (Table 5): four separate iU-Nets of width 128 on equal intervals of t.
+
+    Published: four experts on equal intervals, soft intervals; by the comparison, 600k iterations in all and 13.08 GFLOPs.
+    Chosen here: depth and width, for a mean of 13.06 GFLOPs over the experts; the share of attention, as the middle of an
+    expert's interval; everything else, as for the DPM-Solver networks. The soft intervals are those that MEME is
+    reported to use.
+    """
+    base = _dpm("cifar10-meme", 128, (128,) * 4)
+    return dataclasses.replace(
+        base,
+        network=dataclasses.replace(
+            base.network,
+            family="meme",
+            blocks_per_level=5,
+            attention_factors=(1, 2, 4, 8),
+            attention_shares=(0.125, 0.375, 0.625, 0.875),
+            separate=True,
+        ),
+        stages=vp_stages((0.25, 0.5, 0.75), rule="uniform in t"),
+        training=dataclasses.replace(base.training, steps=600_000, soft_intervals=(0.2, 0.6, 0.8, 0.9)),
+    )
+
+
 def cifar10_edm() -> RunConfig:
     """CIFAR-10, Multistage EDM: DDPM++, encoder 128, decoders 192/128/16, the paper's sigma edges.
 
-    Sampled by Heun in 35 calls. Without EDM's augmentation, which this release does not make yet.
+    With EDM's augmentation; sampled by Heun in 35 calls.
     """
     return RunConfig(
         name="cifar10-edm",
@@ -129,12 +168,19 @@ def cifar10_edm() -> RunConfig:
             blocks_per_level=4,
             attention_factors=(2,),
             dropout=0.13,
+            augment_dim=9,
         ),
         diffusion=DiffusionConfig(precondition="edm", schedule=EDM(), prior=LogNormal()),
         stages=Stages(EDGES_SIGMA, CUT_ON),
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=20_000, clip=None),
         training=TrainingConfig(
-            steps=400_000, batch=512, update_mode="one-stage", shares="prior", weights="prior", ema_rampup=0.05
+            steps=400_000,
+            batch=512,
+            update_mode="one-stage",
+            shares="prior",
+            weights="prior",
+            ema_rampup=0.05,
+            augment=0.12,
         ),
         sampling=SamplingConfig(solver="heun", calls=35, spacing="edm"),
     )
@@ -149,6 +195,14 @@ def cifar10_edm_one_stage() -> RunConfig:
         network=dataclasses.replace(multistage.network, decoder_widths=(128,)),
         stages=Stages(),
     )
+
+
+def cifar10_edm_separate() -> RunConfig:
+    """CIFAR-10, EDM without sharing: three separate DDPM++ of widths 192/128/16 on the stages of cifar10-edm.
+
+    Widths are chosen as those of cifar10-dpm-separate.
+    """
+    return _separate("cifar10-edm-separate", cifar10_edm())
 
 
 def celeba32_edm() -> RunConfig:
@@ -170,7 +224,8 @@ def _ldm(name: str, encoder: int, decoders: tuple[int, ...]) -> RunConfig:
     origin = {"edges_t": list(edges), "schedule": "discrete", **CUT_ON}
     return RunConfig(
         name=name,
-        data=DataConfig(source="", shape=(3, 64, 64)),
+        data=DataConfig(source="", shape=(3, 256, 256)),
+        codec=CodecConfig(source="hf:CompVis/ldm-celebahq-256", subfolder="vqvae", scale=1.0, shape=(3, 64, 64)),
         network=NetworkConfig(
             family="ldm",
             encoder_width=encoder,
@@ -194,7 +249,7 @@ def _ldm(name: str, encoder: int, decoders: tuple[int, ...]) -> RunConfig:
             weights="shares",
             ema_halflife=332_700,  # 0.9999 per iteration of 48 images
             ema_rampup=0.0,
-            flip=False,  # a mirrored latent is not the latent of the mirrored image
+            flip=False,  # as LDM trains on CelebA-HQ
         ),
         sampling=SamplingConfig(solver="ddim", calls=20, spacing="time"),
     )
@@ -235,7 +290,10 @@ PAPER_PRESETS: dict[str, Callable[[], RunConfig]] = {
     "cifar10-dpm-two-stages": cifar10_dpm_two_stages,
     "cifar10-dpm-four-stages": cifar10_dpm_four_stages,
     "cifar10-dpm-five-stages": cifar10_dpm_five_stages,
+    "cifar10-dpm-separate": cifar10_dpm_separate,
+    "cifar10-meme": cifar10_meme,
     "cifar10-edm-one-stage": cifar10_edm_one_stage,
+    "cifar10-edm-separate": cifar10_edm_separate,
     "celeba32-edm": celeba32_edm,
     "celebahq-ldm": celebahq_ldm,
     "celebahq-ldm-table8-1": celebahq_ldm_table8_1,

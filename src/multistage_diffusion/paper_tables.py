@@ -224,7 +224,7 @@ def paper_tables() -> list[TableRow]:
 def compare(paper: PaperRow, network: NetworkConfig | None = None) -> Iterator[TableRow]:
     """Yield the lines of one network (default: its preset's) beside the paper's figures."""
     config = preset(paper.preset)
-    _, height, width = config.data.shape
+    _, height, width = config.input_shape
     cost = _cost(network or config.network, height, width)
     for stage, figures in zip(cost.stages, paper.stages, strict=True):
         yield _line(paper, str(stage.stage), stage.parameters, stage.multiply_adds, figures)

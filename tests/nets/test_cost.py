@@ -192,3 +192,84 @@ def test_ncsnpp_counts_neither_pyramid_nor_projections() -> None:
     by_hand += (block + 8 * 8) * coarse  # down block, with its 1x1 skip
     by_hand += 3 * block * coarse  # a block, two at the bottom
     assert network_cost(config, 8, 8).shared_multiply_adds == by_hand
+
+
+class MEMEByHand:
+    """One expert of MEME counted from its definition: parameters, 2-d convolutions and all other arithmetic."""
+
+    def __init__(self, width: int, share: float) -> None:
+        self.share, self.emb = share, 4 * width
+        self.parameters = self.convolutions = self.rest = 0
+        fine, coarse, deep = 24, 6, 2 * width  # pixels of 4 x 6 and of 2 x 3; channels below full resolution
+        self.linear(width, self.emb)
+        self.linear(self.emb, self.emb)
+        self.conv(9, 1, width, fine)
+        self.mixed(width, width, fine, 4)
+        self.block(width, width, coarse, skip=True)  # down
+        self.mixed(width, deep, coarse, 1)
+        self.mixed(deep, deep, coarse, 1)  # bottom
+        self.block(deep, deep, coarse)
+        self.mixed(deep + deep, deep, coarse, 1)
+        self.mixed(deep + width, deep, coarse, 1)
+        self.block(deep, deep, fine, skip=True)  # up
+        self.mixed(deep + width, width, fine, 4)
+        self.mixed(width + width, width, fine, 4)
+        self.parameters += 2 * width  # the last norm
+        self.conv(9, width, 1, fine)
+
+    def linear(self, before: int, after: int) -> None:
+        self.parameters += before * after + after
+        self.rest += before * after
+
+    def conv(self, kernel: int, before: int, after: int, pixels: int) -> None:
+        self.parameters += kernel * before * after + after
+        self.convolutions += kernel * before * after * pixels
+
+    def depthwise(self, channels: int, pixels: int) -> None:
+        self.parameters += 9 * channels + channels
+        self.convolutions += 9 * channels * pixels
+
+    def block(self, before: int, after: int, pixels: int, skip: bool = False) -> None:
+        self.parameters += 2 * before + 2 * after  # norms
+        self.conv(9, before, after, pixels)
+        self.linear(self.emb, after)
+        self.conv(9, after, after, pixels)
+        if skip or before != after:
+            self.conv(1, before, after, pixels)
+
+    def mixed(self, before: int, after: int, pixels: int, pooled: int) -> None:
+        self.block(before, after, pixels)
+        low = round(self.share * after)
+        high, tokens = (after - low) // 2, pixels // pooled
+        self.parameters += 2 * after  # norm
+        if high:
+            self.conv(1, high, high, pixels)
+            self.conv(1, high, high, pixels)
+            self.depthwise(high, pixels)
+        if low:
+            self.conv(1, low, 3 * low, tokens)
+            self.conv(1, low, low, tokens)
+            self.rest += 2 * tokens * tokens * low
+        self.depthwise(after, pixels)
+        self.conv(1, after, after, pixels)
+
+
+def test_meme_by_hand() -> None:
+    widths, shares = (8, 16, 8), (0.25, 0.75, 1.0)
+    config = NetworkConfig(
+        family="meme",
+        channels=1,
+        decoder_widths=widths,
+        channel_mult=(1, 2),
+        blocks_per_level=1,
+        attention_factors=(1, 2),
+        attention_shares=shares,
+        separate=True,
+    )
+    cost = network_cost(config, 4, 6)
+    for stage, width, share in zip(cost.stages, widths, shares, strict=True):
+        expert = MEMEByHand(width, share)
+        assert stage.parameters == expert.parameters
+        assert stage.multiply_adds == expert.convolutions
+        assert stage.true_flops == 2 * (expert.convolutions + expert.rest)
+    assert cost.shared_parameters == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..config import NetworkConfig
 from .ddpmpp import DDPMppDecoder, DDPMppEncoder
 from .ldm import LDMDecoder, LDMEncoder
+from .meme import MEMEDecoder, MEMEEncoder
 from .ncsnpp import NCSNppDecoder, NCSNppEncoder
 from .unet import MultiDecoderUNet
 
@@ -20,4 +21,6 @@ def build_network(config: NetworkConfig) -> MultiDecoderUNet:
         return MultiDecoderUNet(config, NCSNppEncoder, NCSNppDecoder)
     if config.family == "ldm":
         return MultiDecoderUNet(config, LDMEncoder, LDMDecoder)
+    if config.family == "meme":
+        return MultiDecoderUNet(config, MEMEEncoder, MEMEDecoder)
     return MultiDecoderUNet(config, DDPMppEncoder, DDPMppDecoder)

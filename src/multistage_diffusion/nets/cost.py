@@ -24,7 +24,8 @@ class StageCost:
         stage: 1 for the lowest noise.
         parameters: encoder and decoder.
         multiply_adds: in the paper's convention, 2-d convolutions only. NCSN++: without the attention's 1x1
-            projections and the pyramid's convolutions; DDPM++: all, projections included; LDM: without projections.
+            projections and the pyramid's convolutions; DDPM++: all, projections included; LDM: without projections;
+            MEME, for which no rule is printed: all, the 1x1 ones of mixers and of their attention included.
         true_flops: 2 per multiply-add, of everything: convolutions, FIR filters, linear layers, attention products.
     """
 

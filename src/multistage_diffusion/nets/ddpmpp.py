@@ -15,7 +15,7 @@ from .unet import Decoder, Encoded, Encoder
 class DDPMppEncoder(Encoder):
     """Levels of blocks joined by down blocks."""
 
-    def __init__(self, config: NetworkConfig, width: int) -> None:
+    def __init__(self, config: NetworkConfig, stage: int, width: int) -> None:
         super().__init__(config, width, down=BoxDown)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Encoded:

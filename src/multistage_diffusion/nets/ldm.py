@@ -95,7 +95,7 @@ class Middle(nn.Module):
 class LDMEncoder(nn.Module):
     """Embedding, input convolution, blocks per level, a stride-2 convolution between levels, and the middle."""
 
-    def __init__(self, config: NetworkConfig, width: int) -> None:
+    def __init__(self, config: NetworkConfig, stage: int, width: int) -> None:
         super().__init__()
         emb, widths = 4 * width, [width * mult for mult in config.channel_mult]
         self.embedding = NoiseEmbedding(width, config.num_classes, config.augment_dim, features=cosines_first)

@@ -13,7 +13,7 @@ from .unet import Decoder, Encoded, Encoder
 class NCSNppEncoder(Encoder):
     """After each down block the filtered image joins; two blocks and attention at the bottom belong to the encoder."""
 
-    def __init__(self, config: NetworkConfig, width: int) -> None:
+    def __init__(self, config: NetworkConfig, stage: int, width: int) -> None:
         super().__init__(config, width, down=FIRDown)
         widths = [width * mult for mult in config.channel_mult]
         self.pyramid = nn.ModuleList(

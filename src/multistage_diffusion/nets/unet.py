@@ -142,21 +142,22 @@ class MultiDecoderUNet(nn.Module):
 
     Args:
         config: widths and depth.
-        encoder: makes an encoder, (x, noise, cond) -> Encoded, from (config, width).
+        encoder: makes an encoder, (x, noise, cond) -> Encoded, from (config, stage index, width); the shared one is
+            made as stage 0's.
         decoder: makes a stage's decoder, Encoded -> output, from (config, stage index, encoder width).
     """
 
     def __init__(
         self,
         config: NetworkConfig,
-        encoder: Callable[[NetworkConfig, int], nn.Module],
+        encoder: Callable[[NetworkConfig, int, int], nn.Module],
         decoder: Callable[[NetworkConfig, int, int], nn.Module],
     ) -> None:
         super().__init__()
         self.config = config
         stages = range(len(config.decoder_widths))
         widths = config.decoder_widths if config.separate else (config.encoder_width,)
-        self.encoders = nn.ModuleList(encoder(config, width) for width in widths)
+        self.encoders = nn.ModuleList(encoder(config, k, width) for k, width in enumerate(widths))
         self.decoders = nn.ModuleList(decoder(config, k, widths[k if config.separate else 0]) for k in stages)
 
     def forward(self, x: Tensor, noise: Tensor, counts: Sequence[int], cond: Conditioning | None = None) -> Tensor:

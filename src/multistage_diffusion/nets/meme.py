@@ -1,0 +1,188 @@
+"""The iU-Net of MEME (Lee et al., AAAI 2024, "Multi-architecture multi-expert diffusion models").
+
+From the paper: experts on equal intervals of time, four of them, that share nothing; every expert is a U-Net that mixes
+positions as the Inception Transformer does (Si et al. 2022): channels are divided between a high-frequency mixer
+(max-pooling, depthwise convolution) and a low-frequency one (self-attention on an average-pooled map) and then fused;
+the noisier an expert's interval, the larger its low-frequency share.
+
+Chosen here, since no configuration for CIFAR-10 is published: the U-Net around the mixers is that of DDPM++ (its
+embedding, residual blocks, 2x2 resampling, GroupNorm and initialisation); a mixer stands where DDPM++ attends, after the
+two convolutions of a block, but in every block of the asked levels and in the decoder too; an expert's share is the same
+at every level (the paper's also grows with depth); attention has one head, on a map pooled 2x2 at full resolution
+and not pooled below.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import NetworkConfig
+from ..contracts import Conditioning
+from .blocks import SQRT_HALF, TINY, BoxDown, BoxUp, NoiseEmbedding, ResidualBlock, conv, group_norm
+from .unet import Encoded, attends, skip_widths
+
+
+def depthwise(channels: int) -> nn.Conv2d:
+    """Return a 3x3 convolution of every channel by itself: Xavier-uniform weights (fans of 9), zero biases."""
+    layer = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+    nn.init.uniform_(layer.weight, -(3**-0.5), 3**-0.5)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class PooledAttention(nn.Module):
+    """Low-frequency mixer: pool x pool averages, one head over all of them, nearest-neighbour enlargement."""
+
+    def __init__(self, channels: int, pool: int) -> None:
+        super().__init__()
+        self.down = nn.AvgPool2d(pool, ceil_mode=True) if pool > 1 else nn.Identity()
+        self.up = nn.Upsample(scale_factor=float(pool)) if pool > 1 else nn.Identity()
+        self.qkv = conv(channels, 3 * channels, 1)
+        self.proj = conv(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape; what remains of an odd size is averaged by itself."""
+        pooled = self.down(x)
+        q, k, v = self.qkv(pooled).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        tokens = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        out: Tensor = self.up(self.proj(tokens.transpose(1, 2).view_as(pooled)))
+        return out[..., : x.shape[2], : x.shape[3]]
+
+
+class InceptionMixer(nn.Module):
+    """Mix positions: max-pooling, convolution and attention each on their own channels, then fused (Si et al. 2022).
+
+    With x = [a, b, c] along the channels: y = [FC(max-pool(a)), depthwise(FC(b)), attention(c)] and the result is
+    FC(y + depthwise(y)), FC being a 1x1 convolution; the last starts near zero.
+
+    Args:
+        channels: even.
+        share: of the channels in c, in [0, 1], rounded to an even number; a and b have equal halves of the others. At 0
+            all mixing is within two pixels, at 1 there is no high-frequency mixer.
+        pool: side of the averages between which attention acts.
+    """
+
+    def __init__(self, channels: int, share: float, pool: int) -> None:
+        super().__init__()
+        low = 2 * round(share * channels / 2)
+        half = (channels - low) // 2
+        self.sizes = [half, half, low]
+        self.pooled = conv(half, half, 1) if half else None
+        self.convolved = nn.Sequential(conv(half, half, 1), depthwise(half)) if half else None
+        self.attention = PooledAttention(low, pool) if low else None
+        self.local = depthwise(channels)
+        self.proj = conv(channels, channels, 1, gain=TINY)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        a, b, c = x.split_with_sizes(self.sizes, dim=1)
+        parts = []
+        if self.pooled is not None and self.convolved is not None:
+            parts += [self.pooled(F.max_pool2d(a, 3, stride=1, padding=1)), self.convolved(b)]
+        if self.attention is not None:
+            parts.append(self.attention(c))
+        y = torch.cat(parts, dim=1)
+        out: Tensor = self.proj(y + self.local(y))
+        return out
+
+
+class MEMEBlock(nn.Module):
+    """A residual block, then, with a share, GroupNorm and a mixer, (x + h) / sqrt(2)."""
+
+    def __init__(
+        self, channels_in: int, channels: int, emb: int, dropout: float, share: float | None = None, pool: int = 1
+    ) -> None:
+        super().__init__()
+        self.block = ResidualBlock(channels_in, channels, emb, dropout)
+        self.mixer = (
+            None if share is None else nn.Sequential(group_norm(channels), InceptionMixer(channels, share, pool))
+        )
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map (B, channels_in, H, W) and the activated embedding (B, emb) to (B, channels, H, W)."""
+        h: Tensor = self.block(x, emb)
+        return h if self.mixer is None else (h + self.mixer(h)).mul_(SQRT_HALF)
+
+
+def level_blocks(
+    config: NetworkConfig, stage: int, level: int, inputs: list[int], width: int, emb: int
+) -> nn.ModuleList:
+    """Return an expert's blocks at a level, each taking so many channels and making `width`."""
+    assert config.attention_shares is not None
+    share = config.attention_shares[stage] if attends(config, level) else None
+    return nn.ModuleList(MEMEBlock(w, width, emb, config.dropout, share, pool_size(level)) for w in inputs)
+
+
+def pool_size(level: int) -> int:
+    """Attention sees a quarter of the positions at full resolution (at 32x32: 16x16 of them), below all."""
+    return 2 if level == 0 else 1
+
+
+class MEMEEncoder(nn.Module):
+    """Embedding, input convolution, blocks per level, a down block between levels, and two blocks at the bottom.
+
+    The first block of the bottom has a mixer whatever the resolution.
+    """
+
+    def __init__(self, config: NetworkConfig, stage: int, width: int) -> None:
+        super().__init__()
+        assert config.attention_shares is not None
+        emb, widths = 4 * width, [width * mult for mult in config.channel_mult]
+        self.embedding = NoiseEmbedding(width, config.num_classes, config.augment_dim)
+        self.conv_in = conv(config.channels, width)
+        self.downs = nn.ModuleList(ResidualBlock(w, w, emb, config.dropout, resample=BoxDown(w)) for w in widths[:-1])
+        self.levels = nn.ModuleList()
+        for level, (before, after) in enumerate(zip([width, *widths], widths, strict=False)):
+            inputs = [before] + [after] * (config.blocks_per_level - 1)
+            self.levels.append(level_blocks(config, stage, level, inputs, after, emb))
+        share, pool = config.attention_shares[stage], pool_size(len(widths) - 1)
+        self.bottom0 = MEMEBlock(widths[-1], widths[-1], emb, config.dropout, share, pool)
+        self.bottom1 = MEMEBlock(widths[-1], widths[-1], emb, config.dropout)
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Encoded:
+        """Encode x (B, C, H, W) at noise = 999 t (B,), or whatever the preconditioning tells."""
+        emb = self.embedding(noise, cond)
+        skips: list[Tensor] = [self.conv_in(x)]
+        for i, level in enumerate(self.levels):
+            if i:
+                skips.append(self.downs[i - 1](skips[-1], emb))
+            assert isinstance(level, nn.ModuleList)
+            for block in level:
+                skips.append(block(skips[-1], emb))
+        h = self.bottom1(self.bottom0(skips[-1], emb), emb)
+        return Encoded(h=h, skips=tuple(skips), emb=emb)
+
+
+class MEMEDecoder(nn.Module):
+    """Blocks on [h, skip] per level, an up block between levels; GroupNorm, SiLU, conv."""
+
+    def __init__(self, config: NetworkConfig, stage: int, encoder_width: int) -> None:
+        super().__init__()
+        emb, mults, width = 4 * encoder_width, config.channel_mult, config.decoder_widths[stage]
+        skips = skip_widths(config, encoder_width)
+        before = encoder_width * mults[-1]
+        self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
+        for level, mult in reversed(list(enumerate(mults))):
+            after = width * mult
+            inputs = [h + skips.pop() for h in [before] + [after] * config.blocks_per_level]
+            self.levels.append(level_blocks(config, stage, level, inputs, after, emb))
+            if level:
+                self.ups.append(ResidualBlock(after, after, emb, config.dropout, resample=BoxUp(after)))
+            before = after
+        self.norm_out = group_norm(before)
+        self.conv_out = conv(before, config.channels, gain=TINY)
+
+    def forward(self, encoded: Encoded) -> Tensor:
+        """Map the encoder's output for B rows to (B, C, H, W)."""
+        h, emb, skips = encoded.h, encoded.emb, list(encoded.skips)
+        for i, level in enumerate(self.levels):
+            if i:
+                h = self.ups[i - 1](h, emb)
+            assert isinstance(level, nn.ModuleList)
+            for block in level:
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return out
