@@ -54,6 +54,8 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (TrainingConfig, {"label_dropout": 1.1}, "training.label_dropout=1.1"),
     (TrainingConfig, {"augment": 1.5}, "training.augment=1.5"),
     (TrainingConfig, {"soft_intervals": -0.5}, "training.soft_intervals=-0.5"),
+    (TrainingConfig, {"soft_intervals": (0.5, 1.5)}, "training.soft_intervals=[0.5, 1.5]"),
+    (RunConfig, {"training": TrainingConfig(soft_intervals=(0.5, 0.5))}, "soft_intervals=[0.5, 0.5] needs one"),
     (TrainingConfig, {"shares": (0.0, 0.0)}, "training.shares=[0.0, 0.0]"),
     (TrainingConfig, {"weights": (1.0, -1.0)}, "training.weights=[1.0, -1.0]"),
     (TrainingConfig, {"weights": (1.0, NAN)}, "training.weights=[1.0, nan]"),

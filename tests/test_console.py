@@ -81,7 +81,7 @@ def test_a_terminal_shows_a_bar_and_takes_it_away(clock: Clock, terminal: io.Str
 
 def trainer(step: int) -> Any:
     config = override(preset("digits"), {"training.steps": 100})
-    return SimpleNamespace(config=config, device="cpu", step=step, counts=(64, 45, 19))
+    return SimpleNamespace(config=config, device="cpu", step=step, counts=(64, 45, 19), warm_start=None)
 
 
 def test_training_shows_steps_and_losses(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,3 +120,12 @@ def test_the_bar_goes_away_after_an_error(terminal: io.StringIO) -> None:
 )
 def test_times_are_in_words(seconds: float, words: str) -> None:
     assert module.duration(seconds) == words
+
+
+def test_a_warm_start_says_what_was_cloned(capsys: pytest.CaptureFixture[str]) -> None:
+    new = trainer(0)
+    new.warm_start = SimpleNamespace(cloned=("encoder", "decoder.2"), fresh=("decoder.1",))
+    new.config = override(new.config, {"training.init_from": "runs/one"})
+    with TrainingProgress() as progress:
+        progress.started(new)
+    assert "cloned from runs/one: encoder, decoder.2; from scratch: decoder.1" in capsys.readouterr().err

@@ -28,13 +28,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("nets", "optimal", "pictures"),
     ("pages", "splitting"),
     # L2: from networks to images
-    ("codecs", "denoisers", "samplers"),
-    ("sampling",),
+    ("codecs", "denoisers", "guidance", "samplers"),
+    ("latents", "sampling"),
     # L3: training and judging, which do not know each other
-    ("evaluation", "interop", "training"),
+    ("codec_training", "evaluation", "interop", "training"),
     ("report_page",),
     # L4: what a user calls
-    ("console", "description", "paper_presets"),
+    ("console", "description", "network_layout", "paper_presets"),
+    ("network_picture",),
     ("presets",),
     ("paper_tables", "workflow"),
     ("demo",),

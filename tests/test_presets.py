@@ -22,7 +22,7 @@ def test_a_preset_survives_json(name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_fits_together(name: str) -> None:
     config = preset(name)
-    channels, height, width = config.data.shape
+    channels, height, width = config.input_shape
     assert channels == config.network.channels
     assert min(height, width) >= 2 ** (len(config.network.channel_mult) - 1)
     assert len(config.network.decoder_widths) == len(config.stages)
@@ -46,5 +46,5 @@ def test_the_averaging_of_the_paper_is_one_in_ten_thousand() -> None:
 def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"preset 'digit' is unknown; did you mean 'digits'\?"):
         preset("digit")
-    with pytest.raises(ValueError, match="choose one of digits, fashion-mnist, cifar10-dpm, cifar10-edm"):
+    with pytest.raises(ValueError, match="choose one of digits, fashion-mnist, fashion-mnist-latent, cifar10-dpm, cifar10-edm"):
         preset("zzz")

@@ -204,7 +204,7 @@ def test_only_length_and_records_may_change(run: Run) -> None:
         {"data.held_out": 0.2},
     ):
         with pytest.raises(
-            ValueError, match=r"differs from the run's own; resuming may change only data.source, train"
+            ValueError, match=r"differs from the run's own; resuming may change only data.source, codec.source, train"
         ):
             resume(run.path, changes)
     resume(run.path, {"optimizer.lr": run.config().optimizer.lr})  # the same again is no change

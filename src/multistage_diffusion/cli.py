@@ -21,7 +21,7 @@ SUMMARIES = {
     "train": "Train a multi-decoder model, or go on with a run.",
     "sample": "Draw samples of a run: a grid (.png), a folder of PNGs, or an array (.npz).",
     "evaluate": "Compare samples of a run with real images: Fréchet distance, precision and recall, memorisation.",
-    "describe": "Show a run's (or preset's) stages, widths, parameters and multiply-adds.",
+    "describe": "Show a run's (or preset's) stages, widths, parameters and multiply-adds; draw its network.",
     "report": "Write RUN/report.html: one file with stages, network, losses, samples, neighbours, metrics and configuration.",
     "demo": "Do the whole job on real handwritten digits in a few minutes: split, train, sample, evaluate, report.",
     "presets": "List the presets, one line each.",

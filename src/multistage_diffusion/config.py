@@ -142,7 +142,8 @@ class TrainingConfig:
         augment: probability of each transformation of EDM's augmentation (non-leaky: the network is told which); needs
             network.augment_dim=9.
         soft_intervals: probability that a row of a stage draws its noise from the whole prior instead of the stage's own
-            interval (MEME's soft assignment).
+            interval (MEME's soft assignment): one number, or one for each stage.
+        init_from: a trained run whose encoder and fitting decoders the network starts from; empty: from scratch.
         precision: "auto" (bf16 on CUDA, else fp32), "fp32", "bf16" or "fp16" (with loss scaling).
         keep_last, keep_every: checkpoints kept: the newest ones, and every so many steps (0: none).
         held_out_rows: held-out images per stage in each held-out loss (noise fixed).
@@ -159,7 +160,8 @@ class TrainingConfig:
     flip: bool = True
     label_dropout: float = 0.1
     augment: float = 0.0
-    soft_intervals: float = 0.0
+    soft_intervals: float | tuple[float, ...] = 0.0
+    init_from: str = ""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = 0
     log_every: int = 50
@@ -184,8 +186,13 @@ class TrainingConfig:
         require(
             0 < self.ema_halflife < math.inf, f"training.ema_halflife={self.ema_halflife} must be positive and finite"
         )
-        for name in ("label_dropout", "augment", "soft_intervals"):
+        for name in ("label_dropout", "augment"):
             require(0 <= getattr(self, name) <= 1, f"training.{name}={getattr(self, name)} must be in [0, 1]")
+        soft = self.soft_intervals
+        require(
+            all(0 <= share <= 1 for share in (soft if isinstance(soft, tuple) else (soft,))),
+            f"training.soft_intervals={list(soft) if isinstance(soft, tuple) else soft} must be in [0, 1]",
+        )
         for name in ("shares", "weights"):
             value = getattr(self, name)
             if isinstance(value, tuple):
@@ -276,13 +283,13 @@ class RunConfig:
             f"stages: {len(self.stages)} intervals but network.decoder_widths={list(self.network.decoder_widths)} has "
             f"{decoders}; give one width per stage",
         )
-        for name in ("shares", "weights"):
+        for name, else_one in (("shares", "uniform"), ("weights", "prior"), ("soft_intervals", "0.5")):
             value = getattr(self.training, name)
             if isinstance(value, tuple):
                 require(
                     len(value) == decoders,
-                    f"training.{name}={list(value)} needs one number for each of the {decoders} stages, or a word: "
-                    f"training.{name}={'uniform' if name == 'shares' else 'prior'}",
+                    f"training.{name}={list(value)} needs one number for each of the {decoders} stages, or one value for "
+                    f"all, such as training.{name}={else_one}",
                 )
         require(
             not self.training.augment or not self.codec.used,

@@ -40,8 +40,6 @@ class Bar:
 
     def __enter__(self) -> Bar:
         self._last = time.monotonic()
-        if self._bar:
-            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,7 +57,10 @@ class Bar:
         left = f"{duration((total - done) / rate)} left" if rate else ""
         text = ", ".join(part for part in (f"{done}/{total}", speed, left, self.note) if part)
         if self._bar:
+            self._bar.start()  # at the first news: a bar that has none never shows, and only one can be shown at once
             self._bar.update(self._task, completed=done, total=total, text=text)
+            if done >= total:
+                self._bar.stop()
         elif now - self._last >= self.every:
             self._last = now
             console.print(f"{self.title}: {text}")
@@ -99,6 +100,10 @@ class TrainingProgress(Callback):
             f"training {config.name} on {trainer.device}: steps {trainer.step} to {config.training.steps}, encoder "
             f"{config.network.encoder_width}, decoders {widths}, {rows}"
         )
+        if trainer.warm_start is not None:
+            start = trainer.warm_start
+            fresh = f"; from scratch: {', '.join(start.fresh)}" if start.fresh else ""
+            console.print(f"cloned from {config.training.init_from}: {', '.join(start.cloned)}{fresh}")
         self._bar.__enter__()
         self._bar(trainer.step, config.training.steps)
 

@@ -59,6 +59,28 @@ class FeatureExtractor(Protocol):
         ...
 
 
+@runtime_checkable
+class Codec(Protocol):
+    """Maps images to smaller latents and back, deterministically and without gradients.
+
+    Latents are the codec's own, without a scale: what networks see is a latent times the run's scale.
+    """
+
+    fingerprint: str
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to latents, float32 (B, c, h, w)."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Map latents (B, c, h, w) to images, float32 (B, C, H, W), about in [-1, 1] (not clamped)."""
+        ...
+
+    def latent_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Return (c, h, w) for images of shape (C, H, W); ValueError if they cannot be encoded."""
+        ...
+
+
 def as_float64(value: float | Tensor, device: torch.device | str | None = None) -> Tensor:
     """Return value as a float64 tensor (noise arithmetic is done in float64 throughout)."""
     if isinstance(value, Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .config import RunConfig, SamplingConfig
@@ -18,33 +19,48 @@ def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[
     """Return what a run's network is made of, per stage, as JSON-able data.
 
     Parameters are of the network a stage uses (shared encoder and its own decoder); multiply-adds count convolutions in
-    the paper's convention, FLOPs are twice all multiply-adds, both for one image and one call. `calls` is how often the
-    sampler of `sampling` (default: the run's) calls each stage.
+    the paper's convention, FLOPs are twice all multiply-adds, both for one image and one call. Means over the stages are
+    given twice: `by_length` weights each by `length`, the share of the schedule's time range that its interval takes (as
+    the totals of the paper's Tables 7 and 9), `by_calls` by `calls`, how often the sampler of `sampling` (default: the
+    run's) calls it.
 
     Raises:
-        ValueError: if the configuration has no image shape yet.
+        ValueError: if the configuration has no image or latent shape yet.
     """
-    if len(config.data.shape) != 3:
-        raise ValueError(f"data.shape={list(config.data.shape)} must be [channels, height, width]")
-    _, height, width = config.data.shape
-    cost = network_cost(config.network, height, width)
+    shape, field = config.input_shape, "codec.shape" if config.codec.used else "data.shape"
+    if len(shape) != 3:
+        raise ValueError(f"{field}={list(shape)} must be [channels, height, width]")
+    cost = network_cost(config.network, *shape[1:])
     schedule, stages = config.diffusion.schedule, config.stages
     calls = calls_per_stage(config, sampling)
+    times = [
+        (edge_time(schedule, low), edge_time(schedule, high)) for low, high in map(stages.interval, range(len(stages)))
+    ]
+    lengths = [(end - start) / schedule.t_max for start, end in times]
+    flops = [stage.true_flops for stage in cost.stages]
     return {
         "name": config.name,
         "family": config.network.family,
-        "shape": list(config.data.shape),
-        "encoder_width": config.network.encoder_width,
+        "input": "latents" if config.codec.used else "images",
+        "shape": list(shape),
+        "encoder_width": None if config.network.separate else config.network.encoder_width,
         "parameters": cost.total_parameters,
         "shared_parameters": cost.shared_parameters,
         "shared_multiply_adds": cost.shared_multiply_adds,
-        "multiply_adds_by_calls": weighted_multiply_adds(cost, [c / sum(calls) for c in calls]),
+        "shared_flops": cost.shared_true_flops,
+        "multiply_adds_by_length": weighted_multiply_adds(cost, lengths),
+        "multiply_adds_by_calls": weighted_multiply_adds(cost, calls),
+        "flops_by_length": _weighted_mean(flops, lengths),
+        "flops_by_calls": _weighted_mean(flops, calls),
+        "sampler": sampler_settings(sampling or config.sampling, sum(calls)),
+        "schedule": schedule.kind,
         "stages": [
             {
                 "stage": k + 1,
                 "decoder_width": config.network.decoder_widths[k],
                 "sigma": [low, high if math.isfinite(high) else None],
-                "t": [edge_time(schedule, low), edge_time(schedule, high)],
+                "t": list(times[k]),
+                "length": lengths[k],
                 "parameters": cost.stages[k].parameters,
                 "multiply_adds": cost.stages[k].multiply_adds,
                 "flops": cost.stages[k].true_flops,
@@ -54,6 +70,29 @@ def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[
             for low, high in [stages.interval(k)]
         ],
     }
+
+
+def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Return the mean of one value per stage; of the weights only the ratios matter."""
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def sampler_settings(sampling: SamplingConfig, calls: int) -> dict[str, Any]:
+    """Return a sampler's settings as JSON-able data; method and order are None for solvers that have but one."""
+    chosen = sampling.solver in ("dpm", "dpm++")
+    return {
+        "solver": sampling.solver,
+        "method": sampling.method if chosen else None,
+        "order": sampling.order if chosen else None,
+        "calls": calls,
+        "spacing": sampling.spacing,
+    }
+
+
+def sampler_words(settings: dict[str, Any]) -> str:
+    """Return a sampler's settings in words, e.g. "20 calls of dpm, singlestep, order 3, log-snr spacing"."""
+    kind = f", {settings['method']}, order {settings['order']}" if settings["method"] else ""
+    return f"{settings['calls']} calls of {settings['solver']}{kind}, {settings['spacing']} spacing"
 
 
 def calls_per_stage(config: RunConfig, sampling: SamplingConfig | None = None) -> list[int]:
@@ -120,14 +159,16 @@ def description_table(described: dict[str, Any]) -> str:
         )
         for row in rows
     ]
-    mean, calls = described["multiply_adds_by_calls"] / 1e6, sum(stage["calls"] for stage in stages)
+    by_calls, by_length = (described[f"multiply_adds_by_{weights}"] / 1e6 for weights in ("calls", "length"))
     return "\n".join(
         [
-            f"{described['name']}: {described['family']}, images {' x '.join(map(str, described['shape']))}",
+            f"{described['name']}: {described['family']}, {described['input']} {' x '.join(map(str, described['shape']))}",
             "",
             *(line.rstrip() for line in lines),
             "",
-            f"whole network: {described['parameters'] / 1e6:.4g} M parameters; {mean:.5g} M multiply-adds per call",
-            f"(mean over the {calls} calls of the sampler; a stage's figures include its encoder)",
+            f"whole network: {described['parameters'] / 1e6:.4g} M parameters; multiply-adds of a call, mean over",
+            f"  {sampler_words(described['sampler'])}: {by_calls:.5g} M",
+            f"  the lengths of the intervals in t: {by_length:.5g} M",
+            "(a stage's figures include its encoder)",
         ]
     )

@@ -275,6 +275,7 @@ def _metric_lines(result: Record) -> list[tuple[str, str, str, str]]:
             f"{result['frechet_real']:.4g}",
             f"Lower is better. Samples are {ratio:.3g} times as far from held-out images as other real images are.",
         ),
+        *_through_codec(result),
         *((n.title(), f"{result[n]:.1%}", f"{result[f'{n}_real']:.1%}", text) for n, text in words.items()),
         (
             "Memorised",
@@ -284,6 +285,15 @@ def _metric_lines(result: Record) -> list[tuple[str, str, str, str]]:
             f"{extra:+.1f} points beside held-out images; well above them means copying.",
         ),
     ]
+
+
+def _through_codec(result: Record) -> list[tuple[str, str, str, str]]:
+    """Say what a latent run's codec alone costs."""
+    distance = result.get("frechet_reconstructed")
+    if distance is None:
+        return []
+    words = "Held-out images through the codec, nothing generated: what samples of this run could reach at best."
+    return [("… of reconstructions", "", f"{distance:.4g}", words)]
 
 
 def _origin(config: RunConfig, launches: Sequence[Record]) -> str:

@@ -164,3 +164,11 @@ def test_to_float_reads_read_only_arrays_without_a_warning(tmp_path, recwarn):
 def test_to_float_refuses_floats():
     with pytest.raises(ValueError, match=r"must be uint8, not torch\.float32"):
         to_float(torch.zeros(3))
+
+
+def test_content_stays_with_subsets_and_splits_and_out_of_the_fingerprint():
+    images = np.random.default_rng(0).integers(0, 256, (40, 1, 4, 4), dtype=np.uint8)
+    padded, plain = ImageData(images, None, "x", (), (2, 3)), ImageData(images, None, "x")
+    assert plain.content is None
+    assert padded.fingerprint == plain.fingerprint
+    assert [part.content for part in (padded.subset([1]), *padded.split(0.5), *padded.split(0))] == [(2, 3)] * 5

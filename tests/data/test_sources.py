@@ -6,6 +6,7 @@ from PIL import Image
 
 from multistage_diffusion.config import DataConfig
 from multistage_diffusion.data import open_configured, open_data
+from multistage_diffusion.data.sources import located
 
 
 @pytest.fixture
@@ -44,6 +45,7 @@ def test_digits_can_be_resized(digits):
     [
         ("digit", r"data\.source='digit': .*did you mean 'digits'\? known: digits, fashion-mnist\[:FOLDER\]"),
         ("Fashion_MNIST", "did you mean 'fashion-mnist'"),
+        ("cifar-10", r"did you mean 'cifar10'\? known: .*, cifar10:FOLDER, hf:NAME\[:SPLIT\], a folder"),
         ("no/such/folder", r"data\.source='no/such/folder': no such file or folder, nor a known data set; known:"),
         ("missing.zip", r"data\.source='missing\.zip': no such file"),
         ("missing.npy", r"data\.source='missing\.npy': no such file"),
@@ -79,13 +81,41 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"fit": "crop"}, r"data\.fit='crop' needs data\.size"),
-        ({"fit": "squeeze", "size": (4, 4)}, r"data\.fit='squeeze' must be one of exact, crop, resize"),
+        ({"fit": "squeeze", "size": (4, 4)}, r"data\.fit='squeeze' must be one of exact, crop, resize, pad"),
         ({"size": (0, 4)}, r"data\.size=\(0, 4\) must be positive"),
     ],
 )
 def test_refuses_options(options, message):
     with pytest.raises(ValueError, match=message):
         open_data("digits", **options)
+
+
+def test_paths_are_made_absolute_whatever_word_stands_before_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "digits").mkdir()
+    for given, absolute in {
+        "set": f"{tmp_path}/set",
+        "./digits": f"{tmp_path}/digits",
+        "~/set": f"{tmp_path}/set",
+        "cifar10:set": f"cifar10:{tmp_path}/set",
+        "fashion-mnist:~/set": f"fashion-mnist:{tmp_path}/set",
+        "hf:set": f"hf:{tmp_path}/set",
+        "hf:./set:train[:10]": f"hf:{tmp_path}/set:train[:10]",
+    }.items():
+        assert located(given) == absolute
+    for kept in (
+        "digits",
+        "fashion-mnist",
+        "cifar10",
+        "cifar10:",
+        "hf:owner/name",
+        "hf:owner/name:test",
+        "hf:",
+        "gone",
+    ):
+        assert located(kept) == kept
 
 
 def test_configured_data_are_checked_against_the_record(tmp_path):

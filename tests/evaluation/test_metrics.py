@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -186,6 +187,17 @@ def test_evaluation_is_the_mean_of_the_metrics_over_equal_counts() -> None:
     assert (result.precision_real, result.recall_real) == pytest.approx(precision_recall(real, other, 2))
     assert result.frechet > 1.3 * result.frechet_real
     assert result.memorised == memorisation(samples, train, held_out).share
+
+
+def test_reconstructions_are_measured_beside_training_images() -> None:
+    samples, train, held_out = images(30, 8), images(30, 9), images(30, 10)
+    blurred = held_out // 2
+    result = evaluate_samples(samples, train, held_out, PixelFeatures(), splits=2, reconstructed=blurred)
+    expected = frechet_distance(PixelFeatures()(blurred), PixelFeatures()(train))
+    assert result.frechet_reconstructed == pytest.approx(expected, rel=1e-9)
+    plain = evaluate_samples(samples, train, held_out, PixelFeatures(), splits=2)
+    assert plain.frechet_reconstructed is None
+    assert plain == dataclasses.replace(result, frechet_reconstructed=None)
 
 
 def test_evaluation_draws_follow_the_seed() -> None:

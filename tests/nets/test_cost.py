@@ -92,6 +92,7 @@ def test_all_arithmetic_by_hand() -> None:
         assert stage.multiply_adds == convolutions
         assert stage.true_flops == 2 * (convolutions + rest)
     assert cost.shared_multiply_adds == (9 * 8 + 2 * 9 * 8 * 8) * 24
+    assert cost.shared_true_flops == 2 * (cost.shared_multiply_adds + 8 * 32 + 32 * 32 + 32 * 8)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_separate_networks_share_nothing(family: str, scale: int) -> None:
         separate=True,
     )
     cost = network_cost(config, 8, 8)
-    assert (cost.shared_parameters, cost.shared_multiply_adds) == (0, 0)
+    assert (cost.shared_parameters, cost.shared_multiply_adds, cost.shared_true_flops) == (0, 0, 0)
     assert cost.total_parameters == sum(stage.parameters for stage in cost.stages)
     assert cost.total_parameters == sum(p.numel() for p in build_network(config).parameters())
     for stage, width in zip(cost.stages, config.decoder_widths, strict=True):

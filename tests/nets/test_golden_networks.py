@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_names import convert_published, edm_names, ldm_names, ncsnpp_names
 from safetensors import safe_open
 from torch import Tensor
 
 from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.contracts import Conditioning
+from multistage_diffusion.interop.names import convert_published, edm_names, ldm_names, ncsnpp_names
 from multistage_diffusion.nets import MultiDecoderUNet, build_network
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -15,10 +15,20 @@ from ..demo import demo
 from ..description import describe, description_table
 from ..evaluation import EvaluationResult
 from ..presets import PRESETS, preset
-from ..serialization import to_dict
+from ..serialization import to_dict, write_atomic
 from ..training.run import Run
 from ..workflow import evaluate, report
-from .options import Changes, DataOptions, Device, RunFolder, SamplerOptions, option, parse_changes, print_json
+from .options import (
+    Changes,
+    DataOptions,
+    Device,
+    RunFolder,
+    SamplerOptions,
+    check_out,
+    option,
+    parse_changes,
+    print_json,
+)
 
 
 @dataclass(kw_only=True)
@@ -86,21 +96,36 @@ class Describe(SamplerOptions):
     Examples
       msdiff describe runs/digits
       msdiff describe cifar10-dpm --calls 50 --json
+      msdiff describe cifar10-dpm --out network.png
     """
 
     what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="RUN", metavar="RUN")]
     """A run's folder or a preset's name."""
+    out: Annotated[Path | None, option("FILE")] = None
+    """Draw the network, to scale: a .png or .svg file."""
+    overwrite: bool = False
+    """Replace OUT if it exists."""
     json: bool = False
     """Print as JSON."""
 
     def run(self) -> None:
         """Run the command."""
+        if self.out is not None:
+            if self.out.suffix not in (".png", ".svg"):
+                raise ValueError(f"--out {self.out}: must end in .png or .svg")
+            check_out(self.out, self.overwrite)
         config = self.config()
         described = describe(config, self.sampling_config(config.sampling))
+        if self.out is not None:
+            from ..network_picture import draw_network  # matplotlib takes a while to import
+
+            write_atomic(self.out, draw_network(config.network, described, self.out.suffix[1:]))
         if self.json:
             print_json(described)
-        else:
-            print(description_table(described))
+            return
+        print(description_table(described))
+        if self.out is not None:
+            print(f"\nwritten: {self.out}")
 
     def config(self) -> RunConfig:
         """Return the configuration of the run, or else of the preset, that is called so."""
@@ -172,6 +197,8 @@ class Demo:
 
 def evaluation_text(result: EvaluationResult) -> str:
     """Return an evaluation in words."""
+    through_codec = result.frechet_reconstructed
+    codec = "" if through_codec is None else f"; held-out images through the codec: {through_codec:.4g}"
     return "\n".join(
         (
             f"{result.extractor} features ({result.comparable_to}); {result.count} images a side, mean of {result.splits} draws",
@@ -181,7 +208,7 @@ def evaluation_text(result: EvaluationResult) -> str:
                 if result.rank_deficient
                 else ""
             ),
-            f"Fréchet distance   {result.frechet:.4g}   (real images: {result.frechet_real:.4g})",
+            f"Fréchet distance   {result.frechet:.4g}   (real images: {result.frechet_real:.4g}{codec})",
             f"precision, recall  {result.precision:.3f}, {result.recall:.3f}   (real images: {result.precision_real:.3f}, "
             f"{result.recall_real:.3f}; k = {result.k})",
             f"memorised          {100 * result.memorised:.1f} %   (held-out images: {100 * result.memorised_held_out:.1f} %)",

@@ -49,7 +49,7 @@ class Split(DataOptions):
     """
 
     data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
-    """digits, fashion-mnist[:FOLDER], a folder or .zip of images, .npy or .npz"""
+    """digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy or .npz"""
     out: Path = Path("split.json")
     """Where to write the result."""
     algorithm: Literal[1, 2] = 1
@@ -117,6 +117,8 @@ class Train(DataOptions):
       msdiff train --preset digits --data digits --stages split.json --out runs/digits
       msdiff train --preset fashion-mnist --data photos/ --size 32 48 --fit crop --out runs/photos
       msdiff train --preset digits --out runs/slow --set optimizer.lr=1e-4 training.steps=20000
+      msdiff train --preset fashion-mnist-latent --codec codecs/fashion --out runs/latent
+      msdiff train --preset cifar10-edm --data cifar10:data/ --init-from runs/one-stage --out runs/three-stages
       msdiff train --resume runs/digits
       msdiff train --resume runs/digits --set training.steps=20000
     """
@@ -126,9 +128,13 @@ class Train(DataOptions):
     config: Annotated[Path | None, option("FILE")] = None
     """A configuration (JSON or YAML, e.g. another run's config.json) instead of a preset."""
     data: Annotated[str | None, option("DATA", "the preset's")] = None
-    """digits, fashion-mnist[:FOLDER], a folder or .zip of images, .npy or .npz"""
+    """digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy or .npz"""
     stages: Annotated[Path | None, option("FILE", "the preset's")] = None
     """The split.json of msdiff split."""
+    codec: Annotated[str | None, option("CODEC", "the preset's; most train on pixels")] = None
+    """Train on the latents of this autoencoder: a folder (msdiff train-codec) or hf:NAME."""
+    init_from: Annotated[Path | None, option("RUN")] = None
+    """Start from a trained run: its encoder, and its decoder in every stage that is as wide."""
     out: Annotated[Path | None, option("FOLDER")] = None
     """The run's new folder."""
     resume: Annotated[Path | None, option("RUN")] = None
@@ -147,22 +153,29 @@ class Train(DataOptions):
         changes = {f"data.{name}": value for name, value in self.given().items()} | parse_changes(self.set)
         if self.data is not None:
             changes["data.source"] = self.data
-        with TrainingProgress() as progress:
+        if self.codec is not None:
+            changes["codec.source"] = self.codec
+        if self.init_from is not None:
+            changes["training.init_from"] = str(self.init_from)
+        with TrainingProgress() as progress, Bar("encoding", "images") as bar:
             callbacks = [progress, *([TensorBoard()] if self.tensorboard else [])]
-            run = self.go_on(changes, callbacks) if self.resume is not None else self.start(changes, callbacks)
+            trained = self.go_on if self.resume is not None else self.start
+            run = trained(changes, callbacks, bar)
         print(
             f"trained: {run.path} (next: msdiff sample {run.path}, msdiff evaluate {run.path}, msdiff report {run.path})"
         )
 
-    def go_on(self, changes: dict[str, Any], callbacks: Sequence[Callback]) -> Run:
+    def go_on(self, changes: dict[str, Any], callbacks: Sequence[Callback], bar: Bar) -> Run:
         """Resume a run."""
-        for name in ("preset", "config", "stages", "out", "replace"):
+        for name in ("preset", "config", "stages", "init_from", "out", "replace"):
             if getattr(self, name):
-                raise ValueError(f"--{name} does not go with --resume: a run keeps its own; start a new run instead")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} does not go with --resume: a run keeps its own; start a new run instead"
+                )
         assert self.resume is not None
-        return resume(self.resume, changes, device=self.device, callbacks=callbacks)
+        return resume(self.resume, changes, device=self.device, callbacks=callbacks, progress=bar)
 
-    def start(self, changes: dict[str, Any], callbacks: Sequence[Callback]) -> Run:
+    def start(self, changes: dict[str, Any], callbacks: Sequence[Callback], bar: Bar) -> Run:
         """Start a run."""
         if (self.preset is None) == (self.config is None):
             raise ValueError("give one of --preset NAME, --config FILE or --resume RUN")
@@ -175,7 +188,15 @@ class Train(DataOptions):
         if result is not None:  # together with decoder widths for as many stages
             changes = {"stages": result.stages(), **changes}
         config = override(base, changes)
-        return train(config, self.out, result=result, replace=self.replace, device=self.device, callbacks=callbacks)
+        return train(
+            config,
+            self.out,
+            result=result,
+            replace=self.replace,
+            device=self.device,
+            callbacks=callbacks,
+            progress=bar,
+        )
 
 
 @dataclass(kw_only=True)

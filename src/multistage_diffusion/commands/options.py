@@ -38,8 +38,8 @@ class DataOptions:
 
     size: Annotated[tuple[int, int] | None, option("H W", "their own")] = None
     """Height and width of the images; with --fit they are brought to it."""
-    fit: Annotated[Literal["exact", "crop", "resize"] | None, option("{exact,crop,resize}", "exact")] = None
-    """Images of another size than --size: refuse, crop to the centre, or resize."""
+    fit: Annotated[Literal["exact", "crop", "resize", "pad"] | None, option("{exact,crop,resize,pad}", "exact")] = None
+    """Images of another size than --size: refuse, crop to the centre, resize, or pad with black."""
     skip_bad: bool = False
     """Leave out images that cannot be read instead of stopping."""
     held_out: Annotated[float | None, option("SHARE", "0.1")] = None

@@ -26,6 +26,7 @@ class ImageData:
         labels: class numbers from 0, int64 (N,), or None.
         name: what it was opened as; starts every error message.
         class_names: one name per class; the numbers themselves if not given.
+        content: (height, width) of the centred part that is image, where all were padded from one size; else None.
 
     Raises:
         ValueError: for pixels or labels of another type, shape or range.
@@ -35,6 +36,7 @@ class ImageData:
     labels: npt.NDArray[np.int64] | None
     name: str
     class_names: tuple[str, ...] = ()
+    content: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
@@ -68,7 +70,7 @@ class ImageData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of the shape, the pixels and the labels (not of names)."""
+        """SHA-256, in hex, of the shape, the pixels and the labels (not of names or content)."""
         digest = hashlib.sha256(repr(self.images.shape).encode())
         rows = max(1, _CHUNK_BYTES // max(1, int(np.prod(self.shape))))
         for start in range(0, len(self), rows):
@@ -87,7 +89,7 @@ class ImageData:
         """Return the images of the given numbers, in that order, copied into memory."""
         index = np.asarray(indices, dtype=np.int64)
         labels = None if self.labels is None else self.labels[index]
-        return ImageData(np.asarray(self.images[index]), labels, self.name, self.class_names)
+        return ImageData(np.asarray(self.images[index]), labels, self.name, self.class_names, self.content)
 
     def split(self, held_out: float) -> tuple[ImageData, ImageData]:
         """Return (train, held-out) data.

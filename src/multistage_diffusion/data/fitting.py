@@ -1,27 +1,41 @@
-"""Bringing images to one size: exactly as they are, centre-cropped or resized."""
+"""Bringing images to one size: exactly as they are, centre-cropped, resized or padded with black."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-Fit = Literal["exact", "crop", "resize"]
+Fit = Literal["exact", "crop", "resize", "pad"]
+
+
+def reachable(found: tuple[int, int], size: tuple[int, int], fit: Fit) -> bool:
+    """Say whether an image of (height, width) = found can be brought to size: exactly it, or small enough to pad."""
+    if fit == "exact":
+        return found == tuple(size)
+    return fit != "pad" or (found[0] <= size[0] and found[1] <= size[1])
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
-    """Resample (Lanczos) an 8-bit grey or RGB image to size = (height, width).
+    """Bring an 8-bit grey or RGB image that is `reachable` to size = (height, width).
 
-    "crop" scales the image until its shorter side fits and keeps the centre, in one resampling; "resize" changes the
-    aspect ratio; "exact" returns the image as it is.
+    "crop" scales the image (Lanczos) until its shorter side fits and keeps the centre, in one resampling; "resize"
+    scales it and changes the aspect ratio; "pad" puts it unscaled in the middle of black (an odd rest: one pixel more
+    below and to the right); "exact" returns the image as it is.
     """
     height, width = size
-    if fit == "exact" or image.size == (width, height):
+    assert reachable((image.height, image.width), size, fit)
+    if image.size == (width, height):
         return image
     if fit == "resize":
         return image.resize((width, height), Image.Resampling.LANCZOS)
+    if fit == "pad":
+        canvas = Image.new(image.mode, (width, height), 0)
+        canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+        return canvas
     scale = min(image.width / width, image.height / height)
     left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
     box = (left, top, left + scale * width, top + scale * height)
@@ -35,13 +49,13 @@ def fit_array(
     """Bring images (N, C, H, W), C = 1 or 3, to size; returned as they are (memory maps too) where the size agrees.
 
     Raises:
-        ValueError: if fit is "exact" and the size differs.
+        ValueError: if fit is "exact" and the size differs, or "pad" and the images are larger.
     """
     found: tuple[int, int] = (images.shape[2], images.shape[3])
     if size is None or found == tuple(size):
         return images
-    if fit == "exact":
-        raise wrong_size(name, "its images", found, size)
+    if not reachable(found, size, fit):
+        raise wrong_size(name, "its images", found, size, fit)
     fitted = np.empty((*images.shape[:2], *size), np.uint8)
     for row, image in zip(fitted, images, strict=True):
         for plane, source in zip(row, image, strict=True):
@@ -49,9 +63,24 @@ def fit_array(
     return fitted
 
 
-def wrong_size(name: str, what: str, found: tuple[int, int], size: tuple[int, int]) -> ValueError:
-    """Return the error for images that are not of the size asked for."""
+def padded_content(
+    sizes: Collection[tuple[int, int]], size: tuple[int, int] | None, fit: Fit
+) -> tuple[int, int] | None:
+    """Return the one (height, width) that all images had before they were padded; None if nothing was, or from several."""
+    if fit != "pad" or size is None or len(sizes) != 1:
+        return None
+    (found,) = sizes
+    return None if found == tuple(size) else found
+
+
+def wrong_size(name: str, what: str, found: tuple[int, int], size: tuple[int, int], fit: Fit) -> ValueError:
+    """Return the error for images that cannot be brought to the size asked for."""
+    sizes = f"{name}: {what}: height x width {found[0]}x{found[1]}"
+    if fit == "pad":
+        return ValueError(
+            f"{sizes} is larger than data.size={size[0]}x{size[1]}, and data.fit='pad' never scales; give a larger "
+            f"--size, or --fit crop or --fit resize"
+        )
     return ValueError(
-        f"{name}: {what}: height x width {found[0]}x{found[1]} instead of data.size={size[0]}x{size[1]}; "
-        f"add --fit crop or --fit resize"
+        f"{sizes} instead of data.size={size[0]}x{size[1]}; add --fit crop, --fit resize or (smaller images) --fit pad"
     )

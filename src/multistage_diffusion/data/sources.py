@@ -10,13 +10,16 @@ import numpy as np
 
 from ..config import DataConfig
 from .arrays import open_array
+from .cifar import open_cifar10
 from .dataset import ImageData
-from .fitting import Fit, fit_array
-from .folders import Progress, open_images
+from .decoding import Progress
+from .fitting import Fit, fit_array, padded_content
+from .folders import open_images
+from .hub import open_hub
 from .idx import open_fashion_mnist
 
-KNOWN = ("digits", "fashion-mnist")
-_FORMS = "digits, fashion-mnist[:FOLDER], a folder or .zip of images, .npy, .npz"
+KNOWN = ("digits", "fashion-mnist", "cifar10")
+_FORMS = "digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy, .npz"
 
 
 def open_data(
@@ -31,10 +34,13 @@ def open_data(
 
     Args:
         source: "digits" (scikit-learn's 1797 scans, 8x8), "fashion-mnist" or "fashion-mnist:FOLDER" (idx files; without
-            a folder those of Debian's package), a folder or .zip of images, a .npy or .npz file. A word means the data
-            set even where a folder has its name; write "./digits" (or a Path) for the folder.
+            a folder those of Debian's package), "cifar10:FOLDER" (the binary version, unpacked or its .tar.gz),
+            "hf:NAME" or "hf:NAME:SPLIT" (the library `datasets`; NAME may be a folder), a folder or .zip of images, a
+            .npy or .npz file. A word means the data set even where a folder has its name; write "./digits" (or a Path)
+            for the folder.
         size: (height, width) the images must have or be brought to; None: their own.
-        fit: "exact" (raise if an image has another size), "crop" (scale, then keep the centre) or "resize".
+        fit: "exact" (raise if an image has another size), "crop" (scale, then keep the centre), "resize", or "pad"
+            (unscaled on black).
         skip_bad: leave out image files that cannot be read, with one warning, instead of raising.
         progress: called with (files read, files in all) while a folder or zip file is read.
 
@@ -50,6 +56,9 @@ def open_data(
         raise ValueError(f"data.fit={fit!r} must be one of {', '.join(get_args(Fit))}")
     if size is None and fit != "exact":
         raise ValueError(f"data.fit={fit!r} needs data.size; add --size H W")
+    if isinstance(source, str) and source.startswith("hf:"):
+        name, _, split = source.removeprefix("hf:").partition(":")  # a split may hold colons: train[:1000]
+        return open_hub(name, split, size=size, fit=fit, skip_bad=skip_bad, progress=progress)
     known = _open_known(source) if isinstance(source, str) else None
     if known is not None:
         return _fitted(known, size, fit)
@@ -82,16 +91,31 @@ def open_configured(config: DataConfig, progress: Progress | None = None) -> Ima
     return data
 
 
+def located(source: str) -> str:
+    """Return a source with its path, where it has one that exists, made absolute: a run is used from other folders too."""
+    word, colon, rest = source.partition(":")
+    if source in KNOWN:
+        return source
+    if word not in (*KNOWN, "hf"):
+        word, colon, rest = "", "", source  # all of it is a path
+    folder, split_colon, split = rest.partition(":") if word == "hf" else (rest, "", "")
+    path = Path(folder).expanduser()
+    return f"{word}{colon}{path.resolve()}{split_colon}{split}" if folder and path.exists() else source
+
+
 def _open_known(source: str) -> ImageData | None:
     """Open a data set that has a name of its own."""
     word, colon, folder = source.partition(":")
     if source == "digits":
         return _open_digits()
-    if word != "fashion-mnist":
+    if word not in ("fashion-mnist", "cifar10"):
         return None
-    if colon and not folder:
+    path = Path(folder).expanduser() if folder else None
+    if word == "cifar10":
+        return open_cifar10(path)
+    if colon and path is None:
         raise ValueError(f"data.source={source!r}: no folder after the colon; write fashion-mnist or add the folder")
-    return open_fashion_mnist(Path(folder).expanduser() if folder else None)
+    return open_fashion_mnist(path)
 
 
 def _open_digits() -> ImageData:
@@ -115,4 +139,6 @@ def _existing(source: str | Path) -> Path:
 
 
 def _fitted(data: ImageData, size: tuple[int, int] | None, fit: Fit) -> ImageData:
-    return ImageData(fit_array(data.images, size, fit, data.name), data.labels, data.name, data.class_names)
+    images = fit_array(data.images, size, fit, data.name)
+    content = padded_content([data.shape[1:]], size, fit)
+    return ImageData(images, data.labels, data.name, data.class_names, content)

@@ -160,6 +160,8 @@ class EvaluationResult:
         rank_deficient: count <= dims: covariances are singular; the distance is valid only beside `frechet_real`.
         k: neighbours of precision and recall.
         memorised, memorised_held_out, memorised_threshold: see `Memorisation`.
+        frechet_reconstructed: of held-out images through a latent run's codec, beside training images: what its samples
+            could reach at best; None for a run on pixels.
     """
 
     extractor: str
@@ -183,6 +185,7 @@ class EvaluationResult:
     memorised: float
     memorised_held_out: float
     memorised_threshold: float
+    frechet_reconstructed: float | None = None
 
 
 def evaluate_samples(
@@ -195,6 +198,7 @@ def evaluate_samples(
     count: int | None = None,
     splits: int = 5,
     seed: int = 0,
+    reconstructed: Tensor | None = None,
 ) -> EvaluationResult:
     """Measure samples against held-out images, and real training images in the same way beside them.
 
@@ -210,6 +214,7 @@ def evaluate_samples(
         count: images drawn of each set; default: the size of the smallest.
         splits: draws to average over.
         seed: of the draws.
+        reconstructed: uint8 (K, C, H, W), the held-out images through a codec, if the samples came through one.
 
     Raises:
         ValueError: for unequal shapes, too few images, or what the metrics refuse.
@@ -227,8 +232,14 @@ def evaluate_samples(
     features = [extract(extractor, images) for images in (samples, train, held_out)]
     scores = torch.tensor([_scores(features, k, count, seed, split) for split in range(splits)], dtype=torch.float64)
     frechet, frechet_real, precision, recall, precision_real, recall_real = scores.mean(dim=0).tolist()
+    through_codec = None
+    if reconstructed is not None:
+        _check_sets(reconstructed, train, held_out)
+        features[0] = extract(extractor, reconstructed)
+        draws = [_drawn(features, count, seed, split) for split in range(splits)]
+        through_codec = sum(frechet_distance(fake, real) for fake, real, _ in draws) / splits
     copies = memorisation(samples, train, held_out)
-    dims = features[0].shape[1]
+    dims = features[1].shape[1]
     return EvaluationResult(
         extractor=extractor.name,
         comparable_to=extractor.comparable_to,
@@ -251,21 +262,25 @@ def evaluate_samples(
         memorised=copies.share,
         memorised_held_out=copies.held_out_share,
         memorised_threshold=copies.threshold,
+        frechet_reconstructed=through_codec,
     )
 
 
 def _scores(features: list[Tensor], k: int, count: int, seed: int, split: int) -> tuple[float, ...]:
     """Score one draw: Fréchet distance of samples and of real images, then precision and recall of both."""
-    order = [generator((seed, "evaluation", split, which)) for which in ("samples", "train", "held-out")]
-    fake, real, reference = (
-        f[torch.randperm(len(f), generator=g)[:count].to(f.device)] for f, g in zip(features, order, strict=True)
-    )
+    fake, real, reference = _drawn(features, count, seed, split)
     return (
         frechet_distance(fake, reference),
         frechet_distance(real, reference),
         *precision_recall(reference, fake, k),
         *precision_recall(reference, real, k),
     )
+
+
+def _drawn(features: list[Tensor], count: int, seed: int, split: int) -> list[Tensor]:
+    """Draw equally many rows of samples, training and held-out images."""
+    order = [generator((seed, "evaluation", split, which)) for which in ("samples", "train", "held-out")]
+    return [f[torch.randperm(len(f), generator=g)[:count].to(f.device)] for f, g in zip(features, order, strict=True)]
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ class NetworkCost:
 
     shared_parameters: int
     shared_multiply_adds: int
+    shared_true_flops: int
     total_parameters: int
     stages: tuple[StageCost, ...]
 
@@ -52,9 +53,9 @@ def network_cost(config: NetworkConfig, height: int, width: int) -> NetworkCost:
     """
     with torch.device("meta"):
         network = build_network(config).eval()
-    encoder_adds, stages = 0, []
+    encoder_adds, encoder_flops, stages = 0, 0, []
     for index in range(len(config.decoder_widths)):
-        flops, encoder_adds, decoder_adds = _count_stage(network, index, height, width)
+        flops, encoder_flops, encoder_adds, decoder_adds = _count_stage(network, index, height, width)
         encoder = network.encoders[index if config.separate else 0]
         stages.append(
             StageCost(
@@ -67,6 +68,7 @@ def network_cost(config: NetworkConfig, height: int, width: int) -> NetworkCost:
     return NetworkCost(
         shared_parameters=0 if config.separate else _parameters(network.encoders[0]),
         shared_multiply_adds=0 if config.separate else encoder_adds,
+        shared_true_flops=0 if config.separate else encoder_flops,
         total_parameters=_parameters(network),
         stages=tuple(stages),
     )
@@ -94,8 +96,8 @@ def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _count_stage(network: MultiDecoderUNet, stage: int, height: int, width: int) -> tuple[int, int, int]:
-    """Return (true FLOPs, encoder's and decoder's multiply-adds in the paper's convention) of one image."""
+def _count_stage(network: MultiDecoderUNet, stage: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Return true FLOPs (all, encoder's) and multiply-adds in the paper's convention (encoder's, decoder's) of one image."""
     x = torch.empty(1, network.config.channels, height, width, device="meta")
     noise = torch.empty(1, device="meta")
     counts = [int(k == stage) for k in range(len(network.decoders))]
@@ -103,7 +105,9 @@ def _count_stage(network: MultiDecoderUNet, stage: int, height: int, width: int)
     count_encoder, count_decoder = _counted(network.encoders, family), _counted(network.decoders, family)
     with count_encoder as encoder, count_decoder as decoder, torch.no_grad(), flop_counter:
         network(x, noise, counts)
-    return flop_counter.get_total_flops(), sum(encoder), sum(decoder)
+    own = f"{type(network).__name__}.encoders.{stage if network.config.separate else 0}"
+    encoder_flops = sum(flop_counter.get_flop_counts()[own].values())
+    return flop_counter.get_total_flops(), encoder_flops, sum(encoder), sum(decoder)
 
 
 @contextmanager

@@ -7,17 +7,22 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config import DataConfig, RunConfig
+from ..contracts import Codec
 from ..data import ImageData, open_configured, to_float
-from ..data.sources import KNOWN
+from ..data.sources import located as located_source
+from ..latents import LatentData
 from ..nets.cost import network_cost
+from ..network_config import LDM_GROUPS
 from ..samplers import make_plan
 from ..serialization import from_dict, override, to_dict, write_json
 from ..splitting import SplitResult
@@ -27,7 +32,10 @@ from ..training.checkpoint import checkpoint_step, list_checkpoints, read_state
 from ..training.devices import precision_name, resolve_device
 from ..training.run import Run
 from ..training.trainer import Callback, Trainer
+from ..training.warm_start import warm_start
 from .finding import save_split
+from .latent import decoder, encode_parts, with_codec
+from .progress import Progress
 
 
 def prepare(config: RunConfig, data: ImageData, result: SplitResult | None = None) -> RunConfig:
@@ -49,17 +57,32 @@ def prepare(config: RunConfig, data: ImageData, result: SplitResult | None = Non
                 f"stages: the split was made with data_range [{low:g}, {high:g}], but networks train on [-1, 1], where its "
                 "edges mean other noise; run msdiff split without --data-range"
             )
+        if config.codec.used:
+            raise ValueError(
+                "stages: the split was made on pixels, but this run trains on latents, where its edges mean other noise; "
+                "leave --stages out"
+            )
         stages = result.stages()
+    network = config.network if config.codec.used else dataclasses.replace(config.network, channels=data.shape[0])
     return dataclasses.replace(
         config,
         data=dataclasses.replace(located(config.data), fingerprint=data.fingerprint, shape=data.shape),
-        network=dataclasses.replace(config.network, channels=data.shape[0]),
+        network=network,
         stages=stages,
     )
 
 
 def _warn_of_borrowed(config: RunConfig, images: ImageData) -> None:
     """Say so where stages or sigma_data were made for other images."""
+    network = config.network
+    if network.family == "ldm" and LDM_GROUPS in (w * m for w in network.decoder_widths for m in network.channel_mult):
+        warnings.warn(
+            f"network.family=ldm with {LDM_GROUPS} channels at a level: GroupNorm in {LDM_GROUPS} groups then erases what the "
+            f"network is told of noise and class; use at least {2 * LDM_GROUPS}",
+            stacklevel=3,
+        )
+    if config.codec.used:  # neither is known of latents before they are made
+        return
     made_for = config.stages.origin.get("data", config.data.source)
     if len(config.stages) > 1 and made_for != config.data.source:
         warnings.warn(
@@ -76,26 +99,23 @@ def _warn_of_borrowed(config: RunConfig, images: ImageData) -> None:
 
 def located(data: DataConfig) -> DataConfig:
     """Return data with the path of its source made absolute: a run is used from other folders too."""
-    word, colon, folder = data.source.rpartition(":")
-    if word not in KNOWN:  # a path, not fashion-mnist:FOLDER
-        word, colon, folder = "", "", data.source
-    path = Path(folder).expanduser()
-    if data.source in KNOWN or not path.exists():
-        return data
-    return dataclasses.replace(data, source=f"{word}{colon}{path.resolve()}")
+    return dataclasses.replace(data, source=located_source(data.source))
 
 
 def check(config: RunConfig, data: ImageData) -> tuple[ImageData, ImageData]:
     """Return (training, held-out) images of a data set on which a configuration can be trained.
 
     Raises:
-        ValueError: if anything would stop the training later: network, sampler, batch, labels or held-out share.
+        ValueError: if anything would stop the training later: network, sampler, batch, labels, held-out share or the run
+            to start from.
     """
-    network_cost(config.network, *data.shape[1:])
+    network_cost(config.network, *config.input_shape[1:])
     make_plan(config.sampling, config.diffusion.schedule)
     row_counts(config.training, stage_shares(config.training, config.stages, config.diffusion.prior))
     parts = data.split(config.data.held_out)
     BatchSource(config, parts[0], torch.device("cpu"))
+    if config.training.init_from:
+        warm_start(config.training.init_from, config)
     return parts
 
 
@@ -107,6 +127,7 @@ def train(
     replace: bool = False,
     device: str | None = None,
     callbacks: Sequence[Callback] = (),
+    progress: Progress | None = None,
 ) -> Run:
     """Start a run and train it to its end.
 
@@ -117,6 +138,7 @@ def train(
         replace: move a run that is there already aside.
         device: default CUDA when there is one.
         callbacks: progress, TensorBoard, ...
+        progress: called with (done, total) while images are encoded into latents.
 
     Raises:
         ValueError: if something does not fit; nothing has been written then.
@@ -124,24 +146,62 @@ def train(
     if not config.data.source:
         raise ValueError(f"data.source is empty: preset {config.name!r} has no data of its own; give --data")
     data = open_configured(dataclasses.replace(config.data, fingerprint="", shape=()))
+    resolved = resolve_device(device)
     config = dataclasses.replace(prepare(config, data, result), name=Path(out).name)
+    config, codec = with_codec(located_start(config), resolved)
     parts = check(config, data)
     if result is not None and result.fingerprint not in ("", data.fingerprint, parts[0].fingerprint):
         warnings.warn("the split was made on other data than these; its edges may not suit them", stacklevel=2)
     if result is None:
         _warn_of_borrowed(config, parts[0])
     # the arithmetic chosen here is stored: a run resumed on another device keeps it
-    precision = precision_name(config.training.precision, resolve_device(device))
+    precision = precision_name(config.training.precision, resolved)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
-    run = Run.create(Path(out), config, replace=replace)
+    material = Material.of(config, codec, parts, resolved, progress)
+    run = Run.create(Path(out), material.config, replace=replace)
     if result is not None:
         save_split(result, run.path / "split.json")
-    return _fit(run, config, parts, device, callbacks)
+    return _fit(run, material, resolved, callbacks)
+
+
+def located_start(config: RunConfig) -> RunConfig:
+    """Return a configuration with the path of the run it starts from made absolute."""
+    start = config.training.init_from
+    if not start:
+        return config
+    path = str(Path(start).expanduser().resolve())
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, init_from=path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What a trainer is given: training and held-out images, or latents with the map that decodes them."""
+
+    config: RunConfig
+    parts: tuple[ImageData, ImageData] | tuple[LatentData, LatentData]
+    decode: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        codec: Codec | None,
+        parts: tuple[ImageData, ImageData],
+        device: torch.device,
+        progress: Progress | None,
+    ) -> Material:
+        """Encode the images of a run with a codec; a run on pixels takes them as they are."""
+        if codec is None:
+            return cls(config=config, parts=parts)
+        config, latents = encode_parts(config, codec, parts, device, progress)
+        assert config.codec.scale is not None
+        return cls(config=config, parts=latents, decode=decoder(codec, config.codec.scale))
 
 
 # What may differ when a run is resumed: its length and what is written when, never what is computed.
 CHANGEABLE = (
     "data.source",
+    "codec.source",
     "training.steps",
     "training.log_every",
     "training.held_out_every",
@@ -153,12 +213,17 @@ CHANGEABLE = (
 )
 
 
+# What an imported run learns when it is first resumed.
+RECORDED = ("data.fingerprint", "codec.fingerprint", "codec.scale", "codec.shape", "training.precision")
+
+
 def resume(
     path: Path | str,
     changes: Mapping[str, Any] | None = None,
     *,
     device: str | None = None,
     callbacks: Sequence[Callback] = (),
+    progress: Progress | None = None,
 ) -> Run:
     """Go on with a run from its latest checkpoint.
 
@@ -167,6 +232,7 @@ def resume(
         changes: dotted keys to change, of CHANGEABLE only: a longer training, data that have moved.
         device: default CUDA when there is one.
         callbacks: progress, TensorBoard, ...
+        progress: called with (done, total) while images are encoded into latents.
 
     Raises:
         ValueError: if there is no run, a change would make it another run, or the data are not those it was started on.
@@ -188,8 +254,16 @@ def resume(
             f"training.steps={changed.training.steps} is below step {checkpoint_step(found[-1])}, which {run.path} has "
             "reached; give more"
         )
-    parts = check(changed, run.data(changed.data))
-    return _fit(run, changed, parts, device, callbacks)
+    resolved = resolve_device(device)
+    data = run.data(changed.data)
+    changed = dataclasses.replace(  # an imported run knows neither yet
+        changed,
+        data=dataclasses.replace(changed.data, fingerprint=data.fingerprint),
+        training=dataclasses.replace(changed.training, precision=precision_name(changed.training.precision, resolved)),
+    )
+    changed, codec = with_codec(changed, resolved)
+    material = Material.of(changed, codec, check(changed, data), resolved, progress)
+    return _fit(run, material, resolved, callbacks)
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
@@ -212,7 +286,12 @@ def _refuse_edited(run: Run, config: RunConfig) -> None:
     if not found:
         return
     before = from_dict(RunConfig, read_state(found[-1])["config"])
-    edited = [key for key in differences(before, config) if key not in CHANGEABLE]
+    known = _flat(to_dict(before))
+    edited = [
+        key
+        for key in differences(before, config)
+        if key not in CHANGEABLE and not (key in RECORDED and known[key] in ("", "auto", None, []))
+    ]
     if edited:
         raise ValueError(
             f"{run.config_file}: {', '.join(edited)} was edited since step {checkpoint_step(found[-1])}; put it back or "
@@ -220,15 +299,10 @@ def _refuse_edited(run: Run, config: RunConfig) -> None:
         )
 
 
-def _fit(
-    run: Run,
-    config: RunConfig,
-    parts: tuple[ImageData, ImageData],
-    device: str | None,
-    callbacks: Sequence[Callback],
-) -> Run:
-    grids = SampleGrid(parts[0].shape)
-    trainer = Trainer(run, *parts, config=config, device=device, callbacks=[*callbacks, grids])
+def _fit(run: Run, material: Material, device: torch.device, callbacks: Sequence[Callback]) -> Run:
+    config = material.config
+    grids = SampleGrid(config.input_shape, material.decode)
+    trainer = Trainer(run, *material.parts, config=config, device=device, callbacks=[*callbacks, grids])
     if config != run.config():
         with run.locked():
             write_json(run.config_file, config)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..codecs import open_codec
 from ..config import DataConfig, SamplingConfig
 from ..data import open_configured
 from ..description import architecture_rows, describe
@@ -18,6 +19,7 @@ from ..training.callbacks import example_labels
 from ..training.checkpoint import checkpoint_step
 from ..training.devices import resolve_device
 from ..training.run import Run
+from .latent import decoder, reconstruct
 from .progress import Progress
 
 NEIGHBOURS = 3  # of precision and recall, as published
@@ -64,9 +66,13 @@ def sample(
     if label is not None and not 0 <= label < classes:
         known = f"it must be in 0..{classes - 1}" if classes else "the run knows no classes; leave it out"
         raise ValueError(f"label={label}: {known}")
+    decode = None
+    if config.codec.used:
+        assert config.codec.scale is not None
+        decode = decoder(open_codec(config.codec, resolved), config.codec.scale)
     return sample_images(
         run.denoiser(checkpoint, device=resolved),
-        config.data.shape,
+        config.input_shape,
         count,
         config=sampling or config.sampling,
         schedule=config.diffusion.schedule,
@@ -75,6 +81,7 @@ def sample(
         labels=example_labels(classes, count) if label is None else torch.full((count,), label),
         device=resolved,
         progress=progress,
+        decode=decode,
     )
 
 
@@ -129,7 +136,8 @@ def evaluate(
         )
     step = checkpoint_step(run.checkpoint(checkpoint))  # which one is best may change while a run goes on
     images = sample(run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress)
-    result = evaluate_samples(images, train_images, held_out, extractor, k=NEIGHBOURS)
+    reconstructed = reconstruct(config, held_out, resolve_device(device)) if config.codec.used else None
+    result = evaluate_samples(images, train_images, held_out, extractor, k=NEIGHBOURS, reconstructed=reconstructed)
     entry = {
         "step": step,
         "data": (data or config.data).source,

@@ -1,0 +1,109 @@
+"""Image data sets of Hugging Face's library `datasets`, from its hub or from a folder."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .dataset import ImageData
+from .decoding import Progress, decode_all, one_line
+from .fitting import Fit
+
+
+def open_hub(
+    name: str,
+    split: str = "",
+    *,
+    size: tuple[int, int] | None = None,
+    fit: Fit = "exact",
+    skip_bad: bool = False,
+    progress: Progress | None = None,
+) -> ImageData:
+    """Open a split of a data set: its images and, where it has some, its class labels.
+
+    The images are the first column of type Image, the labels the first of type ClassLabel; images are decoded as those of
+    a folder are.
+
+    Args:
+        name: of a data set on the hub (OWNER/NAME), or a folder: one written by save_to_disk, or whatever load_dataset
+            reads (Parquet files, images).
+        split: empty for "train"; slices such as "train[:1000]" work too, but for folders written by save_to_disk.
+        size, fit, skip_bad, progress: as for `decode_all`.
+
+    Raises:
+        ValueError: without the library `datasets`, if there is no such data set, split or image column, and as
+            `decode_all`.
+    """
+    title = f"hf:{name}" + (f":{split}" if split else "")
+    path = Path(name).expanduser()
+    if not name or (name[0] in "./~" and not path.is_dir()):
+        raise ValueError(f"data.source='{title}': no such folder; give hf:FOLDER[:SPLIT] or hf:OWNER/NAME[:SPLIT]")
+    rows = _load(title, path, split)
+    image, label = _column(title, rows, "Image"), _column(title, rows, "ClassLabel")
+    if image is None or not len(rows):
+        raise ValueError(
+            f"{title}: {len(rows)} rows of {', '.join(rows.features)}; needs images (a column of type Image)"
+        )
+    decoded = decode_all(
+        title,
+        [f"row {i}" for i in range(len(rows))],
+        _reader(rows, image),
+        size=size,
+        fit=fit,
+        skip_bad=skip_bad,
+        progress=progress,
+    )
+    if label is None:
+        return ImageData(decoded.images, None, title, (), decoded.content)
+    labels = np.asarray(rows[label][:])[decoded.kept]
+    return ImageData(decoded.images, labels, title, tuple(rows.features[label].names), decoded.content)
+
+
+def _load(title: str, path: Path, split: str) -> Any:
+    """Return the rows of a split; `path` is a folder or else a name on the hub."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"data.source='{title}' needs datasets: pip install 'multistage-diffusion[data]'") from None
+    try:
+        if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(path)
+            splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+            if (split or "train") not in splits and (split or len(splits) > 1):
+                raise ValueError(f"no split {split or 'train'!r} among {', '.join(splits)}")
+            return splits[split or "train"] if len(splits) > 1 else next(iter(splits.values()))
+        return datasets.load_dataset(str(path), split=split or "train")
+    except MemoryError:
+        raise
+    except Exception as error:  # the library, its readers and the network raise nearly every kind
+        raise ValueError(
+            f"{title}: cannot be loaded ({one_line(error)}); give hf:OWNER/NAME[:SPLIT], reachable from here, or hf:FOLDER"
+        ) from None
+
+
+def _column(title: str, rows: Any, kind: str) -> str | None:
+    """Return the first column whose feature is of this kind, warning where there are several."""
+    names = [name for name, feature in rows.features.items() if type(feature).__name__ == kind]
+    if len(names) > 1:
+        warnings.warn(f"{title}: of the {kind} columns {', '.join(names)} the first is used", stacklevel=4)
+    return names[0] if names else None
+
+
+def _reader(rows: Any, column: str) -> Callable[[int], bytes]:
+    """Return a function that reads the undecoded image file of a row."""
+    import datasets
+
+    cells = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+    def read(number: int) -> bytes:
+        cell = cells[number][column]
+        if cell is None:
+            raise ValueError("no image")
+        data: bytes = Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
+        return data
+
+    return read

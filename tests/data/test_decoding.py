@@ -1,0 +1,69 @@
+import io
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from multistage_diffusion.data import open_data
+from multistage_diffusion.data.decoding import decode_all
+
+
+def png(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def pixels(seed, *shape):
+    return np.random.default_rng(seed).integers(1, 256, shape, dtype=np.uint8)
+
+
+def run(arrays, **options):
+    files = [array if isinstance(array, bytes) else png(array) for array in arrays]
+    return decode_all("set", [f"file {i}" for i in range(len(files))], files.__getitem__, **options)
+
+
+def test_bad_files_are_left_out_by_number():
+    with pytest.warns(UserWarning, match=r"set: skipped 2 of 4 images; the first is file 0 \("):
+        decoded = run([b"", pixels(1, 2, 3), b"x", pixels(3, 2, 3)], skip_bad=True)
+    assert decoded.kept.tolist() == [1, 3]
+    np.testing.assert_array_equal(decoded.images[:, 0], [pixels(1, 2, 3), pixels(3, 2, 3)])
+
+
+def test_one_padded_size_is_the_content():
+    decoded = run([pixels(i, 2, 3) for i in range(3)], size=(4, 6), fit="pad")
+    assert decoded.content == (2, 3)
+    np.testing.assert_array_equal(decoded.images[:, 0, 1:3, 1:4], [pixels(i, 2, 3) for i in range(3)])
+    assert decoded.images.shape == (3, 1, 4, 6)
+
+
+def test_several_padded_sizes_have_no_common_content():
+    decoded = run([pixels(0, 2, 3), pixels(1, 4, 2)], size=(4, 6), fit="pad")
+    assert decoded.content is None
+    np.testing.assert_array_equal(decoded.images[1, 0, :, 2:4], pixels(1, 4, 2))
+
+
+def test_an_image_too_large_to_pad_is_refused_even_when_bad_ones_are_skipped():
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"set: file 1: height x width 5x2 is larger than"):
+        run([pixels(0, 2, 3), pixels(1, 5, 2)], size=(4, 6), fit="pad", skip_bad=True)
+
+
+def test_unequal_sizes_name_every_mend():
+    with pytest.raises(
+        ValueError, match=r"file 0 is 2x3 but file 1 is 4x2 .*--fit crop \(or --fit resize, or --fit pad\)"
+    ):
+        run([pixels(0, 2, 3), pixels(1, 4, 2)])
+
+
+def test_resized_and_cropped_images_may_have_had_any_size():
+    for fit in ("crop", "resize"):
+        decoded = run([pixels(0, 2, 3), pixels(1, 4, 2)], size=(3, 3), fit=fit)
+        assert (decoded.images.shape, decoded.content) == ((2, 1, 3, 3), None)
+
+
+def test_folders_tell_their_content(tmp_path):
+    for i in range(3):
+        Image.fromarray(pixels(i, 2, 3)).save(tmp_path / f"{i}.png")
+    assert open_data(tmp_path, size=(4, 4), fit="pad").content == (2, 3)
+    assert open_data(tmp_path).content is None
