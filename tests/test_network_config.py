@@ -54,6 +54,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"family": "meme", "decoder_widths": (64, 64), "attention_shares": (0.2, 0.8)},
         "network.separate=False: the 2 experts of network.family=meme share nothing; set it to true",
     ),
+    ({"norm_groups": 0}, "network.norm_groups=0 must be positive"),
+    ({"family": "ldm", "norm_groups": 16, "decoder_widths": (48,)}, "is not divisible into 32 groups"),
+    ({"family": "ldm", "norm_groups": 32}, "network.norm_groups=32 is a setting of network.family=ncsnpp and ddpmpp only"),
+    ({"norm_groups": 32, "decoder_widths": (144,)}, "into 32 groups for GroupNorm; use a multiple of 32"),
     ({"family": "ldm", "encoder_width": 48}, "48 x 1 = 48 channels is not divisible into 32 groups"),
     ({"family": "ldm", "decoder_widths": (80,)}, "GroupNorm; use a multiple of 32"),
 ]  # fmt: skip
@@ -90,6 +94,7 @@ def test_just_the_widths_that_no_network_can_have_are_refused() -> None:
             "attention_factors": (1,) if family == "meme" else (),
             "attention_shares": (rng.choice([0.0, 0.1, 0.5, 1.0]),) if family == "meme" else None,
             "separate": rng.random() < 0.2,
+            "norm_groups": rng.choice([6, 16, 32]) if family in ("ncsnpp", "ddpmpp") else 16,
         }
         try:
             NetworkConfig(**choice)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 LDM_GROUPS = 32  # of every GroupNorm of the LDM U-Net
+GROUPS = 16  # at most, of a GroupNorm of the other families, unless norm_groups says otherwise
 # Settings that one family alone has: (family, name, default).
 OWN_SETTINGS = (("ldm", "head_channels", 32), ("ldm", "decoder_attention", None), ("meme", "attention_shares", None))
 
@@ -37,6 +38,8 @@ class NetworkConfig:
         decoder_attention: per stage, whether its decoder attends ("ldm" only); None: all do.
         attention_shares: per stage, the share of a mixer's channels that attention mixes, the others being left to
             convolution ("meme" only, which needs it).
+        norm_groups: groups of a GroupNorm are min(channels // 4, norm_groups) ("ncsnpp" and "ddpmpp" only): 16 in the
+            published multi-stage networks, 32 in those of score_sde and EDM.
     """
 
     family: Literal["ncsnpp", "ddpmpp", "ldm", "meme"] = "ncsnpp"
@@ -53,6 +56,7 @@ class NetworkConfig:
     head_channels: int = 32
     decoder_attention: tuple[bool, ...] | None = None
     attention_shares: tuple[float, ...] | None = None
+    norm_groups: int = GROUPS
 
     def __post_init__(self) -> None:
         require(self.channels > 0, f"network.channels={self.channels} must be positive")
@@ -69,6 +73,11 @@ class NetworkConfig:
                 f"factor ({', '.join(str(2**i) for i in range(len(self.channel_mult)))})",
             )
         require(min(self.channel_mult) > 0, f"network.channel_mult={list(self.channel_mult)} must be positive")
+        require(self.norm_groups > 0, f"network.norm_groups={self.norm_groups} must be positive")
+        require(
+            self.family in ("ncsnpp", "ddpmpp") or self.norm_groups == GROUPS,
+            f"network.norm_groups={self.norm_groups} is a setting of network.family=ncsnpp and ddpmpp only; leave it out",
+        )
         self._check_widths()
         for family, name, default in OWN_SETTINGS:
             require(
@@ -88,7 +97,7 @@ class NetworkConfig:
             # The input convolution hands an encoder's first block its bare width.
             for mult in (*((1,) if width in encoders else ()), *self.channel_mult):
                 channels, groups = width * mult, self._groups(width * mult)
-                multiple = LDM_GROUPS if self.family == "ldm" else 4 if channels < 64 else 16
+                multiple = 4 if self.family != "ldm" and channels < 4 * self.norm_groups else self._groups(channels)
                 require(
                     channels % groups == 0,
                     f"network: width {width} x {mult} = {channels} channels is not divisible into {groups} groups for "
@@ -100,11 +109,11 @@ class NetworkConfig:
                 require(
                     channels % self._groups(channels) == 0,
                     f"network: encoder width {encoder} and decoder width {decoder} meet in {channels} channels, not "
-                    f"divisible into {self._groups(channels)} groups for GroupNorm; use multiples of 16",
+                    f"divisible into {self._groups(channels)} groups for GroupNorm; use multiples of {LDM_GROUPS if self.family == 'ldm' else self.norm_groups}",
                 )
 
     def _groups(self, channels: int) -> int:
-        return LDM_GROUPS if self.family == "ldm" else group_count(channels)
+        return LDM_GROUPS if self.family == "ldm" else group_count(channels, self.norm_groups)
 
     def _check_heads(self) -> None:
         """Every attention of an LDM U-Net must have whole heads."""
@@ -153,6 +162,6 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def group_count(channels: int) -> int:
-    """GroupNorm groups of both pixel families: min(channels // 4, 16)."""
-    return min(channels // 4, 16)
+def group_count(channels: int, most: int = GROUPS) -> int:
+    """GroupNorm groups of both pixel families: min(channels // 4, most)."""
+    return min(channels // 4, most)

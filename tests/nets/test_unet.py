@@ -232,3 +232,20 @@ def test_bad_shapes() -> None:
         network(x[:, :1], noise, [1, 1, 1])
     with pytest.raises(ValueError, match="at least 1"):
         network(x[:0], noise[:0], [0, 0, 0])
+
+
+@pytest.mark.parametrize("family", ["ncsnpp", "ddpmpp"])
+@pytest.mark.parametrize("most", [16, 32])
+def test_every_group_norm_follows_the_setting(family: str, most: int) -> None:
+    config = NetworkConfig(
+        family=family,  # type: ignore[arg-type]
+        encoder_width=64,
+        decoder_widths=(128, 32),
+        channel_mult=(1, 2),
+        blocks_per_level=1,
+        norm_groups=most,
+    )
+    with torch.device("meta"):
+        norms = [m for m in build_network(config).modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert {n.num_groups for n in norms} == {min(n.num_channels // 4, most) for n in norms}
+    assert max(n.num_groups for n in norms) == most

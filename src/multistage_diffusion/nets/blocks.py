@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contracts import Conditioning
-from ..network_config import group_count
+from ..network_config import GROUPS, group_count
 
 SQRT_HALF = math.sqrt(0.5)
 TINY = 1e-5  # gain of layers that start near zero: the last convolutions and attention's output
@@ -41,9 +41,9 @@ def _initialise(weight: Tensor, bias: Tensor | None, gain: float) -> None:
         nn.init.zeros_(bias)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Return GroupNorm with min(channels // 4, 16) groups and eps 1e-6."""
-    return nn.GroupNorm(group_count(channels), channels, eps=1e-6)
+def group_norm(channels: int, most: int = GROUPS) -> nn.GroupNorm:
+    """Return GroupNorm with min(channels // 4, most) groups and eps 1e-6."""
+    return nn.GroupNorm(group_count(channels, most), channels, eps=1e-6)
 
 
 def sinusoids(noise: Tensor, width: int) -> Tensor:
@@ -190,9 +190,9 @@ class BoxUp(nn.Module):
 class Attention(nn.Module):
     """One head over all pixels, scale C^-1/2, then (x + h) / sqrt(2)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int = GROUPS) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.qkv = linear(channels, 3 * channels, ATTENTION_GAIN)
         self.proj = linear(channels, channels, TINY)
 
@@ -208,7 +208,8 @@ class Attention(nn.Module):
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions after GroupNorm and SiLU, the embedding between them; (skip + h) / sqrt(2); then attention.
 
-    `resample` (a module halving or doubling the size) acts on both branches before any convolution.
+    `resample` (a module halving or doubling the size) acts on both branches before any convolution; `groups` is the largest
+    number of groups of a GroupNorm.
     """
 
     def __init__(
@@ -220,18 +221,19 @@ class ResidualBlock(nn.Module):
         *,
         attention: bool = False,
         resample: nn.Module | None = None,
+        groups: int = GROUPS,
     ) -> None:
         super().__init__()
         self.dropout = dropout
         self.resample = resample
-        self.norm0 = group_norm(channels_in)
+        self.norm0 = group_norm(channels_in, groups)
         self.conv0 = conv(channels_in, channels_out)
         self.affine = linear(emb, channels_out)
-        self.norm1 = group_norm(channels_out)
+        self.norm1 = group_norm(channels_out, groups)
         self.conv1 = conv(channels_out, channels_out, gain=TINY)
         project = channels_in != channels_out or resample is not None
         self.skip = conv(channels_in, channels_out, 1) if project else None
-        self.attention = Attention(channels_out) if attention else None
+        self.attention = Attention(channels_out, groups) if attention else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map (B, channels_in, H, W) and the activated embedding (B, emb) to (B, channels_out, H', W')."""
@@ -251,10 +253,10 @@ class ResidualBlock(nn.Module):
 class Bottom(nn.Module):
     """Two blocks at the lowest resolution, the first with attention whatever the resolution."""
 
-    def __init__(self, channels: int, emb: int, dropout: float) -> None:
+    def __init__(self, channels: int, emb: int, dropout: float, groups: int = GROUPS) -> None:
         super().__init__()
-        self.block0 = ResidualBlock(channels, channels, emb, dropout, attention=True)
-        self.block1 = ResidualBlock(channels, channels, emb, dropout)
+        self.block0 = ResidualBlock(channels, channels, emb, dropout, attention=True, groups=groups)
+        self.block1 = ResidualBlock(channels, channels, emb, dropout, groups=groups)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""

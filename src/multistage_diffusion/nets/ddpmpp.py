@@ -34,7 +34,9 @@ class DDPMppDecoder(Decoder):
 
     def __init__(self, config: NetworkConfig, stage: int, encoder_width: int) -> None:
         super().__init__(config, stage, encoder_width, up=BoxUp)
-        self.bottom = Bottom(encoder_width * config.channel_mult[-1], 4 * encoder_width, config.dropout)
+        self.bottom = Bottom(
+            encoder_width * config.channel_mult[-1], 4 * encoder_width, config.dropout, config.norm_groups
+        )
 
     def forward(self, encoded: Encoded) -> Tensor:
         """Map the encoder's output for B rows to (B, C, H, W)."""

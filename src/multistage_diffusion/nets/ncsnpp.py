@@ -19,7 +19,7 @@ class NCSNppEncoder(Encoder):
         self.pyramid = nn.ModuleList(
             PyramidStep(before, after) for before, after in zip([config.channels, *widths], widths[:-1], strict=False)
         )
-        self.bottom = Bottom(widths[-1], 4 * width, config.dropout)
+        self.bottom = Bottom(widths[-1], 4 * width, config.dropout, config.norm_groups)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Encoded:
         """Encode x (B, C, H, W) at noise = 999 t (B,)."""

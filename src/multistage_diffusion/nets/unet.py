@@ -44,7 +44,9 @@ class Encoder(nn.Module):
         emb, widths = 4 * width, [width * mult for mult in config.channel_mult]
         self.embedding = NoiseEmbedding(width, config.num_classes, config.augment_dim)
         self.conv_in = conv(config.channels, width)
-        self.downs = nn.ModuleList(ResidualBlock(w, w, emb, config.dropout, resample=down(w)) for w in widths[:-1])
+        self.downs = nn.ModuleList(
+            ResidualBlock(w, w, emb, config.dropout, resample=down(w), groups=config.norm_groups) for w in widths[:-1]
+        )
         self.levels = nn.ModuleList()
         for level, (before, after) in enumerate(zip([width, *widths], widths, strict=False)):
             self.levels.append(EncoderLevel(config, before, after, emb, attention=attends(config, level)))
@@ -56,7 +58,9 @@ class EncoderLevel(nn.Module):
     def __init__(self, config: NetworkConfig, before: int, width: int, emb: int, *, attention: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResidualBlock(width if i else before, width, emb, config.dropout, attention=attention)
+            ResidualBlock(
+                width if i else before, width, emb, config.dropout, attention=attention, groups=config.norm_groups
+            )
             for i in range(config.blocks_per_level)
         )
 
@@ -83,9 +87,10 @@ class Decoder(nn.Module):
             popped = [skips.pop() for _ in range(config.blocks_per_level + 1)]
             self.levels.append(DecoderLevel(config, before, after, popped, emb, attention=attends(config, level)))
             if level:
-                self.ups.append(ResidualBlock(after, after, emb, config.dropout, resample=up(after)))
+                block = ResidualBlock(after, after, emb, config.dropout, resample=up(after), groups=config.norm_groups)
+                self.ups.append(block)
             before = after
-        self.norm_out = group_norm(before)
+        self.norm_out = group_norm(before, config.norm_groups)
         self.conv_out = conv(before, config.channels, gain=TINY)
 
     def forward(self, encoded: Encoded) -> Tensor:
@@ -109,7 +114,12 @@ class DecoderLevel(nn.Module):
         last = len(skips) - 1
         self.blocks = nn.ModuleList(
             ResidualBlock(
-                (width if i else before) + skip, width, emb, config.dropout, attention=attention and i == last
+                (width if i else before) + skip,
+                width,
+                emb,
+                config.dropout,
+                attention=attention and i == last,
+                groups=config.norm_groups,
             )
             for i, skip in enumerate(skips)
         )
