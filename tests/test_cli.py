@@ -126,7 +126,7 @@ def test_the_version(msdiff: Call) -> None:
     ("arguments", "words"),
     [
         (["trian"], ["command 'trian' is unknown; did you mean 'train'?"]),
-        (["x"], ["choose one of split, train, sample"]),
+        (["x"], ["choose one of split, train, train-codec, sample"]),
         (["split"], ["Missing from msdiff split: DATA"]),
         (["split", "digits", "--algorithm", "3"], ["invalid choice '3' for argument '--algorithm'"]),
         (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from multistage_diffusion.contracts import Conditioning, Denoiser, FeatureExtractor, as_float64
+from multistage_diffusion.contracts import Codec, Conditioning, Denoiser, FeatureExtractor, as_float64
 
 
 class PixelMeans:
@@ -14,6 +14,19 @@ class PixelMeans:
 
     def __call__(self, images: Tensor) -> Tensor:
         return images.float().mean((2, 3))
+
+
+class Halves:
+    fingerprint = "halves"
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images / 2
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents * 2
+
+    def latent_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        return shape
 
 
 def shrink(x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
@@ -43,9 +56,12 @@ def test_rows_of_nothing_are_nothing() -> None:
 def test_protocols_recognise_what_has_their_parts() -> None:
     denoiser: Denoiser = shrink
     extractor: FeatureExtractor = PixelMeans()
+    codec: Codec = Halves()
     assert isinstance(denoiser, Denoiser)
     assert isinstance(extractor, FeatureExtractor)
+    assert isinstance(codec, Codec)
     assert not isinstance(shrink, FeatureExtractor)
+    assert not isinstance(extractor, Codec)
     assert not isinstance(3, Denoiser)
 
 

@@ -29,6 +29,8 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def shortened(command: list[str]) -> list[str]:
+    if command[0] == "train-codec":
+        return [*command, "--steps", "3", "--width", "16"]
     if command[0] != "train":
         return command
     return [*command, *([] if "--set" in command else ["--set"]), *SHORT]
@@ -37,6 +39,7 @@ def shortened(command: list[str]) -> list[str]:
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "console")], ids=lambda p: p.stem)
 def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MSDIFF_CACHE", str(tmp_path / "cache"))
     (tmp_path / "photos").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (60, 20, 24, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):

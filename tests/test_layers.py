@@ -31,8 +31,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("codecs", "denoisers", "guidance", "samplers"),
     ("latents", "sampling"),
     # L3: training and judging, which do not know each other
-    ("codec_training", "evaluation", "interop", "training"),
-    ("report_page",),
+    ("evaluation", "interop", "training"),
+    ("codec_training", "report_page"),
     # L4: what a user calls
     ("console", "description", "network_layout", "paper_presets"),
     ("network_picture",),

@@ -19,11 +19,14 @@ from . import __version__
 SUMMARIES = {
     "split": "Find the noise ranges (stages) of a data set from the data themselves.",
     "train": "Train a multi-decoder model, or go on with a run.",
+    "train-codec": "Train a small autoencoder (a latent codec) on a data set, for runs on its latents.",
     "sample": "Draw samples of a run: a grid (.png), a folder of PNGs, or an array (.npz).",
     "evaluate": "Compare samples of a run with real images: Fréchet distance, precision and recall, memorisation.",
     "describe": "Show a run's (or preset's) stages, widths, parameters and multiply-adds; draw its network.",
     "report": "Write RUN/report.html: one file with stages, network, losses, samples, neighbours, metrics and configuration.",
     "demo": "Do the whole job on real handwritten digits in a few minutes: split, train, sample, evaluate, report.",
+    "import": "Make a run of a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt.",
+    "export": "Write a run's weights in the published layout of its family.",
     "presets": "List the presets, one line each.",
     "tables": "Count the networks of the paper's tables and print them beside its figures.",
 }
@@ -49,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run a command line; return the exit code: 0, or 2 for whatever one clear line can say."""
     name, *arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
     if name in ("-h", "--help"):
-        print(OVERVIEW.format(commands="\n".join(f"  {n:<10}{text}" for n, text in SUMMARIES.items())), end="")
+        print(OVERVIEW.format(commands="\n".join(f"  {n:<13}{text}" for n, text in SUMMARIES.items())), end="")
         return 0
     if name == "--version":
         print(f"msdiff {__version__}")

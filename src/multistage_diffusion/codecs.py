@@ -181,7 +181,7 @@ def _fetched(config: CodecConfig) -> Path:
     """Download a codec of the Hugging Face hub, or find it in that library's cache."""
     try:
         import huggingface_hub
-        from huggingface_hub import errors
+        from huggingface_hub import utils as errors
     except ImportError:
         raise ValueError(_needs("huggingface-hub")) from None
 

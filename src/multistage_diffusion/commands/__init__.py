@@ -5,12 +5,25 @@ Results go to standard output (JSON with --json), progress and notes to standard
 
 from typing import Any
 
+from .coding import TrainCodec
+from .exchange import Export, Import
 from .judging import Demo, Describe, Evaluate, Report
 from .making import Sample, Split, Train
 from .paper import Presets, Tables
 
 COMMANDS: dict[str, type[Any]] = {
-    c.__name__.lower(): c for c in (Split, Train, Sample, Evaluate, Describe, Report, Demo, Presets, Tables)
+    "split": Split,
+    "train": Train,
+    "train-codec": TrainCodec,
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "describe": Describe,
+    "report": Report,
+    "demo": Demo,
+    "import": Import,
+    "export": Export,
+    "presets": Presets,
+    "tables": Tables,
 }
 
 __all__ = ["COMMANDS"]

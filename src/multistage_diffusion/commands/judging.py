@@ -91,7 +91,7 @@ class Evaluate(SamplerOptions, DataOptions):
 
 @dataclass(kw_only=True)
 class Describe(SamplerOptions):
-    """Show a run's (or preset's) stages, widths, parameters and multiply-adds.
+    """Show a run's (or preset's) stages, widths, parameters and multiply-adds; draw its network.
 
     Examples
       msdiff describe runs/digits

@@ -1,0 +1,238 @@
+"""The only file that unpickles: other people's checkpoints, read without importing or running anything they name.
+
+Torch archives go through torch's own restricted reader (`weights_only=True`); classes of a few training frameworks come
+in as placeholders. Pickles of EDM's persistent objects go through a reader that knows a dozen harmless names. Any other
+name ends the reading with one line that says which; what it stands for is never looked up.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+_ZIP = b"PK\x03\x04"
+_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # torch's magic number, pickled
+_PICKLE = b"\x80"  # protocol 2 and later
+
+# Lightning checkpoints name these beside their weights. None is imported: placeholders stand for them.
+_FRAMEWORKS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.")
+_BESIDES = (
+    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")),
+    "argparse.Namespace",
+    "collections.defaultdict",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "typing.Any",
+)
+_MAPPINGS = (".defaultdict", ".AttributeDict")
+
+
+class Record:
+    """What stands for an object whose class is not run.
+
+    Attributes:
+        name: of its class, where the file tells it.
+        state: what the object would have been given; for a module its `__dict__`.
+    """
+
+    name: str = ""
+    state: Any = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Record:
+        """Take any arguments."""
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Mapping:
+    """What stands for a class of dictionaries: a plain one is made instead."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return {}
+
+
+class _Dict(dict[Any, Any]):
+    """EDM's dictionary class, without its attribute access."""
+
+
+def kind_of(path: Path) -> Literal["torch", "pickle", "safetensors"]:
+    """Return what a checkpoint file is, by its content; safetensors have no mark and are told by their name.
+
+    Raises:
+        ValueError: if it cannot be read or is none of these.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_LEGACY))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    if head.startswith((_ZIP, _LEGACY)):
+        return "torch"
+    if head.startswith(_PICKLE):
+        return "pickle"
+    raise ValueError(f"{path}: is no checkpoint (neither a torch archive nor a pickle nor named .safetensors)")
+
+
+def read_torch(path: Path) -> Any:
+    """Read a file of torch.save, tensors on the CPU.
+
+    Objects of Lightning, OmegaConf and the like become empty placeholders.
+
+    Raises:
+        ValueError: one line: the file is damaged, or names something that is neither a tensor nor one of those.
+    """
+    try:
+        stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+            (_Mapping if name.endswith(_MAPPINGS) else Record, name) for name in _strangers(path)
+        ]
+        with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
+            warnings.simplefilter("ignore")  # of unusual pickles; they are refused if they cannot be read
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or hostile file may do to the reader
+        raise ValueError(f"{path}: {_reason(error)}") from None
+
+
+def _strangers(path: Path) -> list[str]:
+    """Return the names in a torch archive that torch's reader does not know, all of them harmless as placeholders.
+
+    In an archive of the old format, which Lightning never wrote, there may be none.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_ZIP)) != _ZIP:
+            return []
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    for name in names:
+        if name not in _BESIDES and not name.startswith(_FRAMEWORKS):
+            raise Refused(_refusal(name))
+    return names
+
+
+def _refusal(name: str) -> str:
+    return f"refused: it names {name}, which no checkpoint of this kind needs; nothing of it was run"
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line why a checkpoint could not be read."""
+    text = str(error)
+    named = re.search(r"GLOBAL (\w[\w.]+)", text)
+    if isinstance(error, Refused):
+        return text
+    if named:
+        return _refusal(named[1])
+    if isinstance(error, EOFError | RuntimeError | OSError) or "truncated" in text:
+        return f"is truncated or damaged ({_first_line(text) or type(error).__name__})"
+    return f"refused: not what a checkpoint is made of ({_first_line(text) or type(error).__name__})"
+
+
+def _first_line(text: str) -> str:
+    return " ".join(text.split())[:160].strip()
+
+
+class Refused(pickle.UnpicklingError):
+    """A pickle names, or does, what no checkpoint needs."""
+
+
+def read_pickle(path: Path) -> Any:
+    """Read a pickle of EDM's persistent objects: tensors, plain values, and Records in the place of all objects.
+
+    The source code that such a pickle carries is not run and not kept.
+
+    Raises:
+        ValueError: one line: the file is damaged, or names something that such a pickle does not hold.
+    """
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about its own old storages
+            return _Unpickler(file).load()
+    except Exception as error:  # whatever a damaged or hostile file may do to the reader
+        raise ValueError(f"{path}: {_reason(error)}") from None
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds nothing but the names below and torch's module classes; none is imported."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for a name."""
+        full = f"{module}.{name}"
+        if full in _KNOWN:
+            return _KNOWN[full]
+        if module.startswith("torch.nn.modules.") and name.isidentifier():
+            return Record
+        raise Refused(_refusal(full))
+
+
+def _persistent(meta: Any) -> Record:
+    """Stand for torch_utils.persistence: keep the state of the object, not its source."""
+    if not isinstance(meta, dict) or not isinstance(meta.get("class_name"), str):
+        raise Refused("refused: a persistent object without a class")
+    record = Record()
+    record.name, record.state = meta["class_name"], meta.get("state")
+    return record
+
+
+def _storage(data: Any) -> torch.storage.TypedStorage:
+    """Stand for torch.storage._load_from_bytes: a storage in a torch archive of the old format within the pickle."""
+    if not isinstance(data, bytes) or not data.startswith(_LEGACY):
+        raise Refused("refused: a tensor's storage is no torch archive")
+    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if not isinstance(storage, torch.storage.TypedStorage):
+        raise Refused(f"refused: a tensor's storage is a {type(storage).__name__}")
+    return storage
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+    """Stand for torch._utils._rebuild_tensor_v2: a view of a storage, wholly inside it."""
+    numbers = (offset, *size, *stride)
+    if not isinstance(storage, torch.storage.TypedStorage) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise Refused("refused: a tensor without a storage, or of impossible shape")
+    values, plain = torch.empty(0, dtype=storage.dtype), storage.untyped()  # type: ignore[no-untyped-call]
+    held = plain.nbytes() // values.element_size()
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if 0 not in size and (last >= held or torch.Size(size).numel() > held):
+        raise Refused(f"refused: a tensor of shape {list(size)} in a storage of {held} numbers")
+    return values.set_(plain, offset, size, stride)
+
+
+def _parameter(value: Any, *_: Any) -> Any:
+    """Stand for torch._utils._rebuild_parameter: the tensor itself."""
+    return value
+
+
+_KNOWN: dict[str, Callable[..., Any]] = {
+    "builtins.set": set,
+    "collections.OrderedDict": OrderedDict,
+    "dnnlib.util.EasyDict": _Dict,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch.storage._load_from_bytes": _storage,
+    "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
+    # values of augmentation and loss objects; no weight is made of them
+    **dict.fromkeys(("numpy.ndarray", "numpy.dtype"), Record),
+    **{
+        f"{package}.multiarray.{name}": Record
+        for package in ("numpy.core", "numpy._core")
+        for name in ("_reconstruct", "scalar")
+    },
+}
+
+
+def torch_bytes(content: Any) -> bytes:
+    """Return the file that torch.save makes of tensors and plain values."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()

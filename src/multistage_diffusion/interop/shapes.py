@@ -1,0 +1,220 @@
+"""A published network's configuration, read off the names and shapes of its tensors, and its weights in our layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nets import build_network
+from ..network_config import GROUPS, NetworkConfig
+from .layouts import Family, Tensors
+from .names import convert_published, published_names, restore_published
+
+
+def network_of(
+    family: Family, tensors: Mapping[str, Tensor], *, norm_groups: int = GROUPS, head_channels: int = 32
+) -> NetworkConfig:
+    """Return the configuration of a published network, all but its dropout, which is training's.
+
+    Args:
+        family: whose names they are.
+        tensors: the network's weights by their published names.
+        norm_groups: most groups of a GroupNorm of NCSN++ or DDPM++.
+        head_channels: of an LDM U-Net's attention; shapes show neither.
+
+    Raises:
+        ValueError: naming the first tensor that is missing or whose shape fits no such network.
+    """
+    read = {"ncsnpp": _ncsnpp, "ddpmpp": _ddpmpp, "ldm": _ldm}[family]
+    settings = read(_Shapes(tensors))
+    if family == "ldm":
+        settings["head_channels"] = head_channels
+    else:
+        settings["norm_groups"] = norm_groups
+    return NetworkConfig(family=family, **settings)
+
+
+def resolution_of(tensors: Mapping[str, Tensor]) -> int:
+    """Return the resolution of an EDM network's images, which its names carry."""
+    return max(_edm_resolutions(_Shapes(tensors)))
+
+
+def our_state(tensors: Mapping[str, Tensor], config: NetworkConfig, size: tuple[int, int]) -> Tensors:
+    """Return a published network's weights as the state dict of ours, fp32.
+
+    Args:
+        tensors: by published name.
+        config: of the network.
+        size: (height, width) of its images.
+
+    Raises:
+        ValueError: naming the first tensor that is missing, unexpected or of another shape, and how many are.
+    """
+    names = published_names(config, size)
+    needed = _needed(config, size)
+    missing = [name for name in needed if name not in tensors]
+    extra = [name for name in tensors if name not in needed]
+    wrong = [name for name in needed if name in tensors and tensors[name].shape != needed[name].shape]
+    faults = [
+        f"{len(found)} {what} ({found[0]})" for found, what in ((missing, "missing"), (extra, "unexpected")) if found
+    ]
+    if wrong:
+        shapes = f"{list(tensors[wrong[0]].shape)}, not {list(needed[wrong[0]].shape)}"
+        faults.append(f"{len(wrong)} of another shape ({wrong[0]}: {shapes})")
+    if faults:
+        raise ValueError(
+            f"does not fit a {config.family} network of encoder width {config.encoder_width} and decoder widths "
+            f"{list(config.decoder_widths)}; of its tensors, {', '.join(faults)}"
+        )
+    converted = convert_published(tensors, names)
+    return {name: value.to(torch.float32, copy=True).contiguous() for name, value in converted.items()}
+
+
+def published_state(state: Mapping[str, Tensor], config: NetworkConfig, size: tuple[int, int]) -> Tensors:
+    """Return the published tensors of a network's state dict: the inverse of `our_state`.
+
+    Raises:
+        ValueError: if no published layout has a place for such a network.
+    """
+    return restore_published(state, published_names(config, size))
+
+
+@lru_cache(maxsize=1)  # asked for the model and for its average
+def _needed(config: NetworkConfig, size: tuple[int, int]) -> Tensors:
+    with torch.device("meta"):
+        return published_state(build_network(config).state_dict(), config, size)
+
+
+class _Shapes:
+    """Shapes by name; one that is asked for and is not there, or not of so many dimensions, is an error."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __call__(self, name: str, dims: int) -> tuple[int, ...]:
+        if name not in self.tensors:
+            raise ValueError(f"has no {name}")
+        shape = tuple(self.tensors[name].shape)
+        if len(shape) != dims or 0 in shape:
+            raise ValueError(f"{name} has shape {list(shape)}, not {dims} dimensions")
+        return shape
+
+    def any(self, pattern: str) -> bool:
+        """Tell whether a name begins so."""
+        return any(re.match(pattern, name) for name in self.tensors)
+
+    def numbers(self, pattern: str) -> list[int]:
+        """Return the distinct numbers that a pattern's group takes at the beginning of names, ascending."""
+        return sorted({int(m[1]) for name in self.tensors if (m := re.match(pattern, name))})
+
+
+def _times(channels: int, width: int, name: str) -> int:
+    if channels % width:
+        raise ValueError(f"{name} has {channels} channels, not a multiple of {width}")
+    return channels // width
+
+
+def _blocks(count: int, levels: int, what: str) -> int:
+    if count < levels or count % levels:
+        raise ValueError(f"has {count} {what} for {levels} levels; every level must have as many")
+    return count // levels
+
+
+def _ncsnpp(shape: _Shapes) -> dict[str, Any]:
+    """Read `en_modules.i` and `de_modules.stage.i`, or `all_modules.i`: Linear, Linear, conv, blocks, ..."""
+    stages = shape.numbers(r"de_modules\.(\d+)\.")
+    encoder = "en_modules" if stages else "all_modules"
+    width = shape(f"{encoder}.0.weight", 2)[1]
+    levels = (
+        len(shape.numbers(rf"{encoder}\.(\d+)\.Conv2d_0\.weight")) + 1
+    )  # each but the last ends in a pyramid's step
+    blocks = shape.numbers(rf"{encoder}\.(\d+)\.Conv_0\.weight")
+    projections = [f"{encoder}.{i}.Conv_2.weight" for i in blocks]
+    # only blocks that resample have a 1x1 skip between equal widths
+    if levels == 1 and any(len({*shape(n, 4)[:2]}) == 1 for n in projections if n in shape.tensors):
+        raise ValueError(
+            f"resamples without an input pyramid ({encoder}.I.Conv2d_0), as score_sde's DDPM++ does; only its NCSN++ is read"
+        )
+    # per level its blocks and, but for the last, a down block; two at the bottom; with the decoder, per level one more
+    # and an up block
+    if stages:
+        per_level = _blocks(len(blocks) - levels - 1, levels, "encoder blocks")
+    else:
+        per_level = _blocks(len(blocks) - 3 * levels, 2 * levels, "blocks")
+    first = [blocks[i * (per_level + 1)] for i in range(levels)]
+    mults = [_times(shape(n := f"{encoder}.{i}.Conv_0.weight", 4)[0], width, n) for i in first]
+    outs = [_last_conv(shape, f"de_modules.{k}" if stages else encoder) for k in stages or [0]]
+    return {
+        "channels": shape(f"{encoder}.2.weight", 4)[1],
+        "encoder_width": width,
+        "decoder_widths": tuple(_times(shape(out, 4)[1], mults[0], out) for out in outs),
+        "channel_mult": tuple(mults),
+        "blocks_per_level": per_level,
+        "attention_factors": tuple(
+            2**level for level, i in enumerate(first) if shape.any(rf"{encoder}\.{i + 1}\.NIN_0\.")
+        ),
+    }
+
+
+def _last_conv(shape: _Shapes, modules: str) -> str:
+    last = max(shape.numbers(re.escape(modules) + r"\.(\d+)\."))
+    return f"{modules}.{last}.weight"
+
+
+def _edm_resolutions(shape: _Shapes) -> list[int]:
+    found = shape.numbers(r"model\.enc\.(\d+)x\d+_block0\.")[::-1]
+    if not found:
+        raise ValueError("has no model.enc.RESxRES_block0")
+    return found
+
+
+def _ddpmpp(shape: _Shapes) -> dict[str, Any]:
+    """Read `model.enc.RESxRES_*` and `model.decs.stage.RESxRES_*`, or `model.dec.RESxRES_*`."""
+    sizes = [f"{r}x{r}" for r in _edm_resolutions(shape)]
+    width = shape("model.map_layer0.weight", 2)[1]
+    firsts = [f"model.enc.{size}_block0" for size in sizes]
+    mults = [_times(shape(n := f"{first}.conv0.weight", 4)[0], width, n) for first in firsts]
+    stages = shape.numbers(r"model\.decs\.(\d+)\.")
+    outs = [f"model.{f'decs.{k}' if stages else 'dec'}.{sizes[0]}_aux_conv.weight" for k in stages or [0]]
+    labels = {"num_classes": "model.map_label.weight", "augment_dim": "model.map_augment.weight"}
+    return {
+        "channels": shape(f"model.enc.{sizes[0]}_conv.weight", 4)[1],
+        "encoder_width": width,
+        "decoder_widths": tuple(_times(shape(out, 4)[1], mults[0], out) for out in outs),
+        "channel_mult": tuple(mults),
+        "blocks_per_level": len(shape.numbers(rf"model\.enc\.{sizes[0]}_block(\d+)\.")),
+        "attention_factors": tuple(
+            2**level for level, first in enumerate(firsts) if shape.any(rf"{re.escape(first)}\.qkv\.")
+        ),
+        **{name: shape(key, 2)[1] for name, key in labels.items() if key in shape.tensors},
+    }
+
+
+def _ldm(shape: _Shapes) -> dict[str, Any]:
+    """Read `input_blocks.i.j` and `de_modules.stage.i.j` with `outs.stage`, or `output_blocks.i.j` with `out`."""
+    width, channels, *_ = shape("input_blocks.0.0.weight", 4)
+    downs = shape.numbers(r"input_blocks\.(\d+)\.0\.op\.")
+    entries = [i for i in shape.numbers(r"input_blocks\.(\d+)\.") if i and i not in downs]
+    levels = len(downs) + 1
+    per_level = _blocks(len(entries), levels, "input blocks")
+    first = entries[::per_level]
+    mults = [_times(shape(n := f"input_blocks.{i}.0.in_layers.2.weight", 4)[0], width, n) for i in first]
+    stages = shape.numbers(r"de_modules\.(\d+)\.")
+    outs = [f"outs.{k}.2.weight" if stages else "out.2.weight" for k in stages or [0]]
+    factors = tuple(2**level for level, i in enumerate(first) if shape.any(rf"input_blocks\.{i}\.1\.qkv\."))
+    decoders = [rf"de_modules\.{k}" if stages else "output_blocks" for k in stages or [0]]
+    attends = tuple(shape.any(rf"{decoder}\.\d+\.1\.qkv\.") for decoder in decoders)
+    return {
+        "channels": channels,
+        "encoder_width": width,
+        "decoder_widths": tuple(_times(shape(out, 4)[1], mults[0], out) for out in outs),
+        "channel_mult": tuple(mults),
+        "blocks_per_level": per_level,
+        "attention_factors": factors,
+        "decoder_attention": None if not factors or all(attends) else attends,
+    }

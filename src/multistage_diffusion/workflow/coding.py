@@ -1,0 +1,153 @@
+"""Training a latent codec."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import keyed
+from ..codec_training import CodecSettings, CodecTrainer, judge, reconstruct, write_codec
+from ..config import DataConfig
+from ..data import ImageData, open_configured
+from ..data.sources import located
+from ..pictures import grid, save_png
+from ..serialization import to_dict, write_json
+from ..training.devices import device_name, resolve_device
+from ..training.run import Run
+from .progress import Progress
+
+SHOWN = 16  # held-out images in the picture of reconstructions
+
+
+def train_codec(
+    data: str | DataConfig,
+    out: Path | str,
+    settings: CodecSettings | None = None,
+    *,
+    resume: bool = False,
+    replace: bool = False,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train a latent codec on a data set's training images and measure it on its held-out images.
+
+    Writes to OUT the codec (config.json, diffusion_pytorch_model.safetensors), training.json (what is returned),
+    reconstructions.png (held-out images above their reconstructions) and training/ (to go on from).
+
+    Args:
+        data: where the images are.
+        out: the codec's folder.
+        settings: the codec and its training.
+        resume: go on with the training in OUT, with the same settings or more steps.
+        replace: move what is at OUT aside.
+        device: default CUDA when there is one.
+        progress: called with (steps done, steps in all).
+
+    Raises:
+        ValueError: if the data cannot be read, hold nothing out or do not fit the settings, or OUT is taken.
+        TrainingDiverged: if a loss is not finite.
+        KeyboardInterrupt: after Ctrl-C, once the codec so far is written.
+    """
+    out, settings, resolved = Path(out), settings or CodecSettings(), resolve_device(device)
+    config = DataConfig(source=data) if isinstance(data, str) else data
+    if config.held_out == 0:
+        raise ValueError("data.held_out=0: a codec is measured on held-out images; hold some out, such as 0.1")
+    images = open_configured(config)
+    training, held_out = images.split(config.held_out)
+    trainer = CodecTrainer(out, settings, training, resolved)
+    if resume:
+        trainer.restore()
+    else:
+        _make_room(out, replace)
+    with Run(out).locked():
+        with stopped_by_signals(trainer.stop):
+            trainer.fit(progress)
+        located_config = dataclasses.replace(
+            config, source=located(config.source), fingerprint=images.fingerprint, shape=images.shape
+        )
+        record = _write(trainer, located_config, held_out)
+    if trainer.stopping and trainer.step < settings.steps:
+        raise KeyboardInterrupt(
+            f"{out}: stopped at step {trainer.step} and the codec so far is written; go on with the same command and "
+            "--resume"
+        )
+    return record
+
+
+def _make_room(out: Path, replace: bool) -> None:
+    """Make an empty folder, moving what is there aside (to OUT.replaced-TIME) if asked to."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not replace:
+            raise ValueError(
+                f"{out}: exists; go on with it (--resume), choose another --out, or replace it (--replace; replace=True "
+                "in Python)"
+            )
+        out.rename(out.with_name(f"{out.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _write(trainer: CodecTrainer, data: DataConfig, held_out: ImageData) -> dict[str, Any]:
+    """Write the codec so far, what it is worth and what it does to some held-out images."""
+    from .. import __version__
+
+    out, codec = trainer.folder, trainer.codec()
+    quality = judge(codec, held_out, trainer.device)
+    if quality.scale is not None:  # for pipelines of diffusers; our runs measure their own
+        codec.module.register_to_config(scaling_factor=quality.scale)
+    write_codec(out, codec)
+    order = torch.randperm(len(held_out), generator=keyed.generator((trainer.settings.seed, "shown images")))[:SHOWN]
+    shown = held_out.tensor()[order]
+    rows = torch.stack([shown, reconstruct(codec, shown, trainer.device)[1]])
+    columns = math.ceil(len(shown) / 2)  # two bands of originals above their reconstructions
+    bands = [band for part in torch.split(rows, columns, dim=1) for band in part]
+    save_png(grid(torch.cat(bands), columns=columns), out / "reconstructions.png")
+    record = {
+        "settings": trainer.settings,
+        "data": data,
+        "steps": trainer.step,
+        "seconds": round(trainer.seconds, 1),
+        "held_out": quality,
+        "latent_shape": codec.latent_shape(held_out.shape),
+        "parameters": {
+            part: sum(p.numel() for p in getattr(codec.module, part).parameters()) for part in ("encoder", "decoder")
+        },
+        "device": device_name(trainer.device),
+        "version": __version__,
+    }
+    write_json(out / "training.json", record)
+    plain: dict[str, Any] = to_dict(record)
+    return plain
+
+
+@contextmanager
+def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Let Ctrl-C (or SIGTERM) call stop, which ends the work soon and in order; a second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield
+        return
+
+    def handle(*_: object) -> None:
+        stop()
+        if sys.stderr.isatty():
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        restore()

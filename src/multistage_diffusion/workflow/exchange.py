@@ -1,0 +1,379 @@
+"""Published checkpoints into runs, and runs into published layouts."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import CodecConfig, DataConfig, DiffusionConfig, NetworkConfig, RunConfig, TrainingConfig
+from ..interop.autoencoder import vq_model
+from ..interop.layouts import DDPMPP, SUFFIXES, Published, Tensors, published_bytes, read_published
+from ..interop.shapes import network_of, our_state, published_state, resolution_of
+from ..paper_presets import PAPER_PRESETS
+from ..schedules import VP, Discrete, UniformSteps
+from ..serialization import from_dict, write_atomic
+from ..splitting import SplitResult
+from ..stages import Stages
+from ..training.checkpoint import Checkpoint, load_tensors, read_state, save_checkpoint
+from ..training.run import Run
+from ..training.trainer import RunningSums
+
+_EDGES, _HEADS = "sigma_edges", "num_head_channels"  # what files written here say besides their layout's own
+_PREFIX = "network."  # of a denoiser's tensors
+
+
+def import_published(
+    file: Path | str,
+    out: Path | str,
+    *,
+    base: RunConfig | None = None,
+    size: tuple[int, int] | None = None,
+    result: SplitResult | None = None,
+    head_channels: int | None = None,
+    replace: bool = False,
+) -> Run:
+    """Make a run of a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt, or an exported run.
+
+    Nothing in the file is run. The network is read off names and shapes. The run has one checkpoint, at step 0, and no
+    data; resume it with some.
+
+    Args:
+        file: the checkpoint.
+        out: the run's new folder.
+        base: gives training, sampling and, if as many, the stages; default the paper's preset of the same family and
+            number of stages.
+        size: (height, width) of what the network sees; default that of base (EDM's files say it).
+        result: gives the stages, with the edges that the network was trained on.
+        head_channels: of an LDM U-Net's attention; default 32, or what an exported run says.
+        replace: move a run that is there already aside.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: one line: the file is damaged, hostile or does not fit, or its stages are not known.
+    """
+    file, published = Path(file), read_published(Path(file))
+    weights = published.model or published.ema
+    assert weights is not None
+    try:
+        heads = _heads(published, head_channels)
+        network = network_of(published.family, weights, norm_groups=published.norm_groups, head_channels=heads)
+        base = base or _paper_preset(network)
+        size = _size(published, weights, size, base)
+        tensors = [our_state(part, network, size) for part in (published.model, published.ema) if part is not None]
+        config = _config(published, network, base, size, result)
+        codec, folder = _first_stage(file, published), Path(out) / "codec"
+        config = dataclasses.replace(_on_latents(config, base, published, codec, folder), name=Path(out).name)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if published.ema is None:
+        warnings.warn(f"{file}: holds no averaged weights; the model's own stand for them", stacklevel=2)
+    run = Run.create(Path(out), config, replace=replace)
+    if codec is not None:
+        codec.save_pretrained(folder)
+    _save(run, config, model=tensors[0], ema=tensors[-1])
+    return run
+
+
+def _heads(published: Published, given: int | None) -> int:
+    """Return the channels of an attention head: those given, those of the file, or latent diffusion's usual 32."""
+    if given is not None and published.family != "ldm":
+        raise ValueError(f"head_channels={given}: a network of family {published.family!r} has one head; leave it out")
+    return int(_number(published, _HEADS, 32)) if given is None else given
+
+
+def _number(published: Published, name: str, default: float) -> float:
+    """Return a number that a file says of its network."""
+    said = published.arguments.get(name, default)
+    if not isinstance(said, int | float):
+        raise ValueError(f"{name}={said!r} is no number")
+    return said
+
+
+def _paper_preset(network: NetworkConfig) -> RunConfig:
+    """Return the paper's first preset of a network's family and number of stages, or else of its family."""
+    known = [config for config in (make() for make in PAPER_PRESETS.values()) if _layout(config) == network.family]
+    alike = [config for config in known if len(config.stages) == len(network.decoder_widths)]
+    return (alike or known)[0]
+
+
+def _layout(config: RunConfig) -> str:
+    """Return the family in whose published layout a run's weights mean what they mean in the run; "" if in none."""
+    family, diffusion = config.network.family, config.diffusion
+    schedule = diffusion.schedule
+    if config.network.separate or (config.codec.used and family != "ldm"):
+        return ""
+    if diffusion.precondition == "edm":
+        return family if family == "ddpmpp" else ""
+    if diffusion.precondition != "vp-eps":
+        return ""
+    published = isinstance(schedule, VP) and (schedule.beta_d, schedule.beta_min) == (VP.beta_d, VP.beta_min)
+    kind = "ncsnpp" if published else "ldm" if isinstance(schedule, Discrete) else ""
+    return family if family == kind else ""
+
+
+def _size(published: Published, weights: Tensors, size: tuple[int, int] | None, base: RunConfig) -> tuple[int, int]:
+    if size is not None and min(size) < 1:
+        raise ValueError(f"size={size} must be positive")
+    if published.family != "ddpmpp":
+        _, height, width = base.input_shape
+        return size or (height, width)
+    resolution = resolution_of(weights)
+    if size not in (None, (resolution, resolution)):
+        raise ValueError(f"size={size}: its names say {resolution} x {resolution}; leave the size out")
+    return resolution, resolution
+
+
+def _config(
+    published: Published, network: NetworkConfig, base: RunConfig, size: tuple[int, int], result: SplitResult | None
+) -> RunConfig:
+    """Return the configuration of the run, all but its codec and name."""
+    if _layout(base) != network.family:
+        raise ValueError(
+            f"holds a network of family {network.family!r} with its published preconditioning, but the preset "
+            f"{base.name!r} is for family {base.network.family!r} with {base.diffusion.precondition!r}; name another"
+        )
+    dropout = base.network.dropout
+    if network.family == "ddpmpp":
+        dropout = _number(published, "dropout", dropout)
+    diffusion = _diffusion(published, base.diffusion)
+    return dataclasses.replace(
+        base,
+        data=_data(base.data, (network.channels, *size)),
+        network=dataclasses.replace(network, dropout=float(dropout)),
+        diffusion=diffusion,
+        stages=_stages(published, network, base, diffusion, result),
+        training=_training(base.training, network),
+    )
+
+
+def _data(data: DataConfig, shape: tuple[int, int, int]) -> DataConfig:
+    """Return how data are read that are not known yet."""
+    if data.size not in (None, shape[1:]):
+        data = dataclasses.replace(data, size=None, fit="exact")
+    return dataclasses.replace(data, source="", fingerprint="", shape=shape)
+
+
+def _training(training: TrainingConfig, network: NetworkConfig) -> TrainingConfig:
+    """Return training settings for as many stages, which go on from an average that is there."""
+    stages = len(network.decoder_widths)
+    fitting: dict[str, Any] = {
+        name: default
+        for name, default in (("shares", "uniform"), ("weights", "prior"))
+        if isinstance(value := getattr(training, name), tuple) and len(value) != stages
+    }
+    if not network.augment_dim:
+        fitting["augment"] = 0.0
+    return dataclasses.replace(training, init_from="", ema_rampup=0.0, **fitting)
+
+
+def _diffusion(published: Published, base: DiffusionConfig) -> DiffusionConfig:
+    """Return the noise that a network was trained on, as far as its file says it."""
+    if published.family == "ddpmpp":
+        return dataclasses.replace(base, sigma_data=float(_number(published, "sigma_data", 0.5)))
+    betas = published.buffers.get("betas")
+    if betas is None or published.family != "ldm":
+        return base
+    assert isinstance(base.schedule, Discrete)
+    if betas.ndim != 1 or len(betas) < 2:
+        raise ValueError(f"betas has shape {list(betas.shape)}; a schedule has a number for every step")
+    start, end = (float(f"{betas[i].item():.6g}") for i in (0, -1))
+    known = [
+        Discrete(beta_start=start, beta_end=end, steps=len(betas), spacing=spacing)
+        for spacing in ("sqrt", "linear")
+        if 0 < start <= end < 1
+    ]
+    for schedule in (base.schedule, *known):
+        own = _betas(schedule)
+        if own.shape == betas.shape and torch.allclose(own, betas.double(), rtol=1e-4):
+            return dataclasses.replace(base, schedule=schedule, prior=UniformSteps(schedule=schedule))
+    raise ValueError(
+        "its betas are spaced neither linearly nor linearly in their square root; that schedule is not known"
+    )
+
+
+def _betas(schedule: Discrete) -> Tensor:
+    """Return beta of every step, float64 (steps,): alpha_bar = 1/(1 + sigma²) is the product of 1 - beta."""
+    kept = torch.sigmoid(-2.0 * schedule.log_sigmas)
+    return 1.0 - kept / torch.cat([kept.new_ones(1), kept[:-1]])
+
+
+def _stages(
+    published: Published,
+    network: NetworkConfig,
+    base: RunConfig,
+    diffusion: DiffusionConfig,
+    result: SplitResult | None,
+) -> Stages:
+    """Return the stages on which a network was trained: those given, those of the file, or base's."""
+    decoders, said = len(network.decoder_widths), published.arguments.get(_EDGES)
+    if result is not None:
+        stages = result.stages()
+    elif isinstance(said, list):
+        stages = from_dict(Stages, {"interior": said, "origin": {"rule": "of the imported network"}}, "stages")
+    elif decoders == 1:
+        stages = Stages()
+    else:
+        stages = _moved(base.stages, base.diffusion, diffusion)
+    if len(stages) != decoders:
+        raise ValueError(
+            f"holds {decoders} decoders, but {len(stages)} stages are known for it; give those it was trained on "
+            "(--stages split.json, or a --preset that has them)"
+        )
+    return stages
+
+
+def _moved(stages: Stages, before: DiffusionConfig, after: DiffusionConfig) -> Stages:
+    """Return stages cut at the same steps of another discrete schedule; the same stages if it is none other."""
+    if after.schedule == before.schedule:
+        return stages
+    steps = [before.schedule.edge_time(edge) for edge in stages.interior]
+    return Stages(tuple(after.schedule.edge_sigma(step) for step in steps), stages.origin)
+
+
+def _first_stage(file: Path, published: Published) -> Any:
+    """Return the autoencoder of a latent diffusion file, None if it has none that can be used."""
+    strangers = [name for name in published.buffers if "." in name]  # a schedule's numbers have names without dots
+    if strangers:
+        warnings.warn(f"{file}: {len(strangers)} tensors of other networks are left out ({strangers[0]})", stacklevel=3)
+    if not published.codec:
+        return None
+    try:
+        return vq_model(published.codec)
+    except ValueError as error:
+        warnings.warn(f"{file}: the codec is left out: {error}", stacklevel=3)
+        return None
+
+
+def _on_latents(config: RunConfig, base: RunConfig, published: Published, codec: Any, folder: Path) -> RunConfig:
+    """Return a configuration whose images are the latents of an autoencoder: the file's own, or base's."""
+    if codec is None and not base.codec.used:
+        return config
+    channels, height, width = config.data.shape
+    scale = published.buffers.get("scale_factor")
+    if scale is not None and scale.numel() != 1:
+        raise ValueError(f"scale_factor has shape {list(scale.shape)}, not one number")
+    if codec is not None:
+        factor, colours = 2 ** (len(codec.config.block_out_channels) - 1), codec.config.in_channels
+        own = CodecConfig(source=str(folder.resolve()))
+    else:
+        factor, colours = base.data.shape[1] // base.codec.shape[1], base.data.shape[0]
+        own = base.codec if base.codec.shape[0] == channels else CodecConfig()
+    latents = dataclasses.replace(
+        own,
+        scale=(own.scale or 1.0) if scale is None else scale.item(),
+        shape=(channels, height, width),
+        fingerprint="",
+    )
+    return dataclasses.replace(config, codec=latents, data=_data(base.data, (colours, height * factor, width * factor)))
+
+
+def _save(run: Run, config: RunConfig, *, model: Tensors, ema: Tensors) -> None:
+    """Write the checkpoint from which a trainer goes on: no step done, a new optimizer."""
+    state = {
+        "step": 0,
+        "images": 0,
+        "score": None,
+        "sums": dataclasses.asdict(RunningSums(len(config.stages))),
+        "scaler": {},
+        "config": config,
+    }
+    weights, average = ({f"{_PREFIX}{name}": value for name, value in part.items()} for part in (model, ema))
+    save_checkpoint(run.checkpoints, Checkpoint(model=weights, ema=average, optimizer={}, state=state))
+
+
+def export_published(
+    run: Run | Path | str, file: Path | str, *, checkpoint: str = "best", overwrite: bool = False
+) -> Path:
+    """Write a run's weights and their average in the published layout of its family.
+
+    NCSN++ makes a .pth as score_sde writes, the LDM U-Net a .ckpt as latent diffusion does; DDPM++, whose pickles would
+    have to carry EDM's source code, a .safetensors with EDM's names and arguments. What shapes do not show (stage edges,
+    channels of an attention head) is written beside, so that `import_published` gives the same network back.
+
+    Args:
+        run: a run, or its folder.
+        file: where.
+        checkpoint: "best", "latest" or a step.
+        overwrite: replace a file that is there.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: if the layout has no place for the run's network or noise, or the file may not be written.
+    """
+    run, file = run if isinstance(run, Run) else Run.open(Path(run)), Path(file)
+    folder = run.checkpoint(checkpoint)
+    state = read_state(folder)
+    config = from_dict(RunConfig, state["config"])
+    if not _layout(config):
+        raise ValueError(
+            f"{run.path}: no published layout tells a network of family {config.network.family!r} with precondition "
+            f"{config.diffusion.precondition!r} on schedule {config.diffusion.schedule.kind!r} of such settings; it cannot be "
+            "exported"
+        )
+    suffix = SUFFIXES[config.network.family]
+    if file.suffix != suffix:
+        raise ValueError(f"--out {file}: family {config.network.family!r} is written as {suffix}; name it so")
+    if file.exists() and not overwrite:
+        raise ValueError(f"--out {file}: exists; choose another name or give --overwrite")
+    _, height, width = config.input_shape
+    model, ema = (_published_part(folder, part, config, (height, width)) for part in ("model", "ema"))
+    published = Published(
+        family=config.network.family,  # type: ignore[arg-type]  # those with a layout
+        model=model,
+        ema=ema,
+        buffers=_buffers(config),
+        arguments=_arguments(config, (height, width)),
+        norm_groups=config.network.norm_groups,
+        step=state["step"],
+    )
+    write_atomic(file, published_bytes(published))
+    return file
+
+
+def _published_part(folder: Path, part: str, config: RunConfig, size: tuple[int, int]) -> Tensors:
+    tensors = {name.removeprefix(_PREFIX): value for name, value in load_tensors(folder, part).items()}
+    return published_state(tensors, config.network, size)
+
+
+def _buffers(config: RunConfig) -> Tensors:
+    """Return what latent diffusion keeps beside its networks."""
+    schedule = config.diffusion.schedule
+    if config.network.family != "ldm" or not isinstance(schedule, Discrete):
+        return {}
+    buffers = {"betas": _betas(schedule).float()}
+    if config.codec.used and config.codec.scale is not None:
+        buffers["scale_factor"] = torch.tensor(config.codec.scale, dtype=torch.float64)
+    return buffers
+
+
+def _arguments(config: RunConfig, size: tuple[int, int]) -> dict[str, Any]:
+    """Return what a file says beside its tensors: stage edges, and the family's own arguments."""
+    network, arguments = config.network, {_EDGES: list(config.stages.interior)}
+    if network.family == "ldm":
+        return {**arguments, _HEADS: network.head_channels}
+    if network.family == "ncsnpp":
+        return arguments
+    return {
+        **arguments,
+        "img_resolution": size[0],
+        "img_channels": network.channels,
+        "label_dim": network.num_classes,
+        "sigma_data": config.diffusion.sigma_data,
+        "model_type": "SongUNet",
+        **DDPMPP,
+        "model_channels": network.encoder_width,
+        "channel_mult": list(network.channel_mult),
+        "num_blocks": network.blocks_per_level,
+        "attn_resolutions": [size[0] // factor for factor in network.attention_factors],
+        "augment_dim": network.augment_dim,
+        "dropout": network.dropout,
+    }

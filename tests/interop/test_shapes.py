@@ -1,0 +1,136 @@
+"""A network's configuration from the shapes of its published tensors."""
+
+import dataclasses
+
+import pytest
+import torch
+from foreign_files import FAMILIES, Weights, golden, one_stage
+
+from multistage_diffusion.config import NetworkConfig
+from multistage_diffusion.interop.names import is_buffer, published_names, restore_published
+from multistage_diffusion.interop.shapes import network_of, our_state, published_state, resolution_of
+from multistage_diffusion.nets import build_network
+from multistage_diffusion.presets import preset
+
+SIZES = {"ncsnpp": (16, 16), "edm": (16, 16), "ldm": (8, 8)}
+
+
+def learnt(name: str) -> Weights:
+    return {key: value for key, value in golden(name)[1].items() if not is_buffer(key)}
+
+
+def shapes_of(config: NetworkConfig, size: int = 32) -> Weights:
+    with torch.device("meta"):
+        network = build_network(config)
+    return restore_published(network.state_dict(), published_names(config, (size, size)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_golden_network_s_configuration_is_read_off_its_shapes(name: str) -> None:
+    meta, weights = golden(name)[0], learnt(name)
+    config = network_of(FAMILIES[name], weights, head_channels=16)  # type: ignore[arg-type]
+    for key in ("channels", "encoder_width", "blocks_per_level"):
+        assert getattr(config, key) == meta[key]
+    for key in ("decoder_widths", "channel_mult"):
+        assert list(getattr(config, key)) == meta[key]
+    assert config.augment_dim == meta.get("augment_dim", 0)
+    assert config.attention_factors == (2,)
+    assert config.decoder_attention == ((True, False, False) if name == "ldm" else None)
+    assert sum(value.numel() for value in our_state(weights, config, SIZES[name]).values()) == meta["params"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cifar10-dpm-five-stages", "cifar10-edm", "cifar10-edm-one-stage"),
+        *("celebahq-ldm-table8-2", "celebahq-ldm-one-stage", "digits"),
+    ],
+)
+def test_the_paper_s_networks_are_read_off_their_shapes(name: str) -> None:
+    config = preset(name).network
+    read = network_of(config.family, shapes_of(config))  # type: ignore[arg-type]
+    # that a network's only decoder attends goes without saying
+    attention = None if config.decoder_attention == (True,) else config.decoder_attention
+    assert read == dataclasses.replace(config, dropout=read.dropout, decoder_attention=attention)
+
+
+@pytest.mark.parametrize("family", ["ncsnpp", "ddpmpp", "ldm"])
+@pytest.mark.parametrize("decoders", [1, 2])
+def test_odd_networks_are_read_off_their_shapes(family: str, decoders: int) -> None:
+    config = NetworkConfig(
+        family=family,  # type: ignore[arg-type]
+        channels=1,
+        encoder_width=32,
+        decoder_widths=(64, 32)[:decoders],
+        channel_mult=(2,) if family == "ncsnpp" else (2, 1, 3),
+        blocks_per_level=3,
+        attention_factors=() if family == "ldm" else (1,),
+        dropout=0.1,
+        num_classes=5 if family == "ddpmpp" else 0,
+        norm_groups=16 if family == "ldm" else 32,
+    )
+    assert network_of(family, shapes_of(config), norm_groups=32) == config  # type: ignore[arg-type]
+
+
+def test_the_resolution_of_an_edm_network_is_in_its_names() -> None:
+    assert resolution_of(learnt("edm")) == 16
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_come_back_bit_for_bit(name: str) -> None:
+    weights = learnt(name)
+    config = network_of(FAMILIES[name], weights, head_channels=16)  # type: ignore[arg-type]
+    back = published_state(our_state(weights, config, SIZES[name]), config, SIZES[name])
+    assert set(back) == set(weights)
+    assert all(torch.equal(back[key], weights[key]) for key in weights)
+
+
+def test_half_precision_becomes_fp32() -> None:
+    weights = {key: value.half() for key, value in learnt("ncsnpp").items()}
+    state = our_state(weights, network_of("ncsnpp", weights), (16, 16))
+    assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "words"),
+    [
+        ("ncsnpp", "en_modules.0.weight", "has no en_modules.0.weight"),
+        ("ncsnpp", "en_modules.3.Conv_0.weight", "has 4 encoder blocks for 3 levels|encoder blocks for 3 levels"),
+        ("ncsnpp", "de_modules.2.1.Conv_0.bias", r"1 missing \(de_modules.2.1.Conv_0.bias\)"),
+        ("edm", "model.map_layer0.weight", "has no model.map_layer0.weight"),
+        ("edm", "model.decs.1.8x8_in0.qkv.weight", r"1 missing \(model.decs.1.8x8_in0.qkv.weight\)"),
+        ("ldm", "input_blocks.0.0.weight", "has no input_blocks.0.0.weight"),
+        ("ldm", "middle_block.1.norm.bias", r"1 missing \(middle_block.1.norm.bias\)"),
+    ],
+)
+def test_a_missing_tensor_is_named(name: str, key: str, words: str) -> None:
+    weights = learnt(name)
+    del weights[key]
+    with pytest.raises(ValueError, match=words):
+        our_state(weights, network_of(FAMILIES[name], weights, head_channels=16), SIZES[name])  # type: ignore[arg-type]
+
+
+def test_unexpected_and_misshapen_tensors_are_named_and_counted() -> None:
+    weights = learnt("ldm")
+    weights |= {"label_emb.weight": torch.zeros(10, 128), "time_embed.0.bias": torch.zeros(4)}
+    config = network_of("ldm", weights, head_channels=16)
+    words = r"1 unexpected \(label_emb.weight\), 1 of another shape \(time_embed.0.bias: \[4\], not \[128\]\)"
+    with pytest.raises(ValueError, match=words):
+        our_state(weights, config, (8, 8))
+
+
+def test_widths_that_are_no_multiples_are_named() -> None:
+    weights = learnt("edm")
+    weights["model.enc.8x8_block0.conv0.weight"] = torch.zeros(30, 16, 3, 3)
+    with pytest.raises(ValueError, match=r"model.enc.8x8_block0.conv0.weight has 30 channels, not a multiple of 16"):
+        network_of("ddpmpp", weights)
+    weights = learnt("ncsnpp")
+    weights["en_modules.0.weight"] = torch.zeros(64)
+    with pytest.raises(ValueError, match=r"en_modules.0.weight has shape \[64\], not 2 dimensions"):
+        network_of("ncsnpp", weights)
+
+
+def test_score_sde_s_ddpmpp_is_told_from_its_ncsnpp() -> None:
+    weights = {key: value for key, value in one_stage("ncsnpp", learnt("ncsnpp")).items() if "Conv2d_0" not in key}
+    with pytest.raises(ValueError, match="resamples without an input pyramid"):
+        network_of("ncsnpp", weights)
