@@ -42,17 +42,33 @@ if TYPE_CHECKING:
     from .stages import Stages as Stages
     from .training.run import Run as Run
     from .workflow import evaluate as evaluate
+    from .workflow import export_published as export_published
+    from .workflow import import_published as import_published
     from .workflow import report as report
     from .workflow import resume as resume
     from .workflow import sample as sample
     from .workflow import split as split
     from .workflow import train as train
+    from .workflow import train_codec as train_codec
 
 __version__ = "0.1.0"
 
 # name -> module; imported when first asked for, so that `msdiff --help` need not wait for torch
 _HOME = {
-    **dict.fromkeys(("evaluate", "report", "resume", "sample", "split", "train"), "workflow"),
+    **dict.fromkeys(
+        (
+            "evaluate",
+            "export_published",
+            "import_published",
+            "report",
+            "resume",
+            "sample",
+            "split",
+            "train",
+            "train_codec",
+        ),
+        "workflow",
+    ),
     **dict.fromkeys(
         (
             "DataConfig",

@@ -110,6 +110,10 @@ def open_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec
         ValueError: if there is none, it is of another class or damaged, diffusers is missing, or the fingerprint is
             recorded and differs.
     """
+    if not config.source:
+        raise ValueError(
+            "codec.source is empty: name an autoencoder (--codec FOLDER or hf:NAME); msdiff train-codec makes one"
+        )
     codec: Codec = IdentityCodec() if config.source == "identity" else _open_diffusers(config, device)
     if config.fingerprint and config.fingerprint != codec.fingerprint:
         raise ValueError(

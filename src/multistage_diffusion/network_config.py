@@ -103,13 +103,14 @@ class NetworkConfig:
                     f"network: width {width} x {mult} = {channels} channels is not divisible into {groups} groups for "
                     f"GroupNorm; use a multiple of {multiple}",
                 )
+        most = LDM_GROUPS if self.family == "ldm" else self.norm_groups
         for decoder in self.decoder_widths:
             encoder = decoder if self.separate else self.encoder_width
             for channels in self._joined_channels(encoder, decoder):
                 require(
                     channels % self._groups(channels) == 0,
                     f"network: encoder width {encoder} and decoder width {decoder} meet in {channels} channels, not "
-                    f"divisible into {self._groups(channels)} groups for GroupNorm; use multiples of {LDM_GROUPS if self.family == 'ldm' else self.norm_groups}",
+                    f"divisible into {self._groups(channels)} groups for GroupNorm; use multiples of {most}",
                 )
 
     def _groups(self, channels: int) -> int:

@@ -7,8 +7,23 @@ scores = evaluate(run)
 report(run)
 """
 
+from .coding import train_codec
+from .exchange import export_published, import_published
 from .finding import save_split, split
 from .fitting import CHANGEABLE, prepare, resume, train
 from .using import evaluate, report, sample
 
-__all__ = ["CHANGEABLE", "evaluate", "prepare", "report", "resume", "sample", "save_split", "split", "train"]
+__all__ = [
+    "CHANGEABLE",
+    "evaluate",
+    "export_published",
+    "import_published",
+    "prepare",
+    "report",
+    "resume",
+    "sample",
+    "save_split",
+    "split",
+    "train",
+    "train_codec",
+]

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +19,7 @@ from ..pictures import grid, save_png
 from ..serialization import to_dict, write_json
 from ..training.devices import device_name, resolve_device
 from ..training.run import Run
+from .interrupts import stopped_by_signals
 from .progress import Progress
 
 SHOWN = 16  # held-out images in the picture of reconstructions
@@ -127,27 +123,3 @@ def _write(trainer: CodecTrainer, data: DataConfig, held_out: ImageData) -> dict
     write_json(out / "training.json", record)
     plain: dict[str, Any] = to_dict(record)
     return plain
-
-
-@contextmanager
-def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Let Ctrl-C (or SIGTERM) call stop, which ends the work soon and in order; a second one ends it at once."""
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
-        yield
-        return
-
-    def handle(*_: object) -> None:
-        stop()
-        if sys.stderr.isatty():
-            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-        restore()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        restore()

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
-import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +30,7 @@ from ..training.run import Run
 from ..training.trainer import Callback, Trainer
 from ..training.warm_start import warm_start
 from .finding import save_split
+from .interrupts import stopped_by_signals
 from .latent import decoder, encode_parts, with_codec
 from .progress import Progress
 
@@ -307,47 +304,20 @@ def _fit(run: Run, material: Material, device: torch.device, callbacks: Sequence
         with run.locked():
             write_json(run.config_file, config)
     try:
-        with stop_on_interrupt(trainer):
+        with stopped_by_signals(trainer.stop):
             trainer.fit()
     except OSError as error:
         raise OSError(
             f"{run.path}: cannot be written at step {trainer.step} ({error.strerror or error}); {_kept(run)}; mend that "
             f"(free some space?) and go on with msdiff train --resume {run.path}"
         ) from error
+    if trainer.stopping:
+        raise KeyboardInterrupt(
+            f"{run.path}: stopped at step {trainer.step} with a checkpoint; go on with msdiff train --resume {run.path}"
+        )
     return run
 
 
 def _kept(run: Run) -> str:
     found = list_checkpoints(run.checkpoints)
     return f"the checkpoint of step {checkpoint_step(found[-1])} is intact" if found else "there is no checkpoint yet"
-
-
-@contextmanager
-def stop_on_interrupt(trainer: Trainer) -> Iterator[None]:
-    """Let Ctrl-C (or SIGTERM) end training after the current step, with a checkpoint; a second one ends it at once.
-
-    Raises:
-        KeyboardInterrupt: once the checkpoint is written.
-    """
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        trainer.stop()
-        if sys.stderr.isatty():  # a step, or a sample grid, may take a while
-            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if trainer.stopping:
-        path = trainer.run.path
-        raise KeyboardInterrupt(
-            f"{path}: stopped at step {trainer.step} with a checkpoint; go on with msdiff train --resume {path}"
-        )

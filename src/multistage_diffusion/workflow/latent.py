@@ -35,10 +35,6 @@ def with_codec(config: RunConfig, device: torch.device | str) -> tuple[RunConfig
     """
     if not config.codec.used:
         return config, None
-    if not config.codec.source:
-        raise ValueError(
-            "codec.source is empty: name an autoencoder (--codec FOLDER or hf:NAME); msdiff train-codec makes one"
-        )
     codec = open_codec(config.codec, device)
     channels, height, width = config.data.shape
     shape = codec.latent_shape((channels, height, width))
