@@ -189,11 +189,14 @@ def test_split_prints_and_writes(msdiff: Call, tmp_path: Path) -> None:
     code, out, err = msdiff(*arguments)
     assert (code, err) == (0, "")
     saved = read_json(tmp_path / "s.json")
-    assert out == (
-        f"stage 1 | 2: t = {saved['edges_t'][0]:.4f}, sigma = {saved['edges_sigma'][0]:.4f}\n"
-        f"stage 2 | 3: t = {saved['edges_t'][1]:.4f}, sigma = {saved['edges_sigma'][1]:.4f}\n"
-        "written: s.json, s.png\n"
-    )
+    first, second, written = out.splitlines()
+    for k, line in enumerate((first, second)):
+        (low, high), t = saved["intervals_t"][k], saved["edges_t"][k]
+        assert low <= t <= high
+        assert line.startswith(
+            f"stage {k + 1} | {k + 2}: t = {t:.4f}, sigma = {saved['edges_sigma'][k]:.4f} (95 %: t {low:.4f}"
+        )
+    assert written == "written: s.json, s.png"
     assert (tmp_path / "s.png").exists()
     assert saved["data_range"] == [0.0, 1.0]
     code, out, err = msdiff(*arguments, "--json", "--overwrite")

@@ -26,6 +26,7 @@ from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Callback, Trainer
 from multistage_diffusion.workflow import CHANGEABLE, evaluate, prepare, report, resume, sample, split, train
 from multistage_diffusion.workflow.fitting import differences, located
+from multistage_diffusion.workflow.latent import with_split
 
 TINY: dict[str, Any] = {
     "network.encoder_width": 8,
@@ -95,7 +96,7 @@ def test_a_split_is_written_with_its_picture(tmp_path: Path) -> None:
 
 def test_a_configuration_is_fitted_to_its_data(result: SplitResult) -> None:
     data = images(20, 3, 12, 20)
-    config = prepare(tiny(), data, result)
+    config = with_split(prepare(tiny(), data), result)
     assert config.network.channels == 3
     assert config.data.shape == (3, 12, 20)
     assert config.data.fingerprint == data.fingerprint
@@ -115,8 +116,8 @@ def test_the_source_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest
 
 def test_a_split_in_another_range_is_refused(result: SplitResult) -> None:
     settings = dataclasses.replace(result.settings, data_range=(0.0, 1.0))
-    with pytest.raises(ValueError, match=r"data_range \[0, 1\], but networks train on \[-1, 1\]"):
-        prepare(tiny(), images(20, 1, 8, 8), dataclasses.replace(result, settings=settings))
+    with pytest.raises(ValueError, match=r"data_range \[0.0, 1.0\], but networks train on \[-1, 1\]"):
+        with_split(prepare(tiny(), images(20, 1, 8, 8)), dataclasses.replace(result, settings=settings))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_edges_of_other_data_are_warned_of(result: SplitResult, tmp_path: Path) 
 
 def test_a_run_holds_all_that_it_came_from(run: Run, result: SplitResult, digits: ImageData) -> None:
     config = run.config()
-    fitted = prepare(tiny(), digits, result)
+    fitted = with_split(prepare(tiny(), digits), result)
     training = dataclasses.replace(fitted.training, precision=config.training.precision)
     assert config == dataclasses.replace(fitted, name="run", training=training)
     assert SplitResult.load(run.path / "split.json") == result

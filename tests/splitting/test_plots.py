@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -31,7 +33,19 @@ def test_curves_with_edges_at_their_times(tmp_path):
 @pytest.mark.parametrize("stages", [1, 3])
 def test_matrix_with_a_block_for_every_stage(tmp_path, stages):
     result = find_stages(IMAGES, SplitSettings(algorithm=2, stages=stages, samples=100))
-    plot_split(result, tmp_path / "plot.png")
+    plot_split(dataclasses.replace(result, strip=""), tmp_path / "plot.png")
     vertical = colour_columns(tmp_path / "plot.png", (0xD5, 0x5E, 0x00)) > 0.75 / (stages + 1)
     lines = np.flatnonzero(np.diff(vertical.astype(int)) == 1)
     assert len(lines) == stages + 1
+
+
+@pytest.mark.parametrize("algorithm", [1, 2])
+def test_the_strip_stands_below(tmp_path, algorithm):
+    result = find_stages(IMAGES, SplitSettings(algorithm=algorithm, samples=100))
+    plot_split(result, tmp_path / "with.png")
+    plot_split(dataclasses.replace(result, strip=""), tmp_path / "without.png")
+    both, upper = (Image.open(tmp_path / name) for name in ("with.png", "without.png"))
+    assert both.width == upper.width
+    assert both.height > upper.height + 200
+    lower = np.asarray(both.convert("L"))[upper.height :]
+    assert (lower < 100).mean() > 0.1  # pictures, not paper

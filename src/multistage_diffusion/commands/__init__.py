@@ -8,8 +8,9 @@ from typing import Any
 from .coding import TrainCodec
 from .exchange import Export, Import
 from .judging import Demo, Describe, Evaluate, Report
-from .making import Sample, Split, Train
+from .making import Sample, Train
 from .paper import Presets, Tables
+from .splitting import Split
 
 COMMANDS: dict[str, type[Any]] = {
     "split": Split,

@@ -1,27 +1,21 @@
-"""Commands that make something: stages, runs, samples."""
+"""Commands that make runs and samples."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import tyro
-from tyro.conf import Positional
-
-from ..config import DataConfig
 from ..console import Bar, TrainingProgress
 from ..pictures import grid, save_folder, save_npz, save_png
 from ..presets import preset
-from ..schedules import SCHEDULES
 from ..serialization import override, to_dict
-from ..splitting import SplitResult, SplitSettings
+from ..splitting import SplitResult
 from ..training.callbacks import TensorBoard
 from ..training.run import Run
 from ..training.trainer import Callback
-from ..workflow import resume, sample, split, train
+from ..workflow import resume, sample, train
 from .options import (
     Changes,
     DataOptions,
@@ -34,77 +28,6 @@ from .options import (
     parse_changes,
     print_json,
 )
-
-
-@dataclass(kw_only=True)
-class Split(DataOptions):
-    """Find the noise ranges (stages) of a data set from the data themselves.
-
-    Writes OUT (JSON) and the curves that the stages are read from beside it (PNG).
-
-    Examples
-      msdiff split digits --out split.json
-      msdiff split photos/ --size 64 64 --fit crop --algorithm 2 --stages 4 --out split.json
-      msdiff split digits --data-range 0 1 --json
-    """
-
-    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
-    """digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy or .npz"""
-    out: Path = Path("split.json")
-    """Where to write the result."""
-    algorithm: Literal[1, 2] = 1
-    """1: three stages by similarity to the limits; 2: any number by clustering."""
-    stages: int = 3
-    """Number of stages (algorithm 2)."""
-    samples: Annotated[int | None, option("INT", "50000, or 2000 for algorithm 2")] = None
-    """Noisy images compared."""
-    eta: float = 2 / 256
-    """Largest difference of a coordinate that counts as agreement."""
-    alpha: float = 0.9
-    """Similarity that the outer stages keep (algorithm 1)."""
-    rule: Literal["interval-mean", "pointwise"] = "interval-mean"
-    """How edges are read from the curves (algorithm 1)."""
-    space: Annotated[Literal["eps", "x0"] | None, option("{eps,x0}", "eps, or x0 for algorithm 2")] = None
-    """What is compared: noise predictions or posterior means."""
-    objective: Literal["total-distance", "mean-similarity"] = "total-distance"
-    """What algorithm 2 optimises."""
-    data_range: Annotated[tuple[float, float], tyro.conf.arg(metavar="LOW HIGH")] = (-1.0, 1.0)
-    """Range of the pixels: that of training; 0 1 reproduces the paper."""
-    schedule: Literal["vp", "ve", "edm", "rectified-flow", "discrete"] = "vp"
-    """Kernel in whose time edges are printed."""
-    seed: int = 0
-    """Seed of the samples."""
-    device: Device = None
-    """cpu, cuda or cuda:N"""
-    overwrite: bool = False
-    """Replace OUT if it exists."""
-    json: bool = False
-    """Print the result as JSON."""
-
-    def run(self) -> None:
-        """Run the command."""
-        names = [f.name for f in dataclasses.fields(SplitSettings)]
-        settings = SplitSettings(**{name: getattr(self, name) for name in names if hasattr(self, name)})
-        picture = self.out.with_suffix(".png")
-        if self.out == picture:
-            raise ValueError(f"--out {self.out}: the result is JSON; name it {self.out.with_suffix('.json')}")
-        for path in (self.out, picture):
-            check_out(path, self.overwrite)
-        with Bar("finding stages", "samples") as bar:
-            result = split(
-                DataConfig(source=self.data, **self.given()),
-                settings,
-                schedule=SCHEDULES[self.schedule](),
-                out=self.out,
-                device=self.device,
-                progress=bar,
-            )
-        if self.json:
-            print_json(result.to_dict())
-            return
-        for k, (t, sigma) in enumerate(zip(result.edges_t, result.edges_sigma, strict=True), start=1):
-            print(f"stage {k} | {k + 1}: t = {t:.4f}, sigma = {sigma:.4f}")
-        print(f"written: {self.out}, {picture}")
 
 
 @dataclass(kw_only=True)

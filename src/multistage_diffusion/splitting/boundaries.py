@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import numpy as np
@@ -19,73 +20,86 @@ Array = npt.NDArray[np.float64]
 SMOOTHING = 0.01
 
 
-def three_stage_edges(
-    curves: Similarities, *, alpha: float, rule: Rule, grid: int, domain: tuple[float, float]
-) -> tuple[float, float]:
-    """Return (t1, t2) of Algorithm 1.
+class ThreeStages:
+    """Algorithm 1's edges, read from samples that may be weighted (for a bootstrap).
 
-    Rule "interval-mean": t1 is the largest tau whose mean S0 over {t_k < tau} is at least alpha, t2 the smallest tau
-    whose mean S1 over {t_k >= tau} is. Rule "pointwise": S0 and S1 are smoothed by a moving average over
-    |t_k - tau| <= 1 % of the domain (shorter at its ends); t1 is the first tau at which S0 lies below alpha, t2 the
+    Rule "interval-mean": t1 is the largest tau whose mean S0 over {t < tau} is at least alpha, t2 the smallest tau
+    whose mean S1 over {t >= tau} is. Rule "pointwise": S0 and S1 are smoothed by a moving average over
+    |t - tau| <= 1 % of the domain (shorter at its ends); t1 is the first tau at which S0 lies below alpha, t2 the
     last tau at which S1 does. (S0 rises again towards the noisy end, so the order matters.)
 
     Args:
-        curves: Algorithm 1's samples.
+        curves: Algorithm 1's samples (K, G).
         alpha: the similarity asked for, in (0, 1].
         rule: as above.
         grid: tau runs over the multiples of t_max / grid inside the domain.
         domain: (t_min, t_max) of the sampled times.
-
-    Raises:
-        ValueError: if alpha is never or always reached or the edges come out in the wrong order, with the range of the
-            curve.
     """
-    taus = torch.arange(1, grid, dtype=torch.float64) * domain[1] / grid
-    taus = taus[taus > domain[0]]
-    order = curves.t.argsort()
-    t, s0, s1 = curves.t[order], curves.s0[order], curves.s1[order]
-    if rule == "interval-mean":
-        first = torch.searchsorted(t, taus)  # the first sample with t_k >= tau
-        start, end = torch.zeros_like(first), torch.full_like(first, len(t))
-        below, above = _range_means(s0, start, first), _range_means(s1, first, end)
-        t1 = _edge(taus, below, below >= alpha, "S0 over [t_min, tau)", alpha, last=True)
-        t2 = _edge(taus, above, above >= alpha, "S1 over [tau, t_max]", alpha, last=False)
-    else:
-        width = SMOOTHING * (domain[1] - domain[0])
-        start, end = torch.searchsorted(t, taus - width), torch.searchsorted(t, taus + width, right=True)
-        near0, near1 = _range_means(s0, start, end), _range_means(s1, start, end)
-        t1 = _edge(taus, near0, near0 < alpha, "smoothed S0", alpha, last=False)
-        t2 = _edge(taus, near1, near1 < alpha, "smoothed S1", alpha, last=True)
-    if not t1 < t2:
-        raise ValueError(
-            f"split: t1={t1:.4f} is not below t2={t2:.4f}: at alpha={alpha} the two outer stages overlap and leave no "
-            "middle one; raise alpha, lower eta, or ask for 2 stages with algorithm 2"
-        )
-    return t1, t2
+
+    def __init__(
+        self, curves: Similarities, *, alpha: float, rule: Rule, grid: int, domain: tuple[float, float]
+    ) -> None:
+        self.alpha, self.rule = alpha, rule
+        taus = torch.arange(1, grid, dtype=torch.float64) * domain[1] / grid
+        self.taus = taus[taus > domain[0]]
+        self.t, order = curves.t.flatten().sort()
+        self.s0, self.s1 = curves.s0.flatten()[order], curves.s1.flatten()[order]
+        self.owner = order // curves.t.shape[1]
+        self.width = SMOOTHING * (domain[1] - domain[0])
+
+    def edges(self, weights: Tensor | None = None) -> tuple[float, float]:
+        """Return (t1, t2) with every sample counted as often as its weight says, float64 (K,); None: once.
+
+        Raises:
+            ValueError: if alpha is never or always reached or the edges come out in the wrong order, with the range of
+                the curve.
+        """
+        counts = torch.ones_like(self.t) if weights is None else weights[self.owner]
+        first = torch.searchsorted(self.t, self.taus)  # the first sample with t >= tau
+        if self.rule == "interval-mean":
+            start, end = torch.zeros_like(first), torch.full_like(first, len(self.t))
+            below, above = _range_means(self.s0, counts, start, first), _range_means(self.s1, counts, first, end)
+            t1 = self._edge(below, below >= self.alpha, "S0 over [t_min, tau)", last=True)
+            t2 = self._edge(above, above >= self.alpha, "S1 over [tau, t_max]", last=False)
+        else:
+            start = torch.searchsorted(self.t, self.taus - self.width)
+            end = torch.searchsorted(self.t, self.taus + self.width, right=True)
+            near0, near1 = _range_means(self.s0, counts, start, end), _range_means(self.s1, counts, start, end)
+            t1 = self._edge(near0, near0 < self.alpha, "smoothed S0", last=False)
+            t2 = self._edge(near1, near1 < self.alpha, "smoothed S1", last=True)
+        if not t1 < t2:
+            raise ValueError(
+                f"split: t1={t1:.4f} is not below t2={t2:.4f}: at alpha={self.alpha} the two outer stages overlap and "
+                "leave no middle one; raise alpha, lower eta, or ask for 2 stages with algorithm 2"
+            )
+        return t1, t2
+
+    def _edge(self, curve: Tensor, hit: Tensor, name: str, *, last: bool) -> float:
+        """Return the first or last tau that is hit; refuse one at the end of the domain, where no stage would be left."""
+        known = ~torch.isnan(curve)
+        taus, curve, hit = self.taus[known], curve[known], hit[known]
+        outermost = -1 if last else 0
+        if not bool(hit.any()) or bool(hit[outermost]):
+            holds = bool(curve[outermost] >= self.alpha)
+            raise ValueError(
+                f"split: mean {name} {'holds' if holds else 'falls short of'} alpha={self.alpha} all the way to the end "
+                f"of the domain (it runs from {float(curve.min()):.4f} to {float(curve.max()):.4f}); "
+                + ("raise alpha or lower eta" if holds else "lower alpha or raise eta")
+            )
+        return float(taus[hit][outermost])
 
 
-def _range_means(values: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Return the means of values[start:end], NaN where empty."""
-    sums = torch.cat((values.new_zeros(1), values.cumsum(0)))
-    return (sums[end] - sums[start]) / (end - start)
+def _range_means(values: Tensor, counts: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Return the weighted means of values[start:end], NaN where empty."""
+    sums = torch.cat((values.new_zeros(1), (values * counts).cumsum(0)))
+    total = torch.cat((values.new_zeros(1), counts.cumsum(0)))
+    return (sums[end] - sums[start]) / (total[end] - total[start])
 
 
-def _edge(taus: Tensor, curve: Tensor, hit: Tensor, name: str, alpha: float, *, last: bool) -> float:
-    """Return the first or last tau that is hit; refuse one at the end of the domain, where no stage would be left."""
-    known = ~torch.isnan(curve)
-    taus, curve, hit = taus[known], curve[known], hit[known]
-    outermost = -1 if last else 0
-    if not bool(hit.any()) or bool(hit[outermost]):
-        holds = bool(curve[outermost] >= alpha)
-        raise ValueError(
-            f"split: mean {name} {'holds' if holds else 'falls short of'} alpha={alpha} all the way to the end of the "
-            f"domain (it runs from {float(curve.min()):.4f} to {float(curve.max()):.4f}); "
-            + ("raise alpha or lower eta" if holds else "lower alpha or raise eta")
-        )
-    return float(taus[hit][outermost])
+Partition = tuple[tuple[int, ...], float]
 
 
-def optimal_partition(similarity: Array, stages: int, objective: Objective) -> tuple[tuple[int, ...], float]:
+def optimal_partition(similarity: Array, stages: int, objective: Objective) -> Partition:
     """Cut M ordered nodes into contiguous groups, optimally (Algorithm 2, step 9), by dynamic programming in O(n M²).
 
     Args:
@@ -101,23 +115,48 @@ def optimal_partition(similarity: Array, stages: int, objective: Objective) -> t
     Raises:
         ValueError: if there are fewer nodes than groups.
     """
+    return optimal_partitions(similarity, stages, objective)[-1]
+
+
+def optimal_partitions(similarity: Array, stages: int, objective: Objective) -> list[Partition]:
+    """Return `optimal_partition` for 1, 2, .. `stages` groups: dynamic programming finds them all on the way."""
     nodes = len(similarity)
     if not 1 <= stages <= nodes:
         raise ValueError(f"split: stages={stages} must be between 1 and the {nodes} nodes of the grid")
-    cost = _group_costs(similarity, objective)
-    best = cost[0]  # best[j]: least cost of cutting nodes 0..j-1 into the groups so far
-    choices = []
-    for _ in range(1, stages):
-        candidates = best[:nodes, None] + cost
-        choices.append(candidates.argmin(axis=0))
-        best = candidates.min(axis=0)
-    edges = []
-    end = nodes
-    for choice in reversed(choices):
-        end = int(choice[end])
-        edges.append(end)
-    value = float(best[nodes])
-    return tuple(reversed(edges)), value if objective == "total-distance" else -value
+    found = cheapest_groups(_group_costs(similarity, objective), stages)
+    return [(cuts, value if objective == "total-distance" else -value) for cuts, value in found]
+
+
+def cheapest_groups(cost: Array, stages: int) -> list[Partition]:
+    """Cut M ordered nodes into 1, 2, .. `stages` contiguous groups of least total cost.
+
+    Args:
+        cost: of the group i..j-1 as entry [i, j] of an (M, M + 1) array, infinite where a group is not allowed.
+        stages: the largest number of groups.
+
+    Returns:
+        For every number of groups, the first node of each but the first, and the cost.
+    """
+    nodes = len(cost)
+    best, choices, found = cost[0], [], []  # best[j]: least cost of cutting nodes 0..j-1 into the groups so far
+    for groups in range(1, stages + 1):
+        if groups > 1:
+            candidates = best[:nodes, None] + cost
+            choices.append(candidates.argmin(axis=0))
+            best = candidates.min(axis=0)
+        edges, end = [], nodes
+        for choice in reversed(choices):
+            end = int(choice[end])
+            edges.append(end)
+        found.append((tuple(reversed(edges)), float(best[nodes])))
+    return found
+
+
+def mean_within_distance(similarity: Array, cuts: tuple[int, ...]) -> float:
+    """Return the mean of 1 - similarity over all ordered pairs of nodes that share a group, each with itself included."""
+    groups = [slice(a, b) for a, b in itertools.pairwise((0, *cuts, len(similarity)))]
+    total = sum(float((1.0 - similarity[g, g]).sum()) for g in groups)
+    return total / sum((g.stop - g.start) ** 2 for g in groups)
 
 
 def _group_costs(similarity: Array, objective: Objective) -> Array:

@@ -13,23 +13,21 @@ import torch
 from torch import Tensor
 
 from .. import keyed
-from ..optimal import OptimalDenoiser
 from ..schedules import VP
+from .posterior import TiledImages, posterior_means, posterior_means_of
 
 Space = Literal["eps", "x0"]
 Progress = Callable[[int, int], None]  # (samples done, samples in all)
 
-# Enough rows for the matrix products to run at full speed, few enough to stay near the cache where images are small;
-# for large images the numbers per tensor bound the memory (the noise generator's int64 temporaries are larger by far).
-_CURVE_ROWS, _CURVE_NUMBERS = 4096, 2**22
-_MATRIX_ROWS, _MATRIX_NUMBERS = 256, 2**25
+# Rows of the score matrix: enough for the products to run at full speed; with several times for each, the sums bound them.
+_ROWS, _NUMBERS = 1024, 2**24
 
 
 class Similarities(NamedTuple):
-    """Algorithm 1's samples, each a float64 (K,) tensor on the CPU.
+    """Algorithm 1's samples: K noisy images (y_k, eps_k), each at G times; float64 (K, G) tensors on the CPU.
 
     Attributes:
-        t: times, uniform on the time measure's [t_min, t_max].
+        t: times, uniform on the time measure's [t_min, t_max]; those of one sample are (t_max - t_min) / G apart.
         s0: share of coordinates in which the denoiser at t agrees with the one at t -> 0 (the clean image itself).
         s1: the same for t -> 1 (the mean image).
     """
@@ -40,66 +38,72 @@ class Similarities(NamedTuple):
 
 
 def sample_similarities(
-    denoiser: OptimalDenoiser,
+    data: TiledImages,
+    numbers: range,
     *,
-    samples: int,
+    times: int,
     eta: float,
     space: Space,
     measure: VP,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Similarities:
-    """Draw (y_k, eps_k, t_k) and compare the denoiser at t_k with its two limits (Algorithm 1, lines 4 to 8).
+    """Draw (y_k, eps_k), and compare the denoiser at several times with its two limits (Algorithm 1, lines 4 to 8).
+
+    One time per sample is the published estimator. More times share the sample (common random numbers) and most of the
+    work; they are spread evenly from a random start, so that every one is uniform and the mean over t has no bias.
 
     Args:
-        denoiser: the optimal denoiser of the data set from which y_k are drawn.
-        samples: K.
+        data: the images from which y_k are drawn and over which the posterior runs.
+        numbers: which samples k; each is the same whatever the others.
+        times: G, times of each sample.
         eta: largest difference that counts as agreement, in the units of `space` (x0: the data's).
         space: "eps" compares (x - m)/sigma, "x0" compares m.
-        measure: the kernel in whose time t_k is uniform.
-        seed: decides every draw; sample k does not depend on K.
-        progress: called after each chunk.
+        measure: the kernel in whose time t is uniform.
+        seed: decides every draw.
+        progress: called after each chunk with (samples done, samples in all).
     """
-    parts = []
-    for rows in _row_chunks(denoiser, samples, min(_CURVE_ROWS, _CURVE_NUMBERS // denoiser.centred.shape[1])):
-        u = keyed.uniform((seed, "similarity-t"), rows, 1)[:, 0]
-        t = measure.t_min + u * (measure.t_max - measure.t_min)
-        y, noise = _draw(denoiser, rows, seed)
-        s0, s1 = limit_similarities(denoiser, y, noise, measure.sigma(t), eta=eta, space=space)
-        parts.append(torch.stack((t, s0, s1)).cpu())
+    parts, done = [torch.empty(3, 0, times, dtype=torch.float64)], 0  # a process may have no share
+    for rows in _chunks(data, numbers, times):
+        start = keyed.uniform((seed, "similarity-t"), rows, 1)
+        share = (torch.arange(times, dtype=torch.float64, device=data.device) + start) / times
+        t = measure.t_min + share * (measure.t_max - measure.t_min)
+        own, noise = draw(data, rows, seed)
+        s0, s1 = limit_similarities(data, own, noise, measure.sigma(t.T), eta=eta, space=space)
+        parts.append(torch.stack((t, s0.T, s1.T)).cpu())
+        done += len(rows)
         if progress is not None:
-            progress(int(rows[-1]) + 1, samples)
+            progress(done, len(numbers))
     return Similarities(*torch.cat(parts, dim=1))
 
 
 def limit_similarities(
-    denoiser: OptimalDenoiser, y: Tensor, noise: Tensor, sigma: Tensor, *, eta: float, space: Space
+    data: TiledImages, own: Tensor, noise: Tensor, sigmas: Tensor, *, eta: float, space: Space
 ) -> tuple[Tensor, Tensor]:
-    """Return S0 and S1 of the noisy images y + sigma noise, each float64 (B,).
+    """Return S0 and S1 of the noisy images y_k + sigma noise, each float64 (G, B).
 
     eps* differs from the noise by (y - m)/sigma and from (x - mean image)/sigma by (mean image - m)/sigma, so eps space
     only scales the threshold.
 
     Args:
-        denoiser: the optimal denoiser.
-        y: clean images (B, D).
+        data: the images.
+        own: numbers k of the images (B,).
         noise: standard normal (B, D).
-        sigma: float64 (B,).
+        sigmas: float64 (G, B).
         eta: as in `sample_similarities`.
         space: as in `sample_similarities`.
     """
-    mean = denoiser(torch.addcmul(y, sigma.to(y)[:, None], noise), sigma)
-    threshold = (eta * sigma if space == "eps" else torch.full_like(sigma, eta)).to(y)[:, None]
-    s0 = _agreement((mean - y).abs_(), threshold)
-    s1 = _agreement(mean.sub_(denoiser.mean_image).abs_(), threshold)
-    return s0, s1
+    moved = posterior_means(data, own, noise, sigmas)
+    threshold = (eta * sigmas if space == "eps" else torch.full_like(sigmas, eta)).to(moved)[:, :, None]
+    s0 = agreement(moved, threshold)
+    return s0, agreement(moved.add_(data.rows(own)), threshold)  # the centred mean: its distance from the mean image
 
 
-def similarity_matrix(
-    denoiser: OptimalDenoiser,
+def pair_similarities(
+    data: TiledImages,
     nodes: Tensor,
+    numbers: range,
     *,
-    samples: int,
     eta: float,
     space: Space,
     measure: VP,
@@ -112,53 +116,96 @@ def similarity_matrix(
     exact mean over pairs.
 
     Args:
-        denoiser: the optimal denoiser of the data set from which y_k are drawn.
+        data: the images from which y_k are drawn and over which the posterior runs.
         nodes: times of `measure`, float64 (M,).
+        numbers: which samples k.
+        eta: as in `sample_similarities`.
+        space: as in `sample_similarities`.
+        measure: the kernel of the times.
+        seed: decides every draw.
+        progress: called after each chunk with (samples done, samples in all).
+
+    Returns:
+        Similarities of every sample, in [0, 1], float32 (K, M, M) on the CPU, symmetric with ones on the diagonal.
+    """
+    sigmas = measure.sigma(nodes).to(data.device)
+    parts, done = [torch.empty(0, len(nodes), len(nodes))], 0  # a process may have no share
+    for rows in _chunks(data, numbers, len(nodes)):
+        own, noise = draw(data, rows, seed)
+        outputs = posterior_means(data, own, noise, sigmas[:, None].expand(-1, len(own)))
+        if space == "eps":  # eps* less the noise, which all have in common
+            outputs.div_(-sigmas.to(outputs)[:, None, None])
+        parts.append(_pairs(outputs, eta).cpu())
+        done += len(rows)
+        if progress is not None:
+            progress(done, len(numbers))
+    return torch.cat(parts)
+
+
+def outside_pairs(
+    data: TiledImages,
+    images: Tensor,
+    nodes: Tensor,
+    samples: int,
+    *,
+    eta: float,
+    space: Space,
+    measure: VP,
+    seed: int = 0,
+    numbered: bool = False,
+) -> Tensor:
+    """Return the similarities of `pair_similarities` for noisy images that need not be of the data.
+
+    Args:
+        data: the images over which the posterior runs.
+        images: centred rows (M, D) from which y_k are drawn; computed in their type.
+        nodes: as in `pair_similarities`.
         samples: K.
         eta: as in `sample_similarities`.
         space: as in `sample_similarities`.
         measure: the kernel of the times.
         seed: decides every draw.
-        progress: called after each chunk.
-
-    Returns:
-        Mean similarity, symmetric, float64 (M, M) on the CPU, in [0, 1], with ones on the diagonal.
+        numbered: take the images in order instead of drawing them.
     """
-    device = denoiser.centred.device
-    sigmas = measure.sigma(nodes).to(device)
-    total = torch.zeros(len(nodes), len(nodes), dtype=torch.float64, device=device)
-    step = min(_MATRIX_ROWS, _MATRIX_NUMBERS // (len(nodes) * denoiser.centred.shape[1]))
-    for rows in _row_chunks(denoiser, samples, step):
-        outputs = _outputs(denoiser, *_draw(denoiser, rows, seed), sigmas, space)
-        for a in range(len(nodes)):
-            total[a, a + 1 :] += ((outputs[a + 1 :] - outputs[a]).abs_() <= eta).sum((1, 2))
-        if progress is not None:
-            progress(int(rows[-1]) + 1, samples)
-    total /= samples * denoiser.centred.shape[1]
-    return (total + total.T).fill_diagonal_(1.0).cpu()
+    sigmas = measure.sigma(nodes).to(data.device)
+    parts = []
+    for rows in _chunks(data, range(samples), len(nodes)):
+        drawn = keyed.uniform((seed, "similarity-y"), rows, 1)[:, 0] * len(images)
+        y = images[rows if numbered else drawn.long()]
+        noise = keyed.normal((seed, "similarity-noise"), rows, (data.dim,)).to(y)
+        x = (y + sigmas.to(y)[:, None, None] * noise).flatten(0, 1)
+        means = posterior_means_of(data, x, sigmas.repeat_interleave(len(rows)))
+        outputs = means.view(len(nodes), *y.shape) - y
+        if space == "eps":
+            outputs.div_(-sigmas.to(outputs)[:, None, None])
+        parts.append(_pairs(outputs, eta).cpu())
+    return torch.cat(parts)
 
 
-def _outputs(denoiser: OptimalDenoiser, y: Tensor, noise: Tensor, sigmas: Tensor, space: Space) -> Tensor:
-    """Return the posterior mean, or eps* less the (common) noise, of y + sigma noise at every sigma: (M, B, D)."""
-    scale = sigmas.to(y)[:, None, None]
-    noisy = torch.addcmul(y, scale, noise)
-    mean = denoiser(noisy.flatten(0, 1), sigmas.repeat_interleave(len(y))).reshape(noisy.shape)
-    return mean if space == "x0" else mean.sub_(y).div_(-scale)
+def _pairs(outputs: Tensor, eta: float) -> Tensor:
+    """Return the agreement of all pairs of the M outputs (M, B, D) of every row: (B, M, M)."""
+    nodes, rows, _ = outputs.shape
+    pairs = outputs.new_zeros(rows, nodes, nodes)
+    for a in range(nodes):
+        same = ((outputs[a + 1 :] - outputs[a]).abs_() <= eta).to(torch.float32).mean(2)
+        pairs[:, a, a + 1 :] = same.T
+    return (pairs + pairs.mT) + torch.eye(nodes, device=outputs.device)
 
 
-def _agreement(difference: Tensor, threshold: Tensor) -> Tensor:
-    """Return the share of coordinates within the threshold: (B, D), (B, 1) -> float64 (B,)."""
-    return (difference <= threshold).mean(dim=1, dtype=torch.float64)
+def agreement(difference: Tensor, threshold: Tensor) -> Tensor:
+    """Return the share of coordinates within the threshold: (G, B, D), (G, B, 1) -> float64 (G, B)."""
+    return torch.stack(
+        [(d.abs() <= t).mean(dim=1, dtype=torch.float64) for d, t in zip(difference, threshold, strict=True)]
+    )
 
 
-def _draw(denoiser: OptimalDenoiser, rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Return (y_k, eps_k) of the samples with these numbers, each (B, D): data points with replacement, and noise."""
+def draw(data: TiledImages, rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Return (k, eps_k) of the samples with these numbers: data points with replacement (B,), and noise (B, D)."""
     u = keyed.uniform((seed, "similarity-y"), rows, 1)[:, 0]
-    y = denoiser.clean((u * len(denoiser)).long())
-    return y, keyed.normal((seed, "similarity-noise"), rows, y.shape[1:], y.dtype)
+    return (u * len(data)).long(), keyed.normal((seed, "similarity-noise"), rows, (data.dim,))
 
 
-def _row_chunks(denoiser: OptimalDenoiser, samples: int, step: int) -> Iterator[Tensor]:
-    """Yield the sample numbers 0..samples-1, at most `step` (at least 1) at a time, on the denoiser's device."""
-    step, device = max(1, step), denoiser.centred.device
-    return (torch.arange(start, min(start + step, samples), device=device) for start in range(0, samples, step))
+def _chunks(data: TiledImages, numbers: range, times: int) -> Iterator[Tensor]:
+    """Yield sample numbers, as many at a time as the sums of all their times leave room for."""
+    step = max(1, min(_ROWS, _NUMBERS // (times * data.dim)))
+    return (torch.tensor(numbers[i : i + step], device=data.device) for i in range(0, len(numbers), step))

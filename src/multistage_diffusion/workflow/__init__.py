@@ -7,6 +7,7 @@ scores = evaluate(run)
 report(run)
 """
 
+from .clustering import split_run
 from .coding import train_codec
 from .exchange import export_published, import_published
 from .finding import save_split, split
@@ -24,6 +25,7 @@ __all__ = [
     "sample",
     "save_split",
     "split",
+    "split_run",
     "train",
     "train_codec",
 ]

@@ -31,41 +31,17 @@ from ..training.trainer import Callback, Trainer
 from ..training.warm_start import warm_start
 from .finding import save_split
 from .interrupts import stopped_by_signals
-from .latent import decoder, encode_parts, with_codec
+from .latent import decoder, encode_parts, with_codec, with_split
 from .progress import Progress
 
 
-def prepare(config: RunConfig, data: ImageData, result: SplitResult | None = None) -> RunConfig:
-    """Fit a configuration to its data and its split.
-
-    Args:
-        config: usually a preset.
-        data: the whole data set: gives channels, shape and fingerprint.
-        result: gives the stages; None keeps those of the configuration.
-
-    Raises:
-        ValueError: if the split was made in another data range than networks train on, or has another number of stages.
-    """
-    stages = config.stages
-    if result is not None:
-        if tuple(result.data_range) != (-1.0, 1.0):
-            low, high = result.data_range
-            raise ValueError(
-                f"stages: the split was made with data_range [{low:g}, {high:g}], but networks train on [-1, 1], where its "
-                "edges mean other noise; run msdiff split without --data-range"
-            )
-        if config.codec.used:
-            raise ValueError(
-                "stages: the split was made on pixels, but this run trains on latents, where its edges mean other noise; "
-                "leave --stages out"
-            )
-        stages = result.stages()
+def prepare(config: RunConfig, data: ImageData) -> RunConfig:
+    """Return a configuration that knows its data: where they are, their shape and fingerprint."""
     network = config.network if config.codec.used else dataclasses.replace(config.network, channels=data.shape[0])
     return dataclasses.replace(
         config,
         data=dataclasses.replace(located(config.data), fingerprint=data.fingerprint, shape=data.shape),
         network=network,
-        stages=stages,
     )
 
 
@@ -144,8 +120,10 @@ def train(
         raise ValueError(f"data.source is empty: preset {config.name!r} has no data of its own; give --data")
     data = open_configured(dataclasses.replace(config.data, fingerprint="", shape=()))
     resolved = resolve_device(device)
-    config = dataclasses.replace(prepare(config, data, result), name=Path(out).name)
+    config = dataclasses.replace(prepare(config, data), name=Path(out).name)
     config, codec = with_codec(located_start(config), resolved)
+    if result is not None:
+        config = with_split(config, result)
     parts = check(config, data)
     if result is not None and result.fingerprint not in ("", data.fingerprint, parts[0].fingerprint):
         warnings.warn("the split was made on other data than these; its edges may not suit them", stacklevel=2)

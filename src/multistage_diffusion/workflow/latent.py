@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..config import CodecConfig, RunConfig
 from ..contracts import Codec
 from ..data import ImageData, to_uint8
 from ..latents import LatentData, cached_latents, encode_images
+from ..splitting import SplitResult
 from .progress import Progress
 
 PIXELS_AT_ONCE = 1 << 22  # of decoded images, so that a codec's activations fit into memory
@@ -70,6 +72,46 @@ def encode_parts(
         others = dataclasses.replace(latents, latents=latents.latents[:0], mirrored=None, labels=None)
     recorded = dataclasses.replace(config, codec=dataclasses.replace(config.codec, scale=scale))
     return recorded, (latents, others)
+
+
+def latents_to_split(
+    config: CodecConfig, data: ImageData, device: torch.device | str, progress: Progress | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return the scaled latents of a data set, and what a split of them has to record: codec and scale."""
+    codec = open_codec(config, device)
+    latents, scale = cached_latents(codec, data, scale=config.scale, device=device, progress=progress)
+    return latents.tensor(), {"codec": codec.fingerprint, "scale": scale}
+
+
+def with_split(config: RunConfig, result: SplitResult) -> RunConfig:
+    """Return a configuration with the stages of a split.
+
+    Raises:
+        ValueError: if the split is of other data than the network sees: pixels in another range, or other latents.
+    """
+    if not config.codec.used:
+        if result.codec:
+            raise ValueError("stages: the split was made on latents, but this run trains on pixels; give --codec, too")
+        if result.data_range is None or tuple(result.data_range) != (-1.0, 1.0):
+            raise ValueError(
+                f"stages: the split was made with data_range {list(result.data_range or [])}, but networks train on "
+                "[-1, 1], where its edges mean other noise; run msdiff split without --data-range"
+            )
+        return dataclasses.replace(config, stages=result.stages())
+    if not result.codec:
+        raise ValueError(
+            "stages: the split was made on pixels, but this run trains on latents, where its edges mean other noise; run "
+            "msdiff split with --codec"
+        )
+    if result.codec != config.codec.fingerprint:
+        raise ValueError("stages: the split was made on the latents of another codec; run msdiff split with this one")
+    scale = config.codec.scale
+    if scale is not None and result.scale is not None and abs(scale / result.scale - 1) > 1e-3:
+        raise ValueError(
+            f"stages: the split was made on latents times {result.scale:.6g}, but codec.scale={scale:.6g}; leave it out"
+        )
+    codec = dataclasses.replace(config.codec, scale=result.scale)
+    return dataclasses.replace(config, codec=codec, stages=result.stages())
 
 
 def decoder(codec: Codec, scale: float) -> Callable[[Tensor], Tensor]:

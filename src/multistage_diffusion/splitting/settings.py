@@ -1,0 +1,101 @@
+"""How stages are looked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .boundaries import Objective, Rule
+from .similarity import Space
+
+Algorithm = Literal[1, 2, "timestep", "snr", "gradient"]
+BASELINES: tuple[Algorithm, ...] = ("timestep", "snr", "gradient")  # without samples of the optimal denoiser
+# Drawn at most for a precision; those of algorithm 2 are kept with all their pairs of times.
+MOST_SAMPLES = {1: 1_000_000, 2: 20_000}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError unless a user's value is as it must be."""
+    if not condition:
+        raise ValueError(f"split: {message}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings:
+    """How stages are looked for.
+
+    Attributes:
+        algorithm: 1 (three stages, by similarity to the two limits), 2 (any number, by clustering), or a baseline: "timestep"
+            or "snr" (even in time or log-SNR, whatever the data), "gradient" (of a trained run's loss).
+        stages: the number n of stages; 3 for algorithm 1.
+        samples: K noisy images. None: 1,000 (with `precision`: as many as it takes). Algorithm 1 compares each at
+            `times` times, algorithm 2 at all 820 pairs of 41 times.
+        times: times of a sample (algorithm 1). 1 with 50,000 samples is the published estimator.
+        precision: half-width of the edges' 95 % intervals, in t, at which sampling stops; None: `samples` are drawn.
+        eta: largest difference of a coordinate that counts as agreement, in the units of `space`.
+        alpha: similarity that the outer stages keep (algorithm 1).
+        rule: "interval-mean" (published) or "pointwise"; see `boundaries.ThreeStages` (algorithm 1).
+        space: what is compared: "eps" (noise predictions; blind to a common scale of data and sigma) or "x0"
+            (posterior means, in units of the data). None: "eps" for algorithm 1 and "x0" for algorithm 2, as published.
+        objective: "total-distance" (eq. 21) or "mean-similarity" (the published run; a group of one time scores the
+            full 1, so it may cut off single times); see `boundaries.optimal_partition` (algorithm 2).
+        data_range: (low, high) onto which images are mapped: the range the network trains on, in whose units the sigma
+            edges are. The published edges are for (0, 1). None: floats (latents) as they are.
+        seed: decides the samples.
+        grid: number of times at which algorithm 1 looks for edges.
+
+    Raises:
+        ValueError: naming the field and the value.
+    """
+
+    algorithm: Algorithm = 1
+    stages: int = 3
+    samples: int | None = None
+    times: int = 32
+    precision: float | None = None
+    eta: float = 2 / 256
+    alpha: float = 0.9
+    rule: Rule = "interval-mean"
+    space: Space | None = None
+    objective: Objective = "total-distance"
+    data_range: tuple[float, float] | None = (-1.0, 1.0)
+    seed: int = 0
+    grid: int = 10_000
+
+    def __post_init__(self) -> None:
+        algorithms = get_args(Algorithm)
+        require(
+            self.algorithm in algorithms, f"algorithm={self.algorithm} must be one of {', '.join(map(str, algorithms))}"
+        )
+        require(self.stages >= 1, f"stages={self.stages} must be at least 1")
+        require(
+            self.algorithm != 1 or self.stages == 3,
+            f"stages={self.stages}: algorithm 1 finds three stages; use algorithm 2 for another number",
+        )
+        require(
+            self.samples is None or self.samples >= 100, f"samples={self.samples} must be at least 100, to average over"
+        )
+        require(self.times >= 1, f"times={self.times} must be at least 1")
+        require(self.precision is None or 0 < self.precision < 1, f"precision={self.precision} must be between 0 and 1")
+        require(0 < self.eta < math.inf, f"eta={self.eta} must be positive and finite")
+        require(0 < self.alpha <= 1, f"alpha={self.alpha} must be in (0, 1]")
+        for name, known in (
+            ("rule", ("interval-mean", "pointwise")),
+            ("space", (None, "eps", "x0")),
+            ("objective", ("total-distance", "mean-similarity")),
+        ):
+            require(getattr(self, name) in known, f"{name}={getattr(self, name)!r} must be one of {known}")
+        if self.data_range is not None:
+            low, high = self.data_range
+            require(-math.inf < low < high < math.inf, f"data_range={self.data_range} must be finite and ascending")
+        require(self.grid >= 10, f"grid={self.grid} must be at least 10")
+
+    def resolved(self) -> SplitSettings:
+        """Return a copy with the algorithm's own defaults filled in for `samples` and `space`, which baselines lack."""
+        if self.algorithm in BASELINES:
+            return dataclasses.replace(self, samples=None, precision=None, space=None)
+        most = MOST_SAMPLES[2 if self.algorithm == 2 else 1]
+        samples = self.samples or (most if self.precision is not None else 1000)
+        return dataclasses.replace(self, samples=samples, space=self.space or ("eps" if self.algorithm == 1 else "x0"))
