@@ -205,6 +205,19 @@ def test_split_prints_and_writes(msdiff: Call, tmp_path: Path) -> None:
     assert {"edges_t", "edges_sigma", "schedule", "data_range", "settings"} <= set(saved)
 
 
+def test_split_prints_the_table_of_all_numbers_of_stages(msdiff: Call, tmp_path: Path) -> None:
+    code, out, _ = msdiff("split", "digits", "--algorithm", "2", "--stages", "2", "--samples", "100")
+    table = read_json(tmp_path / "split.json")["curves"]["table"]
+    assert code == 0
+    edge, head, *lines, written = out.splitlines()
+    assert "boundary_ratio of diffusers' two-expert pipelines: 0." in edge
+    assert head.startswith("stages  mean distance within a stage")
+    assert [line.split()[:3] for line in lines] == [
+        [str(row["stages"]), f"{row['distance']:.4f}", f"({row['distance_held_out']:.4f})"] for row in table
+    ]
+    assert written == "written: split.json, split.png"
+
+
 def test_split_reads_folders_and_schedules(msdiff: Call, made: Path) -> None:
     code, out, _ = msdiff(
         *("split", made / "photos", "--size", "6", "8", "--fit", "crop", "--held-out", "0.2"),

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from multistage_diffusion.config import RunConfig
+from multistage_diffusion.config import CodecConfig, RunConfig
 from multistage_diffusion.data import to_uint8
 from multistage_diffusion.presets import preset
 from multistage_diffusion.serialization import override
-from multistage_diffusion.splitting import SplitSettings
+from multistage_diffusion.splitting import SplitSettings, find_stages
 from multistage_diffusion.training.checkpoint import load_tensors
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.workflow import evaluate, report, resume, sample, split, train
@@ -205,6 +205,30 @@ def test_a_split_of_pixels_is_refused(config: RunConfig, tmp_path: Path) -> None
     result = split("digits", SplitSettings(samples=200))
     with pytest.raises(ValueError, match="made on pixels, but this run trains on latents"):
         train(config, tmp_path / "run", result=result)
+
+
+def test_a_split_of_latents_is_of_what_the_run_sees(config: RunConfig, codec: Path, tmp_path: Path) -> None:
+    result = split(config.data, SplitSettings(algorithm=2, samples=100), codec=CodecConfig(source=str(codec)))
+    run = train(config, tmp_path / "run", result=result)
+    trained = run.config()
+    assert trained.stages.interior == result.edges_sigma
+    assert trained.codec.scale == result.scale
+    assert result.codec == trained.codec.fingerprint
+    training, _ = run.data().split(0.1)
+    latents = encoded(config, tmp_path, training) * result.scale
+    direct = find_stages(latents, SplitSettings(algorithm=2, samples=100, data_range=None))
+    assert result.edges_t == direct.edges_t
+
+
+def test_a_split_of_other_latents_is_refused(config: RunConfig, codec: Path, tmp_path: Path) -> None:
+    result = split(config.data, SplitSettings(algorithm=2, samples=100), codec=CodecConfig(source=str(codec)))
+    with pytest.raises(ValueError, match="made on latents, but this run trains on pixels"):
+        train(preset("digits"), tmp_path / "pixels", result=result)
+    with pytest.raises(ValueError, match=r"made on latents times .* but codec.scale=3"):
+        train(override(config, {"codec.scale": 3.0}), tmp_path / "scaled", result=result)
+    with pytest.raises(ValueError, match="latents of another codec"):
+        train(config, tmp_path / "other", result=dataclasses.replace(result, codec="other"))
+    assert not any((tmp_path / name).exists() for name in ("pixels", "scaled", "other"))
 
 
 def test_another_codec_is_refused(config: RunConfig, tmp_path: Path) -> None:

@@ -129,4 +129,11 @@ def edges_text(result: SplitResult) -> str:
         if len(result.edges_t) == 1:
             line += f"; boundary_ratio of diffusers' two-expert pipelines: {result.boundary_ratios[0]:.4f}"
         lines.append(line)
+    table = result.curves.get("table", [])
+    if table:
+        lines.append("stages  mean distance within a stage (held-out images)  edges in t")
+    for row in table:
+        outside = row["distance_held_out"]
+        distance = f"{row['distance']:.4f}" + ("" if outside is None else f" ({outside:.4f})")
+        lines.append(f"{row['stages']:6d}  {distance:<44}  {', '.join(f'{t:.4g}' for t in row['edges_t'])}".rstrip())
     return "\n".join(lines)
