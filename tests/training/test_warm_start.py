@@ -107,6 +107,7 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_not_from_its_start(
             r"its encoder has \[32, 8\] for embedding.linear0.weight, the new one \[48, 12\]",
         ),
         ({"network__blocks_per_level": 2}, "its encoder has nothing for levels.0.blocks.1"),
+        ({"network__norm_groups": 1}, "trained with network.norm_groups=16, the new run has 1"),
         ({"network__family": "ncsnpp"}, "trained with network.family=ddpmpp, the new run has ncsnpp"),
         ({"diffusion__precondition": "velocity"}, "trained with diffusion.precondition=edm"),
         ({"diffusion__sigma_data": 0.7}, "trained with diffusion.sigma_data=0.5, the new run has 0.7"),

@@ -60,6 +60,7 @@ def _meanings(config: RunConfig) -> dict[str, object]:
     meanings: dict[str, object] = {
         "network.family": network.family,
         "network.head_channels": network.head_channels,
+        "network.norm_groups": network.norm_groups,
         "diffusion.precondition": diffusion.precondition,
     }
     if diffusion.precondition == "edm":
