@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,20 @@ def test_a_split_of_latents_is_of_what_the_run_sees(config: RunConfig, codec: Pa
     latents = encoded(config, tmp_path, training) * result.scale
     direct = find_stages(latents, SplitSettings(algorithm=2, samples=100, data_range=None))
     assert result.edges_t == direct.edges_t
+
+
+@pytest.mark.parametrize("with_split", [False, True])
+def test_a_network_blind_to_its_noise_is_warned_of(
+    config: RunConfig, codec: Path, tmp_path: Path, with_split: bool
+) -> None:
+    narrow = override(config, {"network.decoder_widths": [64, 32, 64]})
+    settings = SplitSettings(algorithm=2, samples=100)
+    result = split(config.data, settings, codec=CodecConfig(source=str(codec))) if with_split else None
+    with pytest.warns(UserWarning, match="erases what the network is told of noise and class; use at least 64"):
+        train(narrow, tmp_path / "narrow", result=result)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(config, tmp_path / "wide", result=result)
 
 
 def test_a_split_of_other_latents_is_refused(config: RunConfig, codec: Path, tmp_path: Path) -> None:

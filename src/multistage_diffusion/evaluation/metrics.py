@@ -235,11 +235,11 @@ def evaluate_samples(
     through_codec = None
     if reconstructed is not None:
         _check_sets(reconstructed, train, held_out)
-        features[0] = extract(extractor, reconstructed)
-        draws = [_drawn(features, count, seed, split) for split in range(splits)]
+        sets = [extract(extractor, reconstructed), *features[1:]]
+        draws = [_drawn(sets, count, seed, split) for split in range(splits)]
         through_codec = sum(frechet_distance(fake, real) for fake, real, _ in draws) / splits
     copies = memorisation(samples, train, held_out)
-    dims = features[1].shape[1]
+    dims = features[0].shape[1]
     return EvaluationResult(
         extractor=extractor.name,
         comparable_to=extractor.comparable_to,

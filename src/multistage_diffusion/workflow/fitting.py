@@ -18,7 +18,7 @@ from ..data import ImageData, open_configured, to_float
 from ..data.sources import located as located_source
 from ..latents import LatentData
 from ..nets.cost import network_cost
-from ..network_config import LDM_GROUPS
+from ..network_config import LDM_GROUPS, NetworkConfig
 from ..samplers import make_plan
 from ..serialization import from_dict, override, to_dict, write_json
 from ..splitting import SplitResult
@@ -45,15 +45,18 @@ def prepare(config: RunConfig, data: ImageData) -> RunConfig:
     )
 
 
-def _warn_of_borrowed(config: RunConfig, images: ImageData) -> None:
-    """Say so where stages or sigma_data were made for other images."""
-    network = config.network
+def _warn_of_blind(network: NetworkConfig) -> None:
+    """Say so where a GroupNorm of one channel per group takes away what a block adds for noise and class."""
     if network.family == "ldm" and LDM_GROUPS in (w * m for w in network.decoder_widths for m in network.channel_mult):
         warnings.warn(
             f"network.family=ldm with {LDM_GROUPS} channels at a level: GroupNorm in {LDM_GROUPS} groups then erases what the "
             f"network is told of noise and class; use at least {2 * LDM_GROUPS}",
             stacklevel=3,
         )
+
+
+def _warn_of_borrowed(config: RunConfig, images: ImageData) -> None:
+    """Say so where stages or sigma_data were made for other images."""
     if config.codec.used:  # neither is known of latents before they are made
         return
     made_for = config.stages.origin.get("data", config.data.source)
@@ -127,6 +130,7 @@ def train(
     parts = check(config, data)
     if result is not None and result.fingerprint not in ("", data.fingerprint, parts[0].fingerprint):
         warnings.warn("the split was made on other data than these; its edges may not suit them", stacklevel=2)
+    _warn_of_blind(config.network)
     if result is None:
         _warn_of_borrowed(config, parts[0])
     # the arithmetic chosen here is stored: a run resumed on another device keeps it
