@@ -49,10 +49,17 @@ class Denoiser(Protocol):
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
-    """Maps images to feature vectors; its name is part of every metric computed from it."""
+    """Maps images to feature vectors; its name is part of every metric computed from it.
+
+    Attributes:
+        name: what it is, with a digest of its weights where they could differ.
+        comparable_to: which figures its own may be set beside.
+        preprocessing: what it does to the images first.
+    """
 
     name: str
     comparable_to: str
+    preprocessing: str
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map uint8 images (N, C, H, W) to float features (N, D)."""

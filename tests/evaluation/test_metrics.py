@@ -8,13 +8,13 @@ from torch import Tensor
 
 from multistage_diffusion.evaluation.features import PixelFeatures
 from multistage_diffusion.evaluation.metrics import (
-    MAX_DIMS,
     evaluate_samples,
     frechet_distance,
     memorisation,
     nearest,
     precision_recall,
 )
+from multistage_diffusion.evaluation.statistics import MAX_DIMS
 from multistage_diffusion.serialization import to_dict
 
 

@@ -10,16 +10,14 @@ from torch import Tensor
 from ..contracts import FeatureExtractor
 from ..keyed import generator
 from .features import PixelFeatures, check_images, extract
+from .statistics import frechet_between, moments
 
-MAX_DIMS = 4096  # a float64 covariance of this size takes 128 MiB and its eigenvalues about a minute
 PERCENTILE = 5.0  # of held-out images counted as "near a training image"
 _ROUNDING = 1e-12  # relative error of |a|² + |b|² - 2 a·b in float64, with room for thousands of dimensions
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to two feature sets (Dowson & Landau 1982; FID, Heusel et al. 2017).
-
-    |mean_a - mean_b|² + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), covariances unbiased, possibly singular.
 
     Args:
         a: features (N, D), N >= 2.
@@ -32,17 +30,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         ValueError: for unequal D, D > 4096, fewer than 2 rows, or values that are not finite.
     """
     _check_pair(a, b, rows=2)
-    if a.shape[1] > MAX_DIMS:
-        raise ValueError(
-            f"Fréchet distance: {a.shape[1]} feature dimensions exceed {MAX_DIMS}; use smaller images or other features"
-        )
-    (mean_a, cov_a), (mean_b, cov_b) = _moments(a), _moments(b)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root @ cov_b @ root
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
-    return max(float(distance), 0.0)
+    return frechet_between(moments(a), moments(b))
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 1024) -> tuple[float, float]:
@@ -243,7 +231,7 @@ def evaluate_samples(
     return EvaluationResult(
         extractor=extractor.name,
         comparable_to=extractor.comparable_to,
-        preprocessing=f"uint8 images at their own size, {' x '.join(map(str, samples.shape[1:]))} (C x H x W)",
+        preprocessing=f"uint8 images of {' x '.join(map(str, samples.shape[1:]))} (C x H x W): {extractor.preprocessing}",
         samples=len(samples),
         train=len(train),
         held_out=len(held_out),
@@ -281,14 +269,6 @@ def _drawn(features: list[Tensor], count: int, seed: int, split: int) -> list[Te
     """Draw equally many rows of samples, training and held-out images."""
     order = [generator((seed, "evaluation", split, which)) for which in ("samples", "train", "held-out")]
     return [f[torch.randperm(len(f), generator=g)[:count].to(f.device)] for f, g in zip(features, order, strict=True)]
-
-
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean (D,) and unbiased covariance (D, D) in float64."""
-    features = features.to(torch.float64)
-    mean = features.mean(dim=0)
-    centred = features - mean
-    return mean, centred.T @ centred / (len(features) - 1)
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
