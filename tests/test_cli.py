@@ -355,6 +355,26 @@ def test_evaluate_prints_words_or_json(made: Path, msdiff: Call, tmp_path: Path)
     assert len(read_json(tmp_path / "run" / "evaluation.json")) == 2
 
 
+def test_statistics_are_made_once_and_compared_with(made: Path, msdiff: Call, tmp_path: Path) -> None:
+    shutil.copytree(made / "run", tmp_path / "run")
+    code, out, err = msdiff("stats", "digits", "--out", "digits.npz", "--keep", "40")
+    assert (code, err) == (0, "")
+    assert out == "written: digits.npz (1617 images, 64 dimensions of pixels, features of 40 kept)\n"
+    refused(msdiff("stats", "digits", "--out", "digits.npz"), "--out digits.npz: exists")
+    assert msdiff("stats", "digits", "--out", "digits.npz", "--overwrite")[0] == 0
+    code, out, err = msdiff("evaluate", "run", "--against", "digits.npz", "--count", "30", "--json")
+    assert (code, err) == (0, "")
+    from_file = json.loads(out)
+    code, out, _ = msdiff("evaluate", "run", "--against", "train", "--count", "30")
+    assert code == 0
+    assert f"Fréchet distance   {from_file['frechet']:.4g}\n" in out
+    assert "30 samples against 1617 images: train of digits; no more samples than dimensions" in out
+    assert f"precision, recall  {from_file['precision']:.3f}, {from_file['recall']:.3f}   (k = 3; 30 a side)" in out
+    assert msdiff("report", "run", "--count", "2")[0] == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "30 samples against 1617 images: digits.npz" in page
+
+
 def test_evaluate_reads_other_data_as_the_run_did(made: Path, msdiff: Call, tmp_path: Path) -> None:
     train = ("train", "--preset", "digits", "--data", made / "photos", "--size", "6", "6", "--fit", "resize")
     assert msdiff(*train, "--held-out", "0.3", "--out", "run", *TINY)[0] == 0
@@ -455,7 +475,13 @@ def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monk
         ("sample RUN --calls 2", "sampling.calls=2 is below sampling.order=3"),
         ("sample RUN --churn 4", "sampling.churn=4.0 has no meaning for solver 'dpm'"),
         ("sample RUN --device gpu", "device='gpu' is unknown"),
-        ("evaluate RUN --features inception", "features='inception' is unknown"),
+        ("evaluate RUN --features incepton", "features='incepton' is unknown"),
+        ("evaluate RUN --against absent.npz", "absent.npz: No such file"),
+        ("evaluate RUN --against train --count 3", "count=3: comparing with train of digits needs at least 4 samples"),
+        ("evaluate RUN --inception-weights w.pth", "features='pixels' takes no weights"),
+        ("stats digits --out new.json", "statistics are an .npz file; name it new.npz"),
+        ("stats digits --features incepton --out new.npz", "features='incepton' is unknown"),
+        ("stats digits --keep -1 --out new.npz", "keep=-1 must be >= 0"),
         ("evaluate RUN --count 0", "0 samples"),
         ("evaluate RUN --data PHOTOS", "images of 3 x 12 x 20"),
         ("describe nowhere", "nowhere: neither a run's folder nor a preset (msdiff presets"),

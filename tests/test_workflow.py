@@ -372,7 +372,7 @@ def test_what_cannot_be_compared_is_refused_before_sampling(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("sampled")
 
-    monkeypatch.setattr("multistage_diffusion.workflow.using.sample", refuse)
+    monkeypatch.setattr("multistage_diffusion.workflow.evaluating.sample", refuse)
     np.save(tmp_path / "few.npy", images(20, 1, 8, 8).images)
     np.save(tmp_path / "colour.npy", images(20, 3, 8, 8).images)
     np.save(tmp_path / "wide.npy", images(20, 1, 8, 16).images)
@@ -384,8 +384,8 @@ def test_what_cannot_be_compared_is_refused_before_sampling(
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(run, DataConfig(source=str(tmp_path / source) if "." in source else source, held_out=held_out))
-    with pytest.raises(ValueError, match="features='inception' is unknown"):
-        evaluate(run, features="inception")
+    with pytest.raises(ValueError, match="features='incepton' is unknown"):
+        evaluate(run, features="incepton")
     assert not (run.path / "evaluation.json").exists()
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .splitting import SplitSettings as SplitSettings
     from .stages import Stages as Stages
     from .training.run import Run as Run
+    from .workflow import compare as compare
     from .workflow import evaluate as evaluate
     from .workflow import export_published as export_published
     from .workflow import import_published as import_published
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .workflow import resume as resume
     from .workflow import sample as sample
     from .workflow import split as split
+    from .workflow import statistics as statistics
     from .workflow import train as train
     from .workflow import train_codec as train_codec
 
@@ -57,6 +59,7 @@ __version__ = "0.1.0"
 _HOME = {
     **dict.fromkeys(
         (
+            "compare",
             "evaluate",
             "export_published",
             "import_published",
@@ -64,6 +67,7 @@ _HOME = {
             "resume",
             "sample",
             "split",
+            "statistics",
             "train",
             "train_codec",
         ),

@@ -6,8 +6,9 @@ Results go to standard output (JSON with --json), progress and notes to standard
 from typing import Any
 
 from .coding import TrainCodec
+from .evaluating import Evaluate, Stats
 from .exchange import Export, Import
-from .judging import Demo, Describe, Evaluate, Report
+from .judging import Demo, Describe, Report
 from .making import Sample, Train
 from .paper import Presets, Tables
 from .splitting import Split
@@ -18,6 +19,7 @@ COMMANDS: dict[str, type[Any]] = {
     "train-codec": TrainCodec,
     "sample": Sample,
     "evaluate": Evaluate,
+    "stats": Stats,
     "describe": Describe,
     "report": Report,
     "demo": Demo,

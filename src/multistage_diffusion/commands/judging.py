@@ -1,8 +1,7 @@
-"""Commands that look at runs: evaluation, description, report; and the demo, which does everything."""
+"""Commands that look at runs: description, report; and the demo, which does everything."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,80 +12,12 @@ from ..config import RunConfig
 from ..console import Bar, TrainingProgress
 from ..demo import demo
 from ..description import describe, description_table
-from ..evaluation import EvaluationResult
 from ..presets import PRESETS, preset
 from ..serialization import to_dict, write_atomic
 from ..training.run import Run
-from ..workflow import evaluate, report
-from .options import (
-    Changes,
-    DataOptions,
-    Device,
-    RunFolder,
-    SamplerOptions,
-    check_out,
-    option,
-    parse_changes,
-    print_json,
-)
-
-
-@dataclass(kw_only=True)
-class Evaluate(SamplerOptions, DataOptions):
-    """Compare samples of a run with real images: Fréchet distance, precision and recall, memorisation.
-
-    Pixel features work offline; their numbers are not comparable with Inception FID. The result is added to
-    RUN/evaluation.json and shown by msdiff report.
-
-    Examples
-      msdiff evaluate runs/digits
-      msdiff evaluate runs/digits --data digits --count 2000 --json
-    """
-
-    run_folder: RunFolder
-    """A trained run's folder."""
-    data: Annotated[str | None, option("DATA", "the run's, with its own held-out images")] = None
-    """Other images to compare with, read as the run's unless said otherwise."""
-    count: Annotated[int | None, option("INT", "as many as held-out images, but 500 to 5000")] = None
-    """Samples drawn."""
-    features: str = "pixels"
-    """Feature extractor."""
-    seed: int = 0
-    """Seed of the samples."""
-    checkpoint: str = "best"
-    """best, latest or a step."""
-    device: Device = None
-    """cpu, cuda or cuda:N"""
-    json: bool = False
-    """Print the result as JSON."""
-
-    def run(self) -> None:
-        """Run the command."""
-        run = Run.open(self.run_folder)
-        config, given = run.config(), self.given()
-        if given and self.data is None:
-            raise ValueError(
-                f"--{next(iter(given)).replace('_', '-')} needs --data: the run's own data are read as before"
-            )
-        data = None
-        if self.data is not None:
-            data = dataclasses.replace(config.data, source=self.data, fingerprint="", shape=(), **given)
-        with Bar("evaluating", "calls") as bar:
-            result = evaluate(
-                run,
-                data,
-                count=self.count,
-                features=self.features,
-                seed=self.seed,
-                checkpoint=self.checkpoint,
-                sampling=self.sampling_config(config.sampling),
-                device=self.device,
-                progress=bar,
-            )
-        if self.json:
-            print_json(to_dict(result))
-        else:
-            print(evaluation_text(result))
+from ..workflow import report
+from .evaluating import evaluation_text
+from .options import Changes, Device, RunFolder, SamplerOptions, check_out, option, parse_changes, print_json
 
 
 @dataclass(kw_only=True)
@@ -193,24 +124,3 @@ class Demo:
             (page.name, "report: open in a browser"),
         ):
             print(f"{self.out / name}  ({what})")
-
-
-def evaluation_text(result: EvaluationResult) -> str:
-    """Return an evaluation in words."""
-    through_codec = result.frechet_reconstructed
-    codec = "" if through_codec is None else f"; held-out images through the codec: {through_codec:.4g}"
-    return "\n".join(
-        (
-            f"{result.extractor} features ({result.comparable_to}); {result.count} images a side, mean of {result.splits} draws",
-            f"{result.samples} samples drawn"
-            + (
-                "; fewer images than dimensions: compare only with figures of equal counts"
-                if result.rank_deficient
-                else ""
-            ),
-            f"Fréchet distance   {result.frechet:.4g}   (real images: {result.frechet_real:.4g}{codec})",
-            f"precision, recall  {result.precision:.3f}, {result.recall:.3f}   (real images: {result.precision_real:.3f}, "
-            f"{result.recall_real:.3f}; k = {result.k})",
-            f"memorised          {100 * result.memorised:.1f} %   (held-out images: {100 * result.memorised_held_out:.1f} %)",
-        )
-    )

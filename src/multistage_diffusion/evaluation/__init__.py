@@ -1,5 +1,6 @@
 """Metrics on feature functions."""
 
+from .comparison import ComparisonResult, check_count, compare_samples
 from .features import FEATURES, ClassifierFeatures, PixelFeatures, extract, get_features
 from .metrics import (
     EvaluationResult,
@@ -10,23 +11,31 @@ from .metrics import (
     nearest,
     precision_recall,
 )
+from .reference import Reference, load_reference, make_reference, save_reference
 from .statistics import Moments, frechet_between, image_moments, moments
 
 __all__ = [
     "FEATURES",
     "ClassifierFeatures",
+    "ComparisonResult",
     "EvaluationResult",
     "Memorisation",
     "Moments",
     "PixelFeatures",
+    "Reference",
+    "check_count",
+    "compare_samples",
     "evaluate_samples",
     "extract",
     "frechet_between",
     "frechet_distance",
     "get_features",
     "image_moments",
+    "load_reference",
+    "make_reference",
     "memorisation",
     "moments",
     "nearest",
     "precision_recall",
+    "save_reference",
 ]

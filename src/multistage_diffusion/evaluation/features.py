@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -42,39 +45,118 @@ class ClassifierFeatures:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map uint8 images (N, 1 or 3, H, W) to float32 (N, 128), >= 0."""
-        return self.model.features(self._prepared(images))
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Map uint8 images (N, 1 or 3, H, W) to the logits of the ten classes, float32 (N, 10)."""
-        logits: Tensor = self.model(self._prepared(images))
-        return logits
-
-    def _prepared(self, images: Tensor) -> Tensor:
         check_images("images", images)
         self.model.to(images.device)
-        return prepare(images)
+        return self.model.features(prepare(images))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Map features (N, 128) to the logits of the ten classes, float32 (N, 10)."""
+        logits: Tensor = self.model.head(features)
+        return logits
 
 
+class ScriptFeatures:
+    """A TorchScript module of the user's, which maps uint8 images (N, C, H, W) to features (N, D).
+
+    Raises:
+        ValueError: if the file is none.
+    """
+
+    comparable_to: str = "other figures of the same file only"
+    preprocessing: str = "the file's own"
+
+    def __init__(self, file: Path) -> None:
+        try:
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # the format is old, but the one that needs no class
+                self._module = torch.jit.load(file, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+        except OSError as error:
+            raise ValueError(f"features={str(file)!r}: {error.strerror or error}; name a TorchScript file") from None
+        except RuntimeError:
+            raise ValueError(
+                f"features={str(file)!r}: not a TorchScript file; write one with torch.jit.script(module).save(...)"
+            ) from None
+        self.name = f"torchscript {file.name} ({digest})"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Map uint8 images (N, C, H, W) to features (N, D).
+
+        Raises:
+            ValueError: if the module refuses them, or answers with anything but finite floats (N, D).
+        """
+        check_images("images", images)
+        try:
+            with torch.no_grad():
+                features = self._module.to(images.device)(images)
+        except (RuntimeError, torch.jit.Error) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise ValueError(f"{self.name}: refuses uint8 images {tuple(images.shape)}: {reason}") from None
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"{self.name}: answers {len(images)} images with {shape}, not with ({len(images)}, D)")
+        if not features.is_floating_point() or not bool(torch.isfinite(features).all()):
+            raise ValueError(
+                f"{self.name}: its features are {features.dtype}, or not all finite; they must be finite floats"
+            )
+        return features
+
+
+# What works without a network; published networks are in fidelity.py.
 FEATURES: dict[str, Callable[[], FeatureExtractor]] = {
     "pixels": PixelFeatures,
     "fashion-classifier": ClassifierFeatures,
 }
+PUBLISHED = ("inception", "vgg16", "dinov2")
+_SCRIPTS = (".pt", ".pth", ".ts")
 
 
-def get_features(name: str) -> FeatureExtractor:
-    """Return a feature extractor by name.
+def get_features(name: str, weights: Path | None = None) -> FeatureExtractor:
+    """Return a feature extractor.
+
+    Args:
+        name: "pixels", "fashion-classifier", "inception", "vgg16", "dinov2", or a TorchScript file (.pt, .pth, .ts).
+        weights: a file of the weights of "inception" or "vgg16"; None: downloaded at the first use.
 
     Raises:
-        ValueError: for an unknown name, listing the known ones.
+        ValueError: for an unknown name, listing the known ones, or if weights or the package they need are missing.
     """
+    if name in PUBLISHED:
+        from .fidelity import FidelityFeatures
+
+        return FidelityFeatures(name, weights)
+    if weights is not None:
+        raise ValueError(f"features={name!r} takes no weights; {weights} is for inception or vgg16")
+    if Path(name).suffix.lower() in _SCRIPTS:
+        return ScriptFeatures(Path(name).expanduser())
     if name not in FEATURES:
-        raise ValueError(f"features={name!r} is unknown; choose one of {', '.join(FEATURES)}")
+        raise ValueError(
+            f"features={name!r} is unknown; choose one of {', '.join((*FEATURES, *PUBLISHED))}, or a TorchScript file (.pt)"
+        )
     return FEATURES[name]()
 
 
-def extract(extractor: FeatureExtractor, images: Tensor) -> Tensor:
-    """Map uint8 images (N, C, H, W) to features (N, D), a batch at a time."""
-    return torch.cat([extractor(batch) for batch in torch.split(images, EXTRACT_BATCH)])
+def extract(
+    extractor: FeatureExtractor,
+    images: Tensor,
+    *,
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Map uint8 images (N, C, H, W) to features (N, D), a batch at a time.
+
+    Args:
+        extractor: feature function.
+        images: anywhere.
+        device: where features are computed and left; None: where the images are.
+        progress: called with (images done, N).
+    """
+    features = []
+    for batch in torch.split(images, EXTRACT_BATCH):
+        features.append(extractor(batch if device is None else batch.to(device)))
+        if progress is not None:
+            progress(sum(map(len, features)), len(images))
+    return torch.cat(features)
 
 
 def check_images(name: str, images: Tensor) -> None:

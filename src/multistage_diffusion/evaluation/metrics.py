@@ -187,6 +187,7 @@ def evaluate_samples(
     splits: int = 5,
     seed: int = 0,
     reconstructed: Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> EvaluationResult:
     """Measure samples against held-out images, and real training images in the same way beside them.
 
@@ -203,6 +204,7 @@ def evaluate_samples(
         splits: draws to average over.
         seed: of the draws.
         reconstructed: uint8 (K, C, H, W), the held-out images through a codec, if the samples came through one.
+        device: where features are computed.
 
     Raises:
         ValueError: for unequal shapes, too few images, or what the metrics refuse.
@@ -217,13 +219,13 @@ def evaluate_samples(
         )
     if splits < 1:
         raise ValueError(f"splits={splits} must be at least 1")
-    features = [extract(extractor, images) for images in (samples, train, held_out)]
+    features = [extract(extractor, images, device=device).cpu() for images in (samples, train, held_out)]
     scores = torch.tensor([_scores(features, k, count, seed, split) for split in range(splits)], dtype=torch.float64)
     frechet, frechet_real, precision, recall, precision_real, recall_real = scores.mean(dim=0).tolist()
     through_codec = None
     if reconstructed is not None:
         _check_sets(reconstructed, train, held_out)
-        sets = [extract(extractor, reconstructed), *features[1:]]
+        sets = [extract(extractor, reconstructed, device=device).cpu(), *features[1:]]
         draws = [_drawn(sets, count, seed, split) for split in range(splits)]
         through_codec = sum(frechet_distance(fake, real) for fake, real, _ in draws) / splits
     copies = memorisation(samples, train, held_out)

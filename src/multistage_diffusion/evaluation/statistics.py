@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,28 +37,42 @@ def moments(features: Tensor) -> Moments:
     return Moments(mean=mean, covariance=centred.T @ centred / (len(features) - 1), count=len(features))
 
 
-def image_moments(extractor: FeatureExtractor, images: Tensor) -> Moments:
+def image_moments(
+    extractor: FeatureExtractor,
+    images: Tensor,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Moments:
     """Return the moments of images' features, a batch at a time: the features of all are never held at once.
 
     Args:
         extractor: feature function.
-        images: uint8 (N, C, H, W), N >= 2.
+        images: uint8 (N, C, H, W), N >= 2, anywhere.
+        device: where features are computed.
+        progress: called with (images done, N).
+
+    Returns:
+        Moments on the CPU.
     """
     check_images("images", images)
     shift: Tensor | None = None
+    done, count = 0, len(images)
     for batch in torch.split(images, EXTRACT_BATCH):
-        features = extractor(batch).to(torch.float64)
+        features = extractor(batch.to(device)).to(torch.float64)
         if shift is None:  # sums of what is left of the first batch's mean cancel less
             shift = features.mean(dim=0)
-            total, products = torch.zeros_like(shift), torch.zeros(2 * shift.shape, dtype=torch.float64)
-            products = products.to(shift.device)
+            total, products = torch.zeros_like(shift), torch.zeros_like(torch.outer(shift, shift))
         centred = features - shift
         total += centred.sum(dim=0)
         products += centred.T @ centred
+        done += len(batch)
+        if progress is not None:
+            progress(done, count)
     assert shift is not None
-    count, mean = len(images), total / len(images)
+    mean = total / count
     covariance = (products - count * torch.outer(mean, mean)) / (count - 1)
-    return Moments(mean=mean + shift, covariance=covariance, count=count)
+    return Moments(mean=(mean + shift).cpu(), covariance=covariance.cpu(), count=count)
 
 
 def frechet_between(a: Moments, b: Moments) -> float:

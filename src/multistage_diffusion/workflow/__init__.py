@@ -9,13 +9,15 @@ report(run)
 
 from .clustering import split_run
 from .coding import train_codec
+from .evaluating import compare, evaluate, statistics
 from .exchange import export_published, import_published
 from .finding import save_split, split
 from .fitting import CHANGEABLE, prepare, resume, train
-from .using import evaluate, report, sample
+from .using import report, sample
 
 __all__ = [
     "CHANGEABLE",
+    "compare",
     "evaluate",
     "export_published",
     "import_published",
@@ -26,6 +28,7 @@ __all__ = [
     "save_split",
     "split",
     "split_run",
+    "statistics",
     "train",
     "train_codec",
 ]

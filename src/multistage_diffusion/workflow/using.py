@@ -1,4 +1,4 @@
-"""Using a trained run: sampling, evaluation, report."""
+"""Using a trained run: sampling, report."""
 
 from __future__ import annotations
 
@@ -8,24 +8,20 @@ import torch
 from torch import Tensor
 
 from ..codecs import open_codec
-from ..config import DataConfig, SamplingConfig
-from ..data import open_configured
+from ..config import SamplingConfig
 from ..description import architecture_rows, describe
-from ..evaluation import EvaluationResult, evaluate_samples, get_features, nearest
+from ..evaluation import get_features, nearest
 from ..keyed import generator
 from ..sampling import sample_images
-from ..serialization import read_json, to_dict, write_json
 from ..training.callbacks import example_labels
-from ..training.checkpoint import checkpoint_step
 from ..training.devices import resolve_device
 from ..training.run import Run
-from .latent import decoder, reconstruct
+from .latent import decoder
 from .progress import Progress
 
-NEIGHBOURS = 3  # of precision and recall, as published
 
-
-def _opened(run: Run | Path | str) -> Run:
+def opened_run(run: Run | Path | str) -> Run:
+    """Return a run, opened if it is only named."""
     return run if isinstance(run, Run) else Run.open(Path(run))
 
 
@@ -60,7 +56,7 @@ def sample(
     Raises:
         ValueError: if there is no such checkpoint, class or sampler.
     """
-    run = _opened(run)
+    run = opened_run(run)
     config, resolved = run.config(), resolve_device(device)
     classes = config.network.num_classes
     if label is not None and not 0 <= label < classes:
@@ -85,71 +81,6 @@ def sample(
     )
 
 
-def evaluate(
-    run: Run | Path | str,
-    data: DataConfig | None = None,
-    *,
-    count: int | None = None,
-    features: str = "pixels",
-    seed: int = 0,
-    checkpoint: str = "best",
-    sampling: SamplingConfig | None = None,
-    device: str | None = None,
-    progress: Progress | None = None,
-) -> EvaluationResult:
-    """Compare samples of a run with real images and add the result to RUN/evaluation.json.
-
-    Args:
-        run: a trained run, or its folder.
-        data: other data to compare with than the run's own; their training part then stands for the images trained on.
-        count: samples drawn; default as many as there are held-out images, but 500 to 5000.
-        features: name of a feature extractor.
-        seed: of the samples.
-        checkpoint: "best", "latest" or a step.
-        sampling: another sampler than the run's own.
-        device: default CUDA when there is one.
-        progress: called with (done, total).
-
-    Raises:
-        ValueError: if there are too few images, or data and run differ in shape.
-    """
-    extractor, run = get_features(features), _opened(run)
-    config = run.config()
-    opened = run.data() if data is None else open_configured(data)
-    if opened.shape != config.data.shape:
-        found, made = (" x ".join(map(str, shape)) for shape in (opened.shape, config.data.shape))
-        raise ValueError(
-            f"data: images of {found} (channels x height x width), but {run.path} makes {made}; give --size H W --fit crop "
-            "for another size, or convert them to as many channels"
-        )
-    share = (data or config.data).held_out
-    if share != config.data.held_out and opened.fingerprint == config.data.fingerprint:
-        raise ValueError(
-            f"data.held_out={share}: {run.path} was trained on these data with {config.data.held_out}; use that"
-        )
-    train_images, held_out = (part.tensor() for part in opened.split(share))
-    count = min(max(len(held_out), 500), 5000) if count is None else count
-    if min(count, len(train_images), len(held_out)) <= NEIGHBOURS:
-        raise ValueError(
-            f"{count} samples, {len(train_images)} training and {len(held_out)} held-out images are too few to compare: "
-            f"need more than {NEIGHBOURS} of each; give other images with --data, or train with a larger data.held_out"
-        )
-    step = checkpoint_step(run.checkpoint(checkpoint))  # which one is best may change while a run goes on
-    images = sample(run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress)
-    reconstructed = reconstruct(config, held_out, resolve_device(device)) if config.codec.used else None
-    result = evaluate_samples(images, train_images, held_out, extractor, k=NEIGHBOURS, reconstructed=reconstructed)
-    entry = {
-        "step": step,
-        "data": (data or config.data).source,
-        "sampling": to_dict(sampling or config.sampling),
-        "sampling_seed": seed,
-        **to_dict(result),
-    }
-    file = run.path / "evaluation.json"
-    write_json(file, [*(read_json(file) if file.exists() else []), entry])
-    return result
-
-
 def report(
     run: Run | Path | str,
     *,
@@ -169,7 +100,7 @@ def report(
     """
     from ..report_page import Neighbours, write_report  # matplotlib takes a while to import
 
-    run = _opened(run)
+    run = opened_run(run)
     config = run.config()
     train_images, held_out = (part.tensor() for part in run.data().split(config.data.held_out))
     real = held_out if len(held_out) else train_images

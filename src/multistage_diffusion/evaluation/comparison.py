@@ -1,0 +1,134 @@
+"""The field's protocol: all samples against the statistics of a reference set, as published FIDs are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contracts import FeatureExtractor
+from .features import check_images, extract
+from .fidelity import INCEPTION_SPLITS, KID_SUBSET_SIZE, inception_score, installed, kernel_distance
+from .metrics import precision_recall
+from .reference import Reference
+from .statistics import frechet_between, moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonResult:
+    """Numbers of samples beside a reference set, and all that is needed to know what they mean.
+
+    Attributes:
+        extractor, comparable_to, preprocessing: the features of all of them.
+        reference: what the samples are compared with; `reference_count` its images (0: the file does not tell).
+        samples: number of samples.
+        dims: feature dimensions; `rank_deficient` says that there are no more samples than these: the covariance is
+            singular, and the distance comparable at equal counts only.
+        frechet: with Inception features, the FID.
+        kid, kid_deviation, kid_subset: kernel distance, its deviation over 100 subsets and their size; None without
+            torch-fidelity or kept features of the reference.
+        inception_score, inception_deviation, inception_splits: None without torch-fidelity, or for features of no
+            classifier. With other features than Inception's it is that classifier's score.
+        precision, recall, k, neighbour_count: improved precision and recall with k neighbours, on as many samples as
+            kept features of the reference; None where none were kept.
+    """
+
+    extractor: str
+    comparable_to: str
+    preprocessing: str
+    reference: str
+    reference_count: int
+    samples: int
+    dims: int
+    rank_deficient: bool
+    frechet: float
+    kid: float | None
+    kid_deviation: float | None
+    kid_subset: int | None
+    inception_score: float | None
+    inception_deviation: float | None
+    inception_splits: int | None
+    precision: float | None
+    recall: float | None
+    k: int | None
+    neighbour_count: int | None
+
+
+def compare_samples(
+    samples: Tensor,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    *,
+    k: int = 3,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> ComparisonResult:
+    """Measure samples against a reference set.
+
+    Args:
+        samples: uint8 (N, C, H, W), N >= 2.
+        reference: statistics of real images' features (`Reference.require` tells whether they fit).
+        extractor: the same feature function.
+        k: neighbours of precision and recall.
+        device: where features are computed.
+        progress: called with (samples done, N).
+
+    Raises:
+        ValueError: for too few samples, other features than the reference's, or what the metrics refuse.
+    """
+    check_images("samples", samples)
+    check_count(len(samples), reference, k)
+    features = extract(extractor, samples, device=device, progress=progress)
+    found: dict[str, Any] = dict.fromkeys(
+        ("kid", "kid_deviation", "kid_subset", "inception_score", "inception_deviation", "inception_splits")
+    )
+    logits: Callable[[Tensor], Tensor] | None = getattr(extractor, "logits", None)
+    if logits is not None and installed() and len(samples) >= INCEPTION_SPLITS:
+        score, deviation = inception_score(logits(features))
+        found |= {
+            "inception_score": score,
+            "inception_deviation": deviation,
+            "inception_splits": INCEPTION_SPLITS,
+        }
+    features = features.cpu()
+    kept = reference.features
+    if kept is not None and installed():
+        subset = min(KID_SUBSET_SIZE, len(kept), len(features))
+        kid, deviation = kernel_distance(features, kept, subset)
+        found |= {"kid": kid, "kid_deviation": deviation, "kid_subset": subset}
+    count = None if kept is None else min(len(kept), len(features))
+    precision, recall = (None, None) if kept is None else precision_recall(kept[:count], features[:count], k)
+    dims = features.shape[1]
+    return ComparisonResult(
+        extractor=extractor.name,
+        comparable_to=extractor.comparable_to,
+        preprocessing=f"uint8 images of {' x '.join(map(str, samples.shape[1:]))} (C x H x W): {extractor.preprocessing}",
+        reference=reference.source,
+        reference_count=reference.moments.count,
+        samples=len(samples),
+        dims=dims,
+        rank_deficient=len(samples) <= dims,
+        frechet=frechet_between(moments(features), reference.moments),
+        precision=precision,
+        recall=recall,
+        k=None if kept is None else k,
+        neighbour_count=count,
+        **found,
+    )
+
+
+def check_count(samples: int, reference: Reference, k: int) -> None:
+    """Refuse fewer samples than the metrics need.
+
+    Raises:
+        ValueError: naming the least count.
+    """
+    kept = reference.features
+    least = 2 if kept is None else k + 1
+    if samples < least:
+        raise ValueError(f"count={samples}: comparing with {reference.source} needs at least {least} samples")
+    if kept is not None and len(kept) <= k:
+        raise ValueError(f"{reference.source}: keeps {len(kept)} features; precision and recall need more than k={k}")

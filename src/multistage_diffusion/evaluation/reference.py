@@ -1,0 +1,182 @@
+"""Reference statistics: what is known of a set of real images' features, saved once and compared with many times."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..contracts import FeatureExtractor
+from ..keyed import generator
+from ..serialization import write_atomic
+from .features import extract
+from .statistics import Moments, image_moments
+
+FORMAT_VERSION = 1
+_ABOUT = "msdiff"  # name of the array that holds, as JSON, what the others are
+_TOLD = ("extractor", "preprocessing", "data", "part", "fingerprint", "shape", "held_out")
+_WORDS = {"mu": "mean", "sigma": "covariance"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Statistics of real images.
+
+    Attributes:
+        moments: mean and covariance of their features; their count is 0 where a file does not tell it.
+        source: the file, or what else the statistics are of.
+        extractor, preprocessing: the features, None where a file does not tell them (EDM's).
+        data, part, fingerprint, shape: the data set, which part of it ("all", "train", "held-out"), the fingerprint of
+            the whole and the (C, H, W) of an image; None where a file does not tell them.
+        held_out: share of the data set kept from training, where `part` is not "all".
+        features: of some of the images, float32 (M, D), for precision, recall and KID; None if none were kept.
+    """
+
+    moments: Moments
+    source: str
+    extractor: str | None = None
+    preprocessing: str | None = None
+    data: str | None = None
+    part: str | None = None
+    fingerprint: str | None = None
+    shape: tuple[int, ...] | None = None
+    held_out: float | None = None
+    features: Tensor | None = None
+
+    def require(self, extractor: FeatureExtractor, fingerprint: str, shape: tuple[int, ...]) -> None:
+        """Refuse to be compared with samples of other images, or through other features.
+
+        Args:
+            extractor: of the samples' features.
+            fingerprint: of the whole data set that the samples imitate.
+            shape: (C, H, W) of the samples.
+
+        Raises:
+            ValueError: naming what differs; what a file does not tell is not compared, but its dimensions always are.
+        """
+        for name, own, other in (
+            ("features", self.extractor, extractor.name),
+            ("preprocessing", self.preprocessing, extractor.preprocessing),
+            ("image shape (C, H, W)", self.shape, tuple(shape)),
+            ("data fingerprint", self.fingerprint, fingerprint),
+        ):
+            if own is not None and own != other:
+                raise ValueError(
+                    f"{self.source}: made with {name} {own}, but this is {other}; make another with msdiff stats"
+                )
+        blank = torch.zeros(1, *shape, dtype=torch.uint8)
+        dims = extractor(blank).shape[1]
+        if dims != len(self.moments.mean):
+            raise ValueError(
+                f"{self.source}: of {len(self.moments.mean)} feature dimensions, but {extractor.name} has {dims}; make "
+                "another with msdiff stats"
+            )
+
+
+def make_reference(
+    extractor: FeatureExtractor,
+    images: Tensor,
+    *,
+    data: str,
+    fingerprint: str,
+    part: str = "all",
+    held_out: float | None = None,
+    keep: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Reference:
+    """Compute the statistics of real images.
+
+    Args:
+        extractor: feature function.
+        images: uint8 (N, C, H, W), N >= 2.
+        data: what the data set is called.
+        fingerprint: of the whole data set.
+        part: which part of it the images are.
+        held_out: share of the data set kept from training, where the images are a part.
+        keep: images, drawn at random, whose features are kept, too; at most N.
+        device: where features are computed.
+        progress: called with (images done, N).
+
+    Raises:
+        ValueError: for fewer than 2 images, or images or features that are not as they must be.
+    """
+    if len(images) < 2:
+        raise ValueError(f"{data}: {len(images)} images have no covariance; statistics need at least 2")
+    moments = image_moments(extractor, images, device=device, progress=progress)
+    features = None
+    if keep:
+        chosen = torch.randperm(len(images), generator=generator(("reference", "kept")))[:keep]
+        features = extract(extractor, images[chosen], device=device).to("cpu", torch.float32)
+    return Reference(
+        moments=moments,
+        source=f"{part} of {data}",
+        extractor=extractor.name,
+        preprocessing=extractor.preprocessing,
+        data=data,
+        part=part,
+        fingerprint=fingerprint,
+        shape=tuple(images.shape[1:]),
+        held_out=held_out,
+        features=features,
+    )
+
+
+def save_reference(reference: Reference, path: Path) -> None:
+    """Write statistics as .npz: `mu`, `sigma`, perhaps `features`, and what they are.
+
+    `mu` and `sigma` are named as in EDM's files, so that its scripts can read them.
+    """
+    about = {name: getattr(reference, name) for name in _TOLD} | {
+        "format_version": FORMAT_VERSION,
+        "count": reference.moments.count,
+    }
+    arrays: dict[str, Any] = {"mu": reference.moments.mean.numpy(), "sigma": reference.moments.covariance.numpy()}
+    if reference.features is not None:
+        arrays["features"] = reference.features.numpy()
+    arrays[_ABOUT] = np.array(json.dumps(about))
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_reference(path: Path) -> Reference:
+    """Read statistics written by `save_reference`, or EDM's (`mu` and `sigma` alone).
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("mu", "sigma", "features", _ABOUT) if name in file.files}
+        about: dict[str, Any] = json.loads(str(arrays[_ABOUT])) if _ABOUT in arrays else {}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an .npz file of statistics"
+        raise ValueError(f"{path}: {reason}; make one with msdiff stats") from None
+    if about.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise ValueError(f"{path}: format_version={about['format_version']}: this release reads {FORMAT_VERSION}")
+    for name in ("mu", "sigma"):
+        if name not in arrays:
+            raise ValueError(f"{path}: holds no {name}, the {_WORDS[name]} of features; make one with msdiff stats")
+    mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
+    if mean.ndim != 1 or covariance.shape != 2 * mean.shape or not bool(torch.isfinite(covariance).all()):
+        raise ValueError(
+            f"{path}: mu of shape {tuple(mean.shape)} and sigma of shape {tuple(covariance.shape)} are no mean and covariance "
+            "of the same features, all finite; make one with msdiff stats"
+        )
+    told: dict[str, Any] = {name: about.get(name) for name in _TOLD}
+    told["shape"] = None if told["shape"] is None else tuple(told["shape"])
+    return Reference(
+        moments=Moments(mean=mean, covariance=covariance, count=int(about.get("count", 0))),
+        source=str(path),
+        features=torch.from_numpy(arrays["features"]) if "features" in arrays else None,
+        **told,
+    )
