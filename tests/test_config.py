@@ -13,6 +13,7 @@ from multistage_diffusion.config import (
     CodecConfig,
     DataConfig,
     DiffusionConfig,
+    EvaluationConfig,
     NetworkConfig,
     OptimizerConfig,
     RunConfig,
@@ -69,6 +70,11 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (SamplingConfig, {"sigma_min": 0.0}, "sampling.sigma_min=0.0"),
     (SamplingConfig, {"sigma_max": INF}, "sampling.sigma_max=inf"),
     (SamplingConfig, {"sigma_min": 2.0, "sigma_max": 1.0}, "sigma_min=2.0 must be below sampling.sigma_max=1.0"),
+    (EvaluationConfig, {"every": -1}, "evaluation.every=-1 must be >= 0"),
+    (EvaluationConfig, {"patience": -1}, "evaluation.patience=-1 must be >= 0"),
+    (EvaluationConfig, {"seed": -1}, "evaluation.seed=-1 must be >= 0"),
+    (EvaluationConfig, {"count": 1}, "evaluation.count=1 must be at least 2"),
+    (EvaluationConfig, {"features": ""}, "evaluation.features is empty"),
     (RunConfig, {"format_version": 99}, f"format_version=99: this release reads format {FORMAT_VERSION}"),
     (RunConfig, {"stages": Stages((1.0,))}, "stages: 2 intervals but network.decoder_widths=[128] has 1"),
     (RunConfig, {"training": TrainingConfig(augment=0.1), "codec": CodecConfig(shape=(4, 8, 8))}, "not of latents"),
@@ -129,6 +135,7 @@ def test_edges_of_what_is_accepted() -> None:
     OptimizerConfig(betas=(0.0, 0.0), warmup_steps=0, clip=None)
     TrainingConfig(batch=4, accumulate=4, ema_rampup=0.0, label_dropout=1.0, shares=(0.0, 1.0))
     SamplingConfig(sigma_min=0.002, sigma_max=80.0, eta=1.0)
+    EvaluationConfig(every=1, count=2, patience=1)
 
 
 def test_configurations_are_frozen_values() -> None:

@@ -81,7 +81,7 @@ def test_a_terminal_shows_a_bar_and_takes_it_away(clock: Clock, terminal: io.Str
 
 def trainer(step: int) -> Any:
     config = override(preset("digits"), {"training.steps": 100})
-    return SimpleNamespace(config=config, device="cpu", step=step, counts=(64, 45, 19), warm_start=None)
+    return SimpleNamespace(config=config, device="cpu", step=step, counts=(64, 45, 19), warm_start=None, ended="")
 
 
 def test_training_shows_steps_and_losses(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +101,25 @@ def test_training_shows_steps_and_losses(clock: Clock, capsys: pytest.CaptureFix
         "training: 40/100, 1.0 steps/s, 60 s left, loss 0.5000 - 0.2500",
         "training: 60/100, 1.0 steps/s, 40 s left, held-out 1.0000 2.0000 3.0000",
     ]
+
+
+def test_an_evaluation_is_a_short_line(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = TrainingProgress()
+    record = {"kind": "quality", "step": 500, "frechet": 12.3456, "extractor": "pixels", "count": 1000}
+    progress.logged(trainer(500), {**record, "petaflops": 0.12345})
+    progress.logged(trainer(500), {**record, "petaflops": 2000.0, "frechet": None})
+    assert capsys.readouterr().err.splitlines() == [
+        "step 500: Fréchet distance 12.35 (pixels, 1000 samples, 0.123 PFLOPs)",
+        "step 500: Fréchet distance unknown (pixels, 1000 samples, 2e+03 PFLOPs)",
+    ]
+
+
+def test_an_early_end_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    progress, ended = TrainingProgress(), trainer(50)
+    ended.ended = "runs/x: ended by patience"
+    progress.started(ended)  # a resumed run that has ended: nothing is going to happen
+    progress.finished(ended)
+    assert capsys.readouterr().err == "runs/x: ended by patience\n"
 
 
 def test_the_bar_goes_away_after_an_error(terminal: io.StringIO) -> None:

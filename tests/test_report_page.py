@@ -138,6 +138,37 @@ def test_a_full_report_stands_alone(tmp_path: Path, stages: int) -> None:
     assert "encoder_width: 16" in page.text
 
 
+def judged(step: int, frechet: float | None) -> dict[str, object]:
+    measured = {"extractor": "pixel <features>", "count": 2000, "reference": "/a/b/real.npz", "frechet": frechet}
+    return {"kind": "quality", "step": step, "images": 128 * step, "petaflops": 0.25 * step, "seconds": 1.0, **measured}
+
+
+def quality_section(folder: Path, distances: list[float | None]) -> Page:
+    make_run(folder, 1)
+    lines = [json.dumps(judged(10 * k, distance)) + "\n" for k, distance in enumerate(distances, start=1)]
+    (folder / "metrics.jsonl").write_text("".join(lines) + (folder / "metrics.jsonl").read_text())
+    images = pictures(1, 0)
+    return Page(write_report(folder, config=make_config(1), architecture=[], samples=images, real=images))
+
+
+def test_distances_during_training_are_drawn_against_compute(tmp_path: Path) -> None:
+    page = quality_section(tmp_path, [300.0, None, 40.0, 60.0])
+    assert sum(tag == "svg" for tag, _ in page.tags) == 3
+    for words in (
+        "Fréchet distance: features pixel <features>, 2,000 samples",
+        "Fréchet distance of samples during training to real.npz, by training compute",
+        "training PFLOPs",
+        "best: 40 at step 30",
+    ):
+        assert words in page.text
+
+
+def test_distances_that_could_not_be_measured_are_not_drawn(tmp_path: Path) -> None:
+    page = quality_section(tmp_path, [None])
+    assert sum(tag == "svg" for tag, _ in page.tags) == 2
+    assert "No samples could be evaluated during training." in page.text
+
+
 def test_a_bare_run_makes_a_report(tmp_path: Path) -> None:
     config = make_config(1)
     page = Page(write_report(tmp_path, config=config, architecture=[], samples=pictures(4, 0), real=pictures(4, 1)))

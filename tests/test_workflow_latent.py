@@ -12,10 +12,12 @@ import torch
 
 from multistage_diffusion.config import CodecConfig, RunConfig
 from multistage_diffusion.data import to_uint8
+from multistage_diffusion.evaluation import frechet_distance, get_features
 from multistage_diffusion.presets import preset
 from multistage_diffusion.serialization import override
 from multistage_diffusion.splitting import SplitSettings, find_stages
 from multistage_diffusion.training.checkpoint import load_tensors
+from multistage_diffusion.training.flops import flops_per_image
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.workflow import evaluate, report, resume, sample, split, train
 from multistage_diffusion.workflow.latent import decoder, reconstruct
@@ -75,6 +77,18 @@ def config(tmp_path: Path, codec: Path) -> RunConfig:
     np.save(tmp_path / "noise.npy", pixels)
     changes = {**TINY, "data.source": str(tmp_path / "noise.npy"), "data.shape": [], "codec.source": str(codec)}
     return override(preset("fashion-mnist-latent"), changes)
+
+
+def test_a_run_is_evaluated_on_decoded_samples(config: RunConfig, tmp_path: Path) -> None:
+    run = train(override(config, {"evaluation.every": 4, "evaluation.count": 12}), tmp_path / "run")
+    (record,) = (r for r in run.records() if r["kind"] == "quality")
+    pixels = get_features("pixels")
+    training, _ = run.data().split(config.data.held_out)
+    samples = sample(run, 12, checkpoint="latest")
+    assert samples.shape[1:] == (1, 8, 6)
+    expected = frechet_distance(pixels(samples), pixels(training.tensor()))
+    assert record["frechet"] == pytest.approx(expected, rel=1e-6)
+    assert record["petaflops"] == pytest.approx(flops_per_image(run.config()) * 24 / 1e15)
 
 
 def test_a_run_records_what_its_latents_are(config: RunConfig, tmp_path: Path) -> None:

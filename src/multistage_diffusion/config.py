@@ -143,6 +143,8 @@ class TrainingConfig:
             network.augment_dim=9.
         soft_intervals: probability that a row of a stage draws its noise from the whole prior instead of the stage's own
             interval (MEME's soft assignment): one number, or one for each stage.
+        branch_at: steps in which all stages train one decoder together, before each goes on with its own copy of it (0: each
+            has its own from the start); decoders must be alike.
         init_from: a trained run whose encoder and fitting decoders the network starts from; empty: from scratch.
         precision: "auto" (bf16 on CUDA, else fp32), "fp32", "bf16" or "fp16" (with loss scaling).
         keep_last, keep_every: checkpoints kept: the newest ones, and every so many steps (0: none).
@@ -161,6 +163,7 @@ class TrainingConfig:
     label_dropout: float = 0.1
     augment: float = 0.0
     soft_intervals: float | tuple[float, ...] = 0.0
+    branch_at: int = 0
     init_from: str = ""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = 0
@@ -180,7 +183,7 @@ class TrainingConfig:
             self.accumulate <= self.batch,
             f"training.accumulate={self.accumulate} must not exceed training.batch={self.batch}",
         )
-        for name in ("held_out_every", "keep_every", "sample_every", "sample_count", "ema_rampup", "seed"):
+        for name in ("held_out_every", "keep_every", "sample_every", "sample_count", "ema_rampup", "seed", "branch_at"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"training.{name}={value} must be >= 0 and finite")
         require(
@@ -249,6 +252,33 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How a run's samples are judged while it trains: by their Fréchet distance to a reference.
+
+    Attributes:
+        every: steps between evaluations, the last step being one, too; 0: none.
+        features: name of the feature extractor.
+        count: samples drawn by each, always from the same noise.
+        seed: of that noise.
+        reference: statistics of images (an .npz file of msdiff stats); empty: the run's own training images.
+        patience: evaluations without a new best after which training ends; 0: never.
+    """
+
+    every: int = 0
+    features: str = "pixels"
+    count: int = 1000
+    seed: int = 0
+    reference: str = ""
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("every", "seed", "patience"):
+            require(getattr(self, name) >= 0, f"evaluation.{name}={getattr(self, name)} must be >= 0")
+        require(self.count >= 2, f"evaluation.count={self.count} must be at least 2: one sample has no covariance")
+        require(bool(self.features), "evaluation.features is empty; name a feature extractor, such as pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides a run; written beside each checkpoint.
 
@@ -266,6 +296,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -295,6 +326,18 @@ class RunConfig:
             not self.training.augment or not self.codec.used,
             f"training.augment={self.training.augment}: EDM's augmentation is of pixels, not of latents; set it to 0",
         )
+        if self.training.branch_at:
+            alike = (self.network.decoder_widths, self.network.decoder_attention, self.network.attention_shares)
+            require(
+                all(len(set(values)) == 1 for values in alike if values is not None),
+                f"training.branch_at={self.training.branch_at} needs decoders that are alike, not of "
+                f"network.decoder_widths={list(self.network.decoder_widths)} (and attention); make them equal, or set it to 0",
+            )
+            require(
+                not self.training.init_from,
+                f"training.branch_at={self.training.branch_at} and training.init_from={self.training.init_from!r} both say how "
+                "decoders begin; give one of them",
+            )
         shares, weights = self.training.shares, self.training.weights
         for stage in range(decoders):
             require(

@@ -90,7 +90,9 @@ class TrainingProgress(Callback):
         self._bar.__exit__()
 
     def started(self, trainer: Trainer) -> None:
-        """Say what is going to happen."""
+        """Say what is going to happen, unless nothing is."""
+        if trainer.ended:
+            return
         config = trainer.config
         widths = "/".join(map(str, config.network.decoder_widths))
         rows = f"rows per stage {'/'.join(map(str, trainer.counts))}"
@@ -112,10 +114,19 @@ class TrainingProgress(Callback):
         self._bar(trainer.step, trainer.config.training.steps)
 
     def logged(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """Keep the latest losses beside the bar."""
+        """Keep the latest losses beside the bar; tell of an evaluation in a line."""
+        if record["kind"] == "quality":
+            distance = "unknown" if record["frechet"] is None else f"{record['frechet']:.4g}"
+            console.print(
+                f"step {record['step']}: Fréchet distance {distance} ({record['extractor']}, {record['count']} samples, "
+                f"{record['petaflops']:.3g} PFLOPs)"
+            )
+            return
         losses = " ".join("-" if x is None else f"{x:.4f}" for x in record["loss"])
         self._bar.note = f"{'held-out' if record['kind'] == 'held_out' else 'loss'} {losses}"
 
     def finished(self, trainer: Trainer) -> None:
-        """Take the bar away."""
+        """Take the bar away, and say why training has ended early."""
         self._bar.__exit__()
+        if trainer.ended:
+            console.print(trainer.ended)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -100,11 +101,12 @@ def write_report(
     records, launches = read_lines(run / "metrics.jsonl"), read_lines(run / "launches.jsonl")
     train = [r for r in records if r["kind"] == "train"]
     held_out = [r for r in records if r["kind"] == "held_out"]
+    quality = [r for r in records if r["kind"] == "quality"]
     metrics = "".join(_metrics(to_dict(result)) for result in evaluation)
     sections = [
         ("stages", "Stages", _stages(config, split_png)),
         ("network", "Network", _network(architecture)),
-        ("training", "Training", _training(train, held_out, len(config.stages))),
+        ("training", "Training", _training(train, held_out, len(config.stages)) + _quality(quality)),
         ("samples", "Samples", _samples(config, samples, real)),
         ("neighbours", "Nearest training images", _neighbours(neighbours)),
         ("metrics", "Metrics", metrics or note("Not evaluated yet.")),
@@ -217,6 +219,36 @@ def _draw_norms(figure: Figure, train: Sequence[Record]) -> None:
     axes.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), fontsize=9)
 
 
+def _quality(quality: Sequence[Record]) -> str:
+    """Draw the Fréchet distances measured while the run trained."""
+    known = [r for r in quality if r["frechet"] is not None]
+    if not known:
+        return note("No samples could be evaluated during training.") if quality else ""
+    last = known[-1]
+    return chart(
+        lambda figure: _draw_quality(figure, known),
+        3.0,
+        f"Fréchet distance of samples during training to {Path(last['reference']).name}, by training compute. "
+        "Lower is better; figures of other features or counts are not comparable.",
+    )
+
+
+def _draw_quality(figure: Figure, known: Sequence[Record]) -> None:
+    axes = figure.subplots()
+    x, y = [r["petaflops"] for r in known], [r["frechet"] for r in known]
+    axes.plot(x, y, "o-", color=colour(0), linewidth=1.4, markersize=4)
+    best = min(range(len(y)), key=y.__getitem__)
+    axes.plot(
+        x[best], y[best], "o", color=INK, markersize=6, label=f"best: {y[best]:.4g} at step {known[best]['step']:,}"
+    )
+    axes.set_xlabel("training PFLOPs")
+    features = f"features {known[-1]['extractor']}, {known[-1]['count']:,} samples"
+    tidy(axes, "linear", "log", f"Fréchet distance: {features}")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.legend(frameon=False, loc="upper right", fontsize=9)
+
+
 def _curve(records: Sequence[Record], value: Any) -> tuple[list[float], list[float]]:
     """Return images seen and values, at most POINTS of them, each the mean over as many log lines as the others."""
     points = [(r["images"], v) for r in records if (v := value(r)) is not None and math.isfinite(v)]
@@ -250,6 +282,8 @@ def _neighbours(neighbours: Neighbours | None) -> str:
 
 def _metrics(result: Record) -> str:
     """Tabulate one evaluation with a reading in plain words; `*_real` are real images measured in the same way."""
+    if "reference" in result:
+        return _comparison(result)
     try:
         few = "fewer images than dimensions: only the comparison with real images counts; "
         return table(("", "Samples", "Real", "In words"), _metric_lines(result), words=3) + note(
@@ -259,6 +293,31 @@ def _metrics(result: Record) -> str:
         )
     except KeyError as error:
         raise ValueError(f"evaluation: result without {error}; evaluate the run again") from None
+
+
+def _comparison(result: Record) -> str:
+    """Tabulate a comparison with the statistics of a reference set."""
+    lines = [("Fréchet distance", f"{result['frechet']:.4g}", "Lower is better; with Inception features, the FID.")]
+    if result["kid"] is not None:
+        words = f"Kernel distance: mean and deviation over random subsets of {result['kid_subset']}. Lower is better."
+        lines.append(("KID", f"{result['kid']:.4g} ± {result['kid_deviation']:.2g}", words))
+    if result["inception_score"] is not None:
+        words = f"Inception score, by the classifier of these features, in {result['inception_splits']} parts. Higher is better."
+        lines.append(
+            ("Classifier score", f"{result['inception_score']:.4g} ± {result['inception_deviation']:.2g}", words)
+        )
+    if result["precision"] is not None:
+        beside = f"{result['neighbour_count']} on each side, k = {result['k']}"
+        lines.append(
+            ("Precision", f"{result['precision']:.1%}", f"Share of samples that lie among real images; {beside}.")
+        )
+        lines.append(("Recall", f"{result['recall']:.1%}", f"Share of real images that lie among samples; {beside}."))
+    count = f"{result['reference_count']} images: " if result["reference_count"] else ""
+    few = "no more samples than dimensions: comparable at equal counts only; " if result["rank_deficient"] else ""
+    return table(("", "Samples", "In words"), lines, words=2) + note(
+        f"Features: {result['extractor']} ({result['comparable_to']}). {result['samples']} samples against {count}"
+        f"{Path(result['reference']).name}; {few}{result['preprocessing']}."
+    )
 
 
 def _metric_lines(result: Record) -> list[tuple[str, str, str, str]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import shutil
 import sys
 
 import numpy as np
@@ -12,7 +13,7 @@ from multistage_diffusion.pictures import grid
 from multistage_diffusion.sampling import sample_images
 from multistage_diffusion.training.callbacks import SampleGrid, TensorBoard, example_labels
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.trainer import Trainer
+from multistage_diffusion.training.trainer import Callback, Trainer
 
 
 @pytest.mark.parametrize("classes", [0, 3])
@@ -88,6 +89,45 @@ def test_tensorboard_holds_every_logged_number(tmp_path, tiny_config, tiny_data)
                 expected[name, record["step"]] = record[name]
     assert found == pytest.approx(expected, rel=1e-6)
     assert len(expected) == 2 * (3 + 3 + 4 + 2)  # losses of two kinds, norms of four parts, rate and learning rate
+
+
+def judge(trainer: Trainer, frechet: float | None) -> None:
+    """Log an evaluation: a step is 7.3 TFLOPs."""
+    record = {"kind": "quality", "step": trainer.step, "images": trainer.images, "frechet": frechet, "seconds": 0.0}
+    trainer.judged({**record, "petaflops": 0.0073 * trainer.step, "extractor": "pixels", "count": 9, "reference": "x"})
+
+
+def test_tensorboard_holds_distances_by_step_and_by_compute(tmp_path, tiny_config, tiny_data):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    class Judge(Callback):
+        killed = True
+
+        def stepped(self, trainer):
+            if trainer.step != 3:
+                judge(trainer, None if trainer.step == 1 else 10.0 / trainer.step)
+            if self.killed and trainer.step == 5:
+                raise InterruptedError
+
+    config = tiny_config(training__steps=6, training__log_every=6)
+    run, judges = Run.create(tmp_path / "run", config), Judge()
+    with pytest.raises(InterruptedError):
+        Trainer(run, tiny_data(), device="cpu", callbacks=[judges, TensorBoard()]).fit()
+    shutil.rmtree(run.checkpoint("latest"))  # of step 4: what step 2 is followed by is hidden and made again
+    judges.killed = False
+    resumed = Trainer(run, tiny_data(), device="cpu", callbacks=[judges, TensorBoard()])
+    assert resumed.step == 2
+    resumed.fit()
+
+    def scalars(folder, tag):
+        events = accumulator.EventAccumulator(str(folder))
+        events.Reload()
+        return [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars(tag)]
+
+    folder = run.path / "tensorboard"
+    assert scalars(folder, "quality/frechet") == [(2, 5.0), (4, 2.5), (5, 2.0), (6, 10 / 6)]
+    by_flops = scalars(folder / "by-flops", "quality/frechet against tera-FLOPs")
+    assert by_flops == [(15, 5.0), (29, 2.5), (36, 2.0), (44, 10 / 6)]
 
 
 def test_tensorboard_that_is_not_installed_is_explained(monkeypatch):

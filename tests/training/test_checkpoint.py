@@ -17,10 +17,10 @@ from multistage_diffusion.training.checkpoint import Checkpoint, list_checkpoint
 NAMES = ("model", "ema", "optimizer")
 
 
-def made(step: int, score: float | None = None) -> Checkpoint:
+def made(step: int, score: float | None = None, **state: object) -> Checkpoint:
     g = torch.Generator().manual_seed(step)
     tensors = [{"a.weight": torch.randn(3, 2, generator=g), "b": torch.randn(4, generator=g)} for _ in NAMES]
-    return Checkpoint(*tensors, state={"step": step, "score": score, "sums": {"loss": [0.1 + step]}})
+    return Checkpoint(*tensors, state={"step": step, "score": score, "sums": {"loss": [0.1 + step]}, **state})
 
 
 def steps(folder: Path) -> list[int]:
@@ -169,6 +169,21 @@ def test_prune_keeps_the_newest_the_best_and_every_so_many_steps(tmp_path):
     prune(tmp_path, keep_last=1, keep_every=0)
     assert steps(tmp_path) == [20, 75]
     assert leftovers(tmp_path) == []
+
+
+def test_the_best_is_that_of_the_lowest_quality_where_there_is_any(tmp_path):
+    qualities = {10: 3.0, 20: None, 30: 2.0, 40: None, 50: 2.0, 60: 4.0}
+    for step, quality in qualities.items():
+        save_checkpoint(tmp_path, made(step, score=0.01 * (70 - step), quality=quality))
+    assert ckpt.checkpoint_step(ckpt.best_checkpoint(tmp_path)) == 30  # the first of equals; 60 has the lowest score
+    prune(tmp_path, keep_last=1, keep_every=0)
+    assert steps(tmp_path) == [30, 60]
+
+
+def test_without_a_quality_the_best_is_that_of_the_lowest_score(tmp_path):
+    save_checkpoint(tmp_path, made(1, score=0.2))  # from before there was a quality
+    save_checkpoint(tmp_path, made(2, score=0.3, quality=None))
+    assert ckpt.checkpoint_step(ckpt.best_checkpoint(tmp_path)) == 1
 
 
 def test_best_needs_a_score(tmp_path):

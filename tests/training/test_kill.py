@@ -38,6 +38,9 @@ def config(tmp_path, tiny_config, tiny_data) -> Path:
             training__held_out_every=10,
             training__held_out_rows=2,
             training__checkpoint_every=1,
+            evaluation__every=20,
+            evaluation__count=8,
+            evaluation__patience=STEPS,  # every evaluation reads the log
         ),
     )
     return tmp_path / "tiny.json"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 
 import numpy as np
@@ -14,7 +13,6 @@ from multistage_diffusion.training.losses import objective, stage_losses
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import (
     Callback,
-    RunningSums,
     Trainer,
     TrainingDiverged,
     autocast_dtype,
@@ -319,16 +317,6 @@ def test_logged_losses_are_means_over_the_interval(new_trainer):
         assert record["images_per_s"] == pytest.approx(12 * (last - first) / record["seconds"])
 
 
-def test_running_sums_survive_a_round_trip_and_leave_out_skipped_steps():
-    sums = RunningSums(2)
-    sums.add([0.5, None], {"encoder": 2.0, "decoder.1": math.inf})
-    sums.add([1.5, None], {"encoder": math.nan})
-    again = RunningSums(**dataclasses.asdict(sums))
-    assert again.means() == ([1.0, None], {"encoder": 2.0})
-    again.clear()
-    assert again == RunningSums(2)
-
-
 def test_held_out_losses_are_the_averaged_weights_and_repeat_exactly(new_trainer, tiny_data):
     held_out = tiny_data(6, seed=1)
     trainer = new_trainer(
@@ -545,6 +533,53 @@ def test_a_stop_during_scoring_ends_after_the_next_step_with_a_checkpoint(new_tr
     trainer.fit()
     (only,) = ckpt.list_checkpoints(trainer.run.checkpoints)
     assert trainer.step == ckpt.checkpoint_step(only) == 4
+
+
+def quality(trainer: Trainer, frechet: float | None) -> dict:
+    return {"kind": "quality", "step": trainer.step, "frechet": frechet, "seconds": 5.0}
+
+
+def test_an_evaluation_is_followed_by_a_checkpoint_that_holds_it(new_trainer):
+    told = []
+
+    class Judge(Callback):
+        def stepped(self, trainer):
+            if trainer.step in (2, 3):
+                trainer.judged(quality(trainer, 1.5 if trainer.step == 2 else None))
+
+        def logged(self, trainer, record):
+            told.append((record["kind"], record["step"]))
+
+    trainer = new_trainer(training__steps=5, training__log_every=5, training__keep_last=9)
+    trainer.callbacks.append(Judge())
+    trainer.fit()
+    found = {ckpt.checkpoint_step(p): ckpt.read_state(p) for p in ckpt.list_checkpoints(trainer.run.checkpoints)}
+    assert {step: state["quality"] for step, state in found.items()} == {2: 1.5, 3: None, 5: None}
+    assert told == [("quality", 2), ("quality", 3), ("train", 5)]
+    assert [r["kind"] for r in trainer.run.records()] == ["quality", "quality", "train"]
+    assert trainer.run.records()[-1]["seconds"] < 0  # ten seconds of evaluation, which took none, are taken off
+
+
+def test_the_end_may_come_early_and_is_no_interruption(new_trainer, tiny_data):
+    def end(trainer: Trainer) -> None:
+        if trainer.step == 2:
+            trainer.end("enough")
+
+    trainer = new_trainer(held_out=tiny_data(), training__steps=9, training__log_every=9, stepped=end)
+    trainer.fit()
+    assert (trainer.step, trainer.ended, trainer.stopping) == (2, "enough", False)
+    assert ckpt.checkpoint_step(trainer.run.checkpoint("latest")) == 2
+    assert [(r["kind"], r["step"]) for r in trainer.run.records()] == [("train", 2)]
+
+    class Ends(Callback):
+        def started(self, trainer):
+            trainer.end("no more")
+
+    again = Trainer(trainer.run, tiny_data(), device="cpu", callbacks=[Ends()])
+    before = outcome(trainer.run)
+    again.fit()
+    assert again.step == 2
+    assert outcome(again.run) == before
 
 
 def test_every_so_many_steps_are_kept_whatever_the_rhythm_of_checkpoints(new_trainer):

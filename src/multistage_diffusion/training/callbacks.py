@@ -67,6 +67,7 @@ class TensorBoard(Callback):
             raise ValueError("tensorboard is not installed: pip install 'multistage-diffusion[track]'") from None
         self._make = SummaryWriter
         self._writer: Any = None
+        self._by_flops: Any = None
 
     def started(self, trainer: Trainer) -> None:
         """Open the event file; what was logged after the resumed step is hidden."""
@@ -74,6 +75,9 @@ class TensorBoard(Callback):
 
     def logged(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Write a record's numbers."""
+        if record["kind"] == "quality":
+            self._write_quality(trainer, record)
+            return
         for stage, loss in enumerate(record["loss"], start=1):
             if loss is not None:
                 self._writer.add_scalar(f"loss/{record['kind']}/stage {stage}", loss, record["step"])
@@ -83,6 +87,19 @@ class TensorBoard(Callback):
             if name in record:
                 self._writer.add_scalar(name, record[name], record["step"])
 
+    def _write_quality(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        if record["frechet"] is None:
+            return
+        self._writer.add_scalar("quality/frechet", record["frechet"], record["step"])
+        teraflops = round(1000 * record["petaflops"])
+        if self._by_flops is None:
+            # a folder of its own: what is hidden after a resume is counted in other steps there
+            folder = trainer.run.path / "tensorboard" / "by-flops"
+            self._by_flops = self._make(str(folder), purge_step=teraflops)
+        self._by_flops.add_scalar("quality/frechet against tera-FLOPs", record["frechet"], teraflops)
+
     def finished(self, trainer: Trainer) -> None:
-        """Close the event file."""
+        """Close the event files."""
         self._writer.close()
+        if self._by_flops is not None:
+            self._by_flops.close()

@@ -3,7 +3,8 @@
 checkpoints/step_00001000/model.safetensors      weights
                           ema.safetensors        averaged weights
                           optimizer.safetensors  Adam's moments, named after their parameters
-                          state.json             step, images, scores, running sums, the whole run configuration
+                          state.json             step, images, held-out score, quality (the Fréchet distance, where the
+                                                 step was evaluated), running sums, the whole run configuration
 """
 
 from __future__ import annotations
@@ -49,8 +50,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     try:
         temporary.mkdir()
         for name in ("model", "ema", "optimizer"):
-            tensors = {k: v.detach().cpu().contiguous() for k, v in getattr(checkpoint, name).items()}
-            _write(temporary / f"{name}.safetensors", save(tensors))
+            _write(temporary / f"{name}.safetensors", save(_apart(getattr(checkpoint, name))))
         _write(temporary / "state.json", json.dumps(to_dict(checkpoint.state), indent=1).encode())
         sync_folder(temporary)
         if final.exists():  # the same step saved again
@@ -61,6 +61,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as they are stored: on the CPU, each in memory of its own (stages may share their decoders)."""
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        stored[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return stored
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -103,11 +114,13 @@ def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """Return the kept checkpoint with the lowest `score`, None if none has one."""
-    scored = [
-        (state["score"], p) for p in list_checkpoints(folder) if (state := read_state(p)).get("score") is not None
-    ]
-    return min(scored)[1] if scored else None
+    """Return the kept checkpoint with the lowest `quality`, or else the lowest `score`; None if none has either."""
+    states = [(read_state(p), p) for p in list_checkpoints(folder)]
+    for name in ("quality", "score"):
+        known = [(state[name], p) for state, p in states if state.get(name) is not None]
+        if known:
+            return min(known)[1]
+    return None
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:

@@ -32,6 +32,10 @@ class EMA(Generic[Module]):
     def __init__(self, module: Module, halflife: float, rampup: float) -> None:
         self.halflife, self.rampup = halflife, rampup
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.follow(module)
+
+    def follow(self, module: Module) -> None:
+        """Follow a module's parameters from now on: the same module's, once its parts have been exchanged."""
         self._average: list[Tensor] = list(self.module.parameters())
         self._weights: list[Tensor] = list(module.parameters())
         self._buffers = (list(self.module.buffers()), list(module.buffers()))

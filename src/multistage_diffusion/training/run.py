@@ -2,7 +2,7 @@
 
 RUN/config.json      the run configuration        RUN/checkpoints/   see checkpoint.py
 RUN/split.json       the split its stages come from (if any)
-RUN/metrics.jsonl    training and held-out losses RUN/samples/       grids drawn during training
+RUN/metrics.jsonl    losses, evaluations          RUN/samples/       grids drawn during training
 RUN/launches.jsonl   every command that trained it
 """
 
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        """Losses, one JSON object a line."""
+        """Losses and evaluations, one JSON object a line."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -114,7 +114,8 @@ class Run:
         """Return the folder of a checkpoint.
 
         Args:
-            which: "latest", "best" (lowest held-out loss; the latest if none was scored) or a step.
+            which: "latest", "best" (lowest Fréchet distance, or else held-out loss; the latest if none has either) or a
+                step.
 
         Raises:
             ValueError: if there is no such checkpoint, listing those there are.

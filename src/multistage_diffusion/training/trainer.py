@@ -14,12 +14,14 @@ from torch import nn
 from .. import keyed
 from ..config import RunConfig
 from ..denoisers import MultiStageDenoiser, build_denoiser
+from . import branching
 from . import checkpoint as ckpt
 from .batches import BatchSource, TrainingData, held_out_batch, row_counts, stage_shares, stage_weights
 from .devices import autocast_dtype, resolve_device
 from .ema import EMA
 from .losses import objective, stage_losses
 from .run import Run
+from .sums import RunningSums
 from .warm_start import WarmStart, warm_start
 
 # Loss scales start at 2^16 and halve at every overflow; below this it is no longer the scale's fault.
@@ -83,26 +85,39 @@ class Trainer:
         self.source = BatchSource(config, data, self.device)
         self.held_out = held_out if held_out is not None and len(held_out) else None
 
+        latest = ckpt.list_checkpoints(run.checkpoints)
         torch.manual_seed(keyed.fold((training.seed, "initial weights")) >> 1)
         self.denoiser = build_denoiser(config).to(self.device)
+        # a checkpoint of the very step at which stages part was written before they did
+        if training.branch_at and (not latest or ckpt.checkpoint_step(latest[-1]) <= training.branch_at):
+            branching.tie(self.denoiser.network)
         self.ema = EMA(self.denoiser, training.ema_halflife, training.ema_rampup)
         self.optimizer = make_optimizer(config, self.denoiser)
         self.autocast = autocast_dtype(training.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
-        self.parts = {
-            name: [p for p in part.parameters() if p.requires_grad]
-            for name, part in self.denoiser.network.parts().items()
-        }
+        self.parts = self._parts()
         self.step, self.stopping = 0, False
+        self.ended = ""  # why training is over before its last step, see `end`
+        self._judged: dict[str, Any] | None = None  # the evaluation of this step
         self.sums = RunningSums(len(config.stages))
         self.warm_start: WarmStart | None = None
-        latest = ckpt.list_checkpoints(run.checkpoints)
         if latest:
             self._restore(latest[-1])
         elif training.init_from:
             self.warm_start = warm_start(training.init_from, config)
             for module in (self.denoiser, self.ema.module):
                 module.load_state_dict({**module.state_dict(), **self.warm_start.tensors})
+
+    def _parts(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters of each part of the network, each parameter once."""
+        seen: set[int] = set()
+        parts = {}
+        for name, part in self.denoiser.network.parts().items():
+            own = [p for p in part.parameters() if p.requires_grad and id(p) not in seen]
+            seen.update(map(id, own))
+            if own:
+                parts[name] = own
+        return parts
 
     @property
     def images(self) -> int:
@@ -138,20 +153,36 @@ class Trainer:
         """Ask fit to end after the current step with a checkpoint."""
         self.stopping = True
 
+    def end(self, reason: str) -> None:
+        """Let fit end with the current step as if it were the last; called before the first one, no step is made."""
+        self.ended = reason
+
+    def judged(self, record: dict[str, Any]) -> None:
+        """Log the evaluation of this step's averaged weights, which a checkpoint of the step is going to follow.
+
+        Args:
+            record: a line for metrics.jsonl. Its "frechet" (None: there is none) is the checkpoint's quality; its
+                "seconds" do not count in the training rate.
+        """
+        self._judged = record
+        self._clock += record["seconds"]
+        self._log(record)
+
     def _loop(self) -> None:
         training = self.config.training
         self._restart_clock()
-        while self.step < training.steps:
+        while self.step < training.steps and not self.ended:
+            self._judged = None
             self._iterate()
             self._tell("stepped")
-            last = self.step == training.steps
+            last = self.step == training.steps or bool(self.ended)
             if self.step % training.log_every == 0 or last:
                 self._log_training()
             due = bool(training.held_out_every) and (self.step % training.held_out_every == 0 or last)
             kept = bool(training.keep_every) and self.step % training.keep_every == 0
             score = self._score_held_out(log=True) if due and self.held_out else None
             stopping = self.stopping  # read once: a stop that comes later is seen after the next step
-            if self.step % training.checkpoint_every == 0 or kept or last or stopping:
+            if self.step % training.checkpoint_every == 0 or kept or last or stopping or self._judged is not None:
                 # every checkpoint has a score, so that the best is known
                 if score is None and training.held_out_every and self.held_out:
                     score = self._score_held_out(log=False)
@@ -161,7 +192,20 @@ class Trainer:
 
     # -- one iteration ------------------------------------------------------------------------------------------------
 
+    def _branch(self) -> None:
+        """Give every stage its own copy of what all have shared, averages and Adam's moments included."""
+        moments = ckpt.optimizer_tensors(self.optimizer, self.denoiser)
+        for module in (self.denoiser, self.ema.module):
+            branching.untie(module.network)
+        self.ema.follow(self.denoiser)
+        self.optimizer = make_optimizer(self.config, self.denoiser)
+        names = (name for name, _ in self.denoiser.named_parameters())
+        ckpt.restore_optimizer(self.optimizer, self.denoiser, branching.grown(moments, names))
+        self.parts = self._parts()
+
     def _iterate(self) -> None:
+        if self.step == self.config.training.branch_at and branching.tied(self.denoiser.network):
+            self._branch()
         torch.manual_seed(keyed.fold((self.config.training.seed, "dropout", self.step)) >> 1)
         for counts, weights in self._plan():
             self._optimize(counts, weights)
@@ -304,6 +348,7 @@ class Trainer:
             "step": self.step,
             "images": self.images,
             "score": score,
+            "quality": None if self._judged is None else self._judged["frechet"],
             "sums": dataclasses.asdict(self.sums),
             "scaler": self.scaler.state_dict(),
             "config": self.config,
@@ -331,42 +376,6 @@ class Trainer:
         except TypeError:
             raise ValueError(f"{path}: was written by another release, which alone can resume it") from None
         self.step = state["step"]
-
-
-@dataclasses.dataclass
-class RunningSums:
-    """Losses and gradient norms since the last log line; part of a checkpoint, so that a resumed log is the same."""
-
-    stages: int
-    loss: list[float] = dataclasses.field(default_factory=list)
-    rows: list[int] = dataclasses.field(default_factory=list)
-    norm: dict[str, float] = dataclasses.field(default_factory=dict)
-    seen: dict[str, int] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.loss = self.loss or [0.0] * self.stages
-        self.rows = self.rows or [0] * self.stages
-
-    def add(self, losses: Sequence[float | None], norms: dict[str, float]) -> None:
-        """Add one optimiser step's mean losses (None: no rows) and gradient norms."""
-        for k, loss in enumerate(losses):
-            if loss is not None:
-                self.loss[k] += loss
-                self.rows[k] += 1
-        for name, value in norms.items():
-            if not math.isfinite(value):  # an fp16 step that the scaler skipped; JSON has no infinity
-                continue
-            self.norm[name] = self.norm.get(name, 0.0) + value
-            self.seen[name] = self.seen.get(name, 0) + 1
-
-    def means(self) -> tuple[list[float | None], dict[str, float]]:
-        """Return the mean loss per stage (None: not seen) and the mean norm per part."""
-        losses = [s / n if n else None for s, n in zip(self.loss, self.rows, strict=True)]
-        return losses, {name: value / self.seen[name] for name, value in self.norm.items()}
-
-    def clear(self) -> None:
-        """Start a new interval."""
-        self.__init__(self.stages)  # type: ignore[misc]
 
 
 def make_optimizer(config: RunConfig, module: MultiStageDenoiser) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ from ..splitting import SplitResult
 from ..stages import Stages
 from ..training.checkpoint import Checkpoint, load_tensors, read_state, save_checkpoint
 from ..training.run import Run
-from ..training.trainer import RunningSums
+from ..training.sums import RunningSums
 
 _EDGES, _HEADS = "sigma_edges", "num_head_channels"  # what files written here say besides their layout's own
 _PREFIX = "network."  # of a denoiser's tensors

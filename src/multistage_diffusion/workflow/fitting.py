@@ -33,6 +33,7 @@ from .finding import save_split
 from .interrupts import stopped_by_signals
 from .latent import decoder, encode_parts, with_codec, with_split
 from .progress import Progress
+from .quality import Quality, Yardstick
 
 
 def prepare(config: RunConfig, data: ImageData) -> RunConfig:
@@ -124,7 +125,7 @@ def train(
     data = open_configured(dataclasses.replace(config.data, fingerprint="", shape=()))
     resolved = resolve_device(device)
     config = dataclasses.replace(prepare(config, data), name=Path(out).name)
-    config, codec = with_codec(located_start(config), resolved)
+    config, codec = with_codec(with_paths(config), resolved)
     if result is not None:
         config = with_split(config, result)
     parts = check(config, data)
@@ -136,20 +137,32 @@ def train(
     # the arithmetic chosen here is stored: a run resumed on another device keeps it
     precision = precision_name(config.training.precision, resolved)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
+    yardstick = Yardstick.of(config, data, parts[0], resolved)
     material = Material.of(config, codec, parts, resolved, progress)
+    judges = _judges(yardstick, material, resolved)
     run = Run.create(Path(out), material.config, replace=replace)
     if result is not None:
         save_split(result, run.path / "split.json")
-    return _fit(run, material, resolved, callbacks)
+    return _fit(run, material, resolved, [*judges, *callbacks])
 
 
-def located_start(config: RunConfig) -> RunConfig:
-    """Return a configuration with the path of the run it starts from made absolute."""
-    start = config.training.init_from
-    if not start:
-        return config
-    path = str(Path(start).expanduser().resolve())
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, init_from=path))
+def with_paths(config: RunConfig) -> RunConfig:
+    """Return a configuration with absolute paths of the run it starts from and of the reference it is evaluated by."""
+    training, evaluation = config.training, config.evaluation
+    return dataclasses.replace(
+        config,
+        training=dataclasses.replace(training, init_from=_absolute(training.init_from)),
+        evaluation=dataclasses.replace(evaluation, reference=_absolute(evaluation.reference)),
+    )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve()) if path else ""
+
+
+def _judges(yardstick: Yardstick | None, material: Material, device: torch.device) -> list[Callback]:
+    """Return what evaluates a run while it trains, if anything: before the other callbacks, which tell of it."""
+    return [] if yardstick is None else [Quality(material.config, yardstick, material.decode, device)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +202,8 @@ CHANGEABLE = (
     "training.keep_every",
     "training.sample_every",
     "training.sample_count",
+    "evaluation.every",
+    "evaluation.patience",
 )
 
 
@@ -241,8 +256,10 @@ def resume(
         training=dataclasses.replace(changed.training, precision=precision_name(changed.training.precision, resolved)),
     )
     changed, codec = with_codec(changed, resolved)
-    material = Material.of(changed, codec, check(changed, data), resolved, progress)
-    return _fit(run, material, resolved, callbacks)
+    parts = check(changed, data)
+    yardstick = Yardstick.of(changed, data, parts[0], resolved)
+    material = Material.of(changed, codec, parts, resolved, progress)
+    return _fit(run, material, resolved, [*_judges(yardstick, material, resolved), *callbacks])
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
