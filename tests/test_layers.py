@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "interop", "training"),
     ("codec_training", "report_page"),
     # L4: what a user calls
-    ("console", "description", "network_layout", "paper_presets"),
+    ("console", "description", "network_layout", "paper_presets", "planning"),
     ("network_picture",),
     ("presets",),
     ("paper_tables", "workflow"),

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .workflow import evaluate as evaluate
     from .workflow import export_published as export_published
     from .workflow import import_published as import_published
+    from .workflow import plan as plan
     from .workflow import report as report
     from .workflow import resume as resume
     from .workflow import sample as sample
@@ -63,6 +64,7 @@ _HOME = {
             "evaluate",
             "export_published",
             "import_published",
+            "plan",
             "report",
             "resume",
             "sample",

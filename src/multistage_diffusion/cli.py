@@ -18,6 +18,7 @@ from . import __version__
 
 SUMMARIES = {
     "split": "Find the noise ranges (stages) of a data set from the data themselves.",
+    "plan": "Plan a model for a data set and a budget: stages from the data, decoder widths from two short probes.",
     "train": "Train a multi-decoder model, or go on with a run.",
     "train-codec": "Train a small autoencoder (a latent codec) on a data set, for runs on its latents.",
     "sample": "Draw samples of a run: a grid (.png), a folder of PNGs, or an array (.npz).",

@@ -11,10 +11,12 @@ from .exchange import Export, Import
 from .judging import Demo, Describe, Report
 from .making import Sample, Train
 from .paper import Presets, Tables
+from .planning import Plan
 from .splitting import Split
 
 COMMANDS: dict[str, type[Any]] = {
     "split": Split,
+    "plan": Plan,
     "train": Train,
     "train-codec": TrainCodec,
     "sample": Sample,

@@ -103,7 +103,6 @@ class Stats(DataOptions):
     Examples
       msdiff stats digits --out digits.npz
       msdiff stats cifar10:data/ --features inception --part all --out cifar10.npz
-      msdiff evaluate runs/digits --against digits.npz
     """
 
     data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]

@@ -13,6 +13,9 @@ from .features import PixelFeatures, check_images, extract
 from .statistics import frechet_between, moments
 
 PERCENTILE = 5.0  # of held-out images counted as "near a training image"
+CHUNK = 256  # rows compared at a time: their distances to thousands of others stay in the cache
+_ROUGH = 1e-5  # relative error of |b|² - 2 a·b in float32, with room for thousands of dimensions
+_PAIRS = 1 << 16  # pairs of rows compared at a time in float64
 _ROUNDING = 1e-12  # relative error of |a|² + |b|² - 2 a·b in float64, with room for thousands of dimensions
 
 
@@ -33,7 +36,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return frechet_between(moments(a), moments(b))
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 1024) -> tuple[float, float]:
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = CHUNK) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, eqs. 1 and 2).
 
     A set's manifold is the union of closed balls around its points, each reaching to the point's k-th nearest other
@@ -56,16 +59,16 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 1024) 
             f"k={k} must be at least 1 and below the number of features ({len(real)} real, {len(fake)} fake)"
         )
     _check_pair(real, fake, rows=2)
-    return _covered(fake, real, k, chunk), _covered(real, fake, k, chunk)
+    return _covered(real, fake, _reach(real, k, chunk), _reach(fake, k, chunk), chunk)
 
 
-def nearest(a: Tensor, b: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+def nearest(a: Tensor, b: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """Find the nearest row of b (Euclidean) for every row of a; of equally near rows the first.
 
     Args:
         a: features (N, D).
         b: features (M, D), M >= 1.
-        chunk: rows of each compared at a time; bounds the memory.
+        chunk: rows of a, and sixteen times as many of b, compared at a time; bounds the memory.
 
     Returns:
         (distance, index): float64 (N,) and int64 (N,).
@@ -76,15 +79,38 @@ def nearest(a: Tensor, b: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     _check_pair(a, b, rows=1)
     best = torch.full((len(a),), torch.inf, dtype=torch.float64, device=a.device)
     index = torch.zeros(len(a), dtype=torch.int64, device=a.device)
-    for start in range(0, len(b), chunk):
-        part = b[start : start + chunk]
+    for start in range(0, len(b), 16 * chunk):
+        part = b[start : start + 16 * chunk]
         for row in range(0, len(a), chunk):
             rows = slice(row, row + chunk)
-            squared, at = _squared_distances(a[rows], part).min(dim=1)
+            squared, at = _nearest_of(a[rows], part)
             nearer = squared < best[rows]
             best[rows] = torch.where(nearer, squared, best[rows])
             index[rows] = torch.where(nearer, at + start, index[rows])
     return best.sqrt(), index
+
+
+def _nearest_of(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least squared distance of every row of a to a row of b, float64, and the first row that has it.
+
+    Products in float32 tell which rows could be nearest, up to their rounding; those few are compared in float64.
+    """
+    norms_a, norms_b = (x.to(torch.float32).square().sum(dim=1) for x in (a, b))
+    rough = torch.addmm(norms_b[None], a.to(torch.float32), b.to(torch.float32).T, alpha=-2)
+    slack = _ROUGH * (norms_a + norms_b.max())
+    least = rough.min(dim=1).values
+    row, column = (rough <= (least + slack)[:, None]).nonzero(as_tuple=True)
+    exact = torch.cat(
+        [
+            (a[r].to(torch.float64) - b[c].to(torch.float64)).square().sum(dim=1)
+            for r, c in zip(torch.split(row, _PAIRS), torch.split(column, _PAIRS), strict=True)
+        ]
+    )
+    squared = torch.full((len(a),), torch.inf, dtype=torch.float64, device=a.device)
+    squared = squared.scatter_reduce(0, row, exact, "amin")
+    ties = exact == squared[row]
+    at = torch.full((len(a),), len(b), dtype=torch.int64, device=a.device)
+    return squared, at.scatter_reduce(0, row[ties], column[ties], "amin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,11 +285,15 @@ def evaluate_samples(
 def _scores(features: list[Tensor], k: int, count: int, seed: int, split: int) -> tuple[float, ...]:
     """Score one draw: Fréchet distance of samples and of real images, then precision and recall of both."""
     fake, real, reference = _drawn(features, count, seed, split)
+    for drawn in (fake, real):
+        _check_pair(drawn, reference, rows=2)
+    known = moments(reference)
+    reach = _reach(reference, k, CHUNK)
     return (
-        frechet_distance(fake, reference),
-        frechet_distance(real, reference),
-        *precision_recall(reference, fake, k),
-        *precision_recall(reference, real, k),
+        frechet_between(moments(fake), known),
+        frechet_between(moments(real), known),
+        *_covered(reference, fake, reach, _reach(fake, k, CHUNK), CHUNK),
+        *_covered(reference, real, reach, _reach(real, k, CHUNK), CHUNK),
     )
 
 
@@ -281,15 +311,24 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(squared > _ROUNDING * norms, squared, 0.0)
 
 
-def _covered(points: Tensor, centres: Tensor, k: int, chunk: int) -> float:
-    """Return the share of points within any centre's ball, which reaches to its k-th nearest other centre."""
+def _reach(centres: Tensor, k: int, chunk: int) -> Tensor:
+    """Return the squared distance of every row to its k-th nearest other row, float64 (N,)."""
     # k + 1: every centre is its own nearest
-    squared_radii = torch.cat(
-        [_squared_distances(c, centres).kthvalue(k + 1).values for c in torch.split(centres, chunk)]
-    )
-    reach = squared_radii * (1 + 1e-9)  # balls are closed: rounding must not put a point on the rim outside
-    inside = [(_squared_distances(p, centres) <= reach).any(dim=1) for p in torch.split(points, chunk)]
-    return float(torch.cat(inside).double().mean())
+    radii = [
+        _squared_distances(c, centres).topk(k + 1, largest=False).values[:, -1] for c in torch.split(centres, chunk)
+    ]
+    return torch.cat(radii) * (1 + 1e-9)  # balls are closed: rounding must not put a point on the rim outside
+
+
+def _covered(real: Tensor, fake: Tensor, reach_real: Tensor, reach_fake: Tensor, chunk: int) -> tuple[float, float]:
+    """Return the share of fake features in a real one's ball, and of real ones in a fake one's."""
+    precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+    recalled = []
+    for rows, reach in zip(torch.split(real, chunk), torch.split(reach_real, chunk), strict=True):
+        squared = _squared_distances(rows, fake)
+        precise |= (squared <= reach[:, None]).any(dim=0)
+        recalled.append((squared <= reach_fake).any(dim=1))
+    return float(precise.double().mean()), float(torch.cat(recalled).double().mean())
 
 
 def _check_pair(a: Tensor, b: Tensor, rows: int) -> None:

@@ -13,6 +13,7 @@ from .evaluating import compare, evaluate, statistics
 from .exchange import export_published, import_published
 from .finding import save_split, split
 from .fitting import CHANGEABLE, prepare, resume, train
+from .planning import plan
 from .using import report, sample
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "evaluate",
     "export_published",
     "import_published",
+    "plan",
     "prepare",
     "report",
     "resume",

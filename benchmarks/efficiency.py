@@ -1,0 +1,428 @@
+"""Samples per unit of training compute: one shared network, separate networks, and several decoders on one encoder.
+
+    python benchmarks/efficiency.py [--size 16] [--phase final] [--arms a b c d] [--seeds 11 12 13] [--jobs 2]
+    python benchmarks/efficiency.py --report        # what is known so far: the ratio, its interval, the curves
+
+Four networks that cost equally much per training image, within 3 %, are trained on the same images, rows and noise:
+
+    a  one network for all noise              b  a network of its own for every stage of `msdiff split`
+    c  several decoders on one encoder, stages of `msdiff split`        d  the same network, stages of even length in time
+
+The Fréchet distance of 5,000 samples to the training images, on the features of the classifier that ships with the package,
+is taken at evaluation points fixed beforehand. The ratio is the compute at which (c) first reaches the best distance of
+(a), divided by the compute at which (a) reached it: paired by seed, its mean and interval taken in logarithms.
+
+Every run is a folder below --folder, made by the library as `msdiff train` makes it; a run that was cut short goes on, one that
+is done is read. Results are kept in benchmarks/results/efficiency-SIZE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import math
+import multiprocessing
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
+
+from multistage_diffusion import override, preset, resume, split, train
+from multistage_diffusion.config import DataConfig, RunConfig
+from multistage_diffusion.data import open_data
+from multistage_diffusion.denoisers import build_denoiser
+from multistage_diffusion.serialization import read_json, to_dict, write_json
+from multistage_diffusion.splitting import SplitSettings
+from multistage_diffusion.stages import Stages
+from multistage_diffusion.training.batches import BatchSource, row_counts, stage_shares, stage_weights
+from multistage_diffusion.training.checkpoint import checkpoint_step, list_checkpoints
+from multistage_diffusion.training.flops import flops_per_image
+from multistage_diffusion.training.losses import objective, stage_losses
+from multistage_diffusion.training.run import Run
+
+RESULTS = Path(__file__).parent / "results"
+TUNING_SEED = 1
+BRANCH = "branch at"  # share of a run's steps in which all stages train one decoder (training.branch_at)
+TOLERANCE = 0.03  # of the arms' compute per image
+# Two-sided 97.5 % points of Student's t for 1, 2, ... degrees of freedom
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+ARMS = {"a": "one network", "b": "separate networks", "c": "several decoders, split", "d": "several decoders, even"}
+COLOURS = {"a": "#444444", "b": "#c44e52", "c": "#1f77b4", "d": "#dd8452"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all arms of one image size have in common; fixed before the final runs.
+
+    Attributes:
+        base: keys changed in the preset `digits`.
+        split: how (b)'s and (c)'s stages are found.
+        variants: of each arm, what is tried on the tuning seed: equally many for all.
+        chosen: of each arm, the variant with the lowest distance at the end of its tuning run.
+    """
+
+    base: Mapping[str, Any]
+    split: SplitSettings
+    variants: Mapping[str, Sequence[Mapping[str, Any]]]
+    chosen: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cuts:
+    """Stage edges in sigma: of `msdiff split`, and of even length in the time of the VP kernel."""
+
+    split: tuple[float, ...]
+    even: tuple[float, ...]
+
+    @classmethod
+    def of(cls, size: int, setting: Setting) -> Cuts:
+        found = split(data_config(size), setting.split)
+        even = split(data_config(size), SplitSettings(algorithm="timestep", stages=len(found.edges_sigma) + 1))
+        return cls(split=found.edges_sigma, even=even.edges_sigma)
+
+
+SETTINGS = {
+    16: Setting(
+        base={
+            "network.encoder_width": 8,
+            "network.channel_mult": [1, 2],
+            "network.blocks_per_level": 1,
+            "network.dropout": 0.0,
+            "network.decoder_widths": [8, 8, 8],
+            "diffusion.sigma_data": 0.67,
+            "diffusion.prior.p_mean": -0.7,
+            "diffusion.prior.p_std": 1.0,
+            "optimizer.lr": 3e-3,
+            "optimizer.warmup_steps": 200,
+            "training.batch": 48,
+            "training.ema_rampup": 0.05,
+            "training.held_out_every": 1000,
+            "training.checkpoint_every": 1000,
+            "training.sample_every": 0,
+            "sampling.solver": "dpm++",
+            "sampling.method": "multistep",
+            "sampling.order": 2,
+            "sampling.calls": 10,
+            "evaluation.every": 1000,
+            "evaluation.features": "fashion-classifier",
+            "evaluation.count": 5000,
+        },
+        split=SplitSettings(),
+        variants={
+            "a": ({}, {"diffusion.prior.p_mean": -0.5, "diffusion.prior.p_std": 1.1}, {"optimizer.lr": 5e-3}),
+            "b": (
+                {"training.shares": [0.62, 0.33, 0.05], BRANCH: 0.25},
+                {"training.shares": [0.50, 0.45, 0.05], BRANCH: 0.25},
+                {"training.shares": [0.62, 0.33, 0.05]},
+            ),
+            "c": (
+                {"training.shares": [0.62, 0.33, 0.05], BRANCH: 0.25},
+                {"training.shares": [0.50, 0.45, 0.05], BRANCH: 0.25},
+                {"training.shares": [0.62, 0.33, 0.05]},
+            ),
+            "d": (
+                {"training.shares": [0.77, 0.18, 0.05], BRANCH: 0.25},
+                {"training.shares": [0.65, 0.30, 0.05], BRANCH: 0.25},
+                {"training.shares": [0.77, 0.18, 0.05]},
+            ),
+        },
+        chosen={},
+    ),
+}
+
+
+STEPS = {16: {"tuning": 4000, "final": 6000}}
+
+
+def data_config(size: int) -> DataConfig:
+    return DataConfig(source="fashion-mnist", size=(size, size), fit="resize" if size < 28 else "pad")
+
+
+def configuration(size: int, arm: str, variant: int, seed: int, steps: int, cuts: Cuts) -> RunConfig:
+    """Return the run of an arm."""
+    setting = SETTINGS[size]
+    changes = dict(setting.variants[arm][variant])
+    changes["training.branch_at"] = round(steps * changes.pop(BRANCH, 0.0))
+    if arm == "a":
+        changes |= {"network.decoder_widths": [8], "training.shares": "uniform"}
+    stages = {"a": (), "b": cuts.split, "c": cuts.split, "d": cuts.even}[arm]
+    keys = {
+        "data": dataclasses.replace(data_config(size), shape=(1, size, size)),
+        **setting.base,
+        "stages": Stages(stages, {"data": "fashion-mnist"}),
+        "network.separate": arm == "b",
+        **changes,
+        "training.steps": steps,
+        "training.seed": seed,
+        "evaluation.seed": seed,
+    }
+    return override(preset("digits"), keys)
+
+
+def measured_flops(config: RunConfig) -> float:
+    """Count the operations of a real training step, forward and backward, per image."""
+    data, _ = open_data(config.data.source, size=config.data.size, fit=config.data.fit).split(config.data.held_out)
+    shares = stage_shares(config.training, config.stages, config.diffusion.prior)
+    counts = row_counts(config.training, shares)
+    weights = stage_weights(config.training, config.stages, config.diffusion.prior)
+    denoiser = build_denoiser(config).train()
+    batch = BatchSource(config, data, torch.device("cpu")).draw(0, counts)
+    # the counter does not know the CPU's fused attention
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        objective(stage_losses(denoiser, batch), weights, counts).backward()
+    return counter.get_total_flops() / config.training.batch
+
+
+# -- runs ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm's variant with a seed."""
+
+    size: int
+    arm: str
+    variant: int
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}{self.variant}-seed{self.seed}"
+
+
+def work(job: Job, folder: Path, cuts: Cuts, threads: int) -> None:
+    """Train a run to its end, or go on with it; a run that is done is left alone."""
+    torch.set_num_threads(threads)
+    out = folder / str(job.size) / job.name
+    if (out / "config.json").exists():
+        resume(out)
+    else:
+        train(configuration(job.size, job.arm, job.variant, job.seed, job.steps, cuts), out)
+
+
+def curve(run: Run) -> list[dict[str, float]]:
+    """Return the evaluation points of a run: images, petaFLOPs, Fréchet distance."""
+    names = ("step", "images", "petaflops", "frechet")
+    return [{name: r[name] for name in names} for r in run.records() if r["kind"] == "quality" and r["frechet"]]
+
+
+# -- what it shows ------------------------------------------------------------------------------------------------------
+
+
+def first_reach(points: Sequence[Mapping[str, float]], target: float) -> float:
+    """Return the compute at which a curve first comes down to a distance, between points linearly in logarithms.
+
+    Infinity if it never does, and the first point's compute if that is below already.
+    """
+    before: Mapping[str, float] | None = None
+    for point in points:
+        if point["frechet"] <= target:
+            if before is None:
+                return point["petaflops"]
+            drop = math.log(before["frechet"] / point["frechet"])
+            share = math.log(before["frechet"] / target) / drop
+            return before["petaflops"] * (point["petaflops"] / before["petaflops"]) ** share
+        before = point
+    return math.inf
+
+
+def ratio(base: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float]]) -> float:
+    """Return the compute at which `other` first reaches the best distance of `base`, over what `base` took to."""
+    best = min(base, key=lambda point: point["frechet"])
+    return first_reach(other, best["frechet"]) / best["petaflops"]
+
+
+def interval(ratios: Sequence[float]) -> dict[str, Any]:
+    """Return the geometric mean of paired ratios with its 95 % interval (Student's t of their logarithms)."""
+    known = [r for r in ratios if math.isfinite(r)]
+    if len(known) < len(ratios) or len(known) < 2:  # never reached by some: there is a lower bound only
+        return {"ratios": [r if math.isfinite(r) else None for r in ratios], "mean": None, "low": None, "high": None}
+    logs = [math.log(r) for r in known]
+    half = T_975[len(logs) - 2] * statistics.stdev(logs) / math.sqrt(len(logs))
+    mean = statistics.fmean(logs)
+    return {"ratios": known, "mean": math.exp(mean), "low": math.exp(mean - half), "high": math.exp(mean + half)}
+
+
+def summarise(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return, for every arm but (a), the ratios over the seeds that both have."""
+    found: dict[str, Any] = {}
+    for arm in (arm for arm in runs if arm != "a"):
+        seeds = sorted(set(runs["a"]) & set(runs[arm]), key=int)
+        if seeds:
+            ratios = [ratio(runs["a"][s]["curve"], runs[arm][s]["curve"]) for s in seeds]
+            ends = [runs[arm][s]["curve"][-1]["frechet"] / runs["a"][s]["curve"][-1]["frechet"] for s in seeds]
+            found[arm] = {"seeds": seeds, "compute": interval(ratios), "distance_at_the_end": interval(ends)}
+    return found
+
+
+def draw(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw distance against compute: a thin line per seed, a thick one for their geometric mean."""
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for arm, seeds in runs.items():
+        curves = [run["curve"] for run in seeds.values()]
+        for points in curves:
+            axes.plot(
+                [1000 * p["petaflops"] for p in points],
+                [p["frechet"] for p in points],
+                color=COLOURS[arm],
+                linewidth=0.6,
+                alpha=0.5,
+            )
+        mean = [
+            (
+                1000 * statistics.fmean(p["petaflops"] for p in at),
+                math.exp(statistics.fmean(math.log(p["frechet"]) for p in at)),
+            )
+            for at in zip(*curves, strict=False)
+        ]
+        axes.plot(
+            *zip(*mean, strict=True),
+            "o-",
+            color=COLOURS[arm],
+            linewidth=1.8,
+            markersize=4,
+            label=f"({arm}) {ARMS[arm]}",
+        )
+    axes.set(xscale="log", yscale="log", xlabel="training TFLOPs", ylabel="Fréchet distance, 5,000 samples")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def arm_facts(size: int, arm: str, variant: int, cuts: Cuts) -> dict[str, Any]:
+    """Return what an arm is made of, and what it costs: by formula, and counted over a real step."""
+    config = configuration(size, arm, variant, 0, STEPS[size]["final"], cuts)
+    return {
+        "changes": dict(SETTINGS[size].variants[arm][variant]),
+        "edges": list(config.stages.interior),
+        "encoder_width": config.network.encoder_width,
+        "decoder_widths": list(config.network.decoder_widths),
+        "shares": list(stage_shares(config.training, config.stages, config.diffusion.prior)),
+        "megaflops_per_image": flops_per_image(config) / 1e6,
+        "measured_megaflops_per_image": measured_flops(config) / 1e6,
+    }
+
+
+def check_equal(facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse arms that do not cost the same as the first."""
+    names = ("megaflops_per_image", "measured_megaflops_per_image")
+    first = next(iter(facts.values()))
+    for (arm, found), name in itertools.product(facts.items(), names):
+        off = found[name] / first[name] - 1
+        if abs(off) > TOLERANCE:
+            raise SystemExit(f"({arm}): {name} {off:+.1%} of the first arm's; change its widths or shares")
+
+
+def collect(size: int, folder: Path, out: Path) -> dict[str, Any]:
+    """Read all runs of a size below the folder into the results."""
+    known: dict[str, Any] = read_json(out) if out.exists() else {}
+    setting = SETTINGS[size]
+    tuning, final = known.setdefault("tuning", {}), known.setdefault("final", {})
+    for path in sorted((folder / str(size)).glob("*-seed*")):
+        arm, variant, seed = path.name[0], int(path.name[1:].partition("-")[0]), path.name.partition("seed")[2]
+        run = Run.open(path)
+        entry = {
+            "curve": curve(run),
+            "held_out_loss": [r["loss"] for r in run.records() if r["kind"] == "held_out"][-1:],
+            "seconds": sum(r["seconds"] for r in run.records()),
+        }
+        if int(seed) == TUNING_SEED:
+            tuning.setdefault(arm, {})[str(variant)] = {
+                "changes": to_dict(dict(setting.variants[arm][variant])),
+                **entry,
+            }
+        elif (
+            variant == setting.chosen.get(arm)
+            and checkpoint_step(list_checkpoints(run.checkpoints)[-1]) >= STEPS[size]["final"]
+        ):
+            final.setdefault(arm, {})[seed] = entry
+    known["final"] = {arm: final[arm] for arm in ARMS if arm in final}
+    known["summary"] = summarise(known["final"]) if "a" in final else {}
+    return known
+
+
+def report(known: Mapping[str, Any], size: int) -> None:
+    for arm, variants in known.get("tuning", {}).items():
+        for number, entry in variants.items():
+            ends = ", ".join(f"{p['frechet']:.3f}" for p in entry["curve"])
+            print(f"tuning ({arm}) {number}: {ends}   {entry['changes']}")
+    for arm, seeds in known.get("final", {}).items():
+        for seed, entry in seeds.items():
+            print(f"({arm}) seed {seed}: " + ", ".join(f"{p['frechet']:.3f}" for p in entry["curve"]))
+    for arm, found in known.get("summary", {}).items():
+        c, e = found["compute"], found["distance_at_the_end"]
+        reached = (
+            f"{c['mean']:.3f} ({c['low']:.3f} to {c['high']:.3f})"
+            if c["mean"]
+            else f"not reached by all seeds {c['ratios']}"
+        )
+        print(
+            f"({arm}) {ARMS[arm]}, {size}x{size}: compute to (a)'s best distance, relative to (a)'s: {reached}; distance at "
+            f"equal compute, relative to (a)'s: {e['mean']:.3f} ({e['low']:.3f} to {e['high']:.3f})"
+            if e["mean"]
+            else f"({arm}): one seed only: compute {c['ratios']}, distance {e['ratios']}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, choices=list(SETTINGS), default=16)
+    parser.add_argument("--phase", choices=("tuning", "final"), default="final")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
+    parser.add_argument("--folder", type=Path, default=Path("runs/efficiency"))
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    args = parser.parse_args(arguments)
+    out = args.out or RESULTS / f"efficiency-{args.size}.json"
+    setting = SETTINGS[args.size]
+    if not args.report:
+        cuts = Cuts.of(args.size, setting)
+        steps = STEPS[args.size][args.phase]
+        if args.phase == "tuning":
+            jobs = [
+                Job(args.size, arm, variant, TUNING_SEED, steps)
+                for variant, arm in itertools.product(range(max(map(len, setting.variants.values()))), args.arms)
+                if variant < len(setting.variants[arm])
+            ]
+            facts = {}
+        else:
+            facts = {arm: arm_facts(args.size, arm, setting.chosen[arm], cuts) for arm in args.arms}
+            check_equal(facts)
+            jobs = [
+                Job(args.size, arm, setting.chosen[arm], seed, steps)
+                for seed, arm in itertools.product(args.seeds, args.arms)
+            ]
+        threads = max(1, torch.get_num_threads() // args.jobs)
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(args.jobs, maxtasksperchild=1) as pool:
+            pool.starmap(work, [(job, args.folder, cuts, threads) for job in jobs], chunksize=1)
+        known = collect(args.size, args.folder, out)
+        known |= {"cuts": dataclasses.asdict(cuts), "machine": machine()}
+        known.setdefault("arms", {}).update(facts)
+        write_json(out, known)
+    known = read_json(out)
+    report(known, args.size)
+    if known.get("final"):
+        draw(known["final"], out.with_suffix(".png"))
+
+
+def machine() -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"device": device, "processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""How wide should each stage's decoder be? The arithmetic of a plan, from measured gains to widths; nothing is trained here.
+
+The model: within the widths that matter, the loss of stage k falls by gain_k for each factor e of its decoder's arithmetic,
+
+    loss_k(c_k) = const - gain_k ln c_k,
+
+with gain_k measured (workflow.planning). The objective's loss sum_k p_k loss_k under a budget B of mean arithmetic per row,
+sum_k s_k c_k = B - encoder, is then least (Lagrange) where c_k is proportional to p_k gain_k / s_k. The logarithm is a model;
+its slope is measured.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .config import NetworkConfig
+from .nets.cost import network_cost
+from .network_config import LDM_GROUPS
+
+TOLERANCE = 0.03  # of the budget, within which a network's cost must lie: widths are few
+STEP = 4  # widths tried are its multiples, and the base's own
+WIDEST = 4096
+
+
+@dataclass(frozen=True)
+class WidthOption:
+    """A width a decoder could have, and its forward FLOPs of one row (2 per multiply-add)."""
+
+    width: int
+    flops: int
+
+
+def decoder_flops(network: NetworkConfig, stage: int, width: int, size: tuple[int, int]) -> int | None:
+    """Return the forward FLOPs of one stage's decoder for one row (with its encoder where nothing is shared).
+
+    Args:
+        network: whose encoder and depth are kept.
+        stage: index, 0 for the lowest noise.
+        width: of the decoder.
+        size: (height, width) of what the network sees.
+
+    Returns:
+        None if a decoder of that width is not valid there, or would not hear of its noise (a GroupNorm of single channels).
+    """
+    alone = _alone(network, stage, width)
+    if alone is None:
+        return None
+    flops, shared = _cost(alone, size)
+    return flops - shared
+
+
+def _alone(network: NetworkConfig, stage: int, width: int) -> NetworkConfig | None:
+    """Return a network of one stage's decoder alone, of another width; None if that is not valid."""
+    if network.family == "ldm" and LDM_GROUPS in (width * mult for mult in network.channel_mult):
+        return None
+    attention, shares = network.decoder_attention, network.attention_shares
+    try:
+        return dataclasses.replace(
+            network,
+            decoder_widths=(width,),
+            decoder_attention=None if attention is None else (attention[stage],),
+            attention_shares=None if shares is None else (shares[stage],),
+        )
+    except ValueError:
+        return None
+
+
+def encoder_flops(network: NetworkConfig, size: tuple[int, int]) -> int:
+    """Return the forward FLOPs of the shared encoder for one row; 0 where nothing is shared."""
+    return _cost(network, size)[1]
+
+
+def mean_flops(network: NetworkConfig, shares: Sequence[float], size: tuple[int, int]) -> float:
+    """Return the mean forward FLOPs of a row, given each stage's share of the rows (of sum 1)."""
+    stages = network_cost(network, *size).stages
+    return sum(share * stage.true_flops for share, stage in zip(shares, stages, strict=True))
+
+
+@functools.lru_cache(maxsize=512)
+def _cost(network: NetworkConfig, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the FLOPs of the first stage and, of them, those of the shared encoder."""
+    cost = network_cost(network, *size)
+    return cost.stages[0].true_flops, cost.shared_true_flops
+
+
+def width_options(network: NetworkConfig, stage: int, size: tuple[int, int], most: float) -> list[WidthOption]:
+    """Return every valid width of one stage's decoder, ascending, up to the first that takes more than `most` FLOPs.
+
+    Args:
+        network: the base, with as many decoders as there are stages.
+        stage: index, 0 for the lowest noise.
+        size: (height, width) of what the network sees.
+        most: FLOPs of one row.
+    """
+    options = []
+    for width in sorted({*range(STEP, WIDEST + 1, STEP), *network.decoder_widths}):
+        flops = decoder_flops(network, stage, width, size)
+        if flops is None:
+            continue
+        options.append(WidthOption(width, flops))
+        if flops > most:
+            break
+    return options
+
+
+def probe_widths(network: NetworkConfig) -> tuple[int, int]:
+    """Return the (narrow, wide) decoder widths to be compared: the base's largest, and the valid one nearest to its half.
+
+    Raises:
+        ValueError: if no two are valid for every stage.
+    """
+    largest, stages = max(network.decoder_widths), range(len(network.decoder_widths))
+    valid = [w for w in range(2, largest + 1) if all(_alone(network, k, w) is not None for k in stages)]
+    if len(valid) < 2:
+        raise ValueError(
+            f"network.decoder_widths={list(network.decoder_widths)}: a plan compares two widths, but up to {largest} no two "
+            "are valid; give a larger one"
+        )
+    wide = valid.pop()
+    return min(valid, key=lambda w: abs(w - wide / 2)), wide
+
+
+def halfway_shares(masses: Sequence[float]) -> tuple[float, ...]:
+    """Return shares of rows halfway between the prior's masses (which add up to 1) and equal ones."""
+    return tuple((mass + 1 / len(masses)) / 2 for mass in masses)
+
+
+def counted_gain(gain: float, error: float) -> float:
+    """Return the gain a plan counts with: at least its standard error, below which nothing is known of it."""
+    return max(gain, error)
+
+
+def ideal_flops(worth: Sequence[float], shares: Sequence[float], budget: float) -> list[float]:
+    """Return the decoders' FLOPs that maximise sum_k worth_k ln(flops_k) where sum_k share_k flops_k = budget.
+
+    Args:
+        worth: p_k gain_k of each stage, >= 0, not all zero.
+        shares: of the rows, positive.
+        budget: mean FLOPs of a row that the decoders may take.
+    """
+    return [budget * w / sum(worth) / share for w, share in zip(worth, shares, strict=True)]
+
+
+def best_widths(
+    options: Sequence[Sequence[WidthOption]],
+    worth: Sequence[float],
+    shares: Sequence[float],
+    low: float,
+    high: float,
+) -> tuple[WidthOption, ...] | None:
+    """Return the combination, one option for each stage, that maximises sum_k worth_k ln(flops_k) within a budget, exactly.
+
+    Combinations of either half of the stages are listed, and the best partner of each is followed through the sorted other
+    list (a sliding maximum): all combinations are considered, but only the square root of their number is listed.
+
+    Args:
+        options: of each stage.
+        worth: p_k gain_k of each stage, >= 0.
+        shares: of the rows.
+        low, high: bounds of the mean FLOPs of a row, sum_k share_k flops_k.
+
+    Returns:
+        None if no combination lies within the bounds.
+    """
+    half = len(options) // 2
+    left = _combinations(options[:half], worth[:half], shares[:half])
+    right = _combinations(options[half:], worth[half:], shares[half:])
+    best: tuple[float, tuple[WidthOption, ...]] | None = None
+    window: deque[int] = deque()  # of right: costs ascend, values descend
+    entering = 0
+    for cost, value, chosen in reversed(left):
+        while entering < len(right) and right[entering][0] <= high - cost:
+            while window and right[window[-1]][1] <= right[entering][1]:
+                window.pop()
+            window.append(entering)
+            entering += 1
+        while window and right[window[0]][0] < low - cost:
+            window.popleft()
+        if window:
+            _, other, rest = right[window[0]]
+            if best is None or value + other > best[0]:
+                best = value + other, chosen + rest
+    return None if best is None else best[1]
+
+
+def nearest_costs(
+    options: Sequence[Sequence[WidthOption]], shares: Sequence[float], budget: float
+) -> tuple[float | None, float | None]:
+    """Return the largest mean FLOPs below a budget, and the smallest above, of all combinations of options (None: none)."""
+    half = len(options) // 2
+    nothing = [0.0] * len(options)
+    left = [c for c, _, _ in _combinations(options[:half], nothing[:half], shares[:half])]
+    right = [c for c, _, _ in _combinations(options[half:], nothing[half:], shares[half:])]
+    below, above = -math.inf, math.inf
+    for cost in left:
+        at = bisect.bisect_left(right, budget - cost)
+        if at:
+            below = max(below, cost + right[at - 1])
+        if at < len(right):
+            above = min(above, cost + right[at])
+    return below if math.isfinite(below) else None, above if math.isfinite(above) else None
+
+
+def _combinations(
+    options: Sequence[Sequence[WidthOption]], worth: Sequence[float], shares: Sequence[float]
+) -> list[tuple[float, float, tuple[WidthOption, ...]]]:
+    """Return (mean FLOPs, value, options) of every combination, by ascending FLOPs."""
+    found = []
+    for chosen in itertools.product(*options):
+        cost = sum(share * option.flops for share, option in zip(shares, chosen, strict=True))
+        value = sum(w * math.log(option.flops) for w, option in zip(worth, chosen, strict=True))
+        found.append((cost, value, chosen))
+    return sorted(found, key=lambda combination: combination[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What the decoders of a network may take.
+
+    Attributes:
+        flops: mean forward FLOPs of a row, encoder included.
+        encoder: of them, the shared encoder's.
+        shares: of the rows.
+        options: widths of each stage.
+
+    Raises:
+        ValueError: if no combination of the options is within TOLERANCE of it, naming the nearest budgets that would do.
+    """
+
+    flops: float
+    encoder: int
+    shares: tuple[float, ...]
+    options: tuple[tuple[WidthOption, ...], ...]
+
+    @classmethod
+    def of(cls, flops: float, network: NetworkConfig, shares: Sequence[float], size: tuple[int, int]) -> Budget:
+        """Return a budget with all the widths that could meet it."""
+        encoder = encoder_flops(network, size)
+        room = max(0.0, (1 + TOLERANCE) * flops - encoder)
+        options = (tuple(width_options(network, k, size, room / share)) for k, share in enumerate(shares))
+        return cls(flops=flops, encoder=encoder, shares=tuple(shares), options=tuple(options))
+
+    def __post_init__(self) -> None:
+        if self.choose([0.0] * len(self.shares)) is not None:
+            return
+        found = nearest_costs(self.options, self.shares, self.flops - self.encoder)
+        near = " and ".join(f"{(cost + self.encoder) / 1e6:.4g}" for cost in found if cost is not None)
+        raise ValueError(
+            f"budget={self.flops / 1e6:.4g} MFLOPs: no valid decoder widths come within {TOLERANCE:.0%} of it beside an encoder "
+            f"of {self.encoder / 1e6:.4g} MFLOPs; the nearest budgets that can be met: {near} MFLOPs"
+        )
+
+    def choose(self, worth: Sequence[float]) -> tuple[WidthOption, ...] | None:
+        """Return the best options within TOLERANCE of the budget, given p_k gain_k of each stage; see `best_widths`."""
+        low, high = ((1 + sign * TOLERANCE) * self.flops - self.encoder for sign in (-1, 1))
+        return best_widths(self.options, worth, self.shares, low, high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStage:
+    """What a plan found of one stage and gives to it.
+
+    Attributes:
+        stage: 1 for the lowest noise.
+        sigma: (low, high) of its noise; None for infinity.
+        share: of the rows in training.
+        weight: lambda_k in the objective.
+        loss_narrow, loss_wide: held-out loss of the two probes.
+        loss_optimal: the optimal denoiser's over the training images, on the same rows; None where they are too many.
+        flops_narrow, flops_wide: forward FLOPs of the probes' decoders for one row.
+        gain: how much the loss falls when the decoder's FLOPs grow e-fold; `gain_error` is its standard error over rows.
+        gain_counted: what the plan counted with, see `counted_gain`.
+        flops_ideal: of the decoder, if any width were possible.
+        width, flops: of the decoder chosen.
+    """
+
+    stage: int
+    sigma: tuple[float, float | None]
+    share: float
+    weight: float
+    loss_narrow: float
+    loss_wide: float
+    loss_optimal: float | None
+    flops_narrow: int
+    flops_wide: int
+    gain: float
+    gain_error: float
+    gain_counted: float
+    flops_ideal: float
+    width: int
+    flops: int
+
+
+def reasons(stages: Sequence[PlannedStage], budget: float, flops: float) -> list[str]:
+    """Return in sentences why a plan is as it is.
+
+    Args:
+        stages: of the plan.
+        budget, flops: mean forward FLOPs of a row, asked for and planned.
+    """
+    worth = [s.weight * s.gain_counted for s in stages]
+    first = max(stages, key=lambda s: s.gain_counted)
+    said = [
+        f"A wider decoder helps stage {first.stage} most: for each factor e of its arithmetic its loss falls by "
+        f"{first.gain:.2g} (± {first.gain_error:.1g}), {first.gain / first.loss_narrow:.0%} of the narrow probe's.",
+        "If loss falls with the logarithm of arithmetic (a model; its slopes are measured), arithmetic per row belongs in "
+        f"proportion to weight x gain / share: {_listed(s.flops_ideal / 1e6 for s in stages)} MFLOPs.",
+        f"Of the valid widths that cost within {TOLERANCE:.0%} of {budget / 1e6:.4g} MFLOPs a row, "
+        f"{_listed(s.width for s in stages)} serve that best; they cost {flops / 1e6:.4g}, and share k x decoder k is "
+        f"{_listed(100 * s.share * s.flops / sum(o.share * o.flops for o in stages) for s in stages)} % of the decoders'.",
+    ]
+    unsure = [s.stage for s, value in zip(stages, worth, strict=True) if value and s.gain < s.gain_error]
+    if unsure:
+        said.append(
+            f"The gain of stage {_listed(unsure)} is below its standard error and counts as that: more --probe-steps or held-out "
+            "images would tell more."
+        )
+    far = [s.stage for s in stages if not s.flops_narrow / 2 <= s.flops <= 2 * s.flops_wide]
+    if far:
+        said.append(
+            f"The decoder of stage {_listed(far)} lies far outside the probed widths: the model is stretched there."
+        )
+    reached = [s.stage for s in stages if s.loss_optimal is not None and s.loss_wide <= 1.1 * s.loss_optimal]
+    if reached:
+        said.append(
+            f"In stage {_listed(reached)} the wide probe is within 10 % of, or below, what a perfect memory of the training "
+            "images reaches on images it has not seen."
+        )
+    return said
+
+
+def _listed(values: Iterable[float]) -> str:
+    return " / ".join(f"{value:.3g}" for value in values)
