@@ -18,12 +18,12 @@ from . import __version__
 
 SUMMARIES = {
     "split": "Find the noise ranges (stages) of a data set from the data themselves.",
-    "plan": "Plan a model for a data set and a budget: stages from the data, decoder widths from two short probes.",
     "train": "Train a multi-decoder model, or go on with a run.",
     "train-codec": "Train a small autoencoder (a latent codec) on a data set, for runs on its latents.",
     "sample": "Draw samples of a run: a grid (.png), a folder of PNGs, or an array (.npz).",
     "evaluate": "Compare samples of a run with real images: Fréchet distance, precision and recall, memorisation.",
     "stats": "Write the statistics of a data set's features, once for many evaluations.",
+    "plan": "Plan a model for a data set and a budget: stages from the data, decoder widths from two short probes.",
     "describe": "Show a run's (or preset's) stages, widths, parameters and multiply-adds; draw its network.",
     "report": "Write RUN/report.html: one file with stages, network, losses, samples, neighbours, metrics and configuration.",
     "demo": "Do the whole job on real handwritten digits in a few minutes: split, train, sample, evaluate, report.",

@@ -155,7 +155,8 @@ def best_widths(
     low: float,
     high: float,
 ) -> tuple[WidthOption, ...] | None:
-    """Return the combination, one option for each stage, that maximises sum_k worth_k ln(flops_k) within a budget, exactly.
+    """Return the combination, one option for each stage, that maximises sum_k worth_k ln(flops_k) within a budget, exactly;
+    of equals the cheapest.
 
     Combinations of either half of the stages are listed, and the best partner of each is followed through the sorted other
     list (a sliding maximum): all combinations are considered, but only the square root of their number is listed.
@@ -172,22 +173,22 @@ def best_widths(
     half = len(options) // 2
     left = _combinations(options[:half], worth[:half], shares[:half])
     right = _combinations(options[half:], worth[half:], shares[half:])
-    best: tuple[float, tuple[WidthOption, ...]] | None = None
+    best: tuple[float, float, tuple[WidthOption, ...]] | None = None
     window: deque[int] = deque()  # of right: costs ascend, values descend
     entering = 0
     for cost, value, chosen in reversed(left):
         while entering < len(right) and right[entering][0] <= high - cost:
-            while window and right[window[-1]][1] <= right[entering][1]:
+            while window and right[window[-1]][1] < right[entering][1]:
                 window.pop()
             window.append(entering)
             entering += 1
         while window and right[window[0]][0] < low - cost:
             window.popleft()
         if window:
-            _, other, rest = right[window[0]]
-            if best is None or value + other > best[0]:
-                best = value + other, chosen + rest
-    return None if best is None else best[1]
+            more, other, rest = right[window[0]]
+            if best is None or (value + other, -cost - more) > best[:2]:
+                best = value + other, -cost - more, chosen + rest
+    return None if best is None else best[2]
 
 
 def nearest_costs(
@@ -319,21 +320,28 @@ def reasons(stages: Sequence[PlannedStage], budget: float, flops: float) -> list
     unsure = [s.stage for s, value in zip(stages, worth, strict=True) if value and s.gain < s.gain_error]
     if unsure:
         said.append(
-            f"The gain of stage {_listed(unsure)} is below its standard error and counts as that: more --probe-steps or held-out "
+            f"The gain of {_stages(unsure)} is below its standard error and counts as that: more --probe-steps or held-out "
             "images would tell more."
         )
     far = [s.stage for s in stages if not s.flops_narrow / 2 <= s.flops <= 2 * s.flops_wide]
     if far:
+        said.append(f"The decoder of {_stages(far)} lies far outside the probed widths: the model is stretched there.")
+    known = [(s.stage, s.loss_wide / s.loss_optimal) for s in stages if s.loss_optimal]
+    below, near = [k for k, ratio in known if ratio < 1], [k for k, ratio in known if 1 <= ratio <= 1.1]
+    if below:
         said.append(
-            f"The decoder of stage {_listed(far)} lies far outside the probed widths: the model is stretched there."
+            f"In {_stages(below)} the wide probe does better on unseen images than a perfect memory of the training images: "
+            "that loss is no floor there."
         )
-    reached = [s.stage for s in stages if s.loss_optimal is not None and s.loss_wide <= 1.1 * s.loss_optimal]
-    if reached:
+    if near:
         said.append(
-            f"In stage {_listed(reached)} the wide probe is within 10 % of, or below, what a perfect memory of the training "
-            "images reaches on images it has not seen."
+            f"In {_stages(near)} the wide probe is within 10 % of what a perfect memory of the training images reaches."
         )
     return said
+
+
+def _stages(numbers: Sequence[int]) -> str:
+    return f"stage{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}"
 
 
 def _listed(values: Iterable[float]) -> str:

@@ -16,12 +16,12 @@ from .splitting import Split
 
 COMMANDS: dict[str, type[Any]] = {
     "split": Split,
-    "plan": Plan,
     "train": Train,
     "train-codec": TrainCodec,
     "sample": Sample,
     "evaluate": Evaluate,
     "stats": Stats,
+    "plan": Plan,
     "describe": Describe,
     "report": Report,
     "demo": Demo,

@@ -1,0 +1,117 @@
+"""What the benchmark of samples per training compute makes of its runs, and that its arms cost the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from multistage_diffusion.serialization import read_json, write_json
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "efficiency.py"
+
+
+@pytest.fixture(scope="module", name="bench")
+def fixture_bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("efficiency", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["efficiency"] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def curve(*points: tuple[float, float]) -> list[dict[str, float]]:
+    return [{"petaflops": x, "frechet": y} for x, y in points]
+
+
+def power_law(scale: float) -> list[dict[str, float]]:
+    """A distance that falls as 1/sqrt of compute, `scale` times as fast."""
+    return curve(*((x, 10 / math.sqrt(scale * x)) for x in (1.0, 2.0, 3.0, 5.0, 8.0)))
+
+
+def test_a_distance_is_first_reached_between_points_by_their_power_law(bench: ModuleType) -> None:
+    for compute in (1.0, 1.7, 2.0, 4.4, 8.0):
+        assert bench.first_reach(power_law(1.0), 10 / math.sqrt(compute) * (1 + 1e-12)) == pytest.approx(compute)
+    assert bench.first_reach(power_law(1.0), 20.0) == 1.0  # below it from the start
+    assert bench.first_reach(power_law(1.0), 1.0) == math.inf
+    assert bench.first_reach(curve((1, 4), (2, 1), (3, 4), (4, 0.5)), 1.0) == 2.0  # what comes later does not matter
+
+
+def test_the_ratio_is_of_the_compute_to_the_other_s_best(bench: ModuleType) -> None:
+    assert bench.ratio(power_law(1.0), power_law(1.25)) == pytest.approx(0.8)
+    assert bench.ratio(curve((1, 4), (2, 1), (3, 2)), curve((1, 2), (4, 1))) == pytest.approx(4 / 2)  # best at 2, not 3
+    assert bench.ratio(power_law(1.0), power_law(0.9)) == math.inf
+
+
+def test_the_interval_is_student_s_of_the_logarithms(bench: ModuleType) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    ratios = [0.7, 0.9, 0.8]
+    found = bench.interval(ratios)
+    logs = [math.log(r) for r in ratios]
+    mean = sum(logs) / 3
+    error = math.sqrt(sum((x - mean) ** 2 for x in logs) / 2 / 3)
+    low, high = stats.t.interval(0.95, 2, mean, error)
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx(
+        (math.exp(mean), math.exp(low), math.exp(high)), rel=1e-3
+    )
+    assert bench.interval([0.7, math.inf])["mean"] is None  # never reached: no mean is invented
+    assert bench.interval([0.7, math.inf])["ratios"] == [0.7, None]
+
+
+def test_only_seeds_that_both_have_are_paired(bench: ModuleType) -> None:
+    runs = {
+        "a": {str(seed): {"curve": power_law(1.0)} for seed in (11, 12, 13)},
+        "c": {str(seed): {"curve": power_law(scale)} for seed, scale in ((12, 2.0), (13, 4.0), (14, 9.0))},
+    }
+    found = bench.summarise(runs)
+    assert found.keys() == {"c"}
+    assert found["c"]["seeds"] == ["12", "13"]
+    assert found["c"]["compute"]["ratios"] == pytest.approx([0.5, 0.25])
+    assert found["c"]["distance_at_the_end"]["ratios"] == pytest.approx([1 / math.sqrt(2), 0.5])
+
+
+def test_all_arms_and_variants_cost_the_same(bench: ModuleType) -> None:
+    cuts = bench.Cuts(split=(0.8448, 10.275), even=(1.469, 9.596))
+    for size, setting in bench.SETTINGS.items():
+        assert len({len(variants) for variants in setting.variants.values()}) == 1  # the same tuning for all
+        costs = [
+            bench.flops_per_image(bench.configuration(size, arm, variant, 11, 400, cuts))
+            for arm in bench.ARMS
+            for variant in range(len(setting.variants[arm]))
+        ]
+        assert max(costs) / min(costs) - 1 < bench.TOLERANCE
+    config = bench.configuration(16, "b", 0, 11, 400, cuts)
+    assert config.network.separate
+    assert (config.training.branch_at, config.training.steps, config.training.seed) == (100, 400, 11)
+    assert bench.configuration(16, "a", 0, 11, 400, cuts).stages.interior == ()
+    assert bench.configuration(16, "d", 0, 11, 400, cuts).stages.interior == cuts.even
+
+
+def test_unequal_arms_are_refused(bench: ModuleType) -> None:
+    cost = {"megaflops_per_image": 100.0, "measured_megaflops_per_image": 99.0}
+    bench.check_equal({"a": cost, "c": {**cost, "megaflops_per_image": 102.9}})
+    with pytest.raises(SystemExit, match=r"\(c\): megaflops_per_image \+3.1% of the first arm's"):
+        bench.check_equal({"a": cost, "c": {**cost, "megaflops_per_image": 103.1}})
+
+
+def test_what_is_known_is_printed_and_drawn(
+    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: dict[str, Any] = {
+        arm: {str(seed): {"curve": power_law(scale)} for seed in (11, 12, 13)}
+        for arm, scale in (("a", 1.0), ("c", 2.0))
+    }
+    out = tmp_path / "efficiency-16.json"
+    write_json(out, {"final": runs, "summary": bench.summarise(runs)})
+    bench.main(["--report", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "relative to (a)'s: 0.500 (0.500 to 0.500)" in printed
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert read_json(out)["final"] == runs
