@@ -11,6 +11,7 @@ from multistage_diffusion.contracts import Codec, Conditioning, Denoiser, Featur
 class PixelMeans:
     name = "means"
     comparable_to = "nothing"
+    preprocessing = "none"
 
     def __call__(self, images: Tensor) -> Tensor:
         return images.float().mean((2, 3))

@@ -223,7 +223,7 @@ def test_row_losses_are_those_of_training(tiny_config: Any, tiny_data: Any) -> N
         torch.nn.init.normal_(p, std=0.2)
     for stage in range(3):
         batch = held_out_batch(config, tiny_data(7, classes=3), stage, torch.device("cpu"))
-        rows = planning.row_losses(denoiser, batch, 4)
+        rows = planning.held_out_row_losses(denoiser, batch, 4)
         assert rows.dtype == torch.float64
         assert len(rows) == 10
         with torch.no_grad():
@@ -288,7 +288,7 @@ def test_trained_weights_are_compared_as_averaged(edges: Path, tmp_path: Path, m
     rows = dataclasses.replace(config, training=dataclasses.replace(config.training, held_out_rows=40))
     for stage in range(3):
         batch = held_out_batch(rows, material.parts[1], stage, torch.device("cpu"))
-        assert torch.allclose(planning.row_losses(denoiser, batch, 12), losses[0][stage])
+        assert torch.allclose(planning.held_out_row_losses(denoiser, batch, 12), losses[0][stage])
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------

@@ -11,16 +11,20 @@ from ..denoisers import MultiStageDenoiser
 from .batches import Batch
 
 
-def stage_losses(denoiser: MultiStageDenoiser, batch: Batch) -> list[Tensor]:
-    """Return each stage's summed row losses, float32 scalars; a row's loss is the mean squared error of F.
+def row_losses(denoiser: MultiStageDenoiser, batch: Batch) -> Tensor:
+    """Return every row's loss, float32 (B,): the mean squared error of F.
 
     That is the denoising error weighted by 1/c_out²: eps-prediction's plain loss, EDM's lambda(sigma), velocity matching.
     """
     x = batch.y + batch.sigma.to(batch.y.dtype)[:, None, None, None] * batch.noise
     target = denoiser.preconditioning.target(batch.y, batch.noise, batch.sigma)
     output = denoiser.output(x, batch.sigma, batch.counts, batch.cond).to(target.dtype)
-    rows = (output - target).square().flatten(1).mean(1)
-    return [part.sum() for part in torch.split(rows, list(batch.counts))]
+    return (output - target).square().flatten(1).mean(1)
+
+
+def stage_losses(denoiser: MultiStageDenoiser, batch: Batch) -> list[Tensor]:
+    """Return each stage's summed row losses, float32 scalars."""
+    return [part.sum() for part in torch.split(row_losses(denoiser, batch), list(batch.counts))]
 
 
 def objective(sums: Sequence[Tensor], weights: Sequence[float], counts: Sequence[int]) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..config import EvaluationConfig, RunConfig
-from ..contracts import Conditioning
 from ..data import open_configured, to_float
 from ..denoisers import MultiStageDenoiser, make_preconditioning
 from ..optimal import OptimalDenoiser
@@ -34,6 +33,7 @@ from ..serialization import to_dict, write_json
 from ..splitting import SplitResult, SplitSettings
 from ..training.batches import Batch, TrainingData, held_out_batch, prior_masses, stage_shares, stage_weights
 from ..training.devices import resolve_device
+from ..training.losses import row_losses
 from ..training.run import Run
 from ..training.trainer import Callback, Trainer
 from .finding import split as find
@@ -243,7 +243,7 @@ def _probed(
             trainer.fit()
         stages = range(len(config.stages))
         batches = (_held_out(config, material.parts[1], k, device) for k in stages)
-        losses.append([row_losses(trainer.ema.module, batch, config.training.batch) for batch in batches])
+        losses.append([held_out_row_losses(trainer.ema.module, batch, config.training.batch) for batch in batches])
     return losses
 
 
@@ -277,7 +277,7 @@ def _held_out(config: RunConfig, data: TrainingData, stage: int, device: torch.d
 
 
 @torch.no_grad()
-def row_losses(denoiser: MultiStageDenoiser, batch: Batch, at_once: int) -> Tensor:
+def held_out_row_losses(denoiser: MultiStageDenoiser, batch: Batch, at_once: int) -> Tensor:
     """Return the loss of every row of a batch of one stage, float64 (B,) on the CPU; see training.losses.
 
     Args:
@@ -287,13 +287,14 @@ def row_losses(denoiser: MultiStageDenoiser, batch: Batch, at_once: int) -> Tens
     """
     losses = []
     for rows in torch.split(torch.arange(len(batch.y), device=batch.y.device), at_once):
-        y, noise, sigma = batch.y[rows], batch.noise[rows], batch.sigma[rows]
-        cond: Conditioning | None = None if batch.cond is None else batch.cond.rows(rows)
-        counts = [len(rows) if count else 0 for count in batch.counts]
-        x = y + sigma.to(y.dtype)[:, None, None, None] * noise
-        target = denoiser.preconditioning.target(y, noise, sigma)
-        output = denoiser.output(x, sigma, counts, cond).to(target.dtype)
-        losses.append((output - target).square().flatten(1).mean(1))
+        part = Batch(
+            y=batch.y[rows],
+            noise=batch.noise[rows],
+            sigma=batch.sigma[rows],
+            counts=tuple(len(rows) if count else 0 for count in batch.counts),
+            cond=None if batch.cond is None else batch.cond.rows(rows),
+        )
+        losses.append(row_losses(denoiser, part))
     return torch.cat(losses).double().cpu()
 
 
