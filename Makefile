@@ -26,8 +26,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: install
 	$(BIN)/msdiff demo --out $(OUT)
 
+# one process per core, each with one thread: tests are many and small
 test: install-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: install-dev
 	$(BIN)/python -m pytest -m slow

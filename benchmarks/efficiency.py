@@ -398,6 +398,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if variant < len(setting.variants[arm])
             ]
             facts = {}
+        elif missing := [arm for arm in args.arms if arm not in setting.chosen]:
+            raise SystemExit(
+                f"no variant is chosen yet for {', '.join(missing)}: run --phase tuning, then set `chosen`"
+            )
         else:
             facts = {arm: arm_facts(args.size, arm, setting.chosen[arm], cuts) for arm in args.arms}
             check_equal(facts)
