@@ -51,6 +51,7 @@ from multistage_diffusion.training.run import Run
 RESULTS = Path(__file__).parent / "results"
 TUNING_SEED = 1
 BRANCH = "branch at"  # share of a run's steps in which all stages train one decoder (training.branch_at)
+SPLIT = "split"  # which of a setting's splits gives the stages
 TOLERANCE = 0.03  # of the arms' compute per image
 # Two-sided 97.5 % points of Student's t for 1, 2, ... degrees of freedom
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -64,13 +65,13 @@ class Setting:
 
     Attributes:
         base: keys changed in the preset `digits`.
-        split: how (b)'s and (c)'s stages are found.
+        splits: how (b)'s and (c)'s stages may be found.
         variants: of each arm, what is tried on the tuning seed: equally many for all.
         chosen: of each arm, the variant with the lowest distance at the end of its tuning run.
     """
 
     base: Mapping[str, Any]
-    split: SplitSettings
+    splits: Mapping[str, SplitSettings]
     variants: Mapping[str, Sequence[Mapping[str, Any]]]
     chosen: Mapping[str, int]
 
@@ -79,14 +80,14 @@ class Setting:
 class Cuts:
     """Stage edges in sigma: of `msdiff split`, and of even length in the time of the VP kernel."""
 
-    split: tuple[float, ...]
+    splits: Mapping[str, tuple[float, ...]]
     even: tuple[float, ...]
 
     @classmethod
     def of(cls, size: int, setting: Setting) -> Cuts:
-        found = split(data_config(size), setting.split)
-        even = split(data_config(size), SplitSettings(algorithm="timestep", stages=len(found.edges_sigma) + 1))
-        return cls(split=found.edges_sigma, even=even.edges_sigma)
+        found = {name: split(data_config(size), settings).edges_sigma for name, settings in setting.splits.items()}
+        even = split(data_config(size), SplitSettings(algorithm="timestep", stages=3))
+        return cls(splits=found, even=even.edges_sigma)
 
 
 SETTINGS = {
@@ -100,8 +101,9 @@ SETTINGS = {
             "diffusion.sigma_data": 0.67,
             "diffusion.prior.p_mean": -0.7,
             "diffusion.prior.p_std": 1.0,
-            "optimizer.lr": 3e-3,
+            "optimizer.lr": 5e-3,
             "optimizer.warmup_steps": 200,
+            "optimizer.decay_after": 1000,
             "training.batch": 48,
             "training.ema_rampup": 0.05,
             "training.held_out_every": 1000,
@@ -115,23 +117,23 @@ SETTINGS = {
             "evaluation.features": "fashion-classifier",
             "evaluation.count": 5000,
         },
-        split=SplitSettings(),
+        splits={
+            "algorithm 1": SplitSettings(),
+            "algorithm 2": SplitSettings(algorithm=2, stages=3),
+        },
         variants={
-            "a": ({}, {"diffusion.prior.p_mean": -0.5, "diffusion.prior.p_std": 1.1}, {"optimizer.lr": 5e-3}),
+            "a": ({}, {"training.ema_rampup": 0.1}),
             "b": (
-                {"training.shares": [0.62, 0.33, 0.05], BRANCH: 0.25},
-                {"training.shares": [0.50, 0.45, 0.05], BRANCH: 0.25},
-                {"training.shares": [0.62, 0.33, 0.05]},
+                {SPLIT: "algorithm 1", "training.shares": [0.62, 0.35, 0.03], "training.overlap": 0.5, BRANCH: 0.5},
+                {SPLIT: "algorithm 2", "training.shares": [0.78, 0.20, 0.02], "training.overlap": 0.5, BRANCH: 0.5},
             ),
             "c": (
-                {"training.shares": [0.62, 0.33, 0.05], BRANCH: 0.25},
-                {"training.shares": [0.50, 0.45, 0.05], BRANCH: 0.25},
-                {"training.shares": [0.62, 0.33, 0.05]},
+                {SPLIT: "algorithm 1", "training.shares": [0.62, 0.35, 0.03], "training.overlap": 0.5, BRANCH: 0.5},
+                {SPLIT: "algorithm 2", "training.shares": [0.78, 0.20, 0.02], "training.overlap": 0.5, BRANCH: 0.5},
             ),
             "d": (
-                {"training.shares": [0.77, 0.18, 0.05], BRANCH: 0.25},
-                {"training.shares": [0.65, 0.30, 0.05], BRANCH: 0.25},
-                {"training.shares": [0.77, 0.18, 0.05]},
+                {"training.shares": [0.75, 0.22, 0.03], "training.overlap": 0.5, BRANCH: 0.5},
+                {"training.shares": [0.75, 0.22, 0.03], "training.overlap": 0.5, BRANCH: 0.25},
             ),
         },
         chosen={},
@@ -151,9 +153,10 @@ def configuration(size: int, arm: str, variant: int, seed: int, steps: int, cuts
     setting = SETTINGS[size]
     changes = dict(setting.variants[arm][variant])
     changes["training.branch_at"] = round(steps * changes.pop(BRANCH, 0.0))
+    stages = cuts.splits[changes.pop(SPLIT)] if SPLIT in changes else cuts.even
     if arm == "a":
         changes |= {"network.decoder_widths": [8], "training.shares": "uniform"}
-    stages = {"a": (), "b": cuts.split, "c": cuts.split, "d": cuts.even}[arm]
+        stages = ()
     keys = {
         "data": dataclasses.replace(data_config(size), shape=(1, size, size)),
         **setting.base,

@@ -97,7 +97,14 @@ class DiffusionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam(W), warm-up and clipping. `clip` bounds the gradient norm of the whole model or of each part."""
+    """Adam(W), warm-up and clipping.
+
+    Attributes:
+        warmup_steps: steps over which the learning rate rises from 0 to `lr`.
+        decay_after: steps after which it falls with the square root of the step, lr sqrt(decay_after / step) (Karras et al.
+            2024, Analyzing and improving the training dynamics of diffusion models, equation 67); 0: it stays.
+        clip: bound of the gradient norm of the whole model or of each part (`clip_scope`); None: none.
+    """
 
     kind: Literal["adam", "adamw"] = "adam"
     lr: float = 2e-4
@@ -105,6 +112,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_steps: int = 5000
+    decay_after: int = 0
     clip: float | None = 1.0
     clip_scope: Literal["model", "part"] = "model"
 
@@ -113,7 +121,8 @@ class OptimizerConfig:
             value = getattr(self, name)
             require(0 < value < math.inf, f"optimizer.{name}={value} must be positive and finite")
         require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas={self.betas} must be in [0, 1)")
-        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be >= 0")
+        for name in ("warmup_steps", "decay_after"):
+            require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must be >= 0")
         require(
             0 <= self.weight_decay < math.inf, f"optimizer.weight_decay={self.weight_decay} must be >= 0 and finite"
         )
@@ -143,10 +152,13 @@ class TrainingConfig:
             network.augment_dim=9.
         soft_intervals: probability that a row of a stage draws its noise from the whole prior instead of the stage's own
             interval (MEME's soft assignment): one number, or one for each stage.
+        overlap: how far beyond its inner edges, in ln sigma, a stage's noise is drawn, so that its decoder learns what lies at
+            its edges from both sides.
         branch_at: steps in which all stages train one decoder together, before each goes on with its own copy of it (0: each
             has its own from the start); decoders must be alike.
         init_from: a trained run whose encoder and fitting decoders the network starts from; empty: from scratch.
-        precision: "auto" (bf16 on CUDA, else fp32), "fp32", "bf16" or "fp16" (with loss scaling).
+        precision: "auto" (bf16 on CUDA, else fp32), "fp32", "bf16", "fp16" (with loss scaling) or "fp64" (slow: for checking
+            that two ways of training are the same).
         keep_last, keep_every: checkpoints kept: the newest ones, and every so many steps (0: none).
         held_out_rows: held-out images per stage in each held-out loss (noise fixed).
     """
@@ -163,9 +175,10 @@ class TrainingConfig:
     label_dropout: float = 0.1
     augment: float = 0.0
     soft_intervals: float | tuple[float, ...] = 0.0
+    overlap: float = 0.0
     branch_at: int = 0
     init_from: str = ""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
     seed: int = 0
     log_every: int = 50
     held_out_every: int = 1000
@@ -183,7 +196,8 @@ class TrainingConfig:
             self.accumulate <= self.batch,
             f"training.accumulate={self.accumulate} must not exceed training.batch={self.batch}",
         )
-        for name in ("held_out_every", "keep_every", "sample_every", "sample_count", "ema_rampup", "seed", "branch_at"):
+        counts = ("held_out_every", "keep_every", "sample_every", "sample_count", "seed", "branch_at")
+        for name in (*counts, "ema_rampup", "overlap"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"training.{name}={value} must be >= 0 and finite")
         require(
