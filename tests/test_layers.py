@@ -18,7 +18,7 @@ SOURCE = Path(multistage_diffusion.__file__).parent
 # strangers. A new file must be placed here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     # L0: what everything speaks
-    ("contracts",),
+    ("contracts", "distributed"),
     ("keyed", "schedules"),
     ("stages",),
     ("network_config", "serialization"),

@@ -60,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"msdiff {__version__}")
         return 0
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
+        warnings.showwarning = lambda message, *_, **__: _warn(message)
         return _run(name, arguments)
 
 
@@ -87,6 +87,13 @@ def _out_of_memory(error: RuntimeError) -> bool:
 def _fail(message: object) -> int:
     _say(message)
     return 2
+
+
+def _warn(message: object) -> None:
+    from .distributed import speaks
+
+    if speaks():  # of several processes one is enough
+        _say(f"warning: {message}")
 
 
 def _say(message: object) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from .distributed import speaks
 from .training.trainer import Callback, Trainer
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not speaks())
 
 
 class Bar:

@@ -10,6 +10,7 @@ from torch import Tensor
 from .config import SamplingConfig
 from .contracts import Conditioning, Denoiser
 from .data import to_uint8
+from .distributed import ALONE, World
 from .guidance import Guided
 from .samplers import make_plan, sample, start_noise, step_noise
 from .schedules import NoiseSchedule
@@ -29,6 +30,7 @@ def sample_images(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
+    world: World = ALONE,
 ) -> Tensor:
     """Draw samples 0 .. count-1 of a seed.
 
@@ -42,8 +44,9 @@ def sample_images(
         batch: samples drawn at once; changes speed and memory, not the noise of any sample.
         labels: int64 (count,) class labels, or None.
         device: where.
-        progress: called with (denoiser calls times images done, in all).
+        progress: called with (denoiser calls times images done, in all), of this process.
         decode: maps end states to images in [-1, 1], e.g. a codec's decoder, on the device; None: end states are images.
+        world: processes that all make this call; each draws its share and is given all.
 
     Returns:
         uint8 images (count, C, H, W) on the CPU.
@@ -55,21 +58,22 @@ def sample_images(
     if count < 1 or batch < 1:
         raise ValueError(f"count={count} and batch={batch} must be positive")
     plan, guided = make_plan(config, schedule), Guided(denoiser, config.guidance)
-    images = []
-    for first in range(0, count, batch):
-        index = torch.arange(first, min(first + batch, count), device=device)
+    images, share = [], world.share(count)
+    with world.together():
+        for first in range(share.start, share.stop, batch):
+            index = torch.arange(first, min(first + batch, share.stop), device=device)
 
-        def report(calls: int, _: int, first: int = first, size: int = len(index)) -> None:
-            if progress is not None:
-                progress(first * len(plan.calls) + calls * size, count * len(plan.calls))
+            def report(calls: int, _: int, done: int = first - share.start, size: int = len(index)) -> None:
+                if progress is not None:
+                    progress(done * len(plan.calls) + calls * size, len(share) * len(plan.calls))
 
-        end = sample(
-            guided,
-            start_noise(seed, index, shape, plan),
-            plan,
-            None if labels is None else Conditioning(labels=labels[first : first + len(index)].to(device)),
-            noise=step_noise(seed, index, shape),
-            progress=report,
-        )
-        images.append(to_uint8(end if decode is None else decode(end)).cpu())
-    return torch.cat(images)
+            end = sample(
+                guided,
+                start_noise(seed, index, shape, plan),
+                plan,
+                None if labels is None else Conditioning(labels=labels[first : first + len(index)].to(device)),
+                noise=step_noise(seed, index, shape),
+                progress=report,
+            )
+            images.append(to_uint8(end if decode is None else decode(end)).cpu())
+    return world.gather_rows(torch.cat(images) if images else torch.empty(0))

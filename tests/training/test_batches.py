@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 
 import numpy as np
@@ -143,7 +144,7 @@ def test_a_stage_s_rows_do_not_depend_on_the_other_stages_counts(source):
 def test_parts_of_a_step_add_up_to_the_whole(source, parts):
     counts = (4, 5, 2)
     whole = source.draw(6, counts)
-    pieces = [source.draw(6, counts, part, parts) for part in range(parts)]
+    pieces = [source.draw(6, counts, None, part, parts) for part in range(parts)]
     assert tuple(map(sum, zip(*(p.counts for p in pieces), strict=True))) == counts
     for stage in range(3):
         picked = [(p, rows_of(p, stage)) for p in pieces]
@@ -276,9 +277,48 @@ def test_soft_rows_draw_their_noise_from_the_whole_prior(tiny_config, soft):
 def test_parts_of_a_step_with_soft_intervals_add_up_and_held_out_rows_stay_in_their_stage(tiny_config):
     config = tiny_config(training__soft_intervals=0.5, training__held_out_rows=50)
     source = BatchSource(config, numbered(17), CPU)
-    whole, pieces = source.draw(1, (0, 9, 0)), [source.draw(1, (0, 9, 0), part, 2) for part in range(2)]
+    whole, pieces = source.draw(1, (0, 9, 0)), [source.draw(1, (0, 9, 0), None, part, 2) for part in range(2)]
     assert torch.equal(torch.cat([p.sigma for p in pieces]), whole.sigma)
     assert set(STAGES.index(held_out_batch(config, numbered(17), 1, CPU).sigma).tolist()) == {1}
+
+
+def test_an_overlap_widens_each_interval_at_its_inner_edges_and_no_further(tiny_config):
+    config = tiny_config(training__overlap=0.3, training__held_out_rows=50)
+    batch = BatchSource(config, numbered(17), CPU).draw(0, (2000, 2000, 2000))
+    for stage in range(3):
+        low, high = STAGES.interval(stage)
+        wide = (low * math.exp(-0.3), high * math.exp(0.3))
+        sigma = batch.sigma[rows_of(batch, stage)]
+        assert wide[0] <= float(sigma.min()) <= float(sigma.max()) <= wide[1]
+        for beyond, inside in ((sigma < low, (wide[0], low)), (sigma >= high, (high, wide[1]))):
+            expected = PRIOR.mass(*inside) / PRIOR.mass(*wide) if inside[0] > 0 and inside[1] < math.inf else 0.0
+            assert float(beyond.double().mean()) == pytest.approx(expected, abs=0.03)
+            assert (expected > 0) == bool(beyond.any())
+        assert set(STAGES.index(held_out_batch(config, numbered(17), stage, CPU).sigma).tolist()) == {stage}
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_all_processes_make_the_step_without_overlap(tiny_config):
+    source = BatchSource(tiny_config(), numbered(17), CPU)
+    whole, counts = source.draw(4, (7, 0, 3)), (7, 0, 3)
+    shares = [(range(0, 3), range(0), range(2, 3)), (range(3, 7), range(0), range(0, 2))]
+    pieces = [source.draw(4, counts, own) for own in shares]
+    assert [p.counts for p in pieces] == [(3, 0, 1), (4, 0, 2)]
+    order = [0, 1, 2, 9, 3, 4, 5, 6, 7, 8]
+    for name in ("y", "noise", "sigma"):
+        assert torch.equal(torch.cat([getattr(p, name) for p in pieces]), getattr(whole, name)[order])
+
+
+def test_part_of_a_batch_of_one_stage(tiny_config):
+    config = tiny_config(network__num_classes=3)
+    whole = held_out_batch(config, numbered(17), 2, CPU)
+    part = whole.part(range(1, 3))
+    assert part.counts == (0, 0, 2)
+    assert torch.equal(part.cond.labels, whole.cond.labels[1:3])
+    for name in ("y", "noise", "sigma"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[1:3])
 
 
 # -- augmentation -----------------------------------------------------------------------------------------------------
@@ -306,7 +346,7 @@ def test_augmented_rows_come_with_what_was_done_to_them(tiny_config, flip, class
 
 def test_parts_of_an_augmented_step_add_up_to_the_whole(tiny_config):
     source = BatchSource(tiny_config(training__augment=0.5, network__augment_dim=9), numbered(17), CPU)
-    whole, pieces = source.draw(6, (0, 11, 0)), [source.draw(6, (0, 11, 0), part, 3) for part in range(3)]
+    whole, pieces = source.draw(6, (0, 11, 0)), [source.draw(6, (0, 11, 0), None, part, 3) for part in range(3)]
     assert torch.equal(torch.cat([p.y for p in pieces]), whole.y)
     assert torch.equal(torch.cat([p.cond.augment for p in pieces]), whole.cond.augment)
 

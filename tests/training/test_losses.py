@@ -85,7 +85,7 @@ def test_accumulated_parts_have_the_gradient_of_the_whole(denoiser, source, coun
         denoiser.zero_grad()
         total = 0.0
         for part in range(parts):
-            loss = objective(stage_losses(denoiser, double(source.draw(2, counts, part, parts))), weights, counts)
+            loss = objective(stage_losses(denoiser, double(source.draw(2, counts, None, part, parts))), weights, counts)
             loss.backward()
             total += loss.item()
         found.append((total, gradients(denoiser)))

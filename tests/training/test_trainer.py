@@ -273,6 +273,13 @@ def test_warm_up_raises_the_learning_rate_in_a_line(new_trainer):
     assert [r["lr"] for r in trainer.run.records()] == [0.01, 0.01]
 
 
+def test_the_learning_rate_falls_with_the_square_root_of_the_step(new_trainer):
+    trainer = new_trainer(training__steps=8, optimizer__lr=0.01, optimizer__warmup_steps=2, optimizer__decay_after=4)
+    trainer.fit()
+    rise, fall = [0.005, 0.01, 0.01, 0.01], [0.01 * math.sqrt(4 / step) for step in (5, 6, 7, 8)]
+    assert [r["lr"] for r in trainer.run.records()] == pytest.approx(rise + fall)
+
+
 def test_average_follows_the_weights_by_images(new_trainer):
     seen = []
     trainer = new_trainer(

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..console import Bar, TrainingProgress
+from ..distributed import speaks
 from ..pictures import grid, save_folder, save_npz, save_png
 from ..presets import preset
 from ..serialization import override, to_dict
 from ..splitting import SplitResult
 from ..training.callbacks import TensorBoard
 from ..training.run import Run
+from ..training.strategies import Strategy
 from ..training.trainer import Callback
 from ..workflow import resume, sample, train
 from .options import (
@@ -45,6 +47,7 @@ class Train(DataOptions):
       msdiff train --preset digits --out runs/judged --set evaluation.every=500 evaluation.patience=5
       msdiff train --resume runs/digits
       msdiff train --resume runs/digits --set training.steps=20000
+      torchrun --nproc-per-node 4 -m multistage_diffusion train --preset digits --out runs/four --strategy memory
     """
 
     preset: Annotated[str | None, option("NAME")] = None
@@ -67,6 +70,8 @@ class Train(DataOptions):
     """Changes to the preset, e.g. optimizer.lr=1e-4 network.decoder_widths=[64,48,16]."""
     replace: bool = False
     """Move a run that is already at OUT aside."""
+    strategy: Strategy = "time"
+    """Started by torchrun, what each process holds: the whole network, or (memory) the decoders of its own stages."""
     tensorboard: bool = False
     """Write TensorBoard events to the run (extra: track)."""
     device: Device = None
@@ -85,6 +90,8 @@ class Train(DataOptions):
             callbacks = [progress, *([TensorBoard()] if self.tensorboard else [])]
             trained = self.go_on if self.resume is not None else self.start
             run = trained(changes, callbacks, bar)
+        if not speaks():
+            return
         print(
             f"trained: {run.path} (next: msdiff sample {run.path}, msdiff evaluate {run.path}, msdiff report {run.path})"
         )
@@ -97,7 +104,9 @@ class Train(DataOptions):
                     f"--{name.replace('_', '-')} does not go with --resume: a run keeps its own; start a new run instead"
                 )
         assert self.resume is not None
-        return resume(self.resume, changes, device=self.device, callbacks=callbacks, progress=bar)
+        return resume(
+            self.resume, changes, device=self.device, strategy=self.strategy, callbacks=callbacks, progress=bar
+        )
 
     def start(self, changes: dict[str, Any], callbacks: Sequence[Callback], bar: Bar) -> Run:
         """Start a run."""
@@ -118,6 +127,7 @@ class Train(DataOptions):
             result=result,
             replace=self.replace,
             device=self.device,
+            strategy=self.strategy,
             callbacks=callbacks,
             progress=bar,
         )
@@ -177,6 +187,8 @@ class Sample(SamplerOptions):
                 device=self.device,
                 progress=bar,
             )
+        if not speaks():
+            return
         if folder:
             save_folder(images, self.out, overwrite=self.overwrite)
         elif suffix == ".png":

@@ -12,6 +12,7 @@ from .metrics import (
     precision_recall,
 )
 from .reference import Reference, load_reference, make_reference, save_reference
+from .sharded import sharded
 from .statistics import Moments, frechet_between, image_moments, moments
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "nearest",
     "precision_recall",
     "save_reference",
+    "sharded",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -65,6 +66,13 @@ class Batch:
     sigma: Tensor
     counts: tuple[int, ...]
     cond: Conditioning | None
+
+    def part(self, rows: range) -> Batch:
+        """Return consecutive rows of a batch of one stage."""
+        s = slice(rows.start, rows.stop)
+        counts = tuple(len(rows) if count else 0 for count in self.counts)
+        cond = None if self.cond is None else self.cond.rows(s)
+        return Batch(self.y[s], self.noise[s], self.sigma[s], counts, cond)
 
 
 def stage_shares(training: TrainingConfig, stages: Stages, prior: SigmaPrior) -> tuple[float, ...]:
@@ -163,15 +171,23 @@ class BatchSource:
                 f"{config.network.augment_dim}: the network must be told what was done to an image"
             )
 
-    def draw(self, step: int, counts: Sequence[int], part: int = 0, parts: int = 1) -> Batch:
+    def draw(
+        self, step: int, counts: Sequence[int], of: Sequence[range] | None = None, part: int = 0, parts: int = 1
+    ) -> Batch:
         """Draw the rows of one step, or one of several equal parts of them (gradient accumulation).
 
         Row r of stage k is the same whatever the other stages' counts, the parts or the number of processes.
+
+        Args:
+            step: from 0.
+            counts: rows of each stage in the whole step.
+            of: this process's rows among them; None: all.
+            part, parts: which part of these.
         """
         picks, sigmas, rows, sizes = [], [], [], []
         seed = self.training.seed
-        for stage, count in enumerate(counts):
-            row = torch.arange(count * part // parts, count * (part + 1) // parts)
+        for stage, (count, own) in enumerate(zip(counts, of or [range(c) for c in counts], strict=True)):
+            row = torch.arange(own.start + len(own) * part // parts, own.start + len(own) * (part + 1) // parts)
             sizes.append(len(row))
             if len(row) == 0:
                 continue
@@ -183,11 +199,13 @@ class BatchSource:
         return self._assemble(step, torch.cat(picks), torch.cat(sigmas), torch.cat(rows), tuple(sizes))
 
     def _sigma(self, step: int, stage: int, u: Tensor, rows: Tensor) -> Tensor:
-        """Map uniforms to the stage's interval, or, where a coin says so, to the whole prior.
+        """Map uniforms to the stage's interval, widened by the overlap, or, where a coin says so, to the whole prior.
 
         Those are the soft intervals of Lee et al. 2024, "Multi-architecture multi-expert diffusion models".
         """
-        sigma = self.prior.sample_within(u, *self.stages.interval(stage))
+        low, high = self.stages.interval(stage)
+        widening = math.exp(self.training.overlap)
+        sigma = self.prior.sample_within(u, low / widening, high * widening)
         soft = self.training.soft_intervals
         share = soft[stage] if isinstance(soft, tuple) else soft
         if share:

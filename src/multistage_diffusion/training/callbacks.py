@@ -22,6 +22,8 @@ class SampleGrid(Callback):
         decode: maps that to images, where it is a latent.
     """
 
+    everywhere = True  # each process draws its share
+
     def __init__(self, shape: tuple[int, ...], decode: Callable[[Tensor], Tensor] | None = None) -> None:
         self.shape, self.decode = shape, decode
 
@@ -32,7 +34,7 @@ class SampleGrid(Callback):
             return
         try:
             images = sample_images(
-                trainer.ema.module,
+                trainer.averaged(),
                 self.shape,
                 training.sample_count,
                 config=config.sampling,
@@ -41,11 +43,13 @@ class SampleGrid(Callback):
                 labels=example_labels(config.network.num_classes, training.sample_count),
                 device=trainer.device,
                 decode=self.decode,
+                world=trainer.world,
             )
         except FloatingPointError as error:  # a young network may sample badly; training goes on
             warnings.warn(f"no sample grid at step {trainer.step}: {error}", stacklevel=2)
             return
-        save_png(grid(images), trainer.run.path / "samples" / f"step_{trainer.step:08d}.png")
+        if trainer.world.chief:
+            save_png(grid(images), trainer.run.path / "samples" / f"step_{trainer.step:08d}.png")
 
 
 def example_labels(classes: int, count: int) -> torch.Tensor | None:

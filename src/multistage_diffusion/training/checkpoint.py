@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..serialization import read_json, sync_folder, to_dict
@@ -98,15 +99,22 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
+def load_tensors(path: Path, name: str, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
     """Return "model", "ema" or "optimizer" tensors of a checkpoint, on the CPU.
+
+    Args:
+        path: the checkpoint's folder.
+        name: of the file.
+        wanted: names of tensors; those of others are not read. None: all.
 
     Raises:
         ValueError: if the file is missing or damaged, naming it.
     """
     file = path / f"{name}.safetensors"
     try:
-        return load_file(file)
+        with safe_open(file, framework="pt") as stored:
+            keys = list(stored.keys())
+            return {key: stored.get_tensor(key) for key in keys if wanted is None or key in wanted}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file}: cannot be read ({error}); delete {path} to go on from the checkpoint before it"
@@ -149,10 +157,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put named tensors back into an optimiser, bit for bit."""
+    """Put named tensors back into an optimiser, bit for bit; those of parameters that the module lacks are left out."""
     parameters = dict(module.named_parameters())
     for key, value in tensors.items():
         name, field = key.rsplit(".", 1)
+        if name not in parameters:
+            continue
         parameter = parameters[name]
         # Adam's step counter stays on the CPU unless the optimiser is fused on the parameter's device
         target = parameter.device if field != "step" or optimizer.param_groups[0].get("fused") else torch.device("cpu")

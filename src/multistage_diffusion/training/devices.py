@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import torch
+
+from ..distributed import World, join
+
+
+def joined(device: str | torch.device | None) -> tuple[World, torch.device]:
+    """Return the processes that work together with this one, and where it computes: a GPU each, where "cuda" is all that is said.
+
+    Raises:
+        ValueError: if there is no such device, or the processes' environment is incomplete.
+    """
+    resolved = resolve_device(device)
+    if resolved.type == "cuda" and resolved.index is None and "LOCAL_RANK" in os.environ:
+        resolved = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(resolved)
+    return join(resolved), resolved
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -30,7 +46,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 
 def precision_name(setting: Precision | Literal["auto"], device: torch.device) -> Precision:
@@ -43,8 +59,8 @@ def precision_name(setting: Precision | Literal["auto"], device: torch.device) -
 
 
 def autocast_dtype(setting: Precision | Literal["auto"], device: torch.device) -> torch.dtype | None:
-    """Return the autocast type of a precision setting on a device, None for plain fp32."""
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision_name(setting, device)]
+    """Return the autocast type of a precision setting on a device, None for plain fp32 and fp64."""
+    return {"fp32": None, "fp64": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision_name(setting, device)]
 
 
 def device_name(device: torch.device) -> str:

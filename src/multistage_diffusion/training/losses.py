@@ -12,12 +12,15 @@ from .batches import Batch
 
 
 def row_losses(denoiser: MultiStageDenoiser, batch: Batch) -> Tensor:
-    """Return every row's loss, float32 (B,): the mean squared error of F.
+    """Return every row's loss, float32 (float64 of a float64 network) (B,): the mean squared error of F.
 
     That is the denoising error weighted by 1/c_out²: eps-prediction's plain loss, EDM's lambda(sigma), velocity matching.
     """
-    x = batch.y + batch.sigma.to(batch.y.dtype)[:, None, None, None] * batch.noise
-    target = denoiser.preconditioning.target(batch.y, batch.noise, batch.sigma)
+    # float32, or as precise as the network
+    dtype = torch.promote_types(batch.y.dtype, next(denoiser.parameters()).dtype)
+    y, noise = batch.y.to(dtype), batch.noise.to(dtype)
+    x = y + batch.sigma.to(dtype)[:, None, None, None] * noise
+    target = denoiser.preconditioning.target(y, noise, batch.sigma)
     output = denoiser.output(x, batch.sigma, batch.counts, batch.cond).to(target.dtype)
     return (output - target).square().flatten(1).mean(1)
 

@@ -6,21 +6,27 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import keyed
 from ..config import RunConfig
 from ..denoisers import MultiStageDenoiser, build_denoiser
+from ..distributed import ALONE, World
 from . import branching
 from . import checkpoint as ckpt
 from .batches import BatchSource, TrainingData, held_out_batch, row_counts, stage_shares, stage_weights
 from .devices import autocast_dtype, resolve_device
 from .ema import EMA
 from .losses import objective, stage_losses
+from .optimizer import learning_rate, make_optimizer
+from .reducer import Reducer
 from .run import Run
+from .strategies import Strategy, make_layout, stage_of_part
 from .sums import RunningSums
 from .warm_start import WarmStart, warm_start
 
@@ -33,7 +39,13 @@ class TrainingDiverged(FloatingPointError):
 
 
 class Callback:
-    """What may happen beside training; every method does nothing unless overridden."""
+    """What may happen beside training; every method does nothing unless overridden.
+
+    Attributes:
+        everywhere: whether it is called on every process, or only on that which writes the run.
+    """
+
+    everywhere = False
 
     def started(self, trainer: Trainer) -> None:
         """Training begins (or goes on) at trainer.step."""
@@ -58,9 +70,11 @@ class Trainer:
         config: instead of the configuration in the run's folder (a resumed run made longer).
         device: where; default CUDA when there is one.
         callbacks: see Callback.
+        world: the processes that train it together, all of them with a trainer of their own.
+        strategy: what each of them holds, see strategies.py.
 
     Raises:
-        ValueError: if data, run and configuration do not fit.
+        ValueError: if data, run, configuration and world do not fit.
     """
 
     def __init__(
@@ -72,10 +86,12 @@ class Trainer:
         config: RunConfig | None = None,
         device: str | torch.device | None = None,
         callbacks: Sequence[Callback] = (),
+        world: World = ALONE,
+        strategy: Strategy = "time",
     ) -> None:
-        self.run, self.config = run, config or run.config()
+        self.run, self.config, self.world = run, config or run.config(), world
         self.device = resolve_device(device)
-        self.callbacks = list(callbacks)
+        self.callbacks = [callback for callback in callbacks if world.chief or callback.everywhere]
         config, training = self.config, self.config.training
         if data.shape[0] != config.network.channels:
             raise ValueError(f"network.channels={config.network.channels} but the images have {data.shape[0]} channels")
@@ -85,28 +101,63 @@ class Trainer:
         self.source = BatchSource(config, data, self.device)
         self.held_out = held_out if held_out is not None and len(held_out) else None
 
-        latest = ckpt.list_checkpoints(run.checkpoints)
+        self.layout = make_layout(strategy, config, data.shape, world.size)
+        self._groups = [world.group(ranks) for ranks in self.layout.holders]
+        latest = self._latest()
         torch.manual_seed(keyed.fold((training.seed, "initial weights")) >> 1)
-        self.denoiser = build_denoiser(config).to(self.device)
+        self.denoiser = build_denoiser(config)
         # a checkpoint of the very step at which stages part was written before they did
-        if training.branch_at and (not latest or ckpt.checkpoint_step(latest[-1]) <= training.branch_at):
+        if training.branch_at and (latest is None or ckpt.checkpoint_step(latest) <= training.branch_at):
             branching.tie(self.denoiser.network)
+        self.layout.drop(self.denoiser.network, world.rank)
+        self.denoiser.to(self.device, torch.float64 if training.precision == "fp64" else torch.float32)
         self.ema = EMA(self.denoiser, training.ema_halflife, training.ema_rampup)
-        self.optimizer = make_optimizer(config, self.denoiser)
         self.autocast = autocast_dtype(training.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
-        self.parts = self._parts()
-        self.step, self.stopping = 0, False
+        self.reducer: Reducer | None = None
+        self._equip()
+        self.step, self.stopping, self._stop_agreed = 0, False, False
         self.ended = ""  # why training is over before its last step, see `end`
         self._judged: dict[str, Any] | None = None  # the evaluation of this step
         self.sums = RunningSums(len(config.stages))
         self.warm_start: WarmStart | None = None
-        if latest:
-            self._restore(latest[-1])
+        if latest is not None:
+            self._restore(latest)
         elif training.init_from:
             self.warm_start = warm_start(training.init_from, config)
             for module in (self.denoiser, self.ema.module):
-                module.load_state_dict({**module.state_dict(), **self.warm_start.tensors})
+                own = module.state_dict()
+                module.load_state_dict({**own, **{n: t for n, t in self.warm_start.tensors.items() if n in own}})
+
+    def _latest(self) -> Path | None:
+        """Return the checkpoint from which all processes go on.
+
+        Raises:
+            ValueError: if one of them cannot see it.
+        """
+        found = ckpt.list_checkpoints(self.run.checkpoints)
+        name = self.world.agree(found[-1].name if found else None)
+        with self.world.together():
+            if name is not None and name not in [path.name for path in found]:
+                raise ValueError(
+                    f"{self.run.checkpoints}: {name} is not there, which rank 0 goes on from; all processes need the run's "
+                    "folder on a file system that they share"
+                )
+        return None if name is None else self.run.checkpoints / name
+
+    def _equip(self) -> None:
+        """Make what depends on which parameters there are."""
+        self.optimizer = make_optimizer(self.config.optimizer, self.denoiser)
+        self.parts = self._parts()
+        if self.world.size == 1:
+            return
+        if self.reducer is not None:
+            self.reducer.close()
+        everybody = self.world.group(range(self.world.size))
+        shared = branching.tied(self.denoiser.network)
+        stages = {name: None if shared else stage_of_part(name) for name in self.parts}
+        groups = {name: everybody if stage is None else self._groups[stage] for name, stage in stages.items()}
+        self.reducer = Reducer(self.world, self.parts, groups)
 
     def _parts(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters of each part of the network, each parameter once."""
@@ -131,10 +182,13 @@ class Trainer:
             TrainingDiverged: if a loss is not finite; the last good checkpoint stays.
             OSError: if a checkpoint cannot be written; the previous one stays.
         """
-        with self.run.locked():
-            self._refuse_stale()
-            self.run.rewind_metrics(self.step)
-            self.run.log_launch(self.device)
+        with ExitStack() as held:
+            with self.world.together():
+                if self.world.chief:
+                    held.enter_context(self.run.locked())
+                    self._refuse_stale()
+                    self.run.rewind_metrics(self.step)
+                    self.run.log_launch(self.device)
             self._tell("started")
             try:
                 self._loop()
@@ -148,6 +202,11 @@ class Trainer:
             raise ValueError(
                 f"{self.run.path}: another process has trained it to step {ckpt.checkpoint_step(found[-1])}; resume again"
             )
+
+    @property
+    def stopped(self) -> bool:
+        """Whether fit has ended because a process was asked to stop."""
+        return self.stopping if self.world.size == 1 else self._stop_agreed
 
     def stop(self) -> None:
         """Ask fit to end after the current step with a checkpoint."""
@@ -181,7 +240,7 @@ class Trainer:
             due = bool(training.held_out_every) and (self.step % training.held_out_every == 0 or last)
             kept = bool(training.keep_every) and self.step % training.keep_every == 0
             score = self._score_held_out(log=True) if due and self.held_out else None
-            stopping = self.stopping  # read once: a stop that comes later is seen after the next step
+            stopping = self.stopped  # read once: a stop that comes later is seen after the next step
             if self.step % training.checkpoint_every == 0 or kept or last or stopping or self._judged is not None:
                 # every checkpoint has a score, so that the best is known
                 if score is None and training.held_out_every and self.held_out:
@@ -197,16 +256,18 @@ class Trainer:
         moments = ckpt.optimizer_tensors(self.optimizer, self.denoiser)
         for module in (self.denoiser, self.ema.module):
             branching.untie(module.network)
+            self.layout.drop(module.network, self.world.rank)
         self.ema.follow(self.denoiser)
-        self.optimizer = make_optimizer(self.config, self.denoiser)
+        self._equip()
         names = (name for name, _ in self.denoiser.named_parameters())
         ckpt.restore_optimizer(self.optimizer, self.denoiser, branching.grown(moments, names))
-        self.parts = self._parts()
 
     def _iterate(self) -> None:
         if self.step == self.config.training.branch_at and branching.tied(self.denoiser.network):
             self._branch()
-        torch.manual_seed(keyed.fold((self.config.training.seed, "dropout", self.step)) >> 1)
+        # ranks drop different units: their rows are different, too
+        rank = (self.world.rank,) if self.world.rank else ()
+        torch.manual_seed(keyed.fold((self.config.training.seed, "dropout", self.step, *rank)) >> 1)
         for counts, weights in self._plan():
             self._optimize(counts, weights)
         self.ema.update(self.config.training.batch, self.images)
@@ -231,31 +292,85 @@ class Trainer:
             yield only(k), tuple(self.weights[j] / self.shares[j] if j == k else 0.0 for j in stages)
 
     def _optimize(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> None:
-        training, optimizer = self.config.training, self.optimizer
+        optimizer = self.optimizer
         self.denoiser.train()
         optimizer.zero_grad(set_to_none=True)
-        parts = min(training.accumulate, max(counts))
-        totals = torch.zeros(len(counts), device=self.device)
-        for part in range(parts):
-            batch = self.source.draw(self.step, counts, part, parts)
-            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                sums = stage_losses(self.denoiser, batch)
-            self.scaler.scale(objective(sums, weights, counts)).backward()  # type: ignore[no-untyped-call]
-            totals += torch.stack(sums).detach()
+        totals = self._backward(counts, weights)
+        if self.scaler.is_enabled():
+            self._agree_on_overflow()
+        self.scaler.unscale_(optimizer)
+        totals, norms = self._share(totals, self._norms())
         losses = (totals / totals.new_tensor([max(c, 1) for c in counts])).tolist()
         self._refuse_non_finite(losses, [f"stage {k + 1}" for k in range(len(losses))], "loss")
-        self.scaler.unscale_(optimizer)
-        norms = self._clip()
+        self._clip(norms)
+        found = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
         if not self.scaler.is_enabled():  # scaled fp16 gradients may overflow: the scaler skips that step
-            self._refuse_non_finite(list(norms.values()), list(norms), "gradient")
-        self._warm_up()
+            self._refuse_non_finite(list(found.values()), list(found), "gradient")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.optimizer, self.step)
         self.scaler.step(optimizer)
         self.scaler.update()
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
             raise TrainingDiverged(
                 f"fp16 gradients overflow at any loss scale at step {self.step + 1}; start a run with training.precision=fp32"
             )
-        self.sums.add([x if c else None for x, c in zip(losses, counts, strict=True)], norms)
+        self.sums.add([x if c else None for x, c in zip(losses, counts, strict=True)], found)
+
+    def _backward(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> Tensor:
+        """Accumulate this process's rows, sum gradients over processes; return the rows' summed loss of each stage."""
+        rows = self.layout.rows(self.world.rank, counts)
+        parts = min(self.config.training.accumulate, max(map(len, rows)))
+        totals = torch.zeros(len(counts), device=self.device)
+        if self.reducer is not None and parts == 0:
+            self.reducer.start(self._named(counts), ())
+        for part in range(parts):
+            batch = self.source.draw(self.step, counts, rows, part, parts)
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                sums = stage_losses(self.denoiser, batch)
+            if self.reducer is not None and part == parts - 1:
+                self.reducer.start(self._named(counts), self._named([len(r) for r in rows]))
+            self.scaler.scale(objective(sums, weights, counts)).backward()  # type: ignore[no-untyped-call]
+            totals += torch.stack(sums).detach()
+        if self.reducer is not None:
+            self.reducer.finish()
+        return totals
+
+    def _named(self, counts: Sequence[int]) -> list[str]:
+        """Return the parts held here that rows of these numbers per stage pass through."""
+        if not sum(counts):
+            return []
+        shared = branching.tied(self.denoiser.network)
+        return [name for name in self.parts if shared or (k := stage_of_part(name)) is None or counts[k]]
+
+    def _agree_on_overflow(self) -> None:
+        """Let a gradient that has overflowed on one process count on all: either all skip the step or none."""
+        grads = [p.grad for part in self.parts.values() for p in part if p.grad is not None]
+        if self.world.size > 1 and float(self.world.sum(~torch.isfinite(nn.utils.get_total_norm(grads)) * 1.0)):
+            grads[0].fill_(math.inf)
+
+    def _norms(self) -> dict[str, Tensor]:
+        """Return the norm of each part's gradient."""
+        grads = {name: [p.grad for p in part if p.grad is not None] for name, part in self.parts.items()}
+        return {name: nn.utils.get_total_norm(g) for name, g in grads.items() if g}
+
+    def _share(self, totals: Tensor, norms: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss sums of all processes and the norms of all parts, each counted once wherever it lives."""
+        if self.world.size == 1:
+            return totals, norms
+        names, stages = list(self.denoiser.network.parts()), len(totals)
+        told = torch.zeros(stages + 2 * len(names) + 1, dtype=torch.float64, device=self.device)
+        told[:stages] = totals
+        for i, name in enumerate(names):
+            if name in norms and self.layout.owner(stage_of_part(name)) == self.world.rank:
+                told[stages + 2 * i], told[stages + 2 * i + 1] = norms[name], 1.0
+        told[-1] = float(self.stopping)
+        found = self.world.sum(told).tolist()
+        self._stop_agreed = found[-1] > 0
+        dtype = next(iter(self.denoiser.parameters())).dtype
+        known = [(name, found[stages + 2 * i]) for i, name in enumerate(names) if found[stages + 2 * i + 1]]
+        return totals.new_tensor(found[:stages]), {
+            n: torch.tensor(v, dtype=dtype, device=self.device) for n, v in known
+        }
 
     def _refuse_non_finite(self, values: Sequence[float], names: Sequence[str], what: str) -> None:
         bad = [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
@@ -269,23 +384,16 @@ class Trainer:
                 f"{kept}; start a new run with a lower optimizer.lr or training.precision=fp32"
             )
 
-    def _clip(self) -> dict[str, float]:
-        """Clip gradients by the norm of the whole model or of each part; return each part's norm before clipping."""
+    def _clip(self, norms: dict[str, Tensor]) -> None:
+        """Clip gradients by the norm of the whole model or of each part."""
         limit, scope = self.config.optimizer.clip, self.config.optimizer.clip_scope
-        grads = {name: [p.grad for p in part if p.grad is not None] for name, part in self.parts.items()}
-        grads = {name: g for name, g in grads.items() if g}
-        norms = {name: nn.utils.get_total_norm(g) for name, g in grads.items()}
-        if limit is not None:
-            whole = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-            for name, part in grads.items():
+        if limit is None:
+            return
+        whole = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+        for name, part in self.parts.items():
+            if grads := [p.grad for p in part if p.grad is not None]:
                 norm = norms[name] if scope == "part" else whole
-                torch._foreach_mul_(part, (limit / (norm + 1e-6)).clamp(max=1.0))
-        return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
-
-    def _warm_up(self) -> None:
-        settings = self.config.optimizer
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.lr * min(1.0, (self.step + 1) / max(settings.warmup_steps, 1))
+                torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
 
     # -- logging and checkpoints --------------------------------------------------------------------------------------
 
@@ -314,11 +422,29 @@ class Trainer:
     def held_out_losses(self) -> list[float]:
         """Return each stage's mean loss on held-out rows under the averaged weights (fixed images and noise)."""
         assert self.held_out is not None
-        losses = []
+        count = self.config.training.held_out_rows
+        totals = torch.zeros(len(self.shares), dtype=torch.float64, device=self.device)
         for stage in range(len(self.shares)):
-            batch = held_out_batch(self.config, self.held_out, stage, self.device)
-            losses.append(float(stage_losses(self.ema.module, batch)[stage]) / len(batch.y))
-        return losses
+            rows = self.layout.rows(self.world.rank, [count] * len(self.shares))[stage]
+            if rows:
+                batch = held_out_batch(self.config, self.held_out, stage, self.device).part(rows)
+                totals[stage] = stage_losses(self.ema.module, batch)[stage]
+        return [total / count for total in self.world.sum(totals).tolist()]
+
+    def averaged(self) -> MultiStageDenoiser:
+        """Return the averaged weights of the whole network; other processes are asked for what they hold.
+
+        To be called on all processes; the result is to be used, not kept.
+        """
+        if branching.tied(self.denoiser.network) or self.layout.everywhere(self.world.size):
+            return self.ema.module
+        whole = build_denoiser(self.config).to(self.device, next(self.ema.module.parameters()).dtype)
+        mine = self.ema.module.state_dict()
+        for name, tensor in whole.state_dict().items():
+            if name in mine:
+                tensor.copy_(mine[name])
+            self.world.spread(tensor, self.layout.owner(self.layout.stage_of(name)))
+        return whole.eval().requires_grad_(False)
 
     def _score_held_out(self, *, log: bool) -> float | None:
         """Return the objective on held-out rows, None if it is not finite."""
@@ -333,7 +459,8 @@ class Trainer:
         return score if math.isfinite(score) else None
 
     def _log(self, record: dict[str, Any]) -> None:
-        self.run.log(record)
+        if self.world.chief:
+            self.run.log(record)
         for callback in self.callbacks:
             callback.logged(self, record)
 
@@ -353,21 +480,27 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "config": self.config,
         }
-        ckpt.save_checkpoint(
-            self.run.checkpoints,
-            ckpt.Checkpoint(
-                model=self.denoiser.state_dict(),
-                ema=self.ema.module.state_dict(),
-                optimizer=ckpt.optimizer_tensors(self.optimizer, self.denoiser),
-                state=state,
-            ),
+        # on the process that writes, whatever the strategy: checkpoints know nothing of it
+        checkpoint = ckpt.Checkpoint(
+            model=self.world.collect(self._owned(self.denoiser.state_dict())),
+            ema=self.world.collect(self._owned(self.ema.module.state_dict())),
+            optimizer=self.world.collect(self._owned(ckpt.optimizer_tensors(self.optimizer, self.denoiser))),
+            state=state,
         )
-        ckpt.prune(self.run.checkpoints, training.keep_last, training.keep_every)
+        with self.world.together():
+            if self.world.chief:
+                ckpt.save_checkpoint(self.run.checkpoints, checkpoint)
+                ckpt.prune(self.run.checkpoints, training.keep_last, training.keep_every)
 
-    def _restore(self, path: Any) -> None:
+    def _owned(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of named tensors that this process answers for: each is answered for by one."""
+        owner = {name: self.layout.owner(self.layout.stage_of(name)) for name in tensors}
+        return {name: value for name, value in tensors.items() if owner[name] == self.world.rank}
+
+    def _restore(self, path: Path) -> None:
         state = ckpt.read_state(path)
-        self.denoiser.load_state_dict(ckpt.load_tensors(path, "model"))
-        self.ema.module.load_state_dict(ckpt.load_tensors(path, "ema"))
+        self.denoiser.load_state_dict(ckpt.load_tensors(path, "model", self.denoiser.state_dict()))
+        self.ema.module.load_state_dict(ckpt.load_tensors(path, "ema", self.ema.module.state_dict()))
         ckpt.restore_optimizer(self.optimizer, self.denoiser, ckpt.load_tensors(path, "optimizer"))
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -376,17 +509,3 @@ class Trainer:
         except TypeError:
             raise ValueError(f"{path}: was written by another release, which alone can resume it") from None
         self.step = state["step"]
-
-
-def make_optimizer(config: RunConfig, module: MultiStageDenoiser) -> torch.optim.Optimizer:
-    """Return Adam or AdamW over all parameters; those without a gradient are not stepped, decayed or averaged."""
-    settings = config.optimizer
-    kind = torch.optim.AdamW if settings.kind == "adamw" else torch.optim.Adam
-    return kind(
-        module.parameters(),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )

@@ -9,6 +9,7 @@ import torch
 from ..config import DataConfig, SamplingConfig
 from ..contracts import FeatureExtractor
 from ..data import ImageData, open_configured
+from ..distributed import speaks
 from ..evaluation import (
     ComparisonResult,
     EvaluationResult,
@@ -20,10 +21,11 @@ from ..evaluation import (
     load_reference,
     make_reference,
     save_reference,
+    sharded,
 )
 from ..serialization import read_json, to_dict, write_json
 from ..training.checkpoint import checkpoint_step
-from ..training.devices import resolve_device
+from ..training.devices import joined, resolve_device
 from ..training.run import Run
 from .latent import reconstruct
 from .progress import Progress
@@ -67,7 +69,8 @@ def evaluate(
     Raises:
         ValueError: if there are too few images, or data and run differ in shape.
     """
-    extractor, run, resolved = get_features(features, weights), opened_run(run), resolve_device(device)
+    run, (world, resolved) = opened_run(run), joined(device)
+    extractor = sharded(get_features(features, weights), world)
     config, opened, share = run.config(), *_compared_data(run, data)
     train_images, held_out = (part.tensor() for part in opened.split(share))
     count = min(max(len(held_out), 500), 5000) if count is None else count
@@ -114,7 +117,8 @@ def compare(
     Raises:
         ValueError: if there are too few samples or images, or the reference is of other images or features.
     """
-    extractor, run, resolved = get_features(features, weights), opened_run(run), resolve_device(device)
+    run, (world, resolved) = opened_run(run), joined(device)
+    extractor = sharded(get_features(features, weights), world)
     opened, share = _compared_data(run, data)
     if str(reference) == "train":
         found = part_reference(extractor, opened, "train", share, KEPT, resolved, progress)
@@ -156,7 +160,9 @@ def _keep(
     sampling: SamplingConfig,
     seed: int,
 ) -> None:
-    """Add a result to RUN/evaluation.json."""
+    """Add a result to RUN/evaluation.json, by one process."""
+    if not speaks():
+        return
     made = {"step": step, "data": data.source, "sampling": to_dict(sampling), "sampling_seed": seed}
     file = run.path / "evaluation.json"
     write_json(file, [*(read_json(file) if file.exists() else []), {**made, **to_dict(result)}])

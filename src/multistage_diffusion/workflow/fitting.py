@@ -16,6 +16,7 @@ from ..config import DataConfig, RunConfig
 from ..contracts import Codec
 from ..data import ImageData, open_configured, to_float
 from ..data.sources import located as located_source
+from ..distributed import RankLost, World
 from ..latents import LatentData
 from ..nets.cost import network_cost
 from ..network_config import LDM_GROUPS, NetworkConfig
@@ -25,8 +26,9 @@ from ..splitting import SplitResult
 from ..training.batches import BatchSource, row_counts, stage_shares
 from ..training.callbacks import SampleGrid
 from ..training.checkpoint import checkpoint_step, list_checkpoints, read_state
-from ..training.devices import precision_name, resolve_device
+from ..training.devices import joined, precision_name
 from ..training.run import Run
+from ..training.strategies import Strategy
 from ..training.trainer import Callback, Trainer
 from ..training.warm_start import warm_start
 from .finding import save_split
@@ -103,10 +105,14 @@ def train(
     result: SplitResult | None = None,
     replace: bool = False,
     device: str | None = None,
+    strategy: Strategy = "time",
     callbacks: Sequence[Callback] = (),
     progress: Progress | None = None,
 ) -> Run:
     """Start a run and train it to its end.
+
+    Among several processes (see distributed.join) each calls it. There a run of the same configuration that is at `out`
+    already is gone on with, so that whatever starts the processes may start them again.
 
     Args:
         config: usually a preset, changed with `override`.
@@ -114,36 +120,72 @@ def train(
         result: the split that gives the stages; None keeps those of the configuration.
         replace: move a run that is there already aside.
         device: default CUDA when there is one.
+        strategy: what each of several processes holds: "time" everything, "memory" the decoders of its own stages.
         callbacks: progress, TensorBoard, ...
         progress: called with (done, total) while images are encoded into latents.
 
     Raises:
         ValueError: if something does not fit; nothing has been written then.
+        RankLost: if another process is lost.
     """
+    world, resolved = joined(device)
+    with world.announced():
+        with world.together():
+            material, judges = _prepared(config, out, result, resolved, progress)
+        world.require_equal(_facts(material.config))
+        begun = False
+        with world.together():
+            if world.chief:
+                begun = world.size > 1 and not replace and _is_run_of(Path(out), material.config)
+                if not begun:
+                    _create(Path(out), material.config, result, replace=replace)
+        return _fit(Run.open(out), material, resolved, [*judges, *callbacks], world, strategy)
+
+
+def _prepared(
+    config: RunConfig, out: Path | str, result: SplitResult | None, device: torch.device, progress: Progress | None
+) -> tuple[Material, list[Callback]]:
+    """Return what a new run is trained on, and what evaluates it; nothing is written."""
     if not config.data.source:
         raise ValueError(f"data.source is empty: preset {config.name!r} has no data of its own; give --data")
     data = open_configured(dataclasses.replace(config.data, fingerprint="", shape=()))
-    resolved = resolve_device(device)
     config = dataclasses.replace(prepare(config, data), name=Path(out).name)
-    config, codec = with_codec(with_paths(config), resolved)
+    config, codec = with_codec(with_paths(config), device)
     if result is not None:
         config = with_split(config, result)
     parts = check(config, data)
     if result is not None and result.fingerprint not in ("", data.fingerprint, parts[0].fingerprint):
-        warnings.warn("the split was made on other data than these; its edges may not suit them", stacklevel=2)
+        warnings.warn("the split was made on other data than these; its edges may not suit them", stacklevel=3)
     _warn_of_blind(config.network)
     if result is None:
         _warn_of_borrowed(config, parts[0])
     # the arithmetic chosen here is stored: a run resumed on another device keeps it
-    precision = precision_name(config.training.precision, resolved)
+    precision = precision_name(config.training.precision, device)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
-    yardstick = Yardstick.of(config, data, parts[0], resolved)
-    material = Material.of(config, codec, parts, resolved, progress)
-    judges = _judges(yardstick, material, resolved)
-    run = Run.create(Path(out), material.config, replace=replace)
+    yardstick = Yardstick.of(config, data, parts[0], device)
+    material = Material.of(config, codec, parts, device, progress)
+    return material, _judges(yardstick, material, device)
+
+
+def _facts(config: RunConfig) -> dict[str, Any]:
+    """Return what must be the same on all processes."""
+    from .. import __version__
+
+    flat = _flat(to_dict(config))
+    return {"release": __version__, "torch": torch.__version__, **{k: flat[k] for k in flat if k not in PLACES}}
+
+
+def _is_run_of(path: Path, config: RunConfig) -> bool:
+    """Tell whether there is a run of this configuration; how long it is and what is written when do not count."""
+    if not Run(path).config_file.exists():
+        return False
+    return all(key in CHANGEABLE for key in differences(Run(path).config(), config))
+
+
+def _create(path: Path, config: RunConfig, result: SplitResult | None, *, replace: bool) -> None:
+    run = Run.create(path, config, replace=replace)
     if result is not None:
         save_split(result, run.path / "split.json")
-    return _fit(run, material, resolved, [*judges, *callbacks])
 
 
 def with_paths(config: RunConfig) -> RunConfig:
@@ -190,6 +232,10 @@ class Material:
         return cls(config=config, parts=latents, decode=decoder(codec, config.codec.scale))
 
 
+# Where things are, which may differ between machines.
+PLACES = ("data.source", "codec.source", "training.init_from", "evaluation.reference", "stages.origin.data")
+
+
 # What may differ when a run is resumed: its length and what is written when, never what is computed.
 CHANGEABLE = (
     "data.source",
@@ -216,25 +262,40 @@ def resume(
     changes: Mapping[str, Any] | None = None,
     *,
     device: str | None = None,
+    strategy: Strategy = "time",
     callbacks: Sequence[Callback] = (),
     progress: Progress | None = None,
 ) -> Run:
-    """Go on with a run from its latest checkpoint.
+    """Go on with a run from its latest checkpoint: under any strategy, on any number of processes.
 
     Args:
         path: the run's folder.
         changes: dotted keys to change, of CHANGEABLE only: a longer training, data that have moved.
         device: default CUDA when there is one.
+        strategy: see `train`.
         callbacks: progress, TensorBoard, ...
         progress: called with (done, total) while images are encoded into latents.
 
     Raises:
         ValueError: if there is no run, a change would make it another run, or the data are not those it was started on.
+        RankLost: if another process is lost.
     """
-    run = Run.open(Path(path))
+    world, resolved = joined(device)
+    with world.announced():
+        with world.together():
+            run = Run.open(Path(path))
+            material, judges = _reopened(run, changes or {}, resolved, progress)
+        world.require_equal(_facts(material.config))
+        return _fit(run, material, resolved, [*judges, *callbacks], world, strategy)
+
+
+def _reopened(
+    run: Run, changes: Mapping[str, Any], device: torch.device, progress: Progress | None
+) -> tuple[Material, list[Callback]]:
+    """Return what a run is trained on further, and what evaluates it."""
     config = run.config()
     _refuse_edited(run, config)
-    changed = override(config, changes or {})
+    changed = override(config, changes)
     refused = [key for key in differences(config, changed) if key not in CHANGEABLE]
     if refused:
         raise ValueError(
@@ -248,18 +309,17 @@ def resume(
             f"training.steps={changed.training.steps} is below step {checkpoint_step(found[-1])}, which {run.path} has "
             "reached; give more"
         )
-    resolved = resolve_device(device)
     data = run.data(changed.data)
     changed = dataclasses.replace(  # an imported run knows neither yet
         changed,
         data=dataclasses.replace(changed.data, fingerprint=data.fingerprint),
-        training=dataclasses.replace(changed.training, precision=precision_name(changed.training.precision, resolved)),
+        training=dataclasses.replace(changed.training, precision=precision_name(changed.training.precision, device)),
     )
-    changed, codec = with_codec(changed, resolved)
+    changed, codec = with_codec(changed, device)
     parts = check(changed, data)
-    yardstick = Yardstick.of(changed, data, parts[0], resolved)
-    material = Material.of(changed, codec, parts, resolved, progress)
-    return _fit(run, material, resolved, [*_judges(yardstick, material, resolved), *callbacks])
+    yardstick = Yardstick.of(changed, data, parts[0], device)
+    material = Material.of(changed, codec, parts, device, progress)
+    return material, _judges(yardstick, material, device)
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
@@ -295,22 +355,40 @@ def _refuse_edited(run: Run, config: RunConfig) -> None:
         )
 
 
-def _fit(run: Run, material: Material, device: torch.device, callbacks: Sequence[Callback]) -> Run:
+def _fit(
+    run: Run,
+    material: Material,
+    device: torch.device,
+    callbacks: Sequence[Callback],
+    world: World,
+    strategy: Strategy,
+) -> Run:
     config = material.config
     grids = SampleGrid(config.input_shape, material.decode)
-    trainer = Trainer(run, *material.parts, config=config, device=device, callbacks=[*callbacks, grids])
-    if config != run.config():
-        with run.locked():
-            write_json(run.config_file, config)
+    trainer = Trainer(
+        run,
+        *material.parts,
+        config=config,
+        device=device,
+        callbacks=[*callbacks, grids],
+        world=world,
+        strategy=strategy,
+    )
+    with world.together():
+        if world.chief and config != run.config():
+            with run.locked():
+                write_json(run.config_file, config)
     try:
         with stopped_by_signals(trainer.stop):
             trainer.fit()
+    except RankLost:
+        raise
     except OSError as error:
         raise OSError(
             f"{run.path}: cannot be written at step {trainer.step} ({error.strerror or error}); {_kept(run)}; mend that "
             f"(free some space?) and go on with msdiff train --resume {run.path}"
         ) from error
-    if trainer.stopping:
+    if trainer.stopped:
         raise KeyboardInterrupt(
             f"{run.path}: stopped at step {trainer.step} with a checkpoint; go on with msdiff train --resume {run.path}"
         )

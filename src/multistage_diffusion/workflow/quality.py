@@ -15,7 +15,8 @@ from torch import Tensor
 from ..config import RunConfig
 from ..contracts import Conditioning, Denoiser, FeatureExtractor
 from ..data import ImageData
-from ..evaluation import Moments, frechet_between, get_features, image_moments, load_reference
+from ..distributed import ALONE, World
+from ..evaluation import Moments, frechet_between, get_features, image_moments, load_reference, sharded
 from ..evaluation.statistics import MAX_DIMS
 from ..sampling import sample_images
 from ..training.callbacks import example_labels
@@ -78,9 +79,11 @@ class Yardstick:
         reference = image_moments(extractor, training.tensor(), device=device)
         return cls(extractor=extractor, reference=reference, source=TRAINING_IMAGES)
 
-    def distance(self, samples: Tensor, device: torch.device) -> float:
-        """Return the Fréchet distance of samples, uint8 (N, C, H, W), N >= 2, to the reference."""
-        return frechet_between(image_moments(self.extractor, samples, device=device), self.reference)
+    def distance(self, samples: Tensor, device: torch.device, world: World = ALONE) -> float:
+        """Return the Fréchet distance of samples, uint8 (N, C, H, W), N >= 2, to the reference; all processes call it."""
+        moments = image_moments(sharded(self.extractor, world), samples, device=device)
+        distance: float = world.agree(frechet_between(moments, self.reference))
+        return distance
 
 
 def _features(name: str) -> FeatureExtractor:
@@ -111,6 +114,8 @@ class Quality(Callback):
     Raises:
         ValueError: if the run's sampler cannot sample; two samples of nothing are drawn to see.
     """
+
+    everywhere = True  # each process draws and measures its share
 
     def __init__(
         self,
@@ -151,13 +156,13 @@ class Quality(Callback):
 
     def _measure(self, trainer: Trainer) -> float | None:
         try:
-            samples = self._draw(trainer.ema.module, trainer.config, trainer.config.evaluation.count)
-            return self.yardstick.distance(samples, self.device)
+            samples = self._draw(trainer.averaged(), trainer.config, trainer.config.evaluation.count, trainer.world)
+            return self.yardstick.distance(samples, self.device, trainer.world)
         except FloatingPointError as error:  # a young network may sample badly; training goes on
             warnings.warn(f"no Fréchet distance at step {trainer.step}: {error}", stacklevel=2)
             return None
 
-    def _draw(self, denoiser: Denoiser, config: RunConfig, count: int) -> Tensor:
+    def _draw(self, denoiser: Denoiser, config: RunConfig, count: int, world: World = ALONE) -> Tensor:
         return sample_images(
             denoiser,
             config.input_shape,
@@ -168,6 +173,7 @@ class Quality(Callback):
             labels=example_labels(config.network.num_classes, count),
             device=self.device,
             decode=self.decode,
+            world=world,
         )
 
     def _end_if_idle(self, trainer: Trainer) -> None:
@@ -175,7 +181,7 @@ class Quality(Callback):
         patience = trainer.config.evaluation.patience
         if not patience or trainer.step >= trainer.config.training.steps:
             return
-        idle, best = since_best(trainer.run.records())
+        idle, best = trainer.world.agree(since_best(trainer.run.records()) if trainer.world.chief else None)
         if idle >= patience:
             lowest = "none" if best is None else f"none below the {best['frechet']:.4g} of step {best['step']}"
             trainer.end(

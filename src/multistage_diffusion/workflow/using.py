@@ -14,7 +14,7 @@ from ..evaluation import get_features, nearest
 from ..keyed import generator
 from ..sampling import sample_images
 from ..training.callbacks import example_labels
-from ..training.devices import resolve_device
+from ..training.devices import joined
 from ..training.run import Run
 from .latent import decoder
 from .progress import Progress
@@ -37,7 +37,7 @@ def sample(
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Draw samples of a run.
+    """Draw samples of a run; several processes (see distributed.join) draw a share each and are given all.
 
     Args:
         run: a trained run, or its folder.
@@ -57,7 +57,7 @@ def sample(
         ValueError: if there is no such checkpoint, class or sampler.
     """
     run = opened_run(run)
-    config, resolved = run.config(), resolve_device(device)
+    config, (world, resolved) = run.config(), joined(device)
     classes = config.network.num_classes
     if label is not None and not 0 <= label < classes:
         known = f"it must be in 0..{classes - 1}" if classes else "the run knows no classes; leave it out"
@@ -78,6 +78,7 @@ def sample(
         device=resolved,
         progress=progress,
         decode=decode,
+        world=world,
     )
 
 

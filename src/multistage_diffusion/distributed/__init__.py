@@ -1,0 +1,8 @@
+"""Processes that train or sample together, whoever started them."""
+
+from __future__ import annotations
+
+from .heartbeat import RankLost
+from .world import ALONE, World, join, speaks
+
+__all__ = ["ALONE", "RankLost", "World", "join", "speaks"]

@@ -1,0 +1,261 @@
+"""The processes of a job, as one of them sees them, and what they tell one another.
+
+torchrun starts them and sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; whatever else sets these will do.
+Numbers go through process groups (gloo for the CPU, NCCL for CUDA), words through the store as JSON: nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
+
+from .heartbeat import PATIENCE, Heartbeat, RankLost
+
+_FOREVER = timedelta(days=7)  # of waiting for another process that is alive
+GOODBYE = 30.0  # seconds for which rank 0, which may keep the store, stays for those that have not left yet
+_MENDABLE = (ValueError, OSError, FloatingPointError)
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class World:
+    """The processes of a job; a lone process is a world of one, in which nothing is exchanged.
+
+    Attributes:
+        rank: of this process.
+        size: number of processes.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None) -> None:
+        self.rank, self.size = rank, size
+        self._store, self._turn = store, 0
+        self._heart: Heartbeat | None = None
+        self._shared_error = False
+
+    @property
+    def chief(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Return this process's part of count things dealt to all, in order and without overlap."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    # -- words ----------------------------------------------------------------------------------------------------------
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Return the JSON values of all processes, by rank."""
+        if self._store is None:
+            return [value]
+        self._turn += 1
+        with self.explained():
+            self._store.set(f"word/{self._turn}/{self.rank}", json.dumps(value))
+            keys = [f"word/{self._turn}/{rank}" for rank in range(self.size)]
+            self._store.wait(keys, _FOREVER)
+            values = [json.loads(self._store.get(key)) for key in keys]
+        # whoever speaks now has read all words of the turn before
+        if self._turn > 1:
+            self._store.delete_key(f"word/{self._turn - 1}/{self.rank}")
+        return values
+
+    def agree(self, value: Any) -> Any:
+        """Return the JSON value of rank 0."""
+        return self.exchange(value if self.chief else None)[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Wait for all at the end; where one has raised what a user can mend, all raise it. Nothing is exchanged inside.
+
+        Raises:
+            ValueError, OSError, FloatingPointError: of the first process that has failed, named by its rank on the others.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except RankLost:
+            raise
+        except _MENDABLE as raised:
+            error = raised
+        if self._store is None and error is not None:
+            raise error
+        kinds = [isinstance(error, kind) for kind in _MENDABLE]
+        told = self.exchange(None if error is None else [kinds.index(True), str(error)])
+        self._shared_error = any(told)
+        if error is not None:
+            raise error
+        for rank, failure in enumerate(told):
+            if failure is not None:
+                raise _MENDABLE[failure[0]](f"rank {rank}: {failure[1]}")
+
+    def require_equal(self, facts: dict[str, Any]) -> None:
+        """Raise ValueError on all processes unless facts (JSON) are the same on all, naming the first that differs."""
+        told = self.exchange(facts)
+        for rank, theirs in enumerate(told):
+            for name in facts:
+                if theirs.get(name) != told[0].get(name):
+                    self._shared_error = True
+                    raise ValueError(
+                        f"rank {rank} has {name} {theirs.get(name)!r}, rank 0 {told[0].get(name)!r}; all processes must run "
+                        "the same release on the same data with the same configuration"
+                    )
+
+    # -- numbers --------------------------------------------------------------------------------------------------------
+
+    def group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """Return a group of processes, None if there is nobody to exchange with; all must call it, in the same order."""
+        if self.size == 1:
+            return None
+        made = dist.new_group(list(ranks))
+        return made if isinstance(made, dist.ProcessGroup) and len(ranks) > 1 else None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes; the same bits on each."""
+        if self.size > 1:
+            with self.explained():
+                dist.all_reduce(values)
+        return values
+
+    def spread(self, values: Tensor, source: int) -> Tensor:
+        """Fill a tensor with that of one process."""
+        if self.size > 1:
+            with self.explained():
+                dist.broadcast(values, source)
+        return values
+
+    def collect(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the named tensors of all processes on rank 0, on the CPU; an empty dict on the others."""
+        if self.size == 1:
+            return tensors
+        lists = self.exchange(
+            [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
+        )
+        found = {name: t.detach().cpu() for name, t in tensors.items()} if self.chief else {}
+        with self.explained():
+            for rank, names in enumerate(lists[1:], start=1):
+                for name, dtype, shape in names:
+                    if self.chief:
+                        found[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+                        dist.recv(found[name], rank)
+                    elif self.rank == rank:
+                        dist.send(tensors[name].detach().cpu().contiguous(), 0)
+        return found
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes, in the order of ranks, on the CPU of each.
+
+        Args:
+            rows: (N, ...) of this process, any device; of any shape and type where N is 0.
+        """
+        rows = rows.cpu().contiguous()
+        if self.size == 1:
+            return rows
+        told = self.exchange([list(rows.shape), str(rows.dtype).removeprefix("torch.")])
+        parts = [
+            self.spread(rows if rank == self.rank else torch.empty(shape, dtype=getattr(torch, dtype)), rank)
+            for rank, (shape, dtype) in enumerate(told)
+            if shape[0]
+        ]
+        return torch.cat(parts) if parts else rows
+
+    # -- failure --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn an exchange that fails into an error that names the process it failed for.
+
+        Raises:
+            RankLost: if one is dead, hangs or has failed.
+        """
+        try:
+            yield
+        except RuntimeError as error:  # what torch.distributed raises
+            reason = "" if self._heart is None else self._heart.explain()
+            if not reason:
+                raise
+            self._shared_error = True
+            raise RankLost(f"{reason}; rerun the same command to go on from the last checkpoint") from error
+
+    @contextmanager
+    def announced(self) -> Iterator[None]:
+        """Tell the others why this process fails, so that they need not wait for it."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.leave()
+            raise
+        except BaseException as error:
+            self.leave("" if self._shared_error else str(error) or type(error).__name__)
+            raise
+
+    def leave(self, failure: str = "") -> None:
+        """Say that this process needs nobody any more, or why it fails."""
+        if self._heart is not None:
+            self._heart.leave(failure)
+
+    def close(self) -> None:
+        """Leave for good; called at the end of the process."""
+        if self._heart is None:
+            return
+        self.leave()
+        if self.chief:
+            self._heart.outlast(GOODBYE)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+ALONE = World()
+_joined: World | None = None
+
+
+def speaks() -> bool:
+    """Tell whether this process talks to the user and writes files: of those that the environment describes, the first."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def join(device: torch.device, *, patience: float = PATIENCE) -> World:
+    """Join the world that the environment describes: once per process; a world of one without such variables.
+
+    Args:
+        device: where this process computes; decides between gloo and NCCL.
+        patience: seconds without a sign of life after which another process counts as lost.
+
+    Raises:
+        ValueError: if the variables are incomplete or contradict one another.
+    """
+    global _joined
+    if _joined is None:
+        given = [name for name in _VARIABLES if name in os.environ]
+        if "WORLD_SIZE" not in given or os.environ["WORLD_SIZE"] == "1":
+            return ALONE
+        if len(given) < len(_VARIABLES):
+            missing = ", ".join(name for name in _VARIABLES if name not in given)
+            raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} but {missing} is not set; start with torchrun")
+        _joined = _enter(device, patience)
+    return _joined
+
+
+def _enter(device: torch.device, patience: float) -> World:
+    store, rank, size = next(iter(rendezvous("env://")))
+    prefix = f"msdiff/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    words = PrefixStore(f"{prefix}/words", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=PrefixStore(f"{prefix}/groups", store), rank=rank, world_size=size)
+    world = World(rank, size, words)
+    names = world.exchange(f"rank {rank} (process {os.getpid()} on {socket.gethostname()})")
+    # a client of its own: words are waited for, and a client that waits does not speak
+    line = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    world._heart = Heartbeat(PrefixStore(f"{prefix}/life", line), rank, names, patience=patience)
+    world._heart.start()
+    atexit.register(world.close)
+    return world

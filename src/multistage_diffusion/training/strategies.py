@@ -1,0 +1,154 @@
+"""Which process holds which stage and trains which rows: the paper's Algorithms 3 and 4, on any number of processes.
+
+"time" (Algorithm 4, time-efficient): every process holds the whole network and trains rows of all stages; one encoder pass
+over them. "memory" (Algorithm 3, memory-efficient): a process holds the encoder and the decoders of its own stages only,
+with their gradients, averages and optimiser state; processes are dealt to stages by what the stages cost. Both train the
+same rows towards the same objective, so that a run may change between them, and between numbers of processes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from ..config import RunConfig
+from ..nets.cost import network_cost
+from ..nets.unet import MultiDecoderUNet
+from .batches import row_counts, stage_shares
+from .branching import tied
+
+Strategy = Literal["time", "memory"]
+STRATEGIES: tuple[Strategy, ...] = ("time", "memory")
+_STAGE = re.compile(r"\b(encoders|decoders)\.(\d+)\.")
+
+
+class Absent(nn.Module):
+    """Stands where other processes hold a part of the network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Who holds what.
+
+    Attributes:
+        holders: ranks that hold each stage's decoder (and its encoder, where each has its own), ascending.
+        separate: whether each stage has an encoder of its own.
+    """
+
+    holders: tuple[tuple[int, ...], ...]
+    separate: bool = False
+
+    def held(self, rank: int) -> tuple[int, ...]:
+        """Return the stages that a process holds, from 0."""
+        return tuple(k for k, ranks in enumerate(self.holders) if rank in ranks)
+
+    def everywhere(self, size: int) -> bool:
+        """Tell whether each of `size` processes holds everything."""
+        return all(len(ranks) == size for ranks in self.holders)
+
+    def rows(self, rank: int, counts: Sequence[int]) -> tuple[range, ...]:
+        """Return the rows of each stage that a process trains; those of all make the whole, without overlap.
+
+        Each stage begins with another of its holders, so that what does not divide evenly does not pile up on one.
+        """
+        found = []
+        for stage, (count, ranks) in enumerate(zip(counts, self.holders, strict=True)):
+            if rank not in ranks:
+                found.append(range(0))
+                continue
+            place = (ranks.index(rank) + stage) % len(ranks)
+            found.append(range(count * place // len(ranks), count * (place + 1) // len(ranks)))
+        return tuple(found)
+
+    def owner(self, stage: int | None) -> int:
+        """Return the process that answers for a stage's tensors, or for those of all stages: the first that holds them."""
+        return 0 if stage is None else self.holders[stage][0]
+
+    def stage_of(self, name: str) -> int | None:
+        """Return the stage to which a tensor (named as in the denoiser) belongs, None for that of all stages."""
+        found = _STAGE.search(name)
+        return None if found is None or (found[1] == "encoders" and not self.separate) else int(found[2])
+
+    def drop(self, network: MultiDecoderUNet, rank: int) -> None:
+        """Take away what a process does not hold, unless the stages still share one decoder (training.branch_at)."""
+        if tied(network):
+            return
+        for stage in set(range(len(self.holders))) - set(self.held(rank)):
+            network.decoders[stage] = Absent()
+            if self.separate:
+                network.encoders[stage] = Absent()
+
+
+def stage_of_part(name: str) -> int | None:
+    """Return the stage, from 0, of a part named as in MultiDecoderUNet.parts; None for the shared encoder."""
+    number = name.partition(".")[2]
+    return int(number) - 1 if number else None
+
+
+def make_layout(strategy: Strategy, config: RunConfig, shape: Sequence[int], size: int) -> Layout:
+    """Return who holds what among `size` processes.
+
+    Args:
+        strategy: see above.
+        config: of the run.
+        shape: (C, H, W) of what the network sees.
+        size: number of processes.
+
+    Raises:
+        ValueError: for an unknown strategy, or more processes than rows of a batch, or of a stage's with "memory".
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
+    training, stages = config.training, len(config.stages)
+    shares = stage_shares(training, config.stages, config.diffusion.prior)
+    counts = row_counts(training, shares)
+    if size > training.batch:
+        raise ValueError(
+            f"training.batch={training.batch} has fewer rows than there are processes, {size}; make it larger, or start fewer"
+        )
+    if strategy == "time" or size == 1:
+        return Layout(holders=(tuple(range(size)),) * stages, separate=config.network.separate)
+    per_row = [stage.true_flops for stage in network_cost(config.network, *shape[1:]).stages]
+    # where a step trains one stage, a stage's rows come as often as its share says
+    rows = [share * training.batch for share in shares] if training.update_mode == "one-stage" else counts
+    holders = deal([n * cost for n, cost in zip(rows, per_row, strict=True)], size)
+    for stage, (count, ranks) in enumerate(zip(counts, holders, strict=True)):
+        if len(ranks) > max(count, 1):
+            raise ValueError(
+                f"strategy='memory': {len(ranks)} of {size} processes would share the {count} rows of stage {stage + 1}; "
+                f"make training.batch={training.batch} larger, start fewer processes, or use strategy 'time'"
+            )
+    return Layout(holders=tuple(holders), separate=config.network.separate)
+
+
+def deal(costs: Sequence[float], size: int) -> list[tuple[int, ...]]:
+    """Deal processes to stages so that the busiest has as little to do as possible.
+
+    With at least as many processes as stages, each further one joins the stage whose holders have most to do: no other
+    dealing has a lower maximum. With fewer, stages go, dearest first, to the process with least to do (Graham 1969, at
+    most 4/3 of the best).
+
+    Args:
+        costs: of each stage, in any unit; 0 for a stage that is not trained.
+        size: number of processes.
+
+    Returns:
+        The ranks of each stage; a stage's are consecutive, so that its decoder is reduced within a machine.
+    """
+    stages = range(len(costs))
+    if size >= len(costs):
+        numbers = [1] * len(costs)
+        for _ in range(size - len(costs)):
+            numbers[max(stages, key=lambda k: costs[k] / numbers[k])] += 1
+        firsts = [sum(numbers[:k]) for k in stages]
+        return [tuple(range(first, first + n)) for first, n in zip(firsts, numbers, strict=True)]
+    load, chosen = [0.0] * size, [0] * len(costs)
+    for stage in sorted(stages, key=lambda k: -costs[k]):
+        rank = min(range(size), key=lambda r: load[r])
+        load[rank] += costs[stage]
+        chosen[stage] = rank
+    return [(rank,) for rank in chosen]

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import processes
+import pytest
+import torch
+
+from multistage_diffusion.distributed import ALONE, World, join, speaks
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+# -- one process ------------------------------------------------------------------------------------------------------
+
+
+def test_a_lone_process_is_a_world_of_one():
+    assert (ALONE.rank, ALONE.size, ALONE.chief) == (0, 1, True)
+    assert ALONE.exchange({"a": 1}) == [{"a": 1}]
+    assert ALONE.agree([1, 2]) == [1, 2]
+    assert ALONE.share(5) == range(5)
+    assert ALONE.group((0,)) is None
+    x = torch.randn(3)
+    assert ALONE.sum(x) is x
+    assert ALONE.collect({"x": x}) == {"x": x}
+    assert torch.equal(ALONE.gather_rows(x), x)
+    ALONE.require_equal({"a": 1})
+    with pytest.raises(ValueError, match=r"^what went wrong$"), ALONE.together():
+        raise ValueError("what went wrong")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 6, 20])
+def test_shares_are_in_order_without_overlap_and_even(size, count):
+    shares = [World(rank, size).share(count) for rank in range(size)]
+    assert [i for share in shares for i in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_an_incomplete_environment_is_refused(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert join(torch.device("cpu")) is ALONE
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join(torch.device("cpu")) is ALONE
+    assert speaks()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2 but MASTER_ADDR, MASTER_PORT is not set; start with torchrun"):
+        join(torch.device("cpu"))
+    assert not speaks()
+
+
+# -- three processes --------------------------------------------------------------------------------------------------
+
+
+def raised(work) -> str:
+    try:
+        work()
+    except (ValueError, OSError, FloatingPointError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def exchanges(world: World) -> dict[str, object]:
+    rank = world.rank
+    mine = {0: {"a": torch.arange(3.0)}, 1: {"b": torch.full((2, 2), 7, dtype=torch.int64)}, 2: {}}[rank]
+    collected = world.collect(mine)
+    few = torch.full((rank, 2), rank, dtype=torch.uint8)  # rank 0 has none
+    pair = world.group((1, 2))
+    within = torch.tensor([float(rank)])
+    if pair is not None:
+        torch.distributed.all_reduce(within, group=pair)
+
+    def fails_on(rank: int, kind: type[Exception]) -> None:
+        with world.together():
+            if world.rank == rank:
+                raise kind("a full disk")
+
+    return {
+        "exchange": world.exchange([rank, "x" * rank]),
+        "agree": world.agree({"rank": rank}),
+        "sum": world.sum(torch.tensor([1.0, rank], dtype=torch.float64)).tolist(),
+        "spread": world.spread(torch.full((2,), float(rank)), 1).tolist(),
+        "collected": {name: tensor.tolist() for name, tensor in collected.items()},
+        "types": [str(t.dtype) for t in collected.values()],
+        "rows": world.gather_rows(few).tolist(),
+        "nothing": world.gather_rows(torch.empty(0)).tolist(),
+        "pair": within.tolist(),
+        "value": raised(lambda: fails_on(2, ValueError)),
+        "os": raised(lambda: fails_on(0, OSError)),
+        "nan": raised(lambda: fails_on(1, FloatingPointError)),
+        "none": raised(lambda: fails_on(5, ValueError)),
+        "equal": raised(lambda: world.require_equal({"data": "abc", "release": [1, 2]})),
+        "unequal": raised(lambda: world.require_equal({"release": 1, "data": "abc" if rank < 2 else "abd"})),
+    }
+
+
+def test_what_three_processes_tell_one_another():
+    a, b, c = processes.run(3, exchanges)
+    for found in (a, b, c):
+        assert found["exchange"] == [[0, ""], [1, "x"], [2, "xx"]]
+        assert found["agree"] == {"rank": 0}
+        assert found["sum"] == [3.0, 3.0]
+        assert found["spread"] == [1.0, 1.0]
+        assert found["rows"] == [[1, 1], [2, 2], [2, 2]]
+        assert found["nothing"] == []
+        assert (found["none"], found["equal"]) == ("", "")
+        assert "rank 2 has data 'abd', rank 0 'abc'" in found["unequal"]
+    assert a["collected"] == {"a": [0.0, 1.0, 2.0], "b": [[7, 7], [7, 7]]}
+    assert a["types"] == ["torch.float32", "torch.int64"]
+    assert (b["collected"], c["collected"]) == ({}, {})
+    assert [found["pair"] for found in (a, b, c)] == [[0.0], [3.0], [3.0]]
+    assert [f["value"] for f in (a, b, c)] == [*["ValueError: rank 2: a full disk"] * 2, "ValueError: a full disk"]
+    assert [f["os"] for f in (a, b, c)] == ["OSError: a full disk", *["OSError: rank 0: a full disk"] * 2]
+    assert a["nan"] == c["nan"] == "FloatingPointError: rank 1: a full disk"

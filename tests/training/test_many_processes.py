@@ -1,0 +1,279 @@
+"""One trainer on many processes: the same run whatever the strategy and their number."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+import torch
+from conftest import tiny_config, tiny_data
+
+from multistage_diffusion.config import RunConfig
+from multistage_diffusion.distributed import ALONE, World
+from multistage_diffusion.nets.cost import network_cost
+from multistage_diffusion.training.checkpoint import list_checkpoints, load_tensors, read_state
+from multistage_diffusion.training.run import Run
+from multistage_diffusion.training.strategies import Strategy
+from multistage_diffusion.training.trainer import Callback, Trainer
+from multistage_diffusion.workflow import sample, train
+
+UNEVEN = (0.6, 0.3, 0.1)
+
+
+def config(**changes: object) -> RunConfig:
+    """Return a run in float64 without dropout: what differs between two ways of training it is rounding."""
+    exact = {"network__dropout": 0.0, "training__precision": "fp64", "training__steps": 20, "training__shares": UNEVEN}
+    return tiny_config(**{**exact, "training__held_out_every": 20, "training__held_out_rows": 5, **changes})
+
+
+def fit(world: World, path: Path, settings: RunConfig, strategy: Strategy, *callbacks: Callback) -> Trainer:
+    """Train a run that is there to its end, or begin it."""
+    with world.together():
+        if world.chief and not (path / "config.json").exists():
+            Run.create(path, settings)
+    trainer = Trainer(
+        Run(path),
+        tiny_data(),
+        tiny_data(10, seed=3),
+        config=settings,
+        device="cpu",
+        callbacks=callbacks,
+        world=world,
+        strategy=strategy,
+    )
+    trainer.fit()
+    return trainer
+
+
+def trained(world: World, path: Path, settings: RunConfig, strategy: Strategy) -> int:
+    return fit(world, path, settings, strategy).step
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return weights, averages and moments of a run's last checkpoint."""
+    last = list_checkpoints(path / "checkpoints")[-1]
+    return {f"{kind}.{k}": t for kind in ("model", "ema", "optimizer") for k, t in load_tensors(last, kind).items()}
+
+
+def require_same(a: Path, b: Path, tolerance: float = 1e-10) -> None:
+    one, other = tensors(a), tensors(b)
+    assert one.keys() == other.keys()
+    for name, x in one.items():
+        assert x.dtype == other[name].dtype
+        off = (x.double() - other[name].double()).abs().max()
+        assert off <= tolerance * max(1.0, float(x.abs().max())), f"{name}: {float(off)}"
+    scores = [read_state(list_checkpoints(p / "checkpoints")[-1])["score"] for p in (a, b)]
+    assert scores[0] == (None if scores[1] is None else pytest.approx(scores[1], rel=1e-9))
+    logs = [[r["loss"] for r in Run(p).records()] for p in (a, b)]
+    np.testing.assert_allclose(*(np.array(log, dtype=float) for log in logs), rtol=1e-5)
+
+
+# -- the same objective -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "strategy", "changes"),
+    [
+        (2, "time", {}),
+        (3, "memory", {}),
+        (4, "memory", {}),
+        (2, "memory", {"optimizer__clip_scope": "part", "training__update_mode": "sequential"}),
+        (3, "time", {"training__accumulate": 3, "training__update_mode": "one-stage"}),
+        (
+            3,
+            "memory",
+            {"network__decoder_widths": [8, 8, 8], "training__branch_at": 7, "network__separate": True},
+        ),
+        (2, "memory", {"network__augment_dim": 9, "optimizer__kind": "adamw", "optimizer__weight_decay": 0.1}),
+    ],
+    ids=["2 time", "3 memory", "4 memory", "sequential", "one-stage", "branch", "weight decay"],
+)
+def test_twenty_steps_are_the_same_on_any_number_of_processes(tmp_path, size, strategy, changes):
+    settings = config(optimizer__clip=0.05, **changes)  # so low that every step is clipped
+    trained(ALONE, tmp_path / "one", settings, "time")
+    assert processes.run(size, trained, tmp_path / "many", settings, strategy) == [20] * size
+    require_same(tmp_path / "one", tmp_path / "many")
+
+
+def test_a_run_goes_on_on_another_number_of_processes_under_another_strategy(tmp_path):
+    def until(steps: int) -> RunConfig:
+        return config(training__steps=steps, training__held_out_every=0)
+
+    trained(ALONE, tmp_path / "one", until(15), "time")
+    path = tmp_path / "many"
+    trained(ALONE, path, until(5), "time")
+    processes.run(3, trained, path, until(10), "memory")
+    processes.run(2, trained, path, until(15), "time")
+    require_same(tmp_path / "one", path)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def held(world: World, path: Path, settings: RunConfig, strategy: Strategy) -> dict[str, int]:
+    """Return the bytes that a process holds after training, and those of gradients sent in the last step."""
+    trainer = fit(world, path, settings, strategy)
+    moments = (t for state in trainer.optimizer.state.values() for k, t in state.items() if k != "step")
+    return {
+        "weights": sum(p.nbytes for p in trainer.denoiser.parameters()),
+        "gradients": sum(p.grad.nbytes for p in trainer.denoiser.parameters()),
+        "average": sum(p.nbytes for p in trainer.ema.module.parameters()),
+        "moments": sum(t.nbytes for t in moments),
+        "sent": trainer.reducer.bytes,
+    }
+
+
+@pytest.mark.parametrize("strategy", ["time", "memory"])
+def test_a_process_holds_the_shared_encoder_and_its_own_decoder(tmp_path, strategy):
+    settings = tiny_config(training__steps=3)
+    cost = network_cost(settings.network, 4, 4)
+    decoders = [stage.parameters - cost.shared_parameters for stage in cost.stages]
+    found = processes.run(3, held, tmp_path / "run", settings, strategy)
+    for rank, sizes in enumerate(found):
+        own = decoders[rank] if strategy == "memory" else sum(decoders)
+        parameters = 4 * (cost.shared_parameters + own)
+        assert (sizes["weights"], sizes["gradients"], sizes["average"]) == (parameters,) * 3
+        assert sizes["moments"] == 2 * parameters
+        # nobody else holds a decoder: only the encoder's gradients travel
+        sent = 4 * cost.shared_parameters if strategy == "memory" else parameters
+        assert sizes["sent"] == 3 * sent
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+class Diverges(Callback):
+    everywhere = True
+
+    def stepped(self, trainer: Trainer) -> None:
+        if trainer.world.rank == 1:
+            next(iter(trainer.denoiser.network.decoders[1].parameters())).data.fill_(torch.nan)
+
+
+def diverged(world: World, path: Path) -> str:
+    try:
+        fit(world, path, tiny_config(), "memory", Diverges())
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+def test_what_is_not_finite_on_one_process_stops_all_of_them(tmp_path):
+    for told in processes.run(3, diverged, tmp_path / "run"):
+        assert "the loss of stage 2 is not finite at step 2" in told
+
+
+class Stops(Callback):
+    everywhere = True
+
+    def stepped(self, trainer: Trainer) -> None:
+        if trainer.world.rank == 1 and trainer.step == 2:
+            trainer.stop()
+
+
+def stopped(world: World, path: Path) -> tuple[int, bool]:
+    trainer = fit(world, path, tiny_config(training__steps=9), "time", Stops())
+    return trainer.step, trainer.stopped
+
+
+def test_one_process_that_is_asked_to_stop_stops_all_with_a_checkpoint(tmp_path):
+    assert processes.run(2, stopped, tmp_path / "run") == [(3, True), (3, True)]
+    assert [p.name for p in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000003"]
+
+
+class Slow(Callback):
+    everywhere = True
+
+    def stepped(self, trainer: Trainer) -> None:
+        time.sleep(0.2)
+
+
+def slowly(world: World, path: Path) -> int:
+    return fit(world, path, exactly(), "memory", Slow()).step
+
+
+def exactly() -> RunConfig:
+    return config(training__steps=12, training__checkpoint_every=2, training__held_out_every=0)
+
+
+def test_a_process_killed_in_mid_step_costs_no_more_than_the_steps_since_the_checkpoint(tmp_path):
+    processes.run(3, trained, tmp_path / "whole", exactly(), "memory")
+    path = tmp_path / "killed"
+    world = processes.Processes(3, slowly, path, patience=3.0)
+    while not list_checkpoints(path / "checkpoints"):
+        time.sleep(0.05)
+    os.kill(world.processes[1].pid, signal.SIGKILL)
+    first, second, third = world.results(60.0)
+    assert second is None
+    told = [str(error) for error in (first, third) if error is not None] + world.errors()
+    assert any(f"rank 1 (process {world.processes[1].pid}" in line for line in told)
+    assert list_checkpoints(path / "checkpoints")[-1].name < "step_00000012"
+    processes.run(3, trained, path, exactly(), "memory")
+    require_same(tmp_path / "whole", path, tolerance=0.0)
+
+
+# -- sampling and evaluation ------------------------------------------------------------------------------------------
+
+
+def judged(world: World, out: Path, data: Path) -> tuple[list[float], list[list[int]]]:
+    settings = tiny_config(
+        data__source=str(data),
+        data__shape=(),
+        training__steps=2,
+        training__sample_every=2,
+        training__sample_count=5,
+        evaluation__every=1,
+        evaluation__count=7,
+    )
+    run = train(settings, out, device="cpu", strategy="memory")
+    drawn = sample(run, 5, seed=3, device="cpu", checkpoint="latest")
+    return [r["frechet"] for r in run.records() if r["kind"] == "quality"], drawn.flatten(1).tolist()
+
+
+def test_samples_and_evaluations_are_shared_out_and_the_same(tmp_path):
+    np.save(tmp_path / "data.npy", tiny_data(40).images)
+    one = judged(ALONE, tmp_path / "one", tmp_path / "data.npy")
+    many = processes.run(2, judged, tmp_path / "many", tmp_path / "data.npy")
+    assert many[0] == many[1]
+    assert many[0][0] == pytest.approx(one[0], rel=0.02)
+    assert np.abs(np.array(many[0][1]) - np.array(one[1])).max() <= 1  # of 255: what rounding may do
+    assert (tmp_path / "many" / "samples" / "step_00000002.png").exists()
+    assert not (tmp_path / "many" / "samples" / "step_00000001.png").exists()
+
+
+# -- starting ---------------------------------------------------------------------------------------------------------
+
+
+def begun(world: World, out: Path, data: Path, changes: dict[str, object]) -> str:
+    """Train; rank 1 with changes. Return the error."""
+    given = {"data__source": str(data), "data__shape": (), "training__steps": 2}
+    try:
+        train(tiny_config(**{**given, **(changes if world.rank == 1 else {})}), out, device="cpu")
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def test_processes_that_do_not_agree_are_refused_on_all(tmp_path):
+    np.save(tmp_path / "data.npy", tiny_data(40).images)
+    np.save(tmp_path / "other.npy", tiny_data(40, seed=1).images)
+    out, data = tmp_path / "run", tmp_path / "data.npy"
+    for told in processes.run(2, begun, out, data, {"optimizer__lr": 0.5}):
+        assert "rank 1 has optimizer.lr 0.5, rank 0 0.001" in told
+    for told in processes.run(2, begun, out, data, {"data__source": str(tmp_path / "other.npy")}):
+        assert "rank 1 has data.fingerprint" in told
+    one, other = processes.run(2, begun, out, data, {"data__source": str(tmp_path / "absent.npy")})
+    assert one.startswith("rank 1: ")
+    assert "absent.npy" in one
+    assert "absent.npy" in other
+    assert not out.exists()
+    assert processes.run(2, begun, out, data, {}) == ["", ""]
+    before = (out / "checkpoints" / "step_00000002" / "model.safetensors").read_bytes()
+    assert processes.run(2, begun, out, data, {}) == ["", ""]  # the same command again: nothing is left to do
+    assert (out / "checkpoints" / "step_00000002" / "model.safetensors").read_bytes() == before
+    assert len((out / "launches.jsonl").read_text().splitlines()) == 2
