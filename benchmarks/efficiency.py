@@ -93,19 +93,19 @@ class Cuts:
 SETTINGS = {
     16: Setting(
         base={
-            "network.encoder_width": 8,
+            "network.encoder_width": 4,
             "network.channel_mult": [1, 2],
             "network.blocks_per_level": 1,
             "network.dropout": 0.0,
-            "network.decoder_widths": [8, 8, 8],
+            "network.decoder_widths": [4, 4, 4],
             "diffusion.sigma_data": 0.67,
             "diffusion.prior.p_mean": -0.7,
             "diffusion.prior.p_std": 1.0,
-            "optimizer.lr": 5e-3,
+            "optimizer.lr": 8e-3,
             "optimizer.warmup_steps": 200,
-            "optimizer.decay_after": 1000,
-            "training.batch": 48,
-            "training.ema_rampup": 0.05,
+            "optimizer.decay_after": 500,
+            "training.batch": 96,
+            "training.ema_rampup": 0.1,
             "training.held_out_every": 1000,
             "training.checkpoint_every": 1000,
             "training.sample_every": 0,
@@ -122,14 +122,14 @@ SETTINGS = {
             "algorithm 2": SplitSettings(algorithm=2, stages=3),
         },
         variants={
-            "a": ({}, {"training.ema_rampup": 0.1}),
+            "a": ({}, {"optimizer.lr": 5e-3}),
             "b": (
-                {SPLIT: "algorithm 1", "training.shares": [0.62, 0.35, 0.03], "training.overlap": 0.5, BRANCH: 0.5},
-                {SPLIT: "algorithm 2", "training.shares": [0.78, 0.20, 0.02], "training.overlap": 0.5, BRANCH: 0.5},
+                {SPLIT: "algorithm 1", "training.shares": [0.62, 0.35, 0.03], "training.overlap": 0.5, BRANCH: 0.25},
+                {SPLIT: "algorithm 2", "training.shares": [0.78, 0.20, 0.02], "training.overlap": 0.5, BRANCH: 0.25},
             ),
             "c": (
-                {SPLIT: "algorithm 1", "training.shares": [0.62, 0.35, 0.03], "training.overlap": 0.5, BRANCH: 0.5},
-                {SPLIT: "algorithm 2", "training.shares": [0.78, 0.20, 0.02], "training.overlap": 0.5, BRANCH: 0.5},
+                {SPLIT: "algorithm 1", "training.shares": [0.62, 0.35, 0.03], "training.overlap": 0.5, BRANCH: 0.25},
+                {SPLIT: "algorithm 2", "training.shares": [0.78, 0.20, 0.02], "training.overlap": 0.5, BRANCH: 0.25},
             ),
             "d": (
                 {"training.shares": [0.75, 0.22, 0.03], "training.overlap": 0.5, BRANCH: 0.5},
@@ -141,7 +141,7 @@ SETTINGS = {
 }
 
 
-STEPS = {16: {"tuning": 4000, "final": 6000}}
+STEPS = {16: {"tuning": 2000, "final": 4000}}
 
 
 def data_config(size: int) -> DataConfig:
@@ -155,7 +155,7 @@ def configuration(size: int, arm: str, variant: int, seed: int, steps: int, cuts
     changes["training.branch_at"] = round(steps * changes.pop(BRANCH, 0.0))
     stages = cuts.splits[changes.pop(SPLIT)] if SPLIT in changes else cuts.even
     if arm == "a":
-        changes |= {"network.decoder_widths": [8], "training.shares": "uniform"}
+        changes |= {"network.decoder_widths": setting.base["network.decoder_widths"][:1], "training.shares": "uniform"}
         stages = ()
     keys = {
         "data": dataclasses.replace(data_config(size), shape=(1, size, size)),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from multistage_diffusion.serialization import to_dict
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TORCHRUN, MODULE = [sys.executable, "-m", "torch.distributed.run"], "-m multistage_diffusion "
 SHORT = ["training.steps=4", "training.batch=12", "training.held_out_rows=4", "training.log_every=2"]
 
 
@@ -25,9 +29,23 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def commands(page: Path) -> list[list[str]]:
-    lines = [line for block in blocks(page, "console") for line in block.splitlines()]
-    return [shlex.split(line.removeprefix("$ msdiff ")) for line in lines if line.startswith("$ msdiff ")]
+def commands(page: Path) -> list[tuple[list[str], list[str]]]:
+    """Return (what starts several processes, if anything; arguments of msdiff) of every command of a page."""
+    found = []
+    for line in (line for block in blocks(page, "console") for line in block.splitlines()):
+        if line.startswith("$ msdiff "):
+            found.append(([], shlex.split(line.removeprefix("$ msdiff "))))
+        elif line.startswith("$ torchrun "):
+            launch, _, command = line.removeprefix("$ torchrun ").partition(MODULE)
+            found.append(([*TORCHRUN, *shlex.split(launch), *shlex.split(MODULE)], shlex.split(command)))
+    return found
+
+
+def launched(command: list[str]) -> int:
+    """Run a command of several processes, one thread each."""
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return done.returncode
 
 
 def shortened(command: list[str]) -> list[str]:
@@ -60,8 +78,11 @@ def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         Image.fromarray(image).save(tmp_path / "photos" / f"{i}.png")
     found = commands(page)
     assert found
-    for command in found:
-        assert cli.main(shortened(command)) == 0, shlex.join(command)
+    for launch, command in found:
+        if launch:
+            assert launched([*launch, *shortened(command)]) == 0
+        else:
+            assert cli.main(shortened(command)) == 0, shlex.join(command)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
@@ -69,6 +90,13 @@ def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), {})
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "py")], ids=lambda p: p.stem)
+def test_python_of_several_processes(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page, "py"):
+        (tmp_path / "block.py").write_text(block)
+        assert launched([*TORCHRUN, "--standalone", "--nproc-per-node", "2", str(tmp_path / "block.py")]) == 0
 
 
 def test_every_setting_is_explained() -> None:

@@ -17,6 +17,7 @@ from multistage_diffusion.config import RunConfig
 from multistage_diffusion.distributed import ALONE, World
 from multistage_diffusion.nets.cost import network_cost
 from multistage_diffusion.training.checkpoint import list_checkpoints, load_tensors, read_state
+from multistage_diffusion.training.cluster import step_costs
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.strategies import Strategy
 from multistage_diffusion.training.trainer import Callback, Trainer
@@ -124,7 +125,7 @@ def held(world: World, path: Path, settings: RunConfig, strategy: Strategy) -> d
         "gradients": sum(p.grad.nbytes for p in trainer.denoiser.parameters()),
         "average": sum(p.nbytes for p in trainer.ema.module.parameters()),
         "moments": sum(t.nbytes for t in moments),
-        "sent": trainer.reducer.bytes,
+        "sent": trainer.team.reducer.bytes,
     }
 
 
@@ -133,6 +134,7 @@ def test_a_process_holds_the_shared_encoder_and_its_own_decoder(tmp_path, strate
     settings = tiny_config(training__steps=3)
     cost = network_cost(settings.network, 4, 4)
     decoders = [stage.parameters - cost.shared_parameters for stage in cost.stages]
+    formula = step_costs(settings, (1, 4, 4), strategy, 3)
     found = processes.run(3, held, tmp_path / "run", settings, strategy)
     for rank, sizes in enumerate(found):
         own = decoders[rank] if strategy == "memory" else sum(decoders)
@@ -142,6 +144,7 @@ def test_a_process_holds_the_shared_encoder_and_its_own_decoder(tmp_path, strate
         # nobody else holds a decoder: only the encoder's gradients travel
         sent = 4 * cost.shared_parameters if strategy == "memory" else parameters
         assert sizes["sent"] == 3 * sent
+        assert (5 * parameters, sent) == (formula[rank].held, formula[rank].reduced)
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------

@@ -24,10 +24,10 @@ from .devices import autocast_dtype, resolve_device
 from .ema import EMA
 from .losses import objective, stage_losses
 from .optimizer import learning_rate, make_optimizer
-from .reducer import Reducer
 from .run import Run
 from .strategies import Strategy, make_layout, stage_of_part
 from .sums import RunningSums
+from .team import Team
 from .warm_start import WarmStart, warm_start
 
 # Loss scales start at 2^16 and halve at every overflow; below this it is no longer the scale's fault.
@@ -101,22 +101,20 @@ class Trainer:
         self.source = BatchSource(config, data, self.device)
         self.held_out = held_out if held_out is not None and len(held_out) else None
 
-        self.layout = make_layout(strategy, config, data.shape, world.size)
-        self._groups = [world.group(ranks) for ranks in self.layout.holders]
-        latest = self._latest()
+        self.team = Team(world, make_layout(strategy, config, data.shape, world.size))
+        latest = self.team.latest(run)
         torch.manual_seed(keyed.fold((training.seed, "initial weights")) >> 1)
         self.denoiser = build_denoiser(config)
         # a checkpoint of the very step at which stages part was written before they did
         if training.branch_at and (latest is None or ckpt.checkpoint_step(latest) <= training.branch_at):
             branching.tie(self.denoiser.network)
-        self.layout.drop(self.denoiser.network, world.rank)
+        self.team.layout.drop(self.denoiser.network, world.rank)
         self.denoiser.to(self.device, torch.float64 if training.precision == "fp64" else torch.float32)
         self.ema = EMA(self.denoiser, training.ema_halflife, training.ema_rampup)
         self.autocast = autocast_dtype(training.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
-        self.reducer: Reducer | None = None
         self._equip()
-        self.step, self.stopping, self._stop_agreed = 0, False, False
+        self.step, self.stopping = 0, False
         self.ended = ""  # why training is over before its last step, see `end`
         self._judged: dict[str, Any] | None = None  # the evaluation of this step
         self.sums = RunningSums(len(config.stages))
@@ -129,35 +127,11 @@ class Trainer:
                 own = module.state_dict()
                 module.load_state_dict({**own, **{n: t for n, t in self.warm_start.tensors.items() if n in own}})
 
-    def _latest(self) -> Path | None:
-        """Return the checkpoint from which all processes go on.
-
-        Raises:
-            ValueError: if one of them cannot see it.
-        """
-        found = ckpt.list_checkpoints(self.run.checkpoints)
-        name = self.world.agree(found[-1].name if found else None)
-        with self.world.together():
-            if name is not None and name not in [path.name for path in found]:
-                raise ValueError(
-                    f"{self.run.checkpoints}: {name} is not there, which rank 0 goes on from; all processes need the run's "
-                    "folder on a file system that they share"
-                )
-        return None if name is None else self.run.checkpoints / name
-
     def _equip(self) -> None:
         """Make what depends on which parameters there are."""
         self.optimizer = make_optimizer(self.config.optimizer, self.denoiser)
         self.parts = self._parts()
-        if self.world.size == 1:
-            return
-        if self.reducer is not None:
-            self.reducer.close()
-        everybody = self.world.group(range(self.world.size))
-        shared = branching.tied(self.denoiser.network)
-        stages = {name: None if shared else stage_of_part(name) for name in self.parts}
-        groups = {name: everybody if stage is None else self._groups[stage] for name, stage in stages.items()}
-        self.reducer = Reducer(self.world, self.parts, groups)
+        self.team.equip(self.parts, shared=branching.tied(self.denoiser.network))
 
     def _parts(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters of each part of the network, each parameter once."""
@@ -206,7 +180,7 @@ class Trainer:
     @property
     def stopped(self) -> bool:
         """Whether fit has ended because a process was asked to stop."""
-        return self.stopping if self.world.size == 1 else self._stop_agreed
+        return self.stopping if self.team.alone else self.team.stopping
 
     def stop(self) -> None:
         """Ask fit to end after the current step with a checkpoint."""
@@ -256,7 +230,7 @@ class Trainer:
         moments = ckpt.optimizer_tensors(self.optimizer, self.denoiser)
         for module in (self.denoiser, self.ema.module):
             branching.untie(module.network)
-            self.layout.drop(module.network, self.world.rank)
+            self.team.layout.drop(module.network, self.world.rank)
         self.ema.follow(self.denoiser)
         self._equip()
         names = (name for name, _ in self.denoiser.named_parameters())
@@ -297,9 +271,10 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         totals = self._backward(counts, weights)
         if self.scaler.is_enabled():
-            self._agree_on_overflow()
+            self.team.agree_on_overflow([p.grad for p in self.denoiser.parameters() if p.grad is not None])
         self.scaler.unscale_(optimizer)
-        totals, norms = self._share(totals, self._norms())
+        names = list(self.denoiser.network.parts())
+        totals, norms = self.team.share(totals, self._norms(), names, stopping=self.stopping)
         losses = (totals / totals.new_tensor([max(c, 1) for c in counts])).tolist()
         self._refuse_non_finite(losses, [f"stage {k + 1}" for k in range(len(losses))], "loss")
         self._clip(norms)
@@ -318,21 +293,21 @@ class Trainer:
 
     def _backward(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> Tensor:
         """Accumulate this process's rows, sum gradients over processes; return the rows' summed loss of each stage."""
-        rows = self.layout.rows(self.world.rank, counts)
+        rows = self.team.rows(counts)
+        active, busy = self._named(counts), self._named([len(r) for r in rows])
         parts = min(self.config.training.accumulate, max(map(len, rows)))
         totals = torch.zeros(len(counts), device=self.device)
-        if self.reducer is not None and parts == 0:
-            self.reducer.start(self._named(counts), ())
+        if not parts:
+            self.team.expect(active, busy)
         for part in range(parts):
             batch = self.source.draw(self.step, counts, rows, part, parts)
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 sums = stage_losses(self.denoiser, batch)
-            if self.reducer is not None and part == parts - 1:
-                self.reducer.start(self._named(counts), self._named([len(r) for r in rows]))
+            if part == parts - 1:
+                self.team.expect(active, busy)
             self.scaler.scale(objective(sums, weights, counts)).backward()  # type: ignore[no-untyped-call]
             totals += torch.stack(sums).detach()
-        if self.reducer is not None:
-            self.reducer.finish()
+        self.team.sum_gradients()
         return totals
 
     def _named(self, counts: Sequence[int]) -> list[str]:
@@ -342,35 +317,10 @@ class Trainer:
         shared = branching.tied(self.denoiser.network)
         return [name for name in self.parts if shared or (k := stage_of_part(name)) is None or counts[k]]
 
-    def _agree_on_overflow(self) -> None:
-        """Let a gradient that has overflowed on one process count on all: either all skip the step or none."""
-        grads = [p.grad for part in self.parts.values() for p in part if p.grad is not None]
-        if self.world.size > 1 and float(self.world.sum(~torch.isfinite(nn.utils.get_total_norm(grads)) * 1.0)):
-            grads[0].fill_(math.inf)
-
     def _norms(self) -> dict[str, Tensor]:
         """Return the norm of each part's gradient."""
         grads = {name: [p.grad for p in part if p.grad is not None] for name, part in self.parts.items()}
         return {name: nn.utils.get_total_norm(g) for name, g in grads.items() if g}
-
-    def _share(self, totals: Tensor, norms: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss sums of all processes and the norms of all parts, each counted once wherever it lives."""
-        if self.world.size == 1:
-            return totals, norms
-        names, stages = list(self.denoiser.network.parts()), len(totals)
-        told = torch.zeros(stages + 2 * len(names) + 1, dtype=torch.float64, device=self.device)
-        told[:stages] = totals
-        for i, name in enumerate(names):
-            if name in norms and self.layout.owner(stage_of_part(name)) == self.world.rank:
-                told[stages + 2 * i], told[stages + 2 * i + 1] = norms[name], 1.0
-        told[-1] = float(self.stopping)
-        found = self.world.sum(told).tolist()
-        self._stop_agreed = found[-1] > 0
-        dtype = next(iter(self.denoiser.parameters())).dtype
-        known = [(name, found[stages + 2 * i]) for i, name in enumerate(names) if found[stages + 2 * i + 1]]
-        return totals.new_tensor(found[:stages]), {
-            n: torch.tensor(v, dtype=dtype, device=self.device) for n, v in known
-        }
 
     def _refuse_non_finite(self, values: Sequence[float], names: Sequence[str], what: str) -> None:
         bad = [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
@@ -425,26 +375,16 @@ class Trainer:
         count = self.config.training.held_out_rows
         totals = torch.zeros(len(self.shares), dtype=torch.float64, device=self.device)
         for stage in range(len(self.shares)):
-            rows = self.layout.rows(self.world.rank, [count] * len(self.shares))[stage]
+            rows = self.team.rows([count] * len(self.shares))[stage]
             if rows:
                 batch = held_out_batch(self.config, self.held_out, stage, self.device).part(rows)
                 totals[stage] = stage_losses(self.ema.module, batch)[stage]
         return [total / count for total in self.world.sum(totals).tolist()]
 
     def averaged(self) -> MultiStageDenoiser:
-        """Return the averaged weights of the whole network; other processes are asked for what they hold.
-
-        To be called on all processes; the result is to be used, not kept.
-        """
-        if branching.tied(self.denoiser.network) or self.layout.everywhere(self.world.size):
-            return self.ema.module
-        whole = build_denoiser(self.config).to(self.device, next(self.ema.module.parameters()).dtype)
-        mine = self.ema.module.state_dict()
-        for name, tensor in whole.state_dict().items():
-            if name in mine:
-                tensor.copy_(mine[name])
-            self.world.spread(tensor, self.layout.owner(self.layout.stage_of(name)))
-        return whole.eval().requires_grad_(False)
+        """Return the averaged weights of the whole network, to be used, not kept; all processes call it."""
+        dtype = next(self.ema.module.parameters()).dtype
+        return self.team.whole(self.ema.module, lambda: build_denoiser(self.config).to(self.device, dtype))
 
     def _score_held_out(self, *, log: bool) -> float | None:
         """Return the objective on held-out rows, None if it is not finite."""
@@ -482,20 +422,15 @@ class Trainer:
         }
         # on the process that writes, whatever the strategy: checkpoints know nothing of it
         checkpoint = ckpt.Checkpoint(
-            model=self.world.collect(self._owned(self.denoiser.state_dict())),
-            ema=self.world.collect(self._owned(self.ema.module.state_dict())),
-            optimizer=self.world.collect(self._owned(ckpt.optimizer_tensors(self.optimizer, self.denoiser))),
+            model=self.team.collect(self.denoiser.state_dict()),
+            ema=self.team.collect(self.ema.module.state_dict()),
+            optimizer=self.team.collect(ckpt.optimizer_tensors(self.optimizer, self.denoiser)),
             state=state,
         )
         with self.world.together():
             if self.world.chief:
                 ckpt.save_checkpoint(self.run.checkpoints, checkpoint)
                 ckpt.prune(self.run.checkpoints, training.keep_last, training.keep_every)
-
-    def _owned(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return those of named tensors that this process answers for: each is answered for by one."""
-        owner = {name: self.layout.owner(self.layout.stage_of(name)) for name in tensors}
-        return {name: value for name, value in tensors.items() if owner[name] == self.world.rank}
 
     def _restore(self, path: Path) -> None:
         state = ckpt.read_state(path)
