@@ -8,6 +8,10 @@ Four networks that cost equally much per training image, within 3 %, are trained
     a  one network for all noise              b  a network of its own for every stage of `msdiff split`
     c  several decoders on one encoder, stages of `msdiff split`        d  the same network, stages of even length in time
 
+and beside them, to see what comes from the decoders and what from the rows that each stage is given,
+
+    e  one network for all noise, trained on the rows of (c)
+
 The Fréchet distance of 5,000 samples to the training images, on the features of the classifier that ships with the package,
 is taken at evaluation points fixed beforehand. The ratio is the compute at which (c) first reaches the best distance of
 (a), divided by the compute at which (a) reached it: paired by seed, its mean and interval taken in logarithms.
@@ -25,7 +29,7 @@ import math
 import multiprocessing
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +37,15 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from multistage_diffusion import override, preset, resume, split, train
+from multistage_diffusion import keyed, override, preset, resume, split, train
 from multistage_diffusion.config import DataConfig, RunConfig
-from multistage_diffusion.data import open_data
+from multistage_diffusion.contracts import Denoiser
+from multistage_diffusion.data import open_data, to_float
 from multistage_diffusion.denoisers import build_denoiser
+from multistage_diffusion.optimal import OptimalDenoiser
 from multistage_diffusion.serialization import read_json, to_dict, write_json
 from multistage_diffusion.splitting import SplitSettings
 from multistage_diffusion.stages import Stages
@@ -53,10 +60,18 @@ TUNING_SEED = 1
 BRANCH = "branch at"  # share of a run's steps in which all stages train one decoder (training.branch_at)
 SPLIT = "split"  # which of a setting's splits gives the stages
 TOLERANCE = 0.03  # of the arms' compute per image
+SIGMAS = (0.05, 0.1, 0.2, 0.35, 0.6, 0.85, 1.2, 1.8, 2.5, 4.0, 8.0, 16.0)  # at which denoising errors are compared
+JUDGED = 1000  # held-out images of which they are the mean
 # Two-sided 97.5 % points of Student's t for 1, 2, ... degrees of freedom
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-ARMS = {"a": "one network", "b": "separate networks", "c": "several decoders, split", "d": "several decoders, even"}
-COLOURS = {"a": "#444444", "b": "#c44e52", "c": "#1f77b4", "d": "#dd8452"}
+ARMS = {
+    "a": "one network",
+    "b": "separate networks",
+    "c": "several decoders, split",
+    "d": "several decoders, even",
+    "e": "one network, rows of (c)",
+}
+COLOURS = {"a": "#444444", "b": "#c44e52", "c": "#1f77b4", "d": "#dd8452", "e": "#8c8c8c"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +166,9 @@ def data_config(size: int) -> DataConfig:
 def configuration(size: int, arm: str, variant: int, seed: int, steps: int, cuts: Cuts) -> RunConfig:
     """Return the run of an arm."""
     setting = SETTINGS[size]
-    changes = dict(setting.variants[arm][variant])
+    changes = dict(setting.variants["c" if arm == "e" else arm][variant])
+    if arm == "e":
+        changes[BRANCH] = 1.0
     changes["training.branch_at"] = round(steps * changes.pop(BRANCH, 0.0))
     stages = cuts.splits[changes.pop(SPLIT)] if SPLIT in changes else cuts.even
     if arm == "a":
@@ -216,6 +233,35 @@ def curve(run: Run) -> list[dict[str, float]]:
     """Return the evaluation points of a run: images, petaFLOPs, Fréchet distance."""
     names = ("step", "images", "petaflops", "frechet")
     return [{name: r[name] for name in names} for r in run.records() if r["kind"] == "quality" and r["frechet"]]
+
+
+# -- where the arms differ ------------------------------------------------------------------------------------------------
+
+
+def noisy(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (x, sigma) of the same images at every noise level, the same noise for all arms."""
+    for sigma in SIGMAS:
+        noise = keyed.normal(("efficiency", round(1000 * sigma)), torch.arange(len(images)), images.shape[1:])
+        yield images + sigma * noise, torch.full((len(images),), sigma, dtype=torch.float64)
+
+
+@torch.no_grad()
+def errors(denoiser: Denoiser, images: Tensor) -> list[float]:
+    """Return the mean squared error per pixel at each of SIGMAS."""
+    return [
+        statistics.fmean(
+            float((denoiser(a, b).to(y.dtype) - y).square().mean())
+            for a, b, y in zip(x.split(250), sigma.split(250), images.split(250), strict=True)
+        )
+        for x, sigma in noisy(images)
+    ]
+
+
+def held_out_images(size: int) -> tuple[Tensor, Tensor]:
+    """Return training images, and JUDGED of those held out, in [-1, 1]."""
+    config = data_config(size)
+    training, held_out = open_data(config.source, size=config.size, fit=config.fit).split(config.held_out)
+    return to_float(training.tensor()), to_float(held_out.tensor()[:JUDGED])
 
 
 # -- what it shows ------------------------------------------------------------------------------------------------------
@@ -307,7 +353,7 @@ def arm_facts(size: int, arm: str, variant: int, cuts: Cuts) -> dict[str, Any]:
     """Return what an arm is made of, and what it costs: by formula, and counted over a real step."""
     config = configuration(size, arm, variant, 0, STEPS[size]["final"], cuts)
     return {
-        "changes": dict(SETTINGS[size].variants[arm][variant]),
+        "changes": to_dict(dict(SETTINGS[size].variants["c" if arm == "e" else arm][variant])),
         "edges": list(config.stages.interior),
         "encoder_width": config.network.encoder_width,
         "decoder_widths": list(config.network.decoder_widths),
@@ -331,6 +377,7 @@ def collect(size: int, folder: Path, out: Path) -> dict[str, Any]:
     """Read all runs of a size below the folder into the results."""
     known: dict[str, Any] = read_json(out) if out.exists() else {}
     setting = SETTINGS[size]
+    training, held_out = held_out_images(size)
     tuning, final = known.setdefault("tuning", {}), known.setdefault("final", {})
     for path in sorted((folder / str(size)).glob("*-seed*")):
         arm, variant, seed = path.name[0], int(path.name[1:].partition("-")[0]), path.name.partition("seed")[2]
@@ -349,10 +396,26 @@ def collect(size: int, folder: Path, out: Path) -> dict[str, Any]:
             variant == setting.chosen.get(arm)
             and checkpoint_step(list_checkpoints(run.checkpoints)[-1]) >= STEPS[size]["final"]
         ):
-            final.setdefault(arm, {})[seed] = entry
+            final.setdefault(arm, {})[seed] = {**entry, "errors": errors(run.denoiser("latest"), held_out)}
     known["final"] = {arm: final[arm] for arm in ARMS if arm in final}
     known["summary"] = summarise(known["final"]) if "a" in final else {}
+    if final and "optimal_errors" not in known:
+        known |= {"sigmas": list(SIGMAS), "optimal_errors": errors(OptimalDenoiser(training), held_out)}
     return known
+
+
+def error_table(known: Mapping[str, Any]) -> str:
+    """Return denoising errors by noise level: the optimal denoiser's, (a)'s, and the others' relative to (a)'s."""
+    mean = {
+        arm: [statistics.fmean(at) for at in zip(*(run["errors"] for run in seeds.values()), strict=True)]
+        for arm, seeds in known["final"].items()
+    }
+    others = [arm for arm in mean if arm != "a"]
+    lines = [f"{'sigma':>7}{'optimal':>10}{'(a)':>10}" + "".join(f"{f'({arm})':>9}" for arm in others)]
+    for i, (sigma, best) in enumerate(zip(known["sigmas"], known["optimal_errors"], strict=True)):
+        relative = "".join(f"{mean[arm][i] / mean['a'][i] - 1:+9.1%}" for arm in others)
+        lines.append(f"{sigma:7}{best:10.5f}{mean['a'][i]:10.5f}{relative}")
+    return "\n".join(lines)
 
 
 def report(known: Mapping[str, Any], size: int) -> None:
@@ -398,7 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             jobs = [
                 Job(args.size, arm, variant, TUNING_SEED, steps)
                 for variant, arm in itertools.product(range(max(map(len, setting.variants.values()))), args.arms)
-                if variant < len(setting.variants[arm])
+                if variant < len(setting.variants.get(arm, ()))
             ]
             facts = {}
         elif missing := [arm for arm in args.arms if arm not in setting.chosen]:
@@ -422,6 +485,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(out, known)
     known = read_json(out)
     report(known, args.size)
+    if "a" in known.get("final", {}):
+        print(error_table(known))
     if known.get("final"):
         draw(known["final"], out.with_suffix(".png"))
 

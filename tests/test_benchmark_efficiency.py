@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from multistage_diffusion.serialization import read_json, write_json
 
@@ -78,13 +79,13 @@ def test_only_seeds_that_both_have_are_paired(bench: ModuleType) -> None:
 
 
 def test_all_arms_and_variants_cost_the_same(bench: ModuleType) -> None:
-    cuts = bench.Cuts(split=(0.8448, 10.275), even=(1.469, 9.596))
+    cuts = bench.Cuts(splits={"algorithm 1": (0.8448, 10.275), "algorithm 2": (1.8, 11.9)}, even=(1.469, 9.596))
     for size, setting in bench.SETTINGS.items():
         assert len({len(variants) for variants in setting.variants.values()}) == 1  # the same tuning for all
         costs = [
             bench.flops_per_image(bench.configuration(size, arm, variant, 11, 400, cuts))
             for arm in bench.ARMS
-            for variant in range(len(setting.variants[arm]))
+            for variant in range(len(setting.variants["a"]))
         ]
         assert max(costs) / min(costs) - 1 < bench.TOLERANCE
     config = bench.configuration(16, "b", 0, 11, 400, cuts)
@@ -92,6 +93,21 @@ def test_all_arms_and_variants_cost_the_same(bench: ModuleType) -> None:
     assert (config.training.branch_at, config.training.steps, config.training.seed) == (100, 400, 11)
     assert bench.configuration(16, "a", 0, 11, 400, cuts).stages.interior == ()
     assert bench.configuration(16, "d", 0, 11, 400, cuts).stages.interior == cuts.even
+    for variant, name in enumerate(cuts.splits):
+        c, e = (bench.configuration(16, arm, variant, 11, 400, cuts) for arm in "ce")
+        assert c.stages.interior == e.stages.interior == cuts.splits[name]
+        assert c.training.shares == e.training.shares
+        assert (c.training.branch_at, e.training.branch_at) == (100, 400)  # (e)'s stages never part
+
+
+def test_errors_are_those_of_the_same_noise_for_all(bench: ModuleType) -> None:
+    images = torch.linspace(-1, 1, 40).reshape(10, 1, 2, 2)
+    zero = bench.errors(lambda x, sigma: torch.zeros_like(x), images)
+    assert zero == pytest.approx([float(images.square().mean())] * len(bench.SIGMAS))
+    same = bench.errors(lambda x, sigma: x, images)  # leaves the noise as it is
+    assert same == bench.errors(lambda x, sigma: x, images)
+    assert same == pytest.approx([s**2 for s in bench.SIGMAS], rel=0.6)
+    assert bench.errors(bench.OptimalDenoiser(images), images)[0] < 1e-6 < same[0]  # it knows each of them apart
 
 
 def test_unequal_arms_are_refused(bench: ModuleType) -> None:
@@ -105,13 +121,19 @@ def test_what_is_known_is_printed_and_drawn(
     bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs: dict[str, Any] = {
-        arm: {str(seed): {"curve": power_law(scale)} for seed in (11, 12, 13)}
+        arm: {str(seed): {"curve": power_law(scale), "errors": [0.5 / scale, 0.2]} for seed in (11, 12, 13)}
         for arm, scale in (("a", 1.0), ("c", 2.0))
     }
     out = tmp_path / "efficiency-16.json"
-    write_json(out, {"final": runs, "summary": bench.summarise(runs)})
+    known = {"final": runs, "summary": bench.summarise(runs), "sigmas": [0.1, 1.0], "optimal_errors": [0.1, 0.15]}
+    write_json(out, known)
     bench.main(["--report", "--out", str(out)])
     printed = capsys.readouterr().out
     assert "relative to (a)'s: 0.500 (0.500 to 0.500)" in printed
+    assert [line.split() for line in printed.splitlines()[-3:]] == [
+        ["sigma", "optimal", "(a)", "(c)"],
+        ["0.1", "0.10000", "0.50000", "-50.0%"],
+        ["1.0", "0.15000", "0.20000", "+0.0%"],
+    ]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert read_json(out)["final"] == runs
