@@ -67,7 +67,14 @@ def small_fashion_mnist(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "console")], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, marks=[pytest.mark.slow] if any(launch for launch, _ in commands(p)) else [], id=p.stem)
+        for p in PAGES
+        if blocks(p, "console")
+    ],
+)
 def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MSDIFF_CACHE", str(tmp_path / "cache"))
@@ -92,6 +99,7 @@ def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         exec(compile(block, page.name, "exec"), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "py")], ids=lambda p: p.stem)
 def test_python_of_several_processes(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "py"):

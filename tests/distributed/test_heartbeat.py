@@ -105,7 +105,13 @@ def waits(world: World) -> str:
         return str(error)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hanging"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGKILL, id="dead", marks=pytest.mark.slow),  # in quick tests, too: test_many_processes
+        pytest.param(signal.SIGSTOP, id="hanging"),
+    ],
+)
 def test_others_end_soon_and_name_the_lost_one(how):
     world = Processes(3, waits, patience=3.0)
     time.sleep(4.0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -83,14 +85,22 @@ def require_same(a: Path, b: Path, tolerance: float = 1e-10) -> None:
         (2, "time", {}),
         (3, "memory", {}),
         (4, "memory", {}),
-        (2, "memory", {"optimizer__clip_scope": "part", "training__update_mode": "sequential"}),
-        (3, "time", {"training__accumulate": 3, "training__update_mode": "one-stage"}),
-        (
-            3,
-            "memory",
-            {"network__decoder_widths": [8, 8, 8], "training__branch_at": 7, "network__separate": True},
+        pytest.param(
+            *(2, "memory", {"optimizer__clip_scope": "part", "training__update_mode": "sequential"}),
+            marks=pytest.mark.slow,
         ),
-        (2, "memory", {"network__augment_dim": 9, "optimizer__kind": "adamw", "optimizer__weight_decay": 0.1}),
+        pytest.param(
+            *(3, "time", {"training__accumulate": 3, "training__update_mode": "one-stage"}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(3, "memory", {"network__decoder_widths": [8, 8, 8], "training__branch_at": 7, "network__separate": True}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(2, "memory", {"network__augment_dim": 9, "optimizer__kind": "adamw", "optimizer__weight_decay": 0.1}),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["2 time", "3 memory", "4 memory", "sequential", "one-stage", "branch", "weight decay"],
 )
@@ -218,6 +228,43 @@ def test_a_process_killed_in_mid_step_costs_no_more_than_the_steps_since_the_che
     assert list_checkpoints(path / "checkpoints")[-1].name < "step_00000012"
     processes.run(3, trained, path, exactly(), "memory")
     require_same(tmp_path / "whole", path, tolerance=0.0)
+
+
+DIES_ONCE = """
+import os, signal, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, TESTS)
+from conftest import tiny_config
+from multistage_diffusion.distributed import speaks
+from multistage_diffusion.training.trainer import Callback
+from multistage_diffusion.workflow import train
+
+torch.set_num_threads(1)
+
+class Dies(Callback):
+    everywhere = True
+
+    def stepped(self, trainer):
+        if trainer.world.rank == 1 and trainer.step == 5 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+config = tiny_config(data__source=DATA, data__shape=(), training__steps=8, training__checkpoint_every=2)
+run = train(config, OUT, device="cpu", strategy="memory", callbacks=[Dies()] if DIES else [])
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_what_has_died(tmp_path):
+    np.save(tmp_path / "data.npy", tiny_data(40).images)
+    for dies in (False, True):
+        names = {"TESTS": Path(__file__).parents[1], "DATA": tmp_path / "data.npy", "OUT": tmp_path / f"dies-{dies}"}
+        given = "".join(f"{name} = {str(value)!r}\n" for name, value in names.items()) + f"DIES = {dies}\n"
+        (tmp_path / "work.py").write_text(given + DIES_ONCE)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        subprocess.run([*launch, "--max-restarts", "1", str(tmp_path / "work.py")], check=True, timeout=200)
+    require_same(tmp_path / "dies-False", tmp_path / "dies-True", tolerance=0.0)
+    assert len((tmp_path / "dies-True" / "launches.jsonl").read_text().splitlines()) == 2
 
 
 # -- sampling and evaluation ------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import Store
 
 EVERY = 1.0  # seconds between signs of life
 PATIENCE = 20.0  # seconds without one after which a process is lost; torchrun kills what outlives a failure by 30 s
+DOUBT = 5  # signs of life missed after which one is lost where an exchange has failed already
 GRACE = 5.0  # seconds in which the main thread may still tell the reason itself
 _LEFT, _FAILED = "left", "failed "
 
@@ -89,6 +90,7 @@ class Heartbeat:
     def explain(self) -> str:
         """Return why an exchange has failed, waiting until it is known; "" if all others are alive."""
         self._explaining = True
+        self.patience = min(self.patience, DOUBT * self.every)
         self._known.wait(self.patience + 3 * self.every)
         return self.reason
 
