@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -245,17 +246,23 @@ def evaluate_samples(
         )
     if splits < 1:
         raise ValueError(f"splits={splits} must be at least 1")
-    features = [extract(extractor, images, device=device).cpu() for images in (samples, train, held_out)]
-    scores = torch.tensor([_scores(features, k, count, seed, split) for split in range(splits)], dtype=torch.float64)
+    sets = (samples, train, held_out)
+    draws = [_drawn([len(images) for images in sets], count, seed, split) for split in range(splits)]
+    features = [
+        _extract_drawn(extractor, *pair, device=device) for pair in zip(sets, zip(*draws, strict=True), strict=True)
+    ]
+    scored = [_scores(fake, real, reference, k) for fake, real, reference in zip(*features, strict=True)]
+    scores = torch.tensor(scored, dtype=torch.float64)
     frechet, frechet_real, precision, recall, precision_real, recall_real = scores.mean(dim=0).tolist()
     through_codec = None
     if reconstructed is not None:
         _check_sets(reconstructed, train, held_out)
-        sets = [extract(extractor, reconstructed, device=device).cpu(), *features[1:]]
-        draws = [_drawn(sets, count, seed, split) for split in range(splits)]
-        through_codec = sum(frechet_distance(fake, real) for fake, real, _ in draws) / splits
+        sizes = [len(reconstructed), len(train), len(held_out)]
+        fakes = [_drawn(sizes, count, seed, split)[0] for split in range(splits)]
+        coded = _extract_drawn(extractor, reconstructed, fakes, device=device)
+        through_codec = sum(map(frechet_distance, coded, features[1])) / splits
     copies = memorisation(samples, train, held_out)
-    dims = features[0].shape[1]
+    dims = features[0][0].shape[1]
     return EvaluationResult(
         extractor=extractor.name,
         comparable_to=extractor.comparable_to,
@@ -282,9 +289,8 @@ def evaluate_samples(
     )
 
 
-def _scores(features: list[Tensor], k: int, count: int, seed: int, split: int) -> tuple[float, ...]:
+def _scores(fake: Tensor, real: Tensor, reference: Tensor, k: int) -> tuple[float, ...]:
     """Score one draw: Fréchet distance of samples and of real images, then precision and recall of both."""
-    fake, real, reference = _drawn(features, count, seed, split)
     for drawn in (fake, real):
         _check_pair(drawn, reference, rows=2)
     known = moments(reference)
@@ -297,10 +303,19 @@ def _scores(features: list[Tensor], k: int, count: int, seed: int, split: int) -
     )
 
 
-def _drawn(features: list[Tensor], count: int, seed: int, split: int) -> list[Tensor]:
-    """Draw equally many rows of samples, training and held-out images."""
+def _drawn(sizes: Sequence[int], count: int, seed: int, split: int) -> list[Tensor]:
+    """Draw the numbers of equally many samples, training and held-out images."""
     order = [generator((seed, "evaluation", split, which)) for which in ("samples", "train", "held-out")]
-    return [f[torch.randperm(len(f), generator=g)[:count].to(f.device)] for f, g in zip(features, order, strict=True)]
+    return [torch.randperm(size, generator=g)[:count] for size, g in zip(sizes, order, strict=True)]
+
+
+def _extract_drawn(
+    extractor: FeatureExtractor, images: Tensor, draws: Sequence[Tensor], *, device: torch.device | str
+) -> list[Tensor]:
+    """Return the features of every draw, on the CPU; images that no draw has are not looked at, others once."""
+    used, where = torch.unique(torch.cat(list(draws)), return_inverse=True)
+    features = extract(extractor, images[used.to(images.device)], device=device).cpu()
+    return [features[rows] for rows in where.split([len(draw) for draw in draws])]
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
