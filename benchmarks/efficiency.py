@@ -151,7 +151,7 @@ SETTINGS = {
                 {"training.shares": [0.75, 0.22, 0.03], "training.overlap": 0.5, BRANCH: 0.25},
             ),
         },
-        chosen={},
+        chosen={"a": 0, "b": 0, "c": 1, "d": 0, "e": 1},
     ),
 }
 

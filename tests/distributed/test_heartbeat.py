@@ -20,6 +20,7 @@ def pair(monkeypatch):
     """Make signs of life of rank 0 and, unless it is dead, rank 1, in one process; (rank 0's, rank 1's, exit codes)."""
     store, made, ends = dist.HashStore(), [], []
     monkeypatch.setattr(heartbeat, "GRACE", 0.2)
+    monkeypatch.setattr(heartbeat, "LAST", 2.0)
 
     def make(*, dead: bool = False):
         for rank in range(1 if dead else 2):
@@ -47,10 +48,19 @@ def test_the_living_hear_one_another(pair):
 
 def test_who_is_silent_is_lost_and_waiting_for_it_ends(pair, capfd):
     a, ends = pair(dead=True)
+    a.waiting = time.monotonic()
     assert until(lambda: bool(ends))
     assert ends == [2]
     assert a.reason.startswith(f"{NAMES[1]} is dead or hangs: no sign of life for ")
     assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_who_works_on_is_given_time_to_finish_what_needs_nobody(pair):
+    a, ends = pair(dead=True)
+    assert until(lambda: bool(a.reason))
+    time.sleep(1.0)
+    assert ends == []
+    assert until(lambda: bool(ends))
 
 
 def test_the_main_thread_that_asks_is_told_instead(pair, capfd):
@@ -66,6 +76,14 @@ def test_who_leaves_is_not_missed(pair):
     b.leave()
     time.sleep(1.0)
     assert (a.reason, ends) == ("", [])
+
+
+def test_who_has_left_but_is_waited_for_is_lost(pair):
+    a, b, _ = pair()
+    b.leave()
+    a.waiting = time.monotonic()
+    assert until(lambda: bool(a.reason))
+    assert a.reason == f"{NAMES[1]} has ended, but is waited for"
 
 
 def test_who_fails_says_why(pair):

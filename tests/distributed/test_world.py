@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import processes
 import pytest
 import torch
 
 from multistage_diffusion.distributed import ALONE, World, join, speaks
+from multistage_diffusion.distributed import world as world_module
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -47,6 +50,37 @@ def test_an_incomplete_environment_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="WORLD_SIZE=2 but MASTER_ADDR, MASTER_PORT is not set; start with torchrun"):
         join(torch.device("cpu"))
     assert not speaks()
+
+
+def test_a_world_without_a_store_has_no_words():
+    with pytest.raises(ValueError, match=r"this world has no store .* distributed\.join"):
+        World(1, 2).agree(1)
+
+
+def ends_early(world: World) -> str:
+    if world.rank == 0:
+        return ""
+    return raised(lambda: world.exchange("anybody there?"))
+
+
+@pytest.mark.slow
+def test_who_waits_for_a_process_that_has_ended_is_told():
+    _, told = processes.Processes(2, ends_early, patience=3.0).results(40.0)
+    assert told is None or "rank 0 (process" in told
+
+
+def test_processes_that_start_again_do_not_hear_those_before_them():
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    for key in ("hello/0", "hello/1"):  # of an attempt that has died
+        store.set(f"msdiff/{key}", "old")
+    store.set("msdiff/seen", '["old", "old"]')
+    store.set("msdiff/met", '["old", "old"]')
+    with ThreadPoolExecutor(2) as pool:
+        clients = [torch.distributed.TCPStore("127.0.0.1", store.port, is_master=False) for _ in range(2)]
+        names = list(pool.map(lambda rank: world_module._meet(clients[rank], rank, 2), range(2)))
+        again = list(pool.map(lambda rank: world_module._meet(clients[rank], rank, 2), range(2)))
+    assert names[0] == names[1] != again[0]
+    assert again[0] == again[1]
 
 
 # -- three processes --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 from ..config import DataConfig
 from ..console import Bar
+from ..distributed import speaks
 from ..evaluation import ComparisonResult, EvaluationResult
 from ..serialization import to_dict
 from ..training.run import Run
@@ -88,6 +89,8 @@ class Evaluate(SamplerOptions, DataOptions):
                 result = evaluate(run, data, **chosen, progress=bar)
             else:
                 result = compare(run, self.against, data, **chosen, progress=bar)
+        if not speaks():
+            return
         if self.json:
             print_json(to_dict(result))
         else:

@@ -18,7 +18,8 @@ from torch._C._distributed_c10d import Store
 EVERY = 1.0  # seconds between signs of life
 PATIENCE = 20.0  # seconds without one after which a process is lost; torchrun kills what outlives a failure by 30 s
 DOUBT = 5  # signs of life missed after which one is lost where an exchange has failed already
-GRACE = 5.0  # seconds in which the main thread may still tell the reason itself
+GRACE = 5.0  # seconds of waiting in which the main thread may still tell the reason itself
+LAST = 35.0  # seconds in which it may finish what needs nobody, such as a checkpoint
 _LEFT, _FAILED = "left", "failed "
 
 
@@ -50,6 +51,7 @@ class Heartbeat:
         self.store, self.rank, self.names = store, rank, names
         self.every, self.patience, self._end = every, patience, end
         self.reason = ""  # why the others can no longer be waited for
+        self.waiting: float | None = None  # since when (time.monotonic) this process has needed the others
         self._known = threading.Event()
         self._explaining = False
         self._word = ""  # the last one: that this process has left, or why it failed
@@ -118,19 +120,25 @@ class Heartbeat:
 
     def _judge(self, heard: dict[int, tuple[bytes, float]]) -> str:
         now = time.monotonic()
+        waited = 0.0 if self.waiting is None else now - self.waiting
         for rank, (word, when) in heard.items():
             if word.decode().startswith(_FAILED):
                 return f"{self.names[rank]} has failed: {word.decode().removeprefix(_FAILED)}"
-            if word.decode() != _LEFT and now - when > self.patience:
+            if word.decode() == _LEFT:
+                if waited > DOUBT * self.every and now - when > DOUBT * self.every:
+                    return f"{self.names[rank]} has ended, but is waited for"
+            elif now - when > self.patience:
                 return f"{self.names[rank]} is dead or hangs: no sign of life for {now - when:.0f} s"
         return ""
 
     def _tell(self, reason: str) -> None:
-        """Leave the reason to the main thread; where that waits for ever, end the process."""
+        """Leave the reason to the main thread; where that waits in vain, or works on for long, end the process."""
         self.reason = reason
         self._known.set()
-        if self._stop.wait(GRACE) or self._explaining:
-            return
+        deadline = time.monotonic() + LAST
+        while (now := time.monotonic()) < deadline and not (self.waiting is not None and now - self.waiting > GRACE):
+            if self._stop.wait(self.every / 5) or self._explaining:
+                return
         print(
             f"msdiff: {reason}; rerun the same command to go on from the last checkpoint", file=sys.stderr, flush=True
         )

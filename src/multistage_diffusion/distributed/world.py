@@ -10,10 +10,12 @@ import atexit
 import json
 import os
 import socket
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from .heartbeat import PATIENCE, Heartbeat, RankLost
 
 _FOREVER = timedelta(days=7)  # of waiting for another process that is alive
 GOODBYE = 30.0  # seconds for which rank 0, which may keep the store, stays for those that have not left yet
+ErrorType = TypeVar("ErrorType", bound=BaseException)
 _MENDABLE = (ValueError, OSError, FloatingPointError)
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -41,7 +44,8 @@ class World:
         self.rank, self.size = rank, size
         self._store, self._turn = store, 0
         self._heart: Heartbeat | None = None
-        self._shared_error = False
+        self._shared: BaseException | None = None  # an error that all know of
+        self._failed = False
 
     @property
     def chief(self) -> bool:
@@ -57,6 +61,8 @@ class World:
     def exchange(self, value: Any) -> list[Any]:
         """Return the JSON values of all processes, by rank."""
         if self._store is None:
+            if self.size > 1:
+                raise ValueError("this world has no store to exchange words through; make it with distributed.join")
             return [value]
         self._turn += 1
         with self.explained():
@@ -64,9 +70,9 @@ class World:
             keys = [f"word/{self._turn}/{rank}" for rank in range(self.size)]
             self._store.wait(keys, _FOREVER)
             values = [json.loads(self._store.get(key)) for key in keys]
-        # whoever speaks now has read all words of the turn before
-        if self._turn > 1:
-            self._store.delete_key(f"word/{self._turn - 1}/{self.rank}")
+            # whoever speaks now has read all words of the turn before
+            if self._turn > 1:
+                self._store.delete_key(f"word/{self._turn - 1}/{self.rank}")
         return values
 
     def agree(self, value: Any) -> Any:
@@ -91,33 +97,41 @@ class World:
             raise error
         kinds = [isinstance(error, kind) for kind in _MENDABLE]
         told = self.exchange(None if error is None else [kinds.index(True), str(error)])
-        self._shared_error = any(told)
         if error is not None:
-            raise error
+            raise self.shared(error)
         for rank, failure in enumerate(told):
             if failure is not None:
-                raise _MENDABLE[failure[0]](f"rank {rank}: {failure[1]}")
+                raise self.shared(_MENDABLE[failure[0]](f"rank {rank}: {failure[1]}"))
 
     def require_equal(self, facts: dict[str, Any]) -> None:
         """Raise ValueError on all processes unless facts (JSON) are the same on all, naming the first that differs."""
         told = self.exchange(facts)
+        names = list(dict.fromkeys(name for theirs in told for name in theirs))
         for rank, theirs in enumerate(told):
-            for name in facts:
+            for name in names:
                 if theirs.get(name) != told[0].get(name):
-                    self._shared_error = True
-                    raise ValueError(
+                    error = ValueError(
                         f"rank {rank} has {name} {theirs.get(name)!r}, rank 0 {told[0].get(name)!r}; all processes must run "
                         "the same release on the same data with the same configuration"
                     )
+                    raise self.shared(error)
+
+    def shared(self, error: ErrorType) -> ErrorType:
+        """Return an error that all processes raise, so that none need be told of it."""
+        self._shared = error
+        return error
 
     # -- numbers --------------------------------------------------------------------------------------------------------
 
     def group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
         """Return a group of processes, None if there is nobody to exchange with; all must call it, in the same order."""
-        if self.size == 1:
+        if len(ranks) < 2:
             return None
-        made = dist.new_group(list(ranks))
-        return made if isinstance(made, dist.ProcessGroup) and len(ranks) > 1 else None
+        if len(ranks) == self.size:
+            return dist.group.WORLD
+        with self.explained():
+            made = dist.new_group(list(ranks))
+        return made if isinstance(made, dist.ProcessGroup) else None
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes; the same bits on each."""
@@ -177,25 +191,33 @@ class World:
         Raises:
             RankLost: if one is dead, hangs or has failed.
         """
+        if self._heart is None:
+            yield
+            return
+        self._heart.waiting = time.monotonic()
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # what torch.distributed raises
-            reason = "" if self._heart is None else self._heart.explain()
+            reason = self._heart.explain()
             if not reason:
                 raise
-            self._shared_error = True
-            raise RankLost(f"{reason}; rerun the same command to go on from the last checkpoint") from error
+            self._failed = True
+            lost = RankLost(f"{reason}; rerun the same command to go on from the last checkpoint")
+            raise self.shared(lost) from error
+        finally:
+            self._heart.waiting = None
 
     @contextmanager
     def announced(self) -> Iterator[None]:
         """Tell the others why this process fails, so that they need not wait for it."""
         try:
             yield
-        except KeyboardInterrupt:
-            self.leave()
-            raise
         except BaseException as error:
-            self.leave("" if self._shared_error else str(error) or type(error).__name__)
+            if self._shared is None or self._shared not in (error, error.__cause__):
+                self._failed = True
+                self.leave(" ".join(str(error).split()) or type(error).__name__)
             raise
 
     def leave(self, failure: str = "") -> None:
@@ -210,7 +232,7 @@ class World:
         self.leave()
         if self.chief:
             self._heart.outlast(GOODBYE)
-        if dist.is_initialized():
+        if dist.is_initialized() and not self._failed:  # with a dead peer that may wait for ever
             dist.destroy_process_group()
 
 
@@ -245,12 +267,35 @@ def join(device: torch.device, *, patience: float = PATIENCE) -> World:
     return _joined
 
 
+def _meet(store: Store, rank: int, size: int) -> str:
+    """Return a name for this meeting of processes: a store may still hold the words of those that died before.
+
+    Each says hello with a number of its own; rank 0 shows the list it has seen until all have found themselves in it.
+    """
+    mine = uuid.uuid4().hex
+    store.set(f"msdiff/hello/{rank}", mine)
+    while True:
+        if rank == 0:
+            seen = [store.get(f"msdiff/hello/{other}").decode() for other in range(size)]
+            store.set("msdiff/seen", json.dumps(seen))
+        seen = json.loads(store.get("msdiff/seen"))
+        name = uuid.uuid5(uuid.NAMESPACE_OID, "".join(seen)).hex
+        if mine in seen:
+            store.set(f"msdiff/found/{name}/{rank}", "1")
+        if rank == 0 and store.check([f"msdiff/found/{name}/{other}" for other in range(size)]):
+            store.set("msdiff/met", json.dumps(seen))
+        if store.check(["msdiff/met"]) and mine in (met := json.loads(store.get("msdiff/met"))):
+            return uuid.uuid5(uuid.NAMESPACE_OID, "".join(met)).hex
+        time.sleep(0.05)
+
+
 def _enter(device: torch.device, patience: float) -> World:
     store, rank, size = next(iter(rendezvous("env://")))
-    prefix = f"msdiff/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    prefix = f"msdiff/{_meet(store, rank, size)}"
     words = PrefixStore(f"{prefix}/words", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=PrefixStore(f"{prefix}/groups", store), rank=rank, world_size=size)
+    if not dist.is_initialized():
+        dist.init_process_group(backend, store=PrefixStore(f"{prefix}/groups", store), rank=rank, world_size=size)
     world = World(rank, size, words)
     names = world.exchange(f"rank {rank} (process {os.getpid()} on {socket.gethostname()})")
     # a client of its own: words are waited for, and a client that waits does not speak

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..nets.unet import MultiDecoderUNet
 
-_STAGE = re.compile(r"\b(encoders|decoders)\.(\d+)\.")
+STAGE = re.compile(r"\b(encoders|decoders)\.(\d+)\.")
 
 
 def tie(network: MultiDecoderUNet) -> None:
@@ -39,7 +39,7 @@ def tied(network: MultiDecoderUNet) -> bool:
 
 def of_first_stage(name: str) -> str:
     """Return the name of the first stage's tensor to which another stage's corresponds."""
-    return _STAGE.sub(r"\1.0.", name)
+    return STAGE.sub(r"\1.0.", name)
 
 
 def grown(tensors: dict[str, Tensor], names: Iterator[str]) -> dict[str, Tensor]:

@@ -131,7 +131,10 @@ class Reducer:
 
     def _launch(self, end: int) -> None:
         """Begin sums in the order of the queue, which is the same on all processes."""
-        for bucket in self._queue[self._launched : end]:
+        for i in range(self._launched, end):
+            bucket, before = self._queue[i], self._queue[i - 1] if i else None
+            if before is not None and before.group is not bucket.group and before.work is not None:
+                before.work.wait()  # NCCL's groups may not have work in flight at once; it only orders streams there
             self.bytes += bucket.launch()
         self._launched = max(self._launched, end)
 

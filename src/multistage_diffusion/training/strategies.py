@@ -8,7 +8,6 @@ same rows towards the same objective, so that a run may change between them, and
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,11 +18,10 @@ from ..config import RunConfig
 from ..nets.cost import network_cost
 from ..nets.unet import MultiDecoderUNet
 from .batches import row_counts, stage_shares
-from .branching import tied
+from .branching import STAGE, tied
 
 Strategy = Literal["time", "memory"]
 STRATEGIES: tuple[Strategy, ...] = ("time", "memory")
-_STAGE = re.compile(r"\b(encoders|decoders)\.(\d+)\.")
 
 
 class Absent(nn.Module):
@@ -70,7 +68,7 @@ class Layout:
 
     def stage_of(self, name: str) -> int | None:
         """Return the stage to which a tensor (named as in the denoiser) belongs, None for that of all stages."""
-        found = _STAGE.search(name)
+        found = STAGE.search(name)
         return None if found is None or (found[1] == "encoders" and not self.separate) else int(found[2])
 
     def drop(self, network: MultiDecoderUNet, rank: int) -> None:
@@ -106,6 +104,11 @@ def make_layout(strategy: Strategy, config: RunConfig, shape: Sequence[int], siz
     training, stages = config.training, len(config.stages)
     shares = stage_shares(training, config.stages, config.diffusion.prior)
     counts = row_counts(training, shares)
+    if size > 1 and strategy == "memory" and config.network.separate and training.precision == "fp16":
+        raise ValueError(
+            "training.precision='fp16' with network.separate and strategy 'memory': a process without rows has no gradients to "
+            "scale; use bf16, or strategy 'time'"
+        )
     if size > training.batch:
         raise ValueError(
             f"training.batch={training.batch} has fewer rows than there are processes, {size}; make it larger, or start fewer"

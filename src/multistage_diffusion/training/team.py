@@ -24,10 +24,11 @@ class Team:
     Args:
         world: all of them.
         layout: who holds what.
+        double: whether gradients are float64.
     """
 
-    def __init__(self, world: World, layout: Layout) -> None:
-        self.world, self.layout = world, layout
+    def __init__(self, world: World, layout: Layout, *, double: bool = False) -> None:
+        self.world, self.layout, self.double = world, layout, double
         self.everybody = world.group(range(world.size))
         self.groups = [world.group(ranks) for ranks in layout.holders]
         self.reducer: Reducer | None = None
@@ -89,8 +90,8 @@ class Team:
         """Let a gradient that has overflowed on one process count on all: either all skip the step or none."""
         if self.alone:
             return
-        overflowed = ~torch.isfinite(nn.utils.get_total_norm(grads))
-        if float(self.world.sum(overflowed.to(torch.float32))):
+        overflowed = (~torch.isfinite(nn.utils.get_total_norm(grads))).to(grads[0].device, torch.float32)
+        if float(self.world.sum(overflowed)):
             grads[0].fill_(math.inf)
 
     def share(
@@ -100,7 +101,7 @@ class Team:
 
         Args:
             totals: of each stage, over this process's rows.
-            norms: scalars, of the parts held here that have a gradient; at least the encoder's or a decoder's.
+            norms: scalars, of the parts held here that have a gradient, if any.
             parts: names of the parts of the whole network.
             stopping: whether this process was asked to stop.
         """
@@ -115,8 +116,9 @@ class Team:
         told = self.world.sum(torch.cat([totals.to(values.dtype), values.flatten(), flag]))
         found, values = told.tolist(), told[stages:-1].reshape(len(parts), 2)
         self.stopping = found[-1] > 0
-        like = next(iter(norms.values()))
-        known = {name: values[i, 0].to(like.dtype) for i, name in enumerate(parts) if found[stages + 2 * i + 1]}
+        # the norms of fp32 gradients came from fp32: nothing is lost
+        dtype = torch.float64 if self.double else torch.float32
+        known = {name: values[i, 0].to(dtype) for i, name in enumerate(parts) if found[stages + 2 * i + 1]}
         return told[:stages].to(totals.dtype), known
 
     # -- tensors of the whole network -------------------------------------------------------------------------------------

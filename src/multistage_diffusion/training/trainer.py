@@ -101,7 +101,8 @@ class Trainer:
         self.source = BatchSource(config, data, self.device)
         self.held_out = held_out if held_out is not None and len(held_out) else None
 
-        self.team = Team(world, make_layout(strategy, config, data.shape, world.size))
+        double = training.precision == "fp64"
+        self.team = Team(world, make_layout(strategy, config, data.shape, world.size), double=double)
         latest = self.team.latest(run)
         torch.manual_seed(keyed.fold((training.seed, "initial weights")) >> 1)
         self.denoiser = build_denoiser(config)
@@ -109,7 +110,7 @@ class Trainer:
         if training.branch_at and (latest is None or ckpt.checkpoint_step(latest) <= training.branch_at):
             branching.tie(self.denoiser.network)
         self.team.layout.drop(self.denoiser.network, world.rank)
-        self.denoiser.to(self.device, torch.float64 if training.precision == "fp64" else torch.float32)
+        self.denoiser.to(self.device, torch.float64 if double else torch.float32)
         self.ema = EMA(self.denoiser, training.ema_halflife, training.ema_rampup)
         self.autocast = autocast_dtype(training.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
@@ -269,7 +270,8 @@ class Trainer:
         optimizer = self.optimizer
         self.denoiser.train()
         optimizer.zero_grad(set_to_none=True)
-        totals = self._backward(counts, weights)
+        with self.world.explained():
+            totals = self._backward(counts, weights)
         if self.scaler.is_enabled():
             self.team.agree_on_overflow([p.grad for p in self.denoiser.parameters() if p.grad is not None])
         self.scaler.unscale_(optimizer)
@@ -436,7 +438,9 @@ class Trainer:
         state = ckpt.read_state(path)
         self.denoiser.load_state_dict(ckpt.load_tensors(path, "model", self.denoiser.state_dict()))
         self.ema.module.load_state_dict(ckpt.load_tensors(path, "ema", self.ema.module.state_dict()))
-        ckpt.restore_optimizer(self.optimizer, self.denoiser, ckpt.load_tensors(path, "optimizer"))
+        fields = ("step", "exp_avg", "exp_avg_sq")
+        moments = [f"{name}.{field}" for name, _ in self.denoiser.named_parameters() for field in fields]
+        ckpt.restore_optimizer(self.optimizer, self.denoiser, ckpt.load_tensors(path, "optimizer", moments))
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         try:

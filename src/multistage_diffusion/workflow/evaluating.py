@@ -70,23 +70,26 @@ def evaluate(
         ValueError: if there are too few images, or data and run differ in shape.
     """
     run, (world, resolved) = opened_run(run), joined(device)
-    extractor = sharded(get_features(features, weights), world)
-    config, opened, share = run.config(), *_compared_data(run, data)
-    train_images, held_out = (part.tensor() for part in opened.split(share))
-    count = min(max(len(held_out), 500), 5000) if count is None else count
-    if min(count, len(train_images), len(held_out)) <= NEIGHBOURS:
-        raise ValueError(
-            f"{count} samples, {len(train_images)} training and {len(held_out)} held-out images are too few to compare: "
-            f"need more than {NEIGHBOURS} of each; give other images with --data, or train with a larger data.held_out"
+    with world.announced():
+        extractor = sharded(get_features(features, weights), world)
+        config, opened, share = run.config(), *_compared_data(run, data)
+        train_images, held_out = (part.tensor() for part in opened.split(share))
+        count = min(max(len(held_out), 500), 5000) if count is None else count
+        if min(count, len(train_images), len(held_out)) <= NEIGHBOURS:
+            raise ValueError(
+                f"{count} samples, {len(train_images)} training and {len(held_out)} held-out images are too few to compare: "
+                f"need more than {NEIGHBOURS} of each; give other images with --data, or train with a larger data.held_out"
+            )
+        step = checkpoint_step(run.checkpoint(checkpoint))  # which one is best may change while a run goes on
+        images = sample(
+            run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress
         )
-    step = checkpoint_step(run.checkpoint(checkpoint))  # which one is best may change while a run goes on
-    images = sample(run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress)
-    reconstructed = reconstruct(config, held_out, resolved) if config.codec.used else None
-    result = evaluate_samples(
-        images, train_images, held_out, extractor, k=NEIGHBOURS, reconstructed=reconstructed, device=resolved
-    )
-    _keep(run, result, step, data or config.data, sampling or config.sampling, seed)
-    return result
+        reconstructed = reconstruct(config, held_out, resolved) if config.codec.used else None
+        result = evaluate_samples(
+            images, train_images, held_out, extractor, k=NEIGHBOURS, reconstructed=reconstructed, device=resolved
+        )
+        _keep(run, result, step, data or config.data, sampling or config.sampling, seed)
+        return result
 
 
 def compare(
@@ -118,20 +121,23 @@ def compare(
         ValueError: if there are too few samples or images, or the reference is of other images or features.
     """
     run, (world, resolved) = opened_run(run), joined(device)
-    extractor = sharded(get_features(features, weights), world)
-    opened, share = _compared_data(run, data)
-    if str(reference) == "train":
-        found = part_reference(extractor, opened, "train", share, KEPT, resolved, progress)
-    else:
-        found = load_reference(Path(reference))
-        found.require(extractor, opened.fingerprint, opened.shape)
-    count = min(max(found.moments.count or MOST_SAMPLES, 500), MOST_SAMPLES) if count is None else count
-    check_count(count, found, NEIGHBOURS)
-    step = checkpoint_step(run.checkpoint(checkpoint))
-    images = sample(run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress)
-    result = compare_samples(images, found, extractor, k=NEIGHBOURS, device=resolved)
-    _keep(run, result, step, data or run.config().data, sampling or run.config().sampling, seed)
-    return result
+    with world.announced():
+        extractor = sharded(get_features(features, weights), world)
+        opened, share = _compared_data(run, data)
+        if str(reference) == "train":
+            found = part_reference(extractor, opened, "train", share, KEPT, resolved, progress)
+        else:
+            found = load_reference(Path(reference))
+            found.require(extractor, opened.fingerprint, opened.shape)
+        count = min(max(found.moments.count or MOST_SAMPLES, 500), MOST_SAMPLES) if count is None else count
+        check_count(count, found, NEIGHBOURS)
+        step = checkpoint_step(run.checkpoint(checkpoint))
+        images = sample(
+            run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress
+        )
+        result = compare_samples(images, found, extractor, k=NEIGHBOURS, device=resolved)
+        _keep(run, result, step, data or run.config().data, sampling or run.config().sampling, seed)
+        return result
 
 
 def _compared_data(run: Run, data: DataConfig | None) -> tuple[ImageData, float]:

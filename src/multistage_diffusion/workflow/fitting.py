@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,13 +131,18 @@ def train(
     """
     world, resolved = joined(device)
     with world.announced():
+        if config.codec.used and world.size > 1:  # one process encodes the images, the others find them in the cache
+            with world.together():
+                if world.chief:
+                    _prepared(config, out, result, resolved, progress)
         with world.together():
             material, judges = _prepared(config, out, result, resolved, progress)
-        world.require_equal(_facts(material.config))
+        world.require_equal(_facts(material.config, resolved, strategy))
         begun = False
         with world.together():
             if world.chief:
-                begun = world.size > 1 and not replace and _is_run_of(Path(out), material.config)
+                again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+                begun = (again or (world.size > 1 and not replace)) and _is_run_of(Path(out), material.config)
                 if not begun:
                     _create(Path(out), material.config, result, replace=replace)
         return _fit(Run.open(out), material, resolved, [*judges, *callbacks], world, strategy)
@@ -167,12 +173,13 @@ def _prepared(
     return material, _judges(yardstick, material, device)
 
 
-def _facts(config: RunConfig) -> dict[str, Any]:
+def _facts(config: RunConfig, device: torch.device, strategy: Strategy) -> dict[str, Any]:
     """Return what must be the same on all processes."""
     from .. import __version__
 
+    ours = {"release": __version__, "torch": torch.__version__, "device": device.type, "strategy": strategy}
     flat = _flat(to_dict(config))
-    return {"release": __version__, "torch": torch.__version__, **{k: flat[k] for k in flat if k not in PLACES}}
+    return {**ours, **{k: flat[k] for k in flat if k not in PLACES and not k.startswith("stages.origin.")}}
 
 
 def _is_run_of(path: Path, config: RunConfig) -> bool:
@@ -232,8 +239,8 @@ class Material:
         return cls(config=config, parts=latents, decode=decoder(codec, config.codec.scale))
 
 
-# Where things are, which may differ between machines.
-PLACES = ("data.source", "codec.source", "training.init_from", "evaluation.reference", "stages.origin.data")
+# What may differ between machines: where things are, and the last digits of what each has measured.
+PLACES = ("data.source", "codec.source", "codec.scale", "training.init_from", "evaluation.reference")
 
 
 # What may differ when a run is resumed: its length and what is written when, never what is computed.
@@ -285,7 +292,7 @@ def resume(
         with world.together():
             run = Run.open(Path(path))
             material, judges = _reopened(run, changes or {}, resolved, progress)
-        world.require_equal(_facts(material.config))
+        world.require_equal(_facts(material.config, resolved, strategy))
         return _fit(run, material, resolved, [*judges, *callbacks], world, strategy)
 
 
@@ -389,9 +396,10 @@ def _fit(
             f"(free some space?) and go on with msdiff train --resume {run.path}"
         ) from error
     if trainer.stopped:
-        raise KeyboardInterrupt(
+        stopped = KeyboardInterrupt(
             f"{run.path}: stopped at step {trainer.step} with a checkpoint; go on with msdiff train --resume {run.path}"
         )
+        raise world.shared(stopped)
     return run
 
 

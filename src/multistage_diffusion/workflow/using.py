@@ -66,20 +66,21 @@ def sample(
     if config.codec.used:
         assert config.codec.scale is not None
         decode = decoder(open_codec(config.codec, resolved), config.codec.scale)
-    return sample_images(
-        run.denoiser(checkpoint, device=resolved),
-        config.input_shape,
-        count,
-        config=sampling or config.sampling,
-        schedule=config.diffusion.schedule,
-        seed=seed,
-        batch=batch,
-        labels=example_labels(classes, count) if label is None else torch.full((count,), label),
-        device=resolved,
-        progress=progress,
-        decode=decode,
-        world=world,
-    )
+    with world.announced():
+        return sample_images(
+            run.denoiser(checkpoint, device=resolved),
+            config.input_shape,
+            count,
+            config=sampling or config.sampling,
+            schedule=config.diffusion.schedule,
+            seed=seed,
+            batch=batch,
+            labels=example_labels(classes, count) if label is None else torch.full((count,), label),
+            device=resolved,
+            progress=progress,
+            decode=decode,
+            world=world,
+        )
 
 
 def report(
