@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..console import Bar, TrainingProgress
+from ..console import Bar, TrainingProgress, console
 from ..distributed import speaks
 from ..pictures import grid, save_folder, save_npz, save_png
 from ..presets import preset
 from ..serialization import override, to_dict
 from ..splitting import SplitResult
 from ..training.callbacks import TensorBoard
+from ..training.profiling import Profile
 from ..training.run import Run
 from ..training.strategies import Strategy
 from ..training.trainer import Callback
@@ -45,6 +46,7 @@ class Train(DataOptions):
       msdiff train --preset fashion-mnist-latent --codec codecs/fashion --out runs/latent
       msdiff train --preset cifar10-edm --data cifar10:data/ --init-from runs/one-stage --out runs/three-stages
       msdiff train --preset digits --out runs/judged --set evaluation.every=500 evaluation.patience=5
+      msdiff train --preset fashion-mnist --out runs/timed --profile
       msdiff train --resume runs/digits
       msdiff train --resume runs/digits --set training.steps=20000
       torchrun --nproc-per-node 4 -m multistage_diffusion train --preset digits --out runs/four --strategy memory
@@ -72,6 +74,8 @@ class Train(DataOptions):
     """Move a run that is already at OUT aside."""
     strategy: Strategy = "time"
     """Started by torchrun, what each process holds: the whole network, or (memory) the decoders of its own stages."""
+    profile: bool = False
+    """Time the parts of some steps, print them, write a trace to RUN/profile, and train on."""
     tensorboard: bool = False
     """Write TensorBoard events to the run (extra: track)."""
     device: Device = None
@@ -87,7 +91,11 @@ class Train(DataOptions):
         if self.init_from is not None:
             changes["training.init_from"] = str(self.init_from)
         with TrainingProgress() as progress, Bar("encoding", "images") as bar:
-            callbacks = [progress, *([TensorBoard()] if self.tensorboard else [])]
+            callbacks: list[Callback] = [progress]
+            if self.profile:
+                callbacks.append(Profile(console.print))
+            if self.tensorboard:
+                callbacks.append(TensorBoard())
             trained = self.go_on if self.resume is not None else self.start
             run = trained(changes, callbacks, bar)
         if not speaks():

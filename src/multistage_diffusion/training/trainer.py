@@ -28,6 +28,7 @@ from .run import Run
 from .strategies import Strategy, make_layout, stage_of_part
 from .sums import RunningSums
 from .team import Team
+from .timing import PassTimer, Timer
 from .warm_start import WarmStart, warm_start
 
 # Loss scales start at 2^16 and halve at every overflow; below this it is no longer the scale's fault.
@@ -114,6 +115,8 @@ class Trainer:
         self.ema = EMA(self.denoiser, training.ema_halflife, training.ema_rampup)
         self.autocast = autocast_dtype(training.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
+        self.timer = Timer(self.device)
+        self.passes = PassTimer(self.timer)
         self._equip()
         self.step, self.stopping = 0, False
         self.ended = ""  # why training is over before its last step, see `end`
@@ -132,6 +135,7 @@ class Trainer:
         """Make what depends on which parameters there are."""
         self.optimizer = make_optimizer(self.config.optimizer, self.denoiser)
         self.parts = self._parts()
+        self.passes.watch(self.denoiser.network.encoders)
         self.team.equip(self.parts, shared=branching.tied(self.denoiser.network))
 
     def _parts(self) -> dict[str, list[nn.Parameter]]:
@@ -229,6 +233,7 @@ class Trainer:
     def _branch(self) -> None:
         """Give every stage its own copy of what all have shared, averages and Adam's moments included."""
         moments = ckpt.optimizer_tensors(self.optimizer, self.denoiser)
+        self.passes.watch(())  # copies are not to be watched
         for module in (self.denoiser, self.ema.module):
             branching.untie(module.network)
             self.team.layout.drop(module.network, self.world.rank)
@@ -245,7 +250,8 @@ class Trainer:
         torch.manual_seed(keyed.fold((self.config.training.seed, "dropout", self.step, *rank)) >> 1)
         for counts, weights in self._plan():
             self._optimize(counts, weights)
-        self.ema.update(self.config.training.batch, self.images)
+        with self.timer.part("average"):
+            self.ema.update(self.config.training.batch, self.images)
         self.step += 1
 
     def _plan(self) -> Iterator[tuple[tuple[int, ...], tuple[float, ...]]]:
@@ -272,26 +278,33 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         with self.world.explained():
             totals = self._backward(counts, weights)
+        with self.timer.part("gradients"):
+            losses, norms = self._look_at_gradients(totals, counts)
+        with self.timer.part("optimizer"):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.config.optimizer, self.step)
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise TrainingDiverged(
+                f"fp16 gradients overflow at any loss scale at step {self.step + 1}; start a run with training.precision=fp32"
+            )
+        self.sums.add([x if c else None for x, c in zip(losses, counts, strict=True)], norms)
+
+    def _look_at_gradients(self, totals: Tensor, counts: Sequence[int]) -> tuple[list[float], dict[str, float]]:
+        """Clip gradients; return the stages' mean losses and the parts' norms, all finite, or else raise."""
         if self.scaler.is_enabled():
             self.team.agree_on_overflow([p.grad for p in self.denoiser.parameters() if p.grad is not None])
-        self.scaler.unscale_(optimizer)
+        self.scaler.unscale_(self.optimizer)
         names = list(self.denoiser.network.parts())
         totals, norms = self.team.share(totals, self._norms(), names, stopping=self.stopping)
-        losses = (totals / totals.new_tensor([max(c, 1) for c in counts])).tolist()
+        losses: list[float] = (totals / totals.new_tensor([max(c, 1) for c in counts])).tolist()
         self._refuse_non_finite(losses, [f"stage {k + 1}" for k in range(len(losses))], "loss")
         self._clip(norms)
         found = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
         if not self.scaler.is_enabled():  # scaled fp16 gradients may overflow: the scaler skips that step
             self._refuse_non_finite(list(found.values()), list(found), "gradient")
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optimizer, self.step)
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
-            raise TrainingDiverged(
-                f"fp16 gradients overflow at any loss scale at step {self.step + 1}; start a run with training.precision=fp32"
-            )
-        self.sums.add([x if c else None for x, c in zip(losses, counts, strict=True)], found)
+        return losses, found
 
     def _backward(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> Tensor:
         """Accumulate this process's rows, sum gradients over processes; return the rows' summed loss of each stage."""
@@ -302,14 +315,18 @@ class Trainer:
         if not parts:
             self.team.expect(active, busy)
         for part in range(parts):
-            batch = self.source.draw(self.step, counts, rows, part, parts)
-            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            with self.timer.part("data"):
+                batch = self.source.draw(self.step, counts, rows, part, parts)
+            autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+            with self.passes.forward(), autocast:
                 sums = stage_losses(self.denoiser, batch)
             if part == parts - 1:
                 self.team.expect(active, busy)
-            self.scaler.scale(objective(sums, weights, counts)).backward()  # type: ignore[no-untyped-call]
+            with self.passes.backward():
+                self.scaler.scale(objective(sums, weights, counts)).backward()  # type: ignore[no-untyped-call]
             totals += torch.stack(sums).detach()
-        self.team.sum_gradients()
+        with self.timer.part("gradients"):
+            self.team.sum_gradients()
         return totals
 
     def _named(self, counts: Sequence[int]) -> list[str]:

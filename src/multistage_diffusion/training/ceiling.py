@@ -1,0 +1,157 @@
+"""How fast a device could train at most: the rate of the network's largest convolution, and of a matrix product."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import NetworkConfig
+from ..nets import build_network
+from .flops import BACKWARD
+
+LEAST_SECONDS = 0.3  # of measuring each rate
+MATRIX = {"cpu": 1024, "cuda": 8192}  # rows and columns of the product
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convolution:
+    """A convolution at the shape at which a training step runs it.
+
+    Attributes:
+        rows: images.
+        channels_in, channels_out, kernel, stride, padding: as nn.Conv2d has them.
+        height, width: of its input.
+        flops: 2 per multiply-add of the forward pass, of all rows.
+    """
+
+    rows: int
+    channels_in: int
+    channels_out: int
+    kernel: int
+    stride: int
+    padding: int
+    height: int
+    width: int
+    flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceiling:
+    """Rates of forward and backward pass together, in floating-point operations per second.
+
+    Attributes:
+        convolution: the network's convolution with most operations.
+        channels_last: whether its rate was higher so.
+        convolution_rate: its rate, in the better memory format.
+        matrix_rate: of torch.mm.
+    """
+
+    convolution: Convolution
+    channels_last: bool
+    convolution_rate: float
+    matrix_rate: float
+
+
+def largest_convolution(network: NetworkConfig, shape: Sequence[int], counts: Sequence[int]) -> Convolution:
+    """Return the convolution with most operations in a step.
+
+    Args:
+        network: its configuration.
+        shape: (C, H, W) of what it sees.
+        counts: rows of each stage.
+    """
+    found: list[Convolution] = []
+
+    def note(layer: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x, flops = inputs[0], 2 * output.numel() * layer.weight[0].numel()
+        found.append(
+            Convolution(
+                rows=len(x),
+                channels_in=layer.in_channels,
+                channels_out=layer.out_channels,
+                kernel=layer.kernel_size[0],
+                stride=layer.stride[0],
+                padding=int(layer.padding[0]),
+                height=x.shape[2],
+                width=x.shape[3],
+                flops=flops,
+            )
+        )
+
+    with torch.device("meta"):
+        built = build_network(network).eval()
+        for layer in built.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.register_forward_hook(note)
+        with torch.no_grad():
+            built(torch.empty(sum(counts), *shape), torch.empty(sum(counts)), list(counts))
+    return max(found, key=lambda c: c.flops)
+
+
+def measure_ceiling(
+    network: NetworkConfig,
+    shape: Sequence[int],
+    counts: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Ceiling:
+    """Measure the ceiling of a training step; takes about two seconds.
+
+    Args:
+        network, shape, counts: see `largest_convolution`.
+        device: where.
+        dtype: of the arithmetic.
+    """
+    convolution = largest_convolution(network, shape, counts)
+    formats = (torch.contiguous_format, torch.channels_last)
+    rates = [_rate(_convolution_pass(convolution, device, dtype, f), convolution.flops, device) for f in formats]
+    size = MATRIX.get(device.type, 1024)
+    matrices = [torch.randn(size, size, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
+    grad = torch.randn(size, size, device=device, dtype=dtype)
+
+    def product() -> None:
+        torch.mm(*matrices).backward(grad)  # type: ignore[no-untyped-call]
+
+    return Ceiling(
+        convolution=convolution,
+        channels_last=rates[1] > rates[0],
+        convolution_rate=max(rates),
+        matrix_rate=_rate(product, 2 * size**3, device),
+    )
+
+
+def _convolution_pass(
+    c: Convolution, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
+) -> Callable[[], None]:
+    layer = nn.Conv2d(c.channels_in, c.channels_out, c.kernel, c.stride, c.padding)
+    layer = layer.to(device, dtype, memory_format=memory_format)  # type: ignore[call-overload]
+    x = torch.randn(c.rows, c.channels_in, c.height, c.width, device=device, dtype=dtype)
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    grad = torch.randn_like(layer(x))
+
+    def run() -> None:
+        layer(x).backward(grad)
+
+    return run
+
+
+def _rate(work: Callable[[], None], forward_flops: int, device: torch.device) -> float:
+    """Return the operations per second of a forward and backward pass: the best of several rounds."""
+    work()  # kernels are chosen, memory is reserved
+    best, spent = float("inf"), 0.0
+    while spent < LEAST_SECONDS:
+        start = _now(device)
+        work()
+        seconds = _now(device) - start
+        best, spent = min(best, seconds), spent + seconds
+    return (1 + BACKWARD) * forward_flops / best
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

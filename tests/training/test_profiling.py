@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from multistage_diffusion.serialization import read_json
+from multistage_diffusion.training.profiling import Profile
+from multistage_diffusion.training.run import Run
+from multistage_diffusion.training.timing import PARTS
+from multistage_diffusion.training.trainer import Trainer
+
+
+@pytest.mark.parametrize("mode", ["mixed", "sequential"])
+def test_a_profile_is_of_the_run_and_does_not_change_it(tmp_path, tiny_config, tiny_data, mode):
+    told, weights = [], []
+    for callbacks in ([], [Profile(told.append, skipped=1, timed=2, traced=1)]):
+        run = Run.create(tmp_path / str(len(callbacks)), tiny_config(training__steps=6, training__update_mode=mode))
+        trainer = Trainer(run, tiny_data(), device="cpu", callbacks=callbacks)
+        trainer.fit()
+        weights.append(trainer.denoiser.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    result = callbacks[0].result
+    assert tuple(result.parts) == PARTS
+    assert all(seconds > 0 for seconds in result.parts.values())
+    assert 0.5 * result.seconds < sum(result.parts.values()) <= result.seconds
+    assert result.images_per_s == pytest.approx(12 / result.seconds)
+    assert result.memory > 1 << 20
+    folder = tmp_path / "1" / "profile"
+    assert read_json(folder / "parts.json")["parts"] == pytest.approx(result.parts)
+    names = {event.get("name") for event in json.loads((folder / "trace.json").read_text())["traceEvents"]}
+    assert {"msdiff data", "msdiff optimizer", "aten::conv2d"} <= names
+    (table,) = told
+    assert [line.split()[0] for line in table.splitlines()[1:8]] == [*PARTS, "rest"]
+    assert not trainer.timer.running
+
+
+def test_a_run_that_ends_early_is_left_in_order(tmp_path, tiny_config, tiny_data):
+    run = Run.create(tmp_path / "run", tiny_config(training__steps=3))
+    profile = Profile(skipped=1, timed=1, traced=9)
+    Trainer(run, tiny_data(), device="cpu", callbacks=[profile]).fit()
+    assert profile.result is not None
+    assert not (tmp_path / "run" / "profile" / "trace.json").exists()
+    with torch.profiler.profile():  # the profiler is free
+        pass
