@@ -211,11 +211,13 @@ def now(device: torch.device) -> float:
 
 def report(name: str, r: dict[str, Any]) -> None:
     parts = ", ".join(f"{part} {seconds / r['seconds']:.1%}" for part, seconds in r["parts"].items())
+    peer = r["peer"]
     print(
         f"{name}: {r['images_per_s']:.1f} images/s at {r['multiply_adds_per_image'] / 1e6:.0f} M multiply-adds, "
-        f"{r['gflops_per_s']:.1f} GFLOP/s: {r['share_of_convolution']:.0%} of the largest convolution, {r['share_of_matrix']:.0%} of torch.mm; "
-        f"{r['ratio_per_multiply_add']:.2f} times diffusers per multiply-add (width {r['peer']['width']}, "
-        f"{r['peer']['images_per_s']:.1f} images/s at {r['peer']['multiply_adds_per_image'] / 1e6:.0f} M)\n  {parts}"
+        f"{r['gflops_per_s']:.1f} GFLOP/s: {r['share_of_convolution']:.0%} of the largest convolution, "
+        f"{r['share_of_matrix']:.0%} of torch.mm\n  {parts}\n"
+        f"  {r['ratio_per_multiply_add']:.2f} times diffusers per multiply-add (width {peer['width']}, "
+        f"{peer['images_per_s']:.1f} images/s at {peer['multiply_adds_per_image'] / 1e6:.0f} M)"
     )
 
 
