@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -371,6 +372,10 @@ def draw(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             label=f"({arm}) {ARMS[arm]}",
         )
     axes.set(xscale="log", yscale="log", xlabel="training TFLOPs", ylabel="Fréchet distance, 5,000 samples")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
