@@ -78,6 +78,7 @@ def test_only_seeds_that_both_have_are_paired(bench: ModuleType) -> None:
     assert found["c"]["distance_at_the_end"]["ratios"] == pytest.approx([1 / math.sqrt(2), 0.5])
 
 
+@pytest.mark.slow
 def test_all_arms_and_variants_cost_the_same(bench: ModuleType) -> None:
     cuts = bench.Cuts(splits={"algorithm 1": (0.8448, 10.275), "algorithm 2": (1.8, 11.9)}, even=(1.469, 9.596))
     for size, setting in bench.SETTINGS.items():

@@ -70,7 +70,11 @@ def small_fashion_mnist(folder: Path) -> Path:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(p, marks=[pytest.mark.slow] if any(launch for launch, _ in commands(p)) else [], id=p.stem)
+        pytest.param(
+            p,
+            marks=[pytest.mark.slow] if p.stem == "evaluation" or any(launch for launch, _ in commands(p)) else [],
+            id=p.stem,
+        )
         for p in PAGES
         if blocks(p, "console")
     ],

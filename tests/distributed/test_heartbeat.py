@@ -127,7 +127,7 @@ def waits(world: World) -> str:
     "how",
     [
         pytest.param(signal.SIGKILL, id="dead", marks=pytest.mark.slow),  # in quick tests, too: test_many_processes
-        pytest.param(signal.SIGSTOP, id="hanging"),
+        pytest.param(signal.SIGSTOP, id="hanging", marks=pytest.mark.slow),
     ],
 )
 def test_others_end_soon_and_name_the_lost_one(how):

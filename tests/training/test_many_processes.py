@@ -294,6 +294,7 @@ def judged(world: World, out: Path, data: Path) -> tuple[list[float], list[list[
     return [r["frechet"] for r in run.records() if r["kind"] == "quality"], drawn.flatten(1).tolist()
 
 
+@pytest.mark.slow
 def test_samples_and_evaluations_are_shared_out_and_the_same(tmp_path):
     np.save(tmp_path / "data.npy", tiny_data(40).images)
     one = judged(ALONE, tmp_path / "one", tmp_path / "data.npy")
@@ -318,6 +319,7 @@ def begun(world: World, out: Path, data: Path, changes: dict[str, object]) -> st
     return ""
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_agree_are_refused_on_all(tmp_path):
     np.save(tmp_path / "data.npy", tiny_data(40).images)
     np.save(tmp_path / "other.npy", tiny_data(40, seed=1).images)
