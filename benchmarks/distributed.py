@@ -34,13 +34,15 @@ from multistage_diffusion.data import ImageData
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.distributed import World, join
 from multistage_diffusion.serialization import write_json
-from multistage_diffusion.training.batches import BatchSource
+from multistage_diffusion.training.batches import BatchSource, row_counts, stage_shares, stage_weights
 from multistage_diffusion.training.cluster import Machine, step_costs
 from multistage_diffusion.training.ema import EMA
+from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.losses import objective, stage_losses
 from multistage_diffusion.training.optimizer import make_optimizer
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.trainer import Callback, Trainer
+from multistage_diffusion.training.strategies import make_layout
+from multistage_diffusion.training.trainer import Trainer
 
 RESULT = Path(__file__).parent / "results" / "distributed.json"
 # Assumed, not measured: 100 TFLOP/s reached in training, 40 GB/s sent by a process, 20 microseconds a hop.
@@ -101,8 +103,7 @@ def with_ddp(world: World, config: RunConfig) -> dict[str, Any]:
     denoiser = build_denoiser(config).train()
     ema = EMA(denoiser, config.training.ema_halflife, config.training.ema_rampup)
     optimizer = make_optimizer(config.optimizer, denoiser)
-    # every decoder runs on every process, but some never use their bias for labels
-    wrapped = DistributedDataParallel(Loss(denoiser, config, world), find_unused_parameters=False)
+    wrapped = DistributedDataParallel(Loss(denoiser, config, world))
     sent = [0]
 
     def count(_, bucket):  # DDP looks at annotations, and refuses those that are strings
@@ -130,13 +131,14 @@ class Loss(torch.nn.Module):
         super().__init__()
         self.denoiser, self.world = denoiser, world
         self.source = BatchSource(config, images(config.input_shape), torch.device("cpu"))
-        stages, batch = len(config.stages), config.training.batch
-        self.counts = tuple(batch * (k + 1) // stages - batch * k // stages for k in range(stages))
+        training, prior = config.training, config.diffusion.prior
+        self.counts = row_counts(training, stage_shares(training, config.stages, prior))
+        self.weights = stage_weights(training, config.stages, prior)
+        self.rows = make_layout("time", config, config.input_shape, world.size).rows(world.rank, self.counts)
 
     def forward(self, step: int) -> torch.Tensor:
-        rows = [self.world.share(count) for count in self.counts]
-        sums = stage_losses(self.denoiser, self.source.draw(step, self.counts, rows))
-        return self.world.size * objective(sums, [1 / len(self.counts)] * len(self.counts), self.counts)
+        sums = stage_losses(self.denoiser, self.source.draw(step, self.counts, self.rows))
+        return self.world.size * objective(sums, self.weights, self.counts)
 
 
 def measured(

@@ -91,6 +91,16 @@ class Setting:
     variants: Mapping[str, Sequence[Mapping[str, Any]]]
     chosen: Mapping[str, int]
 
+    def changes(self, arm: str, variant: int) -> dict[str, Any]:
+        """Return what a variant of an arm changes; (e)'s are (c)'s, but its stages never part."""
+        if arm == "e":
+            return {**self.variants["c"][variant], BRANCH: 1.0}
+        return dict(self.variants[arm][variant])
+
+    def choice(self, arm: str) -> int | None:
+        """Return the variant of an arm's final runs, None before there is one."""
+        return self.chosen.get("c" if arm == "e" else arm)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cuts:
@@ -159,7 +169,7 @@ SETTINGS = {
                 {"training.shares": [0.85, 0.14, 0.01], "training.overlap": 0.25, BRANCH: 0.25},
             ),
         },
-        chosen={"a": 0, "b": 2, "c": 1, "d": 2, "e": 1},
+        chosen={"a": 0, "b": 2, "c": 1, "d": 2},
     ),
 }
 
@@ -192,9 +202,7 @@ def data_config(size: int) -> DataConfig:
 def configuration(size: int, arm: str, variant: int, seed: int, steps: int, cuts: Cuts) -> RunConfig:
     """Return the run of an arm."""
     setting = SETTINGS[size]
-    changes = dict(setting.variants["c" if arm == "e" else arm][variant])
-    if arm == "e":
-        changes[BRANCH] = 1.0
+    changes = setting.changes(arm, variant)
     changes["training.branch_at"] = round(steps * changes.pop(BRANCH, 0.0))
     stages = cuts.splits[changes.pop(SPLIT)] if SPLIT in changes else cuts.even
     if arm == "a":
@@ -385,7 +393,7 @@ def arm_facts(size: int, arm: str, variant: int, cuts: Cuts) -> dict[str, Any]:
     """Return what an arm is made of, and what it costs: by formula, and counted over a real step."""
     config = configuration(size, arm, variant, 0, STEPS[size]["final"], cuts)
     return {
-        "changes": to_dict(dict(SETTINGS[size].variants["c" if arm == "e" else arm][variant])),
+        "changes": to_dict(SETTINGS[size].changes(arm, variant)),
         "edges": list(config.stages.interior),
         "encoder_width": config.network.encoder_width,
         "decoder_widths": list(config.network.decoder_widths),
@@ -421,11 +429,11 @@ def collect(size: int, folder: Path, out: Path) -> dict[str, Any]:
         }
         if int(seed) == TUNING_SEED:
             tuning.setdefault(arm, {})[str(variant)] = {
-                "changes": to_dict(dict(setting.variants[arm][variant])),
+                "changes": to_dict(setting.changes(arm, variant)),
                 **entry,
             }
         elif (
-            variant == setting.chosen.get(arm)
+            variant == setting.choice(arm)
             and checkpoint_step(list_checkpoints(run.checkpoints)[-1]) >= STEPS[size]["final"]
         ):
             final.setdefault(arm, {})[seed] = {**entry, "errors": errors(run.denoiser("latest"), held_out)}
@@ -496,15 +504,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if variant < len(setting.variants.get(arm, ()))
             ]
             facts = {}
-        elif missing := [arm for arm in args.arms if arm not in setting.chosen]:
+        elif missing := [arm for arm in args.arms if setting.choice(arm) is None]:
             raise SystemExit(
                 f"no variant is chosen yet for {', '.join(missing)}: run --phase tuning, then set `chosen`"
             )
         else:
-            facts = {arm: arm_facts(args.size, arm, setting.chosen[arm], cuts) for arm in args.arms}
+            facts = {arm: arm_facts(args.size, arm, setting.choice(arm), cuts) for arm in args.arms}
             check_equal(facts)
             jobs = [
-                Job(args.size, arm, setting.chosen[arm], seed, steps)
+                Job(args.size, arm, setting.choice(arm), seed, steps)
                 for seed, arm in itertools.product(args.seeds, args.arms)
             ]
         threads = max(1, torch.get_num_threads() // args.jobs)

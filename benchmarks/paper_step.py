@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import resource
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +26,10 @@ from multistage_diffusion.config import CodecConfig, RunConfig
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.presets import preset
 from multistage_diffusion.serialization import write_json
-from multistage_diffusion.training.devices import device_name, precision_name, resolve_device
+from multistage_diffusion.training.devices import clock, device_name, peak_memory, precision_name, resolve_device
+from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.trainer import Callback, Trainer
+from multistage_diffusion.training.trainer import Trainer
 
 RESULT = Path(__file__).parent / "results" / "paper_step.json"
 MIB = 2**20
@@ -52,32 +50,17 @@ class Stopwatch(Callback):
 
     def started(self, trainer: Trainer) -> None:
         self.rows = list(trainer.sums.rows)
-        self.start = now(trainer.device)
+        self.start = clock(trainer.device)
 
     def stepped(self, trainer: Trainer) -> None:
-        seconds = now(trainer.device) - self.start
+        seconds = clock(trainer.device) - self.start
         rows = trainer.sums.rows
         stages = [k for k, (old, new) in enumerate(zip(self.rows, rows, strict=True), start=1) if new > old]
         self.steps.append({"stages": stages, "seconds": seconds})
         if trainer.step == trainer.config.training.steps:
-            self.peak = peak_memory(trainer.device)
+            self.peak = peak_memory(trainer.device) / MIB
             raise Measured
         self.started(trainer)
-
-
-def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def peak_memory(device: torch.device) -> float:
-    """MiB in use at most so far: of the CUDA allocator, else of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / MIB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (MIB if sys.platform == "darwin" else 1024)
 
 
 def configured(name: str, batch: int, steps: int) -> RunConfig:
@@ -103,7 +86,7 @@ def measure(name: str, batch: int, steps: int, device: torch.device) -> dict[str
     config = configured(name, batch, steps)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    before, watch = peak_memory(device), Stopwatch()
+    before, watch = peak_memory(device) / MIB, Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             Run.create(Path(folder) / "run", config), random_images(config), device=device, callbacks=[watch]

@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import os
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,10 @@ from multistage_diffusion.data import ImageData
 from multistage_diffusion.nets.cost import network_cost
 from multistage_diffusion.serialization import to_dict, write_json
 from multistage_diffusion.training.ceiling import measure_ceiling
-from multistage_diffusion.training.devices import device_name, resolve_device
+from multistage_diffusion.training.devices import clock, device_name, resolve_device
+from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.trainer import Callback, Trainer
+from multistage_diffusion.training.trainer import Trainer
 
 RESULT = Path(__file__).parent / "results" / "train_step.json"
 PRESETS = {"digits": "digits", "t7-1": "cifar10-dpm", "edm": "cifar10-edm", "t8-4": "celebahq-ldm"}
@@ -79,7 +79,7 @@ class Rounds(Callback):
         self.count += 1
         if self.count == 0 or self.count == self.steps:
             if self.count:
-                self.ours.append((now(trainer.device) - self.start) / self.steps)
+                self.ours.append((clock(trainer.device) - self.start) / self.steps)
                 found = trainer.timer.seconds()
                 self.parts.append({name: seconds / self.steps for name, seconds in found.items()})
                 self.theirs.append(self.peer(self.steps))
@@ -89,7 +89,7 @@ class Rounds(Callback):
                 return
             trainer.timer.running = True
             trainer.timer.seconds()
-            self.start = now(trainer.device)
+            self.start = clock(trainer.device)
 
 
 def measure(name: str, device: torch.device, steps: int, rounds: int) -> dict[str, Any]:
@@ -195,18 +195,12 @@ def make_peer(
     def train(steps: int) -> float:
         for _ in range(0 if ready[0] else 2):
             step()
-        ready[0], start = True, now(device)
+        ready[0], start = True, clock(device)
         for _ in range(steps):
             step()
-        return (now(device) - start) / steps
+        return (clock(device) - start) / steps
 
     return width, counts[width], train
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def report(name: str, r: dict[str, Any]) -> None:

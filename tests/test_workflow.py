@@ -22,11 +22,13 @@ from multistage_diffusion.serialization import from_dict, override, read_json, t
 from multistage_diffusion.splitting import SplitResult, SplitSettings
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.checkpoint import list_checkpoints
+from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.trainer import Callback, Trainer
+from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import CHANGEABLE, evaluate, prepare, report, resume, sample, split, train
-from multistage_diffusion.workflow.fitting import differences, located
+from multistage_diffusion.workflow.fitting import differences
 from multistage_diffusion.workflow.latent import with_split
+from multistage_diffusion.workflow.material import located
 
 TINY: dict[str, Any] = {
     "network.encoder_width": 8,

@@ -26,7 +26,7 @@ from multistage_diffusion.training.checkpoint import load_tensors
 from multistage_diffusion.training.losses import stage_losses
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import plan, planning, split, train
-from multistage_diffusion.workflow.fitting import Material
+from multistage_diffusion.workflow.material import Material
 
 TINY = {
     "network.encoder_width": 8,

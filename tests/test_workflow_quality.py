@@ -18,9 +18,10 @@ from multistage_diffusion.evaluation import PixelFeatures, frechet_between, frec
 from multistage_diffusion.presets import preset
 from multistage_diffusion.serialization import override, read_json, write_json
 from multistage_diffusion.training.checkpoint import checkpoint_step, list_checkpoints, load_tensors, read_state
+from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.flops import flops_per_image
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.trainer import Callback, Trainer
+from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import quality, resume, sample, statistics, train
 from multistage_diffusion.workflow.quality import TRAINING_IMAGES, Yardstick, since_best
 

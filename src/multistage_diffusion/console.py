@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from .distributed import speaks
-from .training.trainer import Callback, Trainer
+from .training.events import Callback
+from .training.trainer import Trainer
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not speaks())
 

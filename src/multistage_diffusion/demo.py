@@ -11,8 +11,8 @@ from .evaluation import EvaluationResult
 from .pictures import grid, save_png
 from .presets import preset
 from .serialization import override
+from .training.events import Callback
 from .training.run import Run
-from .training.trainer import Callback
 from .workflow import evaluate, report, resume, sample, split, train
 from .workflow.progress import Progress
 

@@ -65,8 +65,11 @@ def ends_early(world: World) -> str:
 
 @pytest.mark.slow
 def test_who_waits_for_a_process_that_has_ended_is_told():
-    _, told = processes.Processes(2, ends_early, patience=3.0).results(40.0)
-    assert told is None or "rank 0 (process" in told
+    pair = processes.Processes(2, ends_early, patience=3.0)
+    _, told = pair.results(40.0)
+    (line,) = [told] if told else [line for line in pair.errors() if line.startswith("msdiff: ")]
+    assert f"rank 0 (process {pair.processes[0].pid}" in line
+    assert "has ended, but is waited for" in line
 
 
 def test_processes_that_start_again_do_not_hear_those_before_them():
@@ -124,6 +127,7 @@ def exchanges(world: World) -> dict[str, object]:
         "nan": raised(lambda: fails_on(1, FloatingPointError)),
         "none": raised(lambda: fails_on(5, ValueError)),
         "equal": raised(lambda: world.require_equal({"data": "abc", "release": [1, 2]})),
+        "lacking": raised(lambda: world.require_equal({} if rank == 0 else {"extra": 1})),
         "unequal": raised(lambda: world.require_equal({"release": 1, "data": "abc" if rank < 2 else "abd"})),
     }
 
@@ -138,6 +142,7 @@ def test_what_three_processes_tell_one_another():
         assert found["rows"] == [[1, 1], [2, 2], [2, 2]]
         assert found["nothing"] == []
         assert (found["none"], found["equal"]) == ("", "")
+        assert "rank 1 has extra 1, rank 0 None" in found["lacking"]
         assert "rank 2 has data 'abd', rank 0 'abc'" in found["unequal"]
     assert a["collected"] == {"a": [0.0, 1.0, 2.0], "b": [[7, 7], [7, 7]]}
     assert a["types"] == ["torch.float32", "torch.int64"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from multistage_diffusion.evaluation import metrics
 from multistage_diffusion.evaluation.features import PixelFeatures
 from multistage_diffusion.evaluation.metrics import (
     evaluate_samples,
@@ -231,3 +232,18 @@ def test_features_that_are_not_finite_are_refused() -> None:
 
     with pytest.raises(ValueError, match="rows hold NaN or infinity"):
         evaluate_samples(images(9, 0), images(9, 1), images(9, 2), Broken())
+
+
+def test_features_of_draws_are_their_images_and_no_other_is_looked_at():
+    images, seen = torch.arange(40, dtype=torch.uint8).reshape(10, 1, 2, 2), []
+
+    class Pixels(PixelFeatures):
+        def __call__(self, batch):
+            seen.extend(batch[:, 0, 0, 0].tolist())
+            return super().__call__(batch)
+
+    draws = [torch.tensor([7, 2, 5]), torch.tensor([2, 9])]
+    found = metrics._extract_drawn(Pixels(), images, draws, device="cpu")
+    for features, draw in zip(found, draws, strict=True):
+        assert torch.equal(features, PixelFeatures()(images[draw]))
+    assert sorted(seen) == [8, 20, 28, 36]

@@ -10,6 +10,7 @@ from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.serialization import override
 from multistage_diffusion.training import checkpoint as ckpt
 from multistage_diffusion.training.branching import grown, of_first_stage, tie, tied, untie
+from multistage_diffusion.training.clipping import clip, part_norms
 from multistage_diffusion.training.losses import objective, stage_losses
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
@@ -135,16 +136,16 @@ def test_shared_parameters_count_once_in_the_norm(trainer):
     run = trainer(optimizer__clip=1e-3, network__dropout=0.0)
     batch = run.source.draw(0, run.counts)
     objective(stage_losses(run.denoiser, batch), run.weights, run.counts).backward()
-    norms = run._norms()
-    run._clip(norms)
+    norms = part_norms(run.parts)
+    clip(run.config.optimizer, run.parts, norms)
     assert set(norms) == {"encoder", "decoder.1"}
     after = torch.sqrt(sum(p.grad.square().sum() for p in run.denoiser.parameters()))
     assert float(after) == pytest.approx(1e-3, rel=1e-2)
     run._branch()
     run.denoiser.zero_grad(set_to_none=True)
     objective(stage_losses(run.denoiser, batch), run.weights, run.counts).backward()
-    norms = run._norms()
-    run._clip(norms)
+    norms = part_norms(run.parts)
+    clip(run.config.optimizer, run.parts, norms)
     assert set(norms) == {"encoder", "decoder.1", "decoder.2", "decoder.3"}
     after = torch.sqrt(sum(p.grad.square().sum() for p in run.denoiser.parameters()))
     assert float(after) == pytest.approx(1e-3, rel=1e-2)

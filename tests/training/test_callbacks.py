@@ -12,8 +12,9 @@ from PIL import Image
 from multistage_diffusion.pictures import grid
 from multistage_diffusion.sampling import sample_images
 from multistage_diffusion.training.callbacks import SampleGrid, TensorBoard, example_labels
+from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.trainer import Callback, Trainer
+from multistage_diffusion.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("classes", [0, 3])

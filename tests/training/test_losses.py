@@ -12,7 +12,7 @@ from multistage_diffusion.denoisers import MultiStageDenoiser, VPEps, build_deno
 from multistage_diffusion.schedules import VP, UniformTime
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batch, BatchSource, allocate, prior_masses
-from multistage_diffusion.training.losses import objective, stage_losses
+from multistage_diffusion.training.losses import objective, row_losses, stage_losses
 
 
 @pytest.fixture
@@ -140,3 +140,18 @@ def test_prior_weights_make_the_ordinary_loss_whatever_the_shares(shares):
     tolerance = 4 * 1.3 * math.sqrt(sum(m**2 / n for m, n in zip(masses, counts, strict=True)))
     assert tolerance < 0.05
     assert estimate == pytest.approx(ordinary_loss(schedule), abs=tolerance)
+
+
+def test_losses_are_as_precise_as_the_network(tiny_config, tiny_data):
+    config = tiny_config(network__dropout=0.0)
+    batch = BatchSource(config, tiny_data(), torch.device("cpu")).draw(0, (4, 4, 4))
+    denoiser = build_denoiser(config)
+    assert row_losses(denoiser, batch).dtype == torch.float32
+    assert torch.equal(batch.noisy, batch.y + batch.sigma.float()[:, None, None, None] * batch.noise)
+    losses = row_losses(denoiser.double(), batch)
+    assert losses.dtype == torch.float64
+    y, noise = batch.y.double(), batch.noise.double()
+    x = y + batch.sigma[:, None, None, None] * noise
+    c = denoiser.preconditioning.coefficients(batch.sigma)
+    errors = (denoiser(x, batch.sigma, batch.cond, batch.counts) - y).square().flatten(1).mean(1)
+    torch.testing.assert_close(losses, errors / c.out.square(), rtol=1e-10, atol=0)

@@ -20,10 +20,12 @@ from multistage_diffusion.distributed import ALONE, World
 from multistage_diffusion.nets.cost import network_cost
 from multistage_diffusion.training.checkpoint import list_checkpoints, load_tensors, read_state
 from multistage_diffusion.training.cluster import step_costs
+from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.strategies import Strategy
-from multistage_diffusion.training.trainer import Callback, Trainer
+from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import sample, train
+from multistage_diffusion.workflow.fitting import _in_turn
 
 UNEVEN = (0.6, 0.3, 0.1)
 
@@ -224,6 +226,7 @@ def exactly() -> RunConfig:
     return config(training__steps=12, training__checkpoint_every=2, training__held_out_every=0)
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_mid_step_costs_no_more_than_the_steps_since_the_checkpoint(tmp_path):
     processes.run(3, trained, tmp_path / "whole", exactly(), "memory")
     path = tmp_path / "killed"
@@ -246,7 +249,7 @@ import torch
 sys.path.insert(0, TESTS)
 from conftest import tiny_config
 from multistage_diffusion.distributed import speaks
-from multistage_diffusion.training.trainer import Callback
+from multistage_diffusion.training.events import Callback
 from multistage_diffusion.workflow import train
 
 torch.set_num_threads(1)
@@ -307,6 +310,39 @@ def test_samples_and_evaluations_are_shared_out_and_the_same(tmp_path):
 
 
 # -- starting ---------------------------------------------------------------------------------------------------------
+
+
+def took_turns(world: World, folder: Path, encodes: bool) -> bool:
+    """Return whether rank 0's preparation was over when this process's began."""
+
+    def prepare() -> bool:
+        done = (folder / "cache").exists()
+        if world.chief:
+            time.sleep(0.5)
+            (folder / "cache").touch()
+        return done
+
+    return _in_turn(world, encodes, prepare)
+
+
+def test_one_process_encodes_before_the_others(tmp_path):
+    for encodes in (False, True):
+        (tmp_path / str(encodes)).mkdir()
+        assert processes.run(2, took_turns, tmp_path / str(encodes), encodes) == [False, encodes]
+
+
+def test_a_single_process_that_torchrun_starts_again_goes_on(tmp_path, monkeypatch):
+    np.save(tmp_path / "data.npy", tiny_data(40).images)
+    settings = tiny_config(data__source=str(tmp_path / "data.npy"), data__shape=(), training__steps=2)
+    train(settings, tmp_path / "run", device="cpu")
+    with pytest.raises(ValueError, match="exists; resume it"):
+        train(settings, tmp_path / "run", device="cpu")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(settings, tmp_path / "run", device="cpu", replace=True).path == tmp_path / "run"
+    assert not list(tmp_path.glob("run.replaced*"))
+    other = tiny_config(data__source=settings.data.source, data__shape=(), training__steps=2, optimizer__lr=0.5)
+    with pytest.raises(ValueError, match="exists; resume it"):
+        train(other, tmp_path / "run", device="cpu")
 
 
 def begun(world: World, out: Path, data: Path, changes: dict[str, object]) -> str:

@@ -39,7 +39,7 @@ def reduced(world: World, bucket_bytes: int) -> tuple[list[object], list[bool], 
     parts = model()
     everybody = world.group(range(world.size))
     parameters = {name: list(part.parameters()) for name, part in parts.items()}
-    reducer = Reducer(world, parameters, dict.fromkeys(parts, everybody), bucket_bytes)
+    reducer = Reducer(parameters, dict.fromkeys(parts, everybody), bucket_bytes)
     found, early = [], []
     for step in range(4):
         clear(parts)
@@ -74,7 +74,7 @@ def test_gradients_are_sums_over_all_processes():
 def test_a_closed_reducer_lets_go(monkeypatch):
     parts = model()
     parameters = {name: list(part.parameters()) for name, part in parts.items()}
-    reducer = Reducer(World(), parameters, dict.fromkeys(parts, object()))
+    reducer = Reducer(parameters, dict.fromkeys(parts, object()))
     calls = []
     monkeypatch.setattr(Reducer, "_launch", lambda self, end: calls.append(end))
     reducer.close()

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from torch import nn
@@ -11,18 +9,36 @@ from multistage_diffusion.training.timing import PARTS, PassTimer, Timer
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Make time that passes only when it is told to."""
+
+    class Clock:
+        seconds = 0.0
+
+        def wait(self, seconds: float) -> None:
+            self.seconds += seconds
+
+    made = Clock()
+    monkeypatch.setattr(Timer, "now", lambda _: made.seconds)
+    monkeypatch.setattr(Slow, "clock", made)
+    return made
+
+
 class Slow(torch.autograd.Function):
-    """Takes so many seconds forward and backward."""
+    """Takes so many seconds forward and twice as many backward."""
+
+    clock = None
 
     @staticmethod
     def forward(ctx, x, seconds):
         ctx.seconds = seconds
-        time.sleep(seconds)
+        Slow.clock.wait(seconds)
         return x.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        time.sleep(ctx.seconds)
+        Slow.clock.wait(2 * ctx.seconds)
         return grad, None
 
 
@@ -40,48 +56,53 @@ class Encoder(nn.Module):
         return Encoded(Slow.apply(x * self.weight, self.seconds))
 
 
-def test_a_timer_that_does_not_run_counts_nothing():
+def test_a_timer_that_does_not_run_counts_nothing(clock):
     timer = Timer(CPU)
     with timer.part("data"):
-        time.sleep(0.01)
+        clock.wait(1.0)
     assert timer.seconds() == dict.fromkeys(PARTS, 0.0)
 
 
-def test_seconds_of_a_part_add_up_and_are_forgotten():
+def test_seconds_of_a_part_add_up_and_are_forgotten(clock):
     timer = Timer(CPU)
     timer.running = True
-    for _ in range(2):
+    for seconds in (1.0, 2.0):
         with timer.part("average"):
-            time.sleep(0.05)
-    found = timer.seconds()
-    assert 0.1 <= found["average"] < 0.5
-    assert sum(found.values()) == found["average"]
+            clock.wait(seconds)
+        clock.wait(100.0)
+    assert timer.seconds() == {**dict.fromkeys(PARTS, 0.0), "average": 3.0}
     assert timer.seconds() == dict.fromkeys(PARTS, 0.0)
 
 
 @pytest.mark.parametrize("encoders", [1, 2])
-def test_passes_are_divided_into_encoder_and_decoders(encoders):
+def test_passes_are_divided_into_encoder_and_decoders(clock, encoders):
     timer = Timer(CPU)
     timer.running = True
-    passes, modules = PassTimer(timer), nn.ModuleList(Encoder(0.1 / encoders) for _ in range(encoders))
+    passes, modules = PassTimer(timer), nn.ModuleList(Encoder(1.0) for _ in range(encoders))
     passes.watch(modules)
-    with passes.forward():
-        out = sum(Slow.apply(m(torch.ones(3)).h, 0.3 / encoders) for m in modules)
-    with passes.backward():
-        out.sum().backward()
-    found = timer.seconds()
-    total = found["encoder"] + found["decoders"]
-    assert 0.8 <= total < 1.5
-    assert found["decoders"] >= 0.6 - (0.15 if encoders > 1 else 0.0)
-    if encoders == 1:
-        assert 0.2 <= found["encoder"] < 0.4
+    for _ in range(2):  # the second step has nothing of the first
+        with passes.forward():
+            out = sum(Slow.apply(m(torch.ones(3)).h, 10.0) for m in modules)
+            clock.wait(0.5)  # the loss
+        assert timer.seconds() == {
+            **dict.fromkeys(PARTS, 0.0),
+            "encoder": 1.0 * encoders,
+            "decoders": 10.0 * encoders + 0.5,
+        }
+        with passes.backward():
+            out.sum().backward()
+        found = timer.seconds()
+        assert found["encoder"] + found["decoders"] == 22.0 * encoders
+        # of separate networks, whose passes take turns, the last turn is known
+        assert found["encoder"] == 2.0
 
 
-def test_modules_no_longer_watched_are_not_timed():
+def test_modules_no_longer_watched_are_not_timed(clock):
     timer = Timer(CPU)
     timer.running = True
-    passes, module = PassTimer(timer), Encoder(0.0)
+    passes, module = PassTimer(timer), Encoder(1.0)
     passes.watch([module])
     passes.watch([])
-    module(torch.ones(3))
+    with passes.forward():
+        module(torch.ones(3))
     assert timer.seconds()["encoder"] == 0.0

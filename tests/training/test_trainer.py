@@ -215,26 +215,6 @@ def test_each_mode_takes_the_steps_it_says(new_trainer, mode):
         assert sum(min(d) for d in decoders) == sum(max(d) for d in decoders) == 6
 
 
-def test_one_stage_mode_draws_stages_by_share_and_weighs_them_back(new_trainer):
-    trainer = new_trainer(
-        training__update_mode="one-stage", training__shares=(0.6, 0.3, 0.1), training__weights=(0.2, 0.2, 0.6)
-    )
-    drawn = []
-    for step in range(2000):
-        trainer.step = step
-        ((counts, weights),) = trainer._plan()
-        (stage,) = (k for k in range(3) if counts[k])
-        assert counts[stage] == 12
-        assert weights[stage] == pytest.approx((0.2 / 0.6, 0.2 / 0.3, 6.0)[stage])
-        drawn.append(stage)
-    assert (np.bincount(drawn) / 2000).tolist() == pytest.approx([0.6, 0.3, 0.1], abs=0.035)
-
-
-def test_sequential_steps_see_the_rows_of_the_mixed_step(new_trainer):
-    trainer = new_trainer(training__update_mode="sequential", training__shares=(0.5, 0.25, 0.25))
-    assert [counts for counts, _ in trainer._plan()] == [(6, 0, 0), (0, 3, 0), (0, 0, 3)]
-
-
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_first_gradient_is_the_objective_s(new_trainer, accumulate):
     trainer = new_trainer(training__steps=1, training__accumulate=accumulate, optimizer__clip=None)

@@ -14,10 +14,10 @@ from ..presets import preset
 from ..serialization import override, to_dict
 from ..splitting import SplitResult
 from ..training.callbacks import TensorBoard
+from ..training.events import Callback
 from ..training.profiling import Profile
 from ..training.run import Run
 from ..training.strategies import Strategy
-from ..training.trainer import Callback
 from ..workflow import resume, sample, train
 from .options import (
     Changes,

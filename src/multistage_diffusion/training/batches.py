@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +67,15 @@ class Batch:
     sigma: Tensor
     counts: tuple[int, ...]
     cond: Conditioning | None
+
+    @property
+    def noisy(self) -> Tensor:
+        """y + sigma noise, in y's type."""
+        return self.y + self.sigma.to(self.y.dtype)[:, None, None, None] * self.noise
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        """Return the batch with images and noise of another type; sigma stays float64."""
+        return dataclasses.replace(self, y=self.y.to(dtype), noise=self.noise.to(dtype))
 
     def part(self, rows: range) -> Batch:
         """Return consecutive rows of a batch of one stage."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..pictures import grid, save_png
 from ..sampling import sample_images
-from .trainer import Callback, Trainer
+from .events import Callback
+from .trainer import Trainer
 
 
 class SampleGrid(Callback):

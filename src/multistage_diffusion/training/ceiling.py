@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import NetworkConfig
 from ..nets import build_network
+from .devices import clock
 from .flops import BACKWARD
 
 LEAST_SECONDS = 0.3  # of measuring each rate
@@ -144,14 +144,8 @@ def _rate(work: Callable[[], None], forward_flops: int, device: torch.device) ->
     work()  # kernels are chosen, memory is reserved
     best, spent = float("inf"), 0.0
     while spent < LEAST_SECONDS:
-        start = _now(device)
+        start = clock(device)
         work()
-        seconds = _now(device) - start
+        seconds = clock(device) - start
         best, spent = min(best, seconds), spent + seconds
     return (1 + BACKWARD) * forward_flops / best
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

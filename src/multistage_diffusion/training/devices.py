@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
+import time
 from typing import Literal
 
 import torch
@@ -61,6 +64,21 @@ def precision_name(setting: Precision | Literal["auto"], device: torch.device) -
 def autocast_dtype(setting: Precision | Literal["auto"], device: torch.device) -> torch.dtype | None:
     """Return the autocast type of a precision setting on a device, None for plain fp32 and fp64."""
     return {"fp32": None, "fp64": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision_name(setting, device)]
+
+
+def clock(device: torch.device) -> float:
+    """Return the time in seconds once all work given to a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the bytes in use at most so far: of the allocator, or, on the CPU, of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def device_name(device: torch.device) -> str:

@@ -17,11 +17,9 @@ def row_losses(denoiser: MultiStageDenoiser, batch: Batch) -> Tensor:
     That is the denoising error weighted by 1/c_out²: eps-prediction's plain loss, EDM's lambda(sigma), velocity matching.
     """
     # float32, or as precise as the network
-    dtype = torch.promote_types(batch.y.dtype, next(denoiser.parameters()).dtype)
-    y, noise = batch.y.to(dtype), batch.noise.to(dtype)
-    x = y + batch.sigma.to(dtype)[:, None, None, None] * noise
-    target = denoiser.preconditioning.target(y, noise, batch.sigma)
-    output = denoiser.output(x, batch.sigma, batch.counts, batch.cond).to(target.dtype)
+    batch = batch.to(torch.promote_types(batch.y.dtype, next(denoiser.parameters()).dtype))
+    target = denoiser.preconditioning.target(batch.y, batch.noise, batch.sigma)
+    output = denoiser.output(batch.noisy, batch.sigma, batch.counts, batch.cond).to(target.dtype)
     return (output - target).square().flatten(1).mean(1)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +10,10 @@ import torch
 
 from ..serialization import write_json
 from .ceiling import Ceiling, measure_ceiling
+from .devices import clock, peak_memory
+from .events import Callback
 from .flops import flops_per_image
-from .trainer import Callback, Trainer
+from .trainer import Trainer
 
 SKIPPED = 3  # first steps, in which memory is reserved and kernels are chosen
 TIMED = 10
@@ -92,7 +91,7 @@ class Profile(Callback):
         if self._done == self.skipped:
             trainer.timer.running = True
             trainer.timer.seconds()
-            self._start = _now(trainer.device)
+            self._start = clock(trainer.device)
         elif self._done == self.skipped + self.timed:
             self._finish(trainer)
             activities = [torch.profiler.ProfilerActivity.CPU]
@@ -114,7 +113,7 @@ class Profile(Callback):
         trainer.timer.running = False
 
     def _finish(self, trainer: Trainer) -> None:
-        seconds = (_now(trainer.device) - self._start) / self.timed
+        seconds = (clock(trainer.device) - self._start) / self.timed
         parts = {name: value / self.timed for name, value in trainer.timer.seconds().items()}
         config, shape = trainer.config, trainer.source.images.shape[1:]
         rows = sum(map(len, trainer.team.rows(trainer.counts)))
@@ -126,23 +125,9 @@ class Profile(Callback):
             images_per_s=images / seconds,
             rate=flops_per_image(config) * images / seconds,
             ceiling=measure_ceiling(config.network, shape, trainer.counts, trainer.device, dtype),
-            memory=_memory(trainer.device),
+            memory=peak_memory(trainer.device),
             steps=self.timed,
         )
         write_json(trainer.run.path / "profile" / "parts.json", self.result)
         if self.tell is not None:
             self.tell(self.result.table())
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _memory(device: torch.device) -> int:
-    """Return the bytes in use at most so far: of the allocator, or, on the CPU, of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most

@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed import World
-
 BUCKET_BYTES = 4 << 20  # large enough for the bandwidth, small enough to leave early
 
 
@@ -49,7 +47,6 @@ class Reducer:
     """Sums gradients, part by part of a network.
 
     Args:
-        world: the processes.
         parts: {name: parameters} held by this process, in the order of the forward pass.
         groups: {name: process group, or None where nobody else holds the part}.
         bucket_bytes: gradients that travel together.
@@ -60,12 +57,11 @@ class Reducer:
 
     def __init__(
         self,
-        world: World,
         parts: Mapping[str, Sequence[nn.Parameter]],
         groups: Mapping[str, dist.ProcessGroup | None],
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        self.world, self.bucket_bytes, self.bytes = world, bucket_bytes, 0
+        self.bucket_bytes, self.bytes = bucket_bytes, 0
         # the last layers' gradients come first
         self.parts = {name: list(reversed(parts[name])) for name in reversed(list(parts)) if groups[name] is not None}
         self.groups = groups
@@ -104,19 +100,18 @@ class Reducer:
         """Wait until every gradient of an active part is the sum over all processes.
 
         Raises:
-            RankLost: if a process is lost.
+            RuntimeError: if a process is lost, as in the backward pass itself; see World.explained.
         """
         self._armed = False
-        with self.world.explained():
-            self._launch(len(self._queue))
-            for name in self._active:
-                if name not in self._buckets:
-                    # in the first step the parameters that take part are not yet known
-                    self._buckets[name] = made = self._make(name)
-                    self._queue += made
-                    self._launch(len(self._queue))
-            for bucket in self._queue:
-                bucket.finish()
+        self._launch(len(self._queue))
+        for name in self._active:
+            if name not in self._buckets:
+                # in the first step the parameters that take part are not yet known
+                self._buckets[name] = made = self._make(name)
+                self._queue += made
+                self._launch(len(self._queue))
+        for bucket in self._queue:
+            bucket.finish()
         self._queue = []
 
     def _arrived(self, parameter: nn.Parameter) -> None:

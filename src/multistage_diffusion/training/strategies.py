@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -21,7 +21,7 @@ from .batches import row_counts, stage_shares
 from .branching import STAGE, tied
 
 Strategy = Literal["time", "memory"]
-STRATEGIES: tuple[Strategy, ...] = ("time", "memory")
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
 class Absent(nn.Module):

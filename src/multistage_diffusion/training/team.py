@@ -32,7 +32,7 @@ class Team:
         self.everybody = world.group(range(world.size))
         self.groups = [world.group(ranks) for ranks in layout.holders]
         self.reducer: Reducer | None = None
-        self.stopping = False  # whether any process was asked to stop, as all know since the last step
+        self.stopping = False  # whether any of several was asked to stop, as all know since the last step
 
     @property
     def alone(self) -> bool:
@@ -74,7 +74,7 @@ class Team:
             self.reducer.close()
         stages = {name: None if shared else stage_of_part(name) for name in parts}
         groups = {name: self.everybody if stage is None else self.groups[stage] for name, stage in stages.items()}
-        self.reducer = Reducer(self.world, parts, groups)
+        self.reducer = Reducer(parts, groups)
 
     def expect(self, active: Sequence[str], busy: Sequence[str]) -> None:
         """Begin to sum gradients in the backward pass that follows; see Reducer.start."""
@@ -106,7 +106,6 @@ class Team:
             stopping: whether this process was asked to stop.
         """
         if self.alone:
-            self.stopping = stopping
             return totals, norms
         stages, values = len(totals), torch.zeros(len(parts), 2, dtype=torch.float64, device=totals.device)
         for i, name in enumerate(parts):

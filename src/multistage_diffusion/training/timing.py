@@ -66,12 +66,13 @@ class PassTimer:
 
     Forward, an encoder's span is from its call to its return. Backward, gradients come out of the decoders before they go into
     the encoder: the moment is when the gradient of the encoder's deepest feature map is complete. What belongs to neither,
-    such as the loss, counts as the decoders'.
+    such as the loss, counts as the decoders'. Of separate networks, whose backward passes take turns, only the last turn is
+    known: the encoders before it count as decoders.
     """
 
     def __init__(self, timer: Timer) -> None:
         self.timer = timer
-        self._start: Any = None
+        self._inside: list[tuple[Any, Any]] = []  # when encoders were called and returned in this forward pass
         self._left: Any = None
         self._handles: list[RemovableHandle] = []
 
@@ -85,13 +86,12 @@ class PassTimer:
             self._handles.append(encoder.register_forward_hook(self._leave))
 
     def _enter(self, *_: object) -> None:
-        if self.timer.running:
-            self._start = self.timer.now()
+        self._entered = self.timer.now() if self.timer.running else None
 
     def _leave(self, _: nn.Module, __: object, encoded: Any) -> None:
         if not self.timer.running:
             return
-        self.timer.add("encoder", self._start, self.timer.now())
+        self._inside.append((self._entered, self.timer.now()))
         if encoded.h.requires_grad:
             encoded.h.register_hook(self._turn)
 
@@ -104,11 +104,13 @@ class PassTimer:
         if not self.timer.running:
             yield
             return
-        before, start = len(self.timer._spans), self.timer.now()
-        yield
+        self._inside.clear()
+        start = self.timer.now()
+        with torch.profiler.record_function("msdiff forward"):
+            yield
         end = self.timer.now()
-        inside = [span for span in self.timer._spans[before:] if span[0] == "encoder"]
-        for _, enter, leave in inside:
+        for enter, leave in self._inside:
+            self.timer.add("encoder", enter, leave)
             self.timer.add("decoders", start, enter)
             start = leave
         self.timer.add("decoders", start, end)
@@ -120,7 +122,8 @@ class PassTimer:
             yield
             return
         start, self._left = self.timer.now(), None
-        yield
+        with torch.profiler.record_function("msdiff backward"):
+            yield
         end = self.timer.now()
         left = end if self._left is None else self._left
         self.timer.add("decoders", start, left)

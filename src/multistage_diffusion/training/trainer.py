@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import keyed
 from ..config import RunConfig
@@ -20,8 +20,10 @@ from ..distributed import ALONE, World
 from . import branching
 from . import checkpoint as ckpt
 from .batches import BatchSource, TrainingData, held_out_batch, row_counts, stage_shares, stage_weights
+from .clipping import clip, parameters_by_part, part_norms
 from .devices import autocast_dtype, resolve_device
 from .ema import EMA
+from .events import Callback
 from .losses import objective, stage_losses
 from .optimizer import learning_rate, make_optimizer
 from .run import Run
@@ -29,6 +31,7 @@ from .strategies import Strategy, make_layout, stage_of_part
 from .sums import RunningSums
 from .team import Team
 from .timing import PassTimer, Timer
+from .updates import updates
 from .warm_start import WarmStart, warm_start
 
 # Loss scales start at 2^16 and halve at every overflow; below this it is no longer the scale's fault.
@@ -37,28 +40,6 @@ SMALLEST_SCALE = 2.0**-20
 
 class TrainingDiverged(FloatingPointError):
     """A loss or gradient stopped being finite; the optimiser step was not taken."""
-
-
-class Callback:
-    """What may happen beside training; every method does nothing unless overridden.
-
-    Attributes:
-        everywhere: whether it is called on every process, or only on that which writes the run.
-    """
-
-    everywhere = False
-
-    def started(self, trainer: Trainer) -> None:
-        """Training begins (or goes on) at trainer.step."""
-
-    def stepped(self, trainer: Trainer) -> None:
-        """One iteration has been done."""
-
-    def logged(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """A line was added to metrics.jsonl."""
-
-    def finished(self, trainer: Trainer) -> None:
-        """Training is over: at its end, stopped early with a checkpoint, or by an error."""
 
 
 class Trainer:
@@ -134,20 +115,9 @@ class Trainer:
     def _equip(self) -> None:
         """Make what depends on which parameters there are."""
         self.optimizer = make_optimizer(self.config.optimizer, self.denoiser)
-        self.parts = self._parts()
+        self.parts = parameters_by_part(self.denoiser.network)
         self.passes.watch(self.denoiser.network.encoders)
         self.team.equip(self.parts, shared=branching.tied(self.denoiser.network))
-
-    def _parts(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters of each part of the network, each parameter once."""
-        seen: set[int] = set()
-        parts = {}
-        for name, part in self.denoiser.network.parts().items():
-            own = [p for p in part.parameters() if p.requires_grad and id(p) not in seen]
-            seen.update(map(id, own))
-            if own:
-                parts[name] = own
-        return parts
 
     @property
     def images(self) -> int:
@@ -243,34 +213,17 @@ class Trainer:
         ckpt.restore_optimizer(self.optimizer, self.denoiser, branching.grown(moments, names))
 
     def _iterate(self) -> None:
-        if self.step == self.config.training.branch_at and branching.tied(self.denoiser.network):
+        training = self.config.training
+        if self.step == training.branch_at and branching.tied(self.denoiser.network):
             self._branch()
         # ranks drop different units: their rows are different, too
         rank = (self.world.rank,) if self.world.rank else ()
-        torch.manual_seed(keyed.fold((self.config.training.seed, "dropout", self.step, *rank)) >> 1)
-        for counts, weights in self._plan():
+        torch.manual_seed(keyed.fold((training.seed, "dropout", self.step, *rank)) >> 1)
+        for counts, weights in updates(training, self.step, self.counts, self.shares, self.weights):
             self._optimize(counts, weights)
         with self.timer.part("average"):
-            self.ema.update(self.config.training.batch, self.images)
+            self.ema.update(training.batch, self.images)
         self.step += 1
-
-    def _plan(self) -> Iterator[tuple[tuple[int, ...], tuple[float, ...]]]:
-        """Yield the optimiser steps of this iteration: rows and objective weights of every stage."""
-        training, stages = self.config.training, range(len(self.shares))
-
-        def only(k: int) -> tuple[int, ...]:
-            return tuple(self.counts[k] if j == k else 0 for j in stages)
-
-        if training.update_mode == "mixed":
-            yield self.counts, self.weights
-        elif training.update_mode == "sequential":
-            yield from ((only(k), self.weights) for k in stages if self.counts[k])
-        else:
-            u = keyed.uniform((training.seed, "stage"), torch.tensor([self.step]), 1).item()
-            bounds = torch.tensor(self.shares, dtype=torch.float64).cumsum(0)
-            k = min(int(torch.searchsorted(bounds, u, right=True)), len(bounds) - 1)
-            # a stage drawn with probability share counts weight/share, so that the expected objective is the same
-            yield only(k), tuple(self.weights[j] / self.shares[j] if j == k else 0.0 for j in stages)
 
     def _optimize(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> None:
         optimizer = self.optimizer
@@ -297,10 +250,10 @@ class Trainer:
             self.team.agree_on_overflow([p.grad for p in self.denoiser.parameters() if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         names = list(self.denoiser.network.parts())
-        totals, norms = self.team.share(totals, self._norms(), names, stopping=self.stopping)
+        totals, norms = self.team.share(totals, part_norms(self.parts), names, stopping=self.stopping)
         losses: list[float] = (totals / totals.new_tensor([max(c, 1) for c in counts])).tolist()
         self._refuse_non_finite(losses, [f"stage {k + 1}" for k in range(len(losses))], "loss")
-        self._clip(norms)
+        clip(self.config.optimizer, self.parts, norms)
         found = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
         if not self.scaler.is_enabled():  # scaled fp16 gradients may overflow: the scaler skips that step
             self._refuse_non_finite(list(found.values()), list(found), "gradient")
@@ -309,11 +262,10 @@ class Trainer:
     def _backward(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> Tensor:
         """Accumulate this process's rows, sum gradients over processes; return the rows' summed loss of each stage."""
         rows = self.team.rows(counts)
-        active, busy = self._named(counts), self._named([len(r) for r in rows])
         parts = min(self.config.training.accumulate, max(map(len, rows)))
         totals = torch.zeros(len(counts), device=self.device)
         if not parts:
-            self.team.expect(active, busy)
+            self._expect(counts, rows)
         for part in range(parts):
             with self.timer.part("data"):
                 batch = self.source.draw(self.step, counts, rows, part, parts)
@@ -321,7 +273,7 @@ class Trainer:
             with self.passes.forward(), autocast:
                 sums = stage_losses(self.denoiser, batch)
             if part == parts - 1:
-                self.team.expect(active, busy)
+                self._expect(counts, rows)
             with self.passes.backward():
                 self.scaler.scale(objective(sums, weights, counts)).backward()  # type: ignore[no-untyped-call]
             totals += torch.stack(sums).detach()
@@ -329,17 +281,17 @@ class Trainer:
             self.team.sum_gradients()
         return totals
 
+    def _expect(self, counts: Sequence[int], rows: Sequence[range]) -> None:
+        """Let gradients be summed over processes in the backward pass that completes them."""
+        if not self.team.alone:
+            self.team.expect(self._named(counts), self._named([len(r) for r in rows]))
+
     def _named(self, counts: Sequence[int]) -> list[str]:
         """Return the parts held here that rows of these numbers per stage pass through."""
-        if not sum(counts):
+        if not any(counts):
             return []
         shared = branching.tied(self.denoiser.network)
         return [name for name in self.parts if shared or (k := stage_of_part(name)) is None or counts[k]]
-
-    def _norms(self) -> dict[str, Tensor]:
-        """Return the norm of each part's gradient."""
-        grads = {name: [p.grad for p in part if p.grad is not None] for name, part in self.parts.items()}
-        return {name: nn.utils.get_total_norm(g) for name, g in grads.items() if g}
 
     def _refuse_non_finite(self, values: Sequence[float], names: Sequence[str], what: str) -> None:
         bad = [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
@@ -352,17 +304,6 @@ class Trainer:
                 f"the {what} of {', '.join(bad)} is not finite at step {self.step + 1}; stopped before the optimiser step, "
                 f"{kept}; start a new run with a lower optimizer.lr or training.precision=fp32"
             )
-
-    def _clip(self, norms: dict[str, Tensor]) -> None:
-        """Clip gradients by the norm of the whole model or of each part."""
-        limit, scope = self.config.optimizer.clip, self.config.optimizer.clip_scope
-        if limit is None:
-            return
-        whole = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-        for name, part in self.parts.items():
-            if grads := [p.grad for p in part if p.grad is not None]:
-                norm = norms[name] if scope == "part" else whole
-                torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
 
     # -- logging and checkpoints --------------------------------------------------------------------------------------
 

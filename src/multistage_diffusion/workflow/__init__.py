@@ -12,7 +12,8 @@ from .coding import train_codec
 from .evaluating import compare, evaluate, statistics
 from .exchange import export_published, import_published
 from .finding import save_split, split
-from .fitting import CHANGEABLE, prepare, resume, train
+from .fitting import CHANGEABLE, resume, train
+from .material import prepare
 from .planning import plan
 from .using import report, sample
 

@@ -6,97 +6,31 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..config import DataConfig, RunConfig
-from ..contracts import Codec
-from ..data import ImageData, open_configured, to_float
-from ..data.sources import located as located_source
+from ..config import RunConfig
+from ..data import open_configured
 from ..distributed import RankLost, World
-from ..latents import LatentData
-from ..nets.cost import network_cost
-from ..network_config import LDM_GROUPS, NetworkConfig
-from ..samplers import make_plan
 from ..serialization import from_dict, override, to_dict, write_json
 from ..splitting import SplitResult
-from ..training.batches import BatchSource, row_counts, stage_shares
 from ..training.callbacks import SampleGrid
 from ..training.checkpoint import checkpoint_step, list_checkpoints, read_state
 from ..training.devices import joined, precision_name
+from ..training.events import Callback
 from ..training.run import Run
 from ..training.strategies import Strategy
-from ..training.trainer import Callback, Trainer
-from ..training.warm_start import warm_start
+from ..training.trainer import Trainer
 from .finding import save_split
 from .interrupts import stopped_by_signals
-from .latent import decoder, encode_parts, with_codec, with_split
+from .latent import with_codec, with_split
+from .material import Material, check, located, prepare, warn_of_blind, warn_of_borrowed, with_paths
 from .progress import Progress
 from .quality import Quality, Yardstick
 
-
-def prepare(config: RunConfig, data: ImageData) -> RunConfig:
-    """Return a configuration that knows its data: where they are, their shape and fingerprint."""
-    network = config.network if config.codec.used else dataclasses.replace(config.network, channels=data.shape[0])
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(located(config.data), fingerprint=data.fingerprint, shape=data.shape),
-        network=network,
-    )
-
-
-def _warn_of_blind(network: NetworkConfig) -> None:
-    """Say so where a GroupNorm of one channel per group takes away what a block adds for noise and class."""
-    if network.family == "ldm" and LDM_GROUPS in (w * m for w in network.decoder_widths for m in network.channel_mult):
-        warnings.warn(
-            f"network.family=ldm with {LDM_GROUPS} channels at a level: GroupNorm in {LDM_GROUPS} groups then erases what the "
-            f"network is told of noise and class; use at least {2 * LDM_GROUPS}",
-            stacklevel=3,
-        )
-
-
-def _warn_of_borrowed(config: RunConfig, images: ImageData) -> None:
-    """Say so where stages or sigma_data were made for other images."""
-    if config.codec.used:  # neither is known of latents before they are made
-        return
-    made_for = config.stages.origin.get("data", config.data.source)
-    if len(config.stages) > 1 and made_for != config.data.source:
-        warnings.warn(
-            f"the stages are those of {made_for}; msdiff split finds these data's own (--stages)", stacklevel=3
-        )
-    std = float(to_float(images.images[:4096]).std())
-    if config.diffusion.precondition == "edm" and not 0.5 < config.diffusion.sigma_data / max(std, 1e-9) < 2.0:
-        warnings.warn(
-            f"diffusion.sigma_data={config.diffusion.sigma_data:g}, but the images' standard deviation is {std:.2g}; "
-            f"consider --set diffusion.sigma_data={std:.2g}",
-            stacklevel=3,
-        )
-
-
-def located(data: DataConfig) -> DataConfig:
-    """Return data with the path of its source made absolute: a run is used from other folders too."""
-    return dataclasses.replace(data, source=located_source(data.source))
-
-
-def check(config: RunConfig, data: ImageData) -> tuple[ImageData, ImageData]:
-    """Return (training, held-out) images of a data set on which a configuration can be trained.
-
-    Raises:
-        ValueError: if anything would stop the training later: network, sampler, batch, labels, held-out share or the run
-            to start from.
-    """
-    network_cost(config.network, *config.input_shape[1:])
-    make_plan(config.sampling, config.diffusion.schedule)
-    row_counts(config.training, stage_shares(config.training, config.stages, config.diffusion.prior))
-    parts = data.split(config.data.held_out)
-    BatchSource(config, parts[0], torch.device("cpu"))
-    if config.training.init_from:
-        warm_start(config.training.init_from, config)
-    return parts
+Prepared = tuple[Material, list[Callback]]  # what a run is trained on, and what evaluates it
 
 
 def train(
@@ -131,12 +65,9 @@ def train(
     """
     world, resolved = joined(device)
     with world.announced():
-        if config.codec.used and world.size > 1:  # one process encodes the images, the others find them in the cache
-            with world.together():
-                if world.chief:
-                    _prepared(config, out, result, resolved, progress)
-        with world.together():
-            material, judges = _prepared(config, out, result, resolved, progress)
+        material, judges = _in_turn(
+            world, config.codec.used, lambda: _prepared(config, out, result, resolved, progress)
+        )
         world.require_equal(_facts(material.config, resolved, strategy))
         begun = False
         with world.together():
@@ -148,9 +79,20 @@ def train(
         return _fit(Run.open(out), material, resolved, [*judges, *callbacks], world, strategy)
 
 
+def _in_turn(world: World, encodes: bool, prepare: Callable[[], Prepared]) -> Prepared:
+    """Prepare on all processes; one that encodes images does so before the others, who find them in its cache."""
+    found: Prepared | None = None
+    for turn in ("first", "others"):
+        with world.together():
+            if (turn == "first") == (world.chief or not encodes):
+                found = prepare()
+    assert found is not None
+    return found
+
+
 def _prepared(
     config: RunConfig, out: Path | str, result: SplitResult | None, device: torch.device, progress: Progress | None
-) -> tuple[Material, list[Callback]]:
+) -> Prepared:
     """Return what a new run is trained on, and what evaluates it; nothing is written."""
     if not config.data.source:
         raise ValueError(f"data.source is empty: preset {config.name!r} has no data of its own; give --data")
@@ -162,9 +104,9 @@ def _prepared(
     parts = check(config, data)
     if result is not None and result.fingerprint not in ("", data.fingerprint, parts[0].fingerprint):
         warnings.warn("the split was made on other data than these; its edges may not suit them", stacklevel=3)
-    _warn_of_blind(config.network)
+    warn_of_blind(config.network)
     if result is None:
-        _warn_of_borrowed(config, parts[0])
+        warn_of_borrowed(config, parts[0])
     # the arithmetic chosen here is stored: a run resumed on another device keeps it
     precision = precision_name(config.training.precision, device)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
@@ -195,48 +137,9 @@ def _create(path: Path, config: RunConfig, result: SplitResult | None, *, replac
         save_split(result, run.path / "split.json")
 
 
-def with_paths(config: RunConfig) -> RunConfig:
-    """Return a configuration with absolute paths of the run it starts from and of the reference it is evaluated by."""
-    training, evaluation = config.training, config.evaluation
-    return dataclasses.replace(
-        config,
-        training=dataclasses.replace(training, init_from=_absolute(training.init_from)),
-        evaluation=dataclasses.replace(evaluation, reference=_absolute(evaluation.reference)),
-    )
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve()) if path else ""
-
-
 def _judges(yardstick: Yardstick | None, material: Material, device: torch.device) -> list[Callback]:
     """Return what evaluates a run while it trains, if anything: before the other callbacks, which tell of it."""
     return [] if yardstick is None else [Quality(material.config, yardstick, material.decode, device)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Material:
-    """What a trainer is given: training and held-out images, or latents with the map that decodes them."""
-
-    config: RunConfig
-    parts: tuple[ImageData, ImageData] | tuple[LatentData, LatentData]
-    decode: Callable[[Tensor], Tensor] | None = None
-
-    @classmethod
-    def of(
-        cls,
-        config: RunConfig,
-        codec: Codec | None,
-        parts: tuple[ImageData, ImageData],
-        device: torch.device,
-        progress: Progress | None,
-    ) -> Material:
-        """Encode the images of a run with a codec; a run on pixels takes them as they are."""
-        if codec is None:
-            return cls(config=config, parts=parts)
-        config, latents = encode_parts(config, codec, parts, device, progress)
-        assert config.codec.scale is not None
-        return cls(config=config, parts=latents, decode=decoder(codec, config.codec.scale))
 
 
 # What may differ between machines: where things are, and the last digits of what each has measured.
@@ -291,14 +194,13 @@ def resume(
     with world.announced():
         with world.together():
             run = Run.open(Path(path))
-            material, judges = _reopened(run, changes or {}, resolved, progress)
+            encodes = run.config().codec.used
+        material, judges = _in_turn(world, encodes, lambda: _reopened(run, changes or {}, resolved, progress))
         world.require_equal(_facts(material.config, resolved, strategy))
         return _fit(run, material, resolved, [*judges, *callbacks], world, strategy)
 
 
-def _reopened(
-    run: Run, changes: Mapping[str, Any], device: torch.device, progress: Progress | None
-) -> tuple[Material, list[Callback]]:
+def _reopened(run: Run, changes: Mapping[str, Any], device: torch.device, progress: Progress | None) -> Prepared:
     """Return what a run is trained on further, and what evaluates it."""
     config = run.config()
     _refuse_edited(run, config)

@@ -33,12 +33,13 @@ from ..serialization import to_dict, write_json
 from ..splitting import SplitResult, SplitSettings
 from ..training.batches import Batch, TrainingData, held_out_batch, prior_masses, stage_shares, stage_weights
 from ..training.devices import resolve_device
+from ..training.events import Callback
 from ..training.losses import row_losses
 from ..training.run import Run
-from ..training.trainer import Callback, Trainer
+from ..training.trainer import Trainer
 from .finding import split as find
-from .fitting import Material, check, prepare, with_paths
 from .latent import with_codec, with_split
+from .material import Material, check, prepare, with_paths
 from .progress import Progress
 
 ROWS = 1024  # held-out rows of a stage, at least: fewer leave the gains' errors large
@@ -286,22 +287,15 @@ def held_out_row_losses(denoiser: MultiStageDenoiser, batch: Batch, at_once: int
         at_once: rows in one pass, to bound memory.
     """
     losses = []
-    for rows in torch.split(torch.arange(len(batch.y), device=batch.y.device), at_once):
-        part = Batch(
-            y=batch.y[rows],
-            noise=batch.noise[rows],
-            sigma=batch.sigma[rows],
-            counts=tuple(len(rows) if count else 0 for count in batch.counts),
-            cond=None if batch.cond is None else batch.cond.rows(rows),
-        )
-        losses.append(row_losses(denoiser, part))
+    for start in range(0, len(batch.y), at_once):
+        rows = range(start, min(start + at_once, len(batch.y)))
+        losses.append(row_losses(denoiser, batch.part(rows)))
     return torch.cat(losses).double().cpu()
 
 
 def optimal_row_losses(config: RunConfig, optimal: OptimalDenoiser, batch: Batch) -> Tensor:
     """Return what the optimal denoiser would have as loss of every row: its squared error times 1/c_out², float64 (B,)."""
-    x = batch.y + batch.sigma.to(batch.y.dtype)[:, None, None, None] * batch.noise
-    errors = (optimal(x, batch.sigma) - batch.y).double().square().flatten(1).mean(1)
+    errors = (optimal(batch.noisy, batch.sigma) - batch.y).double().square().flatten(1).mean(1)
     out = make_preconditioning(config.diffusion).coefficients(batch.sigma).out
     return (errors / out.square()).cpu()
 

@@ -20,8 +20,9 @@ from ..evaluation import Moments, frechet_between, get_features, image_moments, 
 from ..evaluation.statistics import MAX_DIMS
 from ..sampling import sample_images
 from ..training.callbacks import example_labels
+from ..training.events import Callback
 from ..training.flops import flops_per_image
-from ..training.trainer import Callback, Trainer
+from ..training.trainer import Trainer
 
 TRAINING_IMAGES = "training images"  # what a record calls the reference where no file was given
 
