@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .execution_config import ExecutionConfig
 from .network_config import NetworkConfig as NetworkConfig
 from .network_config import require
 from .schedules import VP, NoiseSchedule, SigmaPrior, UniformTime
@@ -311,6 +312,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -111,6 +111,14 @@ class TrainingProgress(Callback):
         self._bar.__enter__()
         self._bar(trainer.step, config.training.steps)
 
+    def chosen(self, trainer: Trainer) -> None:
+        """Tell of a trial."""
+        if trainer.trial:
+            seconds = ", ".join(f"{words} {found:.3g} s" for words, found in trainer.trial.items())
+            console.print(
+                f"computed {trainer.execution.words()} (a step took: {seconds}); see execution.json in the run"
+            )
+
     def stepped(self, trainer: Trainer) -> None:
         """Move the bar."""
         self._bar(trainer.step, trainer.config.training.steps)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .config import DiffusionConfig, RunConfig
 from .contracts import Conditioning
+from .execution import Graphs
 from .nets import build_network
 from .nets.unet import MultiDecoderUNet
 from .schedules import NoiseSchedule
@@ -106,6 +107,7 @@ class MultiStageDenoiser(nn.Module):
     def __init__(self, network: MultiDecoderUNet, stages: Stages, preconditioning: Preconditioning) -> None:
         super().__init__()
         self.network = network
+        self.graphs: Graphs | None = None  # through which the network is called, if any
         self.stages = stages
         self.preconditioning = preconditioning
 
@@ -137,7 +139,8 @@ class MultiStageDenoiser(nn.Module):
         """Return the network's own output F(c_in x; c_noise) for rows sorted by stage."""
         c = self.preconditioning.coefficients(sigma.to(torch.float64))
         dtype = next(self.network.parameters()).dtype
-        output: Tensor = self.network((_rows(c.input, x) * x).to(dtype), c.noise.to(dtype), counts, cond)
+        call = self.graphs or self.network
+        output: Tensor = call((_rows(c.input, x) * x).to(dtype), c.noise.to(dtype), counts, cond)
         return output
 
     def _sorted(self, x: Tensor, sigma: Tensor, counts: Sequence[int], cond: Conditioning | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..contracts import Conditioning
 from ..network_config import LDM_GROUPS, NetworkConfig
-from .blocks import BoxUp, NoiseEmbedding, conv, linear
+from .blocks import Block, BoxUp, ImageConv, NoiseEmbedding, conv, dropout, linear
 from .unet import Encoded, attends, skip_widths
 
 
@@ -47,7 +47,7 @@ class HeadedAttention(nn.Module):
         return out
 
 
-class LDMBlock(nn.Module):
+class LDMBlock(Block):
     """Two 3x3 convolutions after GroupNorm and SiLU, the embedding between them; skip + h; then attention.
 
     The second convolution starts at zero. `head_channels`: channels of an attention head, None for no attention.
@@ -66,10 +66,10 @@ class LDMBlock(nn.Module):
         self.skip = conv(channels_in, channels_out, 1) if channels_in != channels_out else None
         self.attention = HeadedAttention(channels_out, head_channels) if head_channels else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def compute(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map (B, channels_in, H, W) and the activated embedding (B, emb) to (B, channels_out, H, W)."""
         h = self.conv0(F.silu(self.norm0(x))) + self.affine(emb)[:, :, None, None]
-        h = self.conv1(F.dropout(F.silu(self.norm1(h)), self.dropout, self.training))
+        h = self.conv1(dropout(F.silu(self.norm1(h)), self.dropout, self.training))
         if self.skip is not None:
             x = self.skip(x)
         out: Tensor = x + h
@@ -99,7 +99,7 @@ class LDMEncoder(nn.Module):
         super().__init__()
         emb, widths = 4 * width, [width * mult for mult in config.channel_mult]
         self.embedding = NoiseEmbedding(width, config.num_classes, config.augment_dim, features=cosines_first)
-        self.conv_in = conv(config.channels, width)
+        self.conv_in = conv(config.channels, width, kind=ImageConv)
         self.downs = nn.ModuleList(conv(w, w, stride=2) for w in widths[:-1])
         self.levels = nn.ModuleList()
         for level, (before, after) in enumerate(zip([width, *widths], widths, strict=False)):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..config import NetworkConfig
 from ..contracts import Conditioning
-from .blocks import SQRT_HALF, TINY, BoxDown, BoxUp, NoiseEmbedding, ResidualBlock, conv, group_norm
+from .blocks import SQRT_HALF, TINY, BoxDown, BoxUp, ImageConv, NoiseEmbedding, ResidualBlock, conv, group_norm
 from .unet import Encoded, attends, skip_widths
 
 
@@ -132,7 +132,7 @@ class MEMEEncoder(nn.Module):
         assert config.attention_shares is not None
         emb, widths = 4 * width, [width * mult for mult in config.channel_mult]
         self.embedding = NoiseEmbedding(width, config.num_classes, config.augment_dim)
-        self.conv_in = conv(config.channels, width)
+        self.conv_in = conv(config.channels, width, kind=ImageConv)
         self.downs = nn.ModuleList(ResidualBlock(w, w, emb, config.dropout, resample=BoxDown(w)) for w in widths[:-1])
         self.levels = nn.ModuleList()
         for level, (before, after) in enumerate(zip([width, *widths], widths, strict=False)):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..config import NetworkConfig
 from ..contracts import Conditioning
-from .blocks import SQRT_HALF, Bottom, FIRDown, FIRUp, conv
+from .blocks import SQRT_HALF, Bottom, FIRDown, FIRUp, ImageConv, conv
 from .unet import Decoder, Encoded, Encoder
 
 
@@ -40,7 +40,7 @@ class PyramidStep(nn.Module):
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
         self.filter = FIRDown(channels_in, stride=1, padding=2)
-        self.conv = conv(channels_in, channels_out, stride=2, pad=False)
+        self.conv = conv(channels_in, channels_out, stride=2, pad=False, kind=ImageConv)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, channels_in, H, W) to (B, channels_out, H / 2, W / 2)."""

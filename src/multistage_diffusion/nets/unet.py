@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import NetworkConfig
 from ..contracts import Conditioning
-from .blocks import TINY, NoiseEmbedding, ResidualBlock, conv, group_norm
+from .blocks import TINY, ImageConv, NoiseEmbedding, ResidualBlock, conv, group_norm
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Encoder(nn.Module):
         super().__init__()
         emb, widths = 4 * width, [width * mult for mult in config.channel_mult]
         self.embedding = NoiseEmbedding(width, config.num_classes, config.augment_dim)
-        self.conv_in = conv(config.channels, width)
+        self.conv_in = conv(config.channels, width, kind=ImageConv)
         self.downs = nn.ModuleList(
             ResidualBlock(w, w, emb, config.dropout, resample=down(w), groups=config.norm_groups) for w in widths[:-1]
         )

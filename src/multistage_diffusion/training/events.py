@@ -20,6 +20,9 @@ class Callback:
     def started(self, trainer: Trainer) -> None:
         """Training begins (or goes on) at trainer.step."""
 
+    def chosen(self, trainer: Trainer) -> None:
+        """How steps are going to be computed is known, trainer.execution; a trial may have taken a while."""
+
     def stepped(self, trainer: Trainer) -> None:
         """One iteration has been done."""
 

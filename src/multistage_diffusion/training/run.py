@@ -3,7 +3,7 @@
 RUN/config.json      the run configuration        RUN/checkpoints/   see checkpoint.py
 RUN/split.json       the split its stages come from (if any)
 RUN/metrics.jsonl    losses, evaluations          RUN/samples/       grids drawn during training
-RUN/launches.jsonl   every command that trained it
+RUN/launches.jsonl   every command that trained it   RUN/execution.json   how steps are computed (if a trial was made)
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from ..config import DataConfig, RunConfig
 from ..data import ImageData, open_configured
 from ..denoisers import MultiStageDenoiser, build_denoiser
+from ..execution import Execution
 from ..serialization import append_line, from_dict, read_json, read_lines, write_atomic, write_json
 from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, load_tensors, read_state
 from .devices import device_name
@@ -183,6 +184,22 @@ class Run:
         file = self.path / "launches.jsonl"
         lines = [json.dumps(record) + "\n" for record in (*read_lines(file), launch)]  # without a line torn by a kill
         write_atomic(file, "".join(lines).encode())
+
+    @property
+    def execution_file(self) -> Path:
+        """How steps are computed, as a trial has found."""
+        return self.path / "execution.json"
+
+    def known_execution(self, here: dict[str, Any]) -> dict[str, bool] | None:
+        """Return what a trial has found, if it was made here: on the same device, with the same settings."""
+        if not self.execution_file.exists():
+            return None
+        known = read_json(self.execution_file)
+        return known["execution"] if all(known.get(key) == value for key, value in here.items()) else None
+
+    def remember_execution(self, here: dict[str, Any], execution: Execution, seconds: dict[str, float]) -> None:
+        """Keep what a trial has found, with the seconds of a step of each candidate."""
+        write_json(self.execution_file, {**here, "execution": execution, "seconds": seconds})
 
     @contextmanager
     def locked(self) -> Iterator[None]:

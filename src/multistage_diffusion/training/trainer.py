@@ -17,13 +17,15 @@ from .. import keyed
 from ..config import RunConfig
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..distributed import ALONE, World
+from ..execution import Execution, Graphs, execute
 from . import branching
 from . import checkpoint as ckpt
 from .batches import BatchSource, TrainingData, held_out_batch, row_counts, stage_shares, stage_weights
 from .clipping import clip, parameters_by_part, part_norms
-from .devices import autocast_dtype, resolve_device
+from .devices import autocast_dtype, keep_memory, resolve_device
 from .ema import EMA
 from .events import Callback
+from .findings import Findings, Found, not_finite
 from .losses import objective, stage_losses
 from .optimizer import learning_rate, make_optimizer
 from .run import Run
@@ -31,6 +33,7 @@ from .strategies import Strategy, make_layout, stage_of_part
 from .sums import RunningSums
 from .team import Team
 from .timing import PassTimer, Timer
+from .trial import choose, settled
 from .updates import updates
 from .warm_start import WarmStart, warm_start
 
@@ -73,6 +76,7 @@ class Trainer:
     ) -> None:
         self.run, self.config, self.world = run, config or run.config(), world
         self.device = resolve_device(device)
+        keep_memory(self.device)
         self.callbacks = [callback for callback in callbacks if world.chief or callback.everywhere]
         config, training = self.config, self.config.training
         if data.shape[0] != config.network.channels:
@@ -98,8 +102,13 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
         self.timer = Timer(self.device)
         self.passes = PassTimer(self.timer)
+        self.execution = settled(config.execution)
         self._equip()
+        # an fp16 step looks at its gradients before it ends, and processes tell one another: they wait for the device anyway
+        late = self.device.type == "cuda" and self.team.alone and not self.scaler.is_enabled()
+        self.findings = Findings(self.device, self._note, late=late)
         self.step, self.stopping = 0, False
+        self.trial: dict[str, float] = {}  # seconds of a step by way of computing it, if a trial was made
         self.ended = ""  # why training is over before its last step, see `end`
         self._judged: dict[str, Any] | None = None  # the evaluation of this step
         self.sums = RunningSums(len(config.stages))
@@ -118,6 +127,22 @@ class Trainer:
         self.parts = parameters_by_part(self.denoiser.network)
         self.passes.watch(self.denoiser.network.encoders)
         self.team.equip(self.parts, shared=branching.tied(self.denoiser.network))
+        self.compute(self.execution)
+
+    def compute(self, execution: Execution) -> None:
+        """Compute steps so from now on.
+
+        Raises:
+            ValueError: if CUDA graphs are asked for where there are none.
+        """
+        if execution.cuda_graphs and not (self.device.type == "cuda" and self.team.alone):
+            raise ValueError(
+                f"execution.cuda_graphs=True needs one process on a CUDA device, not {self.world.size} on {self.device}; set it "
+                "to auto"
+            )
+        self.execution = execution
+        execute(self.denoiser.network, execution)
+        self.denoiser.graphs = Graphs(self.denoiser.network) if execution.cuda_graphs else None
 
     @property
     def images(self) -> int:
@@ -140,6 +165,8 @@ class Trainer:
                     self.run.log_launch(self.device)
             self._tell("started")
             try:
+                if self.step < self.config.training.steps and not self.ended:
+                    self._choose_execution()
                 self._loop()
             finally:
                 self._tell("finished")
@@ -151,6 +178,19 @@ class Trainer:
             raise ValueError(
                 f"{self.run.path}: another process has trained it to step {ckpt.checkpoint_step(found[-1])}; resume again"
             )
+
+    def _choose_execution(self) -> None:
+        """Compute steps as is fastest here: as an earlier start has found, or by a trial."""
+        counts, weights = next(updates(self.config.training, self.step, self.counts, self.shares, self.weights))
+
+        def passes() -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._backward(counts, weights)
+
+        remaining = self.config.training.steps - self.step
+        self.trial = choose(self.run, self.config, self.world, self.device, remaining, self.compute, passes)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._tell("chosen")
 
     @property
     def stopped(self) -> bool:
@@ -232,32 +272,41 @@ class Trainer:
         with self.world.explained():
             totals = self._backward(counts, weights)
         with self.timer.part("gradients"):
-            losses, norms = self._look_at_gradients(totals, counts)
+            found = self._look_at_gradients(totals, counts)
+        if not self.findings.late:
+            self.findings.add(found)
         with self.timer.part("optimizer"):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.config.optimizer, self.step)
+            if self.findings.late:  # what nobody has looked at yet must not spoil the weights
+                optimizer.found_inf = found.unfit  # type: ignore[attr-defined]
             self.scaler.step(optimizer)
             self.scaler.update()
+        if self.findings.late:
+            self.findings.add(found)
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
             raise TrainingDiverged(
                 f"fp16 gradients overflow at any loss scale at step {self.step + 1}; start a run with training.precision=fp32"
             )
-        self.sums.add([x if c else None for x, c in zip(losses, counts, strict=True)], norms)
 
-    def _look_at_gradients(self, totals: Tensor, counts: Sequence[int]) -> tuple[list[float], dict[str, float]]:
-        """Clip gradients; return the stages' mean losses and the parts' norms, all finite, or else raise."""
+    def _note(self, found: Found, losses: list[float], norms: dict[str, float]) -> None:
+        """Add a step's losses and gradient norms to what is logged, all finite, or else raise."""
+        self._refuse(found.step, "loss", not_finite([f"stage {k + 1}" for k in range(len(losses))], losses))
+        if not self.scaler.is_enabled():  # scaled fp16 gradients may overflow: the scaler skips that step
+            self._refuse(found.step, "gradient", not_finite(list(norms), list(norms.values())))
+        self.sums.add([x if c else None for x, c in zip(losses, found.counts, strict=True)], norms)
+
+    def _look_at_gradients(self, totals: Tensor, counts: tuple[int, ...]) -> Found:
+        """Clip gradients; return the stages' mean losses and the parts' norms."""
         if self.scaler.is_enabled():
             self.team.agree_on_overflow([p.grad for p in self.denoiser.parameters() if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         names = list(self.denoiser.network.parts())
         totals, norms = self.team.share(totals, part_norms(self.parts), names, stopping=self.stopping)
-        losses: list[float] = (totals / totals.new_tensor([max(c, 1) for c in counts])).tolist()
-        self._refuse_non_finite(losses, [f"stage {k + 1}" for k in range(len(losses))], "loss")
         clip(self.config.optimizer, self.parts, norms)
-        found = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
-        if not self.scaler.is_enabled():  # scaled fp16 gradients may overflow: the scaler skips that step
-            self._refuse_non_finite(list(found.values()), list(found), "gradient")
-        return losses, found
+        losses = totals / torch.tensor([max(c, 1) for c in counts], dtype=totals.dtype).to(totals.device)
+        values = torch.cat([losses, torch.stack(list(norms.values()))])
+        return Found(self.step + 1, counts, tuple(norms), values)
 
     def _backward(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> Tensor:
         """Accumulate this process's rows, sum gradients over processes; return the rows' summed loss of each stage."""
@@ -293,21 +342,21 @@ class Trainer:
         shared = branching.tied(self.denoiser.network)
         return [name for name in self.parts if shared or (k := stage_of_part(name)) is None or counts[k]]
 
-    def _refuse_non_finite(self, values: Sequence[float], names: Sequence[str], what: str) -> None:
-        bad = [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
+    def _refuse(self, step: int, what: str, bad: Sequence[str]) -> None:
         if bad:
             found = ckpt.list_checkpoints(self.run.checkpoints)
             kept = (
                 f"the checkpoint of step {ckpt.checkpoint_step(found[-1])} is intact" if found else "no checkpoint yet"
             )
             raise TrainingDiverged(
-                f"the {what} of {', '.join(bad)} is not finite at step {self.step + 1}; stopped before the optimiser step, "
+                f"the {what} of {', '.join(bad)} is not finite at step {step}; stopped before the optimiser step, "
                 f"{kept}; start a new run with a lower optimizer.lr or training.precision=fp32"
             )
 
     # -- logging and checkpoints --------------------------------------------------------------------------------------
 
     def _log_training(self) -> None:
+        self.findings.settle()
         seconds = time.perf_counter() - self._clock
         images = self.images - self._clock_images
         losses, norms = self.sums.means()
@@ -370,6 +419,7 @@ class Trainer:
 
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint of this step and prune the older ones."""
+        self.findings.settle()
         training = self.config.training
         state = {
             "step": self.step,

@@ -146,7 +146,7 @@ def _judges(yardstick: Yardstick | None, material: Material, device: torch.devic
 PLACES = ("data.source", "codec.source", "codec.scale", "training.init_from", "evaluation.reference")
 
 
-# What may differ when a run is resumed: its length and what is written when, never what is computed.
+# What may differ when a run is resumed: its length, what is written when, how steps are computed; never what is computed.
 CHANGEABLE = (
     "data.source",
     "codec.source",
@@ -160,6 +160,10 @@ CHANGEABLE = (
     "training.sample_count",
     "evaluation.every",
     "evaluation.patience",
+    "execution.channels_last",
+    "execution.compile",
+    "execution.cuda_graphs",
+    "execution.recompute",
 )
 
 

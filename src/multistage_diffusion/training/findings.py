@@ -1,0 +1,77 @@
+"""What the optimiser steps have found, losses and gradient norms, on its way from the device to the log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Found:
+    """Losses and norms of one optimiser step.
+
+    Attributes:
+        step: of the iteration, from 1.
+        counts: rows of each stage.
+        parts: names of the norms.
+        values: on the device: a mean loss for every stage, then the norms.
+    """
+
+    step: int
+    counts: tuple[int, ...]
+    parts: tuple[str, ...]
+    values: Tensor
+
+    @property
+    def unfit(self) -> Tensor:
+        """Return 1 on the device if a value is not finite, else 0: an optimiser's `found_inf`, which lets it skip a step."""
+        return (~torch.isfinite(self.values).all()).to(torch.float32)
+
+
+class Findings:
+    """Hands on what each step has found: at once, or, late, one step later, so that nobody waits for a device at work.
+
+    Args:
+        device: where steps are computed.
+        late: whether to hand on late.
+        hand_on: is given a step's Found, its losses and its norms by name.
+    """
+
+    def __init__(
+        self, device: torch.device, hand_on: Callable[[Found, list[float], dict[str, float]], None], *, late: bool
+    ) -> None:
+        self.late, self.hand_on, self.cuda = late, hand_on, device.type == "cuda"
+        self._waiting: list[tuple[Found, Tensor, Any]] = []
+
+    def add(self, found: Found) -> None:
+        """Take a step's, and hand on what is due."""
+        values, event = found.values, None
+        if self.late and self.cuda:
+            values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        self._waiting.append((found, values, event))
+        self._hand_on(keep=1 if self.late else 0)
+
+    def settle(self) -> None:
+        """Hand on everything."""
+        self._hand_on(keep=0)
+
+    def _hand_on(self, keep: int) -> None:
+        while len(self._waiting) > keep:
+            found, values, event = self._waiting.pop(0)
+            if event is not None:
+                event.synchronize()
+            numbers: list[float] = values.tolist()
+            losses = numbers[: len(found.counts)]
+            self.hand_on(found, losses, dict(zip(found.parts, numbers[len(losses) :], strict=True)))
+
+
+def not_finite(names: Sequence[str], values: Sequence[float]) -> list[str]:
+    """Return the names whose values are not finite."""
+    return [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]

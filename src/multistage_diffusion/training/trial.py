@@ -1,0 +1,115 @@
+"""Which way of computing a run's steps is fastest on its device: a short trial at its start, remembered in RUN/execution.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+
+from ..config import RunConfig
+from ..distributed import World
+from ..execution import Execution
+from ..execution_config import ExecutionConfig
+from ..serialization import to_dict
+from .devices import clock, device_name
+from .run import Run
+
+LEAST_STEPS = 1000  # of a run that a trial is worth
+COMPILING_PAYS = 1800.0  # seconds of training left, from which on minutes of compiling are tried
+GAIN = 0.95  # of the plain way's time: what is not clearly faster is left alone, so that equal runs stay equal
+WARM, TIMED = 2, 3  # passes of each candidate
+
+
+def settled(settings: ExecutionConfig) -> Execution:
+    """Return what the settings ask for, without what a trial would decide."""
+    return Execution(
+        channels_last=settings.channels_last is True,
+        compile=settings.compile is True,
+        cuda_graphs=settings.cuda_graphs is True,
+        recompute=settings.recompute,
+    )
+
+
+def candidates(config: RunConfig, device: torch.device, *, alone: bool, compiling: bool = False) -> Iterator[Execution]:
+    """Yield the ways between which a trial decides, the plainest first.
+
+    Args:
+        config: of the run: what its `execution` says outright is the same in all.
+        device: of the run.
+        alone: whether one process trains it; a graph's gradients come all at once, too late to be summed on the way.
+        compiling: whether to yield those that "auto" compiles, instead of those that it does not.
+    """
+    settings, cuda = config.execution, device.type == "cuda"
+    fixed_rows = config.training.update_mode == "mixed" and config.training.accumulate == 1
+    graphs_help = cuda and alone and fixed_rows and not settings.recompute
+    channels_last = (False, True) if settings.channels_last == "auto" else (settings.channels_last,)
+    if settings.compile != "auto":
+        compiled = () if compiling else (settings.compile,)
+    else:
+        compiled = ((True,) if cuda and alone else ()) if compiling else (False,)
+    graphs = ((False, True) if graphs_help else (False,)) if settings.cuda_graphs == "auto" else (settings.cuda_graphs,)
+    for one, other, last in product(compiled, graphs, channels_last):
+        yield Execution(compile=one, cuda_graphs=other, channels_last=last, recompute=settings.recompute)
+
+
+def choose(
+    run: Run,
+    config: RunConfig,
+    world: World,
+    device: torch.device,
+    steps: int,
+    compute: Callable[[Execution], None],
+    passes: Callable[[], None],
+) -> dict[str, float]:
+    """Let steps be computed in the way that is fastest here, as an earlier start has found or by a trial.
+
+    All processes decide the same. What a trial finds is kept in the run.
+
+    Args:
+        run, config: of a trainer.
+        world: the processes that train it.
+        device: of this one.
+        steps: that are left to do.
+        compute: lets steps be computed in a way.
+        passes: makes the forward and backward passes of a step.
+
+    Returns:
+        The seconds of a step of each candidate, by its words; empty if no trial was made.
+    """
+    here = {"device": device_name(device), "settings": to_dict(config.execution)}
+    known = world.agree(run.known_execution(here))
+    if known is not None:
+        compute(Execution(**known))
+        return {}
+    plain, *others = candidates(config, device, alone=world.size == 1)
+    compiled = list(candidates(config, device, alone=world.size == 1, compiling=True))
+    if steps < LEAST_STEPS or not (others or compiled):
+        compute(plain)
+        return {}
+
+    def measure(execution: Execution) -> float:
+        best = math.inf
+        try:
+            compute(execution)
+            for i in range(WARM + TIMED):
+                start = clock(device)
+                passes()
+                best = min(best, clock(device) - start) if i >= WARM else best
+        except RuntimeError:  # no memory for it, or no compiler
+            if execution == plain or world.size > 1:
+                raise
+        return float(world.sum(torch.tensor([best], dtype=torch.float64, device=device)))
+
+    seconds = {execution: measure(execution) for execution in (plain, *others)}
+    if min(seconds.values()) * steps >= COMPILING_PAYS:
+        seconds |= {execution: measure(execution) for execution in compiled}
+    best = min(seconds, key=lambda execution: seconds[execution])
+    if seconds[best] > GAIN * seconds[plain]:
+        best = plain
+    compute(best)
+    found = {execution.words(): taken for execution, taken in seconds.items() if math.isfinite(taken)}
+    if world.chief:
+        run.remember_execution(here, best, found)
+    return found
