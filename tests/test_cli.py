@@ -316,7 +316,13 @@ def test_sample_writes_grids_and_arrays(made: Path, msdiff: Call, tmp_path: Path
     with Image.open(tmp_path / "samples.png") as image:
         assert image.size == (2 * 65 + 1, 2 * 65 + 1)
     assert msdiff("sample", made / "run", "--count", "4", "--out", "a.npz")[0] == 0
-    assert np.load(tmp_path / "a.npz")["images"].shape == (4, 1, 8, 8)
+    array = np.load(tmp_path / "a.npz")["images"]
+    assert array.shape == (4, 1, 8, 8)
+    for name, options in {"one": (), "two": ("--offload", "--batch", "3")}.items():
+        assert msdiff("sample", made / "run", "--count", "4", "--out", name, *options)[0] == 0
+        found = [np.asarray(Image.open(tmp_path / name / f"{i:06d}.png")) for i in range(4)]
+        assert int(np.abs(np.stack(found).astype(int) - array[:, 0].astype(int)).max()) <= 1
+    assert msdiff("sample", made / "run", "--count", "4", "--out", "bf16.npz", "--precision", "bf16")[0] == 0
 
 
 def test_what_is_there_is_not_replaced_unasked(made: Path, msdiff: Call, tmp_path: Path) -> None:

@@ -22,11 +22,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("keyed", "schedules"),
     ("stages",),
     ("network_config", "serialization"),
+    ("execution_config",),
     ("config",),
     ("data",),
     # L1: finding stages, networks, pictures
     ("nets", "optimal", "pictures"),
-    ("pages", "splitting"),
+    ("execution", "pages", "residency", "splitting"),
     # L2: from networks to images
     ("codecs", "denoisers", "guidance", "samplers"),
     ("latents", "sampling"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from multistage_diffusion.pictures import data_uri, grid, save_folder, save_npz, save_png
+from multistage_diffusion.pictures import data_uri, folder_of_images, grid, save_folder, save_npz, save_png
 
 RAMP = torch.arange(3 * 2 * 2, dtype=torch.uint8).view(3, 1, 2, 2)
 
@@ -82,6 +82,27 @@ def test_folder_overwrites_nothing_unasked(tmp_path: Path) -> None:
     assert (tmp_path / "000002.png").read_bytes() == before
     save_folder(255 - RAMP, tmp_path, overwrite=True)
     assert (tmp_path / "000002.png").read_bytes() != before
+
+
+def test_a_folder_of_images_appears_whole(tmp_path: Path) -> None:
+    with folder_of_images(tmp_path / "new" / "samples") as write:
+        write(0, RAMP[:2])
+        write(2, RAMP[2:])
+        assert not (tmp_path / "new" / "samples").exists()
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["samples"]
+    for i, image in enumerate(RAMP):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"new/samples/{i:06d}.png")), image[0].numpy())
+
+
+def test_a_folder_of_images_that_failed_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with folder_of_images(tmp_path / "samples") as write:
+            write(0, RAMP)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_npz_round_trip(tmp_path: Path) -> None:

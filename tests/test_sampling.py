@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -114,3 +116,53 @@ def test_progress_counts_every_call_of_every_image():
 def test_impossible_counts_are_refused(count, batch):
     with pytest.raises(ValueError, match=f"count={count} and batch={batch}"):
         draw(count, batch=batch)
+
+
+def test_the_network_may_be_of_less_precision_but_not_the_trajectory():
+    seen = []
+
+    def network(x, sigma, cond=None):
+        seen.append((x.dtype, torch.nn.functional.linear(x.flatten(1), torch.eye(12)).dtype))
+        return gaussian(x, sigma)
+
+    def run(autocast):
+        images = sample_images(network, SHAPE, 3, config=CONFIG, schedule=EDM(), autocast=autocast)
+        found = set(seen)
+        seen.clear()
+        return images, found
+
+    plain, reduced = run(None), run(torch.bfloat16)
+    assert plain[1] == {(torch.float32, torch.float32)}
+    assert reduced[1] == {(torch.float32, torch.bfloat16)}
+    assert torch.equal(plain[0], reduced[0])
+
+
+def test_finished_batches_are_handed_on_while_the_next_is_drawn():
+    batches, drawing = [], threading.Event()
+
+    def finished(first, images):
+        if first == 0:
+            assert drawing.wait(20)  # the next batch has begun
+        batches.append((first, images, threading.current_thread()))
+
+    def progress(done, total):
+        if done > 2 * 9:
+            drawing.set()
+
+    images = draw(5, batch=2, finished=finished, progress=progress)
+    assert [first for first, _, _ in batches] == [0, 2, 4]
+    assert torch.equal(torch.cat([part for _, part, _ in batches]), images)
+    assert all(thread is not threading.current_thread() for _, _, thread in batches)
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_what_fails_to_be_written_ends_the_drawing(batch):
+    seen = []
+
+    def finished(first, images):
+        if first == 2 * batch:
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        draw(6, batch=2, finished=finished, progress=lambda done, _: (time.sleep(0.02), seen.append(done)))
+    assert (seen[-1] < 6 * 9) == (batch == 0)  # at once, where there is more to draw

@@ -25,7 +25,7 @@ from multistage_diffusion.training.checkpoint import list_checkpoints
 from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
-from multistage_diffusion.workflow import CHANGEABLE, evaluate, prepare, report, resume, sample, split, train
+from multistage_diffusion.workflow import CHANGEABLE, evaluate, prepare, report, resume, sample, split, train, using
 from multistage_diffusion.workflow.fitting import differences
 from multistage_diffusion.workflow.latent import with_split
 from multistage_diffusion.workflow.material import located
@@ -219,7 +219,10 @@ def test_what_may_change_exists() -> None:
     for key in CHANGEABLE:
         part, name = key.split(".")
         value = getattr(getattr(config, part), name)
-        assert differences(config, override(config, {key: "x" if isinstance(value, str) else value + 1})) == [key]
+        changed = True if value == "auto" else not value if isinstance(value, bool) else None
+        if changed is None:
+            changed = "x" if isinstance(value, str) else value + 1
+        assert differences(config, override(config, {key: changed})) == [key]
 
 
 def test_differences_are_named_by_their_keys(result: SplitResult) -> None:
@@ -324,6 +327,27 @@ def test_a_sample_depends_on_its_seed_and_number_alone(run: Run) -> None:
     assert float((difference > 0).float().mean()) < 0.01
     assert torch.equal(sample(run, 5, seed=3, batch=5), sample(run, 5, seed=3))
     assert not torch.equal(sample(run, 7, seed=4), many)
+
+
+def test_one_stage_at_a_time_samples_the_same(run: Run) -> None:
+    assert torch.equal(sample(run, 3, offload=True), sample(run, 3))
+
+
+def test_the_network_samples_in_the_precision_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(using, "sample_images", lambda *_, autocast, **__: seen.append(autocast))
+    for precision in ("auto", "fp32", "bf16", "fp16"):
+        sample(run, 1, precision=precision, device="cpu")
+    assert seen == [None, None, torch.bfloat16, torch.float16]
+    with pytest.raises(ValueError, match="precision='fp64' is for training only"):
+        sample(run, 1, precision="fp64")
+
+
+def test_samples_are_handed_on_as_they_are_drawn(run: Run) -> None:
+    parts: list[tuple[int, torch.Tensor]] = []
+    images = sample(run, 5, batch=2, finished=lambda first, part: parts.append((first, part)))
+    assert [first for first, _ in parts] == [0, 2, 4]
+    assert torch.equal(torch.cat([part for _, part in parts]), images)
 
 
 def test_a_sample_of_a_checkpoint_and_sampler_can_be_asked_for(run: Run) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +81,19 @@ def save_folder(images: Tensor, folder: Path, start: int = 0, overwrite: bool = 
     for path, image in zip(paths, images.cpu(), strict=True):
         save_png(_to_pil(image), path)
     return paths
+
+
+@contextmanager
+def folder_of_images(folder: Path) -> Iterator[Callable[[int, Tensor], object]]:
+    """Give a function that writes images into a new folder as `save_folder` does: of (number of the first, images).
+
+    The folder appears, whole, at the end; after an error there is none.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        inside = Path(temporary) / folder.name
+        yield lambda first, images: save_folder(images, inside, first)
+        inside.rename(folder)
 
 
 def save_npz(images: Tensor, path: Path) -> None:

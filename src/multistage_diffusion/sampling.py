@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ def sample_images(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
+    autocast: torch.dtype | None = None,
+    finished: Callable[[int, Tensor], object] | None = None,
     world: World = ALONE,
 ) -> Tensor:
     """Draw samples 0 .. count-1 of a seed.
@@ -46,6 +49,9 @@ def sample_images(
         device: where.
         progress: called with (denoiser calls times images done, in all), of this process.
         decode: maps end states to images in [-1, 1], e.g. a codec's decoder, on the device; None: end states are images.
+        autocast: type in which the denoiser computes what it can; the trajectory's state stays float32. None: as it is.
+        finished: called with (number of the first, images) of each batch, in another thread, while the next is drawn; where
+            several processes share the work, once, on the first of them.
         world: processes that all make this call; each draws its share and is given all.
 
     Returns:
@@ -58,8 +64,9 @@ def sample_images(
     if count < 1 or batch < 1:
         raise ValueError(f"count={count} and batch={batch} must be positive")
     plan, guided = make_plan(config, schedule), Guided(denoiser, config.guidance)
-    images, share = [], world.share(count)
-    with world.together():
+    images, share, device = [], world.share(count), torch.device(device)
+    written: list[Future[object]] = []
+    with ThreadPoolExecutor(1) as writer, world.together():
         for first in range(share.start, share.stop, batch):
             index = torch.arange(first, min(first + batch, share.stop), device=device)
 
@@ -67,13 +74,24 @@ def sample_images(
                 if progress is not None:
                     progress(done * len(plan.calls) + calls * size, len(share) * len(plan.calls))
 
-            end = sample(
-                guided,
-                start_noise(seed, index, shape, plan),
-                plan,
-                None if labels is None else Conditioning(labels=labels[first : first + len(index)].to(device)),
-                noise=step_noise(seed, index, shape),
-                progress=report,
-            )
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                end = sample(
+                    guided,
+                    start_noise(seed, index, shape, plan),
+                    plan,
+                    None if labels is None else Conditioning(labels=labels[first : first + len(index)].to(device)),
+                    noise=step_noise(seed, index, shape),
+                    progress=report,
+                )
             images.append(to_uint8(end if decode is None else decode(end)).cpu())
-    return world.gather_rows(torch.cat(images) if images else torch.empty(0))
+            if finished is not None and world.size == 1:
+                for earlier in written:
+                    if earlier.done():
+                        earlier.result()  # a full disk is told now, not after all is drawn
+                written.append(writer.submit(finished, first, images[-1]))
+        for last in written:
+            last.result()
+    found = world.gather_rows(torch.cat(images) if images else torch.empty(0))
+    if finished is not None and world.size > 1 and world.chief:
+        finished(0, found)
+    return found

@@ -13,7 +13,9 @@ from multistage_diffusion.nets.blocks import (
     FIRDown,
     FIRUp,
     NoiseEmbedding,
+    ResidualBlock,
     conv,
+    dropout,
     sinusoids,
 )
 
@@ -145,3 +147,56 @@ class TestNoiseEmbedding:
         cond = Conditioning(**{field: torch.zeros(3, 2) if field == "augment" else torch.zeros(3, dtype=torch.int64)})
         with pytest.raises(ValueError, match="leave"):
             NoiseEmbedding(8)(self.noise, cond)
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.999999])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(probability: float) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(64, 3, 41, 43, dtype=torch.float64, requires_grad=True)
+    y = dropout(x, probability, training=True)
+    expected = min(round(probability * 2**16), 2**16 - 1) / 2**16
+    deviation = math.sqrt(expected * (1 - expected) / x.numel())
+    assert abs(float((y == 0).double().mean()) - expected) < 4 * deviation
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / (1 - expected)))
+    y.sum().backward()
+    assert torch.equal(x.grad, y)  # what is dropped learns nothing
+
+
+def test_dropout_is_decided_by_the_seed_and_by_nothing_in_a_row() -> None:
+    x = torch.ones(1, 1, 1, 100_001)
+    torch.manual_seed(1)
+    first, second = (dropout(x, 0.5, training=True).flatten() == 0 for _ in range(2))
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x, 0.5, training=True).flatten() == 0, first)
+    for one, other in ((first, second), (first[1:], first[:-1]), (first[4:], first[:-4])):
+        assert abs(float((one == other).double().mean()) - 0.5) < 4 * 0.5 / math.sqrt(len(one))
+
+
+def test_nothing_is_dropped_without_training_or_probability() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    assert dropout(x, 0.5, training=False) is x
+    assert dropout(x, 0.0, training=True) is x
+
+
+def test_a_block_computed_again_has_the_same_gradients_from_less_memory(image: Tensor) -> None:
+    def passed(recompute: bool) -> tuple[list[Tensor], int]:
+        torch.manual_seed(0)
+        block = ResidualBlock(4, 8, 5, 0.5, attention=True).double()
+        block.recompute = recompute
+        kept: dict[int, int] = {}
+        x = torch.cat([image, image[:, :1]], dim=1).requires_grad_()
+        emb = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+
+        def note(tensor: Tensor) -> Tensor:
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            out = block(x, emb)
+        found = torch.autograd.grad(out.square().sum(), [x, emb, *block.parameters()])
+        return [out, *found], sum(kept.values())
+
+    (plain, much), (again, little) = passed(False), passed(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert little < much / 5

@@ -9,6 +9,7 @@ import torch
 
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.training import checkpoint as ckpt
+from multistage_diffusion.training import trial
 from multistage_diffusion.training.losses import objective, stage_losses
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import (
@@ -442,6 +443,91 @@ def test_callbacks_are_told_of_the_end_even_after_an_error(new_trainer):
     with pytest.raises(TrainingDiverged):
         trainer.fit()
     assert told == ["started", 1, 2, "finished"]
+
+
+def test_what_is_read_late_comes_to_the_same(new_trainer):
+    found = []
+    for late in (False, True):
+        trainer = new_trainer(f"late {late}", training__steps=7, training__log_every=3, training__checkpoint_every=4)
+        trainer.findings.late = late
+        trainer.fit()
+        timed = ("images_per_s", "seconds")
+        found.append([{k: v for k, v in r.items() if k not in timed} for r in trainer.run.records()])
+        found.append(parameters(trainer))
+        found.append(ckpt.load_tensors(trainer.run.checkpoint("4"), "model"))
+        found.append(ckpt.read_state(trainer.run.checkpoint("4"))["sums"])
+    records, weights, kept, sums = found[:4]
+    assert (records, sums) == (found[4], found[7])
+    assert equal(weights, found[5])
+    assert equal(kept, found[6])
+
+
+def test_a_gradient_read_late_spoils_no_weights(new_trainer):
+    """A GPU goes on while the numbers of its last step are on their way."""
+    trainer = new_trainer(training__steps=6, optimizer__clip=None, stepped=lambda t: weights.append(parameters(t)))
+    trainer.findings.late, weights = True, []
+    weight = trainer.denoiser.network.decoders[2].conv_out.weight
+    weight.register_hook(lambda g: g * math.inf if trainer.step == 2 else g)
+    with pytest.raises(TrainingDiverged, match=r"the gradient of decoder\.3 is not finite at step 3"):
+        trainer.fit()
+    assert len(weights) == 3  # the fourth step, in which it was read, was the last
+    assert not equal(weights[0], weights[1])
+    assert equal(weights[1], weights[2])
+    assert ckpt.list_checkpoints(trainer.run.checkpoints) == []
+
+
+# -- how steps are computed -------------------------------------------------------------------------------------------
+
+
+def test_the_way_of_computing_changes_no_run(new_trainer):
+    runs = {}
+    for name, changes in {
+        "plain": {},
+        "recompute": {"execution__recompute": True},
+        "last": {"execution__channels_last": True},
+    }.items():
+        trainer = new_trainer(name, network__dropout=0.3, network__channel_mult=[1, 2], training__steps=3, **changes)
+        trainer.fit()
+        runs[name] = parameters(trainer)
+    assert equal(runs["plain"], runs["recompute"])
+    for name, value in runs["plain"].items():
+        torch.testing.assert_close(runs["last"][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_trial_changes_no_run_and_is_made_once(new_trainer, tiny_data, monkeypatch):
+    plain = new_trainer("plain", network__dropout=0.3, execution__channels_last=False, training__steps=6)
+    plain.fit()
+    assert not plain.run.execution_file.exists()
+    monkeypatch.setattr(trial, "LEAST_STEPS", 1)
+    monkeypatch.setattr(trial, "GAIN", 0.0)  # whatever was faster
+    tried = new_trainer("tried", network__dropout=0.3, training__steps=6, stepped=lambda t: t.step == 3 and t.stop())
+    tried.fit()
+    assert tried.trial.keys() == {"plain", "channels last"}
+    resumed = Trainer(tried.run, tiny_data(), device="cpu")
+    resumed.fit()
+    assert (resumed.step, resumed.trial) == (6, {})
+    assert equal(parameters(resumed), parameters(plain))
+
+
+def test_graphs_are_refused_where_there_are_none(new_trainer):
+    with pytest.raises(
+        ValueError, match=r"execution\.cuda_graphs=True needs one process on a CUDA device, not 1 on cpu"
+    ):
+        new_trainer(execution__cuda_graphs=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_gpu_trains_as_the_cpu_does(tmp_path, tiny_config, tiny_data, graphs):
+    found = {}
+    for device in ("cpu", "cuda"):
+        changes = {"network__dropout": 0.0, "training__precision": "fp32", "training__steps": 5}
+        config = tiny_config(**changes, execution__cuda_graphs=graphs and device == "cuda")
+        trainer = Trainer(Run.create(tmp_path / device, config), tiny_data(), device=device)
+        trainer.fit()
+        assert trainer.findings.late == (device == "cuda")
+        found[device] = [r["loss"] for r in trainer.run.records()]
+    np.testing.assert_allclose(found["cuda"], found["cpu"], rtol=1e-3)
 
 
 # -- precision and devices --------------------------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from ..console import Bar, TrainingProgress, console
 from ..distributed import speaks
-from ..pictures import grid, save_folder, save_npz, save_png
+from ..pictures import folder_of_images, grid, save_folder, save_npz, save_png
 from ..presets import preset
 from ..serialization import override, to_dict
 from ..splitting import SplitResult
@@ -165,10 +166,16 @@ class Sample(SamplerOptions):
     """Class of all samples (class-conditional runs)."""
     checkpoint: str = "best"
     """best, latest or a step."""
-    batch: int = 256
+    batch: Annotated[int | None, option("INT", "as many as fit into memory")] = None
     """Samples drawn at once."""
     device: Device = None
     """cpu, cuda or cuda:N"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the network: auto is bf16 on CUDA, fp32 on the CPU."""
+    compile: bool = False
+    """Compile the network first: minutes, for thousands of samples."""
+    offload: bool = False
+    """Keep one stage's decoder at a time on the device."""
     overwrite: bool = False
     """Replace OUT if it exists."""
     json: bool = False
@@ -183,7 +190,8 @@ class Sample(SamplerOptions):
             raise ValueError(f"--out {self.out}: samples are written as a .png grid, an .npz array or a folder of PNGs")
         check_out(self.out, self.overwrite, folder=folder)
         sampling = self.sampling_config(run.config().sampling)
-        with Bar("sampling", "calls") as bar:
+        new_folder = folder and not self.out.exists() and speaks()
+        with Bar("sampling", "calls") as bar, folder_of_images(self.out) if new_folder else nullcontext() as write:
             images = sample(
                 run,
                 self.count,
@@ -193,11 +201,17 @@ class Sample(SamplerOptions):
                 label=self.label,
                 batch=self.batch,
                 device=self.device,
+                precision=self.precision,
+                compile=self.compile,
+                offload=self.offload,
+                finished=write,
                 progress=bar,
             )
         if not speaks():
             return
-        if folder:
+        if new_folder:
+            pass  # written while they were drawn
+        elif folder:
             save_folder(images, self.out, overwrite=self.overwrite)
         elif suffix == ".png":
             save_png(grid(images), self.out)

@@ -44,6 +44,7 @@ class SampleGrid(Callback):
                 labels=example_labels(config.network.num_classes, training.sample_count),
                 device=trainer.device,
                 decode=self.decode,
+                autocast=trainer.autocast,
                 world=trainer.world,
             )
         except FloatingPointError as error:  # a young network may sample badly; training goes on

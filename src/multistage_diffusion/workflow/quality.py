@@ -20,6 +20,7 @@ from ..evaluation import Moments, frechet_between, get_features, image_moments, 
 from ..evaluation.statistics import MAX_DIMS
 from ..sampling import sample_images
 from ..training.callbacks import example_labels
+from ..training.devices import autocast_dtype
 from ..training.events import Callback
 from ..training.flops import flops_per_image
 from ..training.trainer import Trainer
@@ -174,6 +175,7 @@ class Quality(Callback):
             labels=example_labels(config.network.num_classes, count),
             device=self.device,
             decode=self.decode,
+            autocast=autocast_dtype(config.training.precision, self.device),
             world=world,
         )
 

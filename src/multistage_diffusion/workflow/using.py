@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,10 +13,12 @@ from ..codecs import open_codec
 from ..config import SamplingConfig
 from ..description import architecture_rows, describe
 from ..evaluation import get_features, nearest
+from ..execution import Execution, Graphs, execute
 from ..keyed import generator
+from ..residency import OneStageAtATime, images_at_once
 from ..sampling import sample_images
 from ..training.callbacks import example_labels
-from ..training.devices import joined
+from ..training.devices import Precision, autocast_dtype, joined, keep_memory
 from ..training.run import Run
 from .latent import decoder
 from .progress import Progress
@@ -33,8 +37,12 @@ def sample(
     sampling: SamplingConfig | None = None,
     checkpoint: str = "best",
     label: int | None = None,
-    batch: int = 256,
+    batch: int | None = None,
     device: str | None = None,
+    precision: Precision | Literal["auto"] = "auto",
+    compile: bool = False,
+    offload: bool = False,
+    finished: Callable[[int, Tensor], object] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Draw samples of a run; several processes (see distributed.join) draw a share each and are given all.
@@ -46,15 +54,19 @@ def sample(
         sampling: another sampler than the run's own.
         checkpoint: "best", "latest" or a step.
         label: class of all samples of a class-conditional run; None takes all classes in turn.
-        batch: samples drawn at once.
+        batch: samples drawn at once; None: as many as fit into free memory, up to a number that nothing is gained beyond.
         device: default CUDA when there is one.
+        precision: of the network; the trajectory is float32. "auto": bf16 on CUDA where it has it, else fp16; fp32 on the CPU.
+        compile: compile the network's blocks first, which takes minutes: for thousands of samples.
+        offload: keep on the device the parts of one stage only, and what all share.
+        finished: called with (number of the first, images) of each batch while the next is drawn, see sample_images.
         progress: called with (done, total).
 
     Returns:
         uint8 (count, C, H, W).
 
     Raises:
-        ValueError: if there is no such checkpoint, class or sampler.
+        ValueError: if there is no such checkpoint, class, sampler or precision.
     """
     run = opened_run(run)
     config, (world, resolved) = run.config(), joined(device)
@@ -66,12 +78,25 @@ def sample(
     if config.codec.used:
         assert config.codec.scale is not None
         decode = decoder(open_codec(config.codec, resolved), config.codec.scale)
+    if precision == "fp64":
+        raise ValueError("precision='fp64' is for training only; take auto, fp32, bf16 or fp16")
+    sampling = sampling or config.sampling
+    keep_memory(resolved)
     with world.announced():
+        denoiser = run.denoiser(checkpoint, device="cpu" if offload else resolved)
+        execute(denoiser.network, Execution(compile=compile, channels_last=compile and resolved.type == "cuda"))
+        if offload:
+            OneStageAtATime(denoiser.network, resolved)
+        elif resolved.type == "cuda":
+            denoiser.graphs = Graphs(denoiser.network)
+        if batch is None:
+            rows = 1 if sampling.guidance in (0, 1) else 2
+            batch = images_at_once(config.network, config.input_shape, count, resolved, rows)
         return sample_images(
-            run.denoiser(checkpoint, device=resolved),
+            denoiser,
             config.input_shape,
             count,
-            config=sampling or config.sampling,
+            config=sampling,
             schedule=config.diffusion.schedule,
             seed=seed,
             batch=batch,
@@ -79,6 +104,8 @@ def sample(
             device=resolved,
             progress=progress,
             decode=decode,
+            autocast=autocast_dtype(precision, resolved),
+            finished=finished,
             world=world,
         )
 

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import pytest
+
+from multistage_diffusion.config import RunConfig
+from multistage_diffusion.execution_config import ExecutionConfig
+from multistage_diffusion.serialization import override, to_dict
+
+
+def test_choices_are_yes_no_or_auto() -> None:
+    config = override(RunConfig(), {"execution.channels_last": True, "execution.compile": False})
+    assert (config.execution.channels_last, config.execution.compile) == (True, False)
+    assert to_dict(RunConfig())["execution"]["cuda_graphs"] == "auto"
+    with pytest.raises(ValueError, match=r"execution\.compile='on' must be of type bool or one of 'auto'"):
+        override(RunConfig(), {"execution.compile": "on"})
+
+
+def test_graphs_that_recompute_are_refused() -> None:
+    ExecutionConfig(recompute=True)
+    with pytest.raises(ValueError, match=r"execution\.recompute=True and execution\.cuda_graphs=True"):
+        ExecutionConfig(recompute=True, cuda_graphs=True)

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from multistage_diffusion.training.findings import Findings, Found, not_finite
+
+CPU = torch.device("cpu")
+
+
+def found(step: int, *values: float) -> Found:
+    return Found(step, (2, 0), ("encoder",), torch.tensor(values, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_everything_is_handed_on_in_order(late: bool) -> None:
+    seen = []
+    findings = Findings(CPU, lambda f, losses, norms: seen.append((f.step, losses, norms)), late=late)
+    findings.add(found(1, 0.5, 0.0, 2.0))
+    assert len(seen) == (0 if late else 1)
+    findings.add(found(2, 0.25, 0.0, 3.0))
+    assert len(seen) == (1 if late else 2)
+    findings.settle()
+    assert seen == [(1, [0.5, 0.0], {"encoder": 2.0}), (2, [0.25, 0.0], {"encoder": 3.0})]
+    findings.settle()
+    assert len(seen) == 2
+
+
+def test_what_is_refused_is_not_handed_on_again() -> None:
+    def refuse(f: Found, losses: list[float], norms: dict[str, float]) -> None:
+        raise FloatingPointError(f"step {f.step}")
+
+    findings = Findings(CPU, refuse, late=True)
+    findings.add(found(1, math.nan, 0.0, 1.0))
+    with pytest.raises(FloatingPointError, match="step 1"):
+        findings.settle()
+    findings.settle()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_step_with_a_number_that_is_not_finite_is_unfit(bad: float) -> None:
+    assert found(1, 0.5, 0.0, 2.0).unfit == 0
+    assert found(1, 0.5, 0.0, bad).unfit == 1
+    assert found(1, bad, 0.0, 2.0).unfit == 1
+    assert not_finite(["a", "b", "c"], [1.0, bad, 2.0]) == ["b"]

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from multistage_diffusion.distributed import ALONE
+from multistage_diffusion.execution import Execution
+from multistage_diffusion.training import trial
+from multistage_diffusion.training.run import Run
+from multistage_diffusion.training.trial import LEAST_STEPS, candidates, choose, settled
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+PLAIN, LAST = Execution(), Execution(channels_last=True)
+
+
+def words(config, device: torch.device, **settings: bool) -> list[str]:
+    return [e.words() for e in candidates(config, device, **{"alone": True, **settings})]
+
+
+def test_settings_that_leave_nothing_open_are_what_is_done(tiny_config) -> None:
+    config = tiny_config(
+        execution__channels_last=True, execution__compile=False, execution__cuda_graphs=False, execution__recompute=True
+    )
+    assert list(candidates(config, CUDA, alone=True)) == [Execution(channels_last=True, recompute=True)]
+    assert list(candidates(config, CUDA, alone=True, compiling=True)) == []
+    assert settled(config.execution) == Execution(channels_last=True, recompute=True)
+    assert settled(tiny_config().execution) == PLAIN
+
+
+def test_candidates(tiny_config) -> None:
+    open_, graphs = ["plain", "channels last"], ["cuda graphs", "channels last, cuda graphs"]
+    assert words(tiny_config(), CPU) == open_
+    assert words(tiny_config(), CPU, compiling=True) == []
+    assert words(tiny_config(), CUDA) == open_ + graphs
+    compiled = ["compile", "channels last, compile", "compile, cuda graphs", "channels last, compile, cuda graphs"]
+    assert words(tiny_config(), CUDA, compiling=True) == compiled
+    # graphs are of fixed rows, of one process, and cannot draw dropout again
+    for alone, changes in (
+        (False, {}),
+        (True, {"training__update_mode": "sequential"}),
+        (True, {"training__accumulate": 2}),
+        (True, {"execution__recompute": True}),
+        (True, {"execution__cuda_graphs": False}),
+    ):
+        found = words(tiny_config(**changes), CUDA, alone=alone)
+        assert len(found) == 2
+        assert not any("graphs" in each for each in found)
+    assert words(tiny_config(execution__cuda_graphs=True), CUDA) == graphs
+    assert words(tiny_config(execution__compile=True), CPU) == ["compile", "channels last, compile"]
+    assert words(tiny_config(execution__compile=True), CUDA, compiling=True) == []
+
+
+class Trial:
+    """A run whose steps take as long as is said."""
+
+    def __init__(self, folder: Path, config, monkeypatch: pytest.MonkeyPatch, seconds: dict[Execution, float]) -> None:
+        self.run, self.config, self.seconds = Run.create(folder, config), config, seconds
+        self.now, self.computed = 0.0, []
+        monkeypatch.setattr(trial, "clock", lambda _: self.now)
+        monkeypatch.setattr(trial, "device_name", lambda device: f"a {device.type}")
+
+    def passes(self) -> None:
+        taken = self.seconds[self.computed[-1]]
+        if taken < 0:
+            raise torch.OutOfMemoryError
+        self.now += taken
+
+    def choose(self, steps: int = LEAST_STEPS, device: torch.device = CPU) -> tuple[Execution, dict[str, float]]:
+        world = ALONE
+        found = choose(self.run, self.config, world, device, steps, self.computed.append, self.passes)
+        return self.computed[-1], found
+
+
+def test_the_fastest_is_taken_and_remembered(tmp_path, tiny_config, monkeypatch) -> None:
+    tried = Trial(tmp_path / "run", tiny_config(), monkeypatch, {PLAIN: 2.0, LAST: 1.0})
+    best, seconds = tried.choose()
+    assert best == LAST
+    assert seconds == pytest.approx({"plain": 2.0, "channels last": 1.0})
+    kept = json.loads(tried.run.execution_file.read_text())
+    assert kept["device"] == "a cpu"
+    assert kept["execution"] == {"channels_last": True, "compile": False, "cuda_graphs": False, "recompute": False}
+    tried.computed.clear()
+    assert tried.choose() == (LAST, {})  # not tried again
+    assert tried.computed == [LAST]
+
+
+def test_another_device_and_other_settings_are_tried_anew(tmp_path, tiny_config, monkeypatch) -> None:
+    tried = Trial(tmp_path / "run", tiny_config(), monkeypatch, {PLAIN: 2.0, LAST: 1.0})
+    tried.choose()
+    tried.seconds[LAST] = 3.0
+    monkeypatch.setattr(trial, "device_name", lambda _: "another")
+    assert tried.choose()[0] == PLAIN
+    tried.config = tiny_config(execution__cuda_graphs=False)
+    tried.seconds[LAST] = 1.0
+    assert tried.choose()[0] == LAST
+
+
+def test_what_is_hardly_faster_is_left_alone(tmp_path, tiny_config, monkeypatch) -> None:
+    assert Trial(tmp_path / "run", tiny_config(), monkeypatch, {PLAIN: 1.0, LAST: 0.97}).choose()[0] == PLAIN
+
+
+def test_a_short_run_is_not_tried(tmp_path, tiny_config, monkeypatch) -> None:
+    tried = Trial(tmp_path / "run", tiny_config(), monkeypatch, {})
+    assert tried.choose(LEAST_STEPS - 1) == (PLAIN, {})
+    assert not tried.run.execution_file.exists()
+
+
+def test_what_cannot_be_done_is_passed_over_but_the_plain_way_must_work(tmp_path, tiny_config, monkeypatch) -> None:
+    best, seconds = Trial(tmp_path / "one", tiny_config(), monkeypatch, {PLAIN: 1.0, LAST: -1.0}).choose()
+    assert (best, list(seconds)) == (PLAIN, ["plain"])
+    with pytest.raises(torch.OutOfMemoryError):
+        Trial(tmp_path / "two", tiny_config(), monkeypatch, {PLAIN: -1.0, LAST: 1.0}).choose()
+
+
+def test_compiling_is_tried_where_it_can_pay(tmp_path, tiny_config, monkeypatch) -> None:
+    config = tiny_config()
+    every = [*candidates(config, CUDA, alone=True), *candidates(config, CUDA, alone=True, compiling=True)]
+    monkeypatch.setattr(trial.torch, "tensor", lambda values, **_: torch.Tensor(values))  # there is no such device here
+    seconds = {execution: 0.1 if execution.compile else 1.0 for execution in every}
+    tried = Trial(tmp_path / "run", config, monkeypatch, seconds)
+    assert not tried.choose(1000, CUDA)[0].compile
+    tried.run.execution_file.unlink()
+    assert tried.choose(10_000, CUDA)[0].compile
