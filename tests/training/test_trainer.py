@@ -10,6 +10,7 @@ import torch
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.training import checkpoint as ckpt
 from multistage_diffusion.training import trial
+from multistage_diffusion.training.batches import BatchSource
 from multistage_diffusion.training.losses import objective, stage_losses
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import (
@@ -528,6 +529,21 @@ def test_a_gpu_trains_as_the_cpu_does(tmp_path, tiny_config, tiny_data, graphs):
         assert trainer.findings.late == (device == "cuda")
         found[device] = [r["loss"] for r in trainer.run.records()]
     np.testing.assert_allclose(found["cuda"], found["cpu"], rtol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("on_device", [False, True])
+def test_nobody_waits_for_a_gpu_within_a_step(tmp_path, tiny_config, tiny_data, monkeypatch, on_device):
+    monkeypatch.setattr(BatchSource, "device_budget", 1 << 30 if on_device else 0)
+    run = Run.create(tmp_path / "run", tiny_config(training__steps=9, training__flip=True))
+    trainer = Trainer(run, tiny_data(), device="cuda")
+    for _ in range(3):
+        trainer._iterate()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer._iterate()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # -- precision and devices --------------------------------------------------------------------------------------------

@@ -165,6 +165,7 @@ class BatchSource:
         wanted = config.network.num_classes > 0 and data.labels is not None
         self.labels = torch.from_numpy(data.labels).to(device) if wanted else None
         self._orders: dict[int, tuple[int, Tensor]] = {}
+        self._transfers = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _check(config: RunConfig, data: TrainingData) -> None:
@@ -246,7 +247,7 @@ class BatchSource:
 
     def _assemble(self, step: int, pick: Tensor, sigma: Tensor, rows: Tensor, counts: tuple[int, ...]) -> Batch:
         seed, training = self.training.seed, self.training
-        rows, sigma = rows.to(self.device), sigma.to(self.device)
+        rows, sigma = self._sent(rows), self._sent(sigma)
         y = self._rows(self.images, pick)
         noise = keyed.normal((seed, "noise", step), rows, y.shape[1:])
         labels = done = None
@@ -257,14 +258,27 @@ class BatchSource:
             mirrored = y.flip(-1) if self.mirrored is None else self._rows(self.mirrored, pick)
             y = torch.where((coins[:, 0] < 0.5)[:, None, None, None], mirrored, y)
         if self.labels is not None:
-            labels = self.labels[pick.to(self.device)]
+            labels = self.labels[self._sent(pick)]
             coins = keyed.uniform((seed, "labels", step), rows, 1)
             labels = torch.where(coins[:, 0] < training.label_dropout, -1, labels)
         cond = None if labels is None and done is None else Conditioning(labels=labels, augment=done)
         return Batch(y, noise, sigma, counts, cond)
 
     def _rows(self, data: Tensor, pick: Tensor) -> Tensor:
-        return _as_float(data[pick.to(data.device)].to(self.device))
+        there = data.device.type == self.device.type
+        at_rest = data[self._sent(pick)] if there else self._sent(data[pick])
+        return _as_float(at_rest)
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on the device. A GPU is not waited for: it gets the rows of a step while at work on the one before."""
+        if self._transfers is None:
+            return tensor
+        with torch.cuda.stream(self._transfers):
+            sent = tensor.pin_memory().to(self.device, non_blocking=True)
+        now = torch.cuda.current_stream(self.device)
+        now.wait_stream(self._transfers)
+        sent.record_stream(now)
+        return sent
 
 
 def _as_float(rows: Tensor) -> Tensor:

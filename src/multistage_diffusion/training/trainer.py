@@ -304,8 +304,8 @@ class Trainer:
         names = list(self.denoiser.network.parts())
         totals, norms = self.team.share(totals, part_norms(self.parts), names, stopping=self.stopping)
         clip(self.config.optimizer, self.parts, norms)
-        losses = totals / torch.tensor([max(c, 1) for c in counts], dtype=totals.dtype).to(totals.device)
-        values = torch.cat([losses, torch.stack(list(norms.values()))])
+        losses = [total / max(c, 1) for total, c in zip(totals, counts, strict=True)]
+        values = torch.cat([torch.stack(losses), torch.stack(list(norms.values()))])
         return Found(self.step + 1, counts, tuple(norms), values)
 
     def _backward(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> Tensor:
