@@ -1,21 +1,21 @@
 """Speed of a training step: our trainer, beside an ordinary diffusers loop over a network of equal multiply-adds.
 
-Run it as: python benchmarks/train_step.py [--networks NAME ...] [--steps N] [--device DEVICE] [--out [FILE]]
+Run it as: python benchmarks/train_step.py [--networks NAME ...] [--steps N] [--device DEVICE] [--compile] [--out [FILE]]
 
 Networks: `ncsnpp-32` (NCSN++, encoder 32, decoders 48/32/16, 2 blocks per level, 32x32, batch 48 over three stages),
 `digits`, `t7-1`, `edm`, `t8-4` (the presets, batch cut to 12 on a CPU). Each is trained by the real trainer on random images;
 in the same process its peer, a diffusers UNet2DModel whose width is chosen so that a training image costs as many
-multiply-adds, is trained by an ordinary loop: scheduler, mse_loss, AdamW, EMAModel. Rounds of both alternate, the best counts.
+multiply-adds (as torch counts them), is trained by an ordinary loop: scheduler, mse_loss, AdamW, EMAModel. Rounds of both
+alternate, the best counts. How our step is computed is found by the trainer's own trial; it compiles only with --compile.
 
 Reported: images/s, the ratio of multiply-adds per second to the peer's, and the share of the ceiling: the rate, forward and
 backward, of the network's largest convolution in its better memory format, and of torch.mm. FLOPs are 2 per multiply-add, 3
-times forward.
+times forward. Memory is what the allocator (CUDA) or the process (CPU, with the peer's weights) has in use at most.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,42 +25,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common import NETWORKS, configuration, fitting_width, peer
 
-from multistage_diffusion import override, preset
-from multistage_diffusion.config import RunConfig
+from multistage_diffusion import override
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.nets.cost import network_cost
 from multistage_diffusion.serialization import to_dict, write_json
 from multistage_diffusion.training.ceiling import measure_ceiling
-from multistage_diffusion.training.devices import clock, device_name, resolve_device
+from multistage_diffusion.training.devices import clock, device_name, peak_memory, resolve_device
 from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 
 RESULT = Path(__file__).parent / "results" / "train_step.json"
-PRESETS = {"digits": "digits", "t7-1": "cifar10-dpm", "edm": "cifar10-edm", "t8-4": "celebahq-ldm"}
-SHAPES = {"digits": (1, 8, 8), "t8-4": (3, 64, 64)}
-
-
-def configuration(name: str, device: torch.device) -> RunConfig:
-    if name == "ncsnpp-32":
-        base = preset("cifar10-dpm")
-        changes: dict[str, Any] = {
-            "network.encoder_width": 32,
-            "network.decoder_widths": [48, 32, 16],
-            "network.blocks_per_level": 2,
-            "training.batch": 48,
-        }
-    else:
-        base, changes = preset(PRESETS[name]), {}
-        if device.type == "cpu" and name != "digits":
-            changes["training.batch"] = 12
-    shape = SHAPES.get(name, (3, 32, 32))
-    quiet = {"training.held_out_every": 0, "training.sample_every": 0, "training.checkpoint_every": 10**9}
-    mixed = {"training.update_mode": "mixed", "training.log_every": 10**9, "training.precision": "auto"}
-    data = dataclasses.replace(base.data, source="", shape=shape)
-    codec = dataclasses.replace(base.codec, source="", shape=())
-    return override(base, {"data": data, "codec": codec, "network.channels": shape[0], **quiet, **mixed, **changes})
 
 
 class Rounds(Callback):
@@ -71,6 +48,7 @@ class Rounds(Callback):
         self.ours: list[float] = []
         self.theirs: list[float] = []
         self.parts: list[dict[str, float]] = []
+        self.memory = 0
 
     def started(self, trainer: Trainer) -> None:
         self.count = -2  # steps that are not timed
@@ -82,6 +60,7 @@ class Rounds(Callback):
                 self.ours.append((clock(trainer.device) - self.start) / self.steps)
                 found = trainer.timer.seconds()
                 self.parts.append({name: seconds / self.steps for name, seconds in found.items()})
+                self.memory = self.memory or peak_memory(trainer.device)
                 self.theirs.append(self.peer(self.steps))
                 self.count = 0
             if len(self.ours) == self.rounds:
@@ -92,20 +71,20 @@ class Rounds(Callback):
             self.start = clock(trainer.device)
 
 
-def measure(name: str, device: torch.device, steps: int, rounds: int) -> dict[str, Any]:
-    config = configuration(name, device)
+def measure(name: str, device: torch.device, steps: int, rounds: int, compile: bool = False) -> dict[str, Any]:
+    config = override(configuration(name, device), {"execution.compile": "auto" if compile else False})
     shape, batch = config.data.shape, config.training.batch
     cost = network_cost(config.network, *shape[1:])
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create(Path(folder) / "run", override(config, {"training.steps": 10**6}))
         pixels = np.random.default_rng(0).integers(0, 256, (512, *shape), dtype=np.uint8)
         trainer = Trainer(run, ImageData(pixels, None, "random"), device=device)
-        adds = sum(n * s.multiply_adds for n, s in zip(trainer.counts, cost.stages, strict=True)) / batch
         flops = sum(n * s.true_flops for n, s in zip(trainer.counts, cost.stages, strict=True)) / batch
-        width, peer_adds, peer = make_peer(adds, shape, batch, device, trainer.autocast)
+        width, their_adds = fitting_width(shape, flops / 2)
+        train_peer = make_peer(shape, width, batch, device, trainer.autocast)
         dtype = trainer.autocast or torch.float32
         ceiling = measure_ceiling(config.network, shape, trainer.counts, device, dtype)
-        clock = Rounds(steps, rounds, peer)
+        clock = Rounds(steps, rounds, train_peer)
         trainer.callbacks.append(clock)
         trainer.save = lambda *_: None  # type: ignore[method-assign]
         trainer.fit()
@@ -115,7 +94,10 @@ def measure(name: str, device: torch.device, steps: int, rounds: int) -> dict[st
     return {
         "batch": batch,
         "rows": list(trainer.counts),
-        "multiply_adds_per_image": adds,
+        "execution": trainer.execution,
+        "trial": trainer.trial,
+        "memory_mib": clock.memory / 2**20,
+        "multiply_adds_per_image": flops / 2,
         "images_per_s": batch / ours,
         "seconds": ours,
         "parts": best,
@@ -125,52 +107,22 @@ def measure(name: str, device: torch.device, steps: int, rounds: int) -> dict[st
         "ceiling": to_dict(ceiling),
         "peer": {
             "width": width,
-            "multiply_adds_per_image": peer_adds,
+            "multiply_adds_per_image": their_adds,
             "images_per_s": batch / theirs,
             "seconds": theirs,
         },
-        "ratio_per_multiply_add": (batch / ours * adds) / (batch / theirs * peer_adds),
+        "ratio_per_multiply_add": (flops / 2 / ours) / (their_adds / theirs),
     }
 
 
 def make_peer(
-    adds: float, shape: Sequence[int], batch: int, device: torch.device, autocast: torch.dtype | None
-) -> tuple[int, float, Callable[[int], float]]:
-    """Return the peer's width, its multiply-adds per image, and what trains it: steps -> seconds of a step."""
-    from diffusers import DDPMScheduler, UNet2DModel
+    shape: Sequence[int], width: int, batch: int, device: torch.device, autocast: torch.dtype | None
+) -> Callable[[int], float]:
+    """Return what trains a peer as diffusers' own examples do: steps -> seconds of a step."""
+    from diffusers import DDPMScheduler
     from diffusers.training_utils import EMAModel
 
-    def built(width: int) -> Any:
-        levels = 4 if shape[1] >= 32 else 2
-        attentive = [shape[1] >> i == 16 for i in range(levels)]
-        return UNet2DModel(
-            sample_size=shape[1],
-            in_channels=shape[0],
-            out_channels=shape[0],
-            layers_per_block=2,
-            block_out_channels=[width, *[2 * width] * (levels - 1)],
-            down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attentive],
-            up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attentive)],
-            norm_num_groups=8,
-            attention_head_dim=None,
-        )
-
-    def count(width: int) -> float:
-        found = [0]
-        with torch.device("meta"):
-            model = built(width)
-            for layer in model.modules():
-                if isinstance(layer, torch.nn.Conv2d):
-                    layer.register_forward_hook(
-                        lambda layer, _, out: found.__setitem__(0, found[0] + out.numel() * layer.weight[0].numel())
-                    )
-            with torch.no_grad():
-                model(torch.empty(1, *shape), torch.zeros(1))
-        return found[0]
-
-    counts = {width: count(width) for width in range(8, 257, 8)}
-    width = min(counts, key=lambda w: abs(counts[w] - adds))
-    model = built(width).to(device)
+    model = peer(shape, width).to(device)
     scheduler, ema = DDPMScheduler(1000), EMAModel(model.parameters(), decay=0.9999)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-6, eps=1e-8)
     generator = torch.Generator().manual_seed(0)
@@ -200,7 +152,7 @@ def make_peer(
             step()
         return (clock(device) - start) / steps
 
-    return width, counts[width], train
+    return train
 
 
 def report(name: str, r: dict[str, Any]) -> None:
@@ -209,25 +161,25 @@ def report(name: str, r: dict[str, Any]) -> None:
     print(
         f"{name}: {r['images_per_s']:.1f} images/s at {r['multiply_adds_per_image'] / 1e6:.0f} M multiply-adds, "
         f"{r['gflops_per_s']:.1f} GFLOP/s: {r['share_of_convolution']:.0%} of the largest convolution, "
-        f"{r['share_of_matrix']:.0%} of torch.mm\n  {parts}\n"
+        f"{r['share_of_matrix']:.0%} of torch.mm, {r['memory_mib']:.0f} MiB, computed {r['execution'].words()}\n  {parts}\n"
         f"  {r['ratio_per_multiply_add']:.2f} times diffusers per multiply-add (width {peer['width']}, "
         f"{peer['images_per_s']:.1f} images/s at {peer['multiply_adds_per_image'] / 1e6:.0f} M)"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    names = ["ncsnpp-32", *PRESETS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=names, default=["ncsnpp-32", "digits"])
-    parser.add_argument("--steps", type=int, default=4, help="steps of a round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["ncsnpp-32", "digits"])
+    parser.add_argument("--steps", type=int, default=2, help="steps of a round")
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--device")
+    parser.add_argument("--compile", action="store_true", help="let the trial compile, which takes minutes")
     parser.add_argument("--out", type=Path, nargs="?", const=RESULT, default=None)
     args = parser.parse_args(arguments)
     device = resolve_device(args.device)
     found = {}
     for name in args.networks:
-        found[name] = measure(name, device, args.steps, args.rounds)
+        found[name] = measure(name, device, args.steps, args.rounds, args.compile)
         report(name, found[name])
     if args.out is not None:
         machine = {"device": device_name(device), "cores": os.cpu_count(), "torch": torch.__version__}

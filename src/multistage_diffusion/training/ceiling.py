@@ -41,7 +41,7 @@ class Convolution:
 
 @dataclass(frozen=True, kw_only=True)
 class Ceiling:
-    """Rates of forward and backward pass together, in floating-point operations per second.
+    """Rates of forward and backward pass together, or of the forward pass alone, in floating-point operations per second.
 
     Attributes:
         convolution: the network's convolution with most operations.
@@ -98,34 +98,43 @@ def measure_ceiling(
     counts: Sequence[int],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    *,
+    backward: bool = True,
 ) -> Ceiling:
-    """Measure the ceiling of a training step; takes about two seconds.
+    """Measure the ceiling of a training step, or of sampling; takes about two seconds.
 
     Args:
         network, shape, counts: see `largest_convolution`.
         device: where.
         dtype: of the arithmetic.
+        backward: whether there is a backward pass.
     """
     convolution = largest_convolution(network, shape, counts)
     formats = (torch.contiguous_format, torch.channels_last)
-    rates = [_rate(_convolution_pass(convolution, device, dtype, f), convolution.flops, device) for f in formats]
+    times = 1 + BACKWARD if backward else 1
+    layers = [_convolution_pass(convolution, device, dtype, f, backward) for f in formats]
+    rates = [times * convolution.flops / _seconds(layer, device) for layer in layers]
     size = MATRIX.get(device.type, 1024)
     matrices = [torch.randn(size, size, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
     grad = torch.randn(size, size, device=device, dtype=dtype)
 
     def product() -> None:
-        torch.mm(*matrices).backward(grad)  # type: ignore[no-untyped-call]
+        if backward:
+            torch.mm(*matrices).backward(grad)  # type: ignore[no-untyped-call]
+        else:
+            with torch.no_grad():
+                torch.mm(*matrices)
 
     return Ceiling(
         convolution=convolution,
         channels_last=rates[1] > rates[0],
         convolution_rate=max(rates),
-        matrix_rate=_rate(product, 2 * size**3, device),
+        matrix_rate=times * 2 * size**3 / _seconds(product, device),
     )
 
 
 def _convolution_pass(
-    c: Convolution, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
+    c: Convolution, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format, backward: bool
 ) -> Callable[[], None]:
     layer = nn.Conv2d(c.channels_in, c.channels_out, c.kernel, c.stride, c.padding)
     layer = layer.to(device, dtype, memory_format=memory_format)  # type: ignore[call-overload]
@@ -134,13 +143,17 @@ def _convolution_pass(
     grad = torch.randn_like(layer(x))
 
     def run() -> None:
-        layer(x).backward(grad)
+        if backward:
+            layer(x).backward(grad)
+        else:
+            with torch.no_grad():
+                layer(x)
 
     return run
 
 
-def _rate(work: Callable[[], None], forward_flops: int, device: torch.device) -> float:
-    """Return the operations per second of a forward and backward pass: the best of several rounds."""
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    """Return the seconds of some work: the best of several rounds."""
     work()  # kernels are chosen, memory is reserved
     best, spent = float("inf"), 0.0
     while spent < LEAST_SECONDS:
@@ -148,4 +161,4 @@ def _rate(work: Callable[[], None], forward_flops: int, device: torch.device) ->
         work()
         seconds = clock(device) - start
         best, spent = min(best, seconds), spent + seconds
-    return (1 + BACKWARD) * forward_flops / best
+    return best

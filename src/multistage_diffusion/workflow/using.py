@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..codecs import open_codec
 from ..config import SamplingConfig
+from ..denoisers import MultiStageDenoiser
 from ..description import architecture_rows, describe
 from ..evaluation import get_features, nearest
 from ..execution import Execution, Graphs, execute
@@ -84,11 +85,7 @@ def sample(
     keep_memory(resolved)
     with world.announced():
         denoiser = run.denoiser(checkpoint, device="cpu" if offload else resolved)
-        execute(denoiser.network, Execution(compile=compile, channels_last=compile and resolved.type == "cuda"))
-        if offload:
-            OneStageAtATime(denoiser.network, resolved)
-        elif resolved.type == "cuda":
-            denoiser.graphs = Graphs(denoiser.network)
+        equip(denoiser, resolved, compile=compile, offload=offload)
         if batch is None:
             rows = 1 if sampling.guidance in (0, 1) else 2
             batch = images_at_once(config.network, config.input_shape, count, resolved, rows)
@@ -108,6 +105,21 @@ def sample(
             finished=finished,
             world=world,
         )
+
+
+def equip(denoiser: MultiStageDenoiser, device: torch.device, *, compile: bool = False, offload: bool = False) -> None:
+    """Let a denoiser sample as fast as it can, or in little memory: CUDA graphs, compiled blocks, one stage at a time.
+
+    Args:
+        denoiser: on the device, or, to be offloaded, on the CPU.
+        device: where it is to sample.
+        compile, offload: see `sample`.
+    """
+    execute(denoiser.network, Execution(compile=compile, channels_last=compile and device.type == "cuda"))
+    if offload:  # weights that come and go are in no graph
+        OneStageAtATime(denoiser.network, device)
+    elif device.type == "cuda":
+        denoiser.graphs = Graphs(denoiser.network)
 
 
 def report(
