@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multistage_diffusion import override, preset
 from multistage_diffusion.config import RunConfig
+from multistage_diffusion.serialization import read_json, write_json
+from multistage_diffusion.training.devices import device_name
 
 PRESETS = {"digits": "digits", "t7-1": "cifar10-dpm", "edm": "cifar10-edm", "t8-4": "celebahq-ldm"}
 NETWORKS = ("ncsnpp-32", *PRESETS)
@@ -74,3 +78,11 @@ def fitting_width(shape: Sequence[int], adds: float) -> tuple[int, float]:
         width = max(8, 8 * round(width * (adds / peer_adds(shape, width)) ** 0.5 / 8))
     counts = {w: peer_adds(shape, w) for w in (width - 8, width, width + 8) if w > 0}
     return min(counts.items(), key=lambda item: abs(item[1] - adds))
+
+
+def keep(path: Path, device: torch.device, found: Mapping[str, Any]) -> None:
+    """Write what was measured, by network, beside what the file has of other networks from the same machine."""
+    machine = {"device": device_name(device), "cores": os.cpu_count(), "torch": torch.__version__}
+    before = read_json(path) if path.exists() else {}
+    known = before["networks"] if before.get("machine") == machine else {}
+    write_json(path, {"machine": machine, "networks": {**known, **found}})

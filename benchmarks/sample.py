@@ -14,13 +14,12 @@ the ceiling: the forward rate of the network's largest convolution in its better
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import NETWORKS, configuration, fitting_width, peer
+from common import NETWORKS, configuration, fitting_width, keep, peer
 
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.denoisers import build_denoiser
@@ -28,12 +27,11 @@ from multistage_diffusion.nets.cost import network_cost
 from multistage_diffusion.residency import images_at_once
 from multistage_diffusion.samplers import make_plan
 from multistage_diffusion.sampling import sample_images
-from multistage_diffusion.serialization import to_dict, write_json
+from multistage_diffusion.serialization import to_dict
 from multistage_diffusion.training.ceiling import measure_ceiling
 from multistage_diffusion.training.devices import (
     autocast_dtype,
     clock,
-    device_name,
     keep_memory,
     peak_memory,
     resolve_device,
@@ -164,8 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found[name] = measure(name, device, args.images, args.calls, args.rounds, args.compile)
         report(name, found[name])
     if args.out is not None:
-        machine = {"device": device_name(device), "cores": os.cpu_count(), "torch": torch.__version__}
-        write_json(args.out, {"machine": machine, "networks": found})
+        keep(args.out, device, found)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ times forward. Memory is what the allocator (CUDA) or the process (CPU, with the
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,14 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import NETWORKS, configuration, fitting_width, peer
+from common import NETWORKS, configuration, fitting_width, keep, peer
 
 from multistage_diffusion import override
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.nets.cost import network_cost
-from multistage_diffusion.serialization import to_dict, write_json
+from multistage_diffusion.serialization import to_dict
 from multistage_diffusion.training.ceiling import measure_ceiling
-from multistage_diffusion.training.devices import clock, device_name, peak_memory, resolve_device
+from multistage_diffusion.training.devices import clock, peak_memory, resolve_device
 from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
@@ -182,8 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found[name] = measure(name, device, args.steps, args.rounds, args.compile)
         report(name, found[name])
     if args.out is not None:
-        machine = {"device": device_name(device), "cores": os.cpu_count(), "torch": torch.__version__}
-        write_json(args.out, {"machine": machine, "networks": found})
+        keep(args.out, device, found)
 
 
 if __name__ == "__main__":

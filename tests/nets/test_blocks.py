@@ -16,6 +16,7 @@ from multistage_diffusion.nets.blocks import (
     ResidualBlock,
     conv,
     dropout,
+    group_norm,
     sinusoids,
 )
 
@@ -70,6 +71,23 @@ def test_attention_equals_explicit_softmax(image: Tensor) -> None:
     weights = torch.softmax(torch.einsum("bic,bjc->bij", q, k) / math.sqrt(8), dim=-1)
     h = layer.proj(torch.einsum("bij,bjc->bic", weights, v)).reshape(2, 6, 8, 8).permute(0, 3, 1, 2)
     torch.testing.assert_close(layer(x), (x + h) / math.sqrt(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_normalised_maps_keep_their_type_under_autocast(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm, x = group_norm(32), (100 + 3 * torch.randn(4, 32, 16, 16)).to(dtype).requires_grad_()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    with torch.autocast("cpu", dtype):
+        y = norm(x)
+        assert y.dtype == dtype
+        assert norm(x.float()).dtype == torch.float32
+    exact = norm(x.float())
+    scale = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11  # a unit in the last place: statistics are float32
+    assert float((y.float() - exact).abs().max()) < 4 * scale * float(exact.abs().max())
+    y.float().square().sum().backward()
+    assert norm.weight.grad.dtype == torch.float32
 
 
 def test_sinusoids_by_hand() -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
+from multistage_diffusion.execution import Execution
 from multistage_diffusion.serialization import read_json
 from multistage_diffusion.training.profiling import Profile
 from multistage_diffusion.training.run import Run
@@ -33,7 +35,13 @@ def test_a_profile_is_of_the_run_and_does_not_change_it(tmp_path, tiny_config, t
     assert {"msdiff data", "msdiff optimizer", "aten::conv2d"} <= names
     (table,) = told
     assert [line.split()[0] for line in table.splitlines()[1:8]] == [*PARTS, "rest"]
+    assert table.splitlines()[0].endswith("computed plain")
     assert not trainer.timer.running
+    # of a graph's inside nothing is known
+    graphed = dataclasses.replace(result, execution=Execution(cuda_graphs=True)).table().splitlines()
+    assert [line.split()[0] for line in graphed[1:7]] == ["data", "network", *PARTS[3:], "rest"]
+    together = result.parts["encoder"] + result.parts["decoders"]
+    assert float(graphed[2].split()[1]) == pytest.approx(together, abs=1e-4)
 
 
 def test_a_run_that_ends_early_is_left_in_order(tmp_path, tiny_config, tiny_data):

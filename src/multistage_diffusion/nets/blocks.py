@@ -60,9 +60,23 @@ def _initialise(weight: Tensor, bias: Tensor | None, gain: float) -> None:
         nn.init.zeros_(bias)
 
 
-def group_norm(channels: int, most: int = GROUPS) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm that keeps its input's type under autocast, where PyTorch's own makes float32 maps of half as precise ones.
+
+    What is normalised was computed in that type, and goes on in it; means and variances are float32 inside.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, ...) to the same."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        with _no_autocast(x.device):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def group_norm(channels: int, most: int = GROUPS) -> GroupNorm:
     """Return GroupNorm with min(channels // 4, most) groups and eps 1e-6."""
-    return nn.GroupNorm(group_count(channels, most), channels, eps=1e-6)
+    return GroupNorm(group_count(channels, most), channels, eps=1e-6)
 
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:

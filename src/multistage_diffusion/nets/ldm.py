@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ..contracts import Conditioning
 from ..network_config import LDM_GROUPS, NetworkConfig
-from .blocks import Block, BoxUp, ImageConv, NoiseEmbedding, conv, dropout, linear
+from .blocks import Block, BoxUp, GroupNorm, ImageConv, NoiseEmbedding, conv, dropout, linear
 from .unet import Encoded, attends, skip_widths
 
 
-def group_norm32(channels: int) -> nn.GroupNorm:
+def group_norm32(channels: int) -> GroupNorm:
     """Return GroupNorm with 32 groups and eps 1e-5."""
-    return nn.GroupNorm(LDM_GROUPS, channels, eps=1e-5)
+    return GroupNorm(LDM_GROUPS, channels, eps=1e-5)
 
 
 def cosines_first(noise: Tensor, width: int) -> Tensor:

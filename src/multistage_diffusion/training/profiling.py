@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..execution import Execution
 from ..serialization import write_json
 from .ceiling import Ceiling, measure_ceiling
 from .devices import clock, peak_memory
@@ -26,7 +27,9 @@ class StepProfile:
 
     Attributes:
         seconds: of a step, mean of `steps`.
-        parts: seconds of each part; what belongs to none is missing.
+        parts: seconds of each part; what belongs to none is missing. A CUDA graph is one piece: with it all of the network's time
+            is the decoders'.
+        execution: how steps are computed.
         images_per_s: of this process.
         rate: floating-point operations per second (flops_per_image).
         ceiling: of this device for this network.
@@ -36,6 +39,7 @@ class StepProfile:
 
     seconds: float
     parts: dict[str, float]
+    execution: Execution
     images_per_s: float
     rate: float
     ceiling: Ceiling
@@ -45,10 +49,14 @@ class StepProfile:
     def table(self) -> str:
         """Return it in lines for a terminal."""
         lines = [
-            f"step {self.seconds:.4f} s, {self.images_per_s:.1f} images/s, {self.memory / 2**20:.0f} MiB in use at most"
+            f"step {self.seconds:.4f} s, {self.images_per_s:.1f} images/s, {self.memory / 2**20:.0f} MiB in use at most, "
+            f"computed {self.execution.words()}"
         ]
         rest = self.seconds - sum(self.parts.values())
-        for name, seconds in [*self.parts.items(), ("rest", rest)]:
+        parts = dict(self.parts)
+        if self.execution.cuda_graphs:
+            parts = {"data": parts.pop("data"), "network": parts.pop("encoder") + parts.pop("decoders"), **parts}
+        for name, seconds in [*parts.items(), ("rest", rest)]:
             lines.append(f"  {name:<10}{seconds:9.4f} s{seconds / self.seconds:8.1%}")
         c = self.ceiling.convolution
         where = "channels-last" if self.ceiling.channels_last else "contiguous"
@@ -122,6 +130,7 @@ class Profile(Callback):
         self.result = StepProfile(
             seconds=seconds,
             parts=parts,
+            execution=trainer.execution,
             images_per_s=images / seconds,
             rate=flops_per_image(config) * images / seconds,
             ceiling=measure_ceiling(config.network, shape, trainer.counts, trainer.device, dtype),
