@@ -34,7 +34,7 @@ def configuration(name: str, device: torch.device) -> RunConfig:
     else:
         base, changes = preset(PRESETS[name]), {}
         if device.type == "cpu" and name != "digits":
-            changes["training.batch"] = 12
+            changes["training.batch"] = 4 if name == "t8-4" else 12
     shape = SHAPES.get(name, (3, 32, 32))
     quiet = {"training.held_out_every": 0, "training.sample_every": 0, "training.checkpoint_every": 10**9}
     mixed = {"training.update_mode": "mixed", "training.log_every": 10**9, "training.precision": "auto"}

@@ -3,8 +3,8 @@
 Run it as: python benchmarks/train_step.py [--networks NAME ...] [--steps N] [--device DEVICE] [--compile] [--out [FILE]]
 
 Networks: `ncsnpp-32` (NCSN++, encoder 32, decoders 48/32/16, 2 blocks per level, 32x32, batch 48 over three stages),
-`digits`, `t7-1`, `edm`, `t8-4` (the presets, batch cut to 12 on a CPU). Each is trained by the real trainer on random images;
-in the same process its peer, a diffusers UNet2DModel whose width is chosen so that a training image costs as many
+`digits`, `t7-1`, `edm`, `t8-4` (the presets, batch cut to 12, or 4, on a CPU). Each is trained by the real trainer on random
+images; in the same process its peer, a diffusers UNet2DModel whose width is chosen so that a training image costs as many
 multiply-adds (as torch counts them), is trained by an ordinary loop: scheduler, mse_loss, AdamW, EMAModel. Rounds of both
 alternate, the best counts. How our step is computed is found by the trainer's own trial; it compiles only with --compile.
 

@@ -545,7 +545,7 @@ def test_divergence_and_full_memory_are_no_tracebacks_but_bugs_are(
 ) -> None:
     import torch
 
-    from multistage_diffusion.training.trainer import TrainingDiverged
+    from multistage_diffusion.training.findings import TrainingDiverged
 
     for error in (TrainingDiverged("the loss is not finite"), torch.OutOfMemoryError("CUDA out of memory")):
         monkeypatch.setattr(COMMANDS["describe"], "run", raises(error))

@@ -33,7 +33,7 @@ from multistage_diffusion.commands.coding import TrainCodec
 from multistage_diffusion.config import CodecConfig, DataConfig
 from multistage_diffusion.data import ImageData, open_configured, to_float
 from multistage_diffusion.training.checkpoint import list_checkpoints
-from multistage_diffusion.training.trainer import TrainingDiverged
+from multistage_diffusion.training.findings import TrainingDiverged
 from multistage_diffusion.workflow.coding import train_codec
 
 diffusers = pytest.importorskip("diffusers")

@@ -72,7 +72,9 @@ def small_fashion_mnist(folder: Path) -> Path:
     [
         pytest.param(
             p,
-            marks=[pytest.mark.slow] if p.stem == "evaluation" or any(launch for launch, _ in commands(p)) else [],
+            marks=[pytest.mark.slow]
+            if p.stem in ("evaluation", "latent") or any(launch for launch, _ in commands(p))
+            else [],
             id=p.stem,
         )
         for p in PAGES

@@ -26,7 +26,7 @@ from .network_config import require
 from .serialization import from_dict, to_dict, write_atomic
 from .training import checkpoint as ckpt
 from .training.ema import EMA
-from .training.trainer import TrainingDiverged
+from .training.findings import TrainingDiverged
 
 CHECKPOINT_EVERY = 500  # steps
 JUDGED = 10_000  # held-out images at most

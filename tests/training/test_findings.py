@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from multistage_diffusion.training.findings import Findings, Found, not_finite
+from multistage_diffusion.training.findings import Findings, Found, TrainingDiverged, refuse
+from multistage_diffusion.training.run import Run
 
 CPU = torch.device("cpu")
 
@@ -44,4 +45,12 @@ def test_a_step_with_a_number_that_is_not_finite_is_unfit(bad: float) -> None:
     assert found(1, 0.5, 0.0, 2.0).unfit == 0
     assert found(1, 0.5, 0.0, bad).unfit == 1
     assert found(1, bad, 0.0, 2.0).unfit == 1
-    assert not_finite(["a", "b", "c"], [1.0, bad, 2.0]) == ["b"]
+
+
+def test_numbers_that_are_not_finite_are_named(tmp_path, tiny_config) -> None:
+    run = Run.create(tmp_path / "run", tiny_config())
+    refuse(run, 7, "loss", {"stage 1": 0.5})
+    with pytest.raises(
+        TrainingDiverged, match=r"the loss of stage 2, stage 3 is not finite at step 7; .* no checkpoint yet"
+    ):
+        refuse(run, 7, "loss", {"stage 1": 0.5, "stage 2": math.nan, "stage 3": math.inf})

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import checkpoint as ckpt
+from .run import Run
+
+
+class TrainingDiverged(FloatingPointError):
+    """A loss or gradient stopped being finite; the optimiser step was not taken."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,20 @@ class Findings:
             self.hand_on(found, losses, dict(zip(found.parts, numbers[len(losses) :], strict=True)))
 
 
-def not_finite(names: Sequence[str], values: Sequence[float]) -> list[str]:
-    """Return the names whose values are not finite."""
-    return [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
+def refuse(run: Run, step: int, what: str, values: Mapping[str, float]) -> None:
+    """Raise TrainingDiverged if a value is not finite.
+
+    Args:
+        run: whose latest checkpoint is named.
+        step: in which they were found.
+        what: they are.
+        values: by name.
+    """
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        found = ckpt.list_checkpoints(run.checkpoints)
+        kept = f"the checkpoint of step {ckpt.checkpoint_step(found[-1])} is intact" if found else "no checkpoint yet"
+        raise TrainingDiverged(
+            f"the {what} of {', '.join(bad)} is not finite at step {step}; stopped before the optimiser step, {kept}; start a "
+            "new run with a lower optimizer.lr or training.precision=fp32"
+        )

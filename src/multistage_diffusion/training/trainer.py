@@ -25,7 +25,7 @@ from .clipping import clip, parameters_by_part, part_norms
 from .devices import autocast_dtype, keep_memory, resolve_device
 from .ema import EMA
 from .events import Callback
-from .findings import Findings, Found, not_finite
+from .findings import Findings, Found, TrainingDiverged, refuse
 from .losses import objective, stage_losses
 from .optimizer import learning_rate, make_optimizer
 from .run import Run
@@ -39,10 +39,6 @@ from .warm_start import WarmStart, warm_start
 
 # Loss scales start at 2^16 and halve at every overflow; below this it is no longer the scale's fault.
 SMALLEST_SCALE = 2.0**-20
-
-
-class TrainingDiverged(FloatingPointError):
-    """A loss or gradient stopped being finite; the optimiser step was not taken."""
 
 
 class Trainer:
@@ -185,7 +181,8 @@ class Trainer:
 
         def passes() -> None:
             self.optimizer.zero_grad(set_to_none=True)
-            self._backward(counts, weights)
+            with self.world.explained():
+                self._backward(counts, weights)
 
         remaining = self.config.training.steps - self.step
         self.trial = choose(self.run, self.config, self.world, self.device, remaining, self.compute, passes)
@@ -291,9 +288,9 @@ class Trainer:
 
     def _note(self, found: Found, losses: list[float], norms: dict[str, float]) -> None:
         """Add a step's losses and gradient norms to what is logged, all finite, or else raise."""
-        self._refuse(found.step, "loss", not_finite([f"stage {k + 1}" for k in range(len(losses))], losses))
+        refuse(self.run, found.step, "loss", {f"stage {k + 1}": loss for k, loss in enumerate(losses)})
         if not self.scaler.is_enabled():  # scaled fp16 gradients may overflow: the scaler skips that step
-            self._refuse(found.step, "gradient", not_finite(list(norms), list(norms.values())))
+            refuse(self.run, found.step, "gradient", norms)
         self.sums.add([x if c else None for x, c in zip(losses, found.counts, strict=True)], norms)
 
     def _look_at_gradients(self, totals: Tensor, counts: tuple[int, ...]) -> Found:
@@ -341,17 +338,6 @@ class Trainer:
             return []
         shared = branching.tied(self.denoiser.network)
         return [name for name in self.parts if shared or (k := stage_of_part(name)) is None or counts[k]]
-
-    def _refuse(self, step: int, what: str, bad: Sequence[str]) -> None:
-        if bad:
-            found = ckpt.list_checkpoints(self.run.checkpoints)
-            kept = (
-                f"the checkpoint of step {ckpt.checkpoint_step(found[-1])} is intact" if found else "no checkpoint yet"
-            )
-            raise TrainingDiverged(
-                f"the {what} of {', '.join(bad)} is not finite at step {step}; stopped before the optimiser step, "
-                f"{kept}; start a new run with a lower optimizer.lr or training.precision=fp32"
-            )
 
     # -- logging and checkpoints --------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from ..config import RunConfig
 from ..distributed import World
 from ..execution import Execution
 from ..execution_config import ExecutionConfig
-from ..serialization import to_dict
+from ..serialization import from_dict, to_dict
 from .devices import clock, device_name
 from .run import Run
 
@@ -81,7 +81,7 @@ def choose(
     here = {"device": device_name(device), "settings": to_dict(config.execution)}
     known = world.agree(run.known_execution(here))
     if known is not None:
-        compute(Execution(**known))
+        compute(from_dict(Execution, known))
         return {}
     plain, *others = candidates(config, device, alone=world.size == 1)
     compiled = list(candidates(config, device, alone=world.size == 1, compiling=True))
