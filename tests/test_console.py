@@ -9,6 +9,7 @@ from rich.console import Console
 
 from multistage_diffusion import console as module
 from multistage_diffusion.console import Bar, TrainingProgress
+from multistage_diffusion.execution import Execution
 from multistage_diffusion.presets import preset
 from multistage_diffusion.serialization import override
 
@@ -148,3 +149,13 @@ def test_a_warm_start_says_what_was_cloned(capsys: pytest.CaptureFixture[str]) -
     with TrainingProgress() as progress:
         progress.started(new)
     assert "cloned from runs/one: encoder, decoder.2; from scratch: decoder.1" in capsys.readouterr().err
+
+
+def test_a_trial_tells_what_it_has_found(capsys: pytest.CaptureFixture[str]) -> None:
+    made = trainer(0)
+    made.trial, made.execution = {"plain": 0.5, "channels last": 0.25}, Execution(channels_last=True)
+    TrainingProgress().chosen(made)
+    assert "computed channels last (a step took: plain 0.5 s, channels last 0.25 s)" in capsys.readouterr().err
+    made.trial = {}
+    TrainingProgress().chosen(made)
+    assert capsys.readouterr().err == ""

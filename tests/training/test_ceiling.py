@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from multistage_diffusion.nets import build_network
+from multistage_diffusion.training import ceiling
 from multistage_diffusion.training.ceiling import largest_convolution, measure_ceiling
 
 SHAPE = (1, 4, 4)
@@ -30,3 +32,19 @@ def test_rates_are_positive_and_of_this_device(tiny_config):
     assert 0 < found.convolution_rate < 1e15
     assert 0 < found.matrix_rate < 1e15
     assert found.convolution == largest_convolution(tiny_config().network, SHAPE, (6, 4, 2))
+
+
+@pytest.mark.parametrize(("backward", "times"), [(True, 3), (False, 1)])
+def test_a_forward_pass_alone_is_a_third_of_the_work(tiny_config, monkeypatch, backward, times):
+    gradients = []
+
+    def seconds(work, device):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: gradients.append(t) or t, lambda t: t):
+            work()
+        return 2.0
+
+    monkeypatch.setattr(ceiling, "_seconds", seconds)
+    found = measure_ceiling(tiny_config().network, SHAPE, (6, 4, 2), torch.device("cpu"), backward=backward)
+    assert found.convolution_rate == times * found.convolution.flops / 2
+    assert found.matrix_rate == times * 2 * 1024**3 / 2
+    assert bool(gradients) == backward
