@@ -304,6 +304,20 @@ def test_train_writes_tensorboard_or_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     refused(msdiff("train", "--preset", "digits", "--out", "run", "--tensorboard"), "multistage-diffusion[track]")
+    graphs = ("--device", "cpu", "--set", "execution.cuda_graphs=true")
+    refused(
+        msdiff("train", "--preset", "digits", "--out", "run", *graphs), "execution.cuda_graphs=True needs one process"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_way_of_computing_that_is_not_there_is_refused_before_anything_is_written(
+    msdiff: Call, tmp_path: Path
+) -> None:
+    graphs = ("--device", "cpu", "--set", "execution.cuda_graphs=true")
+    refused(
+        msdiff("train", "--preset", "digits", "--out", "run", *graphs), "execution.cuda_graphs=True needs one process"
+    )
     assert not (tmp_path / "run").exists()
 
 

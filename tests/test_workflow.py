@@ -17,6 +17,7 @@ import torch
 
 from multistage_diffusion.config import DataConfig, RunConfig
 from multistage_diffusion.data import ImageData, open_data
+from multistage_diffusion.execution_config import ExecutionConfig
 from multistage_diffusion.presets import preset
 from multistage_diffusion.serialization import from_dict, override, read_json, to_dict, write_json
 from multistage_diffusion.splitting import SplitResult, SplitSettings
@@ -211,6 +212,18 @@ def test_only_length_and_records_may_change(run: Run) -> None:
         ):
             resume(run.path, changes)
     resume(run.path, {"optimizer.lr": run.config().optimizer.lr})  # the same again is no change
+    assert run.config_file.read_bytes() == before
+
+
+def test_how_steps_are_computed_may_change(run: Run) -> None:
+    assert {f"execution.{field.name}" for field in dataclasses.fields(ExecutionConfig)} < set(CHANGEABLE)
+    resume(run.path, {"execution.recompute": True, "execution.channels_last": True})
+    assert run.config().execution == ExecutionConfig(recompute=True, channels_last=True)
+    before = run.config_file.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"execution\.cuda_graphs=True needs one process on a CUDA device, not 1 on cpu"
+    ):
+        resume(run.path, {"execution.cuda_graphs": True, "execution.recompute": False}, device="cpu")
     assert run.config_file.read_bytes() == before
 
 

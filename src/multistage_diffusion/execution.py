@@ -68,13 +68,12 @@ class Graphs:
         kind = (
             tuple(counts),
             tuple((tensor.shape, tensor.dtype) for tensor in inputs),
-            tuple(name for name, tensor in given.items() if tensor is not None),
             learns,
             self.network.training,
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )
         if kind not in self._recorded:
-            call = _Call(self.network, tuple(counts), [n for n, tensor in given.items() if tensor is not None])
+            call = _Call(self.network, tuple(counts), [name for name, tensor in given.items() if tensor is not None])
             with torch.autocast(
                 device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
             ):

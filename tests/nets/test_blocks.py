@@ -74,7 +74,7 @@ def test_attention_equals_explicit_softmax(image: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_normalised_maps_keep_their_type_under_autocast(dtype: torch.dtype) -> None:
+def test_normalised_maps_keep_their_type_under_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     norm, x = group_norm(32), (100 + 3 * torch.randn(4, 32, 16, 16)).to(dtype).requires_grad_()
     torch.nn.init.normal_(norm.weight)
@@ -83,6 +83,16 @@ def test_normalised_maps_keep_their_type_under_autocast(dtype: torch.dtype) -> N
         y = norm(x)
         assert y.dtype == dtype
         assert norm(x.float()).dtype == torch.float32
+    seen = []
+
+    def spy(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        seen.append((weight.dtype, bias.dtype, torch.is_autocast_enabled("cpu")))
+        return x
+
+    with monkeypatch.context() as patched, torch.autocast("cpu", dtype):
+        patched.setattr(F, "group_norm", spy)
+        norm(x)
+    assert seen == [(dtype, dtype, False)]  # on CUDA autocast would make it float32
     exact = norm(x.float())
     scale = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11  # a unit in the last place: statistics are float32
     assert float((y.float() - exact).abs().max()) < 4 * scale * float(exact.abs().max())

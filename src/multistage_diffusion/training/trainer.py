@@ -33,7 +33,7 @@ from .strategies import Strategy, make_layout, stage_of_part
 from .sums import RunningSums
 from .team import Team
 from .timing import PassTimer, Timer
-from .trial import choose, settled
+from .trial import check_graphs, choose, settled
 from .updates import updates
 from .warm_start import WarmStart, warm_start
 
@@ -126,16 +126,8 @@ class Trainer:
         self.compute(self.execution)
 
     def compute(self, execution: Execution) -> None:
-        """Compute steps so from now on.
-
-        Raises:
-            ValueError: if CUDA graphs are asked for where there are none.
-        """
-        if execution.cuda_graphs and not (self.device.type == "cuda" and self.team.alone):
-            raise ValueError(
-                f"execution.cuda_graphs=True needs one process on a CUDA device, not {self.world.size} on {self.device}; set it "
-                "to auto"
-            )
+        """Compute steps so from now on."""
+        check_graphs(execution.cuda_graphs, self.device, self.world.size)
         self.execution = execution
         execute(self.denoiser.network, execution)
         self.denoiser.graphs = Graphs(self.denoiser.network) if execution.cuda_graphs else None

@@ -22,6 +22,14 @@ GAIN = 0.95  # of the plain way's time: what is not clearly faster is left alone
 WARM, TIMED = 2, 3  # passes of each candidate
 
 
+def check_graphs(asked: bool, device: torch.device, processes: int) -> None:
+    """Raise ValueError if CUDA graphs are asked for where there are none."""
+    if asked and (device.type != "cuda" or processes > 1):
+        raise ValueError(
+            f"execution.cuda_graphs=True needs one process on a CUDA device, not {processes} on {device}; set it to auto"
+        )
+
+
 def settled(settings: ExecutionConfig) -> Execution:
     """Return what the settings ask for, without what a trial would decide."""
     return Execution(

@@ -23,6 +23,7 @@ from ..training.events import Callback
 from ..training.run import Run
 from ..training.strategies import Strategy
 from ..training.trainer import Trainer
+from ..training.trial import check_graphs
 from .finding import save_split
 from .interrupts import stopped_by_signals
 from .latent import with_codec, with_split
@@ -68,6 +69,7 @@ def train(
         material, judges = _in_turn(
             world, config.codec.used, lambda: _prepared(config, out, result, resolved, progress)
         )
+        check_graphs(material.config.execution.cuda_graphs is True, resolved, world.size)
         world.require_equal(_facts(material.config, resolved, strategy))
         begun = False
         with world.together():
@@ -200,6 +202,7 @@ def resume(
             run = Run.open(Path(path))
             encodes = run.config().codec.used
         material, judges = _in_turn(world, encodes, lambda: _reopened(run, changes or {}, resolved, progress))
+        check_graphs(material.config.execution.cuda_graphs is True, resolved, world.size)
         world.require_equal(_facts(material.config, resolved, strategy))
         return _fit(run, material, resolved, [*judges, *callbacks], world, strategy)
 
