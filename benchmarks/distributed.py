@@ -103,7 +103,9 @@ def with_ddp(world: World, config: RunConfig) -> dict[str, Any]:
     denoiser = build_denoiser(config).train()
     ema = EMA(denoiser, config.training.ema_halflife, config.training.ema_rampup)
     optimizer = make_optimizer(config.optimizer, denoiser)
-    wrapped = DistributedDataParallel(Loss(denoiser, config, world))
+    loss = Loss(denoiser, config, world)
+    # a process without rows of a stage leaves its decoder unused
+    wrapped = DistributedDataParallel(loss, find_unused_parameters=min(loss.counts) < world.size)
     sent = [0]
 
     def count(_, bucket):  # DDP looks at annotations, and refuses those that are strings
