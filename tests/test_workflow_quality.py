@@ -166,6 +166,7 @@ def test_patience_ends_training_as_if_it_was_over(tmp_path: Path, distances: lis
     assert [r["step"] for r in judged(run)][-3:] == [27, 30, 33]
 
 
+@pytest.mark.slow
 def test_more_patience_later_is_more_patience_from_the_start(tmp_path: Path, distances: list[float]) -> None:
     falling = [3.0, 4.0, 5.0, 6.0]
     config = tiny(tmp_path, training__steps=12, evaluation__patience=1)

@@ -86,7 +86,7 @@ def require_same(a: Path, b: Path, tolerance: float = 1e-10) -> None:
     [
         (2, "time", {}),
         (3, "memory", {}),
-        (4, "memory", {}),
+        pytest.param(4, "memory", {}, marks=pytest.mark.slow),
         pytest.param(
             *(2, "memory", {"optimizer__clip_scope": "part", "training__update_mode": "sequential"}),
             marks=pytest.mark.slow,
@@ -117,6 +117,7 @@ def test_twenty_steps_are_the_same_on_any_number_of_processes(tmp_path, size, st
     require_same(tmp_path / "one", tmp_path / "many")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_number_of_processes_under_another_strategy(tmp_path):
     def until(steps: int) -> RunConfig:
         return config(training__steps=steps, training__held_out_every=0)
