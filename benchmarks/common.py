@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -86,3 +87,20 @@ def keep(path: Path, device: torch.device, found: Mapping[str, Any]) -> None:
     before = read_json(path) if path.exists() else {}
     known = before["networks"] if before.get("machine") == machine else {}
     write_json(path, {"machine": machine, "networks": {**known, **found}})
+
+
+def parser(description: str | None, rounds: int, out: Path) -> argparse.ArgumentParser:
+    """Return the options that all benchmarks of speed have.
+
+    Args:
+        description: of the benchmark.
+        rounds: by default.
+        out: where --out without a name writes.
+    """
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--networks", nargs="+", choices=NETWORKS, default=["ncsnpp-32", "digits"])
+    found.add_argument("--rounds", type=int, default=rounds)
+    found.add_argument("--device")
+    found.add_argument("--compile", action="store_true", help="compile the network, which takes minutes")
+    found.add_argument("--out", type=Path, nargs="?", const=out, default=None)
+    return found

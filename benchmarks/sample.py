@@ -13,13 +13,12 @@ the ceiling: the forward rate of the network's largest convolution in its better
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import NETWORKS, configuration, fitting_width, keep, peer
+from common import configuration, fitting_width, keep, parser, peer
 
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.denoisers import build_denoiser
@@ -147,15 +146,10 @@ def report(name: str, r: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["ncsnpp-32", "digits"])
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--calls", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--device")
-    parser.add_argument("--compile", action="store_true", help="compile the network first, which takes minutes")
-    parser.add_argument("--out", type=Path, nargs="?", const=RESULT, default=None)
-    args = parser.parse_args(arguments)
+    options = parser(__doc__, 2, RESULT)
+    options.add_argument("--images", type=int, default=64)
+    options.add_argument("--calls", type=int, default=20)
+    args = options.parse_args(arguments)
     device = resolve_device(args.device)
     found = {}
     for name in args.networks:

@@ -15,7 +15,6 @@ times forward. Memory is what the allocator (CUDA) or the process (CPU, with the
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import NETWORKS, configuration, fitting_width, keep, peer
+from common import configuration, fitting_width, keep, parser, peer
 
 from multistage_diffusion import override
 from multistage_diffusion.data import ImageData
@@ -167,14 +166,9 @@ def report(name: str, r: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["ncsnpp-32", "digits"])
-    parser.add_argument("--steps", type=int, default=2, help="steps of a round")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--device")
-    parser.add_argument("--compile", action="store_true", help="let the trial compile, which takes minutes")
-    parser.add_argument("--out", type=Path, nargs="?", const=RESULT, default=None)
-    args = parser.parse_args(arguments)
+    options = parser(__doc__, 6, RESULT)
+    options.add_argument("--steps", type=int, default=2, help="steps of a round")
+    args = options.parse_args(arguments)
     device = resolve_device(args.device)
     found = {}
     for name in args.networks:

@@ -49,7 +49,7 @@ def execute(network: nn.Module, execution: Execution) -> None:
 class Graphs:
     """Calls a network through CUDA graphs, one for each kind of call: shapes, rows per stage, labels, with gradients or without.
 
-    Without gradients a call's result is valid until the next call of its kind.
+    A call's result is valid until the next call of its kind.
 
     Args:
         network: on a CUDA device; without hooks of its own.

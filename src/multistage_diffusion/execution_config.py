@@ -22,8 +22,8 @@ class ExecutionConfig:
         compile: compile residual blocks (torch.compile); takes minutes at every start. "auto" tries it on CUDA in runs of hours.
         cuda_graphs: record the forward and the backward pass once and replay them, so that the CPU need not launch every kernel;
             on CUDA, in one process.
-        recompute: run residual blocks again in the backward pass instead of keeping all that is inside them: less memory for a
-            third more computation (gradient checkpointing; Chen et al. 2016).
+        recompute: run residual blocks again in the backward pass instead of keeping all that is inside them: less memory for
+            another forward pass (gradient checkpointing; Chen et al. 2016).
     """
 
     channels_last: Choice = "auto"

@@ -85,15 +85,20 @@ def save_folder(images: Tensor, folder: Path, start: int = 0, overwrite: bool = 
 
 @contextmanager
 def folder_of_images(folder: Path) -> Iterator[Callable[[int, Tensor], object]]:
-    """Give a function that writes images into a new folder as `save_folder` does: of (number of the first, images).
+    """Give a function that writes images into a folder as `save_folder` does: of (number of the first, images).
 
-    The folder appears, whole, at the end; after an error there is none.
+    They appear at the end, all at once in a new folder, else in place of files of their names; after an error nothing is
+    changed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         inside = Path(temporary) / folder.name
         yield lambda first, images: save_folder(images, inside, first)
-        inside.rename(folder)
+        if not folder.exists():
+            inside.rename(folder)
+        else:
+            for path in inside.iterdir():
+                path.replace(folder / path.name)
 
 
 def save_npz(images: Tensor, path: Path) -> None:

@@ -11,12 +11,12 @@ from multistage_diffusion.data import ImageData
 from multistage_diffusion.training import checkpoint as ckpt
 from multistage_diffusion.training import trial
 from multistage_diffusion.training.batches import BatchSource
+from multistage_diffusion.training.findings import TrainingDiverged
 from multistage_diffusion.training.losses import objective, stage_losses
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import (
     Callback,
     Trainer,
-    TrainingDiverged,
     autocast_dtype,
     resolve_device,
 )

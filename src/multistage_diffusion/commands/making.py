@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from ..console import Bar, TrainingProgress, console
 from ..distributed import speaks
-from ..pictures import folder_of_images, grid, save_folder, save_npz, save_png
+from ..pictures import folder_of_images, grid, save_npz, save_png
 from ..presets import preset
 from ..serialization import override, to_dict
 from ..splitting import SplitResult
@@ -190,8 +190,8 @@ class Sample(SamplerOptions):
             raise ValueError(f"--out {self.out}: samples are written as a .png grid, an .npz array or a folder of PNGs")
         check_out(self.out, self.overwrite, folder=folder)
         sampling = self.sampling_config(run.config().sampling)
-        new_folder = folder and not self.out.exists() and speaks()
-        with Bar("sampling", "calls") as bar, folder_of_images(self.out) if new_folder else nullcontext() as write:
+        written = folder_of_images(self.out) if folder and speaks() else nullcontext()
+        with Bar("sampling", "calls") as bar, written as write:
             images = sample(
                 run,
                 self.count,
@@ -209,13 +209,9 @@ class Sample(SamplerOptions):
             )
         if not speaks():
             return
-        if new_folder:
-            pass  # written while they were drawn
-        elif folder:
-            save_folder(images, self.out, overwrite=self.overwrite)
-        elif suffix == ".png":
+        if suffix == ".png":
             save_png(grid(images), self.out)
-        else:
+        elif suffix == ".npz":
             save_npz(images, self.out)
         if self.json:
             print_json({"out": str(self.out), "count": self.count, "seed": self.seed, "sampling": to_dict(sampling)})

@@ -13,6 +13,9 @@ from torch import Tensor
 from . import checkpoint as ckpt
 from .run import Run
 
+# Loss scales start at 2^16 and halve at every overflow; below this it is no longer the scale's fault.
+SMALLEST_SCALE = 2.0**-20
+
 
 class TrainingDiverged(FloatingPointError):
     """A loss or gradient stopped being finite; the optimiser step was not taken."""
@@ -95,4 +98,12 @@ def refuse(run: Run, step: int, what: str, values: Mapping[str, float]) -> None:
         raise TrainingDiverged(
             f"the {what} of {', '.join(bad)} is not finite at step {step}; stopped before the optimiser step, {kept}; start a "
             "new run with a lower optimizer.lr or training.precision=fp32"
+        )
+
+
+def refuse_scale(scale: float, step: int) -> None:
+    """Raise TrainingDiverged if fp16 gradients have overflowed at every loss scale down to this one, of this step."""
+    if scale < SMALLEST_SCALE:
+        raise TrainingDiverged(
+            f"fp16 gradients overflow at any loss scale at step {step}; start a run with training.precision=fp32"
         )

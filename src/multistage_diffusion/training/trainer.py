@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +23,11 @@ from .clipping import clip, parameters_by_part, part_norms
 from .devices import autocast_dtype, keep_memory, resolve_device
 from .ema import EMA
 from .events import Callback
-from .findings import Findings, Found, TrainingDiverged, refuse
+from .findings import Findings, Found, refuse, refuse_scale
 from .losses import objective, stage_losses
 from .optimizer import learning_rate, make_optimizer
 from .run import Run
+from .state import restore, snapshot
 from .strategies import Strategy, make_layout, stage_of_part
 from .sums import RunningSums
 from .team import Team
@@ -36,9 +35,6 @@ from .timing import PassTimer, Timer
 from .trial import check_graphs, choose, settled
 from .updates import updates
 from .warm_start import WarmStart, warm_start
-
-# Loss scales start at 2^16 and halve at every overflow; below this it is no longer the scale's fault.
-SMALLEST_SCALE = 2.0**-20
 
 
 class Trainer:
@@ -110,7 +106,7 @@ class Trainer:
         self.sums = RunningSums(len(config.stages))
         self.warm_start: WarmStart | None = None
         if latest is not None:
-            self._restore(latest)
+            restore(self, latest)
         elif training.init_from:
             self.warm_start = warm_start(training.init_from, config)
             for module in (self.denoiser, self.ema.module):
@@ -273,10 +269,8 @@ class Trainer:
             self.scaler.update()
         if self.findings.late:
             self.findings.add(found)
-        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
-            raise TrainingDiverged(
-                f"fp16 gradients overflow at any loss scale at step {self.step + 1}; start a run with training.precision=fp32"
-            )
+        if self.scaler.is_enabled():
+            refuse_scale(self.scaler.get_scale(), self.step + 1)
 
     def _note(self, found: Found, losses: list[float], norms: dict[str, float]) -> None:
         """Add a step's losses and gradient norms to what is logged, all finite, or else raise."""
@@ -398,39 +392,9 @@ class Trainer:
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint of this step and prune the older ones."""
         self.findings.settle()
-        training = self.config.training
-        state = {
-            "step": self.step,
-            "images": self.images,
-            "score": score,
-            "quality": None if self._judged is None else self._judged["frechet"],
-            "sums": dataclasses.asdict(self.sums),
-            "scaler": self.scaler.state_dict(),
-            "config": self.config,
-        }
-        # on the process that writes, whatever the strategy: checkpoints know nothing of it
-        checkpoint = ckpt.Checkpoint(
-            model=self.team.collect(self.denoiser.state_dict()),
-            ema=self.team.collect(self.ema.module.state_dict()),
-            optimizer=self.team.collect(ckpt.optimizer_tensors(self.optimizer, self.denoiser)),
-            state=state,
-        )
+        training, quality = self.config.training, None if self._judged is None else self._judged["frechet"]
+        checkpoint = snapshot(self, score=score, quality=quality)
         with self.world.together():
             if self.world.chief:
                 ckpt.save_checkpoint(self.run.checkpoints, checkpoint)
                 ckpt.prune(self.run.checkpoints, training.keep_last, training.keep_every)
-
-    def _restore(self, path: Path) -> None:
-        state = ckpt.read_state(path)
-        self.denoiser.load_state_dict(ckpt.load_tensors(path, "model", self.denoiser.state_dict()))
-        self.ema.module.load_state_dict(ckpt.load_tensors(path, "ema", self.ema.module.state_dict()))
-        fields = ("step", "exp_avg", "exp_avg_sq")
-        moments = [f"{name}.{field}" for name, _ in self.denoiser.named_parameters() for field in fields]
-        ckpt.restore_optimizer(self.optimizer, self.denoiser, ckpt.load_tensors(path, "optimizer", moments))
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        try:
-            self.sums = RunningSums(**state["sums"])
-        except TypeError:
-            raise ValueError(f"{path}: was written by another release, which alone can resume it") from None
-        self.step = state["step"]
