@@ -23,15 +23,17 @@ class Execution:
     channels_last: bool = False
     compile: bool = False
     cuda_graphs: bool = False
+    shards: int = 1
     recompute: bool = False
 
     def words(self) -> str:
         """Return it in words."""
-        return ", ".join(f.name.replace("_", " ") for f in fields(self) if getattr(self, f.name)) or "plain"
+        chosen = [f.name.replace("_", " ") for f in fields(self) if getattr(self, f.name) is True]
+        return ", ".join(chosen + [f"{self.shards} shards"] * (self.shards > 1)) or "plain"
 
 
 def execute(network: nn.Module, execution: Execution) -> None:
-    """Let a network be computed so from now on; CUDA graphs are a matter of who calls it (`Graphs`)."""
+    """Let a network be computed so from now on; CUDA graphs and shards are a matter of who calls it (`Graphs`)."""
     blocks = [module for module in network.modules() if isinstance(module, Block)]
     if execution.compile:  # blocks of one shape share their code; each shape has its own
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(blocks))

@@ -1,4 +1,5 @@
 import math
+import threading
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from multistage_diffusion.nets.blocks import (
     FIRDown,
     FIRUp,
     NoiseEmbedding,
+    PointwiseConv,
     ResidualBlock,
     conv,
     dropout,
     group_norm,
+    masks_from,
     sinusoids,
 )
 
@@ -188,6 +191,51 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(probability: float) -> None
     torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / (1 - expected)))
     y.sum().backward()
     assert torch.equal(x.grad, y)  # what is dropped learns nothing
+
+
+def test_masks_from_a_generator_are_drawn_from_it_in_this_thread_alone() -> None:
+    x, drawn = torch.ones(1000), []
+    own = torch.Generator()
+
+    def mask() -> Tensor:
+        return dropout(x, 0.5, training=True) == 0
+
+    torch.manual_seed(1)
+    first, second = mask(), mask()
+    torch.manual_seed(1)
+    with masks_from(own.manual_seed(5)):
+        inside = mask()
+        thread = threading.Thread(target=lambda: drawn.append(mask()))
+        thread.start()
+        thread.join()
+        again = mask()
+    assert torch.equal(drawn[0], first)  # another thread has torch's own
+    assert torch.equal(mask(), second)  # of which nothing was drawn here
+    assert not torch.equal(inside, first)
+    assert not torch.equal(inside, again)
+    with masks_from(own.manual_seed(5)):
+        assert torch.equal(mask(), inside)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "sliced"])
+def test_a_pointwise_convolution_is_the_convolution(layout: str) -> None:
+    torch.manual_seed(0)
+    layer = conv(6, 10, 1).double()
+    assert type(layer) is PointwiseConv
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(3, 8, 5, 7, dtype=torch.float64)
+    x = x[:, 1:7] if layout == "sliced" else x[:, :6].contiguous()
+    x = x.to(memory_format=torch.channels_last) if layout == "channels last" else x
+    x.requires_grad_()
+    inputs = [x, layer.weight, layer.bias]
+    expected, found = F.conv2d(*inputs), layer(x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert found.is_contiguous(memory_format=torch.channels_last) == (layout != "contiguous")
+    grad = torch.randn_like(found)
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_dropout_is_decided_by_the_seed_and_by_nothing_in_a_row() -> None:

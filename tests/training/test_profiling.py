@@ -14,11 +14,12 @@ from multistage_diffusion.training.timing import PARTS
 from multistage_diffusion.training.trainer import Trainer
 
 
-@pytest.mark.parametrize("mode", ["mixed", "sequential"])
-def test_a_profile_is_of_the_run_and_does_not_change_it(tmp_path, tiny_config, tiny_data, mode):
+@pytest.mark.parametrize(("mode", "shards"), [("mixed", 1), ("sequential", 1), ("mixed", 2)])
+def test_a_profile_is_of_the_run_and_does_not_change_it(tmp_path, tiny_config, tiny_data, mode, shards):
     told, weights = [], []
     for callbacks in ([], [Profile(told.append, skipped=1, timed=2, traced=1)]):
-        run = Run.create(tmp_path / str(len(callbacks)), tiny_config(training__steps=6, training__update_mode=mode))
+        config = tiny_config(training__steps=6, training__update_mode=mode, execution__shards=shards)
+        run = Run.create(tmp_path / str(len(callbacks)), config)
         trainer = Trainer(run, tiny_data(), device="cpu", callbacks=callbacks)
         trainer.fit()
         weights.append(trainer.denoiser.state_dict())
@@ -31,11 +32,12 @@ def test_a_profile_is_of_the_run_and_does_not_change_it(tmp_path, tiny_config, t
     assert result.memory > 1 << 20
     folder = tmp_path / "1" / "profile"
     assert read_json(folder / "parts.json")["parts"] == pytest.approx(result.parts)
-    names = {event.get("name") for event in json.loads((folder / "trace.json").read_text())["traceEvents"]}
-    assert {"msdiff data", "msdiff optimizer", "aten::conv2d"} <= names
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    assert {"msdiff data", "msdiff optimizer", "aten::conv2d"} <= {event.get("name") for event in events}
+    assert len({event["tid"] for event in events if event.get("name") == "aten::conv2d"}) == shards
     (table,) = told
     assert [line.split()[0] for line in table.splitlines()[1:8]] == [*PARTS, "rest"]
-    assert table.splitlines()[0].endswith("computed plain")
+    assert table.splitlines()[0].endswith("computed plain" if shards == 1 else "computed 2 shards")
     assert not trainer.timer.running
     # of a graph's inside nothing is known
     graphed = dataclasses.replace(result, execution=Execution(cuda_graphs=True)).table().splitlines()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -95,6 +97,31 @@ def test_passes_are_divided_into_encoder_and_decoders(clock, encoders):
         assert found["encoder"] + found["decoders"] == 22.0 * encoders
         # of separate networks, whose passes take turns, the last turn is known
         assert found["encoder"] == 2.0
+
+
+def test_other_threads_are_not_counted(clock):
+    timer, told = Timer(CPU), []
+    timer.running = True
+    passes, module = PassTimer(timer), Encoder(1.0)
+    passes.watch([module])
+
+    def other() -> None:
+        told.append(timer.running)
+        with timer.part("data"):
+            clock.wait(1.0)
+        with passes.forward():
+            out = module(torch.ones(3)).h.sum()
+        with passes.backward():
+            out.backward()
+
+    with passes.forward():
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert told == [False]
+    assert timer.seconds() == {**dict.fromkeys(PARTS, 0.0), "decoders": 4.0}  # this thread has waited
+    timer.running = False
+    assert not timer.running
 
 
 def test_modules_no_longer_watched_are_not_timed(clock):

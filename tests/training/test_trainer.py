@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from multistage_diffusion.data import ImageData
+from multistage_diffusion.nets import blocks
+from multistage_diffusion.nets.blocks import dropout
 from multistage_diffusion.training import checkpoint as ckpt
 from multistage_diffusion.training import trial
 from multistage_diffusion.training.batches import BatchSource
@@ -90,6 +92,7 @@ def outcome(run: Run) -> tuple[dict[str, bytes], list[dict]]:
 
 
 RESUMES = [
+    ("mixed", 12, {"execution.shards": 2, "training.accumulate": 2}),
     ("mixed", 60, {"network.num_classes": 3}),
     ("one-stage", 20, {"optimizer.kind": "adamw", "optimizer.weight_decay": 0.1}),
     ("sequential", 20, {"optimizer.clip_scope": "part"}),
@@ -98,7 +101,9 @@ RESUMES = [
 ]
 
 
-@pytest.mark.parametrize(("mode", "steps", "extra"), RESUMES, ids=["mixed", "one-stage", "sequential", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("mode", "steps", "extra"), RESUMES, ids=["shards", "mixed", "one-stage", "sequential", "bf16", "fp16"]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, tiny_config, tiny_data, mode, steps, extra):
     changes = {
         "network__dropout": 0.2,
@@ -495,13 +500,69 @@ def test_the_way_of_computing_changes_no_run(new_trainer):
         torch.testing.assert_close(runs["last"][name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+@pytest.mark.parametrize(("mode", "accumulate", "shards"), [("mixed", 1, 2), ("mixed", 2, 3), ("sequential", 1, 2)])
+def test_shards_change_no_run_but_for_rounding(new_trainer, mode, accumulate, shards, precision):
+    runs = []
+    for number in (1, shards):
+        trainer = new_trainer(
+            f"{number} shards",
+            network__dropout=0.0,
+            training__update_mode=mode,
+            training__accumulate=accumulate,
+            training__precision=precision,
+            training__batch=13,  # stages with more rows than shards, and with fewer
+            training__shares=[8.0, 4.0, 1.0],
+            training__steps=3,
+            training__log_every=3,
+            execution__shards=number,
+        )
+        trainer.fit()
+        (record,) = [r for r in trainer.run.records() if r["kind"] == "train"]
+        runs.append((parameters(trainer), record["loss"], record["grad_norm"]))
+    (weights, losses, norms), (others, other_losses, other_norms) = runs
+    rough = {"rtol": 0.05, "atol": 5e-3} if precision == "bf16" else {"rtol": 1e-6, "atol": 1e-8}
+    assert other_losses == pytest.approx(losses, rel=rough["rtol"])
+    assert other_norms == pytest.approx(norms, rel=2 * rough["rtol"])
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, **rough)
+
+
+def test_every_shard_drops_units_of_its_own_and_the_same_again(new_trainer, monkeypatch):
+    drawn: dict[str, list[torch.Tensor]] = {}
+
+    def recorded(x: torch.Tensor, probability: float, training: bool) -> torch.Tensor:
+        drawn[run].append(dropped := dropout(torch.ones_like(x), probability, training).detach())
+        return x * dropped
+
+    monkeypatch.setattr(blocks, "dropout", recorded)
+    weights = {}
+    for run in ("one", "again"):
+        drawn[run] = []
+        trainer = new_trainer(
+            run,
+            network__dropout=0.5,
+            execution__shards=2,
+            training__batch=12,
+            training__shares="uniform",
+            training__steps=2,
+        )
+        trainer.fit()
+        weights[run] = parameters(trainer)
+    assert equal(weights["one"], weights["again"])
+    masks = [[tuple(mask.flatten().tolist()) for mask in found] for found in drawn.values()]
+    assert sorted(masks[0]) == sorted(masks[1])
+    assert len(set(masks[0])) == len(masks[0])  # neither shards nor steps share any
+
+
 def test_a_trial_changes_no_run_and_is_made_once(new_trainer, tiny_data, monkeypatch):
-    plain = new_trainer("plain", network__dropout=0.3, execution__channels_last=False, training__steps=6)
+    one = {"network__dropout": 0.3, "execution__shards": 1}  # dropout is another draw in shards
+    plain = new_trainer("plain", execution__channels_last=False, training__steps=6, **one)
     plain.fit()
     assert not plain.run.execution_file.exists()
     monkeypatch.setattr(trial, "LEAST_STEPS", 1)
     monkeypatch.setattr(trial, "GAIN", 0.0)  # whatever was faster
-    tried = new_trainer("tried", network__dropout=0.3, training__steps=6, stepped=lambda t: t.step == 3 and t.stop())
+    tried = new_trainer("tried", **one, training__steps=6, stepped=lambda t: t.step == 3 and t.stop())
     tried.fit()
     assert tried.trial.keys() == {"plain", "channels last"}
     resumed = Trainer(tried.run, tiny_data(), device="cpu")
@@ -515,6 +576,15 @@ def test_graphs_are_refused_where_there_are_none(new_trainer):
         ValueError, match=r"execution\.cuda_graphs=True needs one process on a CUDA device, not 1 on cpu"
     ):
         new_trainer(execution__cuda_graphs=True)
+
+
+def test_a_trial_may_choose_shards(new_trainer, monkeypatch):
+    monkeypatch.setattr(trial, "LEAST_STEPS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    trainer = new_trainer(training__steps=2)
+    trainer.fit()
+    assert trainer.trial.keys() == {"plain", "channels last", "2 shards", "channels last, 2 shards"}
+    assert trainer.step == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

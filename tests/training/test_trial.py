@@ -10,10 +10,16 @@ from multistage_diffusion.distributed import ALONE
 from multistage_diffusion.execution import Execution
 from multistage_diffusion.training import trial
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.trial import LEAST_STEPS, candidates, choose, settled
+from multistage_diffusion.training.trial import LEAST_STEPS, candidates, check_execution, choose, settled
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PLAIN, LAST = Execution(), Execution(channels_last=True)
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let there be one thread, so that there is nothing to be done side by side."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 
 def words(config, device: torch.device, **settings: bool) -> list[str]:
@@ -53,6 +59,38 @@ def test_candidates(tiny_config) -> None:
     assert words(tiny_config(execution__compile=True), CUDA, compiling=True) == []
 
 
+def test_shards_are_tried_on_the_threads_of_a_cpu(tiny_config, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    every = ["plain", "channels last", "6 shards", "channels last, 6 shards"]
+    assert words(tiny_config(), CPU) == every
+    assert words(tiny_config(training__accumulate=2, training__update_mode="sequential"), CPU) == every
+    assert words(tiny_config(), CPU, compiling=True) == []
+    assert not any("shards" in way for way in words(tiny_config(), CUDA))
+    assert words(tiny_config(), CPU, alone=False) == every[:2]  # gradients are summed over processes on the way
+    assert words(tiny_config(execution__recompute=True), CPU) == ["recompute", "channels last, recompute"]
+    assert words(tiny_config(execution__compile=True), CPU) == ["compile", "channels last, compile"]
+    assert words(tiny_config(execution__shards=1), CPU) == every[:2]
+    assert words(tiny_config(execution__shards=3), CPU) == ["3 shards", "channels last, 3 shards"]
+    assert settled(tiny_config(execution__shards=3).execution) == Execution(shards=3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "processes", "message"),
+    [
+        (Execution(cuda_graphs=True), CPU, 1, "cuda_graphs=True needs one process on a CUDA device, not 1 on cpu"),
+        (Execution(cuda_graphs=True), CUDA, 2, "cuda_graphs=True needs one process on a CUDA device, not 2 on cuda"),
+        (Execution(shards=2), CUDA, 1, "shards=2 needs one process on a CPU device, not 1 on cuda"),
+        (Execution(shards=2), CPU, 2, "shards=2 needs one process on a CPU device, not 2 on cpu"),
+    ],
+)
+def test_what_a_device_does_not_have_is_refused(asked, device, processes, message) -> None:
+    with pytest.raises(ValueError, match=rf"execution\.{message}; set it to auto"):
+        check_execution(asked, device, processes)
+    check_execution(Execution(), device, processes)
+    check_execution(Execution(cuda_graphs=True), CUDA, 1)
+    check_execution(Execution(shards=2), CPU, 1)
+
+
 class Trial:
     """A run whose steps take as long as is said."""
 
@@ -81,10 +119,27 @@ def test_the_fastest_is_taken_and_remembered(tmp_path, tiny_config, monkeypatch)
     assert seconds == pytest.approx({"plain": 2.0, "channels last": 1.0})
     kept = json.loads(tried.run.execution_file.read_text())
     assert kept["device"] == "a cpu"
-    assert kept["execution"] == {"channels_last": True, "compile": False, "cuda_graphs": False, "recompute": False}
+    chosen = {"channels_last": True, "compile": False, "cuda_graphs": False, "shards": 1, "recompute": False}
+    assert kept["execution"] == chosen
     tried.computed.clear()
     assert tried.choose() == (LAST, {})  # not tried again
     assert tried.computed == [LAST]
+
+
+def test_candidates_take_turns_since_a_machine_changes_its_pace(tmp_path, tiny_config, monkeypatch) -> None:
+    tried = Trial(tmp_path / "run", tiny_config(), monkeypatch, {PLAIN: 1.0, LAST: 0.9})
+    passes, made = tried.passes, []
+
+    def counted() -> None:
+        passes()
+        made.append(tried.computed[-1])
+        tried.now += 0.2 * (len(made) > 2 * (trial.WARM[0] + trial.TIMED))  # slower from the second round on
+
+    tried.passes = counted
+    best, seconds = tried.choose()
+    assert (best, seconds) == (LAST, pytest.approx({"plain": 1.1, "channels last": 1.0}))
+    assert tried.computed == [PLAIN, LAST, PLAIN, LAST, LAST]
+    assert made.count(PLAIN) == made.count(LAST) == sum(trial.WARM) + 2 * trial.TIMED
 
 
 def test_another_device_and_other_settings_are_tried_anew(tmp_path, tiny_config, monkeypatch) -> None:
@@ -99,7 +154,22 @@ def test_another_device_and_other_settings_are_tried_anew(tmp_path, tiny_config,
 
 
 def test_what_is_hardly_faster_is_left_alone(tmp_path, tiny_config, monkeypatch) -> None:
-    assert Trial(tmp_path / "run", tiny_config(), monkeypatch, {PLAIN: 1.0, LAST: 0.97}).choose()[0] == PLAIN
+    assert Trial(tmp_path / "run", tiny_config(), monkeypatch, {PLAIN: 1.0, LAST: 0.98}).choose()[0] == PLAIN
+
+
+def test_one_slow_pass_decides_nothing(tmp_path, tiny_config, monkeypatch) -> None:
+    tried = Trial(tmp_path / "run", tiny_config(), monkeypatch, {PLAIN: 1.0, LAST: 0.9})
+    passes, counts = tried.passes, {PLAIN: 0, LAST: 0}
+
+    def interrupted() -> None:
+        passes()
+        counts[tried.computed[-1]] += 1
+        if counts[tried.computed[-1]] == trial.WARM[0] + 1:
+            tried.now += 5.0  # another process had the machine
+
+    tried.passes = interrupted
+    best, seconds = tried.choose()
+    assert (best, seconds) == (LAST, pytest.approx({"plain": 1.0, "channels last": 0.9}))
 
 
 def test_a_short_run_is_not_tried(tmp_path, tiny_config, monkeypatch) -> None:
@@ -119,8 +189,8 @@ def test_compiling_is_tried_where_it_can_pay(tmp_path, tiny_config, monkeypatch)
     config = tiny_config()
     every = [*candidates(config, CUDA, alone=True), *candidates(config, CUDA, alone=True, compiling=True)]
     monkeypatch.setattr(trial.torch, "tensor", lambda values, **_: torch.Tensor(values))  # there is no such device here
-    seconds = {execution: 0.1 if execution.compile else 1.0 for execution in every}
+    seconds = {execution: 0.1 if execution.compile else 0.5 for execution in every}
     tried = Trial(tmp_path / "run", config, monkeypatch, seconds)
-    assert not tried.choose(1000, CUDA)[0].compile
+    assert not tried.choose(LEAST_STEPS, CUDA)[0].compile
     tried.run.execution_file.unlink()
     assert tried.choose(10_000, CUDA)[0].compile

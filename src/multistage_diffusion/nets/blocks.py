@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,20 @@ class ImageConv(nn.Conv2d):
         return super().forward(x).contiguous(memory_format=self.memory_format)
 
 
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution. On a CPU it is a matrix product: torch's convolution turns maps into another layout and back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same maps as nn.Conv2d."""
+        if x.device.type != "cpu" or self.bias is None:
+            return super().forward(x)
+        weight = self.weight.flatten(1)
+        if x.is_contiguous():
+            product = torch.baddbmm(self.bias[:, None], weight.expand(len(x), *weight.shape), x.flatten(2))
+            return product.view(len(x), -1, *x.shape[2:])
+        return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
+
+
 def conv(
     channels_in: int,
     channels_out: int,
@@ -38,9 +53,10 @@ def conv(
     *,
     stride: int = 1,
     pad: bool = True,
-    kind: type[nn.Conv2d] = nn.Conv2d,
+    kind: type[nn.Conv2d] | None = None,
 ) -> nn.Conv2d:
     """Return a convolution with Xavier-uniform weights times gain and zero biases; padded by kernel // 2, or not."""
+    kind = kind or (PointwiseConv if kernel == 1 else nn.Conv2d)
     layer = kind(channels_in, channels_out, kernel, stride, padding=kernel // 2 if pad else 0)
     _initialise(layer.weight, layer.bias, gain)
     return layer
@@ -79,6 +95,19 @@ def group_norm(channels: int, most: int = GROUPS) -> GroupNorm:
     return GroupNorm(group_count(channels, most), channels, eps=1e-6)
 
 
+_masks: ContextVar[torch.Generator | None] = ContextVar("masks", default=None)
+
+
+@contextmanager
+def masks_from(generator: torch.Generator) -> Iterator[None]:
+    """Draw a CPU's dropout masks from a generator, in this thread: threads that share torch's own draw in no certain order."""
+    before = _masks.set(generator)
+    try:
+        yield
+    finally:
+        _masks.reset(before)
+
+
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     """Zero entries while training and scale the others up, so that the mean stays.
 
@@ -95,7 +124,7 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     if x.device.type != "cpu":
         return F.dropout(x, probability)
     dropped = min(round(probability * 2**16), 2**16 - 1)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=_masks.get())
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
     kept = torch.ge(bits, dropped - 2**15, out=torch.empty_like(x))
     return x * kept.div_(1 - dropped / 2**16)
@@ -312,11 +341,11 @@ class ResidualBlock(Block):
         h = F.silu(self.norm0(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = self.conv0(h) + self.affine(emb)[:, :, None, None]
+        h = self.conv0(h).add_(self.affine(emb)[:, :, None, None])
         h = self.conv1(dropout(F.silu(self.norm1(h)), self.dropout, self.training))
         if self.skip is not None:
             x = self.skip(x)
-        out: Tensor = (x + h).mul_(SQRT_HALF)
+        out: Tensor = h.add_(x).mul_(SQRT_HALF)
         if self.attention is not None:
             out = self.attention(out)
         return out

@@ -28,7 +28,7 @@ class StepProfile:
     Attributes:
         seconds: of a step, mean of `steps`.
         parts: seconds of each part; what belongs to none is missing. A CUDA graph is one piece: with it all of the network's time
-            is the decoders'.
+            is the decoders'. Of shards, those of the first.
         execution: how steps are computed.
         images_per_s: of this process.
         rate: floating-point operations per second (flops_per_image).
@@ -105,7 +105,8 @@ class Profile(Callback):
             activities = [torch.profiler.ProfilerActivity.CPU]
             if trainer.device.type == "cuda":
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self._profiler = torch.profiler.profile(activities=activities)
+            every = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # shards are computed by several
+            self._profiler = torch.profiler.profile(activities=activities, experimental_config=every)
             self._profiler.start()
         elif self._done == self.skipped + self.timed + self.traced:
             self._profiler.stop()

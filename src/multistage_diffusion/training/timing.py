@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ PARTS = ("data", "encoder", "decoders", "gradients", "optimizer", "average")
 
 
 class Timer:
-    """Adds up the seconds of parts of a step while it is running; else its sections cost nothing.
+    """Adds up the seconds of parts of a step while it runs, in the thread that has set it going; else its sections cost nothing.
 
     On a GPU the clock is read on the device (CUDA events): sections do not wait for one another, as without a timer.
 
@@ -24,8 +25,18 @@ class Timer:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.running = device, False
+        self.device = device
+        self._thread: int | None = None
         self._spans: list[tuple[str, Any, Any]] = []
+
+    @property
+    def running(self) -> bool:
+        """Whether it counts what this thread does."""
+        return self._thread == threading.get_ident()
+
+    @running.setter
+    def running(self, running: bool) -> None:
+        self._thread = threading.get_ident() if running else None
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -86,7 +97,8 @@ class PassTimer:
             self._handles.append(encoder.register_forward_hook(self._leave))
 
     def _enter(self, *_: object) -> None:
-        self._entered = self.timer.now() if self.timer.running else None
+        if self.timer.running:
+            self._entered = self.timer.now()
 
     def _leave(self, _: nn.Module, __: object, encoded: Any) -> None:
         if not self.timer.running:

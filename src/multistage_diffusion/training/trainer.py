@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from ..config import RunConfig
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..distributed import ALONE, World
 from ..execution import Execution, Graphs, execute
+from ..nets.blocks import masks_from
 from . import branching
 from . import checkpoint as ckpt
-from .batches import BatchSource, TrainingData, held_out_batch, row_counts, stage_shares, stage_weights
+from .batches import Batch, BatchSource, TrainingData, held_out_batch, row_counts, stage_shares, stage_weights
 from .clipping import clip, parameters_by_part, part_norms
 from .devices import autocast_dtype, keep_memory, resolve_device
 from .ema import EMA
@@ -27,12 +29,13 @@ from .findings import Findings, Found, refuse, refuse_scale
 from .losses import objective, stage_losses
 from .optimizer import learning_rate, make_optimizer
 from .run import Run
+from .shards import SideBySide, add_gradients
 from .state import restore, snapshot
 from .strategies import Strategy, make_layout, stage_of_part
 from .sums import RunningSums
 from .team import Team
 from .timing import PassTimer, Timer
-from .trial import check_graphs, choose, settled
+from .trial import check_execution, choose, settled
 from .updates import updates
 from .warm_start import WarmStart, warm_start
 
@@ -123,8 +126,9 @@ class Trainer:
 
     def compute(self, execution: Execution) -> None:
         """Compute steps so from now on."""
-        check_graphs(execution.cuda_graphs, self.device, self.world.size)
+        check_execution(execution, self.device, self.world.size)
         self.execution = execution
+        self.side_by_side = SideBySide(execution.shards)
         execute(self.denoiser.network, execution)
         self.denoiser.graphs = Graphs(self.denoiser.network) if execution.cuda_graphs else None
 
@@ -293,25 +297,54 @@ class Trainer:
 
     def _backward(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> Tensor:
         """Accumulate this process's rows, sum gradients over processes; return the rows' summed loss of each stage."""
-        rows = self.team.rows(counts)
-        parts = min(self.config.training.accumulate, max(map(len, rows)))
+        rows, shards = self.team.rows(counts), self.execution.shards
+        parts = min(self.config.training.accumulate * shards, max(map(len, rows)))
         totals = torch.zeros(len(counts), device=self.device)
         if not parts:
             self._expect(counts, rows)
-        for part in range(parts):
+        for first in range(0, parts, shards):
+            if shards > 1:
+                totals += self._backward_side_by_side(range(first, min(first + shards, parts)), parts, counts, weights)
+                continue
             with self.timer.part("data"):
-                batch = self.source.draw(self.step, counts, rows, part, parts)
-            autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
-            with self.passes.forward(), autocast:
-                sums = stage_losses(self.denoiser, batch)
-            if part == parts - 1:
+                batch = self.source.draw(self.step, counts, rows, first, parts)
+            sums, loss = self._forward(batch, counts, weights)
+            if first == parts - 1:
                 self._expect(counts, rows)
             with self.passes.backward():
-                self.scaler.scale(objective(sums, weights, counts)).backward()  # type: ignore[no-untyped-call]
-            totals += torch.stack(sums).detach()
+                loss.backward()  # type: ignore[no-untyped-call]
+            totals += sums
         with self.timer.part("gradients"):
             self.team.sum_gradients()
         return totals
+
+    def _forward(self, batch: Batch, counts: tuple[int, ...], weights: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+        """Return each stage's summed loss, and what is to be differentiated."""
+        autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+        with self.passes.forward(), autocast:
+            sums = stage_losses(self.denoiser, batch)
+        return torch.stack(sums).detach(), self.scaler.scale(objective(sums, weights, counts))
+
+    def _backward_side_by_side(
+        self, wave: range, parts: int, counts: tuple[int, ...], weights: tuple[float, ...]
+    ) -> Tensor:
+        """Accumulate the gradients of several parts of the batch at once; return their rows' summed loss of each stage."""
+        parameters = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
+
+        def passes(part: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+            with self.timer.part("data"):
+                batch = self.source.draw(self.step, counts, None, part, parts)
+            masks = keyed.generator((self.config.training.seed, "dropout", self.step, *counts, part))
+            with masks_from(masks):
+                sums, loss = self._forward(batch, counts, weights)
+            with self.passes.backward():
+                return sums, torch.autograd.grad(loss, parameters, allow_unused=True)
+
+        found = self.side_by_side([partial(passes, part) for part in wave])
+        with self.timer.part("gradients"):
+            for _, gradients in found:  # always in the same order
+                add_gradients(parameters, gradients)
+        return torch.stack([sums for sums, _ in found]).sum(0)
 
     def _expect(self, counts: Sequence[int], rows: Sequence[range]) -> None:
         """Let gradients be summed over processes in the backward pass that completes them."""

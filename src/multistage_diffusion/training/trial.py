@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import torch
@@ -16,18 +17,25 @@ from ..serialization import from_dict, to_dict
 from .devices import clock, device_name
 from .run import Run
 
-LEAST_STEPS = 1000  # of a run that a trial is worth
+LEAST_STEPS = 2000  # of a run that a trial is worth
 COMPILING_PAYS = 1800.0  # seconds of training left, from which on minutes of compiling are tried
-GAIN = 0.95  # of the plain way's time: what is not clearly faster is left alone, so that equal runs stay equal
-WARM, TIMED = 2, 3  # passes of each candidate
+GAIN = 0.97  # of the plain way's time: what is not clearly faster is left alone, so that equal runs stay equal
+WARM, TIMED = (
+    (4, 1),
+    2,
+)  # passes of each candidate in each round: memory is reserved in the first; machines change their pace
 
 
-def check_graphs(asked: bool, device: torch.device, processes: int) -> None:
-    """Raise ValueError if CUDA graphs are asked for where there are none."""
-    if asked and (device.type != "cuda" or processes > 1):
-        raise ValueError(
-            f"execution.cuda_graphs=True needs one process on a CUDA device, not {processes} on {device}; set it to auto"
-        )
+def check_execution(asked: Execution, device: torch.device, processes: int) -> None:
+    """Raise ValueError if CUDA graphs or shards are asked for where there are none."""
+    for name, wanted, kind in (
+        ("cuda_graphs=True", asked.cuda_graphs, "cuda"),
+        (f"shards={asked.shards}", asked.shards > 1, "cpu"),
+    ):
+        if wanted and (device.type != kind or processes > 1):
+            raise ValueError(
+                f"execution.{name} needs one process on a {kind.upper()} device, not {processes} on {device}; set it to auto"
+            )
 
 
 def settled(settings: ExecutionConfig) -> Execution:
@@ -36,6 +44,7 @@ def settled(settings: ExecutionConfig) -> Execution:
         channels_last=settings.channels_last is True,
         compile=settings.compile is True,
         cuda_graphs=settings.cuda_graphs is True,
+        shards=1 if settings.shards == "auto" else settings.shards,
         recompute=settings.recompute,
     )
 
@@ -46,7 +55,8 @@ def candidates(config: RunConfig, device: torch.device, *, alone: bool, compilin
     Args:
         config: of the run: what its `execution` says outright is the same in all.
         device: of the run.
-        alone: whether one process trains it; a graph's gradients come all at once, too late to be summed on the way.
+        alone: whether one process trains it; a graph's gradients, and those of shards, come all at once,
+            too late to be summed on the way.
         compiling: whether to yield those that "auto" compiles, instead of those that it does not.
     """
     settings, cuda = config.execution, device.type == "cuda"
@@ -58,8 +68,14 @@ def candidates(config: RunConfig, device: torch.device, *, alone: bool, compilin
     else:
         compiled = ((True,) if cuda and alone else ()) if compiling else (False,)
     graphs = ((False, True) if graphs_help else (False,)) if settings.cuda_graphs == "auto" else (settings.cuda_graphs,)
-    for one, other, last in product(compiled, graphs, channels_last):
-        yield Execution(compile=one, cuda_graphs=other, channels_last=last, recompute=settings.recompute)
+    most = torch.get_num_threads() if device.type == "cpu" and alone else 1
+    if settings.compile is True or settings.recompute:
+        most = 1
+    shards = sorted({1, most}) if settings.shards == "auto" else [settings.shards]
+    for one, other, several, last in product(compiled, graphs, shards, channels_last):
+        yield Execution(
+            compile=one, cuda_graphs=other, shards=several, channels_last=last, recompute=settings.recompute
+        )
 
 
 def choose(
@@ -97,22 +113,31 @@ def choose(
         compute(plain)
         return {}
 
-    def measure(execution: Execution) -> float:
-        best = math.inf
+    def timed(way: Execution, warm: int) -> list[float]:
+        taken = []
         try:
-            compute(execution)
-            for i in range(WARM + TIMED):
+            compute(way)
+            for _ in range(warm + TIMED):
                 start = clock(device)
                 passes()
-                best = min(best, clock(device) - start) if i >= WARM else best
+                taken.append(clock(device) - start)
         except RuntimeError:  # no memory for it, or no compiler
-            if execution == plain or world.size > 1:
+            if way == plain or world.size > 1:
                 raise
-        return float(world.sum(torch.tensor([best], dtype=torch.float64, device=device)))
+            return [math.inf]
+        return taken[warm:]
 
-    seconds = {execution: measure(execution) for execution in (plain, *others)}
-    if min(seconds.values()) * steps >= COMPILING_PAYS:
-        seconds |= {execution: measure(execution) for execution in compiled}
+    def typical(ways: Sequence[Execution], rounds: Sequence[int]) -> dict[Execution, float]:
+        taken: dict[Execution, list[float]] = {way: [] for way in ways}
+        for warm, way in product(rounds, ways):
+            if math.inf not in taken[way]:
+                taken[way] += timed(way, warm)
+        medians = torch.tensor([statistics.median(taken[way]) for way in ways], dtype=torch.float64, device=device)
+        return dict(zip(ways, world.sum(medians).tolist(), strict=True))
+
+    seconds = typical([plain, *others], WARM)
+    if compiled and min(seconds.values()) * steps >= COMPILING_PAYS:
+        seconds |= typical(compiled, WARM[:1])
     best = min(seconds, key=lambda execution: seconds[execution])
     if seconds[best] > GAIN * seconds[plain]:
         best = plain

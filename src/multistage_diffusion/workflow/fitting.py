@@ -23,7 +23,7 @@ from ..training.events import Callback
 from ..training.run import Run
 from ..training.strategies import Strategy
 from ..training.trainer import Trainer
-from ..training.trial import check_graphs
+from ..training.trial import check_execution, settled
 from .finding import save_split
 from .interrupts import stopped_by_signals
 from .latent import with_codec, with_split
@@ -69,7 +69,7 @@ def train(
         material, judges = _in_turn(
             world, config.codec.used, lambda: _prepared(config, out, result, resolved, progress)
         )
-        check_graphs(material.config.execution.cuda_graphs is True, resolved, world.size)
+        check_execution(settled(material.config.execution), resolved, world.size)
         world.require_equal(_facts(material.config, resolved, strategy))
         begun = False
         with world.together():
@@ -165,6 +165,7 @@ CHANGEABLE = (
     "execution.channels_last",
     "execution.compile",
     "execution.cuda_graphs",
+    "execution.shards",
     "execution.recompute",
 )
 
@@ -202,7 +203,7 @@ def resume(
             run = Run.open(Path(path))
             encodes = run.config().codec.used
         material, judges = _in_turn(world, encodes, lambda: _reopened(run, changes or {}, resolved, progress))
-        check_graphs(material.config.execution.cuda_graphs is True, resolved, world.size)
+        check_execution(settled(material.config.execution), resolved, world.size)
         world.require_equal(_facts(material.config, resolved, strategy))
         return _fit(run, material, resolved, [*judges, *callbacks], world, strategy)
 
