@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from multistage_diffusion import override, preset
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.serialization import read_json, write_json
+from multistage_diffusion.training.ceiling import Ceiling
 from multistage_diffusion.training.devices import device_name
 
 PRESETS = {"digits": "digits", "t7-1": "cifar10-dpm", "edm": "cifar10-edm", "t8-4": "celebahq-ldm"}
@@ -79,6 +81,12 @@ def fitting_width(shape: Sequence[int], adds: float) -> tuple[int, float]:
         width = max(8, 8 * round(width * (adds / peer_adds(shape, width)) ** 0.5 / 8))
     counts = {w: peer_adds(shape, w) for w in (width - 8, width, width + 8) if w > 0}
     return min(counts.items(), key=lambda item: abs(item[1] - adds))
+
+
+def median_ceiling(found: Sequence[Ceiling]) -> Ceiling:
+    """Return a ceiling measured several times, at its median rates."""
+    conv, matrix = (median_low(getattr(c, name) for c in found) for name in ("convolution_rate", "matrix_rate"))
+    return dataclasses.replace(found[0], convolution_rate=conv, matrix_rate=matrix)
 
 
 def keep(path: Path, device: torch.device, found: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ Run it as: python benchmarks/sample.py [--networks NAME ...] [--images N] [--cal
 Networks are those of train_step.py, freshly initialised: time does not depend on the weights. Each draws `--images` images with
 DPM-Solver++ (multistep, order 2) and `--calls` calls, as `msdiff sample` does, in the batch that it chooses; in the same process
 its peer, a diffusers UNet2DModel that costs as many multiply-adds per image, draws as many with DPMSolverMultistepScheduler in
-the same batch and precision. Rounds of both alternate, the best counts.
+the same batch and precision. Rounds of both and of the ceiling's layers alternate, the median of each counts.
 
 Reported: images/s, seconds for 50,000 images (projected), the ratio of multiply-adds per second to the peer's, and the share of
 the ceiling: the forward rate of the network's largest convolution in its better memory format, and of torch.mm.
@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import torch
-from common import configuration, fitting_width, keep, parser, peer
+from common import configuration, fitting_width, keep, median_ceiling, parser, peer
 
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.denoisers import build_denoiser
@@ -75,24 +76,27 @@ def measure(
 
     counts = [0] * len(costs)
     counts[int(config.stages.index(torch.tensor([plan.calls[0]]).double()))] = batch
-    ceiling = measure_ceiling(config.network, shape, counts, device, autocast or torch.float32, backward=False)
     for warm in (draw, draw_peer):
         warm(batch)
     memory = 0
-    ours, theirs = [], []
+    ours, theirs, ceilings = [], [], []
     for _ in range(rounds):
         ours.append(draw(images))
         memory = memory or peak_memory(device)
         theirs.append(draw_peer(images))
-    rate = flops * images / min(ours)
+        ceilings.append(
+            measure_ceiling(config.network, shape, counts, device, autocast or torch.float32, backward=False)
+        )
+    seconds, their_seconds, ceiling = median_low(ours), median_low(theirs), median_ceiling(ceilings)
+    rate = flops * images / seconds
     return {
         "batch": batch,
         "images": images,
         "calls": len(plan.calls),
         "multiply_adds_per_image": flops / 2,
-        "images_per_s": images / min(ours),
-        "seconds": min(ours),
-        "seconds_of_50000": PROJECTED * min(ours) / images,
+        "images_per_s": images / seconds,
+        "seconds": seconds,
+        "seconds_of_50000": PROJECTED * seconds / images,
         "share_of_convolution": rate / ceiling.convolution_rate,
         "share_of_matrix": rate / ceiling.matrix_rate,
         "gflops_per_s": rate / 1e9,
@@ -101,10 +105,10 @@ def measure(
         "peer": {
             "width": width,
             "multiply_adds_per_image": their_adds * len(plan.calls),
-            "images_per_s": images / min(theirs),
-            "seconds": min(theirs),
+            "images_per_s": images / their_seconds,
+            "seconds": their_seconds,
         },
-        "ratio_per_multiply_add": (flops / 2 / min(ours)) / (their_adds * len(plan.calls) / min(theirs)),
+        "ratio_per_multiply_add": (flops / 2 / seconds) / (their_adds * len(plan.calls) / their_seconds),
     }
 
 

@@ -321,6 +321,24 @@ def test_part_of_a_batch_of_one_stage(tiny_config):
         assert torch.equal(getattr(part, name), getattr(whole, name)[1:3])
 
 
+@pytest.mark.parametrize(("counts", "most", "parts"), [((7, 0, 5), 3, 3), ((1, 1, 2), 5, 2), ((4, 4, 4), 1, 1)])
+def test_shards_divide_every_stage_s_rows(source, counts, most, parts):
+    whole = source.draw(4, counts)
+    found = whole.shards(most)
+    assert len(found) == parts
+    assert all(sum(shard.counts) == len(shard.y) > 0 for shard in found)
+    for stage, count in enumerate(counts):
+        sizes = [shard.counts[stage] for shard in found]
+        assert sum(sizes) == count
+        assert max(sizes) - min(sizes) <= 1
+    for stage in range(3):  # in their order
+        for name in ("y", "noise", "sigma"):
+            rows = torch.cat([getattr(shard, name)[rows_of(shard, stage)] for shard in found])
+            assert torch.equal(rows, getattr(whole, name)[rows_of(whole, stage)])
+        labels = torch.cat([shard.cond.labels[rows_of(shard, stage)] for shard in found])
+        assert torch.equal(labels, whole.cond.labels[rows_of(whole, stage)])
+
+
 # -- augmentation -----------------------------------------------------------------------------------------------------
 
 

@@ -84,6 +84,18 @@ class Batch:
         cond = None if self.cond is None else self.cond.rows(s)
         return Batch(self.y[s], self.noise[s], self.sigma[s], counts, cond)
 
+    def shards(self, most: int) -> list[Batch]:
+        """Return the batch in at most so many parts, each with its share of every stage's rows, none without any."""
+        parts, found = min(most, max(self.counts)), []
+        for part in range(parts):
+            inside = [(c * part // parts, c * (part + 1) // parts) for c in self.counts]
+            before = [sum(self.counts[:k]) for k in range(len(self.counts))]
+            rows = torch.cat([torch.arange(b + i, b + j) for b, (i, j) in zip(before, inside, strict=True)])
+            cond = None if self.cond is None else self.cond.rows(rows)
+            counts = tuple(j - i for i, j in inside)
+            found.append(Batch(self.y[rows], self.noise[rows], self.sigma[rows], counts, cond))
+        return found
+
 
 def stage_shares(training: TrainingConfig, stages: Stages, prior: SigmaPrior) -> tuple[float, ...]:
     """Return the share of rows (or of steps) that each stage gets; they add up to 1."""
@@ -195,19 +207,19 @@ class BatchSource:
             of: this process's rows among them; None: all.
             part, parts: which part of these.
         """
-        picks, sigmas, rows, sizes = [], [], [], []
-        seed = self.training.seed
-        for stage, (count, own) in enumerate(zip(counts, of or [range(c) for c in counts], strict=True)):
-            row = torch.arange(own.start + len(own) * part // parts, own.start + len(own) * (part + 1) // parts)
-            sizes.append(len(row))
-            if len(row) == 0:
-                continue
-            keyed_row = (stage << 32) + row
-            u = keyed.uniform((seed, "sigma", step), keyed_row, 1)[:, 0]
-            sigmas.append(self._sigma(step, stage, u, keyed_row))
-            picks.append(self._pick(stage, step * count + row))
-            rows.append(keyed_row)
-        return self._assemble(step, torch.cat(picks), torch.cat(sigmas), torch.cat(rows), tuple(sizes))
+        own = [
+            torch.arange(rows.start + len(rows) * part // parts, rows.start + len(rows) * (part + 1) // parts)
+            for rows in of or [range(count) for count in counts]
+        ]
+        sizes = [len(row) for row in own]
+        rows = torch.cat([(stage << 32) + row for stage, row in enumerate(own)])
+        uniforms = torch.split(keyed.uniform((self.training.seed, "sigma", step), rows, 1)[:, 0], sizes)
+        picks, sigmas = [], []
+        for stage, (row, u) in enumerate(zip(own, uniforms, strict=True)):
+            if len(row):
+                sigmas.append(self._sigma(step, stage, u, (stage << 32) + row))
+                picks.append(self._pick(stage, step * counts[stage] + row))
+        return self._assemble(step, torch.cat(picks), torch.cat(sigmas), rows, tuple(sizes))
 
     def _sigma(self, step: int, stage: int, u: Tensor, rows: Tensor) -> Tensor:
         """Map uniforms to the stage's interval, widened by the overlap, or, where a coin says so, to the whole prior.

@@ -52,6 +52,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 # of malloc.h
 M_TRIM_THRESHOLD = -1
+M_TOP_PAD = -2
 M_MMAP_MAX = -4
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
@@ -98,6 +99,7 @@ def keep_memory(device: torch.device) -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**26)  # keeps what other threads have freed: no less than one of their heaps
 
 
 def device_name(device: torch.device) -> str:

@@ -297,19 +297,19 @@ class Trainer:
 
     def _backward(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> Tensor:
         """Accumulate this process's rows, sum gradients over processes; return the rows' summed loss of each stage."""
-        rows, shards = self.team.rows(counts), self.execution.shards
-        parts = min(self.config.training.accumulate * shards, max(map(len, rows)))
+        rows = self.team.rows(counts)
+        parts = min(self.config.training.accumulate, max(map(len, rows)))
         totals = torch.zeros(len(counts), device=self.device)
         if not parts:
             self._expect(counts, rows)
-        for first in range(0, parts, shards):
-            if shards > 1:
-                totals += self._backward_side_by_side(range(first, min(first + shards, parts)), parts, counts, weights)
-                continue
+        for part in range(parts):
             with self.timer.part("data"):
-                batch = self.source.draw(self.step, counts, rows, first, parts)
+                batch = self.source.draw(self.step, counts, rows, part, parts)
+            if self.execution.shards > 1:
+                totals += self._backward_side_by_side(batch.shards(self.execution.shards), part, counts, weights)
+                continue
             sums, loss = self._forward(batch, counts, weights)
-            if first == parts - 1:
+            if part == parts - 1:
                 self._expect(counts, rows)
             with self.passes.backward():
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -326,21 +326,19 @@ class Trainer:
         return torch.stack(sums).detach(), self.scaler.scale(objective(sums, weights, counts))
 
     def _backward_side_by_side(
-        self, wave: range, parts: int, counts: tuple[int, ...], weights: tuple[float, ...]
+        self, shards: Sequence[Batch], part: int, counts: tuple[int, ...], weights: tuple[float, ...]
     ) -> Tensor:
-        """Accumulate the gradients of several parts of the batch at once; return their rows' summed loss of each stage."""
+        """Accumulate the gradients of a part of the batch, in shards; return its rows' summed loss of each stage."""
         parameters = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
 
-        def passes(part: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-            with self.timer.part("data"):
-                batch = self.source.draw(self.step, counts, None, part, parts)
-            masks = keyed.generator((self.config.training.seed, "dropout", self.step, *counts, part))
+        def passes(shard: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+            masks = keyed.generator((self.config.training.seed, "dropout", self.step, *counts, part, shard))
             with masks_from(masks):
-                sums, loss = self._forward(batch, counts, weights)
+                sums, loss = self._forward(shards[shard], counts, weights)
             with self.passes.backward():
                 return sums, torch.autograd.grad(loss, parameters, allow_unused=True)
 
-        found = self.side_by_side([partial(passes, part) for part in wave])
+        found = self.side_by_side([partial(passes, shard) for shard in range(len(shards))])
         with self.timer.part("gradients"):
             for _, gradients in found:  # always in the same order
                 add_gradients(parameters, gradients)
