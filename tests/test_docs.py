@@ -21,6 +21,7 @@ from multistage_diffusion.serialization import to_dict
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LONG = ("evaluation", "latent", "planning", "splitting")  # pages whose commands take more than ten seconds
 TORCHRUN, MODULE = [sys.executable, "-m", "torch.distributed.run"], "-m multistage_diffusion "
 SHORT = ["training.steps=4", "training.batch=12", "training.held_out_rows=4", "training.log_every=2"]
 
@@ -72,9 +73,7 @@ def small_fashion_mnist(folder: Path) -> Path:
     [
         pytest.param(
             p,
-            marks=[pytest.mark.slow]
-            if p.stem in ("evaluation", "latent") or any(launch for launch, _ in commands(p))
-            else [],
+            marks=[pytest.mark.slow] if p.stem in LONG or any(launch for launch, _ in commands(p)) else [],
             id=p.stem,
         )
         for p in PAGES
@@ -98,7 +97,14 @@ def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             assert cli.main(shortened(command)) == 0, shlex.join(command)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, marks=[pytest.mark.slow] if p.stem == "own-images" else [], id=p.stem)
+        for p in PAGES
+        if blocks(p, "python")
+    ],
+)
 def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for block in blocks(page, "python"):

@@ -72,6 +72,10 @@ def test_shards_are_tried_on_the_threads_of_a_cpu(tiny_config, monkeypatch) -> N
     assert words(tiny_config(execution__shards=1), CPU) == every[:2]
     assert words(tiny_config(execution__shards=3), CPU) == ["3 shards", "channels last, 3 shards"]
     assert settled(tiny_config(execution__shards=3).execution) == Execution(shards=3)
+    # gradients of so many shards take a quarter of the memory at most
+    monkeypatch.setattr(trial, "free_memory", lambda _: 1000)
+    assert words(tiny_config(), CPU, weights=60)[2] == "4 shards"
+    assert words(tiny_config(), CPU, weights=200) == every[:2]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +112,7 @@ class Trial:
 
     def choose(self, steps: int = LEAST_STEPS, device: torch.device = CPU) -> tuple[Execution, dict[str, float]]:
         world = ALONE
-        found = choose(self.run, self.config, world, device, steps, self.computed.append, self.passes)
+        found = choose(self.run, self.config, world, device, 1, steps, self.computed.append, self.passes)
         return self.computed[-1], found
 
 

@@ -177,7 +177,8 @@ class Trainer:
                 self._backward(counts, weights)
 
         remaining = self.config.training.steps - self.step
-        self.trial = choose(self.run, self.config, self.world, self.device, remaining, self.compute, passes)
+        size = sum(parameter.nbytes for parameter in self.denoiser.parameters())
+        self.trial = choose(self.run, self.config, self.world, self.device, size, remaining, self.compute, passes)
         self.optimizer.zero_grad(set_to_none=True)
         self._tell("chosen")
 

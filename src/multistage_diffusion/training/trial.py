@@ -13,6 +13,7 @@ from ..config import RunConfig
 from ..distributed import World
 from ..execution import Execution
 from ..execution_config import ExecutionConfig
+from ..residency import free_memory
 from ..serialization import from_dict, to_dict
 from .devices import clock, device_name
 from .run import Run
@@ -20,10 +21,9 @@ from .run import Run
 LEAST_STEPS = 2000  # of a run that a trial is worth
 COMPILING_PAYS = 1800.0  # seconds of training left, from which on minutes of compiling are tried
 GAIN = 0.97  # of the plain way's time: what is not clearly faster is left alone, so that equal runs stay equal
-WARM, TIMED = (
-    (4, 1),
-    2,
-)  # passes of each candidate in each round: memory is reserved in the first; machines change their pace
+WARM = (4, 1)  # passes that are not timed: memory is reserved in the first; twice, since machines change their pace
+TIMED = 2  # passes of each candidate in each round
+COPIES = 0.25  # of free memory, for the gradients of shards
 
 
 def check_execution(asked: Execution, device: torch.device, processes: int) -> None:
@@ -49,7 +49,9 @@ def settled(settings: ExecutionConfig) -> Execution:
     )
 
 
-def candidates(config: RunConfig, device: torch.device, *, alone: bool, compiling: bool = False) -> Iterator[Execution]:
+def candidates(
+    config: RunConfig, device: torch.device, *, alone: bool, weights: int = 1, compiling: bool = False
+) -> Iterator[Execution]:
     """Yield the ways between which a trial decides, the plainest first.
 
     Args:
@@ -57,6 +59,7 @@ def candidates(config: RunConfig, device: torch.device, *, alone: bool, compilin
         device: of the run.
         alone: whether one process trains it; a graph's gradients, and those of shards, come all at once,
             too late to be summed on the way.
+        weights: bytes of the parameters: each shard has gradients of its own.
         compiling: whether to yield those that "auto" compiles, instead of those that it does not.
     """
     settings, cuda = config.execution, device.type == "cuda"
@@ -68,9 +71,9 @@ def candidates(config: RunConfig, device: torch.device, *, alone: bool, compilin
     else:
         compiled = ((True,) if cuda and alone else ()) if compiling else (False,)
     graphs = ((False, True) if graphs_help else (False,)) if settings.cuda_graphs == "auto" else (settings.cuda_graphs,)
-    most = torch.get_num_threads() if device.type == "cpu" and alone else 1
-    if settings.compile is True or settings.recompute:
-        most = 1
+    most = 1
+    if device.type == "cpu" and alone and settings.compile is not True and not settings.recompute:
+        most = max(1, min(torch.get_num_threads(), int(COPIES * free_memory(device) / weights)))
     shards = sorted({1, most}) if settings.shards == "auto" else [settings.shards]
     for one, other, several, last in product(compiled, graphs, shards, channels_last):
         yield Execution(
@@ -83,6 +86,7 @@ def choose(
     config: RunConfig,
     world: World,
     device: torch.device,
+    weights: int,
     steps: int,
     compute: Callable[[Execution], None],
     passes: Callable[[], None],
@@ -95,6 +99,7 @@ def choose(
         run, config: of a trainer.
         world: the processes that train it.
         device: of this one.
+        weights: bytes of the parameters.
         steps: that are left to do.
         compute: lets steps be computed in a way.
         passes: makes the forward and backward passes of a step.
@@ -107,8 +112,9 @@ def choose(
     if known is not None:
         compute(from_dict(Execution, known))
         return {}
-    plain, *others = candidates(config, device, alone=world.size == 1)
-    compiled = list(candidates(config, device, alone=world.size == 1, compiling=True))
+    alone = world.size == 1
+    plain, *others = candidates(config, device, alone=alone, weights=weights)
+    compiled = list(candidates(config, device, alone=alone, compiling=True))
     if steps < LEAST_STEPS or not (others or compiled):
         compute(plain)
         return {}
