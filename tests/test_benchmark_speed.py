@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -14,6 +15,7 @@ import torch
 from multistage_diffusion.nets.cost import network_cost
 from multistage_diffusion.serialization import write_json
 from multistage_diffusion.training import trial
+from multistage_diffusion.training.ceiling import Ceiling, Convolution
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
@@ -76,6 +78,17 @@ def test_sampling_is_measured_beside_its_peer(load, tmp_path: Path) -> None:
     adds = [stage.true_flops / 2 for stage in stages]
     assert 6 * min(adds) < digits["multiply_adds_per_image"] < 6 * max(adds)
     assert digits["seconds_of_50000"] == pytest.approx(50_000 / digits["images_per_s"])
+
+
+def test_a_ceiling_measured_several_times_is_its_median(load) -> None:
+    common, convolution = load("common"), Convolution(**{field.name: 1 for field in dataclasses.fields(Convolution)})
+    found = [
+        Ceiling(convolution=convolution, channels_last=True, convolution_rate=rate, matrix_rate=10 - rate)
+        for rate in (3.0, 1.0, 2.5)
+    ]
+    ceiling = common.median_ceiling(found)
+    assert (ceiling.convolution_rate, ceiling.matrix_rate) == (2.5, 7.5)
+    assert ceiling.convolution == convolution
 
 
 def test_what_is_kept_of_one_network_stays_when_another_is_measured(load, tmp_path: Path) -> None:

@@ -331,12 +331,17 @@ def test_shards_divide_every_stage_s_rows(source, counts, most, parts):
         sizes = [shard.counts[stage] for shard in found]
         assert sum(sizes) == count
         assert max(sizes) - min(sizes) <= 1
-    for stage in range(3):  # in their order
+    for stage in range(3):  # dealt in turn: every stage begins with another shard
+        dealt = found[-stage % parts :] + found[: -stage % parts]
         for name in ("y", "noise", "sigma"):
-            rows = torch.cat([getattr(shard, name)[rows_of(shard, stage)] for shard in found])
+            rows = torch.cat([getattr(shard, name)[rows_of(shard, stage)] for shard in dealt])
             assert torch.equal(rows, getattr(whole, name)[rows_of(whole, stage)])
-        labels = torch.cat([shard.cond.labels[rows_of(shard, stage)] for shard in found])
+        labels = torch.cat([shard.cond.labels[rows_of(shard, stage)] for shard in dealt])
         assert torch.equal(labels, whole.cond.labels[rows_of(whole, stage)])
+
+
+def test_what_does_not_divide_evenly_does_not_pile_up_on_one_shard(source):
+    assert [len(shard.y) for shard in source.draw(0, (7, 5, 4)).shards(2)] == [8, 8]
 
 
 # -- augmentation -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from multistage_diffusion.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(("mode", "shards"), [("mixed", 1), ("sequential", 1), ("mixed", 2)])
-def test_a_profile_is_of_the_run_and_does_not_change_it(tmp_path, tiny_config, tiny_data, mode, shards):
+def test_a_profile_is_of_the_run_and_does_not_change_it(tmp_path, tiny_config, tiny_data, monkeypatch, mode, shards):
+    monkeypatch.setattr(time, "perf_counter", time.thread_time)  # blind to other processes and to a slow disk
     told, weights = [], []
     for callbacks in ([], [Profile(told.append, skipped=1, timed=2, traced=1)]):
         config = tiny_config(training__steps=6, training__update_mode=mode, execution__shards=shards)
@@ -27,7 +29,7 @@ def test_a_profile_is_of_the_run_and_does_not_change_it(tmp_path, tiny_config, t
     result = callbacks[0].result
     assert tuple(result.parts) == PARTS
     assert all(seconds > 0 for seconds in result.parts.values())
-    assert 0.5 * result.seconds < sum(result.parts.values()) <= result.seconds
+    assert 0.75 * result.seconds < sum(result.parts.values()) <= result.seconds
     assert result.images_per_s == pytest.approx(12 / result.seconds)
     assert result.memory > 1 << 20
     folder = tmp_path / "1" / "profile"

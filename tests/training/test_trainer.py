@@ -501,8 +501,11 @@ def test_the_way_of_computing_changes_no_run(new_trainer):
 
 
 @pytest.mark.parametrize("precision", ["fp64", "bf16"])
-@pytest.mark.parametrize(("mode", "accumulate", "shards"), [("mixed", 1, 2), ("mixed", 2, 3), ("sequential", 1, 2)])
-def test_shards_change_no_run_but_for_rounding(new_trainer, mode, accumulate, shards, precision):
+@pytest.mark.parametrize(
+    ("mode", "accumulate", "shards", "branch_at"),
+    [("mixed", 1, 2, 0), ("mixed", 2, 3, 0), ("sequential", 1, 2, 0), ("mixed", 1, 2, 2)],
+)
+def test_shards_change_no_run_but_for_rounding(new_trainer, mode, accumulate, shards, branch_at, precision):
     runs = []
     for number in (1, shards):
         trainer = new_trainer(
@@ -510,6 +513,8 @@ def test_shards_change_no_run_but_for_rounding(new_trainer, mode, accumulate, sh
             network__dropout=0.0,
             training__update_mode=mode,
             training__accumulate=accumulate,
+            training__branch_at=branch_at,
+            network__decoder_widths=[16, 16, 16],
             training__precision=precision,
             training__batch=13,  # stages with more rows than shards, and with fewer
             training__shares=[8.0, 4.0, 1.0],

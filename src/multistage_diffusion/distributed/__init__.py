@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .heartbeat import RankLost
-from .world import ALONE, World, join, speaks
+from .world import ALONE, World, join, share, speaks
 
-__all__ = ["ALONE", "RankLost", "World", "join", "speaks"]
+__all__ = ["ALONE", "RankLost", "World", "join", "share", "speaks"]

@@ -32,6 +32,11 @@ _MENDABLE = (ValueError, OSError, FloatingPointError)
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def share(count: int, place: int, places: int) -> range:
+    """Return one of several almost equal parts of count things dealt in order, without overlap."""
+    return range(count * place // places, count * (place + 1) // places)
+
+
 class World:
     """The processes of a job; a lone process is a world of one, in which nothing is exchanged.
 
@@ -54,7 +59,7 @@ class World:
 
     def share(self, count: int) -> range:
         """Return this process's part of count things dealt to all, in order and without overlap."""
-        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        return share(count, self.rank, self.size)
 
     # -- words ----------------------------------------------------------------------------------------------------------
 

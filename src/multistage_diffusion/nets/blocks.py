@@ -36,8 +36,9 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same maps as nn.Conv2d."""
-        if x.device.type != "cpu" or self.bias is None:
+        if x.device.type != "cpu":
             return super().forward(x)
+        assert self.bias is not None  # `conv` gives one
         weight = self.weight.flatten(1)
         if x.is_contiguous():
             product = torch.baddbmm(self.bias[:, None], weight.expand(len(x), *weight.shape), x.flatten(2))

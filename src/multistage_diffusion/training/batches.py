@@ -17,6 +17,7 @@ from .. import keyed
 from ..config import RunConfig, TrainingConfig
 from ..contracts import Conditioning
 from ..data import to_float
+from ..distributed import share
 from ..schedules import SigmaPrior
 from ..stages import Stages
 from .augment import LABELS, augment
@@ -87,13 +88,13 @@ class Batch:
     def shards(self, most: int) -> list[Batch]:
         """Return the batch in at most so many parts, each with its share of every stage's rows, none without any."""
         parts, found = min(most, max(self.counts)), []
+        stages = torch.split(torch.arange(len(self.y)), list(self.counts))
         for part in range(parts):
-            inside = [(c * part // parts, c * (part + 1) // parts) for c in self.counts]
-            before = [sum(self.counts[:k]) for k in range(len(self.counts))]
-            rows = torch.cat([torch.arange(b + i, b + j) for b, (i, j) in zip(before, inside, strict=True)])
+            # each stage begins with another part, so that what does not divide evenly does not pile up on one
+            own = [share(len(rows), (part + k) % parts, parts) for k, rows in enumerate(stages)]
+            rows = torch.cat([rows[s.start : s.stop] for rows, s in zip(stages, own, strict=True)])
             cond = None if self.cond is None else self.cond.rows(rows)
-            counts = tuple(j - i for i, j in inside)
-            found.append(Batch(self.y[rows], self.noise[rows], self.sigma[rows], counts, cond))
+            found.append(Batch(self.y[rows], self.noise[rows], self.sigma[rows], tuple(map(len, own)), cond))
         return found
 
 
@@ -207,10 +208,9 @@ class BatchSource:
             of: this process's rows among them; None: all.
             part, parts: which part of these.
         """
-        own = [
-            torch.arange(rows.start + len(rows) * part // parts, rows.start + len(rows) * (part + 1) // parts)
-            for rows in of or [range(count) for count in counts]
-        ]
+        whole = of or [range(count) for count in counts]
+        dealt = [share(len(rows), part, parts) for rows in whole]
+        own = [rows.start + torch.arange(s.start, s.stop) for rows, s in zip(whole, dealt, strict=True)]
         sizes = [len(row) for row in own]
         rows = torch.cat([(stage << 32) + row for stage, row in enumerate(own)])
         uniforms = torch.split(keyed.uniform((self.training.seed, "sigma", step), rows, 1)[:, 0], sizes)

@@ -93,6 +93,15 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix(_PREFIX))
 
 
+def refuse_newer(folder: Path, step: int) -> None:
+    """Raise ValueError if another process has trained the run since it was opened at this step."""
+    found = list_checkpoints(folder)
+    if found and checkpoint_step(found[-1]) > step:
+        raise ValueError(
+            f"{folder.parent}: another process has trained it to step {checkpoint_step(found[-1])}; resume again"
+        )
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """Return a checkpoint's state.json."""
     state: dict[str, Any] = read_json(path / "state.json")

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from .. import keyed
+from ..nets.blocks import masks_from
+from .batches import Batch
+from .clipping import Parts
+from .timing import PassTimer
 
 T = TypeVar("T")
 
@@ -48,6 +55,42 @@ class SideBySide:
             return [first, *(other.result() for other in others)]
         finally:
             torch.set_num_threads(threads)
+
+
+def backward(
+    side_by_side: SideBySide,
+    shards: Sequence[Batch],
+    parts: Parts,
+    forward: Callable[[Batch], tuple[Tensor, Tensor]],
+    passes: PassTimer,
+    key: keyed.Key,
+) -> Tensor:
+    """Add gradients of several shards, computed at once, to those that parameters have.
+
+    Args:
+        side_by_side: what computes them.
+        shards: rows of each.
+        parts: whose parameters have gradients.
+        forward: of a shard: stages' summed losses, and what is to be differentiated.
+        passes: times what is done in this thread.
+        key: of this draw of dropout; each shard has masks of its own.
+
+    Returns:
+        The summed loss of each stage.
+    """
+    parameters = [parameter for own in parts.values() for parameter in own]
+
+    def gradients(number: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        with masks_from(keyed.generator((*key, number))):
+            sums, loss = forward(shards[number])
+        with passes.backward():
+            return sums, torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    found = side_by_side([partial(gradients, number) for number in range(len(shards))])
+    with passes.timer.part("gradients"):
+        for _, own in found:  # always in the same order
+            add_gradients(parameters, own)
+    return torch.stack([sums for sums, _ in found]).sum(0)
 
 
 def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:

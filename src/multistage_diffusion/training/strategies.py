@@ -15,6 +15,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from ..config import RunConfig
+from ..distributed import share
 from ..nets.cost import network_cost
 from ..nets.unet import MultiDecoderUNet
 from .batches import row_counts, stage_shares
@@ -59,7 +60,7 @@ class Layout:
                 found.append(range(0))
                 continue
             place = (ranks.index(rank) + stage) % len(ranks)
-            found.append(range(count * place // len(ranks), count * (place + 1) // len(ranks)))
+            found.append(share(count, place, len(ranks)))
         return tuple(found)
 
     def owner(self, stage: int | None) -> int:

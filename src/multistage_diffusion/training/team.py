@@ -32,6 +32,7 @@ class Team:
         self.everybody = world.group(range(world.size))
         self.groups = [world.group(ranks) for ranks in layout.holders]
         self.reducer: Reducer | None = None
+        self._stages: dict[str, int | None] = {}  # of the parts held here; None: rows of all stages pass through it
         self.stopping = False  # whether any of several was asked to stop, as all know since the last step
 
     @property
@@ -72,14 +73,23 @@ class Team:
             return
         if self.reducer is not None:
             self.reducer.close()
-        stages = {name: None if shared else stage_of_part(name) for name in parts}
-        groups = {name: self.everybody if stage is None else self.groups[stage] for name, stage in stages.items()}
+        self._stages = {name: None if shared else stage_of_part(name) for name in parts}
+        groups = {name: self.everybody if k is None else self.groups[k] for name, k in self._stages.items()}
         self.reducer = Reducer(parts, groups)
 
-    def expect(self, active: Sequence[str], busy: Sequence[str]) -> None:
-        """Begin to sum gradients in the backward pass that follows; see Reducer.start."""
+    def expect(self, counts: Sequence[int]) -> None:
+        """Begin to sum gradients over processes in the backward pass that follows, which completes them.
+
+        Args:
+            counts: rows of each stage in the whole step.
+        """
         if self.reducer is not None:
-            self.reducer.start(active, busy)
+            own = [len(rows) for rows in self.rows(counts)]
+            self.reducer.start(self._passed(counts), self._passed(own))
+
+    def _passed(self, counts: Sequence[int]) -> list[str]:
+        """Return the parts held here that rows of these numbers per stage pass through."""
+        return [name for name, k in self._stages.items() if (any(counts) if k is None else counts[k])]
 
     def sum_gradients(self) -> None:
         """Wait until the gradients are those of all processes."""

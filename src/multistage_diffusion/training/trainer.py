@@ -17,7 +17,6 @@ from ..config import RunConfig
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..distributed import ALONE, World
 from ..execution import Execution, Graphs, execute
-from ..nets.blocks import masks_from
 from . import branching
 from . import checkpoint as ckpt
 from .batches import Batch, BatchSource, TrainingData, held_out_batch, row_counts, stage_shares, stage_weights
@@ -29,9 +28,9 @@ from .findings import Findings, Found, refuse, refuse_scale
 from .losses import objective, stage_losses
 from .optimizer import learning_rate, make_optimizer
 from .run import Run
-from .shards import SideBySide, add_gradients
+from .shards import SideBySide, backward
 from .state import restore, snapshot
-from .strategies import Strategy, make_layout, stage_of_part
+from .strategies import Strategy, make_layout
 from .sums import RunningSums
 from .team import Team
 from .timing import PassTimer, Timer
@@ -148,7 +147,7 @@ class Trainer:
             with self.world.together():
                 if self.world.chief:
                     held.enter_context(self.run.locked())
-                    self._refuse_stale()
+                    ckpt.refuse_newer(self.run.checkpoints, self.step)
                     self.run.rewind_metrics(self.step)
                     self.run.log_launch(self.device)
             self._tell("started")
@@ -158,14 +157,6 @@ class Trainer:
                 self._loop()
             finally:
                 self._tell("finished")
-
-    def _refuse_stale(self) -> None:
-        """Raise ValueError if another process has trained the run since it was opened here."""
-        found = ckpt.list_checkpoints(self.run.checkpoints)
-        if found and ckpt.checkpoint_step(found[-1]) > self.step:
-            raise ValueError(
-                f"{self.run.path}: another process has trained it to step {ckpt.checkpoint_step(found[-1])}; resume again"
-            )
 
     def _choose_execution(self) -> None:
         """Compute steps as is fastest here: as an earlier start has found, or by a trial."""
@@ -246,14 +237,17 @@ class Trainer:
         training = self.config.training
         if self.step == training.branch_at and branching.tied(self.denoiser.network):
             self._branch()
-        # ranks drop different units: their rows are different, too
-        rank = (self.world.rank,) if self.world.rank else ()
-        torch.manual_seed(keyed.fold((training.seed, "dropout", self.step, *rank)) >> 1)
+        torch.manual_seed(keyed.fold(self._dropout_key()) >> 1)
         for counts, weights in updates(training, self.step, self.counts, self.shares, self.weights):
             self._optimize(counts, weights)
         with self.timer.part("average"):
             self.ema.update(training.batch, self.images)
         self.step += 1
+
+    def _dropout_key(self) -> tuple[int | str, ...]:
+        # ranks drop different units: their rows are different, too
+        rank = (self.world.rank,) if self.world.rank else ()
+        return (self.config.training.seed, "dropout", self.step, *rank)
 
     def _optimize(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> None:
         optimizer = self.optimizer
@@ -302,16 +296,18 @@ class Trainer:
         parts = min(self.config.training.accumulate, max(map(len, rows)))
         totals = torch.zeros(len(counts), device=self.device)
         if not parts:
-            self._expect(counts, rows)
+            self.team.expect(counts)
         for part in range(parts):
             with self.timer.part("data"):
                 batch = self.source.draw(self.step, counts, rows, part, parts)
             if self.execution.shards > 1:
-                totals += self._backward_side_by_side(batch.shards(self.execution.shards), part, counts, weights)
+                shards, key = batch.shards(self.execution.shards), (*self._dropout_key(), *counts, part)
+                forward = partial(self._forward, counts=counts, weights=weights)
+                totals += backward(self.side_by_side, shards, self.parts, forward, self.passes, key)
                 continue
             sums, loss = self._forward(batch, counts, weights)
             if part == parts - 1:
-                self._expect(counts, rows)
+                self.team.expect(counts)
             with self.passes.backward():
                 loss.backward()  # type: ignore[no-untyped-call]
             totals += sums
@@ -325,37 +321,6 @@ class Trainer:
         with self.passes.forward(), autocast:
             sums = stage_losses(self.denoiser, batch)
         return torch.stack(sums).detach(), self.scaler.scale(objective(sums, weights, counts))
-
-    def _backward_side_by_side(
-        self, shards: Sequence[Batch], part: int, counts: tuple[int, ...], weights: tuple[float, ...]
-    ) -> Tensor:
-        """Accumulate the gradients of a part of the batch, in shards; return its rows' summed loss of each stage."""
-        parameters = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
-
-        def passes(shard: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-            masks = keyed.generator((self.config.training.seed, "dropout", self.step, *counts, part, shard))
-            with masks_from(masks):
-                sums, loss = self._forward(shards[shard], counts, weights)
-            with self.passes.backward():
-                return sums, torch.autograd.grad(loss, parameters, allow_unused=True)
-
-        found = self.side_by_side([partial(passes, shard) for shard in range(len(shards))])
-        with self.timer.part("gradients"):
-            for _, gradients in found:  # always in the same order
-                add_gradients(parameters, gradients)
-        return torch.stack([sums for sums, _ in found]).sum(0)
-
-    def _expect(self, counts: Sequence[int], rows: Sequence[range]) -> None:
-        """Let gradients be summed over processes in the backward pass that completes them."""
-        if not self.team.alone:
-            self.team.expect(self._named(counts), self._named([len(r) for r in rows]))
-
-    def _named(self, counts: Sequence[int]) -> list[str]:
-        """Return the parts held here that rows of these numbers per stage pass through."""
-        if not any(counts):
-            return []
-        shared = branching.tied(self.denoiser.network)
-        return [name for name in self.parts if shared or (k := stage_of_part(name)) is None or counts[k]]
 
     # -- logging and checkpoints --------------------------------------------------------------------------------------
 
