@@ -1,11 +1,19 @@
-"""The protocols and the two helpers beside them."""
+"""The protocols and the helpers beside them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from multistage_diffusion.contracts import Codec, Conditioning, Denoiser, FeatureExtractor, as_float64
+from multistage_diffusion.contracts import (
+    Codec,
+    Conditioning,
+    Denoiser,
+    FeatureExtractor,
+    UniformDenoiser,
+    as_float64,
+    denoise_uniform,
+)
 
 
 class PixelMeans:
@@ -76,3 +84,24 @@ def test_as_float64() -> None:
     assert as_float64(double) is double
     assert as_float64(1.0, "meta").device.type == "meta"
     assert as_float64(torch.ones(1), "meta").device.type == "meta"
+
+
+def test_a_denoiser_is_told_one_sigma_as_it_knows_it() -> None:
+    class Knows:
+        def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+            raise AssertionError
+
+        def uniform(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
+            assert cond is known
+            return x * sigma
+
+    def plain(x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+        assert cond is known
+        assert sigma.dtype == torch.float64
+        return (x * sigma[:, None]).to(x.dtype)
+
+    known = Conditioning(labels=torch.zeros(2, dtype=torch.int64))
+    for denoiser in (Knows(), plain):
+        assert denoise_uniform(denoiser, torch.ones(2, 3), 0.7, known).tolist() == torch.full((2, 3), 0.7).tolist()
+    assert isinstance(Knows(), UniformDenoiser)
+    assert not isinstance(plain, UniformDenoiser)

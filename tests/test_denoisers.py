@@ -187,6 +187,8 @@ def test_impossible_sigma_is_refused(tiny_config, bad):
     denoiser = build_denoiser(tiny_config())
     with pytest.raises(ValueError, match="sigma"):
         denoiser(torch.zeros(2, 1, 4, 4), torch.tensor([0.1, bad]))
+    with pytest.raises(ValueError, match="sigma"):
+        denoiser.uniform(torch.zeros(2, 1, 4, 4), bad)
 
 
 @pytest.mark.parametrize("schedule", [VP(), VE(), EDM(), RectifiedFlow(), Discrete()], ids=lambda s: s.kind)
@@ -253,6 +255,14 @@ def test_counts_of_sorted_rows_give_the_same_as_looking_up_the_stage(denoiser, m
         c = denoiser.preconditioning.coefficients(sigma)
         by_hand = column(c.skip) * x + column(c.out) * denoiser.output(x, sigma, (2, 2, 3), cond)
     torch.testing.assert_close(by_counts, by_hand)
+
+
+def test_one_sigma_as_a_number_gives_the_same_as_in_every_row(denoiser, mixed):
+    x, _, cond = mixed
+    with torch.no_grad():
+        for sigma in (0.05, math.nextafter(0.2, 0), 0.2, 0.3, 0.6, 5.0):  # 0.2 and 0.6 are edges
+            expected = denoiser(x, torch.full((7,), sigma, dtype=torch.float64), cond)
+            assert torch.equal(denoiser.uniform(x, sigma, cond), expected)
 
 
 def test_only_the_decoders_with_rows_get_a_gradient(denoiser, mixed):

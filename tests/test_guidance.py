@@ -86,6 +86,21 @@ def test_one_call_of_both_halves_equals_two_calls(network):
         torch.testing.assert_close(found, free + weight * (labelled - free), rtol=1e-12, atol=1e-12)
 
 
+@torch.no_grad()
+def test_one_sigma_as_a_number_gives_the_same_as_in_every_row(network, classes):
+    x, _, cond = batch()
+    for weight in (0.0, 1.0, 2.5):
+        for denoiser, rows, known in (
+            (network, x, cond),
+            (classes, x.flatten(1)[:, :2], Conditioning(labels=cond.labels)),
+        ):
+            guided = Guided(denoiser, weight)
+            expected = guided(rows, torch.full((6,), 0.3, dtype=F64), known)
+            assert torch.equal(guided.uniform(rows, 0.3, known), expected)
+    with pytest.raises(ValueError, match="guidance"):
+        Guided(network, 2.0).uniform(x, 0.3)
+
+
 @pytest.mark.parametrize("solver", ["dpm", "heun"])
 def test_trajectories_at_0_are_unconditional_and_at_1_conditional(network, solver):
     config = SamplingConfig(solver=solver, calls=5, spacing="edm", sigma_min=0.05, sigma_max=10.0)

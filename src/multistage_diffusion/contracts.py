@@ -48,6 +48,27 @@ class Denoiser(Protocol):
 
 
 @runtime_checkable
+class UniformDenoiser(Denoiser, Protocol):
+    """A Denoiser that has a way of its own where all rows have one sigma: told as a number, it need not be asked of a device."""
+
+    def uniform(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
+        """Return what a call with that sigma in every row would."""
+        ...
+
+
+def denoise_uniform(denoiser: Denoiser, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
+    """Call a denoiser with one sigma for all rows, in float64: a stage's edge is met exactly."""
+    if isinstance(denoiser, UniformDenoiser):
+        return denoiser.uniform(x, sigma, cond)
+    return denoiser(x, uniform_sigma(x, sigma), cond)
+
+
+def uniform_sigma(x: Tensor, sigma: float) -> Tensor:
+    """Return one sigma for every row of x: float64 (B,), on its device."""
+    return torch.full((len(x),), sigma, dtype=torch.float64, device=x.device)
+
+
+@runtime_checkable
 class FeatureExtractor(Protocol):
     """Maps images to feature vectors; its name is part of every metric computed from it.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import DiffusionConfig, RunConfig
-from .contracts import Conditioning
+from .contracts import Conditioning, uniform_sigma
 from .execution import Graphs
 from .nets import build_network
 from .nets.unet import MultiDecoderUNet
@@ -134,6 +134,16 @@ class MultiStageDenoiser(nn.Module):
         order = torch.argsort(index, stable=True)
         rows = self._sorted(x[order], sigma[order], counts, None if cond is None else cond.rows(order))
         return torch.empty_like(rows).index_copy(0, order, rows)
+
+    def uniform(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
+        """Return E[y | x] where all rows have one sigma, see contracts.UniformDenoiser: no device synchronisation.
+
+        Raises:
+            ValueError: if sigma is NaN or negative.
+        """
+        stage = self.stages.index_of(sigma)
+        counts = [len(x) if k == stage else 0 for k in range(len(self.stages))]
+        return self(x, uniform_sigma(x, sigma), cond, counts)  # type: ignore[no-any-return]
 
     def output(self, x: Tensor, sigma: Tensor, counts: Sequence[int], cond: Conditioning | None = None) -> Tensor:
         """Return the network's own output F(c_in x; c_noise) for rows sorted by stage."""

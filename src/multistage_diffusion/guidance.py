@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .contracts import Conditioning, Denoiser
+from .contracts import Conditioning, Denoiser, denoise_uniform
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,18 @@ class Guided:
         Raises:
             ValueError: if weight is not 1 and there are no labels.
         """
+        return self._guided(x, cond, lambda rows, known: self.denoiser(rows, sigma.repeat(len(rows) // len(x)), known))
+
+    def uniform(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
+        """Return it where all rows have one sigma, see contracts.UniformDenoiser; raises what a call does."""
+        return self._guided(x, cond, lambda rows, known: denoise_uniform(self.denoiser, rows, sigma, known))
+
+    def _guided(
+        self, x: Tensor, cond: Conditioning | None, denoise: Callable[[Tensor, Conditioning | None], Tensor]
+    ) -> Tensor:
+        """Combine what `denoise` gives for x, or for x twice, once with labels and once without."""
         if self.weight == 1:
-            return self.denoiser(x, sigma, cond)
+            return denoise(x, cond)
         if cond is None or cond.labels is None:
             raise ValueError(
                 f"sampling.guidance={self.weight}: there are no class labels to guide by; set it to 1, or use a run with "
@@ -41,8 +52,8 @@ class Guided:
             )
         hidden = torch.full_like(cond.labels, -1)
         if self.weight == 0:
-            return self.denoiser(x, sigma, replace(cond, labels=hidden))
+            return denoise(x, replace(cond, labels=hidden))
         augment = None if cond.augment is None else cond.augment.repeat(2, 1)
         twice = Conditioning(labels=torch.cat([cond.labels, hidden]), augment=augment)
-        labelled, unlabelled = self.denoiser(torch.cat([x, x]), sigma.repeat(2), twice).chunk(2)
+        labelled, unlabelled = denoise(torch.cat([x, x]), twice).chunk(2)
         return unlabelled + self.weight * (labelled - unlabelled)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import keyed
-from ..contracts import Conditioning, Denoiser
+from ..contracts import Conditioning, Denoiser, denoise_uniform
 from .plan import Plan, Step
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -88,8 +88,7 @@ def sample(
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         nonlocal made
-        sigmas = torch.full((len(x),), sigma, dtype=torch.float64, device=x.device)  # exact at a stage's edge
-        denoised = denoiser(x, sigmas, cond).to(x.dtype)
+        denoised = denoise_uniform(denoiser, x, sigma, cond).to(x.dtype)
         made += 1
         if progress is not None:
             progress(made, total)
