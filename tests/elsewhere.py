@@ -139,9 +139,9 @@ def _check(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) 
 class _Late:
     """A copy that nobody has waited for yet: its target holds garbage."""
 
-    def __init__(self, target: Tensor, value: Tensor) -> None:
-        self.target, self.value = target, value.clone()
-        self.target.fill_(torch.nan if value.is_floating_point() else value.dtype == torch.bool or 1 << 6)
+    def __init__(self, target: Tensor) -> None:
+        self.target, self.value = target, target.clone()
+        target.fill_(torch.nan if target.is_floating_point() else 99)
 
     def settle(self) -> None:
         if self.value is not None:
@@ -171,13 +171,13 @@ def _copied(target: Tensor, source: Tensor, non_blocking: bool) -> Tensor:
 
 
 def _copy(source: Tensor, target: Tensor, value: Tensor, non_blocking: bool) -> None:
-    """Note the wait of a copy that has been made, or let it be late."""
+    """Note the wait of a copy that has been made, its target being of this value, or let it be late."""
     stream, there = API.current_stream(), isinstance(target, Away)
     if not (non_blocking and getattr(source if there else target, "pinned", False)):
         stream.settle()
         note_wait("copy there" if there else "copy back")
     elif not there or stream is not API.default:  # what follows on the same stream comes after it
-        stream.late.append(_Late(value, value))
+        stream.late.append(_Late(value))
 
 
 # -- what the package uses of torch.cuda ------------------------------------------------------------------------------
