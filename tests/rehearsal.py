@@ -117,7 +117,23 @@ def commands(folder: Path) -> dict[str, Any]:
         "--probe-steps",
         4,
     )
-    msdiff("train-codec", "digits", "--out", folder / "codec", "--steps", 6)
+    few = ["training.steps=3", "training.batch=6", "training.held_out_every=3", "training.held_out_rows=4"]
+    apart = ["network.separate=true", "network.decoder_widths=[16,8,8]"]
+    msdiff("train", *digits, "--out", folder / "separate", "--set", *few, *apart)
+    msdiff("sample", folder / "separate", "--count", 3, "--calls", 4, "--out", folder / "separate.png")
+    one = ["stages.interior=[]", "training.shares=uniform", "network.decoder_widths=[16]", "network.encoder_width=16"]
+    msdiff("train", *digits, "--out", folder / "one", "--set", *few, *one)
+    begun = ["network.decoder_widths=[16,16,16]", "network.encoder_width=16"]
+    msdiff("train", *digits, "--out", folder / "begun", "--init-from", folder / "one", "--set", *few, *begun)
+    larger, codec, latent = folder / "larger.npz", folder / "codec", folder / "latent"
+    np.savez(larger, images=np.random.default_rng(0).integers(0, 256, (60, 32, 32, 1), dtype=np.uint8))
+    narrow = ["network.encoder_width=32", "network.decoder_widths=[32,32,32]"]
+    of_latents = ("--preset", "fashion-mnist-latent", "--data", larger, "--codec", codec)
+    msdiff("train-codec", larger, "--out", codec, "--steps", 3)
+    msdiff("train", *of_latents, "--out", latent, "--set", *few, *narrow)
+    msdiff("evaluate", latent, "--count", 20, "--calls", 3)
+    msdiff("report", latent)
+    msdiff("split", larger, "--codec", codec, "--out", folder / "latent.json", "--samples", 100, "--times", 2)
     pairs = zip(list(images.values())[::2], list(images.values())[1::2], strict=True)
     return {"commands": found, "differences": [float(abs(here - there).mean()) for here, there in pairs]}
 
