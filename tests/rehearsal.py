@@ -48,7 +48,7 @@ def training(folder: Path) -> dict[str, Any]:
     """Return losses here and there, and the waits of a step there, of each way of training and of images there and here."""
     found: dict[str, Any] = {}
     for name, changes in CASES.items():
-        data, losses = tiny_data(classes=3), {}
+        data, losses, waits = tiny_data(classes=3), [], set()
         for device, budget in (("cpu", 0), (elsewhere.NAME, 1 << 30), (elsewhere.NAME, 0)):
             BatchSource.device_budget = budget
             graphs = {"execution__cuda_graphs": False} if device == "cpu" else {}
@@ -58,10 +58,11 @@ def training(folder: Path) -> dict[str, Any]:
             with at(device):
                 trainer = Trainer(run, data, tiny_data(8, classes=3, seed=1), device=device)
                 trainer.fit()
-                losses[f"{device} {budget}"] = [record["loss"] for record in run.records()]
+                losses.append([record["loss"] for record in run.records()])
                 elsewhere.waits.clear()
                 trainer._iterate()
-        found[name] = {"losses": list(losses.values()), "waits": sorted(set(elsewhere.waits))}
+                waits.update(elsewhere.waits)
+        found[name] = {"losses": losses, "waits": sorted(waits)}
     return found
 
 

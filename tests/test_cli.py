@@ -99,6 +99,15 @@ def test_the_overview_names_every_command(msdiff: Call) -> None:
         assert max(map(len, out.splitlines())) <= 130
 
 
+def test_what_it_says_is_said_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(write=said.append, flush=lambda: None))
+    assert cli.main(["describe", "nowhere"]) == 2
+    (line,) = said  # several processes may speak at once
+    assert line.startswith("msdiff: ")
+    assert line.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_examples_that_parse(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -97,7 +97,9 @@ def _warn(message: object) -> None:
 
 
 def _say(message: object) -> None:
-    print(f"msdiff: {' '.join(str(message).split())}", file=sys.stderr)
+    # in one piece, newline included: several processes may have something to say
+    sys.stderr.write(f"msdiff: {' '.join(str(message).split())}\n")
+    sys.stderr.flush()
 
 
 def parse(name: str, arguments: Sequence[str]) -> Any:

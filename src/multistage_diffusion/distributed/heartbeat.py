@@ -139,7 +139,7 @@ class Heartbeat:
         while (now := time.monotonic()) < deadline and not (self.waiting is not None and now - self.waiting > GRACE):
             if self._stop.wait(self.every / 5) or self._explaining:
                 return
-        print(
-            f"msdiff: {reason}; rerun the same command to go on from the last checkpoint", file=sys.stderr, flush=True
-        )
+        # in one piece, newline included: others tell the same at the same moment
+        sys.stderr.write(f"msdiff: {reason}; rerun the same command to go on from the last checkpoint\n")
+        sys.stderr.flush()
         self._end(2)
