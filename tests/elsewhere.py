@@ -1,8 +1,8 @@
 """A device for machines without a GPU: it computes on the CPU, but refuses what CUDA refuses and notes when the host waits.
 
 Its tensors (`Away`) report a device of their own; operations with tensors of both places raise, as do generators of the wrong
-place and copies from ordinary memory that claim not to wait. What a copy without waiting brings is garbage until somebody has
-waited for it. `API` has what the package uses of torch.cuda; a graph is a list of operations that is done again. It says
+place. A copy to or from ordinary memory waits, whatever it was told; what a copy without waiting brings is garbage until somebody
+has waited for it. `API` has what the package uses of torch.cuda; a graph is a list of operations that is done again. It says
 nothing about kernels, speed, memory or rounding, and cannot take a parameter's data from one place to the other.
 
 A copy of the package with CUDA's name changed to this device's takes it for CUDA. Registering it cannot be undone: only a process
@@ -40,6 +40,22 @@ ASKS = {  # what looks at a result to know how large the next is, or what to do
 }
 INDEXES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 LOWER = ("addmm", "baddbmm", "bmm", "conv2d", "linear", "matmul", "mm", "scaled_dot_product_attention")  # by autocast
+
+ANSWERS = {  # of the device's module, whatever it is asked with
+    "_is_in_bad_fork": False,
+    "current_device": 0,
+    "device_count": 1,
+    "get_amp_supported_dtype": [torch.bfloat16, torch.float16],
+    "get_device_name": "Elsewhere",
+    "is_available": True,
+    "is_bf16_supported": True,
+    "is_initialized": True,
+    "manual_seed_all": None,
+    "max_memory_allocated": 2**30,
+    "mem_get_info": (2**33, 2**34),
+    "memory_allocated": 0,
+    "memory_reserved": 0,
+}
 
 waits: list[str] = []  # why and where the host has waited
 
@@ -242,14 +258,9 @@ class Api:
         self.captured: list[Any] | None = None
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        answers = {"is_initialized": True, "is_available": True, "_is_in_bad_fork": False, "is_bf16_supported": True}
-        answers |= {"device_count": 1, "current_device": 0, "set_device": None, "get_device_name": "Elsewhere"}
-        answers |= {"mem_get_info": (2**33, 2**34), "memory_reserved": 0, "memory_allocated": 0}
-        answers |= {"max_memory_allocated": 2**30, "manual_seed": None, "manual_seed_all": None}
-        answers |= {"get_amp_supported_dtype": [torch.bfloat16, torch.float16]}
-        if name not in answers:
+        if name not in ANSWERS:
             raise AttributeError(name)
-        return lambda *_, **__: answers[name]
+        return lambda *_, **__: ANSWERS[name]
 
     def current_stream(self, device: object = None) -> Stream:
         return self._current

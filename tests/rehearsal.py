@@ -16,8 +16,10 @@ from conftest import tiny_config, tiny_data
 
 from multistage_diffusion.cli import main
 from multistage_diffusion.training.batches import BatchSource
+from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
+from multistage_diffusion.training.trial import LEAST_STEPS
 
 CLASSES = {"network__num_classes": 3, "training__label_dropout": 0.2}
 AUGMENTED = {"training__augment": 0.5, "network__augment_dim": 9, "training__flip": True}
@@ -34,7 +36,16 @@ CASES: dict[str, dict[str, Any]] = {
     "branched": {"network__decoder_widths": (8, 8, 8), "training__branch_at": 2},
     "recomputed": {"execution__recompute": True},
     "graphs": {"execution__cuda_graphs": True},
+    "tried": {"training__steps": LEAST_STEPS},
 }
+
+
+class Stop(Callback):
+    """Ends a run after a few steps."""
+
+    def stepped(self, trainer: Trainer) -> None:
+        if trainer.step == 4:
+            trainer.stop()
 
 
 @contextlib.contextmanager
@@ -45,24 +56,24 @@ def at(device: str) -> Iterator[None]:
 
 
 def training(folder: Path) -> dict[str, Any]:
-    """Return losses here and there, and the waits of a step there, of each way of training and of images there and here."""
+    """Return losses here and there, waits of a step there, and what a trial there has tried, of each way of training."""
     found: dict[str, Any] = {}
     for name, changes in CASES.items():
         data, losses, waits = tiny_data(classes=3), [], set()
         for device, budget in (("cpu", 0), (elsewhere.NAME, 1 << 30), (elsewhere.NAME, 0)):
             BatchSource.device_budget = budget
-            graphs = {"execution__cuda_graphs": False} if device == "cpu" else {}
+            plain = {"execution__cuda_graphs": False, "training__steps": 4} if device == "cpu" else {}
             exact = {"network__dropout": 0.0, "training__precision": "fp64", "training__held_out_every": 2}
-            config = tiny_config(**(exact | changes | graphs))
+            config = tiny_config(**(exact | changes | plain))
             run = Run.create(folder / f"{name} {device} {budget}", config)
             with at(device):
-                trainer = Trainer(run, data, tiny_data(8, classes=3, seed=1), device=device)
+                trainer = Trainer(run, data, tiny_data(8, classes=3, seed=1), device=device, callbacks=[Stop()])
                 trainer.fit()
                 losses.append([record["loss"] for record in run.records()])
                 elsewhere.waits.clear()
                 trainer._iterate()
                 waits.update(elsewhere.waits)
-        found[name] = {"losses": losses, "waits": sorted(waits)}
+        found[name] = {"losses": losses, "waits": sorted(waits), "tried": list(trainer.trial)}
     return found
 
 
@@ -76,13 +87,9 @@ def commands(folder: Path) -> dict[str, Any]:
             code = main(words)
             found[" ".join(words)] = (code, said.getvalue(), sorted(set(elsewhere.waits)))
 
-    sizes = [
-        "network.encoder_width=8",
-        "network.decoder_widths=[16,8,8]",
-        "network.num_classes=10",
-        "training.batch=12",
-    ]
-    small = [*sizes, "training.held_out_every=3", "training.checkpoint_every=3", "training.log_every=2"]
+    sizes = ["network.encoder_width=8", "network.decoder_widths=[16,8,8]", "network.num_classes=10"]
+    every = ["training.held_out_every=3", "training.checkpoint_every=3", "training.log_every=2"]
+    small = [*sizes, *every, "training.batch=12"]
     evaluated = ["evaluation.every=3", "evaluation.count=20"]
     run, digits = folder / "run", ("--preset", "digits", "--data", "digits")
     msdiff("train", *digits, "--out", run, "--set", *small, *evaluated, "training.steps=6")
@@ -104,20 +111,8 @@ def commands(folder: Path) -> dict[str, Any]:
     msdiff("split", "digits", "--out", split, "--samples", 100, "--times", 3)
     msdiff("split", "digits", "--out", folder / "two.json", "--algorithm", 2, "--samples", 100)
     msdiff("split", "--run", run, "--out", folder / "gradient.json", "--algorithm", "gradient", "--samples", 100)
-    msdiff(
-        "plan",
-        "digits",
-        "--out",
-        folder / "plan.json",
-        "--preset",
-        "digits",
-        "--budget",
-        4,
-        "--split",
-        split,
-        "--probe-steps",
-        4,
-    )
+    planned = ("--preset", "digits", "--budget", 4, "--split", split, "--probe-steps", 4)
+    msdiff("plan", "digits", *planned, "--out", folder / "plan.json")
     few = ["training.steps=3", "training.batch=6", "training.held_out_every=3", "training.held_out_rows=4"]
     apart = ["network.separate=true", "network.decoder_widths=[16,8,8]"]
     msdiff("train", *digits, "--out", folder / "separate", "--set", *few, *apart)

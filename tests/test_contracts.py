@@ -10,7 +10,6 @@ from multistage_diffusion.contracts import (
     Conditioning,
     Denoiser,
     FeatureExtractor,
-    UniformDenoiser,
     as_float64,
     denoise_uniform,
 )
@@ -103,5 +102,22 @@ def test_a_denoiser_is_told_one_sigma_as_it_knows_it() -> None:
     known = Conditioning(labels=torch.zeros(2, dtype=torch.int64))
     for denoiser in (Knows(), plain):
         assert denoise_uniform(denoiser, torch.ones(2, 3), 0.7, known).tolist() == torch.full((2, 3), 0.7).tolist()
-    assert isinstance(Knows(), UniformDenoiser)
-    assert not isinstance(plain, UniformDenoiser)
+
+
+def test_a_compiled_denoiser_is_not_gone_past() -> None:
+    class Inner(torch.nn.Module):
+        def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+            return x * sigma[:, None].float()
+
+        def uniform(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
+            return self(x, torch.full((len(x),), sigma), cond)
+
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(Inner(), backend=backend)
+    assert denoise_uniform(compiled, torch.ones(2, 3), 0.5).tolist() == [[0.5] * 3] * 2
+    assert len(graphs) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,19 +47,19 @@ class Denoiser(Protocol):
         ...
 
 
-@runtime_checkable
 class UniformDenoiser(Denoiser, Protocol):
     """A Denoiser that has a way of its own where all rows have one sigma: told as a number, it need not be asked of a device."""
 
     def uniform(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
-        """Return what a call with that sigma in every row would."""
+        """Return what a call with that sigma in every row would, see `Denoiser`."""
         ...
 
 
 def denoise_uniform(denoiser: Denoiser, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
     """Call a denoiser with one sigma for all rows, in float64: a stage's edge is met exactly."""
-    if isinstance(denoiser, UniformDenoiser):
-        return denoiser.uniform(x, sigma, cond)
+    # asked of the class: a wrapper such as torch.compile's gives the inner denoiser's, which would go past it
+    if hasattr(type(denoiser), "uniform"):
+        return cast(UniformDenoiser, denoiser).uniform(x, sigma, cond)
     return denoiser(x, uniform_sigma(x, sigma), cond)
 
 
