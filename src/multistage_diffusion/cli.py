@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import __version__
+from .errors import UserError
 
 SUMMARIES = {
     "split": "Find the noise ranges (stages) of a data set from the data themselves.",
@@ -67,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: Sequence[str]) -> int:
     try:
         parse(name, arguments).run()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         return _fail(error)
     except KeyboardInterrupt as interrupt:
         return _fail(interrupt if interrupt.args else "interrupted")
@@ -106,12 +107,12 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     """Parse a command's arguments into its dataclass; --help prints and exits.
 
     Raises:
-        ValueError: one line that says what is wrong with them.
+        UserError: one line that says what is wrong with them.
     """
     if name not in SUMMARIES:
         near = difflib.get_close_matches(name, SUMMARIES, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(SUMMARIES)}"
-        raise ValueError(f"command {name!r} is unknown; {hint}")
+        raise UserError(f"command {name!r} is unknown; {hint}")
     import tyro
 
     from .commands import COMMANDS
@@ -129,7 +130,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(f"{_one_line(errors.getvalue())}; for help, run msdiff {name} --help") from None
+        raise UserError(f"{_one_line(errors.getvalue())}; for help, run msdiff {name} --help") from None
 
 
 def _gathered(arguments: Sequence[str]) -> list[str]:

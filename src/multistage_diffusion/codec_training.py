@@ -21,6 +21,7 @@ from . import keyed
 from .codecs import CONFIG, WEIGHTS, DiffusersCodec, import_diffusers
 from .contracts import Codec
 from .data import ImageData, to_float, to_uint8
+from .errors import UserError
 from .latents import PIXELS_AT_ONCE
 from .network_config import require
 from .serialization import from_dict, to_dict, write_atomic
@@ -82,7 +83,7 @@ def build_autoencoder(settings: CodecSettings, shape: tuple[int, int, int]) -> A
     """Return a fresh AutoencoderKL of diffusers for images of shape (C, H, W).
 
     Raises:
-        ValueError: if height or width is no multiple of the factor, or diffusers is missing.
+        UserError: if height or width is no multiple of the factor, or diffusers is missing.
     """
     diffusers, widths = import_diffusers(), settings.widths
     torch.manual_seed(keyed.fold((settings.seed, "initial codec weights")) >> 1)
@@ -127,7 +128,7 @@ class CodecTrainer:
         device: where.
 
     Raises:
-        ValueError: if the images do not fit the factor.
+        UserError: if the images do not fit the factor.
     """
 
     def __init__(self, folder: Path, settings: CodecSettings, data: ImageData, device: torch.device) -> None:
@@ -224,24 +225,24 @@ class CodecTrainer:
         """Take up the latest checkpoint; more steps than it was begun with make the training longer.
 
         Raises:
-            ValueError: if there is none, or it was made with other settings or images or at a later step.
+            UserError: if there is none, or it was made with other settings or images or at a later step.
         """
         found = ckpt.list_checkpoints(self.checkpoints)
         if not found:
-            raise ValueError(f"{self.folder}: there is no training of a codec to go on with; start it without --resume")
+            raise UserError(f"{self.folder}: there is no training of a codec to go on with; start it without --resume")
         path = found[-1]
         state = ckpt.read_state(path)
         begun = to_dict(replace(from_dict(CodecSettings, state["settings"], str(path)), steps=self.settings.steps))
         for name, value in to_dict(self.settings).items():
             if begun[name] != value:
-                raise ValueError(
+                raise UserError(
                     f"{name}={value!r}, but {self.folder} was begun with {begun[name]!r}; give that to go on, or train "
                     "another codec"
                 )
         if state["images"] != self.data.fingerprint:
-            raise ValueError(f"{self.folder} was begun on other images than {self.data.name}; give those to go on")
+            raise UserError(f"{self.folder} was begun on other images than {self.data.name}; give those to go on")
         if state["step"] > self.settings.steps:
-            raise ValueError(
+            raise UserError(
                 f"steps={self.settings.steps} is below step {state['step']}, which {self.folder} has reached"
             )
         self.model.load_state_dict(ckpt.load_tensors(path, "model"))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .config import CodecConfig
 from .contracts import Codec
+from .errors import UserError
 from .serialization import read_json
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers' save_pretrained names them
@@ -60,7 +61,7 @@ class DiffusersCodec:
         """Map images (B, C, H, W) in [-1, 1] to unscaled latents, float32 (B, c, h, w).
 
         Raises:
-            ValueError: if the codec takes no images of this shape.
+            UserError: if the codec takes no images of this shape.
         """
         channels, height, width = images.shape[1:]
         self.latent_shape((channels, height, width))
@@ -78,19 +79,19 @@ class DiffusersCodec:
         """Return (c, h, w) for images of shape (C, H, W), without running anything.
 
         Raises:
-            ValueError: if the channels are not the codec's, or height or width is no multiple of its factor.
+            UserError: if the channels are not the codec's, or height or width is no multiple of its factor.
         """
         channels, height, width = shape
         config = self.module.config
         if channels != config.in_channels:
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: takes images of {config.in_channels} channels, not of {channels}; use a codec trained on "
                 "such images (msdiff train-codec), or convert the images"
             )
         factor = 2 ** (len(config.block_out_channels) - 1)
         if height % factor or width % factor:
             up = [-(-side // factor) * factor for side in (height, width)]
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: takes images whose sides are multiples of {factor}, not {height}x{width}; add --size "
                 f"{up[0]} {up[1]} --fit pad (data.size, data.fit)"
             )
@@ -107,16 +108,16 @@ def open_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec
         device: where it runs.
 
     Raises:
-        ValueError: if there is none, it is of another class or damaged, diffusers is missing, or the fingerprint is
+        UserError: if there is none, it is of another class or damaged, diffusers is missing, or the fingerprint is
             recorded and differs.
     """
     if not config.source:
-        raise ValueError(
+        raise UserError(
             "codec.source is empty: name an autoencoder (--codec FOLDER or hf:NAME); msdiff train-codec makes one"
         )
     codec: Codec = IdentityCodec() if config.source == "identity" else _open_diffusers(config, device)
     if config.fingerprint and config.fingerprint != codec.fingerprint:
-        raise ValueError(
+        raise UserError(
             f"codec.fingerprint={config.fingerprint} is recorded, but {config.source} now has {codec.fingerprint}; "
             "restore that codec or start a new run"
         )
@@ -138,7 +139,7 @@ def _open_diffusers(config: CodecConfig, device: torch.device | str) -> Diffuser
     settings = read_json(folder / CONFIG)
     kind = settings.get("_class_name") if isinstance(settings, Mapping) else None
     if kind not in CLASSES:
-        raise ValueError(f"{name}: config.json names _class_name={kind!r}; a codec is one of {' or '.join(CLASSES)}")
+        raise UserError(f"{name}: config.json names _class_name={kind!r}; a codec is one of {' or '.join(CLASSES)}")
     diffusers = import_diffusers()
     try:
         # without low_cpu_mem_usage=False it would speak of an optional package; nothing is fetched from here
@@ -151,23 +152,23 @@ def _open_diffusers(config: CodecConfig, device: torch.device | str) -> Diffuser
             output_loading_info=True,
         )
     except Exception as error:  # whatever a foreign configuration or file makes diffusers raise
-        raise ValueError(f"{name}: cannot be opened as {kind} ({_short(error)})") from None
+        raise UserError(f"{name}: cannot be opened as {kind} ({_short(error)})") from None
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
     if lacking:
-        raise ValueError(f"{name}: {WEIGHTS} lacks {len(lacking)} of the tensors of its config.json ({lacking[0]})")
+        raise UserError(f"{name}: {WEIGHTS} lacks {len(lacking)} of the tensors of its config.json ({lacking[0]})")
     return DiffusersCodec(module.to(device), codec_fingerprint(folder), name)
 
 
 def _local(config: CodecConfig) -> Path:
     folder = Path(config.source).expanduser() / config.subfolder
     if not folder.is_dir():
-        raise ValueError(
+        raise UserError(
             f"codec.source='{config.source}': no folder {folder}; give a folder that msdiff train-codec or diffusers wrote, "
             "or hf:OWNER/NAME"
         )
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
-            raise ValueError(f"{folder}: holds no {file}; {_lack(file)}{_below(folder)}")
+            raise UserError(f"{folder}: holds no {file}; {_lack(file)}{_below(folder)}")
     return folder
 
 
@@ -187,7 +188,7 @@ def _fetched(config: CodecConfig) -> Path:
         import huggingface_hub
         from huggingface_hub import utils as errors
     except ImportError:
-        raise ValueError(_needs("huggingface-hub")) from None
+        raise UserError(_needs("huggingface-hub")) from None
 
     def fetch(**options: bool) -> Path:
         found = [
@@ -203,7 +204,7 @@ def _fetched(config: CodecConfig) -> Path:
     except errors.LocalEntryNotFoundError:
         pass
     except errors.HFValidationError as error:
-        raise ValueError(f"codec.source='{config.source}': {_short(error)}") from None
+        raise UserError(f"codec.source='{config.source}': {_short(error)}") from None
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)  # offline, it tells of every retry
@@ -220,19 +221,19 @@ def _fetched(config: CodecConfig) -> Path:
         reason = _short(error)
     finally:
         logger.setLevel(level)
-    raise ValueError(f"codec.source='{config.source}': {reason}")
+    raise UserError(f"codec.source='{config.source}': {reason}")
 
 
 def import_diffusers() -> Any:
     """Return the library diffusers.
 
     Raises:
-        ValueError: naming the extra, if it is not installed.
+        UserError: naming the extra, if it is not installed.
     """
     try:
         import diffusers
     except ImportError:
-        raise ValueError(_needs("diffusers")) from None
+        raise UserError(_needs("diffusers")) from None
     return diffusers
 
 

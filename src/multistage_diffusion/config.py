@@ -298,7 +298,7 @@ class RunConfig:
     """Everything that decides a run; written beside each checkpoint.
 
     Raises:
-        ValueError: if the number of stages and of decoders differ, or a share or weight is missing.
+        UserError: if the number of stages and of decoders differ, or a share or weight is missing.
     """
 
     format_version: int = FORMAT_VERSION

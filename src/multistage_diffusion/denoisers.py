@@ -123,7 +123,7 @@ class MultiStageDenoiser(nn.Module):
             counts: rows of each stage, where the caller has sorted the rows by stage (no device synchronisation then).
 
         Raises:
-            ValueError: if a sigma is NaN or negative.
+            UserError: if a sigma is NaN or negative.
         """
         if counts is not None:
             return self._sorted(x, sigma, counts, cond)
@@ -139,7 +139,7 @@ class MultiStageDenoiser(nn.Module):
         """Return E[y | x] where all rows have one sigma, see contracts.UniformDenoiser: no device synchronisation.
 
         Raises:
-            ValueError: if sigma is NaN or negative.
+            UserError: if sigma is NaN or negative.
         """
         stage = self.stages.index_of(sigma)
         counts = [len(x) if k == stage else 0 for k in range(len(self.stages))]

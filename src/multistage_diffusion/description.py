@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .config import RunConfig, SamplingConfig
+from .errors import UserError
 from .nets.cost import network_cost, weighted_multiply_adds
 from .samplers import make_plan
 from .schedules import NoiseSchedule
@@ -25,11 +26,11 @@ def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[
     run's) calls it.
 
     Raises:
-        ValueError: if the configuration has no image or latent shape yet.
+        UserError: if the configuration has no image or latent shape yet.
     """
     shape, field = config.input_shape, "codec.shape" if config.codec.used else "data.shape"
     if len(shape) != 3:
-        raise ValueError(f"{field}={list(shape)} must be [channels, height, width]")
+        raise UserError(f"{field}={list(shape)} must be [channels, height, width]")
     cost = network_cost(config.network, *shape[1:])
     schedule, stages = config.diffusion.schedule, config.stages
     calls = calls_per_stage(config, sampling)

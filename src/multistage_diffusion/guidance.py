@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .contracts import Conditioning, Denoiser, denoise_uniform
+from .errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Guided:
         """Return the guided posterior mean, see contracts.Denoiser.
 
         Raises:
-            ValueError: if weight is not 1 and there are no labels.
+            UserError: if weight is not 1 and there are no labels.
         """
         return self._guided(x, cond, lambda rows, known: self.denoiser(rows, sigma.repeat(len(rows) // len(x)), known))
 
@@ -46,7 +47,7 @@ class Guided:
         if self.weight == 1:
             return denoise(x, cond)
         if cond is None or cond.labels is None:
-            raise ValueError(
+            raise UserError(
                 f"sampling.guidance={self.weight}: there are no class labels to guide by; set it to 1, or use a run with "
                 "network.num_classes > 0 and give labels"
             )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .contracts import Codec
 from .data import ImageData, to_float
+from .errors import UserError
 from .serialization import write_atomic
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -132,7 +133,7 @@ def cached_latents(
         (latents times the scale, the scale).
 
     Raises:
-        ValueError: if the codec takes no such images, or the scale is not known because all latents are equal.
+        UserError: if the codec takes no such images, or the scale is not known because all latents are equal.
         FloatingPointError: if a latent is not finite.
     """
     folder = default_cache() if folder is None else folder
@@ -175,7 +176,7 @@ def _scale(tensors: list[Tensor], name: str) -> float:
         for rows in torch.split(latents, 1024):  # float64 copies of a few at a time
             squares += float((rows.to(torch.float64) - mean).square().sum())
     if squares == 0:
-        raise ValueError(f"{name}: all latents are equal, which gives no scale; use other data or another codec")
+        raise UserError(f"{name}: all latents are equal, which gives no scale; use other data or another codec")
     return 1.0 / math.sqrt(squares / count)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .errors import UserError
+
 LDM_GROUPS = 32  # of every GroupNorm of the LDM U-Net
 GROUPS = 16  # at most, of a GroupNorm of the other families, unless norm_groups says otherwise
 # Settings that one family alone has: (family, name, default).
@@ -12,9 +14,9 @@ OWN_SETTINGS = (("ldm", "head_channels", 32), ("ldm", "decoder_attention", None)
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless a user's value is as it must be."""
+    """Raise UserError(message) unless a user's value is as it must be."""
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 @dataclass(frozen=True, kw_only=True)

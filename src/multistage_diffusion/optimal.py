@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .contracts import Conditioning
+from .errors import UserError
 
 # Below this sigma the posterior is the limit sigma -> 0 in any precision (and 1/sigma² would overflow in fp32).
 _ZERO_SIGMA = 1e-12
@@ -42,16 +43,16 @@ class OptimalDenoiser:
             memory_budget: bytes a call may use for its scores and weights.
 
         Raises:
-            ValueError: if the data are empty, not floating point or not finite, or dtype is another one.
+            UserError: if the data are empty, not floating point or not finite, or dtype is another one.
         """
         if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"optimal denoiser: dtype={dtype} must be torch.float32 or torch.float64")
+            raise UserError(f"optimal denoiser: dtype={dtype} must be torch.float32 or torch.float64")
         if not data.is_floating_point():
-            raise ValueError(f"optimal denoiser: data.dtype={data.dtype} must be floating point; scale images first")
+            raise UserError(f"optimal denoiser: data.dtype={data.dtype} must be floating point; scale images first")
         if data.ndim < 2 or data.numel() == 0:
-            raise ValueError(f"optimal denoiser: data.shape={tuple(data.shape)} must be (N, ...) with N >= 1")
+            raise UserError(f"optimal denoiser: data.shape={tuple(data.shape)} must be (N, ...) with N >= 1")
         if not bool(torch.isfinite(data).all()):
-            raise ValueError("optimal denoiser: data hold NaN or infinite values; remove those images")
+            raise UserError("optimal denoiser: data hold NaN or infinite values; remove those images")
         flat = data.detach().reshape(len(data), -1).to(dtype)
         self.mean_image = flat.mean(0, dtype=torch.float64).to(dtype)
         self.centred = flat - self.mean_image
@@ -81,15 +82,13 @@ class OptimalDenoiser:
             Same shape, dtype and device as x.
 
         Raises:
-            ValueError: if x does not fit the data or is not finite, or sigma is negative, NaN or not one per row.
+            UserError: if x does not fit the data or is not finite, or sigma is negative, NaN or not one per row.
         """
         flat = self._centre(x)
         if sigma.shape != (len(x),):
-            raise ValueError(
-                f"optimal denoiser: sigma.shape={tuple(sigma.shape)} must be ({len(x)},), one per row of x"
-            )
+            raise UserError(f"optimal denoiser: sigma.shape={tuple(sigma.shape)} must be ({len(x)},), one per row of x")
         if not bool((sigma >= 0).all()):
-            raise ValueError("optimal denoiser: sigma must be >= 0 and not NaN")
+            raise UserError("optimal denoiser: sigma must be >= 0 and not NaN")
         sigma = sigma.to(flat)
         mean = torch.empty_like(flat)
         with torch.autocast(flat.device.type, enabled=False):
@@ -102,12 +101,12 @@ class OptimalDenoiser:
     def _centre(self, x: Tensor) -> Tensor:
         """Return x flattened, on the data's device and minus the mean image."""
         if x.ndim < 2 or math.prod(x.shape[1:]) != self.centred.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"optimal denoiser: x.shape={tuple(x.shape)} does not fit data of {self.centred.shape[1]} values a row"
             )
         flat = x.detach().reshape(len(x), self.centred.shape[1]).to(self.centred) - self.mean_image
         if not bool(torch.isfinite(flat).all()):
-            raise ValueError("optimal denoiser: x holds NaN or infinite values")
+            raise UserError("optimal denoiser: x holds NaN or infinite values")
         return flat
 
     def _chunks(self, count: int) -> Iterator[slice]:

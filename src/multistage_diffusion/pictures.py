@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .errors import UserError
 from .serialization import write_atomic
 
 CELL = 64  # default side of a grid's cells: small images are enlarged up to this many pixels
@@ -34,7 +35,7 @@ def grid(images: Tensor, columns: int | None = None, scale: int | None = None, p
         An image of mode "L" or "RGB"; unused cells at the end are line grey.
 
     Raises:
-        ValueError: for another type or shape, or columns or scale below 1, or pad below 0.
+        UserError: for another type or shape, or columns or scale below 1, or pad below 0.
     """
     _check(images)
     count, channels, height, width = images.shape
@@ -42,7 +43,7 @@ def grid(images: Tensor, columns: int | None = None, scale: int | None = None, p
     scale = max(1, CELL // max(height, width)) if scale is None else scale
     for name, value, least in (("columns", columns, 1), ("scale", scale, 1), ("pad", pad, 0)):
         if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+            raise UserError(f"{name}={value} must be at least {least}")
     rows = math.ceil(count / columns)
     step_y, step_x = height * scale + pad, width * scale + pad
     canvas = torch.full((channels, rows * step_y + pad, columns * step_x + pad), LINE, dtype=torch.uint8)
@@ -71,13 +72,13 @@ def save_folder(images: Tensor, folder: Path, start: int = 0, overwrite: bool = 
         The files' paths, in order.
 
     Raises:
-        ValueError: if one of the files is there already (nothing is written then), or for another type or shape.
+        UserError: if one of the files is there already (nothing is written then), or for another type or shape.
     """
     _check(images)
     paths = [folder / f"{start + i:06d}.png" for i in range(len(images))]
     taken = [] if overwrite else [path for path in paths if path.exists()]
     if taken:
-        raise ValueError(f"{taken[0]}: exists ({len(taken)} such files); choose another folder or ask to overwrite")
+        raise UserError(f"{taken[0]}: exists ({len(taken)} such files); choose another folder or ask to overwrite")
     for path, image in zip(paths, images.cpu(), strict=True):
         save_png(_to_pil(image), path)
     return paths
@@ -128,6 +129,6 @@ def _to_pil(image: Tensor) -> Image.Image:
 
 def _check(images: Tensor) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.numel() == 0 or images.shape[1] not in (1, 3):
-        raise ValueError(
+        raise UserError(
             f"images: expected uint8 (N, C, H, W) with C = 1 or 3, got {images.dtype} {tuple(images.shape)}"
         )

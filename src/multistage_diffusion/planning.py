@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .config import NetworkConfig
+from .errors import UserError
 from .nets.cost import network_cost
 from .network_config import LDM_GROUPS
 
@@ -68,7 +69,7 @@ def _alone(network: NetworkConfig, stage: int, width: int) -> NetworkConfig | No
             decoder_attention=None if attention is None else (attention[stage],),
             attention_shares=None if shares is None else (shares[stage],),
         )
-    except ValueError:
+    except UserError:
         return None
 
 
@@ -114,12 +115,12 @@ def probe_widths(network: NetworkConfig) -> tuple[int, int]:
     """Return the (narrow, wide) decoder widths to be compared: the base's largest, and the valid one nearest to its half.
 
     Raises:
-        ValueError: if no two are valid for every stage.
+        UserError: if no two are valid for every stage.
     """
     largest, stages = max(network.decoder_widths), range(len(network.decoder_widths))
     valid = [w for w in range(2, largest + 1) if all(_alone(network, k, w) is not None for k in stages)]
     if len(valid) < 2:
-        raise ValueError(
+        raise UserError(
             f"network.decoder_widths={list(network.decoder_widths)}: a plan compares two widths, but up to {largest} no two "
             "are valid; give a larger one"
         )
@@ -232,7 +233,7 @@ class Budget:
         options: widths of each stage.
 
     Raises:
-        ValueError: if no combination of the options is within TOLERANCE of it, naming the nearest budgets that would do.
+        UserError: if no combination of the options is within TOLERANCE of it, naming the nearest budgets that would do.
     """
 
     flops: float
@@ -253,7 +254,7 @@ class Budget:
             return
         found = nearest_costs(self.options, self.shares, self.flops - self.encoder)
         near = " and ".join(f"{(cost + self.encoder) / 1e6:.4g}" for cost in found if cost is not None)
-        raise ValueError(
+        raise UserError(
             f"budget={self.flops / 1e6:.4g} MFLOPs: no valid decoder widths come within {TOLERANCE:.0%} of it beside an encoder "
             f"of {self.encoder / 1e6:.4g} MFLOPs; the nearest budgets that can be met: {near} MFLOPs"
         )

@@ -16,6 +16,7 @@ from .config import (
     SamplingConfig,
     TrainingConfig,
 )
+from .errors import UserError
 from .paper_presets import PAPER_PRESETS, vp_stages
 from .schedules import LogNormal
 
@@ -138,10 +139,10 @@ def preset(name: str) -> RunConfig:
     """Return a preset by name.
 
     Raises:
-        ValueError: if there is none of that name, listing those there are.
+        UserError: if there is none of that name, listing those there are.
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(PRESETS)}"
-        raise ValueError(f"preset {name!r} is unknown; {hint}")
+        raise UserError(f"preset {name!r} is unknown; {hint}")
     return PRESETS[name]()

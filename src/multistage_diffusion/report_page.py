@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from .config import RunConfig
+from .errors import UserError
 from .pages import INK, chart, colour, escape, facts, note, page, picture, table, tidy
 from .pictures import data_uri, grid
 from .serialization import read_json, read_lines, to_dict, write_atomic
@@ -64,7 +65,7 @@ class Neighbours:
 
     def __post_init__(self) -> None:
         if self.samples.shape != self.nearest.shape or len(self.distances) != len(self.samples):
-            raise ValueError(
+            raise UserError(
                 f"neighbours: {tuple(self.samples.shape)} samples, {tuple(self.nearest.shape)} nearest images and "
                 f"{len(self.distances)} distances; give as many of each"
             )
@@ -94,7 +95,7 @@ def write_report(
         evaluation: evaluation results (dataclasses or plain dictionaries); default: those of RUN/evaluation.json.
 
     Raises:
-        ValueError: for images of another type or shape, or a file of the run that cannot be read.
+        UserError: for images of another type or shape, or a file of the run that cannot be read.
     """
     if evaluation is None:
         evaluation = read_json(run / "evaluation.json") if (run / "evaluation.json").exists() else []
@@ -292,7 +293,7 @@ def _metrics(result: Record) -> str:
             f"{result['preprocessing']}. Real: training images in the samples' place; for memorised, held-out images."
         )
     except KeyError as error:
-        raise ValueError(f"evaluation: result without {error}; evaluate the run again") from None
+        raise UserError(f"evaluation: result without {error}; evaluate the run again") from None
 
 
 def _comparison(result: Record) -> str:

@@ -12,6 +12,7 @@ from .config import SamplingConfig
 from .contracts import Conditioning, Denoiser
 from .data import to_uint8
 from .distributed import ALONE, World
+from .errors import UserError
 from .guidance import Guided
 from .samplers import make_plan, sample, start_noise, step_noise
 from .schedules import NoiseSchedule
@@ -58,11 +59,11 @@ def sample_images(
         uint8 images (count, C, H, W) on the CPU.
 
     Raises:
-        ValueError: if count or batch is not positive, the sampler's settings do not fit, or config.guidance is not 1 and
+        UserError: if count or batch is not positive, the sampler's settings do not fit, or config.guidance is not 1 and
             there are no labels.
     """
     if count < 1 or batch < 1:
-        raise ValueError(f"count={count} and batch={batch} must be positive")
+        raise UserError(f"count={count} and batch={batch} must be positive")
     plan, guided = make_plan(config, schedule), Guided(denoiser, config.guidance)
     images, share, device = [], world.share(count), torch.device(device)
     written: list[Future[object]] = []

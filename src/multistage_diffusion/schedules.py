@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .contracts import as_float64
+from .errors import UserError
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -66,7 +67,7 @@ class NoiseSchedule(ABC):
 
     def _check_range(self) -> None:
         if not 0 <= self.t_min < self.t_max < math.inf:
-            raise ValueError(f"{self.kind} schedule: need 0 <= t_min={self.t_min} < t_max={self.t_max} < inf")
+            raise UserError(f"{self.kind} schedule: need 0 <= t_min={self.t_min} < t_max={self.t_max} < inf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class VP(NoiseSchedule):
     def __post_init__(self) -> None:
         self._check_range()
         if not (self.beta_d >= 0 and self.beta_min >= 0 and 0 < self.beta_d + self.beta_min < math.inf):
-            raise ValueError(f"vp schedule: beta_d={self.beta_d}, beta_min={self.beta_min} must be >= 0, not both zero")
+            raise UserError(f"vp schedule: beta_d={self.beta_d}, beta_min={self.beta_min} must be >= 0, not both zero")
 
     def sigma(self, t: float | Tensor) -> Tensor:
         """Return sqrt(expm1(beta_d t²/2 + beta_min t))."""
@@ -117,7 +118,7 @@ class VE(NoiseSchedule):
     def __post_init__(self) -> None:
         self._check_range()
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(f"ve schedule: need 0 < sigma_min={self.sigma_min} < sigma_max={self.sigma_max} < inf")
+            raise UserError(f"ve schedule: need 0 < sigma_min={self.sigma_min} < sigma_max={self.sigma_max} < inf")
 
     def sigma(self, t: float | Tensor) -> Tensor:
         """Return sigma_min (sigma_max / sigma_min)^t."""
@@ -158,7 +159,7 @@ class RectifiedFlow(NoiseSchedule):
 
     def __post_init__(self) -> None:
         if not (0 < self.sigma_max < math.inf):
-            raise ValueError(f"rectified-flow schedule: sigma_max={self.sigma_max} must be positive and finite")
+            raise UserError(f"rectified-flow schedule: sigma_max={self.sigma_max} must be positive and finite")
         self._check_range()
 
     @property
@@ -198,13 +199,11 @@ class Discrete(NoiseSchedule):
 
     def __post_init__(self) -> None:
         if self.steps < 2:
-            raise ValueError(f"discrete schedule: steps={self.steps} must be at least 2")
+            raise UserError(f"discrete schedule: steps={self.steps} must be at least 2")
         if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(
-                f"discrete schedule: need 0 < beta_start={self.beta_start} <= beta_end={self.beta_end} < 1"
-            )
+            raise UserError(f"discrete schedule: need 0 < beta_start={self.beta_start} <= beta_end={self.beta_end} < 1")
         if self.spacing not in ("sqrt", "linear"):
-            raise ValueError(f"discrete schedule: spacing={self.spacing!r} must be 'sqrt' or 'linear'")
+            raise UserError(f"discrete schedule: spacing={self.spacing!r} must be 'sqrt' or 'linear'")
         self._check_range()
 
     @property
@@ -253,7 +252,7 @@ class Discrete(NoiseSchedule):
     def edge_sigma(self, t: float) -> float:
         """Return the geometric mean of sigma at steps t-1 and t."""
         if not (float(t).is_integer() and 1 <= t <= self.steps - 1):
-            raise ValueError(f"edge {t} of a discrete schedule must be an integer in 1..{self.steps - 1}")
+            raise UserError(f"edge {t} of a discrete schedule must be an integer in 1..{self.steps - 1}")
         return float(torch.exp(self.log_sigmas[int(t) - 1 : int(t) + 1].mean()))
 
     def edge_time(self, sigma: float) -> float:
@@ -286,7 +285,7 @@ class SigmaPrior(ABC):
             sigma, float64, same shape, each in [low, high).
 
         Raises:
-            ValueError: if the interval holds no mass.
+            UserError: if the interval holds no mass.
         """
 
     def sample(self, u: Tensor) -> Tensor:
@@ -311,7 +310,7 @@ class UniformTime(SigmaPrior):
 
     def __post_init__(self) -> None:
         if isinstance(self.schedule, Discrete):
-            raise ValueError("uniform-time prior: schedule 'discrete' has integer steps; use prior 'uniform-steps'")
+            raise UserError("uniform-time prior: schedule 'discrete' has integer steps; use prior 'uniform-steps'")
 
     def _interval(self, low: float, high: float) -> tuple[float, float]:
         s = self.schedule
@@ -366,7 +365,7 @@ class LogNormal(SigmaPrior):
 
     def __post_init__(self) -> None:
         if not (0 < self.p_std < math.inf and math.isfinite(self.p_mean)):
-            raise ValueError(f"log-normal prior: need finite p_mean={self.p_mean} and positive p_std={self.p_std}")
+            raise UserError(f"log-normal prior: need finite p_mean={self.p_mean} and positive p_std={self.p_std}")
 
     def _tail(self, low: float, high: float) -> tuple[float, float, float]:
         """Return the CDF at both edges, mirrored into the lower tail (where it is precise), and the mirror's sign."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .errors import UserError
 from .schedules import PRIORS, SCHEDULES, NoiseSchedule, SigmaPrior
 
 T = TypeVar("T")
@@ -39,20 +40,20 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     """Build a dataclass from plain data.
 
     Raises:
-        ValueError: naming the key and the value, for unknown keys, wrong types and refused values.
+        UserError: naming the key and the value, for unknown keys, wrong types and refused values.
     """
     if not isinstance(data, Mapping):
-        raise ValueError(f"{where or cls.__name__}: expected a mapping, got {data!r}")
+        raise UserError(f"{where or cls.__name__}: expected a mapping, got {data!r}")
     data = dict(data)
     cls = _concrete(cls, data, where)
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
-            raise ValueError(f"{_join(where, key)}: unknown key{_suggest(key, list(fields))}")
+            raise UserError(f"{_join(where, key)}: unknown key{_suggest(key, list(fields))}")
     for name, f in fields.items():
         if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{_join(where, name)} is missing")
+            raise UserError(f"{_join(where, name)} is missing")
     return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in data.items()})
 
 
@@ -69,7 +70,7 @@ def _concrete(cls: type[T], data: dict[str, Any], where: str) -> type[T]:
     kind = data.pop("kind", None)
     if not isinstance(kind, str) or kind not in known:
         fault = " is missing" if kind is None else f"={kind!r} is unknown"
-        raise ValueError(f"{_join(where, 'kind')}{fault}; choose one of {', '.join(known)}")
+        raise UserError(f"{_join(where, 'kind')}{fault}; choose one of {', '.join(known)}")
     return known[kind]
 
 
@@ -92,23 +93,23 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         for option in args:
             try:
                 return _convert(option, value, where)
-            except ValueError as error:
+            except UserError as error:
                 errors.append(str(error).removeprefix(f"{where}={value!r} must be "))
-        raise ValueError(f"{where}={value!r} must be {' or '.join(errors)}")
+        raise UserError(f"{where}={value!r} must be {' or '.join(errors)}")
     if origin is typing.Literal:
         if not any(type(value) is type(arg) and value == arg for arg in args):
-            raise ValueError(f"{where}={value!r} must be one of {', '.join(map(repr, args))}")
+            raise UserError(f"{where}={value!r} must be one of {', '.join(map(repr, args))}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{where}={value!r} must be a list")
+            raise UserError(f"{where}={value!r} must be a list")
         inner = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
         if len(inner) != len(value):
-            raise ValueError(f"{where}={value!r} must have {len(inner)} values")
+            raise UserError(f"{where}={value!r} must have {len(inner)} values")
         return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where}={value!r} must be a mapping")
+            raise UserError(f"{where}={value!r} must be a mapping")
         return dict(value)
     if hint in _FAMILIES or dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
@@ -116,7 +117,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         wanted = "null" if hint is types.NoneType else f"of type {hint.__name__}"
-        raise ValueError(f"{where}={value!r} must be {wanted}")
+        raise UserError(f"{where}={value!r} must be {wanted}")
     return value
 
 
@@ -126,7 +127,7 @@ def override(config: T, changes: Mapping[str, Any]) -> T:
     A new `kind` of schedule or prior starts from that kind's defaults; other keys may change it in the same call.
 
     Raises:
-        ValueError: for keys that do not exist and values of the wrong type.
+        UserError: for keys that do not exist and values of the wrong type.
     """
     data = to_dict(config)
     for dotted, value in sorted(changes.items(), key=lambda change: not change[0].endswith(".kind")):
@@ -134,10 +135,10 @@ def override(config: T, changes: Mapping[str, Any]) -> T:
         for depth, part in enumerate(parents):
             if not isinstance(node.get(part), dict):
                 fault = "has no keys" if part in node else f"is an unknown key{_suggest(part, list(node))}"
-                raise ValueError(f"{dotted}: {'.'.join(parents[: depth + 1])} {fault}")
+                raise UserError(f"{dotted}: {'.'.join(parents[: depth + 1])} {fault}")
             node = node[part]
         if last not in node and "kind" not in node:
-            raise ValueError(f"{dotted}: unknown key{_suggest(last, list(node))}")
+            raise UserError(f"{dotted}: unknown key{_suggest(last, list(node))}")
         if last == "kind" and node["kind"] != value and node["kind"] in {**SCHEDULES, **PRIORS}:
             node.clear()
         node[last] = to_dict(value)
@@ -174,7 +175,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically.
 
     Raises:
-        ValueError: for a NaN or an infinity, naming its key: JSON has neither. Nothing is written then.
+        UserError: for a NaN or an infinity, naming its key: JSON has neither. Nothing is written then.
     """
     data = to_dict(value)
     _require_finite(data, path)
@@ -183,7 +184,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _require_finite(data: Any, path: Path, where: str = "") -> None:
     if isinstance(data, float) and not math.isfinite(data):
-        raise ValueError(f"{path}: {where}={data} cannot be written as JSON; use null")
+        raise UserError(f"{path}: {where}={data} cannot be written as JSON; use null")
     children = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     for key, value in children:
         _require_finite(value, path, _join(where, key))
@@ -193,16 +194,16 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        ValueError: if the file cannot be read or is not JSON, naming it.
+        UserError: if the file cannot be read or is not JSON, naming it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 def append_line(path: Path, record: Any) -> None:
@@ -217,7 +218,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object a line; a missing file is empty, a last line torn by a kill is ignored.
 
     Raises:
-        ValueError: if another line is not JSON, naming it.
+        UserError: if another line is not JSON, naming it.
     """
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     records = []
@@ -226,5 +227,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
+                raise UserError(f"{path}: line {number} is not JSON ({error})") from None
     return records

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -21,7 +23,7 @@ class Stages:
         origin: where the edges come from (data range, time measure, rule, kernel, fingerprint), or empty.
 
     Raises:
-        ValueError: if the edges are not finite, positive and strictly ascending.
+        UserError: if the edges are not finite, positive and strictly ascending.
     """
 
     interior: tuple[float, ...] = ()
@@ -31,7 +33,7 @@ class Stages:
         object.__setattr__(self, "interior", tuple(float(e) for e in self.interior))
         edges = self.edges
         if any(math.isnan(e) for e in edges) or any(a >= b for a, b in itertools.pairwise(edges)):
-            raise ValueError(
+            raise UserError(
                 f"stages: edges {list(self.interior)} must be positive, finite and strictly ascending in sigma"
             )
 
@@ -46,7 +48,7 @@ class Stages:
     def interval(self, stage: int) -> tuple[float, float]:
         """Return [low, high) of a stage index."""
         if not 0 <= stage < len(self):
-            raise ValueError(f"stages: stage index {stage} must be in 0..{len(self) - 1}")
+            raise UserError(f"stages: stage index {stage} must be in 0..{len(self) - 1}")
         return self.edges[stage], self.edges[stage + 1]
 
     def index(self, sigma: Tensor) -> Tensor:
@@ -59,15 +61,15 @@ class Stages:
             int64 (B,), 0 for the lowest noise.
 
         Raises:
-            ValueError: if a sigma is NaN or negative.
+            UserError: if a sigma is NaN or negative.
         """
         if not bool((sigma >= 0).all()):
-            raise ValueError("stages: sigma must be >= 0 and not NaN")
+            raise UserError("stages: sigma must be >= 0 and not NaN")
         edges = torch.tensor(self.interior, dtype=torch.float64, device=sigma.device)
         return torch.bucketize(sigma.to(torch.float64), edges, right=True)
 
     def index_of(self, sigma: float) -> int:
         """Return the stage index of one sigma."""
         if not sigma >= 0:
-            raise ValueError(f"stages: sigma={sigma} must be >= 0 and not NaN")
+            raise UserError(f"stages: sigma={sigma} must be >= 0 and not NaN")
         return bisect.bisect_right(self.interior, sigma)

@@ -13,6 +13,7 @@ from tyro.conf import Positional
 from ..codec_training import CodecSettings
 from ..config import DataConfig
 from ..console import Bar
+from ..errors import UserError
 from ..workflow.coding import train_codec
 from .options import DataOptions, Device, option, print_json
 
@@ -64,7 +65,7 @@ class TrainCodec(DataOptions):
     def run(self) -> None:
         """Run the command."""
         if self.resume and self.replace:
-            raise ValueError("--resume and --replace exclude each other: go on with the codec in OUT, or start it anew")
+            raise UserError("--resume and --replace exclude each other: go on with the codec in OUT, or start it anew")
         settings = CodecSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(CodecSettings)})
         with Bar("training", "steps") as bar:
             record = train_codec(

@@ -13,6 +13,7 @@ from tyro.conf import Positional
 from ..config import DataConfig
 from ..console import Bar
 from ..distributed import speaks
+from ..errors import UserError
 from ..evaluation import ComparisonResult, EvaluationResult
 from ..serialization import to_dict
 from ..training.run import Run
@@ -68,7 +69,7 @@ class Evaluate(SamplerOptions, DataOptions):
         run = Run.open(self.run_folder)
         config, given = run.config(), self.given()
         if given and self.data is None:
-            raise ValueError(
+            raise UserError(
                 f"--{next(iter(given)).replace('_', '-')} needs --data: the run's own data are read as before"
             )
         data = None
@@ -128,7 +129,7 @@ class Stats(DataOptions):
     def run(self) -> None:
         """Run the command."""
         if self.out.suffix != ".npz":
-            raise ValueError(f"--out {self.out}: statistics are an .npz file; name it {self.out.with_suffix('.npz')}")
+            raise UserError(f"--out {self.out}: statistics are an .npz file; name it {self.out.with_suffix('.npz')}")
         check_out(self.out, self.overwrite)
         config = DataConfig(source=self.data, **self.given())
         with Bar("extracting", "images") as bar:

@@ -12,6 +12,7 @@ from ..config import RunConfig
 from ..console import Bar, TrainingProgress
 from ..demo import demo
 from ..description import describe, description_table
+from ..errors import UserError
 from ..presets import PRESETS, preset
 from ..serialization import to_dict, write_atomic
 from ..training.run import Run
@@ -43,7 +44,7 @@ class Describe(SamplerOptions):
         """Run the command."""
         if self.out is not None:
             if self.out.suffix not in (".png", ".svg"):
-                raise ValueError(f"--out {self.out}: must end in .png or .svg")
+                raise UserError(f"--out {self.out}: must end in .png or .svg")
             check_out(self.out, self.overwrite)
         config = self.config()
         described = describe(config, self.sampling_config(config.sampling))
@@ -65,7 +66,7 @@ class Describe(SamplerOptions):
             return Run.open(path).config()
         if self.what in PRESETS:
             return preset(self.what)
-        raise ValueError(f"{self.what}: neither a run's folder nor a preset (msdiff presets lists them)")
+        raise UserError(f"{self.what}: neither a run's folder nor a preset (msdiff presets lists them)")
 
 
 @dataclass(kw_only=True)

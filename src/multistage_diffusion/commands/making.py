@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from ..console import Bar, TrainingProgress, console
 from ..distributed import speaks
+from ..errors import UserError
 from ..pictures import folder_of_images, grid, save_npz, save_png
 from ..presets import preset
 from ..serialization import override, to_dict
@@ -109,7 +110,7 @@ class Train(DataOptions):
         """Resume a run."""
         for name in ("preset", "config", "stages", "init_from", "out", "replace"):
             if getattr(self, name):
-                raise ValueError(
+                raise UserError(
                     f"--{name.replace('_', '-')} does not go with --resume: a run keeps its own; start a new run instead"
                 )
         assert self.resume is not None
@@ -120,12 +121,12 @@ class Train(DataOptions):
     def start(self, changes: dict[str, Any], callbacks: Sequence[Callback], bar: Bar) -> Run:
         """Start a run."""
         if (self.preset is None) == (self.config is None):
-            raise ValueError("give one of --preset NAME, --config FILE or --resume RUN")
+            raise UserError("give one of --preset NAME, --config FILE or --resume RUN")
         if self.out is None:
-            raise ValueError("--out is missing: name the new run's folder (or --resume RUN)")
+            raise UserError("--out is missing: name the new run's folder (or --resume RUN)")
         base = load_config(self.config) if self.config is not None else preset(self.preset or "")
         if self.stages is not None and any(key.startswith("stages.") for key in changes):
-            raise ValueError("--stages FILE and --set stages.... both name the stages; give one of them")
+            raise UserError("--stages FILE and --set stages.... both name the stages; give one of them")
         result = None if self.stages is None else SplitResult.load(self.stages)
         if result is not None:  # together with decoder widths for as many stages
             changes = {"stages": result.stages(), **changes}
@@ -187,7 +188,7 @@ class Sample(SamplerOptions):
         suffix = self.out.suffix.lower()
         folder = suffix not in (".png", ".npz")
         if suffix in (".jpg", ".jpeg", ".webp", ".gif", ".npy", ".zip"):
-            raise ValueError(f"--out {self.out}: samples are written as a .png grid, an .npz array or a folder of PNGs")
+            raise UserError(f"--out {self.out}: samples are written as a .png grid, an .npz array or a folder of PNGs")
         check_out(self.out, self.overwrite, folder=folder)
         sampling = self.sampling_config(run.config().sampling)
         written = folder_of_images(self.out) if folder and speaks() else nullcontext()

@@ -15,6 +15,7 @@ import tyro
 import yaml
 
 from ..config import RunConfig, SamplingConfig
+from ..errors import UserError
 from ..serialization import from_dict, read_json
 
 
@@ -84,33 +85,33 @@ def check_out(path: Path, overwrite: bool, *, folder: bool = False) -> None:
     """See, before the work is done, that its result can be written.
 
     Raises:
-        ValueError: if path exists and may not be replaced, or lies where nothing can be written.
+        UserError: if path exists and may not be replaced, or lies where nothing can be written.
     """
     if path.exists():
         if not overwrite:
-            raise ValueError(f"--out {path}: exists; choose another name or give --overwrite")
+            raise UserError(f"--out {path}: exists; choose another name or give --overwrite")
         if path.is_dir() != folder:
-            raise ValueError(f"--out {path}: is a {'file' if folder else 'folder'}; choose another name")
+            raise UserError(f"--out {path}: is a {'file' if folder else 'folder'}; choose another name")
     above = next(p for p in path.absolute().parents if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"--out {path}: nothing can be written in {above}; choose another place")
+        raise UserError(f"--out {path}: nothing can be written in {above}; choose another place")
 
 
 def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
     """Return {"optimizer.lr": 1e-4} from ["optimizer.lr=1e-4"].
 
     Raises:
-        ValueError: if a setting is not KEY=VALUE with a YAML value.
+        UserError: if a setting is not KEY=VALUE with a YAML value.
     """
     changes = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
-            raise ValueError(f"--set {setting}: must be KEY=VALUE, e.g. optimizer.lr=1e-4")
+            raise UserError(f"--set {setting}: must be KEY=VALUE, e.g. optimizer.lr=1e-4")
         try:
             changes[key] = plain_numbers(yaml.safe_load(value))
         except yaml.YAMLError:
-            raise ValueError(f"--set {setting}: {value!r} is not a YAML value") from None
+            raise UserError(f"--set {setting}: {value!r} is not a YAML value") from None
     return changes
 
 
@@ -129,7 +130,7 @@ def load_config(path: Path) -> RunConfig:
     """Read a run configuration from JSON or YAML.
 
     Raises:
-        ValueError: naming the file, the key and the value.
+        UserError: naming the file, the key and the value.
     """
     if path.suffix not in (".yaml", ".yml"):
         data = read_json(path)
@@ -138,11 +139,11 @@ def load_config(path: Path) -> RunConfig:
             data = plain_numbers(yaml.safe_load(path.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             reason = error.strerror if isinstance(error, OSError) else f"not valid YAML: {error}"
-            raise ValueError(f"{path}: {reason}") from None
+            raise UserError(f"{path}: {reason}") from None
     try:
         return from_dict(RunConfig, data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def print_json(value: Any) -> None:

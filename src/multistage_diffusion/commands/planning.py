@@ -11,6 +11,7 @@ from tyro.conf import Positional
 
 from ..config import RunConfig
 from ..console import Bar
+from ..errors import UserError
 from ..planning import PlannedStage
 from ..presets import PRESETS, preset
 from ..serialization import override
@@ -61,11 +62,11 @@ class Plan(DataOptions):
     def run(self) -> None:
         """Run the command."""
         if self.out.suffix != ".json":
-            raise ValueError(f"--out {self.out}: a plan is JSON; name it {self.out.with_suffix('.json')}")
+            raise UserError(f"--out {self.out}: a plan is JSON; name it {self.out.with_suffix('.json')}")
         for path in (self.out, explained_file(self.out)):
             check_out(path, self.overwrite)
         if self.split is not None and self.stages is not None:
-            raise ValueError("--split FILE and --stages N both say how many stages there are; give one of them")
+            raise UserError("--split FILE and --stages N both say how many stages there are; give one of them")
         changes = {f"data.{name}": value for name, value in self.given().items()} | parse_changes(self.set)
         base = override(self.base(), {"data.source": self.data, **changes})
         planned = plan(
@@ -87,14 +88,12 @@ class Plan(DataOptions):
     def base(self) -> RunConfig:
         """Return the configuration that the plan starts from."""
         if self.preset is not None and self.config is not None:
-            raise ValueError("--preset NAME and --config FILE both say what to start from; give one of them")
+            raise UserError("--preset NAME and --config FILE both say what to start from; give one of them")
         if self.config is not None:
             return load_config(self.config)
         name = self.preset or self.data.partition(":")[0]
         if self.preset is None and name not in PRESETS:
-            raise ValueError(
-                f"{self.data}: has no preset of its own; give --preset NAME or --config FILE to start from"
-            )
+            raise UserError(f"{self.data}: has no preset of its own; give --preset NAME or --config FILE to start from")
         return preset(name)
 
 

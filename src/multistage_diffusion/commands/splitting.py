@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 from ..config import CodecConfig, DataConfig
 from ..console import Bar
+from ..errors import UserError
 from ..schedules import SCHEDULES
 from ..splitting import Ranks, SplitResult, SplitSettings
 from ..workflow import split, split_run
@@ -84,13 +85,13 @@ class Split(DataOptions):
         settings = SplitSettings(**{name: getattr(self, name) for name in names if hasattr(self, name)})
         picture = self.out.with_suffix(".png")
         if self.out == picture:
-            raise ValueError(f"--out {self.out}: the result is JSON; name it {self.out.with_suffix('.json')}")
+            raise UserError(f"--out {self.out}: the result is JSON; name it {self.out.with_suffix('.json')}")
         for path in (self.out, picture):
             check_out(path, self.overwrite)
         if (self.trained is None) == (self.algorithm == "gradient"):
-            raise ValueError("--algorithm gradient and --run RUN go together; give both or neither")
+            raise UserError("--algorithm gradient and --run RUN go together; give both or neither")
         if bool(self.data) == (self.trained is not None):
-            raise ValueError(
+            raise UserError(
                 "Missing from msdiff split: DATA, the images"
                 if not self.data
                 else "DATA: the run knows its own; leave it out"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import UserError
 from .dataset import ImageData
 
 _IMAGE_KEYS = ("images", "arr_0")
@@ -24,7 +25,7 @@ def open_array(path: Path) -> ImageData:
     numbers (N,) as `labels`, `label` or `arr_1`. Nothing pickled is ever loaded.
 
     Raises:
-        ValueError: naming the file, for anything else.
+        UserError: naming the file, for anything else.
     """
     arrays = _read(path)
     images = _channels_first(_checked_pixels(arrays["images"], path), path)
@@ -41,7 +42,7 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
             return _pick(loaded)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot be read as plain NumPy arrays ({reason}); save uint8 images with np.save or np.savez"
         ) from None
 
@@ -50,7 +51,7 @@ def _pick(file: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
     images = [key for key in _IMAGE_KEYS if key in file]
     labels = [key for key in _LABEL_KEYS if key in file]
     if not images:
-        raise ValueError(f"no key {' or '.join(_IMAGE_KEYS)} among {', '.join(file)}")
+        raise UserError(f"no key {' or '.join(_IMAGE_KEYS)} among {', '.join(file)}")
     return {"images": file[images[0]], **({"labels": file[labels[0]]} if labels else {})}
 
 
@@ -64,23 +65,23 @@ def _checked_pixels(images: npt.NDArray[Any], path: Path) -> npt.NDArray[np.uint
         formula = "np.round(x * 255)" if low >= 0 else "np.round((x + 1) * 127.5)"
         where = f"in about [{low:.3g}, {float(part.max()):.3g}]"
         mend = f"values {where}; convert them, e.g. {formula}.astype(np.uint8) for [{0 if low >= 0 else -1}, 1]"
-    raise ValueError(f"{path}: images are {images.dtype}, not uint8: {mend}")
+    raise UserError(f"{path}: images are {images.dtype}, not uint8: {mend}")
 
 
 def _channels_first(images: npt.NDArray[np.uint8], path: Path) -> npt.NDArray[np.uint8]:
     shape = images.shape
     if images.size == 0 or images.ndim not in (3, 4):
-        raise ValueError(f"{path}: images of shape {shape}; give (N, H, W), (N, H, W, C) or (N, C, H, W), none zero")
+        raise UserError(f"{path}: images of shape {shape}; give (N, H, W), (N, H, W, C) or (N, C, H, W), none zero")
     if images.ndim == 3:
         return images[:, None]
     first, last = shape[1] in (1, 3), shape[3] in (1, 3)
     if first and last:
-        raise ValueError(
+        raise UserError(
             f"{path}: images of shape {shape} could be (N, C, H, W) or (N, H, W, C); save grey images as (N, H, W), "
             "colour ones as PNG files"
         )
     if not first and not last:
-        raise ValueError(
+        raise UserError(
             f"{path}: images of shape {shape} have neither 1 nor 3 channels, first or last; "
             f"{'drop the alpha channel' if 4 in (shape[1], shape[3]) else 'convert them to grey or RGB'}"
         )

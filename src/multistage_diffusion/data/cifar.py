@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import UserError
 from .dataset import ImageData
 from .decoding import one_line
 
@@ -33,10 +34,10 @@ def open_cifar10(path: Path | None) -> ImageData:
             cifar-10-binary.tar.gz as downloaded, which is not unpacked to disk. None is an error that says so.
 
     Raises:
-        ValueError: if it is the Python version, if files are missing (saying where they come from) or damaged.
+        UserError: if it is the Python version, if files are missing (saying where they come from) or damaged.
     """
     if path is None:
-        raise ValueError(f"data.source='cifar10': needs its files; {_mend()}")
+        raise UserError(f"data.source='cifar10': needs its files; {_mend()}")
     images = np.empty((len(BATCHES) * RECORDS, *PIXELS), np.uint8)
     labels = np.empty(len(images), np.int64)
     class_names: tuple[str, ...] = ()
@@ -50,21 +51,21 @@ def open_cifar10(path: Path | None) -> ImageData:
         rows = slice(start, start + RECORDS)
         images[rows], labels[rows] = _records(content, f"{path}: {name}")
     if missing:
-        raise ValueError(f"{path}: no {', '.join(sorted(missing))}; {_mend()}")
+        raise UserError(f"{path}: no {', '.join(sorted(missing))}; {_mend()}")
     if len(class_names) != 10:
-        raise ValueError(f"{path}: {META} names {len(class_names)} classes instead of 10; fetch the archive again")
+        raise UserError(f"{path}: {META} names {len(class_names)} classes instead of 10; fetch the archive again")
     return ImageData(images, labels, f"cifar10:{path}", class_names)
 
 
 def _records(content: bytes, where: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Return the images and labels of a file."""
     if len(content) != RECORDS * RECORD:
-        raise ValueError(f"{where} holds {len(content)} bytes instead of {RECORDS} x {RECORD}; fetch the archive again")
+        raise UserError(f"{where} holds {len(content)} bytes instead of {RECORDS} x {RECORD}; fetch the archive again")
     rows = np.frombuffer(content, np.uint8).reshape(RECORDS, RECORD)
     labels = rows[:, 0]
     if labels.max() > 9:
         row = int(np.argmax(labels > 9))
-        raise ValueError(f"{where}: image {row} has label {labels[row]}, above 9; fetch the archive again")
+        raise UserError(f"{where}: image {row} has label {labels[row]}, above 9; fetch the archive again")
     return rows[:, 1:].reshape(RECORDS, *PIXELS), labels
 
 
@@ -78,7 +79,7 @@ def _in_folder(path: Path) -> Iterator[tuple[str, bytes]]:
         try:
             yield name, (folder / name).read_bytes()
         except OSError as error:
-            raise ValueError(f"{folder / name}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{folder / name}: cannot be read ({error.strerror})") from None
 
 
 def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -93,12 +94,12 @@ def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
                     continue
                 limit = _META_BYTES if name == META else RECORDS * RECORD
                 if member.size > limit:
-                    raise ValueError(f"{path}: {name} holds {member.size} bytes, more than {limit}; {_mend()}")
+                    raise UserError(f"{path}: {name} holds {member.size} bytes, more than {limit}; {_mend()}")
                 file = archive.extractfile(member)
                 assert file is not None
                 yield name, file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a readable archive ({one_line(error)}); {_mend()}") from None
+        raise UserError(f"{path}: not a readable archive ({one_line(error)}); {_mend()}") from None
 
 
 def _python_version(path: Path) -> ValueError:

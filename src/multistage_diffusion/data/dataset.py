@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 _CHUNK_BYTES = 1 << 24
 _MAX_CLASSES = 1 << 16
 
@@ -29,7 +31,7 @@ class ImageData:
         content: (height, width) of the centred part that is image, where all were padded from one size; else None.
 
     Raises:
-        ValueError: for pixels or labels of another type, shape or range.
+        UserError: for pixels or labels of another type, shape or range.
     """
 
     images: npt.NDArray[np.uint8]
@@ -40,19 +42,19 @@ class ImageData:
 
     def __post_init__(self) -> None:
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: images must be uint8 (N, C, H, W), not {self.images.dtype} of shape {self.images.shape}"
             )
         if self.labels is None:
             if self.class_names:
-                raise ValueError(f"{self.name}: class_names={self.class_names} without labels; give labels too")
+                raise UserError(f"{self.name}: class_names={self.class_names} without labels; give labels too")
             return
         object.__setattr__(self, "labels", _checked_labels(self.labels, len(self.images), self.name))
         largest = int(self.labels.max(initial=-1))
         if not self.class_names:
             object.__setattr__(self, "class_names", tuple(str(label) for label in range(largest + 1)))
         if largest >= len(self.class_names):
-            raise ValueError(f"{self.name}: label {largest} has no name among the {len(self.class_names)} class_names")
+            raise UserError(f"{self.name}: label {largest} has no name among the {len(self.class_names)} class_names")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -101,16 +103,16 @@ class ImageData:
             held_out: the expected share held out, in [0, 1); 0 holds nothing out.
 
         Raises:
-            ValueError: if held_out is out of range, or positive and one side is empty.
+            UserError: if held_out is out of range, or positive and one side is empty.
         """
         if not 0 <= held_out < 1:
-            raise ValueError(f"data.held_out={held_out} must be in [0, 1)")
+            raise UserError(f"data.held_out={held_out} must be in [0, 1)")
         if held_out == 0:
             return self, self.subset([])
         below = np.array([_position(image) < held_out for image in self.images], dtype=bool)
         if below.all() or not below.any():
             side = "training" if len(self) and below.all() else "held-out"
-            raise ValueError(
+            raise UserError(
                 f"data.held_out={held_out} leaves no {side} images among the {len(self)} of {self.name}; use another "
                 f"share or 0, or more images"
             )
@@ -119,14 +121,14 @@ class ImageData:
 
 def _checked_labels(labels: npt.NDArray[np.int64], count: int, name: str) -> npt.NDArray[np.int64]:
     if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
-        raise ValueError(
+        raise UserError(
             f"{name}: labels must be whole numbers of shape (N,), not {labels.dtype} of shape {labels.shape}"
         )
     if len(labels) != count:
-        raise ValueError(f"{name}: {len(labels)} labels for {count} images; give one per image")
+        raise UserError(f"{name}: {len(labels)} labels for {count} images; give one per image")
     if count and not 0 <= labels.min() <= labels.max() < _MAX_CLASSES:
         wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise ValueError(f"{name}: label {wrong} is not in 0..{_MAX_CLASSES - 1}; number the classes from 0")
+        raise UserError(f"{name}: label {wrong} is not in 0..{_MAX_CLASSES - 1}; number the classes from 0")
     return labels.astype(np.int64, copy=False)
 
 
@@ -140,7 +142,7 @@ def to_float(images: Tensor | npt.NDArray[np.uint8]) -> Tensor:
     """Map uint8 pixels 0..255 to float32 in [-1, 1] (x / 127.5 - 1), same shape; a tensor stays on its device."""
     pixels = images if isinstance(images, Tensor) else torch.tensor(np.asarray(images))
     if pixels.dtype != torch.uint8:
-        raise ValueError(f"to_float: images must be uint8, not {pixels.dtype}")
+        raise UserError(f"to_float: images must be uint8, not {pixels.dtype}")
     return pixels.to(torch.float32) / 127.5 - 1.0
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from ..errors import UserError
 from .fitting import Fit, fit_image, padded_content, reachable, wrong_size
 
 Progress = Callable[[int, int], None]
@@ -58,7 +59,7 @@ def decode_all(
         progress: called with (files read, files in all).
 
     Raises:
-        ValueError: naming the file, for images that are unreadable, unequal or not to be brought to size.
+        UserError: naming the file, for images that are unreadable, unequal or not to be brought to size.
     """
 
     def load(number: int) -> tuple[Pixels, Size] | str:
@@ -83,7 +84,7 @@ def decode_all(
                 if isinstance(result, str):
                     bad.append(f"{names[number]} ({result})")
                     if not skip_bad:
-                        raise ValueError(
+                        raise UserError(
                             f"{source}: {names[number]} cannot be read ({result}); mend or remove it, or go on without "
                             f"such files with --skip-bad"
                         )
@@ -94,7 +95,7 @@ def decode_all(
             if progress is not None:
                 progress(block.stop, len(names))
     if not loaded:
-        raise ValueError(f"{source}: none of its {len(names)} images can be read; the first is {bad[0]}")
+        raise UserError(f"{source}: none of its {len(names)} images can be read; the first is {bad[0]}")
     if bad:
         warnings.warn(f"{source}: skipped {len(bad)} of {len(names)} images; the first is {bad[0]}", stacklevel=4)
     kept = np.array(list(loaded), np.int64)
@@ -125,7 +126,7 @@ def _check_size(source: str, name: str, found: Size, size: Size | None, fit: Fit
         return
     if len(sizes) > 1:
         (h0, w0), first = next(iter(sizes.items()))
-        raise ValueError(
+        raise UserError(
             f"{source}: images differ in size: {first} is {h0}x{w0} but {name} is {found[0]}x{found[1]} (height x "
             f"width); add --size H W --fit crop (or --fit resize, or --fit pad)"
         )

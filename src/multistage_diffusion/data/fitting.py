@@ -49,7 +49,7 @@ def fit_array(
     """Bring images (N, C, H, W), C = 1 or 3, to size; returned as they are (memory maps too) where the size agrees.
 
     Raises:
-        ValueError: if fit is "exact" and the size differs, or "pad" and the images are larger.
+        UserError: if fit is "exact" and the size differs, or "pad" and the images are larger.
     """
     found: tuple[int, int] = (images.shape[2], images.shape[3])
     if size is None or found == tuple(size):

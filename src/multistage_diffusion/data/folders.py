@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UserError
 from .dataset import ImageData
 from .decoding import Progress, decode_all, one_line
 from .fitting import Fit
@@ -38,12 +39,12 @@ def open_images(
         size, fit, skip_bad, progress: as for `decode_all`.
 
     Raises:
-        ValueError: naming the file, for missing labels and as `decode_all`; if there are no images.
+        UserError: naming the file, for missing labels and as `decode_all`; if there are no images.
     """
     with _files(path) as (names, read):
         paths = sorted(name for name in names if name.lower().endswith(SUFFIXES))
         if not paths:
-            raise ValueError(f"{path}: holds no images ({', '.join(SUFFIXES)})")
+            raise UserError(f"{path}: holds no images ({', '.join(SUFFIXES)})")
         labels, class_names = _labels(path, paths, read("dataset.json") if "dataset.json" in names else None)
         decoded = decode_all(
             str(path),
@@ -67,14 +68,14 @@ def _files(path: Path) -> Iterator[tuple[set[str], Callable[[str], bytes]]]:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path}: not a readable zip file ({one_line(error)})") from None
+        raise UserError(f"{path}: not a readable zip file ({one_line(error)})") from None
     with archive:
         yield _visible(archive.namelist()), archive.read
 
 
 def _walk(root: Path) -> Iterator[str]:
     def refuse(error: OSError) -> None:
-        raise ValueError(f"{error.filename}: folder cannot be listed ({error.strerror})")
+        raise UserError(f"{error.filename}: folder cannot be listed ({error.strerror})")
 
     for folder, children, files in os.walk(root, onerror=refuse, followlinks=True):
         # a link to one of its own ancestors would be followed for ever
@@ -109,13 +110,13 @@ def _listed_labels(path: Path, paths: list[str], listing: bytes) -> list[int] | 
             return None
         table = {name.replace("\\", "/"): label for name, label in entries}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f'{path}: dataset.json must hold {{"labels": [["path", class], ...]}} or {{"labels": null}} '
             f"({one_line(error)})"
         ) from None
     for name in paths:
         if name not in table:
-            raise ValueError(f"{path}: dataset.json has no label for {name}; add it, or remove the image")
+            raise UserError(f"{path}: dataset.json has no label for {name}; add it, or remove the image")
         if type(table[name]) is not int:
-            raise ValueError(f"{path}: dataset.json labels {name} {table[name]!r}; labels must be whole numbers")
+            raise UserError(f"{path}: dataset.json labels {name} {table[name]!r}; labels must be whole numbers")
     return [table[name] for name in paths]

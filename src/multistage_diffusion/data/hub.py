@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UserError
 from .dataset import ImageData
 from .decoding import Progress, decode_all, one_line
 from .fitting import Fit
@@ -35,17 +36,17 @@ def open_hub(
         size, fit, skip_bad, progress: as for `decode_all`.
 
     Raises:
-        ValueError: without the library `datasets`, if there is no such data set, split or image column, and as
+        UserError: without the library `datasets`, if there is no such data set, split or image column, and as
             `decode_all`.
     """
     title = f"hf:{name}" + (f":{split}" if split else "")
     path = Path(name).expanduser()
     if not name or (name[0] in "./~" and not path.is_dir()):
-        raise ValueError(f"data.source='{title}': no such folder; give hf:FOLDER[:SPLIT] or hf:OWNER/NAME[:SPLIT]")
+        raise UserError(f"data.source='{title}': no such folder; give hf:FOLDER[:SPLIT] or hf:OWNER/NAME[:SPLIT]")
     rows = _load(title, path, split)
     image, label = _column(title, rows, "Image"), _column(title, rows, "ClassLabel")
     if image is None or not len(rows):
-        raise ValueError(
+        raise UserError(
             f"{title}: {len(rows)} rows of {', '.join(rows.features)}; needs images (a column of type Image)"
         )
     decoded = decode_all(
@@ -68,19 +69,19 @@ def _load(title: str, path: Path, split: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"data.source='{title}' needs datasets: pip install 'multistage-diffusion[data]'") from None
+        raise UserError(f"data.source='{title}' needs datasets: pip install 'multistage-diffusion[data]'") from None
     try:
         if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(path)
             splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
             if (split or "train") not in splits and (split or len(splits) > 1):
-                raise ValueError(f"no split {split or 'train'!r} among {', '.join(splits)}")
+                raise UserError(f"no split {split or 'train'!r} among {', '.join(splits)}")
             return splits[split or "train"] if len(splits) > 1 else next(iter(splits.values()))
         return datasets.load_dataset(str(path), split=split or "train")
     except MemoryError:
         raise
     except Exception as error:  # the library, its readers and the network raise nearly every kind
-        raise ValueError(
+        raise UserError(
             f"{title}: cannot be loaded ({one_line(error)}); give hf:OWNER/NAME[:SPLIT], reachable from here, or hf:FOLDER"
         ) from None
 
@@ -102,7 +103,7 @@ def _reader(rows: Any, column: str) -> Callable[[int], bytes]:
     def read(number: int) -> bytes:
         cell = cells[number][column]
         if cell is None:
-            raise ValueError("no image")
+            raise UserError("no image")
         data: bytes = Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
         return data
 

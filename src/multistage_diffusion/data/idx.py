@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import UserError
 from .dataset import ImageData
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts its files
@@ -38,7 +39,7 @@ def open_fashion_mnist(folder: Path | None = None) -> ImageData:
         folder: where the files are; None looks where Debian's package puts them.
 
     Raises:
-        ValueError: if files are missing (saying how to get them) or damaged (naming them).
+        UserError: if files are missing (saying how to get them) or damaged (naming them).
     """
     where = DEBIAN_FOLDER if folder is None else folder
     images, labels = read_idx(_find(where, _IMAGES), 3), read_idx(_find(where, _LABELS), 1)
@@ -50,7 +51,7 @@ def _find(folder: Path, stem: str) -> Path:
     for path in (folder / stem, folder / f"{stem}.gz"):
         if path.is_file():
             return path
-    raise ValueError(
+    raise UserError(
         f"data.source='fashion-mnist': no {stem} (.gz or not) in {folder}; install Debian's package "
         f"dataset-fashion-mnist, or give fashion-mnist:FOLDER with the four idx files"
     )
@@ -62,21 +63,21 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     The format: two zero bytes, the type (8: uint8), the number of dimensions, their sizes as big-endian uint32, data.
 
     Raises:
-        ValueError: naming the file, if it is not such a file or its length is wrong.
+        UserError: naming the file, if it is not such a file or its length is wrong.
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); fetch the file again") from None
+        raise UserError(f"{path}: cannot be read ({error}); fetch the file again") from None
     header = 4 + 4 * dimensions
     if len(data) < header or data[:4] != bytes((0, 0, 8, dimensions)):
-        raise ValueError(
+        raise UserError(
             f"{path}: starts with {data[:4].hex() or 'nothing'}, not an idx file of {dimensions}-dimensional bytes "
             f"(0000080{dimensions}); fetch the file again"
         )
     shape = struct.unpack(f">{dimensions}I", data[4:header])
     if len(data) - header != math.prod(shape) or 0 in shape:
-        raise ValueError(
+        raise UserError(
             f"{path}: holds {len(data) - header} bytes for {' x '.join(map(str, shape))}; fetch the file again"
         )
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Conditioning, as_float64
+from ..errors import UserError
 from ..keyed import normal, uniform
 
 
@@ -25,7 +26,7 @@ class GaussianMixture:
         stds: (J,), positive.
 
     Raises:
-        ValueError: for shapes that disagree and values that are not positive.
+        UserError: for shapes that disagree and values that are not positive.
     """
 
     weights: Tensor
@@ -36,13 +37,13 @@ class GaussianMixture:
         for name in ("weights", "means", "stds"):
             object.__setattr__(self, name, as_float64(getattr(self, name)))
         if self.means.ndim != 2:
-            raise ValueError(f"mixture: means of shape {tuple(self.means.shape)} must be (J, D)")
+            raise UserError(f"mixture: means of shape {tuple(self.means.shape)} must be (J, D)")
         for name in ("weights", "stds"):
             value = getattr(self, name)
             if value.shape != self.means.shape[:1]:
-                raise ValueError(f"mixture: {name} of shape {tuple(value.shape)} must be ({len(self.means)},)")
+                raise UserError(f"mixture: {name} of shape {tuple(value.shape)} must be ({len(self.means)},)")
             if not bool(((value > 0) & torch.isfinite(value)).all()):
-                raise ValueError(f"mixture: {name}={value.tolist()} must be positive and finite")
+                raise UserError(f"mixture: {name}={value.tolist()} must be positive and finite")
         object.__setattr__(self, "weights", self.weights / self.weights.sum())
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
@@ -81,7 +82,7 @@ class GaussianMixture:
         dimensions = self.means.shape[1]
         flat = x.flatten(1).to(torch.float64)
         if flat.shape[1] != dimensions:
-            raise ValueError(f"mixture: x of shape {tuple(x.shape)} must have {dimensions} values per row")
+            raise UserError(f"mixture: x of shape {tuple(x.shape)} must have {dimensions} values per row")
         offsets = flat[:, None] - self.means.to(x.device)
         variance = self.stds.to(x.device) ** 2 + as_float64(sigma).reshape(-1, 1) ** 2
         squares = offsets.square().sum(dim=2)

@@ -9,6 +9,7 @@ from typing import get_args
 import numpy as np
 
 from ..config import DataConfig
+from ..errors import UserError
 from .arrays import open_array
 from .cifar import open_cifar10
 from .dataset import ImageData
@@ -48,14 +49,14 @@ def open_data(
         The images, uint8 (N, C, H, W) with C = 1 or 3 and N > 0, and labels where the source has them.
 
     Raises:
-        ValueError: one line naming the source (and file), what is wrong and the mend.
+        UserError: one line naming the source (and file), what is wrong and the mend.
     """
     if size is not None and min(size) <= 0:
-        raise ValueError(f"data.size={size} must be positive")
+        raise UserError(f"data.size={size} must be positive")
     if fit not in get_args(Fit):
-        raise ValueError(f"data.fit={fit!r} must be one of {', '.join(get_args(Fit))}")
+        raise UserError(f"data.fit={fit!r} must be one of {', '.join(get_args(Fit))}")
     if size is None and fit != "exact":
-        raise ValueError(f"data.fit={fit!r} needs data.size; add --size H W")
+        raise UserError(f"data.fit={fit!r} needs data.size; add --size H W")
     if isinstance(source, str) and source.startswith("hf:"):
         name, _, split = source.removeprefix("hf:").partition(":")  # a split may hold colons: train[:1000]
         return open_hub(name, split, size=size, fit=fit, skip_bad=skip_bad, progress=progress)
@@ -68,23 +69,23 @@ def open_data(
         return open_images(path, size=size, fit=fit, skip_bad=skip_bad, progress=progress)
     if suffix in (".npy", ".npz"):
         return _fitted(open_array(path), size, fit)
-    raise ValueError(f"data.source='{source}' is not a data set; known: {_FORMS}")
+    raise UserError(f"data.source='{source}' is not a data set; known: {_FORMS}")
 
 
 def open_configured(config: DataConfig, progress: Progress | None = None) -> ImageData:
     """Open the data set a configuration names, and see that it is still the one recorded there.
 
     Raises:
-        ValueError: as `open_data`, and if the fingerprint or shape is recorded and differs.
+        UserError: as `open_data`, and if the fingerprint or shape is recorded and differs.
     """
     data = open_data(config.source, size=config.size, fit=config.fit, skip_bad=config.skip_bad, progress=progress)
     if config.shape and tuple(config.shape) != data.shape:
-        raise ValueError(
+        raise UserError(
             f"data.shape={list(config.shape)} is recorded, but {data.name} now has images of shape {list(data.shape)}; "
             f"restore the data or start a new run"
         )
     if config.fingerprint and config.fingerprint != data.fingerprint:
-        raise ValueError(
+        raise UserError(
             f"data.fingerprint={config.fingerprint} is recorded, but {data.name} now has {data.fingerprint}; "
             f"restore the data or start a new run"
         )
@@ -114,7 +115,7 @@ def _open_known(source: str) -> ImageData | None:
     if word == "cifar10":
         return open_cifar10(path)
     if colon and path is None:
-        raise ValueError(f"data.source={source!r}: no folder after the colon; write fashion-mnist or add the folder")
+        raise UserError(f"data.source={source!r}: no folder after the colon; write fashion-mnist or add the folder")
     return open_fashion_mnist(path)
 
 
@@ -123,7 +124,7 @@ def _open_digits() -> ImageData:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ValueError("data.source='digits' needs scikit-learn: pip install 'multistage-diffusion[demo]'") from None
+        raise UserError("data.source='digits' needs scikit-learn: pip install 'multistage-diffusion[demo]'") from None
     bunch = load_digits()
     images = np.round(bunch.images * (255.0 / 16.0)).astype(np.uint8)
     return ImageData(images[:, None], bunch.target.astype(np.int64), "digits", tuple("0123456789"))
@@ -135,7 +136,7 @@ def _existing(source: str | Path) -> Path:
         return path
     near = difflib.get_close_matches(str(source).lower(), KNOWN, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"data.source='{source}': no such file or folder, nor a known data set; {hint}known: {_FORMS}")
+    raise UserError(f"data.source='{source}': no such file or folder, nor a known data set; {hint}known: {_FORMS}")
 
 
 def _fitted(data: ImageData, size: tuple[int, int] | None, fit: Fit) -> ImageData:

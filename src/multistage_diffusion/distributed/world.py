@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
+from ..errors import UserError
 from .heartbeat import PATIENCE, Heartbeat, RankLost
 
 _FOREVER = timedelta(days=7)  # of waiting for another process that is alive
@@ -67,7 +68,7 @@ class World:
         """Return the JSON values of all processes, by rank."""
         if self._store is None:
             if self.size > 1:
-                raise ValueError("this world has no store to exchange words through; make it with distributed.join")
+                raise UserError("this world has no store to exchange words through; make it with distributed.join")
             return [value]
         self._turn += 1
         with self.explained():
@@ -109,7 +110,7 @@ class World:
                 raise self.shared(_MENDABLE[failure[0]](f"rank {rank}: {failure[1]}"))
 
     def require_equal(self, facts: dict[str, Any]) -> None:
-        """Raise ValueError on all processes unless facts (JSON) are the same on all, naming the first that differs."""
+        """Raise UserError on all processes unless facts (JSON) are the same on all, naming the first that differs."""
         told = self.exchange(facts)
         names = list(dict.fromkeys(name for theirs in told for name in theirs))
         for rank, theirs in enumerate(told):
@@ -258,7 +259,7 @@ def join(device: torch.device, *, patience: float = PATIENCE) -> World:
         patience: seconds without a sign of life after which another process counts as lost.
 
     Raises:
-        ValueError: if the variables are incomplete or contradict one another.
+        UserError: if the variables are incomplete or contradict one another.
     """
     global _joined
     if _joined is None:
@@ -267,7 +268,7 @@ def join(device: torch.device, *, patience: float = PATIENCE) -> World:
             return ALONE
         if len(given) < len(_VARIABLES):
             missing = ", ".join(name for name in _VARIABLES if name not in given)
-            raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} but {missing} is not set; start with torchrun")
+            raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} but {missing} is not set; start with torchrun")
         _joined = _enter(device, patience)
     return _joined
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import FeatureExtractor
+from ..errors import UserError
 from .features import check_images, extract
 from .fidelity import INCEPTION_SPLITS, KID_SUBSET_SIZE, inception_score, installed, kernel_distance
 from .metrics import precision_recall
@@ -77,7 +78,7 @@ def compare_samples(
         progress: called with (samples done, N).
 
     Raises:
-        ValueError: for too few samples, other features than the reference's, or what the metrics refuse.
+        UserError: for too few samples, other features than the reference's, or what the metrics refuse.
     """
     check_images("samples", samples)
     check_count(len(samples), reference, k)
@@ -124,11 +125,11 @@ def check_count(samples: int, reference: Reference, k: int) -> None:
     """Refuse fewer samples than the metrics need.
 
     Raises:
-        ValueError: naming the least count.
+        UserError: naming the least count.
     """
     kept = reference.features
     least = 2 if kept is None else k + 1
     if samples < least:
-        raise ValueError(f"count={samples}: comparing with {reference.source} needs at least {least} samples")
+        raise UserError(f"count={samples}: comparing with {reference.source} needs at least {least} samples")
     if kept is not None and len(kept) <= k:
-        raise ValueError(f"{reference.source}: keeps {len(kept)} features; precision and recall need more than k={k}")
+        raise UserError(f"{reference.source}: keeps {len(kept)} features; precision and recall need more than k={k}")

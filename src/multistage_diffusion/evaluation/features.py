@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import FeatureExtractor
+from ..errors import UserError
 from .classifier import SIZE, prepare, pretrained
 
 EXTRACT_BATCH = 256  # images per call of an extractor, so that a network's activations fit into memory
@@ -27,7 +28,7 @@ class PixelFeatures:
         """Map uint8 images (N, C, H, W) to float32 (N, C*H*W) in [-1, 1].
 
         Raises:
-            ValueError: if the images are not uint8 (N, C, H, W).
+            UserError: if the images are not uint8 (N, C, H, W).
         """
         check_images("images", images)
         return images.flatten(1).to(torch.float32) / 127.5 - 1.0
@@ -59,7 +60,7 @@ class ScriptFeatures:
     """A TorchScript module of the user's, which maps uint8 images (N, C, H, W) to features (N, D).
 
     Raises:
-        ValueError: if the file is none.
+        UserError: if the file is none.
     """
 
     comparable_to: str = "other figures of the same file only"
@@ -72,9 +73,9 @@ class ScriptFeatures:
                 warnings.simplefilter("ignore", FutureWarning)  # the format is old, but the one that needs no class
                 self._module = torch.jit.load(file, map_location="cpu").eval()  # type: ignore[no-untyped-call]
         except OSError as error:
-            raise ValueError(f"features={str(file)!r}: {error.strerror or error}; name a TorchScript file") from None
+            raise UserError(f"features={str(file)!r}: {error.strerror or error}; name a TorchScript file") from None
         except RuntimeError:
-            raise ValueError(
+            raise UserError(
                 f"features={str(file)!r}: not a TorchScript file; write one with torch.jit.script(module).save(...)"
             ) from None
         self.name = f"torchscript {file.name} ({digest})"
@@ -83,7 +84,7 @@ class ScriptFeatures:
         """Map uint8 images (N, C, H, W) to features (N, D).
 
         Raises:
-            ValueError: if the module refuses them, or answers with anything but finite floats (N, D).
+            UserError: if the module refuses them, or answers with anything but finite floats (N, D).
         """
         check_images("images", images)
         try:
@@ -91,12 +92,12 @@ class ScriptFeatures:
                 features = self._module.to(images.device)(images)
         except (RuntimeError, torch.jit.Error) as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise ValueError(f"{self.name}: refuses uint8 images {tuple(images.shape)}: {reason}") from None
+            raise UserError(f"{self.name}: refuses uint8 images {tuple(images.shape)}: {reason}") from None
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"{self.name}: answers {len(images)} images with {shape}, not with ({len(images)}, D)")
+            raise UserError(f"{self.name}: answers {len(images)} images with {shape}, not with ({len(images)}, D)")
         if not features.is_floating_point() or not bool(torch.isfinite(features).all()):
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: its features are {features.dtype}, or not all finite; they must be finite floats"
             )
         return features
@@ -119,18 +120,18 @@ def get_features(name: str, weights: Path | None = None) -> FeatureExtractor:
         weights: a file of the weights of "inception" or "vgg16"; None: downloaded at the first use.
 
     Raises:
-        ValueError: for an unknown name, listing the known ones, or if weights or the package they need are missing.
+        UserError: for an unknown name, listing the known ones, or if weights or the package they need are missing.
     """
     if name in PUBLISHED:
         from .fidelity import FidelityFeatures
 
         return FidelityFeatures(name, weights)
     if weights is not None:
-        raise ValueError(f"features={name!r} takes no weights; {weights} is for inception or vgg16")
+        raise UserError(f"features={name!r} takes no weights; {weights} is for inception or vgg16")
     if Path(name).suffix.lower() in _SCRIPTS:
         return ScriptFeatures(Path(name).expanduser())
     if name not in FEATURES:
-        raise ValueError(
+        raise UserError(
             f"features={name!r} is unknown; choose one of {', '.join((*FEATURES, *PUBLISHED))}, or a TorchScript file (.pt)"
         )
     return FEATURES[name]()
@@ -163,9 +164,9 @@ def check_images(name: str, images: Tensor) -> None:
     """Refuse what is not a non-empty uint8 (N, C, H, W) tensor.
 
     Raises:
-        ValueError: naming the argument, its dtype and its shape.
+        UserError: naming the argument, its dtype and its shape.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.numel() == 0:
-        raise ValueError(
+        raise UserError(
             f"{name}: expected non-empty uint8 images (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
         )

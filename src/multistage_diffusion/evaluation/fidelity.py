@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .features import check_images
 
 INCEPTION_SPLITS = 10  # of the Inception score, as published
@@ -60,14 +61,14 @@ class FidelityFeatures:
         weights: a file of its weights; None: downloaded once into torch.hub's folder of checkpoints.
 
     Raises:
-        ValueError: if torch-fidelity is not installed, or the weights cannot be had or are of another network.
+        UserError: if torch-fidelity is not installed, or the weights cannot be had or are of another network.
     """
 
     def __init__(self, kind: str, weights: Path | None = None) -> None:
         network = NETWORKS[kind]
         package = _package()
         if weights is not None and not network.url:
-            raise ValueError(
+            raise UserError(
                 f"features={kind!r} takes no file of weights: torch-fidelity loads it by itself; leave it out"
             )
         file = weights or (_downloaded(kind, network.url) if network.url else None)
@@ -102,7 +103,7 @@ def _package() -> Any:
         import torch_fidelity
     except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises the latter
         reason = "" if isinstance(error, ModuleNotFoundError) else f" ({str(error).splitlines()[0]})"
-        raise ValueError(
+        raise UserError(
             f"these features and scores need torch-fidelity{reason}: pip install 'multistage-diffusion[eval]'"
         ) from None
     return torch_fidelity
@@ -119,7 +120,7 @@ def _downloaded(kind: str, url: str) -> Path:
             torch.hub.download_url_to_file(url, str(file), hash_prefix=prefix, progress=False)
         except (urllib.error.URLError, OSError, RuntimeError) as error:
             reason = getattr(error, "reason", None) or error
-            raise ValueError(
+            raise UserError(
                 f"features={kind!r}: its weights cannot be downloaded ({reason}); fetch {url} elsewhere and give the file "
                 f"with --inception-weights (weights= in Python), or put it into {folder}"
             ) from None
@@ -131,11 +132,11 @@ def _check_weights(file: Path) -> None:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror or error}; name a file of weights") from None
+        raise UserError(f"{file}: {error.strerror or error}; name a file of weights") from None
     except Exception:  # whatever a damaged or hostile file makes of the reader
-        raise ValueError(f"{file}: not a file of weights alone (torch.save of a state_dict); fetch it again") from None
+        raise UserError(f"{file}: not a file of weights alone (torch.save of a state_dict); fetch it again") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{file}: holds no state_dict; fetch it again")
+        raise UserError(f"{file}: holds no state_dict; fetch it again")
 
 
 def _built(kind: str, network: Network, package: Any, file: Path | None) -> Any:
@@ -147,11 +148,11 @@ def _built(kind: str, network: Network, package: Any, file: Path | None) -> Any:
             network.registered, [network.layer], feature_extractor_weights_path=path, verbose=False
         ).eval()
     except RuntimeError as error:  # load_state_dict's
-        raise ValueError(
+        raise UserError(
             f"{file}: not the weights of {network.registered}: {str(error).splitlines()[-1].strip()}"
         ) from None
     except OSError as error:
-        raise ValueError(f"features={kind!r}: cannot be downloaded ({error}); use other features") from None
+        raise UserError(f"features={kind!r}: cannot be downloaded ({error}); use other features") from None
 
 
 def kernel_distance(samples: Tensor, real: Tensor, subset: int = KID_SUBSET_SIZE) -> tuple[float, float]:
@@ -163,13 +164,13 @@ def kernel_distance(samples: Tensor, real: Tensor, subset: int = KID_SUBSET_SIZE
         subset: features drawn of each, at most N and M.
 
     Raises:
-        ValueError: if torch-fidelity is not installed, or a set is smaller than the subset.
+        UserError: if torch-fidelity is not installed, or a set is smaller than the subset.
     """
     _package()
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     if not 2 <= subset <= min(len(samples), len(real)):
-        raise ValueError(
+        raise UserError(
             f"kernel distance: subsets of {subset} need as many features; {len(samples)} of samples and {len(real)} of real "
             "images were given"
         )
@@ -186,13 +187,13 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
         logits: of a classifier, (N, classes), N >= 10.
 
     Raises:
-        ValueError: if torch-fidelity is not installed, or there are fewer than 10 rows.
+        UserError: if torch-fidelity is not installed, or there are fewer than 10 rows.
     """
     _package()
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
     if len(logits) < INCEPTION_SPLITS:
-        raise ValueError(
+        raise UserError(
             f"Inception score: {len(logits)} images cannot be divided into {INCEPTION_SPLITS} parts; draw more"
         )
     found = isc_features_to_metric(logits.cpu(), splits=INCEPTION_SPLITS)
@@ -203,6 +204,6 @@ def installed() -> bool:
     """Tell whether torch-fidelity is there."""
     try:
         _package()
-    except ValueError:
+    except UserError:
         return False
     return True

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import FeatureExtractor
+from ..errors import UserError
 from ..keyed import generator
 from .features import PixelFeatures, check_images, extract
 from .statistics import frechet_between, moments
@@ -31,7 +32,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         The distance (a squared length), >= 0, in squared units of the features.
 
     Raises:
-        ValueError: for unequal D, D > 4096, fewer than 2 rows, or values that are not finite.
+        UserError: for unequal D, D > 4096, fewer than 2 rows, or values that are not finite.
     """
     _check_pair(a, b, rows=2)
     return frechet_between(moments(a), moments(b))
@@ -53,10 +54,10 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = CHUNK)
         (precision, recall), each in [0, 1].
 
     Raises:
-        ValueError: for unequal D, k < 1, k >= N or M, or values that are not finite.
+        UserError: for unequal D, k < 1, k >= N or M, or values that are not finite.
     """
     if k < 1 or k >= min(len(real), len(fake)):
-        raise ValueError(
+        raise UserError(
             f"k={k} must be at least 1 and below the number of features ({len(real)} real, {len(fake)} fake)"
         )
     _check_pair(real, fake, rows=2)
@@ -75,7 +76,7 @@ def nearest(a: Tensor, b: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
         (distance, index): float64 (N,) and int64 (N,).
 
     Raises:
-        ValueError: for unequal D, no rows, or values that are not finite.
+        UserError: for unequal D, no rows, or values that are not finite.
     """
     _check_pair(a, b, rows=1)
     best = torch.full((len(a),), torch.inf, dtype=torch.float64, device=a.device)
@@ -142,7 +143,7 @@ def memorisation(samples: Tensor, train: Tensor, held_out: Tensor) -> Memorisati
         held_out: uint8 (K, C, H, W), real images not trained on.
 
     Raises:
-        ValueError: for images of another type or of unequal shapes.
+        UserError: for images of another type or of unequal shapes.
     """
     _check_sets(samples, train, held_out)
     pixels = PixelFeatures()
@@ -234,18 +235,18 @@ def evaluate_samples(
         device: where features are computed.
 
     Raises:
-        ValueError: for unequal shapes, too few images, or what the metrics refuse.
+        UserError: for unequal shapes, too few images, or what the metrics refuse.
     """
     _check_sets(samples, train, held_out)
     smallest = min(len(samples), len(train), len(held_out))
     count = smallest if count is None else count
     if not k < count <= smallest:
-        raise ValueError(
+        raise UserError(
             f"count={count} must be above k={k} and at most {smallest}, the smallest of {len(samples)} samples, "
             f"{len(train)} training and {len(held_out)} held-out images"
         )
     if splits < 1:
-        raise ValueError(f"splits={splits} must be at least 1")
+        raise UserError(f"splits={splits} must be at least 1")
     sets = (samples, train, held_out)
     draws = [_drawn([len(images) for images in sets], count, seed, split) for split in range(splits)]
     features = [
@@ -349,16 +350,16 @@ def _covered(real: Tensor, fake: Tensor, reach_real: Tensor, reach_fake: Tensor,
 def _check_pair(a: Tensor, b: Tensor, rows: int) -> None:
     for features in (a, b):
         if features.ndim != 2 or len(features) < rows:
-            raise ValueError(f"features: expected (N, D) with N >= {rows}, got {tuple(features.shape)}")
+            raise UserError(f"features: expected (N, D) with N >= {rows}, got {tuple(features.shape)}")
         if not bool(torch.isfinite(features).all()):
             bad = int((~torch.isfinite(features)).any(dim=1).sum())
-            raise ValueError(f"features: {bad} of {len(features)} rows hold NaN or infinity")
+            raise UserError(f"features: {bad} of {len(features)} rows hold NaN or infinity")
     if a.shape[1] != b.shape[1]:
-        raise ValueError(f"features: {a.shape[1]} and {b.shape[1]} dimensions; both sets need the same")
+        raise UserError(f"features: {a.shape[1]} and {b.shape[1]} dimensions; both sets need the same")
 
 
 def _check_sets(samples: Tensor, train: Tensor, held_out: Tensor) -> None:
     for name, images in (("samples", samples), ("train", train), ("held_out", held_out)):
         check_images(name, images)
         if images.shape[1:] != train.shape[1:]:
-            raise ValueError(f"{name}: images of shape {tuple(images.shape[1:])}, training {tuple(train.shape[1:])}")
+            raise UserError(f"{name}: images of shape {tuple(images.shape[1:])}, training {tuple(train.shape[1:])}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import FeatureExtractor
+from ..errors import UserError
 from ..keyed import generator
 from ..serialization import write_atomic
 from .features import extract
@@ -60,7 +61,7 @@ class Reference:
             shape: (C, H, W) of the samples.
 
         Raises:
-            ValueError: naming what differs; what a file does not tell is not compared, but its dimensions always are.
+            UserError: naming what differs; what a file does not tell is not compared, but its dimensions always are.
         """
         for name, own, other in (
             ("features", self.extractor, extractor.name),
@@ -69,13 +70,13 @@ class Reference:
             ("data fingerprint", self.fingerprint, fingerprint),
         ):
             if own is not None and own != other:
-                raise ValueError(
+                raise UserError(
                     f"{self.source}: made with {name} {own}, but this is {other}; make another with msdiff stats"
                 )
         blank = torch.zeros(1, *shape, dtype=torch.uint8)
         dims = extractor(blank).shape[1]
         if dims != len(self.moments.mean):
-            raise ValueError(
+            raise UserError(
                 f"{self.source}: of {len(self.moments.mean)} feature dimensions, but {extractor.name} has {dims}; make "
                 "another with msdiff stats"
             )
@@ -107,10 +108,10 @@ def make_reference(
         progress: called with (images done, N).
 
     Raises:
-        ValueError: for fewer than 2 images, or images or features that are not as they must be.
+        UserError: for fewer than 2 images, or images or features that are not as they must be.
     """
     if len(images) < 2:
-        raise ValueError(f"{data}: {len(images)} images have no covariance; statistics need at least 2")
+        raise UserError(f"{data}: {len(images)} images have no covariance; statistics need at least 2")
     moments = image_moments(extractor, images, device=device, progress=progress)
     features = None
     if keep:
@@ -152,7 +153,7 @@ def load_reference(path: Path) -> Reference:
     """Read statistics written by `save_reference`, or EDM's (`mu` and `sigma` alone).
 
     Raises:
-        ValueError: naming the file and what is wrong with it.
+        UserError: naming the file and what is wrong with it.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -160,15 +161,15 @@ def load_reference(path: Path) -> Reference:
         about: dict[str, Any] = json.loads(str(arrays[_ABOUT])) if _ABOUT in arrays else {}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an .npz file of statistics"
-        raise ValueError(f"{path}: {reason}; make one with msdiff stats") from None
+        raise UserError(f"{path}: {reason}; make one with msdiff stats") from None
     if about.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version={about['format_version']}: this release reads {FORMAT_VERSION}")
+        raise UserError(f"{path}: format_version={about['format_version']}: this release reads {FORMAT_VERSION}")
     for name in ("mu", "sigma"):
         if name not in arrays:
-            raise ValueError(f"{path}: holds no {name}, the {_WORDS[name]} of features; make one with msdiff stats")
+            raise UserError(f"{path}: holds no {name}, the {_WORDS[name]} of features; make one with msdiff stats")
     mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
     if mean.ndim != 1 or covariance.shape != 2 * mean.shape or not bool(torch.isfinite(covariance).all()):
-        raise ValueError(
+        raise UserError(
             f"{path}: mu of shape {tuple(mean.shape)} and sigma of shape {tuple(covariance.shape)} are no mean and covariance "
             "of the same features, all finite; make one with msdiff stats"
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import FeatureExtractor
+from ..errors import UserError
 from .features import EXTRACT_BATCH, check_images
 
 MAX_DIMS = 4096  # a float64 covariance of this size takes 128 MiB and its eigenvalues about a minute
@@ -84,16 +85,16 @@ def frechet_between(a: Moments, b: Moments) -> float:
         The distance (a squared length), >= 0, in squared units of the features.
 
     Raises:
-        ValueError: for unequal D, D > 4096, or values that are not finite.
+        UserError: for unequal D, D > 4096, or values that are not finite.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"Fréchet distance: {len(a.mean)} and {len(b.mean)} feature dimensions; use the same features")
+        raise UserError(f"Fréchet distance: {len(a.mean)} and {len(b.mean)} feature dimensions; use the same features")
     if len(a.mean) > MAX_DIMS:
-        raise ValueError(
+        raise UserError(
             f"Fréchet distance: {len(a.mean)} feature dimensions exceed {MAX_DIMS}; use smaller images or other features"
         )
     if not all(bool(torch.isfinite(m.covariance).all() and torch.isfinite(m.mean).all()) for m in (a, b)):
-        raise ValueError("Fréchet distance: features are not all finite; look at the images and the feature extractor")
+        raise UserError("Fréchet distance: features are not all finite; look at the images and the feature extractor")
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = root @ b.covariance @ root

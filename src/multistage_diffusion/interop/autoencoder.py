@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..codecs import import_diffusers
+from ..errors import UserError
 
 _GROUPS = 32  # of every GroupNorm in CompVis' autoencoders
 _CODEBOOK = "quantize.embedding.weight"
@@ -32,16 +33,16 @@ def vq_model(tensors: Mapping[str, Tensor]) -> Any:
         tensors: by CompVis' names, without `first_stage_model.`; those of its training loss are left out.
 
     Raises:
-        ValueError: if it is no VQ autoencoder, a tensor does not fit, or diffusers is not installed.
+        UserError: if it is no VQ autoencoder, a tensor does not fit, or diffusers is not installed.
     """
     diffusers = import_diffusers()
     tensors = {name: value for name, value in tensors.items() if not name.startswith("loss.")}
     if _CODEBOOK not in tensors:
-        raise ValueError(f"first_stage_model is no VQ autoencoder (it has no {_CODEBOOK})")
+        raise UserError(f"first_stage_model is no VQ autoencoder (it has no {_CODEBOOK})")
     try:
         settings = _settings(tensors)
     except (KeyError, IndexError) as error:
-        raise ValueError(f"first_stage_model is no whole VQ autoencoder ({error})") from None
+        raise UserError(f"first_stage_model is no whole VQ autoencoder ({error})") from None
     model = diffusers.VQModel(**settings)
     levels = len(settings["block_out_channels"])
     state = {diffusers_name(name, levels): value for name, value in tensors.items()}
@@ -54,7 +55,7 @@ def vq_model(tensors: Mapping[str, Tensor]) -> Any:
     }
     unfit = [name for name in needed | state if name not in fitted]
     if unfit:
-        raise ValueError(f"first_stage_model: {unfit[0]} does not fit a VQModel, one of {len(unfit)} tensors")
+        raise UserError(f"first_stage_model: {unfit[0]} does not fit a VQModel, one of {len(unfit)} tensors")
     model.load_state_dict(fitted)
     return model.eval()
 

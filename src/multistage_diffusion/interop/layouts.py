@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..errors import UserError
 from ..network_config import GROUPS
 from .names import dotless, is_buffer
 from .published import Record, kind_of, read_pickle, read_torch, torch_bytes
@@ -85,7 +86,7 @@ def read_published(path: Path) -> Published:
     """Read a published checkpoint, on the CPU; nothing in it is run.
 
     Raises:
-        ValueError: one line naming the file and what is wrong: damaged, hostile, of another layout.
+        UserError: one line naming the file and what is wrong: damaged, hostile, of another layout.
     """
     kind = kind_of(path)
     try:
@@ -98,10 +99,10 @@ def read_published(path: Path) -> Published:
             return _from_ldm(content)
         if "model" in content:
             return _from_score_sde(content)
-        raise ValueError(f"has neither 'model' (score_sde) nor 'state_dict' (latent diffusion), but {_listed(content)}")
-    except ValueError as error:
+        raise UserError(f"has neither 'model' (score_sde) nor 'state_dict' (latent diffusion), but {_listed(content)}")
+    except UserError as error:
         text = str(error)
-        raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+        raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from None
 
 
 def published_bytes(published: Published) -> bytes:
@@ -149,11 +150,11 @@ def _listed_average(ema: Any, model: Tensors) -> Tensors:
     shadow = _mapping(ema, "ema").get("shadow_params")
     if not isinstance(shadow, list) or len(shadow) != len(model):
         count = len(shadow) if isinstance(shadow, list) else "no"
-        raise ValueError(f"ema.shadow_params: {count} tensors for the model's {len(model)}")
+        raise UserError(f"ema.shadow_params: {count} tensors for the model's {len(model)}")
     average = _tensors(dict(zip(model, shadow, strict=True)), "ema.shadow_params")
     for name, value in average.items():
         if value.shape != model[name].shape:
-            raise ValueError(
+            raise UserError(
                 f"ema.shadow_params: the tensor in the place of {name} is {list(value.shape)}, not "
                 f"{list(model[name].shape)}"
             )
@@ -183,9 +184,9 @@ def _score_sde_sigmas() -> Tensor:
 def _from_edm(content: Mapping[Any, Any]) -> Published:
     record = content.get("ema")
     if not isinstance(record, Record):
-        raise ValueError(f"has no averaged network under 'ema', but {_listed(content)}")
+        raise UserError(f"has no averaged network under 'ema', but {_listed(content)}")
     if record.name in _OTHER_PRECONDITIONING:
-        raise ValueError(f"holds a {record.name}; of EDM's networks only those preconditioned as EDMPrecond are read")
+        raise UserError(f"holds a {record.name}; of EDM's networks only those preconditioned as EDMPrecond are read")
     groups: dict[str, int] = {}
     tensors = _learnt(dict(_module_tensors(record, "", set(), groups)))
     _require_family("ddpmpp", tensors)
@@ -193,7 +194,7 @@ def _from_edm(content: Mapping[Any, Any]) -> Published:
     most = max((GROUPS, *(groups[name] for name in widths)))  # a small network may have less throughout
     odd = [name for name, width in widths.items() if groups[name] != min(width // 4, most)]
     if odd:
-        raise ValueError(
+        raise UserError(
             f"{odd[0]} normalises {widths[odd[0]]} channels in {groups[odd[0]]} groups, others in up to {most}"
         )
     return Published(family="ddpmpp", model=None, ema=tensors, arguments=_edm_arguments(record), norm_groups=most)
@@ -211,7 +212,7 @@ def _edm_arguments(record: Record) -> dict[str, Any]:
 def _module_tensors(record: Any, where: str, seen: set[int], groups: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and buffers of a module by their dotted names; note its groups if it is a GroupNorm."""
     if not isinstance(record, Record) or id(record) in seen or where.count(".") > _DEPTH:
-        raise ValueError(f"ema.{where[:80]}: is no module, one found twice, or one too deep inside others")
+        raise UserError(f"ema.{where[:80]}: is no module, one found twice, or one too deep inside others")
     seen.add(id(record))
     state = _mapping(record.state, f"ema.{where}")
     prefix = f"{where}." if where else ""
@@ -230,7 +231,7 @@ def _checked(given: Mapping[Any, Any]) -> dict[str, Any]:
     for name, value in DDPMPP.items():
         if name in given and arguments.get(name) != value:
             said = repr(arguments[name]) if name in arguments else f"a {type(given[name]).__name__}"
-            raise ValueError(f"{name}={said} is not DDPM++'s {value!r}; only that network is read")
+            raise UserError(f"{name}={said} is not DDPM++'s {value!r}; only that network is read")
     return arguments
 
 
@@ -247,19 +248,19 @@ def _read_safetensors(path: Path) -> Published:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"is truncated or damaged ({error})") from None
+        raise UserError(f"is truncated or damaged ({error})") from None
     parts: dict[str, Tensors] = {"net": {}, "ema": {}}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
         if part not in parts:
-            raise ValueError(f"{name}: is neither net.NAME nor ema.NAME, as msdiff export writes EDM's networks")
+            raise UserError(f"{name}: is neither net.NAME nor ema.NAME, as msdiff export writes EDM's networks")
         parts[part][rest] = value
     parts = {part: _learnt(values) for part, values in parts.items()}
     _require_family("ddpmpp", parts["net"] or parts["ema"])
     try:
         arguments = _plain(json.loads(metadata.get("arguments", "{}")))
     except ValueError:
-        raise ValueError("its metadata are not those of msdiff export") from None
+        raise UserError("its metadata are not those of msdiff export") from None
     groups = _said_groups(arguments, GROUPS)
     return Published(
         family="ddpmpp",
@@ -277,7 +278,7 @@ def _from_ldm(content: Mapping[Any, Any]) -> Published:
     tensors = _tensors(content["state_dict"], "state_dict")
     model = _under(tensors, _UNET)
     if not model:
-        raise ValueError(f"state_dict holds no U-Net ({_UNET}*), but {_listed(tensors)}")
+        raise UserError(f"state_dict holds no U-Net ({_UNET}*), but {_listed(tensors)}")
     _require_family("ldm", model)
     average = _under(tensors, _AVERAGE)
     return Published(
@@ -304,7 +305,7 @@ def _dotless_average(average: Tensors, model: Tensors) -> Tensors:
     missing = [name for short, name in full.items() if short not in average]
     if left or missing:
         what = f"{left[0]} averages no weight of the U-Net" if left else f"no average of {missing[0]}"
-        raise ValueError(f"model_ema: {what} ({len(left)} too many, {len(missing)} missing)")
+        raise UserError(f"model_ema: {what} ({len(left)} too many, {len(missing)} missing)")
     return {name: average[short] for short, name in full.items()}
 
 
@@ -327,7 +328,7 @@ def _to_ldm(published: Published, model: Tensors, ema: Tensors) -> dict[str, Any
 
 def _mapping(value: Any, what: str) -> Mapping[Any, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{what}: is a {type(value).__name__}, not a dictionary")
+        raise UserError(f"{what}: is a {type(value).__name__}, not a dictionary")
     return value
 
 
@@ -336,9 +337,9 @@ def _tensors(value: Any, what: str, prefix: str = "") -> Tensors:
     tensors = _mapping(value, what)
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{what}: {str(name)[:80]!r} is a {type(tensor).__name__}, not a tensor")
+            raise UserError(f"{what}: {str(name)[:80]!r} is a {type(tensor).__name__}, not a tensor")
         if tensor.layout != torch.strided or tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{what}: {name!r} does not hold all of its {tensor.numel()} numbers")
+            raise UserError(f"{what}: {name!r} does not hold all of its {tensor.numel()} numbers")
     return {f"{prefix}{name}": tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -353,12 +354,12 @@ def _learnt(tensors: Tensors) -> Tensors:
 
 
 def _require_family(family: Family, names: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless there are tensors of a family, saying whose they are if of another's."""
+    """Raise UserError unless there are tensors of a family, saying whose they are if of another's."""
     found = [f for f, first in _FIRST.items() if any(name.startswith(first) for name in names)]
     if family not in found:
         first = next(iter(names), "nothing")
         whose = f"that of {_CODE[found[0]]}" if found else "of unknown code"
-        raise ValueError(f"this layout is that of {_CODE[family]}, but its first tensor, {first}, is {whose}")
+        raise UserError(f"this layout is that of {_CODE[family]}, but its first tensor, {first}, is {whose}")
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import NetworkConfig
+from ..errors import UserError
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ def published_names(config: NetworkConfig, size: tuple[int, int]) -> dict[str, T
     """Return {published name: ours} of a network for images (or latents) of this (height, width).
 
     Raises:
-        ValueError: if no published layout has a place for such a network.
+        UserError: if no published layout has a place for such a network.
     """
     for name in ("separate", *(() if config.family == "ddpmpp" else ("num_classes", "augment_dim"))):
         if getattr(config, name):
-            raise ValueError(
+            raise UserError(
                 f"network.{name}={getattr(config, name)}: the published layout of family {config.family!r} has no place for "
                 "it; this run cannot be exported"
             )
@@ -89,10 +90,10 @@ def published_names(config: NetworkConfig, size: tuple[int, int]) -> dict[str, T
     if config.family == "ldm":
         return ldm_names(config)
     if config.family != "ddpmpp":
-        raise ValueError(f"network.family={config.family!r} has no published layout; this run cannot be exported")
+        raise UserError(f"network.family={config.family!r} has no published layout; this run cannot be exported")
     height, width = size
     if height != width or height % 2 ** (len(config.channel_mult) - 1):
-        raise ValueError(
+        raise UserError(
             f"size={height} x {width}: EDM's names carry the resolution of square images, whole at each of the "
             f"{len(config.channel_mult)} levels; this run cannot be exported"
         )

@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # torch's magic number, pickled
 _PICKLE = b"\x80"  # protocol 2 and later
@@ -70,22 +72,22 @@ def kind_of(path: Path) -> Literal["torch", "pickle", "safetensors"]:
     """Return what a checkpoint file is, by its content; safetensors have no mark and are told by their name.
 
     Raises:
-        ValueError: if it cannot be read or is none of these.
+        UserError: if it cannot be read or is none of these.
     """
     try:
         with path.open("rb") as file:
             head = file.read(len(_LEGACY))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if path.suffix == ".safetensors":
         return "safetensors"
     if head.startswith((_ZIP, _LEGACY)):
         return "torch"
     if head.startswith(_PICKLE):
         return "pickle"
-    raise ValueError(f"{path}: is no checkpoint (neither a torch archive nor a pickle nor named .safetensors)")
+    raise UserError(f"{path}: is no checkpoint (neither a torch archive nor a pickle nor named .safetensors)")
 
 
 def read_torch(path: Path) -> Any:
@@ -94,7 +96,7 @@ def read_torch(path: Path) -> Any:
     Objects of Lightning, OmegaConf and the like become empty placeholders.
 
     Raises:
-        ValueError: one line: the file is damaged, or names something that is neither a tensor nor one of those.
+        UserError: one line: the file is damaged, or names something that is neither a tensor nor one of those.
     """
     try:
         stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
@@ -104,7 +106,7 @@ def read_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")  # of unusual pickles; they are refused if they cannot be read
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file may do to the reader
-        raise ValueError(f"{path}: {_reason(error)}") from None
+        raise UserError(f"{path}: {_reason(error)}") from None
 
 
 def _strangers(path: Path) -> list[str]:
@@ -153,14 +155,14 @@ def read_pickle(path: Path) -> Any:
     The source code that such a pickle carries is not run and not kept.
 
     Raises:
-        ValueError: one line: the file is damaged, or names something that such a pickle does not hold.
+        UserError: one line: the file is damaged, or names something that such a pickle does not hold.
     """
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about its own old storages
             return _Unpickler(file).load()
     except Exception as error:  # whatever a damaged or hostile file may do to the reader
-        raise ValueError(f"{path}: {_reason(error)}") from None
+        raise UserError(f"{path}: {_reason(error)}") from None
 
 
 class _Unpickler(pickle.Unpickler):

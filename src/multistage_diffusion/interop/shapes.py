@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..nets import build_network
 from ..network_config import GROUPS, NetworkConfig
 from .layouts import Family, Tensors
@@ -28,7 +29,7 @@ def network_of(
         head_channels: of an LDM U-Net's attention; shapes show neither.
 
     Raises:
-        ValueError: naming the first tensor that is missing or whose shape fits no such network.
+        UserError: naming the first tensor that is missing or whose shape fits no such network.
     """
     read = {"ncsnpp": _ncsnpp, "ddpmpp": _ddpmpp, "ldm": _ldm}[family]
     settings = read(_Shapes(tensors))
@@ -53,7 +54,7 @@ def our_state(tensors: Mapping[str, Tensor], config: NetworkConfig, size: tuple[
         size: (height, width) of its images.
 
     Raises:
-        ValueError: naming the first tensor that is missing, unexpected or of another shape, and how many are.
+        UserError: naming the first tensor that is missing, unexpected or of another shape, and how many are.
     """
     names = published_names(config, size)
     needed = _needed(config, size)
@@ -67,7 +68,7 @@ def our_state(tensors: Mapping[str, Tensor], config: NetworkConfig, size: tuple[
         shapes = f"{list(tensors[wrong[0]].shape)}, not {list(needed[wrong[0]].shape)}"
         faults.append(f"{len(wrong)} of another shape ({wrong[0]}: {shapes})")
     if faults:
-        raise ValueError(
+        raise UserError(
             f"does not fit a {config.family} network of encoder width {config.encoder_width} and decoder widths "
             f"{list(config.decoder_widths)}; of its tensors, {', '.join(faults)}"
         )
@@ -79,7 +80,7 @@ def published_state(state: Mapping[str, Tensor], config: NetworkConfig, size: tu
     """Return the published tensors of a network's state dict: the inverse of `our_state`.
 
     Raises:
-        ValueError: if no published layout has a place for such a network.
+        UserError: if no published layout has a place for such a network.
     """
     return restore_published(state, published_names(config, size))
 
@@ -98,10 +99,10 @@ class _Shapes:
 
     def __call__(self, name: str, dims: int) -> tuple[int, ...]:
         if name not in self.tensors:
-            raise ValueError(f"has no {name}")
+            raise UserError(f"has no {name}")
         shape = tuple(self.tensors[name].shape)
         if len(shape) != dims or 0 in shape:
-            raise ValueError(f"{name} has shape {list(shape)}, not {dims} dimensions")
+            raise UserError(f"{name} has shape {list(shape)}, not {dims} dimensions")
         return shape
 
     def any(self, pattern: str) -> bool:
@@ -115,13 +116,13 @@ class _Shapes:
 
 def _times(channels: int, width: int, name: str) -> int:
     if channels % width:
-        raise ValueError(f"{name} has {channels} channels, not a multiple of {width}")
+        raise UserError(f"{name} has {channels} channels, not a multiple of {width}")
     return channels // width
 
 
 def _blocks(count: int, levels: int, what: str) -> int:
     if count < levels or count % levels:
-        raise ValueError(f"has {count} {what} for {levels} levels; every level must have as many")
+        raise UserError(f"has {count} {what} for {levels} levels; every level must have as many")
     return count // levels
 
 
@@ -137,7 +138,7 @@ def _ncsnpp(shape: _Shapes) -> dict[str, Any]:
     projections = [f"{encoder}.{i}.Conv_2.weight" for i in blocks]
     # only blocks that resample have a 1x1 skip between equal widths
     if levels == 1 and any(len({*shape(n, 4)[:2]}) == 1 for n in projections if n in shape.tensors):
-        raise ValueError(
+        raise UserError(
             f"resamples without an input pyramid ({encoder}.I.Conv2d_0), as score_sde's DDPM++ does; only its NCSN++ is read"
         )
     # per level its blocks and, but for the last, a down block; two at the bottom; with the decoder, per level one more
@@ -169,7 +170,7 @@ def _last_conv(shape: _Shapes, modules: str) -> str:
 def _edm_resolutions(shape: _Shapes) -> list[int]:
     found = shape.numbers(r"model\.enc\.(\d+)x\d+_block0\.")[::-1]
     if not found:
-        raise ValueError("has no model.enc.RESxRES_block0")
+        raise UserError("has no model.enc.RESxRES_block0")
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..contracts import Conditioning
+from ..errors import UserError
 from ..network_config import GROUPS, group_count
 
 SQRT_HALF = math.sqrt(0.5)
@@ -170,7 +171,7 @@ class NoiseEmbedding(nn.Module):
             cond: labels (B,) int64 in [-1, num_classes), -1 for none; augment (B, augment_dim).
 
         Raises:
-            ValueError: if a label is given that the network has no input for, has the wrong shape, or is out of range
+            UserError: if a label is given that the network has no input for, has the wrong shape, or is out of range
                 (looked at on the CPU only: on a GPU it would cost a synchronisation).
         """
         dtype = self.linear0.weight.dtype
@@ -179,7 +180,7 @@ class NoiseEmbedding(nn.Module):
             if self.label is not None:
                 emb = emb + self.label(_scaled_one_hot(cond.labels, len(noise), self.label.weight))
             elif cond.labels is not None:
-                raise ValueError("cond.labels were given to a network with num_classes=0; leave them out")
+                raise UserError("cond.labels were given to a network with num_classes=0; leave them out")
             if cond.augment is not None:
                 emb = emb + self._augmentation(cond.augment, len(noise))
             hidden = F.silu(self.linear0(emb))
@@ -187,10 +188,10 @@ class NoiseEmbedding(nn.Module):
 
     def _augmentation(self, augment: Tensor, rows: int) -> Tensor:
         if self.augment is None:
-            raise ValueError("cond.augment was given to a network with augment_dim=0; leave it out")
+            raise UserError("cond.augment was given to a network with augment_dim=0; leave it out")
         expected = (rows, self.augment.in_features)
         if augment.shape != expected:
-            raise ValueError(f"cond.augment has shape {tuple(augment.shape)}; this batch and network need {expected}")
+            raise UserError(f"cond.augment has shape {tuple(augment.shape)}; this batch and network need {expected}")
         result: Tensor = self.augment(augment.to(self.augment.weight.dtype))
         return result
 
@@ -201,9 +202,9 @@ def _scaled_one_hot(labels: Tensor | None, rows: int, weight: Tensor) -> Tensor:
     if labels is None:
         return weight.new_zeros(rows, classes)
     if labels.shape != (rows,):
-        raise ValueError(f"cond.labels has shape {tuple(labels.shape)}; this batch needs ({rows},)")
+        raise UserError(f"cond.labels has shape {tuple(labels.shape)}; this batch needs ({rows},)")
     if labels.device.type == "cpu" and bool(((labels < -1) | (labels >= classes)).any()):
-        raise ValueError(
+        raise UserError(
             f"cond.labels hold {labels.min().item()} to {labels.max().item()}; the network has num_classes={classes}: "
             f"use 0 to {classes - 1}, or -1 for none"
         )

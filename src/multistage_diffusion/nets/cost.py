@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import NetworkConfig
+from ..errors import UserError
 from . import MultiDecoderUNet, build_network
 from .blocks import Attention
 from .ncsnpp import PyramidStep
@@ -82,10 +83,10 @@ def weighted_multiply_adds(cost: NetworkCost, weights: Sequence[float]) -> float
         weights: calls (or interval lengths) per stage, lowest noise first; only their ratios matter.
 
     Raises:
-        ValueError: if there is not one weight >= 0 per stage, or all are zero.
+        UserError: if there is not one weight >= 0 per stage, or all are zero.
     """
     if len(weights) != len(cost.stages) or min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError(
+        raise UserError(
             f"weights={list(weights)} must be one number >= 0 for each of the {len(cost.stages)} stages, not all zero"
         )
     total = sum(w * stage.multiply_adds for w, stage in zip(weights, cost.stages, strict=True))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import NetworkConfig
 from ..contracts import Conditioning
+from ..errors import UserError
 from .blocks import TINY, ImageConv, NoiseEmbedding, ResidualBlock, conv, group_norm
 
 
@@ -186,7 +187,7 @@ class MultiDecoderUNet(nn.Module):
             (B, C, H, W), the raw network output; reduced precision under autocast.
 
         Raises:
-            ValueError: if shapes or counts disagree, or a label has no input (see NoiseEmbedding).
+            UserError: if shapes or counts disagree, or a label has no input (see NoiseEmbedding).
         """
         self._check(x, noise, counts)
         cond = cond or Conditioning()
@@ -218,11 +219,11 @@ class MultiDecoderUNet(nn.Module):
 
     def _check(self, x: Tensor, noise: Tensor, counts: Sequence[int]) -> None:
         if x.ndim != 4 or x.shape[1] != self.config.channels:
-            raise ValueError(f"x has shape {tuple(x.shape)}; the network needs (B, {self.config.channels}, H, W)")
+            raise UserError(f"x has shape {tuple(x.shape)}; the network needs (B, {self.config.channels}, H, W)")
         if noise.shape != x.shape[:1]:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}; {len(x)} rows of x need ({len(x)},)")
+            raise UserError(f"noise has shape {tuple(noise.shape)}; {len(x)} rows of x need ({len(x)},)")
         if len(counts) != len(self.decoders) or min(counts) < 0 or sum(counts) != len(x) or len(x) == 0:
-            raise ValueError(
+            raise UserError(
                 f"counts={list(counts)} must give the rows of each of the {len(self.decoders)} decoders: "
                 f"numbers >= 0 whose sum is the batch, {len(x)} (at least 1)"
             )

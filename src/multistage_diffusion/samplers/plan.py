@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from ..config import SamplingConfig
+from ..errors import UserError
 from ..schedules import VP, NoiseSchedule
 
 VP_T_END = 1e-4  # where the paper's VP trajectories end: below the training times, which start at 1e-3
@@ -71,7 +72,7 @@ def make_plan(config: SamplingConfig, schedule: NoiseSchedule) -> Plan:
         schedule: gives the default range, the time of spacing "time", and the width of the starting noise.
 
     Raises:
-        ValueError: for unknown names, too few calls, an empty or impossible range, churn or eta without a solver that
+        UserError: for unknown names, too few calls, an empty or impossible range, churn or eta without a solver that
             uses it.
     """
     _check(config)
@@ -112,17 +113,17 @@ def _check(config: SamplingConfig) -> None:
     }
     for name, known in choices.items():
         if getattr(config, name) not in known:
-            raise ValueError(f"sampling.{name}={getattr(config, name)!r} must be one of {', '.join(map(repr, known))}")
+            raise UserError(f"sampling.{name}={getattr(config, name)!r} must be one of {', '.join(map(repr, known))}")
     for name, owner in (("churn", "heun"), ("eta", "ddim")):
         value = getattr(config, name)
         if value and config.solver != owner:
-            raise ValueError(
+            raise UserError(
                 f"sampling.{name}={value} has no meaning for solver {config.solver!r}; set it to 0 or take {owner!r}"
             )
     if config.solver == "heun" and config.calls < 3:
-        raise ValueError(f"sampling.calls={config.calls} is too few for solver 'heun'; its 2 sigmas need at least 3")
+        raise UserError(f"sampling.calls={config.calls} is too few for solver 'heun'; its 2 sigmas need at least 3")
     if config.solver in ("dpm", "dpm++") and config.calls < config.order:
-        raise ValueError(
+        raise UserError(
             f"sampling.calls={config.calls} is below sampling.order={config.order}; raise it or lower the order"
         )
 
@@ -132,7 +133,7 @@ def _sigma_range(config: SamplingConfig, schedule: NoiseSchedule) -> tuple[float
     low = float(schedule.sigma(t_end)) if config.sigma_min is None else config.sigma_min
     high = float(schedule.sigma(schedule.t_max)) if config.sigma_max is None else config.sigma_max
     if not 0 < low < high < math.inf:
-        raise ValueError(
+        raise UserError(
             f"sampling.sigma_min={low:.6g} and sampling.sigma_max={high:.6g} must be finite, 0 < sigma_min < sigma_max"
         )
     return low, high
@@ -151,7 +152,7 @@ def _spacing(config: SamplingConfig, schedule: NoiseSchedule, low: float, high: 
 
     for name, sigma in (("sigma_min", low), ("sigma_max", high)):
         if not math.isclose(back(to(sigma)), sigma, rel_tol=1e-6):
-            raise ValueError(
+            raise UserError(
                 f"sampling.{name}={sigma:.6g} is reached at no time of the {schedule.kind} schedule; move it inside or "
                 "use another sampling.spacing than 'time'"
             )

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .. import keyed
 from ..contracts import Conditioning, Denoiser, denoise_uniform
+from ..errors import UserError
 from .plan import Plan, Step
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -79,11 +80,11 @@ def sample(
         The unscaled states where the plan ends, shaped like start: float64 if start is, else float32.
 
     Raises:
-        ValueError: if the plan is stochastic and no noise is given.
+        UserError: if the plan is stochastic and no noise is given.
         FloatingPointError: if the result is not finite.
     """
     if plan.stochastic and noise is None:
-        raise ValueError(f"noise=None: {plan.solver} with churn or eta draws noise in each step; pass step_noise(...)")
+        raise UserError(f"noise=None: {plan.solver} with churn or eta draws noise in each step; pass step_noise(...)")
     made, total = 0, len(plan.calls)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:

@@ -34,7 +34,7 @@ def baseline_partition(
         and "objective_value" (the cost of `centred_groups`).
 
     Raises:
-        ValueError: if there are fewer times than groups.
+        UserError: if there are fewer times than groups.
     """
     require(1 <= stages <= times, f"stages={stages} must be between 1 and the {times} times of the grid")
     measure = measure or VP()

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .similarity import Similarities
 
 Rule = Literal["interval-mean", "pointwise"]
@@ -51,7 +52,7 @@ class ThreeStages:
         """Return (t1, t2) with every sample counted as often as its weight says, float64 (K,); None: once.
 
         Raises:
-            ValueError: if alpha is never or always reached or the edges come out in the wrong order, with the range of
+            UserError: if alpha is never or always reached or the edges come out in the wrong order, with the range of
                 the curve.
         """
         counts = torch.ones_like(self.t) if weights is None else weights[self.owner]
@@ -68,7 +69,7 @@ class ThreeStages:
             t1 = self._edge(near0, near0 < self.alpha, "smoothed S0", last=False)
             t2 = self._edge(near1, near1 < self.alpha, "smoothed S1", last=True)
         if not t1 < t2:
-            raise ValueError(
+            raise UserError(
                 f"split: t1={t1:.4f} is not below t2={t2:.4f}: at alpha={self.alpha} the two outer stages overlap and "
                 "leave no middle one; raise alpha, lower eta, or ask for 2 stages with algorithm 2"
             )
@@ -81,7 +82,7 @@ class ThreeStages:
         outermost = -1 if last else 0
         if not bool(hit.any()) or bool(hit[outermost]):
             holds = bool(curve[outermost] >= self.alpha)
-            raise ValueError(
+            raise UserError(
                 f"split: mean {name} {'holds' if holds else 'falls short of'} alpha={self.alpha} all the way to the end "
                 f"of the domain (it runs from {float(curve.min()):.4f} to {float(curve.max()):.4f}); "
                 + ("raise alpha or lower eta" if holds else "lower alpha or raise eta")
@@ -113,7 +114,7 @@ def optimal_partition(similarity: Array, stages: int, objective: Objective) -> P
         The first node of each group but the first (empty for n = 1), and the objective's value.
 
     Raises:
-        ValueError: if there are fewer nodes than groups.
+        UserError: if there are fewer nodes than groups.
     """
     return optimal_partitions(similarity, stages, objective)[-1]
 
@@ -122,7 +123,7 @@ def optimal_partitions(similarity: Array, stages: int, objective: Objective) -> 
     """Return `optimal_partition` for 1, 2, .. `stages` groups: dynamic programming finds them all on the way."""
     nodes = len(similarity)
     if not 1 <= stages <= nodes:
-        raise ValueError(f"split: stages={stages} must be between 1 and the {nodes} nodes of the grid")
+        raise UserError(f"split: stages={stages} must be between 1 and the {nodes} nodes of the grid")
     found = cheapest_groups(_group_costs(similarity, objective), stages)
     return [(cuts, value if objective == "total-distance" else -value) for cuts, value in found]
 

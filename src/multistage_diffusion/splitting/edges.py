@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..schedules import VP, NoiseSchedule
 from .boundaries import Objective, mean_within_distance, optimal_partitions
 from .intervals import Array
@@ -41,7 +42,7 @@ def made_result(
         other: further attributes of the result.
 
     Raises:
-        ValueError: if an edge lies beyond the schedule's steps.
+        UserError: if an edge lies beyond the schedule's steps.
     """
     edges, sigmas = printed(schedule, measure, times)
     bounds = tuple((*in_time_of(schedule, measure, pair),) for pair in intervals)
@@ -70,9 +71,9 @@ def printed(
     edges = in_time_of(schedule, measure, times)
     try:
         return edges, tuple(schedule.edge_sigma(t) for t in edges)
-    except ValueError:
+    except UserError:
         found = ", ".join(f"{measure.edge_sigma(t):.4g}" for t in times)
-        raise ValueError(
+        raise UserError(
             f"split: edges at sigma = {found}: the {schedule.kind} schedule has steps on one side only of one of them; "
             "print them in another schedule, or ask for other stages"
         ) from None
@@ -91,7 +92,7 @@ def stage_table(
     for first, _ in optimal_partitions(matrix, min(MOST_STAGES, len(nodes)), objective):
         try:
             times, sigmas = printed(schedule, measure, tuple(nodes[i] for i in first))
-        except ValueError:  # not to be had in this schedule
+        except UserError:  # not to be had in this schedule
             continue
         lines.append(
             {

@@ -58,7 +58,7 @@ def find_stages(
         progress: called with (samples done, samples in all).
 
     Raises:
-        ValueError: if the images are unusable (see the message), or no edges exist for these settings.
+        UserError: if the images are unusable (see the message), or no edges exist for these settings.
     """
     settings = (settings or SplitSettings()).resolved()
     schedule, ranks = schedule or VP(), ranks or Ranks()

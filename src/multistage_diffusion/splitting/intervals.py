@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import keyed
+from ..errors import UserError
 
 RESAMPLES = 400
 LEVEL = 0.95
@@ -36,7 +37,7 @@ def edge_intervals(
     for row in found:
         try:
             row[:] = read(draws.multinomial(samples, np.full(samples, 1 / samples)).astype(np.float64))
-        except ValueError:
+        except UserError:
             row[:] = math.nan
     lost = np.isnan(found[:, :1])
     low = np.quantile(np.where(lost, domain[0], found), (1 - LEVEL) / 2, axis=0)

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
+
 NEGLIGIBLE = 1e-6  # share of a row's weight that may be left out: moves a mean by at most this times the data range
 _FEW = 32  # images of a tile that are added one by one
 _MOST = 0.75  # share of the rows from which on a product of all of them is cheaper than picking some
@@ -56,7 +58,7 @@ class TiledImages:
             reduce: makes a tensor the sum or the largest over the n processes with the shares, in place; for n > 1.
 
         Raises:
-            ValueError: if images are not finite.
+            UserError: if images are not finite.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -72,7 +74,7 @@ class TiledImages:
         for part in self._tiles(0, len(self)):
             total += self._read(part).sum(0, dtype=torch.float64)
         if not bool(torch.isfinite(total).all()):
-            raise ValueError("split: images hold NaN or infinite values; remove those images")
+            raise UserError("split: images hold NaN or infinite values; remove those images")
         self.mean_image = (total / len(self)).to(torch.float32)
         if 4 * len(self) * self.dim <= budget // 2:
             held = torch.empty(len(self), self.dim, device=self.device)

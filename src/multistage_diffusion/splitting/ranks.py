@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
@@ -19,7 +21,7 @@ class Ranks:
     the images. Every sample is numbered, so what is found does not depend on how many there are, to rounding.
 
     Raises:
-        ValueError: if the processes do not make whole groups.
+        UserError: if the processes do not make whole groups.
     """
 
     rank: int = 0
@@ -28,7 +30,7 @@ class Ranks:
 
     def __post_init__(self) -> None:
         if self.image_shards < 1 or self.world % self.image_shards:
-            raise ValueError(
+            raise UserError(
                 f"split: image_shards={self.image_shards} must divide the number of processes, {self.world}; start another "
                 "number of them with torchrun --nproc-per-node"
             )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import serialization
+from ..errors import UserError
 from ..schedules import VP, NoiseSchedule
 from ..stages import Stages
 from .settings import BASELINES, Algorithm, SplitSettings, require
@@ -51,7 +52,7 @@ class SplitResult:
         strip: a PNG, base64: the optimal denoiser's answers on both sides of every edge (`strip.edge_strip`), or empty.
 
     Raises:
-        ValueError: if the parts do not fit together.
+        UserError: if the parts do not fit together.
     """
 
     edges_t: tuple[float, ...]
@@ -129,13 +130,13 @@ class SplitResult:
         """Read a saved result.
 
         Raises:
-            ValueError: naming the file and the key, if it is missing, not JSON, incomplete or inconsistent.
+            UserError: naming the file and the key, if it is missing, not JSON, incomplete or inconsistent.
         """
         data = serialization.read_json(Path(path))
         try:
             return cls._from_dict(data)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     @classmethod
     def _from_dict(cls, data: Any) -> SplitResult:
@@ -161,7 +162,7 @@ def _check_curves(curves: dict[str, Any], algorithm: Algorithm) -> None:
         try:
             arrays[name] = np.asarray(curves[name], dtype=np.float64)
         except (TypeError, ValueError):
-            raise ValueError("split: curves hold something other than lists of numbers; run the split again") from None
+            raise UserError("split: curves hold something other than lists of numbers; run the split again") from None
     count = arrays["t"].size
     shapes = {name: (count,) for name in arrays} | {"similarity": (count, count), "objective_value": ()}
     shapes["steps"] = np.shape(curves.get("steps", ()))  # of any number

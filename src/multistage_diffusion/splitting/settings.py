@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ..errors import UserError
 from .boundaries import Objective, Rule
 from .similarity import Space
 
@@ -17,9 +18,9 @@ MOST_SAMPLES = {1: 1_000_000, 2: 20_000}
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError unless a user's value is as it must be."""
+    """Raise UserError unless a user's value is as it must be."""
     if not condition:
-        raise ValueError(f"split: {message}")
+        raise UserError(f"split: {message}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class SplitSettings:
         grid: number of times at which algorithm 1 looks for edges.
 
     Raises:
-        ValueError: naming the field and the value.
+        UserError: naming the field and the value.
     """
 
     algorithm: Algorithm = 1

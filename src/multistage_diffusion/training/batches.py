@@ -18,6 +18,7 @@ from ..config import RunConfig, TrainingConfig
 from ..contracts import Conditioning
 from ..data import to_float
 from ..distributed import share
+from ..errors import UserError
 from ..schedules import SigmaPrior
 from ..stages import Stages
 from .augment import LABELS, augment
@@ -126,13 +127,11 @@ def allocate(batch: int, shares: Sequence[float]) -> tuple[int, ...]:
     The counts are the same at every step: shapes stay static, and the objective's weights never depend on them.
 
     Raises:
-        ValueError: if there are fewer rows than stages.
+        UserError: if there are fewer rows than stages.
     """
     active = [s > 0 for s in shares]
     if batch < sum(active):
-        raise ValueError(
-            f"training.batch={batch} is too small for {sum(active)} stages; use at least one row per stage"
-        )
+        raise UserError(f"training.batch={batch} is too small for {sum(active)} stages; use at least one row per stage")
     exact = [batch * s for s in shares]
     counts = [max(int(e), int(a)) for e, a in zip(exact, active, strict=True)]
     while sum(counts) != batch:
@@ -153,7 +152,7 @@ class BatchSource:
     """Draws training rows from a data set, kept as it is at rest, on the device when it fits there.
 
     Raises:
-        ValueError: if the data have no labels or too many classes for the network, cannot be flipped, or the network has
+        UserError: if the data have no labels or too many classes for the network, cannot be flipped, or the network has
             no input for what was augmented.
     """
 
@@ -167,7 +166,7 @@ class BatchSource:
         # the latents of mirrored images; pixels are mirrored as they are drawn
         self.mirrored: Tensor | None = getattr(data, "mirrored", None) if self.training.flip else None
         if self.training.flip and self.images.is_floating_point() and self.mirrored is None:
-            raise ValueError(
+            raise UserError(
                 f"training.flip=True but data {data.name!r} has no mirrored latents, and a mirrored latent is not the latent "
                 "of the mirrored image; set it to False"
             )
@@ -184,13 +183,13 @@ class BatchSource:
     def _check(config: RunConfig, data: TrainingData) -> None:
         classes, training = config.network.num_classes, config.training
         if classes and data.labels is None:
-            raise ValueError(f"network.num_classes={classes} but data {data.name!r} has no labels; set it to 0")
+            raise UserError(f"network.num_classes={classes} but data {data.name!r} has no labels; set it to 0")
         if classes and data.num_classes > classes:
-            raise ValueError(
+            raise UserError(
                 f"network.num_classes={classes} but data {data.name!r} has {data.num_classes} classes; set it to that"
             )
         if training.augment and config.network.augment_dim != LABELS:
-            raise ValueError(
+            raise UserError(
                 f"training.augment={training.augment} needs network.augment_dim={LABELS}, not "
                 f"{config.network.augment_dim}: the network must be told what was done to an image"
             )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..pictures import grid, save_png
 from ..sampling import sample_images
 from .events import Callback
@@ -63,14 +64,14 @@ class TensorBoard(Callback):
     """Writes every logged number to RUN/tensorboard (extra `track`).
 
     Raises:
-        ValueError: if tensorboard is not installed.
+        UserError: if tensorboard is not installed.
     """
 
     def __init__(self) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError("tensorboard is not installed: pip install 'multistage-diffusion[track]'") from None
+            raise UserError("tensorboard is not installed: pip install 'multistage-diffusion[track]'") from None
         self._make = SummaryWriter
         self._writer: Any = None
         self._by_flops: Any = None

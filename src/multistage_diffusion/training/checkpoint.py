@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..serialization import read_json, sync_folder, to_dict
 
 _PREFIX, _TEMPORARY = "step_", ".writing-"
@@ -94,10 +95,10 @@ def checkpoint_step(path: Path) -> int:
 
 
 def refuse_newer(folder: Path, step: int) -> None:
-    """Raise ValueError if another process has trained the run since it was opened at this step."""
+    """Raise UserError if another process has trained the run since it was opened at this step."""
     found = list_checkpoints(folder)
     if found and checkpoint_step(found[-1]) > step:
-        raise ValueError(
+        raise UserError(
             f"{folder.parent}: another process has trained it to step {checkpoint_step(found[-1])}; resume again"
         )
 
@@ -117,7 +118,7 @@ def load_tensors(path: Path, name: str, wanted: Collection[str] | None = None) -
         wanted: names of tensors; those of others are not read. None: all.
 
     Raises:
-        ValueError: if the file is missing or damaged, naming it.
+        UserError: if the file is missing or damaged, naming it.
     """
     file = path / f"{name}.safetensors"
     try:
@@ -125,7 +126,7 @@ def load_tensors(path: Path, name: str, wanted: Collection[str] | None = None) -
             keys = list(stored.keys())
             return {key: stored.get_tensor(key) for key in keys if wanted is None or key in wanted}
     except (SafetensorError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file}: cannot be read ({error}); delete {path} to go on from the checkpoint before it"
         ) from None
 

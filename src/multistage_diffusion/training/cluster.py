@@ -71,7 +71,7 @@ def step_costs(
         machine: of the model of time.
 
     Raises:
-        ValueError: if the batch cannot be dealt to so many.
+        UserError: if the batch cannot be dealt to so many.
     """
     layout = make_layout(strategy, config, shape, size)
     counts = row_counts(config.training, stage_shares(config.training, config.stages, config.diffusion.prior))

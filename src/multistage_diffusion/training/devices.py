@@ -12,13 +12,14 @@ from typing import Literal
 import torch
 
 from ..distributed import World, join
+from ..errors import UserError
 
 
 def joined(device: str | torch.device | None) -> tuple[World, torch.device]:
     """Return the processes that work together with this one, and where it computes: a GPU each, where "cuda" is all that is said.
 
     Raises:
-        ValueError: if there is no such device, or the processes' environment is incomplete.
+        UserError: if there is no such device, or the processes' environment is incomplete.
     """
     resolved = resolve_device(device)
     if resolved.type == "cuda" and resolved.index is None and "LOCAL_RANK" in os.environ:
@@ -31,20 +32,20 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """Return the device asked for, or CUDA when there is one, else the CPU.
 
     Raises:
-        ValueError: if CUDA is asked for and absent.
+        UserError: if CUDA is asked for and absent.
     """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device={device!r} is unknown; use cpu, cuda or cuda:N") from None
+        raise UserError(f"device={device!r} is unknown; use cpu, cuda or cuda:N") from None
     if resolved.type not in ("cpu", "cuda"):  # the noise is drawn in float64, which others lack
-        raise ValueError(f"device={str(device)!r} is not supported; use cpu, cuda or cuda:N")
+        raise UserError(f"device={str(device)!r} is not supported; use cpu, cuda or cuda:N")
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={str(device)!r}: no CUDA device is available; use --device cpu")
+        raise UserError(f"device={str(device)!r}: no CUDA device is available; use --device cpu")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"device={str(device)!r}: there are {torch.cuda.device_count()} CUDA devices; use a lower number"
         )
     return resolved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import RunConfig
+from ..errors import UserError
 from ..nets.cost import network_cost
 from .batches import row_counts, stage_shares
 
@@ -20,11 +21,11 @@ def flops_per_image(config: RunConfig) -> float:
         config: a run's; it knows the shape of what the network sees.
 
     Raises:
-        ValueError: if it does not.
+        UserError: if it does not.
     """
     shape, field = config.input_shape, "codec.shape" if config.codec.used else "data.shape"
     if len(shape) != 3:
-        raise ValueError(f"{field}={list(shape)} must be [channels, height, width]")
+        raise UserError(f"{field}={list(shape)} must be [channels, height, width]")
     shares = stage_shares(config.training, config.stages, config.diffusion.prior)
     rows = shares if config.training.update_mode == "one-stage" else row_counts(config.training, shares)
     stages = network_cost(config.network, *shape[1:]).stages

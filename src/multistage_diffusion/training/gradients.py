@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import keyed
 from ..contracts import Conditioning
 from ..denoisers import MultiStageDenoiser
+from ..errors import UserError
 from ..schedules import VP, NoiseSchedule
 from .batches import Batch
 from .checkpoint import checkpoint_step, list_checkpoints
@@ -76,11 +77,11 @@ def gradient_affinity(
         progress: called with (gradients done, gradients in all).
 
     Raises:
-        ValueError: if the run has no checkpoint, or several stages that share nothing; if there is no bin, or no time
+        UserError: if the run has no checkpoint, or several stages that share nothing; if there is no bin, or no time
             in common; or if a gradient is zero or not finite.
     """
     if bins < 1:
-        raise ValueError(f"bins={bins} must be at least 1")
+        raise UserError(f"bins={bins} must be at least 1")
     run.checkpoint("latest")  # refuses a run without any
     borders = common_borders(measure, run.config().diffusion.schedule, bins)
     rows = Rows(y, labels, seed)
@@ -97,8 +98,8 @@ def gradient_affinity(
         fit = memory // (4 * sum(p.numel() for p in bin_gradients.parameters))
         try:
             matrices.append(cosines(inner_products(bin_gradients, bins, max(1, fit), report)))
-        except ValueError as error:
-            raise ValueError(f"{run.path}: step {step}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{run.path}: step {step}: {error}") from None
     return Affinity(borders, torch.stack(matrices).mean(0), steps)
 
 
@@ -106,12 +107,12 @@ def common_borders(measure: VP, schedule: NoiseSchedule, bins: int) -> tuple[flo
     """Return the borders of equal bins of the times of `measure` whose sigmas a schedule has, too.
 
     Raises:
-        ValueError: if there are none.
+        UserError: if there are none.
     """
     ends = [float(measure.time(schedule.sigma(t))) for t in (schedule.t_min, schedule.t_max)]
     low, high = max(measure.t_min, ends[0]), min(measure.t_max, ends[1])
     if not low < high:
-        raise ValueError(f"diffusion.schedule={schedule.kind!r}: has no noise between t_min and t_max of the {measure}")
+        raise UserError(f"diffusion.schedule={schedule.kind!r}: has no noise between t_min and t_max of the {measure}")
     return tuple(torch.linspace(low, high, bins + 1, dtype=torch.float64).round(decimals=9).tolist())
 
 
@@ -119,13 +120,13 @@ def shared_parameters(denoiser: MultiStageDenoiser) -> list[nn.Parameter]:
     """Return the parameters that work at every noise level: all of one stage's, else those of the shared encoder.
 
     Raises:
-        ValueError: if there are several stages, each with an encoder of its own.
+        UserError: if there are several stages, each with an encoder of its own.
     """
     parts = denoiser.network.parts()
     if len(denoiser.stages) == 1:
         return [p for part in parts.values() for p in part.parameters()]
     if "encoder" not in parts:
-        raise ValueError("network.separate=True: the stages share no parameters to compare; take a run of one stage")
+        raise UserError("network.separate=True: the stages share no parameters to compare; take a run of one stage")
     return list(parts["encoder"].parameters())
 
 
@@ -207,10 +208,10 @@ def cosines(products: Tensor) -> Tensor:
     """Return the cosines of vectors, given all their inner products, float64 (M, M).
 
     Raises:
-        ValueError: if a vector is zero or not finite.
+        UserError: if a vector is zero or not finite.
     """
     norms = products.diagonal().sqrt()
     bad = torch.nonzero(~(torch.isfinite(norms) & (norms > 0)))[:, 0].tolist()
     if bad:
-        raise ValueError(f"the gradient of bin {bad[0] + 1} of {len(products)} is zero or not finite: no direction")
+        raise UserError(f"the gradient of bin {bad[0] + 1} of {len(products)} is zero or not finite: no direction")
     return (products / norms[:, None] / norms[None, :]).clamp(-1.0, 1.0).fill_diagonal_(1.0)

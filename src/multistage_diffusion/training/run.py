@@ -25,6 +25,7 @@ import torch
 from ..config import DataConfig, RunConfig
 from ..data import ImageData, open_configured
 from ..denoisers import MultiStageDenoiser, build_denoiser
+from ..errors import UserError
 from ..execution import Execution
 from ..serialization import append_line, from_dict, read_json, read_lines, write_atomic, write_json
 from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, load_tensors, read_state
@@ -62,11 +63,11 @@ class Run:
             replace: move an existing run aside (to PATH.replaced-TIME) instead of refusing.
 
         Raises:
-            ValueError: if there is a run, or anything else, at path.
+            UserError: if there is a run, or anything else, at path.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             if not replace:
-                raise ValueError(
+                raise UserError(
                     f"{path}: exists; resume it (--resume {path}), choose another --out, or replace it (--replace; "
                     "replace=True in Python)"
                 )
@@ -83,19 +84,19 @@ class Run:
         """Open an existing run.
 
         Raises:
-            ValueError: if there is none.
+            UserError: if there is none.
         """
         run = cls(Path(path))
         if not run.config_file.exists():
-            raise ValueError(f"{path}: not a run (no {run.config_file.name}); train one with msdiff train --out {path}")
+            raise UserError(f"{path}: not a run (no {run.config_file.name}); train one with msdiff train --out {path}")
         return run
 
     def config(self) -> RunConfig:
         """Read the run configuration."""
         try:
             return from_dict(RunConfig, read_json(self.config_file))
-        except ValueError as error:
-            raise ValueError(f"{self.config_file}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{self.config_file}: {error}") from None
 
     def data(self, config: DataConfig | None = None) -> ImageData:
         """Open the run's whole data set.
@@ -104,11 +105,11 @@ class Run:
             config: where the data are now, if they have moved; default: where they were at the start.
 
         Raises:
-            ValueError: if the data are not those that the run was started on.
+            UserError: if the data are not those that the run was started on.
         """
         config = config or self.config().data
         if not config.source:
-            raise ValueError(f"data.source: {self.path} was imported and knows no data of its own yet; give --data")
+            raise UserError(f"data.source: {self.path} was imported and knows no data of its own yet; give --data")
         return open_configured(config)
 
     def checkpoint(self, which: str = "best") -> Path:
@@ -119,11 +120,11 @@ class Run:
                 step.
 
         Raises:
-            ValueError: if there is no such checkpoint, listing those there are.
+            UserError: if there is no such checkpoint, listing those there are.
         """
         found = list_checkpoints(self.checkpoints)
         if not found:
-            raise ValueError(f"{self.path}: has no checkpoint yet; continue it with msdiff train --resume {self.path}")
+            raise UserError(f"{self.path}: has no checkpoint yet; continue it with msdiff train --resume {self.path}")
         if which == "latest":
             return found[-1]
         if which == "best":
@@ -132,7 +133,7 @@ class Run:
             if which.isdigit() and checkpoint_step(path) == int(which):
                 return path
         steps = ", ".join(str(checkpoint_step(p)) for p in found)
-        raise ValueError(f"checkpoint {which!r}: not kept in {self.path}; choose latest, best or one of {steps}")
+        raise UserError(f"checkpoint {which!r}: not kept in {self.path}; choose latest, best or one of {steps}")
 
     def denoiser(
         self,
@@ -143,13 +144,13 @@ class Run:
         """Load a checkpoint's denoiser, ready for sampling.
 
         Raises:
-            ValueError: if there is no such checkpoint, or config.json no longer names its network, noise or stages.
+            UserError: if there is no such checkpoint, or config.json no longer names its network, noise or stages.
         """
         folder, config = self.checkpoint(which), self.config()
         trained = from_dict(RunConfig, read_state(folder)["config"])
         for name in ("network", "diffusion", "stages"):
             if getattr(trained, name) != getattr(config, name):
-                raise ValueError(
+                raise UserError(
                     f"{self.config_file}: {name} was edited since step {checkpoint_step(folder)}; put it back (the "
                     f"checkpoint's own configuration is in {folder / 'state.json'})"
                 )
@@ -206,11 +207,11 @@ class Run:
         """Hold the run: two processes must not train it at once.
 
         Raises:
-            ValueError: if another process holds it.
+            UserError: if another process holds it.
         """
         with (self.path / ".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ValueError(f"{self.path}: another process is training this run; wait for it or stop it") from None
+                raise UserError(f"{self.path}: another process is training this run; wait for it or stop it") from None
             yield

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import UserError
 from . import checkpoint as ckpt
 from .sums import RunningSums
 
@@ -43,7 +44,7 @@ def restore(trainer: Trainer, path: Path) -> None:
     """Take a checkpoint's state into a trainer.
 
     Raises:
-        ValueError: if another release wrote it.
+        UserError: if another release wrote it.
     """
     state = ckpt.read_state(path)
     trainer.denoiser.load_state_dict(ckpt.load_tensors(path, "model", trainer.denoiser.state_dict()))
@@ -56,5 +57,5 @@ def restore(trainer: Trainer, path: Path) -> None:
     try:
         trainer.sums = RunningSums(**state["sums"])
     except TypeError:
-        raise ValueError(f"{path}: was written by another release, which alone can resume it") from None
+        raise UserError(f"{path}: was written by another release, which alone can resume it") from None
     trainer.step = state["step"]

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..config import RunConfig
 from ..distributed import share
+from ..errors import UserError
 from ..nets.cost import network_cost
 from ..nets.unet import MultiDecoderUNet
 from .batches import row_counts, stage_shares
@@ -98,20 +99,20 @@ def make_layout(strategy: Strategy, config: RunConfig, shape: Sequence[int], siz
         size: number of processes.
 
     Raises:
-        ValueError: for an unknown strategy, or more processes than rows of a batch, or of a stage's with "memory".
+        UserError: for an unknown strategy, or more processes than rows of a batch, or of a stage's with "memory".
     """
     if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
+        raise UserError(f"strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
     training, stages = config.training, len(config.stages)
     shares = stage_shares(training, config.stages, config.diffusion.prior)
     counts = row_counts(training, shares)
     if size > 1 and strategy == "memory" and config.network.separate and training.precision == "fp16":
-        raise ValueError(
+        raise UserError(
             "training.precision='fp16' with network.separate and strategy 'memory': a process without rows has no gradients to "
             "scale; use bf16, or strategy 'time'"
         )
     if size > training.batch:
-        raise ValueError(
+        raise UserError(
             f"training.batch={training.batch} has fewer rows than there are processes, {size}; make it larger, or start fewer"
         )
     if strategy == "time" or size == 1:
@@ -122,7 +123,7 @@ def make_layout(strategy: Strategy, config: RunConfig, shape: Sequence[int], siz
     holders = deal([n * cost for n, cost in zip(rows, per_row, strict=True)], size)
     for stage, (count, ranks) in enumerate(zip(counts, holders, strict=True)):
         if len(ranks) > max(count, 1):
-            raise ValueError(
+            raise UserError(
                 f"strategy='memory': {len(ranks)} of {size} processes would share the {count} rows of stage {stage + 1}; "
                 f"make training.batch={training.batch} larger, start fewer processes, or use strategy 'time'"
             )

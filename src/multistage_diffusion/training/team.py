@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..denoisers import MultiStageDenoiser
 from ..distributed import World
+from ..errors import UserError
 from . import branching
 from . import checkpoint as ckpt
 from .reducer import Reducer
@@ -44,13 +45,13 @@ class Team:
         """Return the checkpoint from which all go on.
 
         Raises:
-            ValueError: if one of them cannot see it.
+            UserError: if one of them cannot see it.
         """
         found = ckpt.list_checkpoints(run.checkpoints)
         name = self.world.agree(found[-1].name if found else None)
         with self.world.together():
             if name is not None and name not in [path.name for path in found]:
-                raise ValueError(
+                raise UserError(
                     f"{run.checkpoints}: {name} is not there, which rank 0 goes on from; all processes need the run's "
                     "folder on a file system that they share"
                 )

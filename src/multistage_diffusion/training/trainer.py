@@ -16,6 +16,7 @@ from .. import keyed
 from ..config import RunConfig
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..distributed import ALONE, World
+from ..errors import UserError
 from ..execution import Execution, Graphs, execute
 from . import branching
 from . import checkpoint as ckpt
@@ -53,7 +54,7 @@ class Trainer:
         strategy: what each of them holds, see strategies.py.
 
     Raises:
-        ValueError: if data, run, configuration and world do not fit.
+        UserError: if data, run, configuration and world do not fit.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Trainer:
         self.callbacks = [callback for callback in callbacks if world.chief or callback.everywhere]
         config, training = self.config, self.config.training
         if data.shape[0] != config.network.channels:
-            raise ValueError(f"network.channels={config.network.channels} but the images have {data.shape[0]} channels")
+            raise UserError(f"network.channels={config.network.channels} but the images have {data.shape[0]} channels")
         self.shares = stage_shares(training, config.stages, config.diffusion.prior)
         self.weights = stage_weights(training, config.stages, config.diffusion.prior)
         self.counts = row_counts(training, self.shares)

@@ -11,6 +11,7 @@ import torch
 
 from ..config import RunConfig
 from ..distributed import World
+from ..errors import UserError
 from ..execution import Execution
 from ..execution_config import ExecutionConfig
 from ..residency import free_memory
@@ -27,13 +28,13 @@ COPIES = 0.25  # of free memory, for the gradients of shards
 
 
 def check_execution(asked: Execution, device: torch.device, processes: int) -> None:
-    """Raise ValueError if CUDA graphs or shards are asked for where there are none."""
+    """Raise UserError if CUDA graphs or shards are asked for where there are none."""
     for name, wanted, kind in (
         ("cuda_graphs=True", asked.cuda_graphs, "cuda"),
         (f"shards={asked.shards}", asked.shards > 1, "cpu"),
     ):
         if wanted and (device.type != kind or processes > 1):
-            raise ValueError(
+            raise UserError(
                 f"execution.{name} needs one process on a {kind.upper()} device, not {processes} on {device}; set it to auto"
             )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import RunConfig
 from ..denoisers import MultiStageDenoiser, build_denoiser
+from ..errors import UserError
 from .run import Run
 
 _LABELS = ("embedding.label.", "embedding.augment.")
@@ -40,13 +41,13 @@ def warm_start(path: Path | str, config: RunConfig) -> WarmStart:
         config: of the new run.
 
     Raises:
-        ValueError: if there is no such run, its network output means something else, or the encoders differ.
+        UserError: if there is no such run, its network output means something else, or the encoders differ.
     """
     run = Run.open(path)
     own, trained = _meanings(config), _meanings(run.config())
     for key, value in own.items():
         if trained.get(key, value) != value:
-            raise ValueError(
+            raise UserError(
                 f"training.init_from={path}: was trained with {key}={trained[key]}, the new run has {value}"
             )
     with torch.device("meta"):
@@ -80,11 +81,11 @@ def _matched(path: Path | str, source: MultiStageDenoiser, target: MultiStageDen
             pairs |= _tensors(given, prefixes[part], part)
             cloned.append(name)
         elif name == "encoder":
-            raise ValueError(f"training.init_from={path}: {_difference(given, part)}; the encoders must be alike")
+            raise UserError(f"training.init_from={path}: {_difference(given, part)}; the encoders must be alike")
         else:
             fresh.append(name)
     if not cloned:
-        raise ValueError(f"training.init_from={path}: no part of its network fits the new one; nothing would be cloned")
+        raise UserError(f"training.init_from={path}: no part of its network fits the new one; nothing would be cloned")
     return WarmStart(tensors=pairs, cloned=tuple(cloned), fresh=tuple(fresh))
 
 

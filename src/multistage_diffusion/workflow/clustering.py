@@ -14,6 +14,7 @@ from .. import keyed
 from ..codecs import open_codec
 from ..config import CodecConfig
 from ..data import ImageData, to_float
+from ..errors import UserError
 from ..latents import encode_images
 from ..schedules import VP, NoiseSchedule
 from ..splitting import SplitResult, SplitSettings
@@ -48,7 +49,7 @@ def split_run(
         progress: called with (gradients done, gradients in all).
 
     Raises:
-        ValueError: as `gradient_split`.
+        UserError: as `gradient_split`.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     config = run.config()
@@ -120,15 +121,15 @@ def gradient_split(
         "similarity" of the bins' cosines, "objective_value", and "steps" (of the checkpoints averaged over).
 
     Raises:
-        ValueError: if the run has no checkpoint or no shared parameters, or fewer bins than stages or no rows are asked
+        UserError: if the run has no checkpoint or no shared parameters, or fewer bins than stages or no rows are asked
             for.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     for name, number in (("rows", rows), ("batch", batch)):
         if number < 1:
-            raise ValueError(f"{name}={number} must be at least 1")
+            raise UserError(f"{name}={number} must be at least 1")
     if not 1 <= stages <= bins:
-        raise ValueError(f"stages={stages} must be between 1 and the {bins} bins of time")
+        raise UserError(f"stages={stages} must be between 1 and the {bins} bins of time")
     config, resolved = run.config(), resolve_device(device)
     schedule = config.diffusion.schedule
     images, labels = _drawn(run, rows, seed)

@@ -15,6 +15,7 @@ from ..codec_training import CodecSettings, CodecTrainer, judge, reconstruct, wr
 from ..config import DataConfig
 from ..data import ImageData, open_configured
 from ..data.sources import located
+from ..errors import UserError
 from ..pictures import grid, save_png
 from ..serialization import to_dict, write_json
 from ..training.devices import device_name, resolve_device
@@ -50,14 +51,14 @@ def train_codec(
         progress: called with (steps done, steps in all).
 
     Raises:
-        ValueError: if the data cannot be read, hold nothing out or do not fit the settings, or OUT is taken.
+        UserError: if the data cannot be read, hold nothing out or do not fit the settings, or OUT is taken.
         TrainingDiverged: if a loss is not finite.
         KeyboardInterrupt: after Ctrl-C, once the codec so far is written.
     """
     out, settings, resolved = Path(out), settings or CodecSettings(), resolve_device(device)
     config = DataConfig(source=data) if isinstance(data, str) else data
     if config.held_out == 0:
-        raise ValueError("data.held_out=0: a codec is measured on held-out images; hold some out, such as 0.1")
+        raise UserError("data.held_out=0: a codec is measured on held-out images; hold some out, such as 0.1")
     images = open_configured(config)
     training, held_out = images.split(config.held_out)
     trainer = CodecTrainer(out, settings, training, resolved)
@@ -84,7 +85,7 @@ def _make_room(out: Path, replace: bool) -> None:
     """Make an empty folder, moving what is there aside (to OUT.replaced-TIME) if asked to."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not replace:
-            raise ValueError(
+            raise UserError(
                 f"{out}: exists; go on with it (--resume), choose another --out, or replace it (--replace; replace=True "
                 "in Python)"
             )

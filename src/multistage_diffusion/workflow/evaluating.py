@@ -10,6 +10,7 @@ from ..config import DataConfig, SamplingConfig
 from ..contracts import FeatureExtractor
 from ..data import ImageData, open_configured
 from ..distributed import speaks
+from ..errors import UserError
 from ..evaluation import (
     ComparisonResult,
     EvaluationResult,
@@ -67,7 +68,7 @@ def evaluate(
         progress: called with (done, total).
 
     Raises:
-        ValueError: if there are too few images, or data and run differ in shape.
+        UserError: if there are too few images, or data and run differ in shape.
     """
     run, (world, resolved) = opened_run(run), joined(device)
     with world.announced():
@@ -76,7 +77,7 @@ def evaluate(
         train_images, held_out = (part.tensor() for part in opened.split(share))
         count = min(max(len(held_out), 500), 5000) if count is None else count
         if min(count, len(train_images), len(held_out)) <= NEIGHBOURS:
-            raise ValueError(
+            raise UserError(
                 f"{count} samples, {len(train_images)} training and {len(held_out)} held-out images are too few to compare: "
                 f"need more than {NEIGHBOURS} of each; give other images with --data, or train with a larger data.held_out"
             )
@@ -118,7 +119,7 @@ def compare(
         features, weights, seed, checkpoint, sampling, device, progress: see `evaluate`.
 
     Raises:
-        ValueError: if there are too few samples or images, or the reference is of other images or features.
+        UserError: if there are too few samples or images, or the reference is of other images or features.
     """
     run, (world, resolved) = opened_run(run), joined(device)
     with world.announced():
@@ -146,13 +147,13 @@ def _compared_data(run: Run, data: DataConfig | None) -> tuple[ImageData, float]
     opened = run.data() if data is None else open_configured(data)
     if opened.shape != config.data.shape:
         found, made = (" x ".join(map(str, shape)) for shape in (opened.shape, config.data.shape))
-        raise ValueError(
+        raise UserError(
             f"data: images of {found} (channels x height x width), but {run.path} makes {made}; give --size H W --fit crop "
             "for another size, or convert them to as many channels"
         )
     share = (data or config.data).held_out
     if share != config.data.held_out and opened.fingerprint == config.data.fingerprint:
-        raise ValueError(
+        raise UserError(
             f"data.held_out={share}: {run.path} was trained on these data with {config.data.held_out}; use that"
         )
     return opened, share
@@ -222,12 +223,12 @@ def statistics(
         progress: called with (images done, in all).
 
     Raises:
-        ValueError: for unknown features, missing weights, or fewer than 2 images.
+        UserError: for unknown features, missing weights, or fewer than 2 images.
     """
     if part not in PARTS:
-        raise ValueError(f"part={part!r} must be one of {', '.join(PARTS)}")
+        raise UserError(f"part={part!r} must be one of {', '.join(PARTS)}")
     if keep < 0:
-        raise ValueError(f"keep={keep} must be >= 0")
+        raise UserError(f"keep={keep} must be >= 0")
     extractor = get_features(features, weights)
     config = DataConfig(source=data) if isinstance(data, str) else data
     opened = open_configured(config)

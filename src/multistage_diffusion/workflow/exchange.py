@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import CodecConfig, DataConfig, DiffusionConfig, NetworkConfig, RunConfig, TrainingConfig
+from ..errors import UserError
 from ..interop.autoencoder import vq_model
 from ..interop.layouts import DDPMPP, SUFFIXES, Published, Tensors, published_bytes, read_published
 from ..interop.shapes import network_of, our_state, published_state, resolution_of
@@ -56,7 +57,7 @@ def import_published(
         The run.
 
     Raises:
-        ValueError: one line: the file is damaged, hostile or does not fit, or its stages are not known.
+        UserError: one line: the file is damaged, hostile or does not fit, or its stages are not known.
     """
     file, published = Path(file), read_published(Path(file))
     weights = published.model or published.ema
@@ -70,8 +71,8 @@ def import_published(
         config = _config(published, network, base, size, result)
         codec, folder = _first_stage(file, published), Path(out) / "codec"
         config = dataclasses.replace(_on_latents(config, base, published, codec, folder), name=Path(out).name)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     if published.ema is None:
         warnings.warn(f"{file}: holds no averaged weights; the model's own stand for them", stacklevel=2)
     run = Run.create(Path(out), config, replace=replace)
@@ -84,7 +85,7 @@ def import_published(
 def _heads(published: Published, given: int | None) -> int:
     """Return the channels of an attention head: those given, those of the file, or latent diffusion's usual 32."""
     if given is not None and published.family != "ldm":
-        raise ValueError(f"head_channels={given}: a network of family {published.family!r} has one head; leave it out")
+        raise UserError(f"head_channels={given}: a network of family {published.family!r} has one head; leave it out")
     return int(_number(published, _HEADS, 32)) if given is None else given
 
 
@@ -92,7 +93,7 @@ def _number(published: Published, name: str, default: float) -> float:
     """Return a number that a file says of its network."""
     said = published.arguments.get(name, default)
     if not isinstance(said, int | float):
-        raise ValueError(f"{name}={said!r} is no number")
+        raise UserError(f"{name}={said!r} is no number")
     return said
 
 
@@ -120,13 +121,13 @@ def _layout(config: RunConfig) -> str:
 
 def _size(published: Published, weights: Tensors, size: tuple[int, int] | None, base: RunConfig) -> tuple[int, int]:
     if size is not None and min(size) < 1:
-        raise ValueError(f"size={size} must be positive")
+        raise UserError(f"size={size} must be positive")
     if published.family != "ddpmpp":
         _, height, width = base.input_shape
         return size or (height, width)
     resolution = resolution_of(weights)
     if size not in (None, (resolution, resolution)):
-        raise ValueError(f"size={size}: its names say {resolution} x {resolution}; leave the size out")
+        raise UserError(f"size={size}: its names say {resolution} x {resolution}; leave the size out")
     return resolution, resolution
 
 
@@ -135,7 +136,7 @@ def _config(
 ) -> RunConfig:
     """Return the configuration of the run, all but its codec and name."""
     if _layout(base) != network.family:
-        raise ValueError(
+        raise UserError(
             f"holds a network of family {network.family!r} with its published preconditioning, but the preset "
             f"{base.name!r} is for family {base.network.family!r} with {base.diffusion.precondition!r}; name another"
         )
@@ -182,7 +183,7 @@ def _diffusion(published: Published, base: DiffusionConfig) -> DiffusionConfig:
         return base
     assert isinstance(base.schedule, Discrete)
     if betas.ndim != 1 or len(betas) < 2:
-        raise ValueError(f"betas has shape {list(betas.shape)}; a schedule has a number for every step")
+        raise UserError(f"betas has shape {list(betas.shape)}; a schedule has a number for every step")
     start, end = (float(f"{betas[i].item():.6g}") for i in (0, -1))
     known = [
         Discrete(beta_start=start, beta_end=end, steps=len(betas), spacing=spacing)
@@ -193,7 +194,7 @@ def _diffusion(published: Published, base: DiffusionConfig) -> DiffusionConfig:
         own = _betas(schedule)
         if own.shape == betas.shape and torch.allclose(own, betas.double(), rtol=1e-4):
             return dataclasses.replace(base, schedule=schedule, prior=UniformSteps(schedule=schedule))
-    raise ValueError(
+    raise UserError(
         "its betas are spaced neither linearly nor linearly in their square root; that schedule is not known"
     )
 
@@ -222,7 +223,7 @@ def _stages(
     else:
         stages = _moved(base.stages, base.diffusion, diffusion)
     if len(stages) != decoders:
-        raise ValueError(
+        raise UserError(
             f"holds {decoders} decoders, but {len(stages)} stages are known for it; give those it was trained on "
             "(--stages split.json, or a --preset that has them)"
         )
@@ -246,7 +247,7 @@ def _first_stage(file: Path, published: Published) -> Any:
         return None
     try:
         return vq_model(published.codec)
-    except ValueError as error:
+    except UserError as error:
         warnings.warn(f"{file}: the codec is left out: {error}", stacklevel=3)
         return None
 
@@ -258,7 +259,7 @@ def _on_latents(config: RunConfig, base: RunConfig, published: Published, codec:
     channels, height, width = config.data.shape
     scale = published.buffers.get("scale_factor")
     if scale is not None and scale.numel() != 1:
-        raise ValueError(f"scale_factor has shape {list(scale.shape)}, not one number")
+        raise UserError(f"scale_factor has shape {list(scale.shape)}, not one number")
     if codec is not None:
         factor, colours = 2 ** (len(codec.config.block_out_channels) - 1), codec.config.in_channels
         own = CodecConfig(source=str(folder.resolve()))
@@ -307,23 +308,23 @@ def export_published(
         The file.
 
     Raises:
-        ValueError: if the layout has no place for the run's network or noise, or the file may not be written.
+        UserError: if the layout has no place for the run's network or noise, or the file may not be written.
     """
     run, file = run if isinstance(run, Run) else Run.open(Path(run)), Path(file)
     folder = run.checkpoint(checkpoint)
     state = read_state(folder)
     config = from_dict(RunConfig, state["config"])
     if not _layout(config):
-        raise ValueError(
+        raise UserError(
             f"{run.path}: no published layout tells a network of family {config.network.family!r} with precondition "
             f"{config.diffusion.precondition!r} on schedule {config.diffusion.schedule.kind!r} of such settings; it cannot be "
             "exported"
         )
     suffix = SUFFIXES[config.network.family]
     if file.suffix != suffix:
-        raise ValueError(f"--out {file}: family {config.network.family!r} is written as {suffix}; name it so")
+        raise UserError(f"--out {file}: family {config.network.family!r} is written as {suffix}; name it so")
     if file.exists() and not overwrite:
-        raise ValueError(f"--out {file}: exists; choose another name or give --overwrite")
+        raise UserError(f"--out {file}: exists; choose another name or give --overwrite")
     _, height, width = config.input_shape
     model, ema = (_published_part(folder, part, config, (height, width)) for part in ("model", "ema"))
     published = Published(

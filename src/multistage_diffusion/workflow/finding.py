@@ -43,7 +43,7 @@ def split(
         progress: called with (done, total).
 
     Raises:
-        ValueError: if the data cannot be read or have no such stages.
+        UserError: if the data cannot be read or have no such stages.
     """
     settings, resolved = settings or SplitSettings(), resolve_device(device)
     held_out: Any = None

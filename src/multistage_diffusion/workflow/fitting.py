@@ -14,6 +14,7 @@ import torch
 from ..config import RunConfig
 from ..data import open_configured
 from ..distributed import RankLost, World
+from ..errors import UserError
 from ..serialization import from_dict, override, to_dict, write_json
 from ..splitting import SplitResult
 from ..training.callbacks import SampleGrid
@@ -61,7 +62,7 @@ def train(
         progress: called with (done, total) while images are encoded into latents.
 
     Raises:
-        ValueError: if something does not fit; nothing has been written then.
+        UserError: if something does not fit; nothing has been written then.
         RankLost: if another process is lost.
     """
     world, resolved = joined(device)
@@ -97,7 +98,7 @@ def _prepared(
 ) -> Prepared:
     """Return what a new run is trained on, and what evaluates it; nothing is written."""
     if not config.data.source:
-        raise ValueError(f"data.source is empty: preset {config.name!r} has no data of its own; give --data")
+        raise UserError(f"data.source is empty: preset {config.name!r} has no data of its own; give --data")
     data = open_configured(dataclasses.replace(config.data, fingerprint="", shape=()))
     config = dataclasses.replace(prepare(config, data), name=Path(out).name)
     config, codec = with_codec(with_paths(config), device)
@@ -194,7 +195,7 @@ def resume(
         progress: called with (done, total) while images are encoded into latents.
 
     Raises:
-        ValueError: if there is no run, a change would make it another run, or the data are not those it was started on.
+        UserError: if there is no run, a change would make it another run, or the data are not those it was started on.
         RankLost: if another process is lost.
     """
     world, resolved = joined(device)
@@ -215,14 +216,14 @@ def _reopened(run: Run, changes: Mapping[str, Any], device: torch.device, progre
     changed = override(config, changes)
     refused = [key for key in differences(config, changed) if key not in CHANGEABLE]
     if refused:
-        raise ValueError(
+        raise UserError(
             f"{', '.join(refused)}: differs from the run's own; resuming may change only {', '.join(CHANGEABLE)}; start a "
             "new run for anything else"
         )
     changed = dataclasses.replace(changed, data=located(changed.data))
     found = list_checkpoints(run.checkpoints)
     if found and changed.training.steps < checkpoint_step(found[-1]):
-        raise ValueError(
+        raise UserError(
             f"training.steps={changed.training.steps} is below step {checkpoint_step(found[-1])}, which {run.path} has "
             "reached; give more"
         )
@@ -254,7 +255,7 @@ def _flat(data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def _refuse_edited(run: Run, config: RunConfig) -> None:
-    """Raise ValueError if config.json is no longer what the latest checkpoint was trained with."""
+    """Raise UserError if config.json is no longer what the latest checkpoint was trained with."""
     found = list_checkpoints(run.checkpoints)
     if not found:
         return
@@ -266,7 +267,7 @@ def _refuse_edited(run: Run, config: RunConfig) -> None:
         if key not in CHANGEABLE and not (key in RECORDED and known[key] in ("", "auto", None, []))
     ]
     if edited:
-        raise ValueError(
+        raise UserError(
             f"{run.config_file}: {', '.join(edited)} was edited since step {checkpoint_step(found[-1])}; put it back or "
             "start a new run"
         )

@@ -14,6 +14,7 @@ from ..codecs import open_codec
 from ..config import CodecConfig, RunConfig
 from ..contracts import Codec
 from ..data import ImageData, to_uint8
+from ..errors import UserError
 from ..latents import LatentData, cached_latents, encode_images
 from ..splitting import SplitResult
 from .progress import Progress
@@ -33,7 +34,7 @@ def with_codec(config: RunConfig, device: torch.device | str) -> tuple[RunConfig
     """Open a configuration's codec and record what its latents are; (config, None) for a run on pixels.
 
     Raises:
-        ValueError: if the codec has no source, cannot be opened, or makes no latents of such images.
+        UserError: if the codec has no source, cannot be opened, or makes no latents of such images.
     """
     if not config.codec.used:
         return config, None
@@ -87,27 +88,27 @@ def with_split(config: RunConfig, result: SplitResult) -> RunConfig:
     """Return a configuration with the stages of a split.
 
     Raises:
-        ValueError: if the split is of other data than the network sees: pixels in another range, or other latents.
+        UserError: if the split is of other data than the network sees: pixels in another range, or other latents.
     """
     if not config.codec.used:
         if result.codec:
-            raise ValueError("stages: the split was made on latents, but this run trains on pixels; give --codec, too")
+            raise UserError("stages: the split was made on latents, but this run trains on pixels; give --codec, too")
         if result.data_range is None or tuple(result.data_range) != (-1.0, 1.0):
-            raise ValueError(
+            raise UserError(
                 f"stages: the split was made with data_range {list(result.data_range or [])}, but networks train on "
                 "[-1, 1], where its edges mean other noise; run msdiff split without --data-range"
             )
         return dataclasses.replace(config, stages=result.stages())
     if not result.codec:
-        raise ValueError(
+        raise UserError(
             "stages: the split was made on pixels, but this run trains on latents, where its edges mean other noise; run "
             "msdiff split with --codec"
         )
     if result.codec != config.codec.fingerprint:
-        raise ValueError("stages: the split was made on the latents of another codec; run msdiff split with this one")
+        raise UserError("stages: the split was made on the latents of another codec; run msdiff split with this one")
     scale = config.codec.scale
     if scale is not None and result.scale is not None and abs(scale / result.scale - 1) > 1e-3:
-        raise ValueError(
+        raise UserError(
             f"stages: the split was made on latents times {result.scale:.6g}, but codec.scale={scale:.6g}; leave it out"
         )
     codec = dataclasses.replace(config.codec, scale=result.scale)

@@ -72,7 +72,7 @@ def check(config: RunConfig, data: ImageData) -> tuple[ImageData, ImageData]:
     """Return (training, held-out) images of a data set on which a configuration can be trained.
 
     Raises:
-        ValueError: if anything would stop the training later: network, sampler, batch, labels, held-out share or the run
+        UserError: if anything would stop the training later: network, sampler, batch, labels, held-out share or the run
             to start from.
     """
     network_cost(config.network, *config.input_shape[1:])

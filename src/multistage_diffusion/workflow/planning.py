@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import EvaluationConfig, RunConfig
 from ..data import open_configured, to_float
 from ..denoisers import MultiStageDenoiser, make_preconditioning
+from ..errors import UserError
 from ..optimal import OptimalDenoiser
 from ..planning import (
     Budget,
@@ -116,7 +117,7 @@ def plan(
         bar: makes a progress display, called with (done, total), from a title.
 
     Raises:
-        ValueError: if something does not fit, before any probe is trained; or if the probes tell nothing.
+        UserError: if something does not fit, before any probe is trained; or if the probes tell nothing.
     """
     bar = bar or _no_bar
     _check_arguments(config, budget, probe_steps)
@@ -125,7 +126,7 @@ def plan(
     config, codec = with_codec(with_paths(prepare(config, data)), resolved)
     parts = check(config, data)
     if not len(parts[1]):
-        raise ValueError("data.held_out=0: a plan compares losses on held-out images; give a share such as 0.1")
+        raise UserError("data.held_out=0: a plan compares losses on held-out images; give a share such as 0.1")
     size = (config.input_shape[1], config.input_shape[2])
     if budget is None:
         budget = mean_flops(config.network, _shares(config), size)
@@ -181,13 +182,13 @@ def _no_bar(title: str) -> AbstractContextManager[Progress]:
 
 def _check_arguments(config: RunConfig, budget: float | None, probe_steps: int) -> None:
     if budget is not None and not 0 < budget < math.inf:
-        raise ValueError(f"budget={budget / 1e6:g} MFLOPs must be positive and finite")
+        raise UserError(f"budget={budget / 1e6:g} MFLOPs must be positive and finite")
     if probe_steps < 1:
-        raise ValueError(f"probe-steps={probe_steps} must be positive")
+        raise UserError(f"probe-steps={probe_steps} must be positive")
     if not config.data.source:
-        raise ValueError("data.source is empty: name the images that the plan is for")
+        raise UserError("data.source is empty: name the images that the plan is for")
     if config.training.branch_at:
-        raise ValueError(
+        raise UserError(
             f"training.branch_at={config.training.branch_at} needs decoders that are alike, which a plan's are not; set it to 0"
         )
 
@@ -200,14 +201,14 @@ def _staged(config: RunConfig, result: SplitResult) -> RunConfig:
     """Return a configuration with the stages of a split, as many decoders, and shares of rows as numbers.
 
     Raises:
-        ValueError: if they do not fit it, or a stage gets no rows.
+        UserError: if they do not fit it, or a stage gets no rows.
     """
     stages, training = result.stages(), config.training
     shares = training.shares
     if not isinstance(shares, tuple) or len(shares) != len(stages):
         shares = halfway_shares(prior_masses(stages, config.diffusion.prior))
     if not all(shares):
-        raise ValueError(f"training.shares={list(shares)}: a stage without rows cannot be planned; give it some")
+        raise UserError(f"training.shares={list(shares)}: a stage without rows cannot be planned; give it some")
     widest = (max(config.network.decoder_widths),) * len(stages)
     network = dataclasses.replace(config.network, decoder_widths=widest)
     config = dataclasses.replace(
@@ -357,7 +358,7 @@ def _planned_stages(
         )
     worth = [stage["weight"] * stage["gain_counted"] for stage in known]
     if not sum(worth) > 0:
-        raise ValueError("probe-steps: both probes have the same losses; give more steps, such as --probe-steps 300")
+        raise UserError("probe-steps: both probes have the same losses; give more steps, such as --probe-steps 300")
     ideal = ideal_flops(worth, limits.shares, limits.flops - limits.encoder)
     chosen = limits.choose(worth)
     assert chosen is not None  # Budget would have raised

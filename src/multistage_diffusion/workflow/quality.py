@@ -16,6 +16,7 @@ from ..config import RunConfig
 from ..contracts import Conditioning, Denoiser, FeatureExtractor
 from ..data import ImageData
 from ..distributed import ALONE, World
+from ..errors import UserError
 from ..evaluation import Moments, frechet_between, get_features, image_moments, load_reference, sharded
 from ..evaluation.statistics import MAX_DIMS
 from ..sampling import sample_images
@@ -53,7 +54,7 @@ class Yardstick:
             device: where features are computed.
 
         Raises:
-            ValueError: if there are no such features, they do not take such images or are too many, the reference cannot
+            UserError: if there are no such features, they do not take such images or are too many, the reference cannot
                 be read or was made with others, or there are fewer than two training images.
         """
         settings = config.evaluation
@@ -63,10 +64,10 @@ class Yardstick:
         blank = torch.zeros(1, *data.shape, dtype=torch.uint8, device=device)
         try:
             dims = extractor(blank).shape[1]
-        except ValueError as error:
-            raise ValueError(f"evaluation.features={settings.features!r}: {error}") from None
+        except UserError as error:
+            raise UserError(f"evaluation.features={settings.features!r}: {error}") from None
         if dims > MAX_DIMS:
-            raise ValueError(
+            raise UserError(
                 f"evaluation.features={settings.features!r}: {dims} dimensions of images of "
                 f"{' x '.join(map(str, data.shape))} exceed {MAX_DIMS}; use other features"
             )
@@ -74,7 +75,7 @@ class Yardstick:
             reference = _read(Path(settings.reference), extractor, data)
             return cls(extractor=extractor, reference=reference, source=settings.reference)
         if len(training) < 2:
-            raise ValueError(
+            raise UserError(
                 f"evaluation.every={settings.every} needs at least 2 training images to measure samples by, not "
                 f"{len(training)}; set it to 0"
             )
@@ -91,16 +92,16 @@ class Yardstick:
 def _features(name: str) -> FeatureExtractor:
     try:
         return get_features(name)
-    except ValueError as error:
-        raise ValueError(f"evaluation.{error}") from None
+    except UserError as error:
+        raise UserError(f"evaluation.{error}") from None
 
 
 def _read(path: Path, extractor: FeatureExtractor, data: ImageData) -> Moments:
     try:
         reference = load_reference(path)
         reference.require(extractor, data.fingerprint, data.shape)
-    except ValueError as error:
-        raise ValueError(f"evaluation.reference: {error}") from None
+    except UserError as error:
+        raise UserError(f"evaluation.reference: {error}") from None
     return reference.moments
 
 
@@ -114,7 +115,7 @@ class Quality(Callback):
         device: where.
 
     Raises:
-        ValueError: if the run's sampler cannot sample; two samples of nothing are drawn to see.
+        UserError: if the run's sampler cannot sample; two samples of nothing are drawn to see.
     """
 
     everywhere = True  # each process draws and measures its share

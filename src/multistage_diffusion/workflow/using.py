@@ -13,6 +13,7 @@ from ..codecs import open_codec
 from ..config import SamplingConfig
 from ..denoisers import MultiStageDenoiser
 from ..description import architecture_rows, describe
+from ..errors import UserError
 from ..evaluation import get_features, nearest
 from ..execution import Execution, Graphs, execute
 from ..keyed import generator
@@ -67,20 +68,20 @@ def sample(
         uint8 (count, C, H, W).
 
     Raises:
-        ValueError: if there is no such checkpoint, class, sampler or precision.
+        UserError: if there is no such checkpoint, class, sampler or precision.
     """
     run = opened_run(run)
     config, (world, resolved) = run.config(), joined(device)
     classes = config.network.num_classes
     if label is not None and not 0 <= label < classes:
         known = f"it must be in 0..{classes - 1}" if classes else "the run knows no classes; leave it out"
-        raise ValueError(f"label={label}: {known}")
+        raise UserError(f"label={label}: {known}")
     decode = None
     if config.codec.used:
         assert config.codec.scale is not None
         decode = decoder(open_codec(config.codec, resolved), config.codec.scale)
     if precision == "fp64":
-        raise ValueError("precision='fp64' is for training only; take auto, fp32, bf16 or fp16")
+        raise UserError("precision='fp64' is for training only; take auto, fp32, bf16 or fp16")
     sampling = sampling or config.sampling
     keep_memory(resolved)
     with world.announced():
