@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -24,9 +26,11 @@ from multistage_diffusion import cli, demo
 from multistage_diffusion.commands import COMMANDS
 from multistage_diffusion.commands.options import load_config, parse_changes
 from multistage_diffusion.console import TrainingProgress
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.presets import preset
 from multistage_diffusion.serialization import read_json, to_dict, write_json
 from multistage_diffusion.splitting import SplitSettings
+from multistage_diffusion.training.findings import TrainingDiverged
 
 TINY = [
     "--set",
@@ -552,30 +556,95 @@ def raises(error: BaseException) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (OSError("run: cannot be written\n(free some space?)"), "run: cannot be written (free some space?)"),
+        (UserError("run: cannot be read\n(mend it?)"), "run: cannot be read (mend it?)"),
+        (UserError("a=[bold]1[/bold]"), "a=[bold]1[/bold]"),
+        (UserError("caf\u00e9 \x1b[31m\u202egnp.exe"), r"café \x1b[31m\u202egnp.exe"),
+        (TrainingDiverged("the loss is not finite"), "the loss is not finite"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x.png"), "x.png: No such file; check the name"),
+        (PermissionError(errno.EACCES, "Denied", Path("runs/a")), "runs/a: Denied; check its permissions, or"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.npz"), "a.npz: No space left on device; free some space"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free some space"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), "refused"),
+        (MemoryError(), "memory ran out (no details); take a smaller batch"),
+        (MemoryError("Unable to allocate 9 EiB"), "memory ran out (Unable to allocate 9 EiB); take"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "memory ran out (CUDA out of memory); take"),
+        (
+            RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: you"),
+            "memory ran out ([x] DefaultCPUAllocator",
+        ),
         (KeyboardInterrupt(), "interrupted"),
         (KeyboardInterrupt("run: stopped"), "run: stopped"),
-        (ValueError("a=[bold]1[/bold]"), "a=[bold]1[/bold]"),
     ],
 )
 def test_what_stops_a_command(error: BaseException, line: str, msdiff: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(COMMANDS["describe"], "run", raises(error))
-    assert msdiff("describe", "digits") == (2, "", f"msdiff: {line}\n")
+    result = msdiff("describe", "digits")
+    refused(result, line)
+    assert result[2].startswith(f"msdiff: {line}")
+    for debug in ([], ["--debug"]):
+        monkeypatch.setenv("MSDIFF_DEBUG", "" if debug else "1")
+        code, _, err = msdiff("describe", "digits", *debug)
+        assert code == 2
+        assert "Traceback (most recent call last)" in err
+        assert err.splitlines()[-1] == result[2].rstrip()
+        assert "\x1b" not in err
 
 
-def test_divergence_and_full_memory_are_no_tracebacks_but_bugs_are(
-    msdiff: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
+def unequal(*_: object, **__: object) -> None:
+    list(zip([1], [1, 2], strict=True))
 
-    from multistage_diffusion.training.findings import TrainingDiverged
 
-    for error in (TrainingDiverged("the loss is not finite"), torch.OutOfMemoryError("CUDA out of memory")):
-        monkeypatch.setattr(COMMANDS["describe"], "run", raises(error))
-        refused(msdiff("describe", "digits"), str(error))
-    monkeypatch.setattr(COMMANDS["describe"], "run", raises(RuntimeError("a fault of ours")))
-    with pytest.raises(RuntimeError, match="a fault of ours"):
-        msdiff("describe", "digits")
+@pytest.mark.parametrize(
+    "bug",
+    [
+        unequal,  # a ValueError
+        lambda *_: int("a"),
+        lambda *_: {}["a"],  # type: ignore[index]
+        raises(RuntimeError("a fault of ours")),
+        raises(FloatingPointError("overflow")),
+        raises(OSError("no number")),
+        raises(OSError(errno.EINVAL, "Invalid argument")),
+        raises(FileNotFoundError(errno.ENOENT, "No such file", str(Path(cli.__file__).with_name("weights")))),
+        raises(BrokenPipeError(errno.EPIPE, "Broken pipe", "worker")),
+    ],
+)
+def test_a_bug_is_not_shown_as_a_mistake(bug: Any, msdiff: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(COMMANDS["describe"], "run", bug)
+    code, out, err = msdiff("describe", "digits")
+    assert (code, out) == (1, "")
+    assert err.startswith("Traceback (most recent call last)")
+    assert err.splitlines()[-1].startswith("msdiff: this is a bug, please report it")
+
+
+def test_a_bug_deep_inside_a_command_is_a_bug(made: Path, msdiff: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multistage_diffusion.workflow.using.sample_images", unequal)
+    code, _, err = msdiff("sample", made / "run", "--out", "x.png")
+    assert code == 1
+    assert "ValueError: zip() argument 2 is longer" in err
+
+
+PROGRAM = [sys.executable, "-m", "multistage_diffusion"]
+
+
+@pytest.mark.parametrize("arguments", ["presets", "--help", "train --help"])
+def test_a_closed_pipe_ends_quietly(arguments: str) -> None:
+    program = subprocess.Popen([*PROGRAM, *arguments.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert program.stdout is not None
+    assert program.stderr is not None
+    program.stdout.close()
+    assert program.stderr.read() == b""
+    assert program.wait() in (141, 0)
+
+
+@pytest.mark.parametrize("arguments", [("tables", "--help"), ("describe", "caf\u00e9 \u2603")])
+def test_no_output_is_lost_to_a_terminal_of_few_characters(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "COLUMNS": "120"}
+    done = subprocess.run([*PROGRAM, *arguments], cwd=tmp_path, capture_output=True, env=environment, check=False)
+    assert done.returncode == (0 if "--help" in arguments else 2)
+    assert b"Traceback" not in done.stderr
+    assert (done.stdout + done.stderr).isascii()
+    if "--help" not in arguments:
+        assert done.stderr.startswith(b"msdiff: caf\\")
 
 
 def test_an_interrupted_training_can_go_on(msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

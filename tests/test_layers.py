@@ -18,6 +18,7 @@ SOURCE = Path(multistage_diffusion.__file__).parent
 # strangers. A new file must be placed here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     # L0: what everything speaks
+    ("errors", "shown"),
     ("contracts", "distributed"),
     ("keyed", "schedules"),
     ("stages",),

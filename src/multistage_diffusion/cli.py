@@ -1,4 +1,7 @@
-"""The command line `msdiff`. What ends a command early (a mistake, a full disk, Ctrl-C) is one line, exit code 2.
+"""The command line `msdiff`.
+
+Exit codes: 0; 1 for a bug, with its traceback; 2 for what ends a command early (a mistake, a full disk, Ctrl-C), in one
+line; 141, as of programs that a closed pipe ends (128 + SIGPIPE), when nobody reads the output any more.
 
 Nothing heavy is imported before a command is named, so that `msdiff --help` answers at once.
 """
@@ -8,14 +11,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import os
 import re
+import select
+import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from . import __version__
-from .errors import UserError
+from .errors import UserError, explained
+from .shown import shown
 
 SUMMARIES = {
     "split": "Find the noise ranges (stages) of a data set from the data themselves.",
@@ -42,6 +50,7 @@ Train diffusion models faster: one shared encoder, a tailored decoder for every 
 {commands}
 
 msdiff COMMAND --help shows a command's options, with examples; msdiff --version the version.
+--debug (or MSDIFF_DEBUG=1) shows the traceback of every error.
 
 Examples
   msdiff demo
@@ -52,8 +61,22 @@ Examples
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command line; return the exit code: 0, or 2 for whatever one clear line can say."""
-    name, *arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
+    """Run a command line; return its exit code."""
+    given = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in given or os.environ.get("MSDIFF_DEBUG", "") not in ("", "0")
+    name, *arguments = [argument for argument in given if argument != "--debug"] or ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is escaped, not refused
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _answer(name, arguments, debug)
+        sys.stdout.flush()  # a closed pipe is found here, not when the interpreter ends
+    except BrokenPipeError:
+        return _unread()
+    return code
+
+
+def _answer(name: str, arguments: Sequence[str], debug: bool) -> int:
     if name in ("-h", "--help"):
         print(OVERVIEW.format(commands="\n".join(f"  {n:<13}{text}" for n, text in SUMMARIES.items())), end="")
         return 0
@@ -62,32 +85,59 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _warn(message)
-        return _run(name, arguments)
+        return _run(name, arguments, debug)
 
 
-def _run(name: str, arguments: Sequence[str]) -> int:
+def _run(name: str, arguments: Sequence[str], debug: bool) -> int:
     try:
         parse(name, arguments).run()
-    except (UserError, OSError, FloatingPointError) as error:
-        return _fail(error)
     except KeyboardInterrupt as interrupt:
-        return _fail(interrupt if interrupt.args else "interrupted")
-    except RuntimeError as error:
-        if not _out_of_memory(error):
+        return _fail(interrupt if interrupt.args else "interrupted", debug)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _closed():
             raise
-        return _fail(error)
+        line = explained(error)
+        if line is None:
+            return _bug()
+        return _fail(line, debug)
     return 0
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    import torch
+def _closed() -> list[int]:
+    """Return which of standard output and standard error nobody reads any more."""
+    found = []
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a stream that is no file is not closed by another program
+            poll = select.poll()
+            poll.register(stream.fileno(), select.POLLOUT)
+            found += [number for number, event in poll.poll(0) if event & select.POLLERR]
+    return found
 
-    return isinstance(error, torch.OutOfMemoryError)
+
+def _unread() -> int:
+    """Let the interpreter end in silence, though what waits for a closed pipe cannot be written."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for number in _closed():
+        os.dup2(nothing, number)
+    os.close(nothing)
+    return 128 + signal.SIGPIPE
 
 
-def _fail(message: object) -> int:
+def _fail(message: object, debug: bool) -> int:
+    if debug:
+        _trace()
     _say(message)
     return 2
+
+
+def _bug() -> int:
+    _trace()
+    _say("this is a bug, please report it with the lines above and the command")
+    return 1
+
+
+def _trace() -> None:
+    sys.stderr.write(shown(traceback.format_exc(), lines=True))
 
 
 def _warn(message: object) -> None:
@@ -99,7 +149,7 @@ def _warn(message: object) -> None:
 
 def _say(message: object) -> None:
     # in one piece, newline included: several processes may have something to say
-    sys.stderr.write(f"msdiff: {' '.join(str(message).split())}\n")
+    sys.stderr.write(f"msdiff: {shown(' '.join(str(message).split()))}\n")
     sys.stderr.flush()
 
 

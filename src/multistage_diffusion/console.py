@@ -9,10 +9,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from .distributed import speaks
+from .shown import shown
 from .training.events import Callback
 from .training.trainer import Trainer
 
-console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not speaks())
+
+class PlainConsole(Console):
+    """A console for which text is text: names of files and classes may hold what rich reads as markup, or control characters."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print text, safe to show."""
+        super().print(*(shown(o, lines=True) if isinstance(o, str) else o for o in objects), **options)
+
+
+console = PlainConsole(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=not speaks())
 
 
 class Bar:
@@ -32,9 +42,9 @@ class Bar:
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=12),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", markup=False),
                 console=console,
                 transient=True,
             )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .contracts import Codec
 from .data import ImageData, to_float
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 from .serialization import write_atomic
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -87,7 +87,7 @@ def encode_images(
         Unscaled latents, float32 (N, c, h, w), on the CPU.
 
     Raises:
-        FloatingPointError: if a latent is not finite.
+        NotFiniteError: if a latent is not finite.
     """
     count, channels, height, width = images.shape
     batch = batch or max(1, PIXELS_AT_ONCE // (height * width))
@@ -96,7 +96,7 @@ def encode_images(
         x = to_float(images[start : start + batch].to(device))
         part = codec.encode(x.flip(-1) if mirrored else x)
         if not part.isfinite().all():
-            raise FloatingPointError(f"the codec's latents of images {start} to {start + len(x) - 1} are not finite")
+            raise NotFiniteError(f"the codec's latents of images {start} to {start + len(x) - 1} are not finite")
         latents[start : start + batch] = part.cpu()
         if progress:
             progress(start + len(x), count)
@@ -134,7 +134,7 @@ def cached_latents(
 
     Raises:
         UserError: if the codec takes no such images, or the scale is not known because all latents are equal.
-        FloatingPointError: if a latent is not finite.
+        NotFiniteError: if a latent is not finite.
     """
     folder = default_cache() if folder is None else folder
     sides = (False, True) if mirrored else (False,)

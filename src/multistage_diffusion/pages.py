@@ -15,9 +15,13 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethod
 from PIL import Image
 
 from .pictures import data_uri
+from .shown import shown
 
 INK = "#010203"  # what a chart draws in this colour takes the page's text colour
 COLOURS = ("#1f9e89", "#7a68d8", "#e08a1e", "#d1495b", "#3d85d8", "#8a9a2b", "#b05cb5", "#5f7a8a")
+
+# a page needs its own style and pictures, and nothing else: no script, no address
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --soft: #667085; --page: #f4f5f8; --card: #fff; --line: #e2e5ec;
@@ -85,8 +89,13 @@ summary { cursor: pointer; color: var(--accent); margin-bottom: 10px }
 
 
 def escape(value: Any) -> str:
-    """Return str(value) with HTML's special characters, quotes included, made harmless."""
-    return html.escape(str(value), quote=True)
+    """Return str(value) with HTML's special characters, quotes included, made harmless, and hidden characters shown."""
+    return html.escape(shown(value, lines=True), quote=True)
+
+
+def label(value: Any) -> str:
+    """Return str(value) as text of a chart: hidden characters shown, and dollars that start no formula."""
+    return shown(value).replace("$", r"\$")
 
 
 def colour(index: int) -> str:
@@ -100,6 +109,7 @@ def page(title: str, header: str, sections: Sequence[tuple[str, str, str]]) -> s
     body = "".join(f'<section id="{n}"><h2>{escape(h)}</h2>{content}</section>' for n, h, content in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
         f"<body><header>{header}</header><nav>{links}</nav><main>{body}</main></body></html>\n"

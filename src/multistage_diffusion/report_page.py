@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .config import RunConfig
 from .errors import UserError
-from .pages import INK, chart, colour, escape, facts, note, page, picture, table, tidy
+from .pages import INK, chart, colour, escape, facts, label, note, page, picture, table, tidy
 from .pictures import data_uri, grid
 from .serialization import read_json, read_lines, to_dict, write_atomic
 
@@ -214,7 +214,7 @@ def _draw_norms(figure: Figure, train: Sequence[Record]) -> None:
         part, _, stage = name.partition(".")
         tint = colour(int(stage) - 1) if stage.isdigit() else "#8a93a5"
         points = _curve(train, lambda r, name=name: r["grad_norm"].get(name))
-        axes.plot(*points, color=tint, linewidth=1.2, label=f"{part} {stage}".strip())
+        axes.plot(*points, color=tint, linewidth=1.2, label=label(f"{part} {stage}".strip()))
     axes.set_xlabel("images seen")
     tidy(axes, "linear", "log")
     axes.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), fontsize=9)
@@ -243,7 +243,7 @@ def _draw_quality(figure: Figure, known: Sequence[Record]) -> None:
         x[best], y[best], "o", color=INK, markersize=6, label=f"best: {y[best]:.4g} at step {known[best]['step']:,}"
     )
     axes.set_xlabel("training PFLOPs")
-    features = f"features {known[-1]['extractor']}, {known[-1]['count']:,} samples"
+    features = f"features {label(known[-1]['extractor'])}, {known[-1]['count']:,} samples"
     tidy(axes, "linear", "log", f"Fréchet distance: {features}")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

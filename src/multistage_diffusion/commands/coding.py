@@ -15,7 +15,7 @@ from ..config import DataConfig
 from ..console import Bar
 from ..errors import UserError
 from ..workflow.coding import train_codec
-from .options import DataOptions, Device, option, print_json
+from .options import DataOptions, Device, option, print_json, say
 
 _DEFAULTS = CodecSettings()
 
@@ -85,7 +85,7 @@ class TrainCodec(DataOptions):
         padded = "" if content is None else f", {content:.2f} dB without the padding"
         fidelity = "exact" if held_out["psnr"] is None else f"PSNR {held_out['psnr']:.2f} dB{padded}"
         shape = "x".join(map(str, record["latent_shape"]))
-        print(f"{held_out['images']} held-out images: {fidelity}; latents {shape}")
-        print(
+        say(f"{held_out['images']} held-out images: {fidelity}; latents {shape}")
+        say(
             f"written: {self.out} (next: msdiff train --preset NAME --codec {self.out}; see {self.out}/reconstructions.png)"
         )

@@ -19,7 +19,7 @@ from ..serialization import to_dict
 from ..training.run import Run
 from ..workflow import compare, evaluate, statistics
 from ..workflow.evaluating import KEPT
-from .options import DataOptions, Device, RunFolder, SamplerOptions, check_out, option, print_json
+from .options import DataOptions, Device, RunFolder, SamplerOptions, check_out, option, print_json, say
 
 Features = Annotated[str, option("FEATURES", "pixels")]
 
@@ -95,7 +95,7 @@ class Evaluate(SamplerOptions, DataOptions):
         if self.json:
             print_json(to_dict(result))
         else:
-            print(evaluation_text(result) if isinstance(result, EvaluationResult) else comparison_text(result))
+            say(evaluation_text(result) if isinstance(result, EvaluationResult) else comparison_text(result))
 
 
 @dataclass(kw_only=True)
@@ -144,7 +144,7 @@ class Stats(DataOptions):
                 progress=bar,
             )
         kept = 0 if reference.features is None else len(reference.features)
-        print(
+        say(
             f"written: {self.out} ({reference.moments.count} images, {len(reference.moments.mean)} dimensions of "
             f"{reference.extractor}, features of {kept} kept)"
         )

@@ -11,7 +11,7 @@ import tyro
 from ..presets import preset
 from ..splitting import SplitResult
 from ..workflow.exchange import export_published, import_published
-from .options import RunFolder, check_out, option, print_json
+from .options import RunFolder, check_out, option, print_json, say
 
 
 @dataclass(kw_only=True)
@@ -69,11 +69,11 @@ class Import:
             )
             return
         widths = ", ".join(map(str, config.network.decoder_widths))
-        print(
+        say(
             f"imported: {run.path} ({config.network.family}, encoder {config.network.encoder_width}, decoders {widths})"
         )
         for k, sigma in enumerate(config.stages.interior, start=1):
-            print(f"stage {k} | {k + 1}: sigma = {sigma:.4f}")
+            say(f"stage {k} | {k + 1}: sigma = {sigma:.4f}")
 
 
 @dataclass(kw_only=True)
@@ -106,4 +106,4 @@ class Export:
         if self.json:
             print_json({"out": str(file), "run": str(self.run_folder), "checkpoint": self.checkpoint})
         else:
-            print(f"written: {file}")
+            say(f"written: {file}")

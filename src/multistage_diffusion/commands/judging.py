@@ -18,7 +18,7 @@ from ..serialization import to_dict, write_atomic
 from ..training.run import Run
 from ..workflow import report
 from .evaluating import evaluation_text
-from .options import Changes, Device, RunFolder, SamplerOptions, check_out, option, parse_changes, print_json
+from .options import Changes, Device, RunFolder, SamplerOptions, check_out, option, parse_changes, print_json, say
 
 
 @dataclass(kw_only=True)
@@ -55,9 +55,9 @@ class Describe(SamplerOptions):
         if self.json:
             print_json(described)
             return
-        print(description_table(described))
+        say(description_table(described))
         if self.out is not None:
-            print(f"\nwritten: {self.out}")
+            say(f"\nwritten: {self.out}")
 
     def config(self) -> RunConfig:
         """Return the configuration of the run, or else of the preset, that is called so."""
@@ -91,7 +91,7 @@ class Report:
         run = Run.open(self.run_folder)
         with Bar("reporting", "calls") as bar:
             path = report(run, checkpoint=self.checkpoint, count=self.count, device=self.device, progress=bar)
-        print(f"written: {path}")
+        say(f"written: {path}")
 
 
 @dataclass(kw_only=True)
@@ -118,10 +118,10 @@ class Demo:
         if self.json:
             print_json({**to_dict(result), "report": str(page)})
             return
-        print(evaluation_text(result))
+        say(evaluation_text(result))
         for name, what in (
             ("samples.png", "samples"),
             ("split.png", "stages"),
             (page.name, "report: open in a browser"),
         ):
-            print(f"{self.out / name}  ({what})")
+            say(f"{self.out / name}  ({what})")

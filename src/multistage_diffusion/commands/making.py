@@ -32,6 +32,7 @@ from .options import (
     option,
     parse_changes,
     print_json,
+    say,
 )
 
 
@@ -102,7 +103,7 @@ class Train(DataOptions):
             run = trained(changes, callbacks, bar)
         if not speaks():
             return
-        print(
+        say(
             f"trained: {run.path} (next: msdiff sample {run.path}, msdiff evaluate {run.path}, msdiff report {run.path})"
         )
 
@@ -217,4 +218,4 @@ class Sample(SamplerOptions):
         if self.json:
             print_json({"out": str(self.out), "count": self.count, "seed": self.seed, "sampling": to_dict(sampling)})
         else:
-            print(f"written: {self.out} ({self.count} samples, {sampling.solver}, {sampling.calls} calls)")
+            say(f"written: {self.out} ({self.count} samples, {sampling.solver}, {sampling.calls} calls)")

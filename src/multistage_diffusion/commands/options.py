@@ -17,6 +17,7 @@ import yaml
 from ..config import RunConfig, SamplingConfig
 from ..errors import UserError
 from ..serialization import from_dict, read_json
+from ..shown import shown
 
 
 def option(metavar: str, default: str = "") -> Any:
@@ -144,6 +145,11 @@ def load_config(path: Path) -> RunConfig:
         return from_dict(RunConfig, data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def say(text: str) -> None:
+    """Print text on standard output, safe to show on a terminal."""
+    print(shown(text, lines=True))
 
 
 def print_json(value: Any) -> None:

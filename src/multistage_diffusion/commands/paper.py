@@ -9,7 +9,7 @@ from typing import Annotated
 from ..paper_tables import paper_tables, tables_text
 from ..presets import PRESETS, summary
 from ..serialization import write_atomic
-from .options import check_out, option, print_json
+from .options import check_out, option, print_json, say
 
 
 @dataclass(kw_only=True)
@@ -31,7 +31,7 @@ class Presets:
             return
         width = max(map(len, PRESETS))
         for name in PRESETS:
-            print(f"{name:<{width}}  {summary(name)}")
+            say(f"{name:<{width}}  {summary(name)}")
 
 
 @dataclass(kw_only=True)
@@ -64,6 +64,6 @@ class Tables:
         if self.json:
             print_json([line.to_dict() for line in lines])
             return
-        print(tables_text(lines))
+        say(tables_text(lines))
         if self.out is not None:
-            print(f"written: {self.out}")
+            say(f"written: {self.out}")

@@ -18,7 +18,7 @@ from ..serialization import override
 from ..splitting import SplitResult
 from ..workflow import plan
 from ..workflow.planning import Planned, explained_file
-from .options import Changes, DataOptions, Device, check_out, load_config, option, parse_changes, print_json
+from .options import Changes, DataOptions, Device, check_out, load_config, option, parse_changes, print_json, say
 
 
 @dataclass(kw_only=True)
@@ -82,8 +82,8 @@ class Plan(DataOptions):
         if self.json:
             print_json(planned.explained())
             return
-        print(plan_text(planned))
-        print(f"written: {self.out}, {explained_file(self.out)} (next: msdiff train --config {self.out} --out RUN)")
+        say(plan_text(planned))
+        say(f"written: {self.out}, {explained_file(self.out)} (next: msdiff train --config {self.out} --out RUN)")
 
     def base(self) -> RunConfig:
         """Return the configuration that the plan starts from."""

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..schedules import SCHEDULES
 from ..splitting import Ranks, SplitResult, SplitSettings
 from ..workflow import split, split_run
-from .options import DataOptions, Device, check_out, option, print_json
+from .options import DataOptions, Device, check_out, option, print_json, say
 
 
 @dataclass(kw_only=True)
@@ -116,7 +116,7 @@ class Split(DataOptions):
         if self.json:
             print_json(result.to_dict())
         else:
-            print(f"{edges_text(result)}\nwritten: {self.out}, {picture}")
+            say(f"{edges_text(result)}\nwritten: {self.out}, {picture}")
 
 
 def edges_text(result: SplitResult) -> str:

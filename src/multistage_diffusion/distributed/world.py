@@ -23,13 +23,13 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
-from ..errors import UserError
+from ..errors import NotFiniteError, UserError
 from .heartbeat import PATIENCE, Heartbeat, RankLost
 
 _FOREVER = timedelta(days=7)  # of waiting for another process that is alive
 GOODBYE = 30.0  # seconds for which rank 0, which may keep the store, stays for those that have not left yet
 ErrorType = TypeVar("ErrorType", bound=BaseException)
-_MENDABLE = (ValueError, OSError, FloatingPointError)
+_MENDABLE = (NotFiniteError, UserError, ValueError, OSError, FloatingPointError)  # of two that fit the first is told
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -90,7 +90,8 @@ class World:
         """Wait for all at the end; where one has raised what a user can mend, all raise it. Nothing is exchanged inside.
 
         Raises:
-            ValueError, OSError, FloatingPointError: of the first process that has failed, named by its rank on the others.
+            UserError, ValueError, OSError, FloatingPointError: of the first process that has failed, named by its rank on the
+                others, where an error of the system is a UserError.
         """
         error: Exception | None = None
         try:
@@ -102,12 +103,16 @@ class World:
         if self._store is None and error is not None:
             raise error
         kinds = [isinstance(error, kind) for kind in _MENDABLE]
-        told = self.exchange(None if error is None else [kinds.index(True), str(error)])
+        number = error.errno if isinstance(error, OSError) else None
+        told = self.exchange(None if error is None else [kinds.index(True), number, str(error)])
         if error is not None:
             raise self.shared(error)
         for rank, failure in enumerate(told):
             if failure is not None:
-                raise self.shared(_MENDABLE[failure[0]](f"rank {rank}: {failure[1]}"))
+                kind, number, text = failure
+                words = f"rank {rank}: {text}"
+                # an error with the system's number is no bug, here either
+                raise self.shared(_MENDABLE[kind](words) if number is None else UserError(words))
 
     def require_equal(self, facts: dict[str, Any]) -> None:
         """Raise UserError on all processes unless facts (JSON) are the same on all, naming the first that differs."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import keyed
 from ..contracts import Conditioning, Denoiser, denoise_uniform
-from ..errors import UserError
+from ..errors import NotFiniteError, UserError
 from .plan import Plan, Step
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -81,7 +81,7 @@ def sample(
 
     Raises:
         UserError: if the plan is stochastic and no noise is given.
-        FloatingPointError: if the result is not finite.
+        NotFiniteError: if the result is not finite.
     """
     if plan.stochastic and noise is None:
         raise UserError(f"noise=None: {plan.solver} with churn or eta draws noise in each step; pass step_noise(...)")
@@ -107,7 +107,7 @@ def sample(
     bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
     if bad:
         end = plan.steps[-1].end
-        raise FloatingPointError(f"{bad} of {len(x)} samples are not finite at the trajectory's end, sigma={end:.6g}")
+        raise NotFiniteError(f"{bad} of {len(x)} samples are not finite at the trajectory's end, sigma={end:.6g}")
     return x
 
 

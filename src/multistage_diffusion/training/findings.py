@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import NotFiniteError
 from . import checkpoint as ckpt
 from .run import Run
 
@@ -17,7 +18,7 @@ from .run import Run
 SMALLEST_SCALE = 2.0**-20
 
 
-class TrainingDiverged(FloatingPointError):
+class TrainingDiverged(NotFiniteError):
     """A loss or gradient stopped being finite; the optimiser step was not taken."""
 
 

@@ -14,7 +14,7 @@ import torch
 from ..config import RunConfig
 from ..data import open_configured
 from ..distributed import RankLost, World
-from ..errors import UserError
+from ..errors import UserError, explained
 from ..serialization import from_dict, override, to_dict, write_json
 from ..splitting import SplitResult
 from ..training.callbacks import SampleGrid
@@ -302,7 +302,9 @@ def _fit(
     except RankLost:
         raise
     except OSError as error:
-        raise OSError(
+        if explained(error) is None:
+            raise
+        raise UserError(
             f"{run.path}: cannot be written at step {trainer.step} ({error.strerror or error}); {_kept(run)}; mend that "
             f"(free some space?) and go on with msdiff train --resume {run.path}"
         ) from error
