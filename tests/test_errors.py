@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 
+import pytest
 import torch
 
 from multistage_diffusion.errors import NotFiniteError, UserError, explained, out_of_memory
@@ -16,11 +17,10 @@ def test_what_a_user_can_mend() -> None:
 
 
 def test_the_cpu_allocator_s_own_words() -> None:
-    try:
+    with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    except RuntimeError as error:
-        assert out_of_memory(error)
-        line = explained(error)
-        assert line is not None
-        assert "\n" not in line
+    assert out_of_memory(caught.value)
+    line = explained(caught.value)
+    assert line is not None
+    assert "\n" not in line
     assert not out_of_memory(RuntimeError("shapes differ"))

@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import os
+import sys
 import tempfile
 import types
 import typing
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import UserError
+from .reading import JSON_LIMIT, LINES_LIMIT, brief, parse_json, read_bytes, read_text
 from .schedules import PRIORS, SCHEDULES, NoiseSchedule, SigmaPrior
 
 T = TypeVar("T")
@@ -43,7 +45,7 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
         UserError: naming the key and the value, for unknown keys, wrong types and refused values.
     """
     if not isinstance(data, Mapping):
-        raise UserError(f"{where or cls.__name__}: expected a mapping, got {data!r}")
+        raise UserError(f"{where or cls.__name__}: expected a mapping, got {brief(data)}")
     data = dict(data)
     cls = _concrete(cls, data, where)
     hints = typing.get_type_hints(cls)
@@ -69,7 +71,7 @@ def _concrete(cls: type[T], data: dict[str, Any], where: str) -> type[T]:
         return cls  # an ordinary field may be called `kind`
     kind = data.pop("kind", None)
     if not isinstance(kind, str) or kind not in known:
-        fault = " is missing" if kind is None else f"={kind!r} is unknown"
+        fault = " is missing" if kind is None else f"={brief(kind)} is unknown"
         raise UserError(f"{_join(where, 'kind')}{fault}; choose one of {', '.join(known)}")
     return known[kind]
 
@@ -94,30 +96,34 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             try:
                 return _convert(option, value, where)
             except UserError as error:
-                errors.append(str(error).removeprefix(f"{where}={value!r} must be "))
-        raise UserError(f"{where}={value!r} must be {' or '.join(errors)}")
+                errors.append(str(error).removeprefix(f"{where}={brief(value)} must be "))
+        raise UserError(f"{where}={brief(value)} must be {' or '.join(errors)}")
     if origin is typing.Literal:
         if not any(type(value) is type(arg) and value == arg for arg in args):
-            raise UserError(f"{where}={value!r} must be one of {', '.join(map(repr, args))}")
+            raise UserError(f"{where}={brief(value)} must be one of {', '.join(map(repr, args))}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{where}={value!r} must be a list")
+            raise UserError(f"{where}={brief(value)} must be a list")
         inner = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
         if len(inner) != len(value):
-            raise UserError(f"{where}={value!r} must have {len(inner)} values")
+            raise UserError(f"{where}={brief(value)} must have {len(inner)} values")
         return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise UserError(f"{where}={value!r} must be a mapping")
+            raise UserError(f"{where}={brief(value)} must be a mapping")
         return dict(value)
     if hint in _FAMILIES or dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not abs(value) <= sys.float_info.max:  # NaN compares false, huge integers are no floats
+            raise UserError(f"{where}={brief(value)} must be a finite number")
         return float(value)
+    if hint is int and type(value) is int and not -(2**63) <= value < 2**63:
+        raise UserError(f"{where}={brief(value)} must fit into 64 bits")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         wanted = "null" if hint is types.NoneType else f"of type {hint.__name__}"
-        raise UserError(f"{where}={value!r} must be {wanted}")
+        raise UserError(f"{where}={brief(value)} must be {wanted}")
     return value
 
 
@@ -196,14 +202,7 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: if the file cannot be read or is not JSON, naming it.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    return parse_json(read_text(path, JSON_LIMIT, "JSON"), path)
 
 
 def append_line(path: Path, record: Any) -> None:
@@ -218,14 +217,29 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object a line; a missing file is empty, a last line torn by a kill is ignored.
 
     Raises:
-        UserError: if another line is not JSON, naming it.
+        UserError: if another line is not a JSON object, naming it.
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if not path.exists():
+        return []
+    lines = read_bytes(path, LINES_LIMIT).split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not _whole(line):
+            continue  # torn
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not JSON ({error})") from None
+            record = parse_json(line.decode(), f"{path}: line {number}", " is not JSON")
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: line {number} is not UTF-8 text") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}: line {number}: expected a JSON object, got {brief(record)}")
+        records.append(record)
     return records
+
+
+def _whole(line: bytes) -> bool:
+    """Return whether a line without its newline is a whole record."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True

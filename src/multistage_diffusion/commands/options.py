@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-import yaml
 
 from ..config import RunConfig, SamplingConfig
 from ..errors import UserError
+from ..reading import YAML_LIMIT, parse_yaml, read_text
 from ..serialization import from_dict, read_json
 from ..shown import shown
 
@@ -109,10 +109,7 @@ def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise UserError(f"--set {setting}: must be KEY=VALUE, e.g. optimizer.lr=1e-4")
-        try:
-            changes[key] = plain_numbers(yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise UserError(f"--set {setting}: {value!r} is not a YAML value") from None
+        changes[key] = plain_numbers(parse_yaml(value, f"--set {setting}"))
     return changes
 
 
@@ -136,11 +133,7 @@ def load_config(path: Path) -> RunConfig:
     if path.suffix not in (".yaml", ".yml"):
         data = read_json(path)
     else:
-        try:
-            data = plain_numbers(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = error.strerror if isinstance(error, OSError) else f"not valid YAML: {error}"
-            raise UserError(f"{path}: {reason}") from None
+        data = plain_numbers(parse_yaml(read_text(path, YAML_LIMIT, "YAML"), path))
     try:
         return from_dict(RunConfig, data)
     except UserError as error:
