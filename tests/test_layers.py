@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("keyed", "schedules"),
     ("stages",),
     ("network_config", "serialization"),
-    ("execution_config",),
+    ("execution_config", "records"),
     ("config",),
     ("data",),
     # L1: finding stages, networks, pictures

@@ -224,7 +224,7 @@ def test_metrics_are_read_in_plain_words(tmp_path: Path) -> None:
     text = Page(write_report(tmp_path, **arguments, evaluation=[result])).text  # type: ignore[arg-type]
     for words in ("1.5 times as far", "+4.0 points", "fewer images than dimensions", "9.0%"):
         assert words in text
-    with pytest.raises(ValueError, match="evaluation: result without 'frechet_real'"):
+    with pytest.raises(ValueError, match="evaluation: comparable_to is missing; evaluate"):
         write_report(tmp_path, **arguments, evaluation=[{"extractor": "x", "frechet": 1.0}])  # type: ignore[arg-type]
 
 

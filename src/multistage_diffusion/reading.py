@@ -47,6 +47,20 @@ def read_bytes(path: Path, limit: int) -> bytes:
     return data
 
 
+def require_file(path: Path) -> None:
+    """Refuse what is no regular file, for readers that open it themselves and would wait for a FIFO.
+
+    Raises:
+        UserError: naming it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'a FIFO, socket or device'}, not a file")
+
+
 def read_text(path: Path, limit: int, kind: str = "text") -> str:
     """Read a regular file of UTF-8 text, see `read_bytes`; `kind` is what it should be, for messages.
 

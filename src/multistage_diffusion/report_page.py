@@ -23,9 +23,11 @@ from torch import Tensor
 
 from .config import RunConfig
 from .errors import UserError
+from .evaluation import ComparisonResult, EvaluationResult
 from .pages import INK, chart, colour, escape, facts, label, note, page, picture, table, tidy
 from .pictures import data_uri, grid
-from .serialization import read_json, read_lines, to_dict, write_atomic
+from .records import check, fields_of, read_evaluations, read_launches, read_metrics
+from .serialization import to_dict, write_atomic
 
 Record = Mapping[str, Any]
 
@@ -98,8 +100,9 @@ def write_report(
         UserError: for images of another type or shape, or a file of the run that cannot be read.
     """
     if evaluation is None:
-        evaluation = read_json(run / "evaluation.json") if (run / "evaluation.json").exists() else []
-    records, launches = read_lines(run / "metrics.jsonl"), read_lines(run / "launches.jsonl")
+        evaluation = read_evaluations(run / "evaluation.json")
+    records = read_metrics(run / "metrics.jsonl", len(config.stages))
+    launches = read_launches(run / "launches.jsonl")
     train = [r for r in records if r["kind"] == "train"]
     held_out = [r for r in records if r["kind"] == "held_out"]
     quality = [r for r in records if r["kind"] == "quality"]
@@ -283,31 +286,32 @@ def _neighbours(neighbours: Neighbours | None) -> str:
 
 def _metrics(result: Record) -> str:
     """Tabulate one evaluation with a reading in plain words; `*_real` are real images measured in the same way."""
-    if "reference" in result:
+    kind = ComparisonResult if "reference" in result else EvaluationResult
+    needed, more = fields_of(kind)
+    check(result, needed, "evaluation", mend="; evaluate the run again")
+    check(result, more, "evaluation", optional=True, mend="; evaluate the run again")
+    if kind is ComparisonResult:
         return _comparison(result)
-    try:
-        few = "fewer images than dimensions: only the comparison with real images counts; "
-        return table(("", "Samples", "Real", "In words"), _metric_lines(result), words=3) + note(
-            f"Features: {result['extractor']} ({result['comparable_to']}). {result['count']} images on each side, mean "
-            f"of {result['splits']} draws; {few if result['rank_deficient'] else ''}k = {result['k']}; "
-            f"{result['preprocessing']}. Real: training images in the samples' place; for memorised, held-out images."
-        )
-    except KeyError as error:
-        raise UserError(f"evaluation: result without {error}; evaluate the run again") from None
+    few = "fewer images than dimensions: only the comparison with real images counts; "
+    return table(("", "Samples", "Real", "In words"), _metric_lines(result), words=3) + note(
+        f"Features: {result['extractor']} ({result['comparable_to']}). {result['count']} images on each side, mean "
+        f"of {result['splits']} draws; {few if result['rank_deficient'] else ''}k = {result['k']}; "
+        f"{result['preprocessing']}. Real: training images in the samples' place; for memorised, held-out images."
+    )
 
 
 def _comparison(result: Record) -> str:
     """Tabulate a comparison with the statistics of a reference set."""
     lines = [("Fréchet distance", f"{result['frechet']:.4g}", "Lower is better; with Inception features, the FID.")]
-    if result["kid"] is not None:
+    if None not in (result["kid"], result["kid_deviation"]):
         words = f"Kernel distance: mean and deviation over random subsets of {result['kid_subset']}. Lower is better."
         lines.append(("KID", f"{result['kid']:.4g} ± {result['kid_deviation']:.2g}", words))
-    if result["inception_score"] is not None:
+    if None not in (result["inception_score"], result["inception_deviation"]):
         words = f"Inception score, by the classifier of these features, in {result['inception_splits']} parts. Higher is better."
         lines.append(
             ("Classifier score", f"{result['inception_score']:.4g} ± {result['inception_deviation']:.2g}", words)
         )
-    if result["precision"] is not None:
+    if None not in (result["precision"], result["recall"]):
         beside = f"{result['neighbour_count']} on each side, k = {result['k']}"
         lines.append(
             ("Precision", f"{result['precision']:.1%}", f"Share of samples that lie among real images; {beside}.")

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
+import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation.features import PixelFeatures, extract
 from multistage_diffusion.evaluation.reference import load_reference, make_reference, save_reference
 
@@ -134,3 +138,40 @@ def test_broken_files_are_one_clear_line(arrays, message: str, tmp_path: Path, m
 def test_one_image_has_no_covariance() -> None:
     with pytest.raises(ValueError, match="noise: 1 images have no covariance"):
         make_reference(PixelFeatures(), images(1), data="noise", fingerprint="abc")
+
+
+def test_members_of_other_kinds_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "reference.npz"
+    good = {"mu": np.zeros(3), "sigma": np.eye(3)}
+    odd: list[dict[str, object]] = [
+        {"mu": np.array(["a", "b", "c"])},
+        {"mu": np.zeros(3, complex)},
+        {"mu": np.full(3, np.nan)},
+        {"mu": np.zeros(())},
+        {"mu": np.array([None] * 3)},
+        {"features": np.zeros(3)},
+        {"features": np.zeros((2, 4))},
+        {"features": np.full((2, 3), np.inf)},
+        {"features": np.array([["a", "b", "c"]])},
+        {"msdiff": np.zeros(3)},
+    ]
+    told: list[object] = [[], 1, {"count": -1}, {"count": "x"}, {"count": 10**30}, {"shape": 3}, {"shape": ["a"]}]
+    told += [{"extractor": 1}, {"format_version": [2]}, {"held_out": "x"}, {"fingerprint": []}]
+    odd += [{"msdiff": np.array(json.dumps(about))} for about in told]
+    odd += [{"msdiff": np.array("[" * 100_000)}]
+    for change in odd:
+        np.savez(path, **{**good, **change})  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=r"^[^\n]*reference.npz: [^\n]*$") as caught:
+            load_reference(path)
+        assert len(str(caught.value)) < 500
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("mu", b"text")
+        archive.writestr(
+            "sigma.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fortran_order': False, 'shape': (10**9,)}"
+        )
+    with pytest.raises(UserError, match="reference.npz: "):
+        load_reference(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="reference.npz: is a FIFO"):
+        load_reference(path)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..contracts import FeatureExtractor
 from ..errors import UserError
 from ..keyed import generator
+from ..reading import brief, parse_json, require_file
+from ..records import FINITE, TEXT, WHOLE, check, listed, maybe
 from ..serialization import write_atomic
 from .features import extract
 from .statistics import Moments, image_moments
@@ -24,6 +26,13 @@ from .statistics import Moments, image_moments
 FORMAT_VERSION = 1
 _ABOUT = "msdiff"  # name of the array that holds, as JSON, what the others are
 _TOLD = ("extractor", "preprocessing", "data", "part", "fingerprint", "shape", "held_out")
+_MEND = "; make one with msdiff stats"
+_ABOUT_FIELDS = {
+    **dict.fromkeys(("extractor", "preprocessing", "data", "part", "fingerprint"), maybe(TEXT)),
+    "shape": maybe(listed(WHOLE)),
+    "held_out": maybe(FINITE),
+    "count": WHOLE,
+}
 _WORDS = {"mu": "mean", "sigma": "covariance"}
 
 
@@ -149,35 +158,61 @@ def save_reference(reference: Reference, path: Path) -> None:
     write_atomic(path, buffer.getvalue())
 
 
+def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of a file of statistics: numbers, and text for what they are."""
+    require_file(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("mu", "sigma", "features", _ABOUT) if name in file.files}
+    except Exception as error:  # whatever a damaged or hostile file may do to the reader, claims of any size included
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an .npz file of statistics"
+        raise UserError(f"{path}: {reason}{_MEND}") from None
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in ("U" if name == _ABOUT else "iuf"):
+            kind = f"{array.dtype} values" if isinstance(array, np.ndarray) else "no array"
+            raise UserError(f"{path}: {name} holds {kind}, not {'text' if name == _ABOUT else 'numbers'}{_MEND}")
+    return arrays
+
+
 def load_reference(path: Path) -> Reference:
     """Read statistics written by `save_reference`, or EDM's (`mu` and `sigma` alone).
 
     Raises:
         UserError: naming the file and what is wrong with it.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("mu", "sigma", "features", _ABOUT) if name in file.files}
-        about: dict[str, Any] = json.loads(str(arrays[_ABOUT])) if _ABOUT in arrays else {}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an .npz file of statistics"
-        raise UserError(f"{path}: {reason}; make one with msdiff stats") from None
+    arrays = _arrays(path)
+    about = (
+        parse_json(str(arrays[_ABOUT]), path, f": not an .npz file of statistics; {_ABOUT} is no JSON")
+        if _ABOUT in arrays
+        else {}
+    )
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: {_ABOUT}: expected a mapping, got {brief(about)}{_MEND}")
     if about.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-        raise UserError(f"{path}: format_version={about['format_version']}: this release reads {FORMAT_VERSION}")
+        raise UserError(f"{path}: format_version={brief(about['format_version'])}: this release reads {FORMAT_VERSION}")
+    check(about, _ABOUT_FIELDS, str(path), optional=True, mend=_MEND)
     for name in ("mu", "sigma"):
         if name not in arrays:
-            raise UserError(f"{path}: holds no {name}, the {_WORDS[name]} of features; make one with msdiff stats")
+            raise UserError(f"{path}: holds no {name}, the {_WORDS[name]} of features{_MEND}")
     mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
-    if mean.ndim != 1 or covariance.shape != 2 * mean.shape or not bool(torch.isfinite(covariance).all()):
+    finite = all(bool(torch.isfinite(values).all()) for values in (mean, covariance))
+    if mean.ndim != 1 or covariance.shape != 2 * mean.shape or not finite:
         raise UserError(
             f"{path}: mu of shape {tuple(mean.shape)} and sigma of shape {tuple(covariance.shape)} are no mean and covariance "
             "of the same features, all finite; make one with msdiff stats"
         )
+    features = None
+    if "features" in arrays:
+        features = torch.from_numpy(arrays["features"].astype(np.float32))
+        if features.ndim != 2 or features.shape[1] != len(mean) or not bool(torch.isfinite(features).all()):
+            raise UserError(
+                f"{path}: features of shape {tuple(features.shape)} are no rows of {len(mean)} finite numbers{_MEND}"
+            )
     told: dict[str, Any] = {name: about.get(name) for name in _TOLD}
     told["shape"] = None if told["shape"] is None else tuple(told["shape"])
     return Reference(
         moments=Moments(mean=mean, covariance=covariance, count=int(about.get("count", 0))),
         source=str(path),
-        features=torch.from_numpy(arrays["features"]) if "features" in arrays else None,
+        features=features,
         **told,
     )

@@ -11,9 +11,11 @@ import numpy as np
 
 from .. import serialization
 from ..errors import UserError
+from ..records import FINITE, WHOLE, check, listed, maybe
 from ..schedules import VP, NoiseSchedule
 from ..stages import Stages
 from .settings import BASELINES, Algorithm, SplitSettings, require
+from .strip import decode_png
 
 FORMAT_VERSION = 2
 _CURVES: dict[Algorithm, tuple[str, ...]] = {
@@ -23,7 +25,13 @@ _CURVES: dict[Algorithm, tuple[str, ...]] = {
     "snr": ("t", "value", "objective_value"),
     "gradient": ("t", "similarity", "objective_value", "steps", "table"),
 }
-_LINE = {"stages", "edges_t", "edges_sigma", "distance", "distance_held_out"}  # of the table
+_LINE = {  # of the table
+    "stages": WHOLE,
+    "edges_t": listed(FINITE),
+    "edges_sigma": listed(FINITE),
+    "distance": FINITE,
+    "distance_held_out": maybe(FINITE),
+}
 _DERIVED = ("data_range", "rule")  # top-level copies of what the settings hold
 
 
@@ -145,6 +153,8 @@ class SplitResult:
         missing += [name for name in _DERIVED if name not in data]
         require(not missing, f"{', '.join(missing)} missing; run the split again")
         result = serialization.from_dict(cls, {k: v for k, v in data.items() if k not in _DERIVED})
+        if result.strip:
+            decode_png(result.strip)
         for name in _DERIVED:
             require(
                 data[name] == result.to_dict()[name],
@@ -160,15 +170,27 @@ def _check_curves(curves: dict[str, Any], algorithm: Algorithm) -> None:
     arrays = {}
     for name in set(names) - {"table"}:
         try:
+            require(_numbers(curves[name]), f"curves.{name} holds other than lists of numbers; run the split again")
             arrays[name] = np.asarray(curves[name], dtype=np.float64)
-        except (TypeError, ValueError):
-            raise UserError("split: curves hold something other than lists of numbers; run the split again") from None
+        except (TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"curves.{name} holds lists of numbers of different lengths; run the split again") from None
     count = arrays["t"].size
     shapes = {name: (count,) for name in arrays} | {"similarity": (count, count), "objective_value": ()}
     shapes["steps"] = np.shape(curves.get("steps", ()))  # of any number
     require(all(arrays[n].shape == shapes[n] for n in arrays), "curves differ in length; run the split again")
     table = curves.get("table", [])
     require(
-        isinstance(table, list) and all(isinstance(line, dict) and set(line) == _LINE for line in table),
+        isinstance(table, list) and all(isinstance(line, dict) and set(line) == set(_LINE) for line in table),
         f"lines of the table must hold {', '.join(sorted(_LINE))}; run the split again",
     )
+    for number, line in enumerate(table):
+        check(line, _LINE, f"curves.table[{number}]", mend="; run the split again")
+
+
+def _numbers(value: Any) -> bool:
+    """Return whether a value, or every value of nested lists, is a finite number or null."""
+    if isinstance(value, list | tuple):
+        return all(map(_numbers, value))
+    return value is None or FINITE.fits(value)

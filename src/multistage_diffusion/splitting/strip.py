@@ -12,11 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from .. import keyed
+from ..errors import UserError
 from ..schedules import VP
 from .posterior import TiledImages, posterior_means
 
 SIDE = 0.05  # how far from an edge, in t
 _ROWS, _GAP = 3, 2
+_WIDEST = 1 << 14  # pixels of a side that a strip may have
 _LARGEST = 64  # pixels of an image's longer side: a picture is for the eye
 
 
@@ -61,6 +63,20 @@ def _png(tiles: Tensor) -> str:
 
 
 def decode_png(text: str) -> npt.NDArray[np.uint8]:
-    """Return the pixels of a base64 PNG, (H, W) or (H, W, 3)."""
-    pixels: npt.NDArray[np.uint8] = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+    """Return the pixels of a base64 PNG, (H, W) or (H, W, 3).
+
+    Raises:
+        UserError: if the text is something else.
+    """
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
+            if max(image.size) > _WIDEST or image.mode not in ("L", "RGB"):
+                raise UserError(
+                    f"strip: a picture of {image.width} x {image.height} pixels ({image.mode}) was not made here"
+                )
+            pixels: npt.NDArray[np.uint8] = np.asarray(image)
+    except UserError:
+        raise
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError):
+        raise UserError("strip: not a PNG in base64; run the split again") from None
     return pixels

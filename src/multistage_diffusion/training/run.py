@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,9 @@ from ..data import ImageData, open_configured
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..errors import UserError
 from ..execution import Execution
-from ..serialization import append_line, from_dict, read_json, read_lines, write_atomic, write_json
+from ..reading import brief
+from ..records import read_launches, read_metrics
+from ..serialization import append_line, from_dict, read_json, write_atomic, write_json
 from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, load_tensors, read_state
 from .devices import device_name
 
@@ -160,7 +162,7 @@ class Run:
 
     def records(self) -> list[dict[str, Any]]:
         """Read metrics.jsonl; a last line torn by a kill is ignored."""
-        return read_lines(self.metrics_file)
+        return read_metrics(self.metrics_file)
 
     def rewind_metrics(self, step: int) -> None:
         """Drop what was logged after a checkpoint's step: those steps are going to be run again."""
@@ -183,7 +185,9 @@ class Run:
             "device": device_name(device),
         }
         file = self.path / "launches.jsonl"
-        lines = [json.dumps(record) + "\n" for record in (*read_lines(file), launch)]  # without a line torn by a kill
+        lines = [
+            json.dumps(record) + "\n" for record in (*read_launches(file), launch)
+        ]  # without a line torn by a kill
         write_atomic(file, "".join(lines).encode())
 
     @property
@@ -196,7 +200,18 @@ class Run:
         if not self.execution_file.exists():
             return None
         known = read_json(self.execution_file)
-        return known["execution"] if all(known.get(key) == value for key, value in here.items()) else None
+        mend = "delete it, and a trial is made again"
+        if not isinstance(known, dict):
+            raise UserError(f"{self.execution_file}: expected a mapping, got {brief(known)}; {mend}")
+        if any(known.get(key) != value for key, value in here.items()):
+            return None
+        try:
+            found = from_dict(Execution, known.get("execution"), "execution")
+        except UserError as error:
+            raise UserError(f"{self.execution_file}: {error}; {mend}") from None
+        if found.shards < 1:
+            raise UserError(f"{self.execution_file}: execution.shards={found.shards} must be positive; {mend}")
+        return asdict(found)
 
     def remember_execution(self, here: dict[str, Any], execution: Execution, seconds: dict[str, float]) -> None:
         """Keep what a trial has found, with the seconds of a step of each candidate."""

@@ -24,7 +24,8 @@ from ..evaluation import (
     save_reference,
     sharded,
 )
-from ..serialization import read_json, to_dict, write_json
+from ..records import read_evaluations
+from ..serialization import to_dict, write_json
 from ..training.checkpoint import checkpoint_step
 from ..training.devices import joined, resolve_device
 from ..training.run import Run
@@ -172,7 +173,7 @@ def _keep(
         return
     made = {"step": step, "data": data.source, "sampling": to_dict(sampling), "sampling_seed": seed}
     file = run.path / "evaluation.json"
-    write_json(file, [*(read_json(file) if file.exists() else []), {**made, **to_dict(result)}])
+    write_json(file, [*read_evaluations(file), {**made, **to_dict(result)}])
 
 
 def part_reference(

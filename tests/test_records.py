@@ -1,0 +1,154 @@
+"""Every field of a run's records with every wrong type is one line, or reads as before; never anything else."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from multistage_diffusion.config import RunConfig
+from multistage_diffusion.errors import UserError
+from multistage_diffusion.evaluation import ComparisonResult
+from multistage_diffusion.presets import preset
+from multistage_diffusion.records import fields_of, read_evaluations, read_launches, read_metrics
+from multistage_diffusion.report_page import write_report
+from multistage_diffusion.training.run import Run
+
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    2**70,
+    10**400,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    [],
+    [[None]],
+    {},
+    {"a": {}},
+]
+COMMON = {"step": 10, "images": 60}
+GOOD: dict[str, list[dict[str, Any]]] = {
+    "metrics.jsonl": [
+        {"kind": "train", **COMMON, "loss": [0.1, None, 0.3], "grad_norm": {"encoder": 1.0, "decoder.1": 2.0}, "lr": 1e-3}
+        | {"images_per_s": 9.5, "seconds": 3.0},
+        {"kind": "held_out", **COMMON, "loss": [0.1, 0.2, None], "seconds": 0.1},
+        {"kind": "quality", **COMMON, "petaflops": 0.1, "frechet": 3.0, "extractor": "a$b$", "count": 9, "reference": "x"},
+    ],
+    "launches.jsonl": [{"time": "now", "command": "msdiff train", "version": "1", "torch": "2", "device": "cpu"}],
+    "evaluation.json": [
+        {"extractor": "p", "comparable_to": "c", "preprocessing": "n", "samples": 9, "train": 9, "held_out": 9, "count": 9}
+        | {"splits": 5, "seed": 0, "dims": 4, "rank_deficient": False, "k": 3, "frechet": 1.0, "frechet_real": 0.5}
+        | {name: 0.5 for name in ("precision", "precision_real", "recall", "recall_real", "memorised")}
+        | {"memorised_held_out": 0.05, "memorised_threshold": 1.0, "frechet_reconstructed": None},
+        {"extractor": "p", "comparable_to": "c", "preprocessing": "n", "reference": "r", "reference_count": 0, "samples": 9}
+        | {"dims": 4, "rank_deficient": True, "frechet": 1.0, "kid": 0.1, "kid_deviation": 0.1, "kid_subset": 3}
+        | {"inception_score": 2.0, "inception_deviation": 0.1, "inception_splits": 2, "precision": 0.5, "recall": 0.5}
+        | {"k": 3, "neighbour_count": 9},
+    ],
+}  # fmt: skip
+
+
+def write(folder: Path, name: str, records: list[Any]) -> None:
+    text = json.dumps(records) if name.endswith(".json") else "".join(json.dumps(record) + "\n" for record in records)
+    (folder / name).write_text(text)
+
+
+def changed() -> Iterator[tuple[str, int, str, Any]]:
+    for name, records in GOOD.items():
+        for number, record in enumerate(records):
+            for field in record:
+                for value in ODD:
+                    yield name, number, field, value
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return preset("digits")
+
+
+def report(folder: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> str:
+    pixels = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
+    return write_report(folder, config=config, architecture=[], samples=pixels, real=pixels).read_text()
+
+
+def test_records_as_written_are_shown(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, records in GOOD.items():
+        write(tmp_path, name, records)
+    assert "a$b$" in report(tmp_path, config, monkeypatch)
+
+
+def test_every_field_with_every_wrong_type(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # charts take a while; what they are given is computed all the same
+    monkeypatch.setattr("multistage_diffusion.report_page.chart", lambda draw, height, caption: caption)
+    for name, records in GOOD.items():
+        write(tmp_path, name, records)
+    refused = 0
+    for name, number, field, value in changed():
+        records = copy.deepcopy(GOOD[name])
+        records[number][field] = value
+        write(tmp_path, name, records)
+        try:
+            report(tmp_path, config, monkeypatch)
+        except UserError as error:
+            line, refused = str(error), refused + 1
+            assert "\n" not in line, (name, field, value)
+            assert len(line) < 1000, (name, field, value)
+            assert field in line or "kind" in line or "is missing" in line, (name, field, value, line)
+        write(tmp_path, name, GOOD[name])
+    assert refused > 300
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("text", ["null", "1", "[1]", '{"a": 1}', "[[]]", "[" * 10_000, '"x"', "\xff"])
+def test_files_of_something_else(
+    name: str, text: str, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_bytes(
+        f"{text}\n{text}\n".encode("latin-1") if name.endswith("l") else text.encode("latin-1")
+    )
+    with pytest.raises(UserError, match=name):
+        report(tmp_path, config, monkeypatch)
+
+
+def test_losses_are_one_for_each_stage(tmp_path: Path) -> None:
+    write(tmp_path, "metrics.jsonl", GOOD["metrics.jsonl"])
+    assert len(read_metrics(tmp_path / "metrics.jsonl", 3)) == 3
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 1: loss=\[0.1, None, 0.3\] must hold 2 numbers"):
+        read_metrics(tmp_path / "metrics.jsonl", 2)
+    assert (
+        read_metrics(tmp_path / "none") == read_launches(tmp_path / "none") == read_evaluations(tmp_path / "none") == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("known", "words"),
+    [
+        ([], r"expected a mapping, got \[\]"),
+        ({"device": "cpu"}, "execution: expected a mapping, got None"),
+        ({"device": "cpu", "execution": {"shards": "2"}}, "execution.shards='2' must be of type int"),
+        ({"device": "cpu", "execution": {"shards": 0}}, "execution.shards=0 must be positive"),
+        ({"device": "cpu", "execution": {"fast": True}}, "execution.fast: unknown key"),
+    ],
+)
+def test_what_a_trial_found_is_checked(known: Any, words: str, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.execution_file.write_text(json.dumps(known))
+    with pytest.raises(UserError, match=f"execution.json: {words}.*; delete it, and a trial is made again"):
+        run.known_execution({"device": "cpu"})
+
+
+def test_fields_of_a_dataclass() -> None:
+    needed, more = fields_of(ComparisonResult)
+    assert set(needed) == set(GOOD["evaluation.json"][1])
+    assert not more
+    assert needed["kid"].fits(None)
+    assert not needed["frechet"].fits(None)
