@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import logging
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import __version__
@@ -60,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"msdiff {__version__}")
         return 0
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _openings_told():
         warnings.showwarning = lambda message, *_, **__: _warn(message)
         return _run(name, arguments)
 
@@ -95,6 +96,30 @@ def _warn(message: object) -> None:
 
     if speaks():  # of several processes one is enough
         _say(f"warning: {message}")
+
+
+class _Teller(logging.Handler):
+    """Prints what is logged, by one of several processes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from .distributed import speaks
+
+        if speaks():
+            _say(record.getMessage())
+
+
+@contextlib.contextmanager
+def _openings_told() -> Iterator[None]:
+    """Print what data sets are opened, which the library logs."""
+    logger, teller = logging.getLogger(f"{__package__}.data"), _Teller()
+    level = logger.level
+    logger.addHandler(teller)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(teller)
+        logger.setLevel(level)
 
 
 def _say(message: object) -> None:

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from .. import keyed
+from ..data.opening import load_png
+from ..errors import UserError
 from ..schedules import VP
 from .posterior import TiledImages, posterior_means
 
@@ -61,6 +63,15 @@ def _png(tiles: Tensor) -> str:
 
 
 def decode_png(text: str) -> npt.NDArray[np.uint8]:
-    """Return the pixels of a base64 PNG, (H, W) or (H, W, 3)."""
-    pixels: npt.NDArray[np.uint8] = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+    """Return the pixels of a base64 PNG, (H, W) or (H, W, 3).
+
+    Raises:
+        UserError: if it is none.
+    """
+    mend = "find the stages again with msdiff split"
+    try:
+        content = base64.b64decode(text)
+    except ValueError:
+        raise UserError(f"strip: is not in base64; {mend}") from None
+    pixels: npt.NDArray[np.uint8] = np.asarray(load_png(content, "strip", mend))
     return pixels
