@@ -64,7 +64,7 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> npt.N
     """Read an array whose length, before memory is taken for it, agrees with what is said and stored."""
     if member.flag_bits & 1:
         raise UserError(f"{key} is encrypted")
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # no small bound on what bytes become
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(f"{key} is not compressed as NumPy does")
     try:
         require_inflatable(member.file_size, member.compress_size)
