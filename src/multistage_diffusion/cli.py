@@ -105,7 +105,7 @@ class _Teller(logging.Handler):
         from .distributed import speaks
 
         if speaks():
-            _say(record.getMessage())
+            _say(record.getMessage(), start="")
 
 
 @contextlib.contextmanager
@@ -122,9 +122,9 @@ def _openings_told() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _say(message: object) -> None:
+def _say(message: object, start: str = "msdiff: ") -> None:
     # in one piece, newline included: several processes may have something to say
-    sys.stderr.write(f"msdiff: {' '.join(str(message).split())}\n")
+    sys.stderr.write(f"{start}{' '.join(str(message).split())}\n")
     sys.stderr.flush()
 
 
