@@ -191,3 +191,9 @@ def test_other_compressions_are_refused(tmp_path, method):
     with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as archive:
         archive.writestr("images.npy", bytes(100))
     refused(tmp_path / "a.npz", "images is not compressed as NumPy does")
+
+
+def test_keys_that_are_not_used_are_named(tmp_path):
+    np.savez(tmp_path / "a.npz", images=pixels(2, 4, 4), y=np.zeros(2, np.int64))
+    with pytest.warns(UserWarning, match=r"a\.npz: y not used; labels are looked for as labels, label, arr_1"):
+        assert open_data(tmp_path / "a.npz").labels is None

@@ -370,7 +370,7 @@ def test_an_eps_under_another_name_is_unreadable(grey, monkeypatch):
 
     monkeypatch.setattr("subprocess.Popen", started)
     (grey / "a" / "9.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
-    with pytest.raises(ValueError, match=r"a/9\.png cannot be read \(it is no PNG or JPEG or"):
+    with pytest.raises(ValueError, match=r"a/9\.png cannot be read \(it is not recognised as PNG or JPEG or"):
         open_data(grey)
 
 

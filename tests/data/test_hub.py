@@ -169,3 +169,11 @@ def test_names_that_are_no_paths_are_one_line():
     for source in ("hf:~nobody-of-this-name/set", "hf:" + "a" * 5000):
         with pytest.raises(ValueError, match=r"is no path \(.*\); give hf:FOLDER"):
             open_data(source)
+
+
+def test_labels_of_another_type_are_not_dropped_without_a_word(datasets, tmp_path):
+    table(datasets, label=(range(6), datasets.Value("int64"))).save_to_disk(tmp_path / "saved")
+    with pytest.warns(
+        UserWarning, match=r"saved: column label is of type Value, so there are no labels; cast it to Class"
+    ):
+        assert open_data(f"hf:{tmp_path / 'saved'}").labels is None

@@ -51,7 +51,7 @@ def test_other_formats_are_never_opened(content, monkeypatch):
         raise AssertionError("another program was started")
 
     monkeypatch.setattr("subprocess.Popen", started)
-    with pytest.raises(UserError, match=r"it is no PNG or JPEG or|it is empty") as caught:
+    with pytest.raises(UserError, match=r"it is not recognised as PNG or JPEG or|it is empty") as caught:
         decode(content, MAX_PIXELS)
     assert "BytesIO" not in str(caught.value)
 
@@ -63,7 +63,7 @@ def test_the_test_of_other_formats_means_something():
 
 def test_only_the_formats_named_are_opened(tmp_path):
     grey = np.zeros((2, 2), np.uint8)
-    with pytest.raises(UserError, match="it is no PNG image"):
+    with pytest.raises(UserError, match="it is not recognised as PNG"):
         open_image(file(grey, "jpeg"), ("PNG",))
     (tmp_path / "a.jpg").write_bytes(file(grey))
     assert open_image(tmp_path / "a.jpg", ("PNG",)).format == "PNG"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,29 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
         if not zipped:
             return {"images": np.lib.format.open_memmap(path, mode="r")}
         with zipfile.ZipFile(path) as archive:
-            return _pick({member.filename.removesuffix(".npy"): member for member in archive.infolist()}, archive)
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            keys = _keys(members)
+            arrays = {name: _array(archive, members[key], key) for name, key in keys.items()}
     except Exception as error:  # NumPy and zipfile raise nearly every kind on broken files
         reason = one_line(error)
         raise UserError(
             f"{path}: cannot be read as plain NumPy arrays ({reason}); save uint8 images with np.save or np.savez"
         ) from None
+    unused = [key for key in members if key not in keys.values()]
+    if unused:
+        warnings.warn(
+            f"{path}: {', '.join(unused[:5])} not used; labels are looked for as {', '.join(_LABEL_KEYS)}", stacklevel=4
+        )
+    return arrays
 
 
-def _pick(members: Mapping[str, zipfile.ZipInfo], archive: zipfile.ZipFile) -> dict[str, npt.NDArray[Any]]:
+def _keys(members: Collection[str]) -> dict[str, str]:
+    """Return the key of `images` and, where there are any, of `labels`."""
     images = [key for key in _IMAGE_KEYS if key in members]
     labels = [key for key in _LABEL_KEYS if key in members]
     if not images:
         raise UserError(f"no key {' or '.join(_IMAGE_KEYS)} among {', '.join(members)}")
-    wanted = {"images": images[0], **({"labels": labels[0]} if labels else {})}
-    return {name: _array(archive, members[key], key) for name, key in wanted.items()}
+    return {"images": images[0], **({"labels": labels[0]} if labels else {})}
 
 
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> npt.NDArray[Any]:

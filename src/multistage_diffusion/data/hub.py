@@ -68,6 +68,7 @@ def open_hub(
         progress=progress,
     )
     if label is None:
+        _warn_of_untyped(title, rows)
         return ImageData(decoded.images, None, title, (), decoded.content, decoded.passed_over)
     labels = np.asarray(rows[label][:])[decoded.kept]
     names = tuple(rows.features[label].names)
@@ -102,6 +103,17 @@ def _column(title: str, rows: Any, kind: str) -> str | None:
     if len(names) > 1:
         warnings.warn(f"{title}: of the {kind} columns {', '.join(names)} the first is used", stacklevel=4)
     return names[0] if names else None
+
+
+def _warn_of_untyped(title: str, rows: Any) -> None:
+    """Warn of a column that its name calls labels, but not its type."""
+    names = [name for name in ("label", "labels", "fine_label", "class") if name in rows.features]
+    if names:
+        warnings.warn(
+            f"{title}: column {names[0]} is of type {type(rows.features[names[0]]).__name__}, so there are no labels; cast "
+            "it to ClassLabel if it holds classes",
+            stacklevel=4,
+        )
 
 
 def _reader(rows: Any, column: str) -> Callable[[int], bytes]:

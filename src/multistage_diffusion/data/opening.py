@@ -95,7 +95,7 @@ def open_image(source: bytes | Path, formats: Sequence[str] = FORMATS, max_pixel
         with _own_limit:
             image = Image.open(io.BytesIO(content), formats=known)
     except UnidentifiedImageError:
-        raise UserError(f"it is no {' or '.join(known)} image" if content else "it is empty") from None
+        raise UserError(f"it is not recognised as {' or '.join(known)}" if content else "it is empty") from None
     pixels = image.width * image.height
     if pixels > max_pixels:
         raise UserError(
