@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import logging
 import os
 import re
 import select
@@ -18,7 +19,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import __version__
@@ -83,7 +84,7 @@ def _answer(name: str, arguments: Sequence[str], debug: bool) -> int:
     if name == "--version":
         print(f"msdiff {__version__}")
         return 0
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _openings_told():
         warnings.showwarning = lambda message, *_, **__: _warn(message)
         return _run(name, arguments, debug)
 
@@ -147,9 +148,33 @@ def _warn(message: object) -> None:
         _say(f"warning: {message}")
 
 
-def _say(message: object) -> None:
+class _Teller(logging.Handler):
+    """Prints what is logged, by one of several processes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from .distributed import speaks
+
+        if speaks():
+            _say(record.getMessage(), start="")
+
+
+@contextlib.contextmanager
+def _openings_told() -> Iterator[None]:
+    """Print what data sets are opened, which the library logs."""
+    logger, teller = logging.getLogger(f"{__package__}.data"), _Teller()
+    level = logger.level
+    logger.addHandler(teller)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(teller)
+        logger.setLevel(level)
+
+
+def _say(message: object, start: str = "msdiff: ") -> None:
     # in one piece, newline included: several processes may have something to say
-    sys.stderr.write(f"msdiff: {shown(' '.join(str(message).split()))}\n")
+    sys.stderr.write(f"{start}{shown(' '.join(str(message).split()))}\n")
     sys.stderr.flush()
 
 

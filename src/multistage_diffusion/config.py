@@ -15,6 +15,9 @@ from .stages import Stages
 FORMAT_VERSION = 1
 
 
+MAX_PIXELS = 178_956_970  # of an image; the default, and Pillow's own limit against decompression bombs
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is trained on. `fingerprint` and `shape` are filled in when a run starts and checked at resume."""
@@ -24,6 +27,7 @@ class DataConfig:
     size: tuple[int, int] | None = None
     fit: Literal["exact", "crop", "resize", "pad"] = "exact"
     skip_bad: bool = False
+    max_pixels: int = MAX_PIXELS
     fingerprint: str = ""
     shape: tuple[int, ...] = ()
 
@@ -31,6 +35,7 @@ class DataConfig:
         require(0 <= self.held_out < 1, f"data.held_out={self.held_out} must be in [0, 1)")
         if self.size is not None:
             require(min(self.size) > 0, f"data.size={self.size} must be positive")
+        require(self.max_pixels > 0, f"data.max_pixels={self.max_pixels} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,10 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
-from PIL import Image
 from torch import Tensor
 
 from .config import RunConfig
+from .data.opening import load_png
 from .errors import UserError
 from .evaluation import ComparisonResult, EvaluationResult
 from .pages import INK, chart, colour, escape, facts, label, note, page, picture, table, tidy
@@ -152,8 +152,8 @@ def _stages(config: RunConfig, split_png: Path | None) -> str:
         key += f"<li><i {mark}></i><b>Stage {k + 1}</b> σ in {escape(interval)}</li>"
     curves = note("No similarity curves: the stages were given, not found on the data.")
     if split_png is not None:
-        with Image.open(split_png) as image:
-            curves = picture(image, "Similarity curves on the data, and the stages cut from them.", smooth=True)
+        image = load_png(split_png, str(split_png), "remove it, or write it again with msdiff split")
+        curves = picture(image, "Similarity curves on the data, and the stages cut from them.", smooth=True)
     ends = '<p class="ends"><span>clean image</span><span>pure noise</span></p>'
     return f'<div class="bar">{bar}</div>{ends}<ul class="key">{key}</ul>{curves}'
 

@@ -1,8 +1,13 @@
+import struct
+import tracemalloc
+import zipfile
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from multistage_diffusion.data import open_data
+from multistage_diffusion.errors import UserError
 
 
 def pixels(*shape):
@@ -129,3 +134,66 @@ def test_damaged_files_and_pickles_are_one_line_errors(tmp_path, suffix, damage)
     with pytest.raises(ValueError, match=rf"a\.{suffix}: cannot be read as plain NumPy arrays") as caught:
         open_data(path)
     assert "\n" not in str(caught.value)
+
+
+def refused(path, message):
+    tracemalloc.start()
+    with pytest.raises(UserError, match=rf"{path.name}: cannot be read as plain NumPy arrays \(.*{message}") as caught:
+        open_data(path)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    assert "\n" not in str(caught.value)
+
+
+def header(text):
+    return b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text
+
+
+def member(path, content, **options):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, **options) as archive:
+        archive.writestr("images.npy", content)
+    return path
+
+
+HUGE = header(b"{'descr': '|u1', 'fortran_order': False, 'shape': (10000000000, 28, 28)}")
+
+
+def test_what_an_array_claims_is_compared_before_memory_is_taken(tmp_path):
+    refused(member(tmp_path / "a.npz", HUGE), "images of shape .* is longer than the .* bytes")
+    (tmp_path / "a.npy").write_bytes(HUGE)
+    refused(tmp_path / "a.npy", "")
+    wide = header(b"{'descr': '|u1', 'fortran_order': False, 'shape': (" + b"9" * 30 + b",)}")
+    refused(member(tmp_path / "b.npz", wide), "images of shape")
+    path = member(tmp_path / "c.npz", HUGE)
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<I", data, data.rindex(b"PK\x01\x02") + 24, 2**31)
+    path.write_bytes(data)
+    refused(path, "images: it claims to hold 2147483648 bytes, more than its")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no array",
+        b"",
+        header(b"{'descr': '|u1', 'fortran_order': False, 'shape': " + b"(" * 5000 + b"}"),
+        header(b"{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 4, 4)}") + bytes(16),
+        header(b"[]"),
+        b"\x93NUMPY\x09\0" + bytes(100),
+    ],
+)
+def test_members_that_are_no_arrays_are_refused(tmp_path, content):
+    refused(member(tmp_path / "a.npz", content), "")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_other_compressions_are_refused(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as archive:
+        archive.writestr("images.npy", bytes(100))
+    refused(tmp_path / "a.npz", "images is not compressed as NumPy does")
+
+
+def test_keys_that_are_not_used_are_named(tmp_path):
+    np.savez(tmp_path / "a.npz", images=pixels(2, 4, 4), y=np.zeros(2, np.int64))
+    with pytest.warns(UserWarning, match=r"a\.npz: y not used; labels are looked for as labels, label, arr_1"):
+        assert open_data(tmp_path / "a.npz").labels is None

@@ -1,10 +1,13 @@
+import gzip
 import io
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from multistage_diffusion.data import cifar, open_data
+from multistage_diffusion.errors import UserError
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -163,3 +166,33 @@ def test_images_can_be_padded_and_cropped(tmp_path, small):
     data = open_data(f"cifar10:{folder}", size=(40, 36), fit="pad")
     assert (data.shape, data.content) == ((3, 40, 36), (32, 32))
     assert open_data(f"cifar10:{folder}", size=(8, 8), fit="resize").shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:bz2", "w:xz"])
+def test_other_compressions_are_read(tmp_path, small, mode):
+    with tarfile.open(tmp_path / "a.tar", mode) as archive:
+        for name, data in files().items():
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assert len(open_data(f"cifar10:{tmp_path / 'a.tar'}")) == 20
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_an_archive_is_unpacked_no_further_than_the_real_one(tmp_path, small, kind, monkeypatch):
+    """Headers with attributes are read whole, other members passed over: each may claim any length."""
+    monkeypatch.setattr(cifar, "_ARCHIVE_BYTES", 1_000_000)
+    member = tarfile.TarInfo("large")
+    member.type, member.size = kind, 20_000_000
+    content = member.tobuf(tarfile.USTAR_FORMAT) + bytes(20_000_000) + bytes(1024)
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(content))
+    tracemalloc.start()
+    refused(tmp_path / "a.tar.gz", r"a\.tar\.gz: unpacks to more than 1000000 bytes; take CIFAR-10's binary version")
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+
+
+def test_every_error_is_one_that_a_user_can_mend(tmp_path, small):
+    unpack(tmp_path / "py" / "cifar-10-batches-py", {"data_batch_1": b"\x80\x02"})
+    with pytest.raises(UserError):
+        open_data(f"cifar10:{tmp_path / 'py'}")

@@ -172,3 +172,13 @@ def test_content_stays_with_subsets_and_splits_and_out_of_the_fingerprint():
     assert plain.content is None
     assert padded.fingerprint == plain.fingerprint
     assert [part.content for part in (padded.subset([1]), *padded.split(0.5), *padded.split(0))] == [(2, 3)] * 5
+
+
+def test_a_data_set_describes_itself():
+    grey = np.zeros((3, 1, 4, 6), np.uint8)
+    assert ImageData(grey, None, "set").describe() == "set: 3 images, no labels, 4 x 6, grey"
+    passed = {"hidden or of the system": 2, "unreadable": 1}
+    data = ImageData(np.zeros((3, 3, 4, 6), np.uint8), np.array([0, 2, 0]), "set", passed_over=passed)
+    assert data.describe() == (
+        "set: 3 images, 3 classes, 4 x 6, colour, 3 passed over (2 hidden or of the system, 1 unreadable)"
+    )

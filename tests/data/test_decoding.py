@@ -67,3 +67,48 @@ def test_folders_tell_their_content(tmp_path):
         Image.fromarray(pixels(i, 2, 3)).save(tmp_path / f"{i}.png")
     assert open_data(tmp_path, size=(4, 4), fit="pad").content == (2, 3)
     assert open_data(tmp_path).content is None
+
+
+def test_values_of_fewer_bits_in_sixteen_are_warned_about():
+    """A 12-bit scan stored in 16-bit files ends at 15 of 255."""
+    twelve = (pixels(0, 4, 5).astype(np.uint16) << 4) + 15
+    twelve[0, 0] = 4095
+    with pytest.warns(
+        UserWarning,
+        match=r"set: 2 images are stored in 16 bits, but none has a value above 4095, so .* 15 of 255; .* by 16$",
+    ):
+        run([twelve, twelve // 2])
+    with pytest.warns(UserWarning, match=r"if they are 14-bit data, save them multiplied by 4$"):
+        run([twelve * 4])
+
+
+@pytest.mark.parametrize("largest", [16384, 65535])
+def test_one_bright_image_shows_that_the_bits_are_used(largest):
+    dark = np.full((4, 5), 100, np.uint16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run([dark, np.full((4, 5), largest, np.uint16)])
+        run([np.zeros((4, 5), np.uint8)])
+
+
+def test_animations_are_counted_in_one_warning():
+    frames = [Image.fromarray(pixels(i, 2, 3)) for i in range(2)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "tiff", save_all=True, append_images=frames[1:])
+    with pytest.warns(
+        UserWarning, match=r"set: 2 files hold several images \(frames or pages\).*; the first .* file 1"
+    ):
+        decoded = run([pixels(5, 2, 3), buffer.getvalue(), buffer.getvalue()])
+    np.testing.assert_array_equal(decoded.images[1, 0], pixels(0, 2, 3))
+
+
+def test_files_left_out_are_counted():
+    with pytest.warns(UserWarning, match="skipped 2"):
+        assert run([b"", pixels(1, 2, 3), b"x"], skip_bad=True).passed_over == {"unreadable": 2}
+    assert run([pixels(1, 2, 3)]).passed_over == {}
+
+
+def test_too_many_pixels_are_a_matter_of_the_option():
+    with pytest.raises(ValueError, match=r"file 0 cannot be read \(it has 6 pixels.*--max-pixels 6\)"):
+        run([pixels(0, 2, 3)], max_pixels=5)
+    assert run([pixels(0, 2, 3)], max_pixels=6).images.shape == (1, 1, 2, 3)

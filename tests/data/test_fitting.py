@@ -4,6 +4,7 @@ from PIL import Image
 
 from multistage_diffusion.data import open_data
 from multistage_diffusion.data.fitting import fit_array, fit_image, padded_content, reachable
+from multistage_diffusion.errors import UserError
 
 
 def pixels(*shape):
@@ -60,3 +61,9 @@ def test_arrays_opened_with_padding_tell_their_content(tmp_path):
     assert (data.shape, data.content) == ((1, 6, 7), (3, 4))
     assert open_data(tmp_path / "a.npy").content is None
     assert open_data(tmp_path / "a.npy", size=(3, 4), fit="pad").content is None
+
+
+@pytest.mark.parametrize("fit", ["exact", "pad"])
+def test_a_wrong_size_is_an_error_that_a_user_can_mend(fit):
+    with pytest.raises(UserError, match=r"set: its images: height x width 4x5 "):
+        fit_array(np.zeros((1, 1, 4, 5), np.uint8), (2, 2), fit, "set")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from multistage_diffusion.data import open_data
 
@@ -74,10 +74,25 @@ def test_images_beside_sub_folders_mean_no_labels(grey):
 
 def test_hidden_files_and_other_files_are_passed_over(grey):
     expected = open_data(grey).fingerprint
-    for name in (".DS_Store.png", "__MACOSX/a/0.png", ".cache/c.png", "c/readme.txt"):
+    for name in (
+        ".DS_Store.png",
+        "__MACOSX/a/0.png",
+        ".cache/c.png",
+        "@eaDir/0.png",
+        "$RECYCLE.BIN/0.png",
+        "c/readme.txt",
+    ):
         (grey / name).parent.mkdir(exist_ok=True, parents=True)
         (grey / name).write_bytes(b"nothing")
-    assert open_data(grey).fingerprint == expected
+    for source in (grey, zipped(grey, grey.parent / "set.zip")):
+        with pytest.warns(
+            UserWarning, match=r"passed over 1 files that are not images \(1 \.txt\); the first is c/readme\.txt"
+        ):
+            data = open_data(source)
+        assert data.fingerprint == expected
+        assert data.describe() == (
+            f"{source}: 5 images, 2 classes, 4 x 6, grey, 6 passed over (5 hidden or of the system, 1 not images)"
+        )
 
 
 def test_links_are_followed_but_not_in_circles(grey, tmp_path):
@@ -318,3 +333,79 @@ def test_a_dataset_json_that_is_not_json_is_an_error(grey):
     (grey / "dataset.json").write_bytes(b"{\xff")
     with pytest.raises(ValueError, match=r"dataset\.json must hold"):
         open_data(grey)
+
+
+def test_a_closed_folder_of_the_system_is_no_matter(grey, monkeypatch):
+    (grey / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path) == str(grey / "lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert len(open_data(grey)) == 5
+
+
+@pytest.mark.parametrize("name", ["a/9.png", "dataset.json"])
+def test_a_pipe_among_the_files_is_refused_without_waiting(grey, name):
+    os.mkfifo(grey / name)
+    with pytest.raises(ValueError, match=rf"set: {name} cannot be read \(it is a named pipe, not a file\)"):
+        open_data(grey)
+
+
+def test_an_image_file_that_is_too_long_is_not_read(grey):
+    with (grey / "a" / "9.png").open("wb") as file:
+        file.truncate(2**30 + 1)  # takes no room on disk
+    with pytest.raises(
+        ValueError, match=r"a/9\.png cannot be read \(it holds 1073741825 bytes, more than the 1073741824"
+    ):
+        open_data(grey)
+
+
+def test_an_eps_under_another_name_is_unreadable(grey, monkeypatch):
+    def started(*_, **__):
+        raise AssertionError("another program was started")
+
+    monkeypatch.setattr("subprocess.Popen", started)
+    (grey / "a" / "9.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match=r"a/9\.png cannot be read \(it is not recognised as PNG or JPEG or"):
+        open_data(grey)
+
+
+def png():
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(0, 2, 2)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_two_files_of_one_name_in_an_archive_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("a/0.png", png())
+        archive.writestr("a\\0.png", png())
+    with pytest.raises(ValueError, match=r"set\.zip: holds 2 files called a/0\.png; remove all but one"):
+        open_data(tmp_path / "set.zip")
+
+
+def test_paths_in_archives_may_begin_with_a_dot(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name in ("./a/0.png", "./b/0.png", "/b/1.png", "../b/2.png", "b\\"):
+            archive.writestr(name, png())
+    assert open_data(tmp_path / "set.zip").labels.tolist() == [0, 1, 1, 1]
+
+
+def test_a_folder_of_backslashes_is_read_on_systems_that_have_them_in_names(tmp_path):
+    save(pixels(0, 2, 2), tmp_path / "a\\0.png")
+    assert len(open_data(tmp_path)) == 1
+
+
+def test_class_folders_may_hold_any_format(tmp_path):
+    for i, kind in enumerate(("tif", "gif", "ppm", "jp2")):
+        if kind == "jp2" and not features.check("jpg_2000"):
+            continue
+        save(pixels(i, 3, 4), tmp_path / kind / f"0.{kind}")
+    data = open_data(tmp_path)
+    np.testing.assert_array_equal(
+        data.images[:3, 0], [pixels(i, 3, 4) for i in ((1, 3, 2) if len(data) == 4 else (1, 2, 0))]
+    )

@@ -1,4 +1,6 @@
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,3 +142,38 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"data\.source='hf:owner/name' needs datasets: pip install .*\[data\]"):
         open_data("hf:owner/name")
+
+
+def test_float_images_are_never_black(datasets, tmp_path):
+    """The library stores arrays of floats as TIFF files."""
+    shutil.copytree(Path(__file__).parent / "cases" / "hf_float01", tmp_path / "floats")
+    message = (
+        r"floats: row 0 cannot be read \(its pixels are floating-point numbers, whose range is a guess; convert them"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_data(f"hf:{tmp_path / 'floats'}")
+    table(datasets, [np.arange(24, dtype=np.int32).reshape(4, 6)] * 2).save_to_disk(tmp_path / "integers")
+    with pytest.raises(ValueError, match=r"row 0 cannot be read .*32-bit whole numbers"):
+        open_data(f"hf:{tmp_path / 'integers'}")
+
+
+def test_tables_are_described_and_limits_hold(datasets, tmp_path):
+    labelled(datasets).save_to_disk(tmp_path / "saved")
+    source = f"hf:{tmp_path / 'saved'}"
+    assert open_data(source).describe() == f"{source}: 6 images, 3 classes, 4 x 6, grey"
+    with pytest.raises(ValueError, match=r"row 0 cannot be read \(it has 24 pixels, more than data\.max_pixels=20"):
+        open_data(source, max_pixels=20)
+
+
+def test_names_that_are_no_paths_are_one_line():
+    for source in ("hf:~nobody-of-this-name/set", "hf:" + "a" * 5000):
+        with pytest.raises(ValueError, match=r"is no path \(.*\); give hf:FOLDER"):
+            open_data(source)
+
+
+def test_labels_of_another_type_are_not_dropped_without_a_word(datasets, tmp_path):
+    table(datasets, label=(range(6), datasets.Value("int64"))).save_to_disk(tmp_path / "saved")
+    with pytest.warns(
+        UserWarning, match=r"saved: column label is of type Value, so there are no labels; cast it to Class"
+    ):
+        assert open_data(f"hf:{tmp_path / 'saved'}").labels is None

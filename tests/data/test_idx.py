@@ -1,5 +1,7 @@
 import gzip
+import os
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -103,3 +105,23 @@ def test_debian_files():
     assert np.bincount(data.labels).tolist() == [6000] * 10
     assert data.class_names[data.labels[0]] == "Ankle boot"
     assert abs(data.images.mean() / 255 - 0.2860) < 1e-4  # the mean commonly used to normalise this set
+
+
+def test_a_compressed_file_is_unpacked_no_further_than_its_header_says(tmp_path):
+    content = bytes((0, 0, 8, 1)) + struct.pack(">I", 100)
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(content + bytes(20_000_000)))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"bomb\.gz: holds at least 1124 bytes for 100; fetch the file again"):
+        idx.read_idx(tmp_path / "bomb.gz", 1)
+    huge = bytes((0, 0, 8, 3)) + struct.pack(">3I", 2**31, 2**10, 2**10)
+    (tmp_path / "huge.gz").write_bytes(gzip.compress(huge))
+    with pytest.raises(ValueError, match=r"huge\.gz: it claims to hold 2251799813685248 bytes, more than its"):
+        idx.read_idx(tmp_path / "huge.gz", 3)
+    assert tracemalloc.get_traced_memory()[1] < 2e6
+    tracemalloc.stop()
+
+
+def test_a_pipe_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe: it is a named pipe, not a file"):
+        idx.read_idx(tmp_path / "pipe", 1)

@@ -1,3 +1,4 @@
+import os
 import sys
 
 import numpy as np
@@ -7,6 +8,7 @@ from PIL import Image
 from multistage_diffusion.config import DataConfig
 from multistage_diffusion.data import open_configured, open_data
 from multistage_diffusion.data.sources import located
+from multistage_diffusion.errors import UserError
 
 
 @pytest.fixture
@@ -138,3 +140,35 @@ def test_configured_data_may_skip_bad_files(tmp_path):
     (tmp_path / "1.png").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"1\.png"):
         assert len(open_configured(DataConfig(source=str(tmp_path), skip_bad=True))) == 1
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip", ".npy", ".npz"])
+def test_what_is_no_file_is_refused_without_waiting(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    with pytest.raises(UserError, match=rf"pipe{suffix}': cannot be read \(it is a named pipe, not a file\)"):
+        open_data(tmp_path / f"pipe{suffix}")
+
+
+@pytest.mark.parametrize("source", ["a" * 5000, "~nobody-of-this-name/set", "a\0b"])
+def test_names_that_are_no_paths_are_one_line(source):
+    with pytest.raises(UserError, match=r"is no path \(.*\); known|no such file or folder"):
+        open_data(source)
+
+
+def test_what_is_opened_is_logged_and_never_printed(tmp_path, caplog, capsys):
+    np.save(tmp_path / "a.npy", np.zeros((3, 2, 5, 3), np.uint8))
+    with caplog.at_level("INFO", "multistage_diffusion.data"):
+        open_configured(DataConfig(source=str(tmp_path / "a.npy")))
+    assert caplog.messages == [f"{tmp_path / 'a.npy'}: 3 images, no labels, 2 x 5, colour"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_configured_data_have_a_limit_of_pixels(tmp_path):
+    Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.png")
+    assert len(open_configured(DataConfig(source=str(tmp_path), max_pixels=20))) == 1
+    with pytest.raises(
+        UserError, match=r"it has 20 pixels, more than data\.max_pixels=19; admit it with --max-pixels 20"
+    ):
+        open_configured(DataConfig(source=str(tmp_path), max_pixels=19))
+    with pytest.raises(UserError, match=r"data\.max_pixels=0 must be positive"):
+        DataConfig(max_pixels=0)

@@ -44,6 +44,8 @@ class DataOptions:
     """Images of another size than --size: refuse, crop to the centre, resize, or pad with black."""
     skip_bad: bool = False
     """Leave out images that cannot be read instead of stopping."""
+    max_pixels: Annotated[int | None, option("INT", "178956970")] = None
+    """Images of more pixels than this cannot be read."""
     held_out: Annotated[float | None, option("SHARE", "0.1")] = None
     """Share of images never trained on, chosen by a hash of their content."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
+from .bounded import require_inflatable, require_regular
 from .dataset import ImageData
+from .opening import one_line
 
 _IMAGE_KEYS = ("images", "arr_0")
 _LABEL_KEYS = ("labels", "label", "arr_1")
@@ -35,24 +38,56 @@ def open_array(path: Path) -> ImageData:
 def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
     """Return `images` and, where there are any, `labels`."""
     try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"images": loaded}
-        with loaded:
-            return _pick(loaded)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
+        require_regular(path)
+        with path.open("rb") as file:
+            zipped = file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
+        if not zipped:
+            return {"images": np.lib.format.open_memmap(path, mode="r")}
+        with zipfile.ZipFile(path) as archive:
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            keys = _keys(members)
+            arrays = {name: _array(archive, members[key], key) for name, key in keys.items()}
+    except Exception as error:  # NumPy and zipfile raise nearly every kind on broken files
+        reason = one_line(error)
         raise UserError(
             f"{path}: cannot be read as plain NumPy arrays ({reason}); save uint8 images with np.save or np.savez"
         ) from None
+    unused = [key for key in members if key not in keys.values()]
+    if unused:
+        warnings.warn(
+            f"{path}: {', '.join(unused[:5])} not used; labels are looked for as {', '.join(_LABEL_KEYS)}", stacklevel=4
+        )
+    return arrays
 
 
-def _pick(file: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    images = [key for key in _IMAGE_KEYS if key in file]
-    labels = [key for key in _LABEL_KEYS if key in file]
+def _keys(members: Collection[str]) -> dict[str, str]:
+    """Return the key of `images` and, where there are any, of `labels`."""
+    images = [key for key in _IMAGE_KEYS if key in members]
+    labels = [key for key in _LABEL_KEYS if key in members]
     if not images:
-        raise UserError(f"no key {' or '.join(_IMAGE_KEYS)} among {', '.join(file)}")
-    return {"images": file[images[0]], **({"labels": file[labels[0]]} if labels else {})}
+        raise UserError(f"no key {' or '.join(_IMAGE_KEYS)} among {', '.join(members)}")
+    return {"images": images[0], **({"labels": labels[0]} if labels else {})}
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> npt.NDArray[Any]:
+    """Read an array whose length, before memory is taken for it, agrees with what is said and stored."""
+    if member.flag_bits & 1:
+        raise UserError(f"{key} is encrypted")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UserError(f"{key} is not compressed as NumPy does")
+    try:
+        require_inflatable(member.file_size, member.compress_size)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
+        shape, _, dtype = read_header(file)
+    if math.prod(shape) * dtype.itemsize > member.file_size:
+        raise UserError(f"{key} of shape {shape} is longer than the {member.file_size} bytes it is stored in")
+    with archive.open(member) as file:
+        array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+    return array
 
 
 def _checked_pixels(images: npt.NDArray[Any], path: Path) -> npt.NDArray[np.uint8]:

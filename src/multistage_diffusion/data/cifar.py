@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import lzma
 import tarfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
+from .bounded import FILE_LIMIT, read_file
 from .dataset import ImageData
-from .decoding import one_line
+from .opening import one_line
 
 ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar.html"
 RECORDS = 10_000  # images in a file
@@ -23,6 +28,7 @@ BATCHES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 META = "batches.meta.txt"  # the names of the classes, one a line
 
 _FOLDER, _PYTHON = "cifar-10-batches-bin", "cifar-10-batches-py"
+_ARCHIVE_BYTES = 1 << 29  # the real one unpacks to 184 MB
 _META_BYTES = 10_000  # far more than ten names need
 
 
@@ -77,15 +83,15 @@ def _in_folder(path: Path) -> Iterator[tuple[str, bytes]]:
         raise _python_version(path)
     for name in wanted:
         try:
-            yield name, (folder / name).read_bytes()
-        except OSError as error:
-            raise UserError(f"{folder / name}: cannot be read ({error.strerror})") from None
+            yield name, read_file(folder / name, FILE_LIMIT)
+        except UserError as error:
+            raise UserError(f"{folder / name}: cannot be read ({error}); {_mend()}") from None
 
 
 def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield the wanted members of the archive, by name: read into memory, and only where their length is right."""
     try:
-        with tarfile.open(path) as archive:
+        with _unpacked(path) as content, tarfile.open(fileobj=content, mode="r:") as archive:
             for member in archive:
                 folder, _, name = member.name.removeprefix("./").rpartition("/")
                 if folder == _PYTHON:
@@ -98,12 +104,50 @@ def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
                 file = archive.extractfile(member)
                 assert file is not None
                 yield name, file.read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # tarfile and the decompressors raise nearly every kind on broken files
         raise UserError(f"{path}: not a readable archive ({one_line(error)}); {_mend()}") from None
 
 
-def _python_version(path: Path) -> ValueError:
-    return ValueError(f"{path}: is the Python version of CIFAR-10 (pickles), which is never read; {_mend()}")
+def _unpacked(path: Path) -> _Bounded:
+    """Open an archive's content as it is decompressed; which compression is told by the first bytes."""
+    with path.open("rb") as file:
+        start = file.read(6)
+    opened: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+    opener = next((opener for magic, opener in opened.items() if start.startswith(magic)), None)
+    return _Bounded(path.open("rb") if opener is None else opener(path), str(path))
+
+
+class _Bounded(io.RawIOBase):
+    """A file that is never read beyond _ARCHIVE_BYTES: a few compressed bytes can become any number."""
+
+    def __init__(self, file: IO[bytes], name: str) -> None:
+        self._file, self._name = file, name
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 or self.tell() + size > _ARCHIVE_BYTES:
+            raise self._too_long()
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if whence != 0 or offset > _ARCHIVE_BYTES:
+            raise self._too_long()
+        return self._file.seek(offset)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _too_long(self) -> UserError:
+        return UserError(f"{self._name}: unpacks to more than {_ARCHIVE_BYTES} bytes; {_mend()}")
+
+
+def _python_version(path: Path) -> UserError:
+    return UserError(f"{path}: is the Python version of CIFAR-10 (pickles), which is never read; {_mend()}")
 
 
 def _mend() -> str:

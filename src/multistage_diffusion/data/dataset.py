@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -29,6 +29,7 @@ class ImageData:
         name: what it was opened as; starts every error message.
         class_names: one name per class; the numbers themselves if not given.
         content: (height, width) of the centred part that is image, where all were padded from one size; else None.
+        passed_over: numbers of files that were found where the images are but not used, by reason.
 
     Raises:
         UserError: for pixels or labels of another type, shape or range.
@@ -39,6 +40,7 @@ class ImageData:
     name: str
     class_names: tuple[str, ...] = ()
     content: tuple[int, int] | None = None
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
@@ -69,6 +71,20 @@ class ImageData:
     def num_classes(self) -> int:
         """Number of classes, 0 without labels; a subset has as many as the whole."""
         return len(self.class_names)
+
+    def describe(self) -> str:
+        """Return in one line how many images, classes and pixels there are, grey or colour, and what was passed over."""
+        channels, height, width = self.shape
+        parts = [
+            f"{len(self)} images",
+            "no labels" if self.labels is None else f"{self.num_classes} classes",
+            f"{height} x {width}",
+            "grey" if channels == 1 else "colour",
+        ]
+        if self.passed_over:
+            why = ", ".join(f"{count} {reason}" for reason, count in self.passed_over.items())
+            parts.append(f"{sum(self.passed_over.values())} passed over ({why})")
+        return f"{self.name}: {', '.join(parts)}"
 
     @cached_property
     def fingerprint(self) -> str:

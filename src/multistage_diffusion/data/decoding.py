@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +9,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
 
+from ..config import MAX_PIXELS
 from ..errors import UserError
 from .fitting import Fit, fit_image, padded_content, reachable, wrong_size
+from .opening import decode, one_line
 
 Progress = Callable[[int, int], None]
 Pixels = npt.NDArray[np.uint8]
 Size = tuple[int, int]  # height, width
 
+UNREADABLE = "unreadable"
+
+_FEWER_BITS = 14  # cameras and scanners give 10, 12 or 14 bits
 _BLOCK = 256  # files handed to the threads at a time, so that an error stops soon
 
 
@@ -30,11 +33,23 @@ class Decoded:
         images: uint8 (N, C, H, W), C = 1 if all are grey, else 3.
         kept: numbers of the files they come from, int64 (N,), ascending.
         content: as in `ImageData`.
+        passed_over: numbers of the other files, by reason.
     """
 
     images: Pixels
     kept: npt.NDArray[np.int64]
     content: Size | None
+    passed_over: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """One image brought to size, and what its file was like (see `opening.Decoded`)."""
+
+    pixels: Pixels
+    found: Size
+    several: bool
+    brightest: int | None
 
 
 def decode_all(
@@ -45,6 +60,7 @@ def decode_all(
     size: Size | None = None,
     fit: Fit = "exact",
     skip_bad: bool = False,
+    max_pixels: int = MAX_PIXELS,
     progress: Progress | None = None,
 ) -> Decoded:
     """Decode image files and bring them to one size.
@@ -56,19 +72,20 @@ def decode_all(
         size: (height, width) wanted, or None for the images' own, which must then be equal.
         fit: how to reach size, see `fit_image`.
         skip_bad: leave out files that cannot be read, with one warning, instead of raising.
+        max_pixels: larger images are refused as unreadable.
         progress: called with (files read, files in all).
 
     Raises:
         UserError: naming the file, for images that are unreadable, unequal or not to be brought to size.
     """
 
-    def load(number: int) -> tuple[Pixels, Size] | str:
+    def load(number: int) -> _Loaded | str:
         try:
-            image = decode(read(number))
-            found = (image.height, image.width)
+            decoded = decode(read(number), max_pixels)
+            image, found = decoded.image, (decoded.image.height, decoded.image.width)
             # an image that cannot reach the size is no bad file: it is refused below, never skipped
             fitted = image if size is None or not reachable(found, size, fit) else fit_image(image, size, fit)
-            return np.asarray(fitted), found
+            return _Loaded(np.asarray(fitted), found, decoded.several, decoded.brightest)
         except MemoryError:
             raise
         except Exception as error:  # Pillow and zipfile raise nearly every kind on broken files
@@ -77,6 +94,8 @@ def decode_all(
     loaded: dict[int, Pixels] = {}
     sizes: dict[Size, str] = {}  # every size met, with the first file that has it
     bad: list[str] = []
+    several: list[str] = []
+    brightest: list[int] = []
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(names), _BLOCK):
             block = range(start, min(start + _BLOCK, len(names)))
@@ -89,34 +108,43 @@ def decode_all(
                             f"such files with --skip-bad"
                         )
                     continue
-                loaded[number], found = result
-                sizes.setdefault(found, names[number])
-                _check_size(source, names[number], found, size, fit, sizes)
+                loaded[number] = result.pixels
+                sizes.setdefault(result.found, names[number])
+                _check_size(source, names[number], result.found, size, fit, sizes)
+                several += [names[number]] if result.several else []
+                brightest += [] if result.brightest is None else [result.brightest]
             if progress is not None:
                 progress(block.stop, len(names))
     if not loaded:
         raise UserError(f"{source}: none of its {len(names)} images can be read; the first is {bad[0]}")
     if bad:
         warnings.warn(f"{source}: skipped {len(bad)} of {len(names)} images; the first is {bad[0]}", stacklevel=4)
+    _warn_of_several(source, several)
+    _warn_of_dark(source, brightest)
     kept = np.array(list(loaded), np.int64)
-    return Decoded(images=_stack(loaded), kept=kept, content=padded_content(sizes, size, fit))
+    passed_over = {UNREADABLE: len(bad)} if bad else {}
+    return Decoded(_stack(loaded), kept, padded_content(sizes, size, fit), passed_over)
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decode an image file to 8-bit grey ("L") or colour ("RGB"), upright, transparent parts white."""
-    image: Image.Image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if image.mode.startswith("I"):  # 16-bit grey
-        return Image.fromarray(((np.asarray(image).astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8))
-    grey = image.mode in ("1", "L", "LA")
-    if image.mode in ("LA", "RGBA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if grey else "RGB")
+def _warn_of_several(source: str, names: Sequence[str]) -> None:
+    if names:
+        warnings.warn(
+            f"{source}: {len(names)} files hold several images (frames or pages), of which the first is used; the first "
+            f"such file is {names[0]}",
+            stacklevel=5,
+        )
 
 
-def one_line(error: Exception) -> str:
-    """Return the first line of what an exception says, or else its kind."""
-    return (str(error).splitlines() or [""])[0].strip() or type(error).__name__
+def _warn_of_dark(source: str, brightest: Sequence[int]) -> None:
+    """Warn where no image fills its 16 bits to a quarter: values of 10, 12 or 14 bits, not scaled, come out dark."""
+    bits = max(brightest, default=1 << 16).bit_length()
+    if bits <= _FEWER_BITS:
+        warnings.warn(
+            f"{source}: {len(brightest)} images are stored in 16 bits, but none has a value above {max(brightest)}, so no "
+            f"pixel is brighter than {max(brightest) // 257} of 255; if they are {bits}-bit data, save them multiplied by "
+            f"{1 << (16 - bits)}",
+            stacklevel=5,
+        )
 
 
 def _check_size(source: str, name: str, found: Size, size: Size | None, fit: Fit, sizes: dict[Size, str]) -> None:

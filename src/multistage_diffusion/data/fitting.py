@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..errors import UserError
+
 Fit = Literal["exact", "crop", "resize", "pad"]
 
 
@@ -73,14 +75,14 @@ def padded_content(
     return None if found == tuple(size) else found
 
 
-def wrong_size(name: str, what: str, found: tuple[int, int], size: tuple[int, int], fit: Fit) -> ValueError:
+def wrong_size(name: str, what: str, found: tuple[int, int], size: tuple[int, int], fit: Fit) -> UserError:
     """Return the error for images that cannot be brought to the size asked for."""
     sizes = f"{name}: {what}: height x width {found[0]}x{found[1]}"
     if fit == "pad":
-        return ValueError(
+        return UserError(
             f"{sizes} is larger than data.size={size[0]}x{size[1]}, and data.fit='pad' never scales; give a larger "
             f"--size, or --fit crop or --fit resize"
         )
-    return ValueError(
+    return UserError(
         f"{sizes} instead of data.size={size[0]}x{size[1]}; add --fit crop, --fit resize or (smaller images) --fit pad"
     )

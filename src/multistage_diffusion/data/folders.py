@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
-import posixpath
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ..config import MAX_PIXELS
 from ..errors import UserError
+from .bounded import FILE_LIMIT, read_file, read_member, require_regular
 from .dataset import ImageData
-from .decoding import Progress, decode_all, one_line
+from .decoding import Progress, decode_all
 from .fitting import Fit
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+from .labels import find_labels, inner_path
+from .opening import SUFFIXES, one_line
+from .visible import LISTING, of_the_system, sort_out
 
 
 def open_images(
@@ -27,50 +28,67 @@ def open_images(
     size: tuple[int, int] | None = None,
     fit: Fit = "exact",
     skip_bad: bool = False,
+    max_pixels: int = MAX_PIXELS,
     progress: Progress | None = None,
 ) -> ImageData:
-    """Read all images (PNG, JPEG, BMP, WebP) below a folder or in a zip file, sorted by path.
+    """Open all images below a folder or in a zip file, sorted by path, of every format of `opening.SUFFIXES`.
 
-    Grey images give one channel; where any is in colour, all become RGB. Transparent parts become white. EXIF
-    orientation is applied. Hidden files and __MACOSX are passed over.
+    Grey images (those with a grey palette, too) give one channel; where any is in colour, all become RGB. Transparent
+    parts become white. EXIF orientation is applied. Of animations and pages the first is used, with a warning. Hidden
+    files and those of the system (Thumbs.db, __MACOSX, @eaDir, ...) are passed over; other files, too, with a warning.
 
     Args:
         path: an existing folder or zip file (never unpacked to disk).
-        size, fit, skip_bad, progress: as for `decode_all`.
+        size, fit, skip_bad, max_pixels, progress: as for `decode_all`.
 
     Raises:
         UserError: naming the file, for missing labels and as `decode_all`; if there are no images.
     """
     with _files(path) as (names, read):
-        paths = sorted(name for name in names if name.lower().endswith(SUFFIXES))
-        if not paths:
+        found = sort_out(str(path), names)
+        if not found.images:
             raise UserError(f"{path}: holds no images ({', '.join(SUFFIXES)})")
-        labels, class_names = _labels(path, paths, read("dataset.json") if "dataset.json" in names else None)
+        labels, class_names = find_labels(str(path), found.images, found.listings, read)
         decoded = decode_all(
             str(path),
-            paths,
-            lambda number: read(paths[number]),
+            found.images,
+            lambda number: read(found.images[number], FILE_LIMIT),
             size=size,
             fit=fit,
             skip_bad=skip_bad,
+            max_pixels=max_pixels,
             progress=progress,
         )
     kept_labels = None if labels is None else np.array(labels, np.int64)[decoded.kept]
-    return ImageData(decoded.images, kept_labels, str(path), class_names, decoded.content)
+    passed_over = {**found.passed_over, **decoded.passed_over}
+    return ImageData(decoded.images, kept_labels, str(path), class_names, decoded.content, passed_over)
 
 
 @contextmanager
-def _files(path: Path) -> Iterator[tuple[set[str], Callable[[str], bytes]]]:
-    """Yield the names of the visible files, relative with forward slashes, and a function that reads one."""
+def _files(path: Path) -> Iterator[tuple[list[str], Callable[[str, int], bytes]]]:
+    """Yield the names of files, relative with forward slashes, and a function that reads one of at most so many bytes."""
     if path.is_dir():
-        yield _visible(_walk(path)), lambda name: (path / name).read_bytes()
+        yield list(_walk(path)), lambda name, limit: read_file(path / name, limit)
         return
     try:
+        require_regular(path)
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # zipfile raises nearly every kind on broken files
         raise UserError(f"{path}: not a readable zip file ({one_line(error)})") from None
     with archive:
-        yield _visible(archive.namelist()), archive.read
+        members = _members(path, archive)
+        yield list(members), lambda name, limit: read_member(archive, members[name], limit)
+
+
+def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return an archive's files by their paths; some tools for Windows write backslashes between folders."""
+    files = [(inner_path(m.filename), m) for m in archive.infolist() if not m.filename.endswith(("/", "\\"))]
+    names = Counter(name for name, _ in files)
+    for name, count in names.items():
+        used = name.lower().endswith(tuple(SUFFIXES)) or name.rpartition("/")[2] == LISTING
+        if count > 1 and used:
+            raise UserError(f"{path}: holds {count} files called {name}; remove all but one from the archive")
+    return dict(files)
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -80,43 +98,7 @@ def _walk(root: Path) -> Iterator[str]:
     for folder, children, files in os.walk(root, onerror=refuse, followlinks=True):
         # a link to one of its own ancestors would be followed for ever
         real = Path(os.path.realpath(folder))
-        children[:] = [c for c in children if not real.is_relative_to(os.path.realpath(os.path.join(folder, c)))]
-        yield from (Path(folder, file).relative_to(root).as_posix() for file in files)
-
-
-def _visible(names: Iterator[str] | list[str]) -> set[str]:
-    return {n for n in names if not any(part.startswith(".") or part == "__MACOSX" for part in n.split("/"))}
-
-
-def _labels(path: Path, paths: list[str], listing: bytes | None) -> tuple[Sequence[int] | None, tuple[str, ...]]:
-    """Return a label per image (or None) and class names, from dataset.json if there is one, else from sub-folders."""
-    if listing is not None:
-        return _listed_labels(path, paths, listing), ()
-    # a folder that wraps everything (as in many zip files) is no class
-    common = posixpath.commonpath([posixpath.dirname(p) for p in paths]) if all("/" in p for p in paths) else ""
-    inner = [posixpath.relpath(p, common) if common else p for p in paths]
-    classes = sorted({p.split("/")[0] for p in inner})
-    if len(classes) < 2 or not all("/" in p for p in inner):
-        return None, ()
-    number = {name: i for i, name in enumerate(classes)}
-    return [number[p.split("/")[0]] for p in inner], tuple(classes)
-
-
-def _listed_labels(path: Path, paths: list[str], listing: bytes) -> list[int] | None:
-    """Read EDM's dataset.json: {"labels": [[path, class], ...]}, or null for no labels."""
-    try:
-        entries: Any = json.loads(listing)["labels"]
-        if entries is None:
-            return None
-        table = {name.replace("\\", "/"): label for name, label in entries}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f'{path}: dataset.json must hold {{"labels": [["path", class], ...]}} or {{"labels": null}} '
-            f"({one_line(error)})"
-        ) from None
-    for name in paths:
-        if name not in table:
-            raise UserError(f"{path}: dataset.json has no label for {name}; add it, or remove the image")
-        if type(table[name]) is not int:
-            raise UserError(f"{path}: dataset.json labels {name} {table[name]!r}; labels must be whole numbers")
-    return [table[name] for name in paths]
+        wanted = [c for c in children if not of_the_system(c)]  # the others may be closed to the user, and huge
+        hidden = [c for c in children if of_the_system(c)]
+        children[:] = [c for c in wanted if not real.is_relative_to(os.path.realpath(os.path.join(folder, c)))]
+        yield from (Path(folder, name).relative_to(root).as_posix() for name in (*files, *hidden))

@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from ..config import MAX_PIXELS
 from ..errors import UserError
+from .bounded import FILE_LIMIT, read_file
 from .dataset import ImageData
-from .decoding import Progress, decode_all, one_line
+from .decoding import Progress, decode_all
 from .fitting import Fit
+from .opening import one_line
 
 
 def open_hub(
@@ -22,6 +25,7 @@ def open_hub(
     size: tuple[int, int] | None = None,
     fit: Fit = "exact",
     skip_bad: bool = False,
+    max_pixels: int = MAX_PIXELS,
     progress: Progress | None = None,
 ) -> ImageData:
     """Open a split of a data set: its images and, where it has some, its class labels.
@@ -33,14 +37,18 @@ def open_hub(
         name: of a data set on the hub (OWNER/NAME), or a folder: one written by save_to_disk, or whatever load_dataset
             reads (Parquet files, images).
         split: empty for "train"; slices such as "train[:1000]" work too, but for folders written by save_to_disk.
-        size, fit, skip_bad, progress: as for `decode_all`.
+        size, fit, skip_bad, max_pixels, progress: as for `decode_all`.
 
     Raises:
         UserError: without the library `datasets`, if there is no such data set, split or image column, and as
             `decode_all`.
     """
     title = f"hf:{name}" + (f":{split}" if split else "")
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name; no such user's home
+        raise UserError(f"data.source='{title[:80]}': is no path ({one_line(error)}); give hf:FOLDER[:SPLIT]") from None
     if not name or (name[0] in "./~" and not path.is_dir()):
         raise UserError(f"data.source='{title}': no such folder; give hf:FOLDER[:SPLIT] or hf:OWNER/NAME[:SPLIT]")
     rows = _load(title, path, split)
@@ -56,12 +64,15 @@ def open_hub(
         size=size,
         fit=fit,
         skip_bad=skip_bad,
+        max_pixels=max_pixels,
         progress=progress,
     )
     if label is None:
-        return ImageData(decoded.images, None, title, (), decoded.content)
+        _warn_of_untyped(title, rows)
+        return ImageData(decoded.images, None, title, (), decoded.content, decoded.passed_over)
     labels = np.asarray(rows[label][:])[decoded.kept]
-    return ImageData(decoded.images, labels, title, tuple(rows.features[label].names), decoded.content)
+    names = tuple(rows.features[label].names)
+    return ImageData(decoded.images, labels, title, names, decoded.content, decoded.passed_over)
 
 
 def _load(title: str, path: Path, split: str) -> Any:
@@ -94,6 +105,17 @@ def _column(title: str, rows: Any, kind: str) -> str | None:
     return names[0] if names else None
 
 
+def _warn_of_untyped(title: str, rows: Any) -> None:
+    """Warn of a column that its name calls labels, but not its type."""
+    names = [name for name in ("label", "labels", "fine_label", "class") if name in rows.features]
+    if names:
+        warnings.warn(
+            f"{title}: column {names[0]} is of type {type(rows.features[names[0]]).__name__}, so there are no labels; cast "
+            "it to ClassLabel if it holds classes",
+            stacklevel=4,
+        )
+
+
 def _reader(rows: Any, column: str) -> Callable[[int], bytes]:
     """Return a function that reads the undecoded image file of a row."""
     import datasets
@@ -104,7 +126,7 @@ def _reader(rows: Any, column: str) -> Callable[[int], bytes]:
         cell = cells[number][column]
         if cell is None:
             raise UserError("no image")
-        data: bytes = Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
+        data: bytes = read_file(Path(cell["path"]), FILE_LIMIT) if cell["bytes"] is None else cell["bytes"]
         return data
 
     return read

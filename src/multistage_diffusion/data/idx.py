@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
+from .bounded import require_inflatable, require_regular
 from .dataset import ImageData
+from .opening import one_line
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts its files
 
@@ -30,6 +32,7 @@ CLASS_NAMES = (
 )
 
 _IMAGES, _LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+_MORE = 1024  # bytes read beyond what there should be: enough to see that there are more, however many
 
 
 def open_fashion_mnist(folder: Path | None = None) -> ImageData:
@@ -65,19 +68,27 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     Raises:
         UserError: naming the file, if it is not such a file or its length is wrong.
     """
+    start = 4 + 4 * dimensions
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        compressed = require_regular(path)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(start)
+            if len(header) < start or header[:4] != bytes((0, 0, 8, dimensions)):
+                raise UserError(
+                    f"starts with {header[:4].hex() or 'nothing'}, not an idx file of {dimensions}-dimensional bytes "
+                    f"(0000080{dimensions})"
+                )
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            length = math.prod(shape)
+            require_inflatable(length, compressed)
+            data = file.read(length + _MORE)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; fetch the file again") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); fetch the file again") from None
-    header = 4 + 4 * dimensions
-    if len(data) < header or data[:4] != bytes((0, 0, 8, dimensions)):
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch the file again") from None
+    if len(data) != length or 0 in shape:
+        most = "at least " if len(data) == length + _MORE else ""
         raise UserError(
-            f"{path}: starts with {data[:4].hex() or 'nothing'}, not an idx file of {dimensions}-dimensional bytes "
-            f"(0000080{dimensions}); fetch the file again"
+            f"{path}: holds {most}{len(data)} bytes for {' x '.join(map(str, shape))}; fetch the file again"
         )
-    shape = struct.unpack(f">{dimensions}I", data[4:header])
-    if len(data) - header != math.prod(shape) or 0 in shape:
-        raise UserError(
-            f"{path}: holds {len(data) - header} bytes for {' x '.join(map(str, shape))}; fetch the file again"
-        )
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(data, np.uint8).reshape(shape)

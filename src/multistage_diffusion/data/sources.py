@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 
-from ..config import DataConfig
+from ..config import MAX_PIXELS, DataConfig
 from ..errors import UserError
 from .arrays import open_array
+from .bounded import require_regular
 from .cifar import open_cifar10
 from .dataset import ImageData
 from .decoding import Progress
@@ -18,6 +20,9 @@ from .fitting import Fit, fit_array, padded_content
 from .folders import open_images
 from .hub import open_hub
 from .idx import open_fashion_mnist
+from .opening import one_line
+
+_LOG = logging.getLogger(__name__)
 
 KNOWN = ("digits", "fashion-mnist", "cifar10")
 _FORMS = "digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy, .npz"
@@ -29,6 +34,7 @@ def open_data(
     size: tuple[int, int] | None = None,
     fit: Fit = "exact",
     skip_bad: bool = False,
+    max_pixels: int = MAX_PIXELS,
     progress: Progress | None = None,
 ) -> ImageData:
     """Open a data set.
@@ -43,6 +49,7 @@ def open_data(
         fit: "exact" (raise if an image has another size), "crop" (scale, then keep the centre), "resize", or "pad"
             (unscaled on black).
         skip_bad: leave out image files that cannot be read, with one warning, instead of raising.
+        max_pixels: images with more pixels are refused as unreadable.
         progress: called with (files read, files in all) while a folder or zip file is read.
 
     Returns:
@@ -59,14 +66,14 @@ def open_data(
         raise UserError(f"data.fit={fit!r} needs data.size; add --size H W")
     if isinstance(source, str) and source.startswith("hf:"):
         name, _, split = source.removeprefix("hf:").partition(":")  # a split may hold colons: train[:1000]
-        return open_hub(name, split, size=size, fit=fit, skip_bad=skip_bad, progress=progress)
+        return open_hub(name, split, size=size, fit=fit, skip_bad=skip_bad, max_pixels=max_pixels, progress=progress)
     known = _open_known(source) if isinstance(source, str) else None
     if known is not None:
         return _fitted(known, size, fit)
     path = _existing(source)
     suffix = path.suffix.lower()
     if path.is_dir() or suffix == ".zip":
-        return open_images(path, size=size, fit=fit, skip_bad=skip_bad, progress=progress)
+        return open_images(path, size=size, fit=fit, skip_bad=skip_bad, max_pixels=max_pixels, progress=progress)
     if suffix in (".npy", ".npz"):
         return _fitted(open_array(path), size, fit)
     raise UserError(f"data.source='{source}' is not a data set; known: {_FORMS}")
@@ -75,10 +82,20 @@ def open_data(
 def open_configured(config: DataConfig, progress: Progress | None = None) -> ImageData:
     """Open the data set a configuration names, and see that it is still the one recorded there.
 
+    What was opened is logged in one line (`ImageData.describe`), which commands print.
+
     Raises:
         UserError: as `open_data`, and if the fingerprint or shape is recorded and differs.
     """
-    data = open_data(config.source, size=config.size, fit=config.fit, skip_bad=config.skip_bad, progress=progress)
+    data = open_data(
+        config.source,
+        size=config.size,
+        fit=config.fit,
+        skip_bad=config.skip_bad,
+        max_pixels=config.max_pixels,
+        progress=progress,
+    )
+    _LOG.info(data.describe())
     if config.shape and tuple(config.shape) != data.shape:
         raise UserError(
             f"data.shape={list(config.shape)} is recorded, but {data.name} now has images of shape {list(data.shape)}; "
@@ -100,7 +117,7 @@ def located(source: str) -> str:
     if word not in (*KNOWN, "hf"):
         word, colon, rest = "", "", source  # all of it is a path
     folder, split_colon, split = rest.partition(":") if word == "hf" else (rest, "", "")
-    path = Path(folder).expanduser()
+    path = _path(folder)
     return f"{word}{colon}{path.resolve()}{split_colon}{split}" if folder and path.exists() else source
 
 
@@ -111,7 +128,7 @@ def _open_known(source: str) -> ImageData | None:
         return _open_digits()
     if word not in ("fashion-mnist", "cifar10"):
         return None
-    path = Path(folder).expanduser() if folder else None
+    path = _path(folder) if folder else None
     if word == "cifar10":
         return open_cifar10(path)
     if colon and path is None:
@@ -131,12 +148,28 @@ def _open_digits() -> ImageData:
 
 
 def _existing(source: str | Path) -> Path:
-    path = Path(source).expanduser()
+    path = _path(source)
+    if path.is_dir():
+        return path
     if path.exists():
+        try:
+            require_regular(path)
+        except UserError as error:
+            raise UserError(f"data.source='{source}': cannot be read ({error}); known: {_FORMS}") from None
         return path
     near = difflib.get_close_matches(str(source).lower(), KNOWN, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(f"data.source='{source}': no such file or folder, nor a known data set; {hint}known: {_FORMS}")
+
+
+def _path(source: str | Path) -> Path:
+    """Return a path with a home folder (~) expanded, of which one may ask whether it exists."""
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name; no such user's home
+        raise UserError(f"data.source='{source}': is no path ({one_line(error)}); known: {_FORMS}") from None
+    return path
 
 
 def _fitted(data: ImageData, size: tuple[int, int] | None, fit: Fit) -> ImageData:

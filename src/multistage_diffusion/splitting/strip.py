@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import keyed
+from ..data.opening import load_png
 from ..errors import UserError
 from ..schedules import VP
 from .posterior import TiledImages, posterior_means
@@ -66,17 +67,15 @@ def decode_png(text: str) -> npt.NDArray[np.uint8]:
     """Return the pixels of a base64 PNG, (H, W) or (H, W, 3).
 
     Raises:
-        UserError: if the text is something else.
+        UserError: if it is none, or larger than this package makes them.
     """
+    mend = "find the stages again with msdiff split"
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
-            if max(image.size) > _WIDEST or image.mode not in ("L", "RGB"):
-                raise UserError(
-                    f"strip: a picture of {image.width} x {image.height} pixels ({image.mode}) was not made here"
-                )
-            pixels: npt.NDArray[np.uint8] = np.asarray(image)
-    except UserError:
-        raise
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError):
-        raise UserError("strip: not a PNG in base64; run the split again") from None
+        content = base64.b64decode(text, validate=True)
+    except ValueError:
+        raise UserError(f"strip: is not in base64; {mend}") from None
+    image = load_png(content, "strip", mend)
+    if max(image.size) > _WIDEST:
+        raise UserError(f"strip: a picture of {image.width} x {image.height} pixels was not made here; {mend}")
+    pixels: npt.NDArray[np.uint8] = np.asarray(image)
     return pixels

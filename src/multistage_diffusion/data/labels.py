@@ -1,0 +1,117 @@
+"""Class labels of image files: from EDM's dataset.json, or from the folders they lie in."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import UserError
+from .bounded import LISTING_LIMIT
+from .opening import one_line
+
+_LABEL_LIMIT = 1 << 31  # far above the classes that a data set may have; those are counted where all labels are known
+
+
+def find_labels(
+    source: str, images: Sequence[str], listings: Sequence[str], read: Callable[[str, int], bytes]
+) -> tuple[list[int] | None, tuple[str, ...]]:
+    """Return a label per image (or None) and class names, from dataset.json if there is one, else from sub-folders.
+
+    Args:
+        source: the folder or archive; starts every error message.
+        images: paths of the images in it.
+        listings: paths of all files in it called dataset.json.
+        read: returns the bytes of a file, of no more than so many.
+
+    Raises:
+        UserError: if there is a dataset.json below or beside the images' common folder, several, or a wrong one.
+    """
+    if not listings:
+        return _folder_labels(images)
+    listing = _one_above_all(source, images, listings)
+    try:
+        content = read(listing, LISTING_LIMIT)
+    except Exception as error:  # zipfile raises nearly every kind on broken files
+        raise UserError(
+            f"{source}: {listing} cannot be read ({one_line(error)}); mend it, or remove it to take classes from sub-folders"
+        ) from None
+    return _listed_labels(f"{source}: {listing}", posixpath.dirname(listing), images, content), ()
+
+
+def _one_above_all(source: str, images: Sequence[str], listings: Sequence[str]) -> str:
+    """Return the one dataset.json, whose folder must hold all images."""
+    for listing in listings:
+        folder = posixpath.dirname(listing)
+        outside = next((name for name in images if folder and not name.startswith(f"{folder}/")), None)
+        if outside is not None:
+            raise UserError(
+                f"{source}: {listing} is not in a folder that holds all images (not {outside}), so what it labels is "
+                "unclear; move it to the images' common folder, or remove it"
+            )
+    if len(listings) > 1:
+        raise UserError(f"{source}: holds {' and '.join(listings[:3])}; keep the one that labels the images")
+    return listings[0]
+
+
+def _folder_labels(images: Sequence[str]) -> tuple[list[int] | None, tuple[str, ...]]:
+    # a folder that wraps everything (as in many zip files) is no class
+    common = posixpath.commonpath([posixpath.dirname(p) for p in images]) if all("/" in p for p in images) else ""
+    inner = [posixpath.relpath(p, common) if common else p for p in images]
+    classes = sorted({p.split("/")[0] for p in inner})
+    if len(classes) < 2 or not all("/" in p for p in inner):
+        return None, ()
+    number = {name: i for i, name in enumerate(classes)}
+    return [number[p.split("/")[0]] for p in inner], tuple(classes)
+
+
+def _listed_labels(where: str, folder: str, images: Sequence[str], content: bytes) -> list[int] | None:
+    """Read {"labels": [[path, class], ...]}, paths relative to the file's own folder, or null for no labels."""
+    try:
+        entries = json.loads(content, object_pairs_hook=_no_key_twice)["labels"]
+        if entries is None:
+            return None
+        pairs = [_pair(entry) for entry in _list(entries)]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f'{where} must hold {{"labels": [["path", class], ...]}} or {{"labels": null}} ({one_line(error)})'
+        ) from None
+    table: dict[str, Any] = {}
+    for name, label in pairs:
+        path = inner_path(f"{folder}/{name}")
+        if path in table:
+            raise UserError(f"{where} labels {name} twice, {table[path]!r} and {label!r}; keep one")
+        table[path] = label
+    for name in images:
+        if name not in table:
+            raise UserError(f"{where} has no label for {name}; add it, or remove the image")
+        label = table[name]
+        if type(label) is not int or not -_LABEL_LIMIT < label < _LABEL_LIMIT:
+            raise UserError(f"{where} labels {name} {str(label)[:40]}; labels must be whole numbers from 0")
+    return [table[name] for name in images]
+
+
+def inner_path(name: str) -> str:
+    """Return a path inside a folder or archive in its one form: forward slashes, no `.`, never out of it by `..`."""
+    return posixpath.normpath(f"/{name}".replace("\\", "/")).lstrip("/")
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in found if keys.count(key) > 1)!r} is there twice")
+    return found
+
+
+def _list(entries: Any) -> list[Any]:
+    if not isinstance(entries, list):
+        raise TypeError(f"labels is {str(entries)[:40]}")
+    return entries
+
+
+def _pair(entry: Any) -> tuple[str, Any]:
+    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
+        raise TypeError(f"one of the labels is {str(entry)[:40]}")
+    return entry[0], entry[1]

@@ -1,0 +1,222 @@
+"""One image file to 8-bit pixels: which formats are opened, and how each kind of pixel is converted."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from ..config import MAX_PIXELS
+from ..errors import UserError
+from .bounded import FILE_LIMIT, read_file
+
+# Those that Pillow decodes in this process and recognises by their first bytes. EPS is not among them: Pillow
+# hands it to Ghostscript, whatever the file's name.
+SUFFIXES = {
+    ".png": "PNG",
+    ".apng": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
+    ".mpo": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".avif": "AVIF",
+    ".avifs": "AVIF",
+    ".jp2": "JPEG2000",
+    ".j2k": "JPEG2000",
+    ".jpf": "JPEG2000",
+    ".jpx": "JPEG2000",
+    ".jpc": "JPEG2000",
+    ".j2c": "JPEG2000",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".pbm": "PPM",
+    ".pnm": "PPM",
+    ".qoi": "QOI",
+}
+FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
+
+_ORIENTATION, _PHOTOMETRIC = 0x0112, 0x0106  # tags of EXIF and TIFF
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image file's first image.
+
+    Attributes:
+        image: 8-bit grey ("L") or colour ("RGB"), upright, transparent parts white.
+        several: whether the file holds further images (frames of an animation, pages).
+        brightest: the largest of the values stored in 16 bits (of a colour: no smaller, and less than 256 larger); None
+            if they are stored in fewer.
+    """
+
+    image: Image.Image
+    several: bool
+    brightest: int | None
+
+
+@cache
+def supported() -> frozenset[str]:
+    """Return those of FORMATS that the installed Pillow can open."""
+    Image.init()
+    return frozenset(FORMATS) & frozenset(Image.OPEN)
+
+
+def open_image(source: bytes | Path, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open an image, not yet decoded, of one of some formats, whatever its name.
+
+    Raises:
+        UserError: why it cannot be opened; the caller names the file.
+    """
+    content = source if isinstance(source, bytes) else read_file(source, FILE_LIMIT)
+    known = [name for name in formats if name in supported()]
+    try:
+        with _own_limit:
+            image = Image.open(io.BytesIO(content), formats=known)
+    except UnidentifiedImageError:
+        raise UserError(f"it is not recognised as {' or '.join(known)}" if content else "it is empty") from None
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise UserError(
+            f"it has {pixels} pixels, more than data.max_pixels={max_pixels}; admit it with --max-pixels {pixels}"
+        )
+    return image
+
+
+def load_png(source: bytes | Path, name: str, mend: str) -> Image.Image:
+    """Return a decoded PNG picture, grey or RGB, that this package has written, or should have.
+
+    Args:
+        source: its bytes or its file.
+        name: what it is called in the message.
+        mend: what to do about it if it cannot be read.
+
+    Raises:
+        UserError: naming it, if it is no such picture.
+    """
+    try:
+        image = open_image(source, ("PNG",))
+        image.load()
+        return _eight_bits(image)
+    except Exception as error:  # Pillow raises nearly every kind on damaged files
+        raise UserError(f"{name}: is no readable PNG picture ({one_line(error)}); {mend}") from None
+
+
+def one_line(error: Exception) -> str:
+    """Return the first line of what an exception says, or else its kind."""
+    return (str(error).splitlines() or [""])[0].strip() or type(error).__name__
+
+
+class _OwnLimit:
+    """While used, by however many threads, Pillow's limit of pixels, one for the whole process, is off."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._before = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                Image.MAX_IMAGE_PIXELS = self._before
+
+
+_own_limit = _OwnLimit()
+
+
+def decode(content: bytes, max_pixels: int) -> Decoded:
+    """Decode the first image of a file of one of FORMATS.
+
+    Raises:
+        UserError: for another format, more pixels than max_pixels, or pixels whose range is not known (floating point,
+            32-bit). Pillow raises nearly every kind on damaged files.
+    """
+    image = open_image(content, max_pixels=max_pixels)
+    several = image.format != "MPO" and bool(getattr(image, "is_animated", False))  # MPO: a photo with its previews
+    deep = image.mode.startswith("I") or ";16" in repr(getattr(image, "tile", ""))
+    with _own_limit:
+        _load(image)
+    _require_known_range(image)
+    upright = _upright(image)
+    brightest: int | None = None
+    if upright.mode.startswith("I"):
+        values = _sixteen_bits(upright, image)
+        brightest = int(values.max())
+        eight = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    else:
+        eight = _eight_bits(upright)
+        if deep:  # Pillow has kept the upper byte of each
+            brightest = int(np.asarray(eight).max()) * 256 + 255
+    return Decoded(eight, several, brightest)
+
+
+def _load(image: Image.Image) -> None:
+    try:
+        image.load()
+    except ZeroDivisionError:
+        # Pillow turns a TIFF when its pixels are there, and fails on an EXIF fraction n/0; the pixels stay
+        image.load()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says; where EXIF cannot be read, it stays as it is."""
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a photo is good without its EXIF, on which Pillow raises many kinds
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _require_known_range(image: Image.Image) -> None:
+    # Pillow has no other mode for the 16-bit grey of PPM, and its early releases none for that of PNG
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        numbers = "floating-point numbers" if image.mode == "F" else "signed or 32-bit whole numbers"
+        raise UserError(f"its pixels are {numbers}, whose range is a guess; convert them to 8 bits (0..255)")
+
+
+def _sixteen_bits(image: Image.Image, opened: Image.Image) -> npt.NDArray[np.uint32]:
+    values = np.asarray(image).astype(np.uint32)
+    tags = getattr(opened, "tag_v2", None)
+    if tags is not None and tags.get(_PHOTOMETRIC) == 0:  # 0 is white, which Pillow heeds in 8 bits only
+        values = 65535 - values
+    return values
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    grey = image.mode in ("1", "L", "LA", "La")
+    palette = image.mode in ("P", "PA")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if grey else "RGB")
+    if palette:  # of grey colours alone, as pngquant and GIF tools write grey images
+        red, green, blue = (np.asarray(band) for band in image.split())
+        if np.array_equal(red, green) and np.array_equal(red, blue):
+            return image.getchannel(0)
+    return image

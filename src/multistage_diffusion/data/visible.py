@@ -1,0 +1,96 @@
+"""Which files of a folder or archive are images, and what is passed over, and why."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .opening import SUFFIXES, supported
+
+LISTING = "dataset.json"
+
+HIDDEN, OTHERS, UNSUPPORTED = "hidden or of the system", "not images", "of formats that this Pillow lacks"
+
+# What systems and storage boxes leave beside files, in lower case.
+_SYSTEM = frozenset(
+    {
+        "__macosx",
+        "$recycle.bin",
+        "recycler",
+        "system volume information",
+        "lost+found",
+        "@eadir",
+        "@tmp",
+        "@recycle",
+        "@recently-snapshot",
+        "#recycle",
+        "#snapshot",
+        "thumbs.db",
+        "ehthumbs.db",
+        "ehthumbs_vista.db",
+        "desktop.ini",
+        "icon\r",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """The files of a folder or archive.
+
+    Attributes:
+        images: paths of image files, sorted.
+        listings: paths of files called dataset.json, sorted.
+        passed_over: numbers of the others, by reason.
+    """
+
+    images: list[str]
+    listings: list[str]
+    passed_over: dict[str, int]
+
+
+def of_the_system(name: str) -> bool:
+    """Tell whether a file or folder of this name is hidden, or left there by a system: none of the data."""
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+def sort_out(source: str, names: Iterable[str]) -> Sorted:
+    """Find the images among files, warning where others are passed over.
+
+    Args:
+        source: what the files belong to; starts the warning.
+        names: their paths with forward slashes. A hidden folder counts as one, and so does what is in it.
+    """
+    images, listings, hidden = [], [], set()
+    others: dict[str, list[str]] = {OTHERS: [], UNSUPPORTED: []}
+    for name in names:
+        parts = name.split("/")
+        covering = next((i for i, part in enumerate(parts) if of_the_system(part)), None)
+        image_format = SUFFIXES.get(_suffix(parts[-1]))
+        if covering is not None:
+            hidden.add("/".join(parts[: covering + 1]))
+        elif parts[-1] == LISTING:
+            listings.append(name)
+        elif image_format is None:
+            others[OTHERS].append(name)
+        elif image_format in supported():
+            images.append(name)
+        else:
+            others[UNSUPPORTED].append(name)
+    for reason, found in others.items():
+        if found:
+            kinds = Counter(_suffix(name) or "no suffix" for name in found).most_common(5)
+            told = ", ".join(f"{count} {kind}" for kind, count in kinds)
+            warnings.warn(
+                f"{source}: passed over {len(found)} files that are {reason} ({told}); the first is {min(found)}",
+                stacklevel=4,
+            )
+    counts = {HIDDEN: len(hidden), **{reason: len(found) for reason, found in others.items()}}
+    return Sorted(sorted(images), sorted(listings), {reason: count for reason, count in counts.items() if count})
+
+
+def _suffix(name: str) -> str:
+    stem, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return f".{suffix.lower()}" if stem and dot else ""
