@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 # (solver, method): the longest step in ln sigma at each order; orders that are not named are good at any length.
-# Singlestep noise prediction weights the second answer by sigma_s h / 2 where the exact weight stays below sigma_s, so that long
-# steps overshoot. Multistep data prediction of order 3 continues a parabola over steps that grow towards low noise.
+# Singlestep noise prediction weights the second answer at order 2 by (sigma_s - sigma_t) / 2 r1 whatever h is; the exact weight
+# falls as 1/h, so that long steps overshoot, by errors as large as sigma_s. Multistep data prediction of order 3 continues a
+# parabola over steps that grow towards low noise.
 LONGEST_STEP: Mapping[tuple[str, str], Mapping[int, float]] = {
-    ("dpm", "singlestep"): {2: 1.5, 3: 1.5},
+    ("dpm", "singlestep"): {2: 1.5, 3: 2.0},
     ("dpm++", "multistep"): {3: 1.0},
 }
 LONGEST_HEUN_STEP = 1.5  # Heun's trapezium is in sigma: over a longer step the slope at its end has too much weight
