@@ -77,7 +77,8 @@ def test_the_sampler_is_named(described: dict[str, dict[str, Any]]) -> None:
     }
     words = sampler_words(described["cifar10-dpm"]["sampler"])
     assert words == "20 calls of dpm, singlestep, order 3, log-snr spacing"
-    heun = describe(preset("digits"), SamplingConfig(solver="heun", calls=20, spacing="edm", sigma_max=30.0))["sampler"]
+    sampling = SamplingConfig(solver="heun", calls=20, spacing="edm", sigma_max=30.0, lower_final="published")
+    heun = describe(preset("digits"), sampling)["sampler"]
     assert heun == {"solver": "heun", "method": None, "order": None, "calls": 19, "spacing": "edm"}
     assert sampler_words(heun) == "19 calls of heun, edm spacing"
 

@@ -166,3 +166,49 @@ def test_what_fails_to_be_written_ends_the_drawing(batch):
     with pytest.raises(OSError, match="no space left"):
         draw(6, batch=2, finished=finished, progress=lambda done, _: (time.sleep(0.02), seen.append(done)))
     assert (seen[-1] < 6 * 9) == (batch == 0)  # at once, where there is more to draw
+
+
+def test_a_guidance_interval_and_thresholding_reach_the_sampler():
+    labels = torch.tensor([0, 3, 1])
+    every = draw(3, labels=labels, config=replace(CONFIG, guidance=3.0))
+    whole = draw(3, labels=labels, config=replace(CONFIG, guidance=3.0, guidance_interval=(0.0, 30.0)))
+    nowhere = draw(3, labels=labels, config=replace(CONFIG, guidance=3.0, guidance_interval=(30.0, 40.0)))
+    some = draw(3, labels=labels, config=replace(CONFIG, guidance=3.0, guidance_interval=(0.1, 1.0)))
+    assert torch.equal(whole, every)
+    assert torch.equal(nowhere, draw(3, labels=labels))
+    assert not torch.equal(some, every)
+    assert not torch.equal(some, nowhere)
+    strong = replace(CONFIG, guidance=12.0)
+    clipped, within = (
+        draw(3, labels=labels, config=strong),
+        draw(3, labels=labels, config=replace(strong, threshold=0.9)),
+    )
+    assert (clipped[1] == 255).all()
+    assert not (within[1] == 255).all()
+
+
+def test_thresholding_of_latents_is_refused_before_any_work():
+    with pytest.raises(ValueError, match=r"sampling\.threshold=0\.9: dynamic thresholding is of pixels.* leave it out"):
+        draw(
+            2,
+            config=replace(CONFIG, threshold=0.9),
+            decode=lambda z: z,
+            progress=lambda *_: pytest.fail("a call was made"),
+        )
+
+
+def test_the_last_call_counts_and_removes_the_noise():
+    def two_grey_levels(x, sigma, cond=None):
+        return torch.where(x > 0, 0.6, -0.6).to(x.dtype)
+
+    def draw_at(choice):
+        seen = []
+        config = SamplingConfig(solver="ddim", calls=10, sigma_min=0.04, sigma_max=20.0, denoise_last=choice)
+        images = sample_images(
+            two_grey_levels, SHAPE, 3, config=config, schedule=EDM(), progress=lambda *done: seen.append(done)
+        )
+        assert seen[-1] == (30, 30)
+        return {int(v) for v in images.flatten()}
+
+    assert draw_at("auto") == draw_at("always") == {51, 204}
+    assert len(draw_at("never")) > 5

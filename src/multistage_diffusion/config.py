@@ -239,8 +239,17 @@ class SamplingConfig:
         rho: for EDM spacing.
         churn: S_churn of Heun (Karras et al. 2022, Algorithm 2); 0 is deterministic.
         eta: stochasticity of DDIM.
+        lower_final: which steps have a lower order than `order`. "always": the last one is of order 1, and every step that is
+            too long for its order has a lower one. "published": as in the solvers' papers, which lower the last order below 10
+            calls of multistep only.
+        denoise_last: whether the last call is at sigma_min and its answer the result, without the noise that is left there.
+            "auto": where that noise is visible (sigma_min of a grey level or more) and calls exceed the order.
         guidance: classifier-free guidance w of a class-conditional run, D = D_none + w (D_label - D_none): 0 is
             unconditional, 1 conditional; other values call the network twice, in one batch.
+        guidance_interval: (low, high); guidance acts for low < sigma <= high only, elsewhere w is 1 and the network is called
+            once (Kynkäänniemi et al. 2024). None: everywhere.
+        threshold: dynamic thresholding (Saharia et al. 2022) of pixels: each denoised image is clipped at the quantile
+            `threshold` of its absolute values, at least 1, and divided by it. None: not at all.
     """
 
     solver: Literal["dpm", "dpm++", "ddim", "heun"] = "dpm"
@@ -253,7 +262,11 @@ class SamplingConfig:
     rho: float = 7.0
     churn: float = 0.0
     eta: float = 0.0
+    lower_final: Literal["always", "published"] = "always"
+    denoise_last: Literal["auto", "always", "never"] = "auto"
     guidance: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         require(self.order in (1, 2, 3), f"sampling.order={self.order} must be 1, 2 or 3")
@@ -269,6 +282,16 @@ class SamplingConfig:
         require(0 <= self.churn < math.inf, f"sampling.churn={self.churn} must be >= 0 and finite")
         require(0 <= self.eta <= 1, f"sampling.eta={self.eta} must be in [0, 1]")
         require(0 <= self.guidance < math.inf, f"sampling.guidance={self.guidance} must be >= 0 and finite")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            require(
+                0 <= low < high < math.inf,
+                f"sampling.guidance_interval={list(self.guidance_interval)} must be [low, high], 0 <= low < high, finite",
+            )
+        require(
+            self.threshold is None or 0 < self.threshold <= 1,
+            f"sampling.threshold={self.threshold} must be in (0, 1], e.g. 0.995",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +369,10 @@ class RunConfig:
         require(
             not self.training.augment or not self.codec.used,
             f"training.augment={self.training.augment}: EDM's augmentation is of pixels, not of latents; set it to 0",
+        )
+        require(
+            self.sampling.threshold is None or not self.codec.used,
+            f"sampling.threshold={self.sampling.threshold}: dynamic thresholding is of pixels, not of latents; set it to null",
         )
         if self.training.branch_at:
             alike = (self.network.decoder_widths, self.network.decoder_attention, self.network.attention_shares)

@@ -13,7 +13,7 @@ from .contracts import Conditioning, Denoiser
 from .data import to_uint8
 from .distributed import ALONE, World
 from .errors import UserError
-from .guidance import Guided
+from .guidance import Guided, Thresholded
 from .samplers import make_plan, sample, start_noise, step_noise
 from .schedules import NoiseSchedule
 
@@ -59,12 +59,12 @@ def sample_images(
         uint8 images (count, C, H, W) on the CPU.
 
     Raises:
-        UserError: if count or batch is not positive, the sampler's settings do not fit, or config.guidance is not 1 and
-            there are no labels.
+        UserError: if count or batch is not positive, the sampler's settings do not fit, config.guidance is not 1 and there
+            are no labels, or config.threshold is given and end states are decoded.
     """
     if count < 1 or batch < 1:
         raise UserError(f"count={count} and batch={batch} must be positive")
-    plan, guided = make_plan(config, schedule), Guided(denoiser, config.guidance)
+    plan, guided = make_plan(config, schedule), _steered(denoiser, config, latent=decode is not None)
     images, share, device = [], world.share(count), torch.device(device)
     written: list[Future[object]] = []
     with ThreadPoolExecutor(1) as writer, world.together():
@@ -96,3 +96,15 @@ def sample_images(
     if finished is not None and world.size > 1 and world.chief:
         finished(0, found)
     return found
+
+
+def _steered(denoiser: Denoiser, config: SamplingConfig, *, latent: bool) -> Denoiser:
+    """Return a denoiser with the guidance and thresholding of a configuration around it."""
+    guided = Guided(denoiser, config.guidance, config.guidance_interval)
+    if config.threshold is None:
+        return guided
+    if latent:
+        raise UserError(
+            f"sampling.threshold={config.threshold}: dynamic thresholding is of pixels, but this run makes latents; leave it out"
+        )
+    return Thresholded(guided, config.threshold)

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -24,6 +27,7 @@ DPM = [
 ]
 ALL = [*DPM, {"solver": "ddim"}, {"solver": "ddim", "eta": 1.0}, {"solver": "heun"}, {"solver": "heun", "churn": 10.0}]
 SPACINGS = ("log-snr", "time", "edm")
+PUBLISHED = SamplingConfig(lower_final="published", denoise_last="never")
 
 
 def label(value: object) -> str:
@@ -87,7 +91,8 @@ def test_vp_trajectories_equal_the_published_solver(golden, mixture, name, solve
     config, tensors = golden[0][name], golden[1]
     vp = VP()
     plan = make_plan(
-        SamplingConfig(
+        replace(
+            PUBLISHED,
             solver=solver,
             method=config["method"],
             order=config["order"],
@@ -107,7 +112,7 @@ def test_vp_trajectories_equal_the_published_solver(golden, mixture, name, solve
 def test_heun_trajectory_equals_the_published_sampler(golden, mixture, extra):
     config, tensors = golden[0]["edm_heun_18"], golden[1]
     plan = make_plan(
-        SamplingConfig(solver="heun", calls=config["nfe"] + extra, spacing="edm", rho=config["rho"]),
+        replace(PUBLISHED, solver="heun", calls=config["nfe"] + extra, spacing="edm", rho=config["rho"]),
         EDM(t_min=config["sigma_min"], t_max=config["sigma_max"]),
     )
     assert plan.start_std == config["sigma_max"]
@@ -159,7 +164,7 @@ def test_error_falls_with_the_order(mixture, reference, case, spacing):
     for steps in (64, 128):
         # 3K - 1 calls end on a step of order 2, whose local error is of the size that order 3 has globally
         calls = order * steps - (order == 3) if case.get("method") == "singlestep" else steps
-        config = SamplingConfig(**case, calls=calls, spacing=spacing, sigma_min=LOW, sigma_max=HIGH)
+        config = replace(PUBLISHED, **case, calls=calls, spacing=spacing, sigma_min=LOW, sigma_max=HIGH)
         errors.append(float((sample(mixture, start, make_plan(config, VP())) - end).abs().max()))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.45)
 
@@ -182,7 +187,7 @@ def test_order_three_is_exact_for_predictions_linear_in_lambda(case, spacing):
             return t / s * x - math.log(s) * (1 - t / s) + (h - 1 + t / s)
         return x - (t * math.log(t) - t) + (s * math.log(s) - s)
 
-    plan = make_plan(SamplingConfig(**case, calls=13, spacing=spacing, sigma_min=0.05), VP())
+    plan = make_plan(replace(PUBLISHED, **case, calls=13, spacing=spacing, sigma_min=0.05), VP())
     sample(denoiser, torch.tensor([[3.0], [-5.0]], dtype=torch.float64), plan)
     # from the start of a step to its second inner point and its end; multistep: once two steps are past
     pairs = [(0, 2), (0, 3), (3, 5), (9, 12)] if case["method"] == "singlestep" else [(2, 3), (6, 7), (11, 12)]
@@ -203,6 +208,146 @@ def test_heun_is_of_order_two(mixture, spacing):
     coarse, middle, fine = run(60), run(119), run(237)
     ratio = (coarse - middle).abs().max() / (middle - fine).abs().max()
     assert math.log2(ratio) == pytest.approx(2.0, abs=0.3)
+
+
+# --- lower_final = "always" -------------------------------------------------------------------------------------------
+
+
+def integral(nodes: list[float], values: list[Tensor], start: float, end: float, data: bool) -> Tensor:
+    """Integrate the exponentially weighted polynomial through (lambda, prediction) of a step, by Gauss-Legendre quadrature.
+
+    dx/dlambda = -x + D with data prediction, d(x)/dlambda = -e^-lambda f with noise prediction.
+    """
+    points, weights = np.polynomial.legendre.leggauss(24)
+    total = torch.zeros_like(values[0])
+    for point, weight in zip(points, weights, strict=True):
+        u = 0.5 * (end - start) * point + 0.5 * (end + start)
+        basis = [
+            math.prod((u - other) / (node - other) for j, other in enumerate(nodes) if j != i)
+            for i, node in enumerate(nodes)
+        ]
+        value = sum((b * v for b, v in zip(basis, values, strict=True)), torch.zeros_like(values[0]))
+        kernel = math.exp(u - end) if data else -math.exp(-u)
+        total = total + 0.5 * (end - start) * weight * kernel * value
+    return total
+
+
+def arrive(x: Tensor, nodes: list[float], values: list[Tensor], end: float, order: int, data: bool) -> Tensor:
+    """Follow one step of order 1 to 3 from lambda nodes[0] to `end`; order 2 with the papers' phi_1 / 2 for phi_2."""
+    start = nodes[0]
+    decayed = math.exp(start - end) * x if data else x
+    if order != 2:
+        return decayed + integral(nodes[:order], values[:order], start, end, data)
+    slope = (values[0] - values[1]) / (nodes[0] - nodes[1])
+    return decayed + integral(nodes[:1], [values[0] + 0.5 * (end - start) * slope], start, end, data)
+
+
+@pytest.mark.parametrize("calls", [5, 6, 9, 10, 20])
+@pytest.mark.parametrize("spacing", ["log-snr", "time"])
+@pytest.mark.parametrize("case", [c for c in DPM if c["order"] > 1], ids=label)
+def test_lowered_trajectories_equal_step_by_step_integration(golden, mixture, case, spacing, calls):
+    """Every step is an integral of a polynomial through the denoiser's answers, done by quadrature here."""
+    vp, data = VP(), case["solver"] == "dpm++"
+    plan = make_plan(SamplingConfig(**case, calls=calls, spacing=spacing, denoise_last="never"), vp)
+    start = golden[1]["noise"] * plan.start_std
+    end = sample(mixture, start, plan)
+    low, high = float(vp.sigma(1e-4)), float(vp.sigma(1.0))
+    if spacing == "time":
+        grid = [float(vp.sigma(1.0 + (1e-4 - 1.0) * i / calls)) for i in range(calls + 1)]
+    else:
+        grid = [high * (low / high) ** (i / calls) for i in range(calls + 1)]
+    lam = [-math.log(sigma) for sigma in grid]
+
+    def predict(x: Tensor, sigma: float) -> Tensor:
+        denoised = mixture(x, x.new_full((len(x),), sigma, dtype=torch.float64))
+        return denoised if data else (x - denoised) / sigma
+
+    x, i, past = start, 0, list[tuple[float, Tensor]]()
+    with torch.no_grad():
+        while case["method"] == "multistep" and i < calls:
+            past.insert(0, (lam[i], predict(x, grid[i])))
+            order = min(case["order"], i + 1, calls - i)
+            if data and lam[i + 1] - lam[i] > 1.0:
+                order = min(order, 2)
+            x = arrive(x, [p[0] for p in past], [p[1] for p in past], lam[i + 1], order, data)
+            i += 1
+        while case["method"] == "singlestep" and i < calls:
+            fits = [
+                o
+                for o in range(1, case["order"] + 1)
+                if o == 1 or (o < calls - i and (data or lam[i + o] - lam[i] <= {2: 1.5, 3: 2.0}[o]))
+            ]
+            order = max(fits)
+            nodes, values = [lam[i]], [predict(x, grid[i])]
+            to = lam[i + order]
+            if order > 1:
+                x1 = arrive(x, nodes, values, lam[i + 1], 1, data)
+                nodes.append(lam[i + 1])
+                values.append(predict(x1, grid[i + 1]))
+            if (
+                order == 3
+            ):  # the second inner point by the line through two answers, the step by one through the outer two
+                x2 = decayed_line(x, nodes, values, lam[i + 2], data)
+                nodes[1], values[1] = lam[i + 2], predict(x2, grid[i + 2])
+                x = decayed_line(x, nodes, values, to, data)
+            else:
+                x = arrive(x, nodes, values, to, order, data)
+            i += order
+    assert relative(end, x) < 1e-9
+
+
+def decayed_line(x: Tensor, nodes: list[float], values: list[Tensor], end: float, data: bool) -> Tensor:
+    """Follow a step with the exact integral of the line through two answers (Lu et al. 2022a, algorithm 2)."""
+    decayed = math.exp(nodes[0] - end) * x if data else x
+    return decayed + integral(nodes, values, nodes[0], end, data)
+
+
+@pytest.mark.parametrize("calls", [9, 10, 20])
+def test_time_spacing_is_not_worse_than_ddim_at_any_number_of_calls(golden, mixture, calls):
+    """The published order at the end, lowered below 10 calls only, makes 10 calls worse than 9."""
+    fine = SamplingConfig(solver="dpm++", method="multistep", calls=800, denoise_last="never")
+    start = golden[1]["noise"] * make_plan(fine, VP()).start_std
+    exact = sample(mixture, start, make_plan(fine, VP()))
+
+    def error(**changes: Any) -> float:
+        end = sample(mixture, start, make_plan(replace(fine, spacing="time", **changes), VP()))
+        return float((end - exact).square().mean().sqrt())
+
+    ddim = error(calls=calls, solver="ddim")
+    assert error(calls=calls) < 1.1 * ddim
+    if calls >= 10:
+        assert error(calls=calls, lower_final="published") > 5 * ddim
+
+
+@pytest.mark.parametrize("case", [*(c for c in DPM if c["order"] > 1), {"solver": "heun"}], ids=label)
+def test_lowered_orders_converge(mixture, reference, case):
+    """The last step, of order 1, leaves the square of its length: order 2 in all, at least."""
+    start, end = reference
+    if case["solver"] == "heun":  # it goes on to 0
+        fine = SamplingConfig(solver="heun", calls=1001, sigma_min=LOW, sigma_max=HIGH)
+        end = sample(mixture, start, make_plan(fine, VP()))
+    low = [
+        float((sample(mixture, start, make_plan(config, VP())) - end).abs().max())
+        for calls in (96, 192)
+        for config in [SamplingConfig(**case, calls=calls, sigma_min=LOW, sigma_max=HIGH, denoise_last="never")]
+    ]
+    assert math.log2(low[0] / low[1]) > 1.5
+
+
+@pytest.mark.parametrize("case", [*DPM, {"solver": "ddim"}, {"solver": "ddim", "eta": 1.0}], ids=label)
+def test_the_last_call_s_answer_is_the_result(golden, mixture, case):
+    config = SamplingConfig(**case, calls=13, sigma_min=0.04, denoise_last="always")
+    plan, noise = make_plan(config, VP()), step_noise(0, torch.arange(16), (2,), torch.float64)
+    start = golden[1]["noise"] * plan.start_std
+    before = sample(mixture, start, make_plan(replace(config, calls=12, denoise_last="never"), VP()), noise=noise)
+    with torch.no_grad():
+        expected = mixture(before, torch.full((16,), 0.04, dtype=torch.float64))
+    mixture.called.clear()
+    seen: list[tuple[int, int]] = []
+    end = sample(mixture, start, plan, noise=noise, progress=lambda *done: seen.append(done))
+    torch.testing.assert_close(end, expected, rtol=0, atol=1e-13)
+    assert len(mixture.called) == 13
+    assert seen[-1] == (13, 13)
 
 
 # --- stochastic solvers -----------------------------------------------------------------------------------------------
@@ -229,7 +374,7 @@ def test_ddim_is_the_papers_equation_in_scaled_coordinates(golden, mixture, eta)
 def test_heun_with_churn_is_edms_algorithm_2(golden, mixture, churn):
     """Karras et al. 2022, Algorithm 2, line by line with the sigmas of eq. (5)."""
     n, noise = 10, step_noise(5, torch.arange(16), (2,), torch.float64)
-    plan = make_plan(SamplingConfig(solver="heun", calls=2 * n - 1, churn=churn, spacing="edm"), EDM())
+    plan = make_plan(replace(PUBLISHED, solver="heun", calls=2 * n - 1, churn=churn, spacing="edm"), EDM())
     x = golden[1]["noise"] * 80.0
     end = sample(mixture, x, plan, noise=noise)
     t = [(80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(n)] + [0.0]

@@ -77,6 +77,16 @@ class SamplerOptions:
     """Stochasticity of ddim."""
     guidance: Annotated[float | None, option("FLOAT", "the run's")] = None
     """Classifier-free guidance: 0 unconditional, 1 conditional."""
+    guidance_interval: Annotated[tuple[float, float] | None, option("LOW HIGH", "the run's")] = None
+    """Guide where LOW < sigma <= HIGH only."""
+    threshold: Annotated[float | None, option("SHARE", "the run's")] = None
+    """Dynamic thresholding of pixels at this quantile, e.g. 0.995."""
+    lower_final: Annotated[Literal["always", "published"] | None, option("{always,published}", "the run's")] = None
+    """Lower the order of the last and of too long steps, or as published."""
+    denoise_last: Annotated[Literal["auto", "always", "never"] | None, option("{auto,always,never}", "the run's")] = (
+        None
+    )
+    """Spend the last call on the noise left at the end: auto where it is visible."""
 
     def sampling_config(self, own: SamplingConfig) -> SamplingConfig:
         """Return a run's sampling configuration with these options applied."""

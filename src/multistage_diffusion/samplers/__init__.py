@@ -1,6 +1,7 @@
 """Samplers: a plan of steps made on the host, and the solvers that follow it."""
 
-from .plan import Plan, Step, make_plan, multistep_orders, singlestep_orders
+from .orders import multistep_orders, singlestep_orders
+from .plan import Plan, Step, make_plan
 from .solvers import Noise, sample, start_noise, step_noise
 
 __all__ = [

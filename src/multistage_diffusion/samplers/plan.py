@@ -10,7 +10,15 @@ from itertools import accumulate, pairwise
 from ..config import SamplingConfig
 from ..errors import UserError
 from ..schedules import VP, NoiseSchedule
+from .orders import (
+    corrected_heun_steps,
+    lowered_multistep_orders,
+    lowered_singlestep_orders,
+    multistep_orders,
+    singlestep_orders,
+)
 
+VISIBLE = 1 / 127.5  # sigma of noise of one grey level, data being in [-1, 1]
 VP_T_END = 1e-4  # where the paper's VP trajectories end: below the training times, which start at 1e-3
 
 Points = Callable[[float, float, int], list[float]]  # (start, end, count): the count + 1 sigmas from start to end
@@ -22,7 +30,7 @@ class Step:
 
     Attributes:
         calls: the sigmas at which the denoiser is called, in order; the first is where the step starts.
-        end: the sigma where the step arrives.
+        end: the sigma where the step arrives; 0 for a last call whose answer is the result.
         order: order of the update.
         noise_std: standard deviation of fresh noise: added before the step by Heun (churn, which lifted calls[0]),
             after it by DDIM (eta); 0 for none.
@@ -63,12 +71,13 @@ class Plan:
 def make_plan(config: SamplingConfig, schedule: NoiseSchedule) -> Plan:
     """Lay out the steps of a sampler.
 
-    DPM solvers and DDIM make exactly `calls` calls; Heun's n sigmas cost 2n - 1, so there `calls` is a ceiling and n =
-    (calls + 1) // 2. DDIM and Heun have one method and order, so `method` and `order` do not touch them.
+    DPM solvers and DDIM make exactly `calls` calls, the last of them at sigma_min if config.denoise_last asks for it. Heun's n
+    sigmas cost 2n - 1, so there `calls` is a ceiling and n = (calls + 1) // 2, unless steps are too long to be corrected: then
+    there are more sigmas. DDIM and Heun have one method and order, so `method` and `order` do not touch them.
     sigma_max None is sigma(t_max) of the schedule; sigma_min None is sigma(t_min), but sigma(1e-4) for VP.
 
     Args:
-        config: solver, order, calls, spacing and range.
+        config: solver, order, calls, spacing, range and what happens at the end.
         schedule: gives the default range, the time of spacing "time", and the width of the starting noise.
 
     Raises:
@@ -77,32 +86,19 @@ def make_plan(config: SamplingConfig, schedule: NoiseSchedule) -> Plan:
     """
     _check(config)
     low, high = _sigma_range(config, schedule)
-    points = _spacing(config, schedule, low, high)
+    points, last = _spacing(config, schedule, low, high), _denoises_last(config, low)
+    calls = config.calls - last
     if config.solver == "heun":
-        steps = _heun_steps(points(high, low, (config.calls + 1) // 2 - 1), config.churn)
+        steps = _heun_steps(config, points, low, high)
     elif config.solver == "ddim":
-        steps = _ddim_steps(points(high, low, config.calls), config.eta)
+        steps = _ddim_steps(points(high, low, calls), config.eta)
     elif config.method == "multistep":
-        steps = _multistep_steps(points(high, low, config.calls), config.order)
+        steps = _multistep_steps(config, points(high, low, calls))
     else:
-        steps = _singlestep_steps(config, points, low, high)
+        steps = _singlestep_steps(config, calls, points, low, high)
+    if last:
+        steps.append(Step(calls=(low,), end=0.0, order=1))
     return Plan(solver=config.solver, method=config.method, steps=tuple(steps), start_std=schedule.start_std(high))
-
-
-def singlestep_orders(calls: int, order: int) -> list[int]:
-    """Return the orders of singlestep DPM-Solver's steps; they sum to `calls` (Lu et al. 2022a, "DPM-Solver-fast").
-
-    As many steps of the order asked for as fit, the rest at the end; order 3 never ends on 3 but on 2, 1.
-    """
-    if order == 3 and calls % 3 == 0:
-        return [3] * (calls // 3 - 1) + [2, 1]
-    return [order] * (calls // order) + ([calls % order] if calls % order else [])
-
-
-def multistep_orders(calls: int, order: int) -> list[int]:
-    """Return the orders of multistep steps: 1, 2, .. as history grows; below 10 steps falling to 1 again at the end."""
-    rising = [min(order, i + 1) for i in range(calls)]
-    return [min(o, calls - i) for i, o in enumerate(rising)] if calls < 10 else rising
 
 
 def _check(config: SamplingConfig) -> None:
@@ -110,6 +106,8 @@ def _check(config: SamplingConfig) -> None:
         "solver": ("dpm", "dpm++", "ddim", "heun"),
         "method": ("singlestep", "multistep"),
         "spacing": ("log-snr", "time", "edm"),
+        "lower_final": ("always", "published"),
+        "denoise_last": ("auto", "always", "never"),
     }
     for name, known in choices.items():
         if getattr(config, name) not in known:
@@ -125,6 +123,11 @@ def _check(config: SamplingConfig) -> None:
     if config.solver in ("dpm", "dpm++") and config.calls < config.order:
         raise UserError(
             f"sampling.calls={config.calls} is below sampling.order={config.order}; raise it or lower the order"
+        )
+    if config.denoise_last == "always" and config.solver != "heun" and config.calls <= _fewest_calls(config):
+        raise UserError(
+            f"sampling.calls={config.calls} leaves too few calls beside the one of sampling.denoise_last='always'; raise it to "
+            f"{_fewest_calls(config) + 1}"
         )
 
 
@@ -164,17 +167,31 @@ def _spacing(config: SamplingConfig, schedule: NoiseSchedule, low: float, high: 
     return points
 
 
-def _singlestep_steps(config: SamplingConfig, points: Points, low: float, high: float) -> list[Step]:
+def _denoises_last(config: SamplingConfig, low: float) -> bool:
+    """Whether the last call is at the end, its answer the result. Heun needs none: it goes on to sigma = 0."""
+    if config.solver == "heun" or config.denoise_last == "never":
+        return False
+    return config.denoise_last == "always" or (low >= VISIBLE and config.calls > _fewest_calls(config))
+
+
+def _fewest_calls(config: SamplingConfig) -> int:
+    return {"heun": 3, "ddim": 1}.get(config.solver, config.order)
+
+
+def _singlestep_steps(config: SamplingConfig, calls: int, points: Points, low: float, high: float) -> list[Step]:
     """Lay out singlestep DPM-Solver.
 
-    In log-SNR all steps are equally long, in the other spacings all calls are equally far apart (the published solver's
-    choice for time). Inner points split their step evenly in the same spacing.
+    All calls are equally far apart in the spacing, but for the published solver in log-SNR, where all steps are equally long.
+    Inner points split their step evenly in the same spacing.
     """
-    orders = singlestep_orders(config.calls, config.order)
-    if config.spacing == "log-snr":
+    grid = points(high, low, calls)
+    if config.lower_final == "published":
+        orders = singlestep_orders(calls, config.order)
+    else:
+        orders = lowered_singlestep_orders(grid, config.order, config.solver)
+    if config.spacing == "log-snr" and config.lower_final == "published":
         outer = points(high, low, len(orders))
     else:
-        grid = points(high, low, config.calls)
         outer = [grid[i] for i in accumulate(orders, initial=0)]
     return [
         Step(calls=tuple(points(start, end, order)[:-1]), end=end, order=order)
@@ -182,18 +199,28 @@ def _singlestep_steps(config: SamplingConfig, points: Points, low: float, high: 
     ]
 
 
-def _multistep_steps(sigmas: list[float], order: int) -> list[Step]:
-    orders = multistep_orders(len(sigmas) - 1, order)
+def _multistep_steps(config: SamplingConfig, sigmas: list[float]) -> list[Step]:
+    if config.lower_final == "published":
+        orders = multistep_orders(len(sigmas) - 1, config.order)
+    else:
+        orders = lowered_multistep_orders(sigmas, config.order, config.solver)
     return [Step(calls=(s,), end=t, order=o) for (s, t), o in zip(pairwise(sigmas), orders, strict=True)]
 
 
-def _heun_steps(sigmas: list[float], churn: float) -> list[Step]:
+def _heun_steps(config: SamplingConfig, points: Points, low: float, high: float) -> list[Step]:
     """Lay out EDM's Algorithm 2 (S_min = 0, S_max = inf, S_noise = 1); without churn it is Algorithm 1."""
-    lift = 1.0 + min(churn / len(sigmas), math.sqrt(2.0) - 1.0)
+    count = (config.calls + 1) // 2
+    sigmas = points(high, low, count - 1)
+    corrected = set(range(count - 1))
+    if config.lower_final == "always":
+        while (found := corrected_heun_steps(sigmas, config.calls)) is None:
+            sigmas = points(high, low, len(sigmas))
+        corrected = found
+    lift = 1.0 + min(config.churn / len(sigmas), math.sqrt(2.0) - 1.0)
     steps = []
-    for sigma, end in pairwise([*sigmas, 0.0]):
+    for i, (sigma, end) in enumerate(pairwise([*sigmas, 0.0])):
         start = sigma * lift
-        calls = (start, end) if end > 0 else (start,)
+        calls = (start, end) if i in corrected else (start,)
         std = math.sqrt(start**2 - sigma**2)
         steps.append(Step(calls=calls, end=end, order=len(calls), noise_std=std))
     return steps

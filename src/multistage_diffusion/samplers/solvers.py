@@ -12,7 +12,7 @@ where phi_1(z) = (e^z - 1)/z, phi_2 = (phi_1 - 1)/z, phi_3 = (phi_2 - 1/2)/z. So
 derivatives f^(k) in lambda: from inner points (singlestep) or from earlier steps (multistep). At order 2 both papers
 put phi_1/2 for phi_2, which is as good at that order.
 
-Except for Heun, which goes on to sigma = 0, trajectories end at sigma_min, without a final denoising.
+Trajectories end at sigma_min, or at 0: Heun's always, others by a last denoiser call at sigma_min whose answer is the result.
 """
 
 from __future__ import annotations
@@ -96,14 +96,18 @@ def sample(
         return denoised
 
     x = start if start.dtype == torch.float64 else start.float()
+    denoises_last = plan.solver != "heun" and plan.steps[-1].end == 0
+    steps = plan.steps[:-1] if denoises_last else plan.steps
     if plan.solver == "heun":
-        x = _heun(denoise, x, plan.steps, noise)
+        x = _heun(denoise, x, steps, noise)
     elif plan.solver == "ddim":
-        x = _ddim(denoise, x, plan.steps, noise)
+        x = _ddim(denoise, x, steps, noise)
     elif plan.method == "multistep":
-        x = _multistep(denoise, x, plan.steps, data=plan.solver == "dpm++")
+        x = _multistep(denoise, x, steps, data=plan.solver == "dpm++")
     else:
-        x = _singlestep(denoise, x, plan.steps, data=plan.solver == "dpm++")
+        x = _singlestep(denoise, x, steps, data=plan.solver == "dpm++")
+    if denoises_last:
+        x = denoise(x, plan.steps[-1].calls[0])
     bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
     if bad:
         end = plan.steps[-1].end
@@ -171,8 +175,8 @@ def _multistep(denoise: Denoise, x: Tensor, steps: Sequence[Step], *, data: bool
     past: list[tuple[float, Tensor]] = []  # (lambda, prediction), newest first
     for step in steps:
         flow = _flow(step.calls[0], step.end, data)
-        past = [(-math.log(step.calls[0]), _predict(denoise, x, step.calls[0], data)), *past[: step.order - 1]]
-        (lambda0, f0), *older = past
+        past = [(-math.log(step.calls[0]), _predict(denoise, x, step.calls[0], data)), *past[:2]]
+        (lambda0, f0), older = past[0], past[1 : step.order]
         change = flow.w1 * f0
         if older:
             lambda1, f1 = older[0]
