@@ -18,6 +18,8 @@ SOURCE = Path(multistage_diffusion.__file__).parent
 # strangers. A new file must be placed here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     # L0: what everything speaks
+    ("errors",),
+    ("files",),
     ("contracts", "distributed"),
     ("keyed", "schedules"),
     ("stages",),

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from .config import RunConfig
 from .errors import UserError
+from .files import write_atomic
 from .pages import INK, chart, colour, escape, facts, note, page, picture, table, tidy
 from .pictures import data_uri, grid
-from .serialization import read_json, read_lines, to_dict, write_atomic
+from .serialization import read_json, read_lines, to_dict
 
 Record = Mapping[str, Any]
 

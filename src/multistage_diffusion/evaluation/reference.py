@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..contracts import FeatureExtractor
 from ..errors import UserError
+from ..files import write_atomic
 from ..keyed import generator
-from ..serialization import write_atomic
 from .features import extract
 from .statistics import Moments, image_moments
 

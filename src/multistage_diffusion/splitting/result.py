@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import serialization
+from .. import files, serialization
 from ..errors import UserError
 from ..schedules import VP, NoiseSchedule
 from ..stages import Stages
@@ -123,7 +123,7 @@ class SplitResult:
 
     def save(self, path: Path | str) -> None:
         """Write the result as JSON, atomically."""
-        serialization.write_json(Path(path), self.to_dict())
+        files.write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: Path | str) -> SplitResult:

@@ -27,7 +27,8 @@ from ..data import ImageData, open_configured
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..errors import UserError
 from ..execution import Execution
-from ..serialization import append_line, from_dict, read_json, read_lines, write_atomic, write_json
+from ..files import append_line, write_atomic, write_json
+from ..serialization import from_dict, read_json, read_lines
 from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, load_tensors, read_state
 from .devices import device_name
 

@@ -24,7 +24,8 @@ from ..evaluation import (
     save_reference,
     sharded,
 )
-from ..serialization import read_json, to_dict, write_json
+from ..files import write_json
+from ..serialization import read_json, to_dict
 from ..training.checkpoint import checkpoint_step
 from ..training.devices import joined, resolve_device
 from ..training.run import Run
