@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multistage_diffusion import override, preset
 from multistage_diffusion.config import RunConfig
-from multistage_diffusion.serialization import read_json, write_json
+from multistage_diffusion.files import write_json
+from multistage_diffusion.serialization import read_json
 from multistage_diffusion.training.ceiling import Ceiling
 from multistage_diffusion.training.devices import device_name
 

@@ -33,7 +33,7 @@ from multistage_diffusion.config import RunConfig
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.distributed import World, join
-from multistage_diffusion.serialization import write_json
+from multistage_diffusion.files import write_json
 from multistage_diffusion.training.batches import BatchSource, row_counts, stage_shares, stage_weights
 from multistage_diffusion.training.cluster import Machine, step_costs
 from multistage_diffusion.training.ema import EMA

@@ -46,8 +46,9 @@ from multistage_diffusion.config import DataConfig, RunConfig
 from multistage_diffusion.contracts import Denoiser
 from multistage_diffusion.data import open_data, to_float
 from multistage_diffusion.denoisers import build_denoiser
+from multistage_diffusion.files import write_json
 from multistage_diffusion.optimal import OptimalDenoiser
-from multistage_diffusion.serialization import read_json, to_dict, write_json
+from multistage_diffusion.serialization import read_json, to_dict
 from multistage_diffusion.splitting import SplitSettings
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import BatchSource, row_counts, stage_shares, stage_weights

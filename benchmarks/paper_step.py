@@ -24,8 +24,8 @@ import torch
 from multistage_diffusion import __version__
 from multistage_diffusion.config import CodecConfig, RunConfig
 from multistage_diffusion.data import ImageData
+from multistage_diffusion.files import write_json
 from multistage_diffusion.presets import preset
-from multistage_diffusion.serialization import write_json
 from multistage_diffusion.training.devices import clock, device_name, peak_memory, precision_name, resolve_device
 from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run

@@ -25,8 +25,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from multistage_diffusion.data import open_data
+from multistage_diffusion.files import write_json
 from multistage_diffusion.schedules import VP
-from multistage_diffusion.serialization import read_json, write_json
+from multistage_diffusion.serialization import read_json
 from multistage_diffusion.splitting import SplitSettings, find_stages
 from multistage_diffusion.splitting.posterior import TiledImages
 from multistage_diffusion.splitting.similarity import draw, sample_similarities

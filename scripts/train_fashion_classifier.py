@@ -22,7 +22,7 @@ from torch import Tensor
 import multistage_diffusion
 from multistage_diffusion.data.idx import DEBIAN_FOLDER, read_idx
 from multistage_diffusion.evaluation.classifier import SIZE, FashionClassifier, prepare
-from multistage_diffusion.serialization import write_atomic
+from multistage_diffusion.files import write_atomic
 
 BATCH, LEARNING_RATE, SMOOTHING = 128, 4e-3, 0.05
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from multistage_diffusion.serialization import read_json, write_json
+from multistage_diffusion.files import write_json
+from multistage_diffusion.serialization import read_json
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "efficiency.py"
 

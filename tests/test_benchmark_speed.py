@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from multistage_diffusion.files import write_json
 from multistage_diffusion.nets.cost import network_cost
-from multistage_diffusion.serialization import write_json
 from multistage_diffusion.training import trial
 from multistage_diffusion.training.ceiling import Ceiling, Convolution
 

@@ -28,8 +28,9 @@ from multistage_diffusion.commands import COMMANDS
 from multistage_diffusion.commands.options import load_config, parse_changes
 from multistage_diffusion.console import TrainingProgress
 from multistage_diffusion.errors import UserError
+from multistage_diffusion.files import write_json
 from multistage_diffusion.presets import preset
-from multistage_diffusion.serialization import read_json, to_dict, write_json
+from multistage_diffusion.serialization import read_json, to_dict
 from multistage_diffusion.splitting import SplitSettings
 from multistage_diffusion.training.findings import TrainingDiverged
 

@@ -13,8 +13,9 @@ from PIL import Image
 
 from multistage_diffusion.config import DataConfig, NetworkConfig, RunConfig
 from multistage_diffusion.evaluation import EvaluationResult, PixelFeatures, evaluate_samples
+from multistage_diffusion.files import write_json
 from multistage_diffusion.report_page import POINTS, ArchitectureRow, Neighbours, _curve, write_report
-from multistage_diffusion.serialization import to_dict, write_json
+from multistage_diffusion.serialization import to_dict
 from multistage_diffusion.stages import Stages
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -18,8 +18,9 @@ import torch
 from multistage_diffusion.config import DataConfig, RunConfig
 from multistage_diffusion.data import ImageData, open_data
 from multistage_diffusion.execution_config import ExecutionConfig
+from multistage_diffusion.files import write_json
 from multistage_diffusion.presets import preset
-from multistage_diffusion.serialization import from_dict, override, read_json, to_dict, write_json
+from multistage_diffusion.serialization import from_dict, override, read_json, to_dict
 from multistage_diffusion.splitting import SplitResult, SplitSettings
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.checkpoint import list_checkpoints

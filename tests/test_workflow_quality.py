@@ -15,8 +15,9 @@ import torch
 from multistage_diffusion import cli
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.evaluation import PixelFeatures, frechet_between, frechet_distance, moments
+from multistage_diffusion.files import write_json
 from multistage_diffusion.presets import preset
-from multistage_diffusion.serialization import override, read_json, write_json
+from multistage_diffusion.serialization import override, read_json
 from multistage_diffusion.training.checkpoint import checkpoint_step, list_checkpoints, load_tensors, read_state
 from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.flops import flops_per_image

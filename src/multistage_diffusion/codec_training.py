@@ -22,9 +22,10 @@ from .codecs import CONFIG, WEIGHTS, DiffusersCodec, import_diffusers
 from .contracts import Codec
 from .data import ImageData, to_float, to_uint8
 from .errors import UserError
+from .files import write_atomic
 from .latents import PIXELS_AT_ONCE
 from .network_config import require
-from .serialization import from_dict, to_dict, write_atomic
+from .serialization import from_dict, to_dict
 from .training import checkpoint as ckpt
 from .training.ema import EMA
 from .training.findings import TrainingDiverged

@@ -20,7 +20,7 @@ from torch import Tensor
 from .contracts import Codec
 from .data import ImageData, to_float
 from .errors import NotFiniteError, UserError
-from .serialization import write_atomic
+from .files import write_atomic
 
 Progress = Callable[[int, int], None]  # (done, total)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import UserError
-from .serialization import write_atomic
+from .files import write_atomic
 
 CELL = 64  # default side of a grid's cells: small images are enlarged up to this many pixels
 LINE = 128  # grey of the lines between cells, seen against black and against white images

@@ -24,10 +24,11 @@ from .config import RunConfig
 from .data.opening import load_png
 from .errors import UserError
 from .evaluation import ComparisonResult, EvaluationResult
+from .files import write_atomic
 from .pages import INK, chart, colour, escape, facts, label, note, page, picture, table, tidy
 from .pictures import data_uri, grid
 from .records import check, fields_of, read_evaluations, read_launches, read_metrics
-from .serialization import to_dict, write_atomic
+from .serialization import to_dict
 
 Record = Mapping[str, Any]
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
-import os
 import sys
-import tempfile
 import types
 import typing
 from collections.abc import Mapping
@@ -16,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import UserError
+from .files import to_dict as to_dict
 from .reading import JSON_LIMIT, LINES_LIMIT, brief, parse_json, read_bytes, read_text
 from .schedules import PRIORS, SCHEDULES, NoiseSchedule, SigmaPrior
 
@@ -23,19 +21,6 @@ T = TypeVar("T")
 
 # abstract class -> its concrete classes by their `kind`
 _FAMILIES: dict[type, Mapping[str, type]] = {NoiseSchedule: SCHEDULES, SigmaPrior: PRIORS}
-
-
-def to_dict(value: Any) -> Any:
-    """Return value as JSON-able data; a schedule or prior carries its `kind`."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        data = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        kind = getattr(value, "kind", None)
-        return {"kind": kind, **data} if isinstance(kind, str) else data
-    if isinstance(value, tuple | list):
-        return [to_dict(v) for v in value]
-    if isinstance(value, dict):
-        return {k: to_dict(v) for k, v in value.items()}
-    return value
 
 
 def from_dict(cls: type[T], data: Any, where: str = "") -> T:
@@ -151,51 +136,6 @@ def override(config: T, changes: Mapping[str, Any]) -> T:
     return from_dict(type(config), data)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is either wholly there or as it was before: temporary name, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically.
-
-    Raises:
-        UserError: for a NaN or an infinity, naming its key: JSON has neither. Nothing is written then.
-    """
-    data = to_dict(value)
-    _require_finite(data, path)
-    write_atomic(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
-
-
-def _require_finite(data: Any, path: Path, where: str = "") -> None:
-    if isinstance(data, float) and not math.isfinite(data):
-        raise UserError(f"{path}: {where}={data} cannot be written as JSON; use null")
-    children = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    for key, value in children:
-        _require_finite(value, path, _join(where, key))
-
-
 def read_json(path: Path) -> Any:
     """Read JSON.
 
@@ -203,14 +143,6 @@ def read_json(path: Path) -> Any:
         UserError: if the file cannot be read or is not JSON, naming it.
     """
     return parse_json(read_text(path, JSON_LIMIT, "JSON"), path)
-
-
-def append_line(path: Path, record: Any) -> None:
-    """Append one JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(to_dict(record)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

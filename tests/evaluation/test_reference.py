@@ -169,9 +169,9 @@ def test_members_of_other_kinds_are_one_line(tmp_path: Path) -> None:
         archive.writestr(
             "sigma.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fortran_order': False, 'shape': (10**9,)}"
         )
-    with pytest.raises(UserError, match="reference.npz: "):
+    with pytest.raises(UserError, match=r"reference\.npz: "):
         load_reference(path)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(UserError, match="reference.npz: is a FIFO"):
+    with pytest.raises(UserError, match=r"reference\.npz: is a FIFO"):
         load_reference(path)

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from multistage_diffusion.files import write_json
 from multistage_diffusion.schedules import EDM
-from multistage_diffusion.serialization import read_json, write_json
+from multistage_diffusion.serialization import read_json
 from multistage_diffusion.splitting import SplitResult, SplitSettings, find_stages
 from multistage_diffusion.stages import Stages
 

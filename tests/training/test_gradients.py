@@ -13,8 +13,8 @@ from multistage_diffusion.config import RunConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.data import to_float
 from multistage_diffusion.denoisers import MultiStageDenoiser, build_denoiser
+from multistage_diffusion.files import write_json
 from multistage_diffusion.schedules import EDM, VE, VP, Discrete, RectifiedFlow
-from multistage_diffusion.serialization import write_json
 from multistage_diffusion.training.checkpoint import Checkpoint, save_checkpoint
 from multistage_diffusion.training.gradients import (
     Affinity,

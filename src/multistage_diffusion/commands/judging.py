@@ -13,8 +13,9 @@ from ..console import Bar, TrainingProgress
 from ..demo import demo
 from ..description import describe, description_table
 from ..errors import UserError
+from ..files import write_atomic
 from ..presets import PRESETS, preset
-from ..serialization import to_dict, write_atomic
+from ..serialization import to_dict
 from ..training.run import Run
 from ..workflow import report
 from .evaluating import evaluation_text

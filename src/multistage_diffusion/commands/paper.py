@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from ..files import write_atomic
 from ..paper_tables import paper_tables, tables_text
 from ..presets import PRESETS, summary
-from ..serialization import write_atomic
 from .options import check_out, option, print_json, say
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..contracts import FeatureExtractor
 from ..errors import UserError
+from ..files import write_atomic
 from ..keyed import generator
 from ..reading import brief, parse_json, require_file
 from ..records import FINITE, TEXT, WHOLE, check, listed, maybe
-from ..serialization import write_atomic
 from .features import extract
 from .statistics import Moments, image_moments
 

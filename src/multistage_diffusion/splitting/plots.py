@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
-from .. import serialization
+from .. import files
 from .result import SplitResult
 from .strip import SIDE, decode_png
 
@@ -54,7 +54,7 @@ def plot_split(result: SplitResult, path: Path | str) -> None:
         _draw_choice(choice, result)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    serialization.write_atomic(Path(path), buffer.getvalue())
+    files.write_atomic(Path(path), buffer.getvalue())
 
 
 def _cuts(result: SplitResult) -> list[float]:

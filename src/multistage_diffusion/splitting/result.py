@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import serialization
+from .. import files, serialization
 from ..errors import UserError
 from ..records import FINITE, WHOLE, check, listed, maybe
 from ..schedules import VP, NoiseSchedule
@@ -131,7 +131,7 @@ class SplitResult:
 
     def save(self, path: Path | str) -> None:
         """Write the result as JSON, atomically."""
-        serialization.write_json(Path(path), self.to_dict())
+        files.write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: Path | str) -> SplitResult:

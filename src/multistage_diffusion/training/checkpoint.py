@@ -23,7 +23,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..serialization import read_json, sync_folder, to_dict
+from ..files import sync_folder
+from ..serialization import read_json, to_dict
 
 _PREFIX, _TEMPORARY = "step_", ".writing-"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..execution import Execution
-from ..serialization import write_json
+from ..files import write_json
 from .ceiling import Ceiling, measure_ceiling
 from .devices import clock, peak_memory
 from .events import Callback

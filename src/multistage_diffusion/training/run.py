@@ -27,9 +27,10 @@ from ..data import ImageData, open_configured
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..errors import UserError
 from ..execution import Execution
+from ..files import append_line, write_atomic, write_json
 from ..reading import brief
 from ..records import read_launches, read_metrics
-from ..serialization import append_line, from_dict, read_json, write_atomic, write_json
+from ..serialization import from_dict, read_json
 from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, load_tensors, read_state
 from .devices import device_name
 

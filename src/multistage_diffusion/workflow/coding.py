@@ -16,8 +16,9 @@ from ..config import DataConfig
 from ..data import ImageData, open_configured
 from ..data.sources import located
 from ..errors import UserError
+from ..files import write_json
 from ..pictures import grid, save_png
-from ..serialization import to_dict, write_json
+from ..serialization import to_dict
 from ..training.devices import device_name, resolve_device
 from ..training.run import Run
 from .interrupts import stopped_by_signals

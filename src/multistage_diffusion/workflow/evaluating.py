@@ -24,8 +24,9 @@ from ..evaluation import (
     save_reference,
     sharded,
 )
+from ..files import write_json
 from ..records import read_evaluations
-from ..serialization import to_dict, write_json
+from ..serialization import to_dict
 from ..training.checkpoint import checkpoint_step
 from ..training.devices import joined, resolve_device
 from ..training.run import Run

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..config import CodecConfig, DataConfig, DiffusionConfig, NetworkConfig, RunConfig, TrainingConfig
 from ..errors import UserError
+from ..files import write_atomic
 from ..interop.autoencoder import vq_model
 from ..interop.layouts import DDPMPP, SUFFIXES, Published, Tensors, published_bytes, read_published
 from ..interop.shapes import network_of, our_state, published_state, resolution_of
 from ..paper_presets import PAPER_PRESETS
 from ..schedules import VP, Discrete, UniformSteps
-from ..serialization import from_dict, write_atomic
+from ..serialization import from_dict
 from ..splitting import SplitResult
 from ..stages import Stages
 from ..training.checkpoint import Checkpoint, load_tensors, read_state, save_checkpoint

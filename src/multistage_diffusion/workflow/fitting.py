@@ -15,7 +15,8 @@ from ..config import RunConfig
 from ..data import open_configured
 from ..distributed import RankLost, World
 from ..errors import UserError, explained
-from ..serialization import from_dict, override, to_dict, write_json
+from ..files import write_json
+from ..serialization import from_dict, override, to_dict
 from ..splitting import SplitResult
 from ..training.callbacks import SampleGrid
 from ..training.checkpoint import checkpoint_step, list_checkpoints, read_state

@@ -18,6 +18,7 @@ from ..config import EvaluationConfig, RunConfig
 from ..data import open_configured, to_float
 from ..denoisers import MultiStageDenoiser, make_preconditioning
 from ..errors import UserError
+from ..files import write_json
 from ..optimal import OptimalDenoiser
 from ..planning import (
     Budget,
@@ -30,7 +31,7 @@ from ..planning import (
     probe_widths,
     reasons,
 )
-from ..serialization import to_dict, write_json
+from ..serialization import to_dict
 from ..splitting import SplitResult, SplitSettings
 from ..training.batches import Batch, TrainingData, held_out_batch, prior_masses, stage_shares, stage_weights
 from ..training.devices import resolve_device

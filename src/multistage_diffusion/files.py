@@ -1,0 +1,371 @@
+"""All writing to disk: a file or folder is wholly there or as it was before, whatever stops the process.
+
+Nothing is written through a link, new files follow the user's umask, and what a killed process has left is removed by the
+next command that writes to the same folder. An error of the disk names the file and what to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+_WRITING, _REPLACED = "writing", "replaced"
+# .NAME.writing-1a2b3c4d: being made, to be called NAME; .NAME.replaced-1a2b3c4d: was NAME until its successor was there
+_OURS = re.compile(rf"\.(?P<name>.+)\.(?P<what>{_WRITING}|{_REPLACED})-[0-9a-f]{{8}}")
+_OPEN = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO in a file's place is seen, not waited for
+
+_FULL = "free some space, or choose another place"
+_SHUT = "choose another place, or ask its owner for the right to write there"
+_MENDS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EACCES: _SHUT,
+    errno.EPERM: _SHUT,
+    errno.EROFS: _SHUT,
+    errno.ELOOP: "a link is at its place; remove the link",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EISDIR: "choose another name",
+}
+
+
+class NotWrittenError(UserError, OSError):
+    """The disk refuses to take a file: it is full, read-only, another user's."""
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into one line that names the file and what to do.
+
+    Raises:
+        NotWrittenError: in place of any OSError of the block.
+    """
+    try:
+        yield
+    except NotWrittenError:
+        raise
+    except OSError as error:
+        mend = _MENDS.get(error.errno or 0, "choose another place")
+        raise NotWrittenError(f"{path}: cannot be written ({error.strerror or error}); {mend}") from error
+
+
+def to_dict(value: Any) -> Any:
+    """Return value as JSON-able data; a schedule or prior carries its `kind`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        data = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        kind = getattr(value, "kind", None)
+        return {"kind": kind, **data} if isinstance(kind, str) else data
+    if isinstance(value, tuple | list):
+        return [to_dict(v) for v in value]
+    if isinstance(value, dict):
+        return {k: to_dict(v) for k, v in value.items()}
+    return value
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, as far as they are missing, so that they survive a power cut.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    with disk_errors(path):
+        missing = [p for p in (path, *path.parents) if not p.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            sync_folder(made.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it is either wholly there or as it was before: temporary name, fsync, rename.
+
+    A link at its place is replaced; what it points to stays as it is. A file that is replaced keeps its mode.
+
+    Raises:
+        UserError: if it cannot be written, or something other than a file is at its place.
+    """
+    refuse_special(path)
+    make_folder(path.parent)
+    sweep(path.parent)
+    with disk_errors(path):
+        temporary = _temporary(path)
+        try:
+            _write_new(temporary, data, _mode(path))
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new file into a folder that `new_folder` is making.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    with disk_errors(path):
+        _write_new(path, data)
+
+
+def _write_new(path: Path, data: bytes, mode: int | None = None) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_EXCL | _OPEN, 0o666)
+    with os.fdopen(handle, "wb") as file:
+        _lock(handle)
+        if mode is not None:
+            os.fchmod(handle, mode)
+        file.write(data)
+        file.flush()
+        os.fsync(handle)
+
+
+def _mode(path: Path) -> int | None:
+    """Return the mode of a file that is going to be replaced, None if there is none."""
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        return stat.S_IMODE(found.st_mode) if stat.S_ISREG(found.st_mode) else None
+    return None
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse to write where there is something other than a file.
+
+    Raises:
+        UserError: for a folder, a device, a pipe or a socket, or a link to one.
+    """
+    with suppress(OSError):
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise UserError(f"{path}: is a folder; name a file")
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{path}: is a device, pipe or socket; name a file")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically.
+
+    Raises:
+        UserError: for a NaN or an infinity, naming its key: JSON has neither. Nothing is written then.
+    """
+    write_atomic(path, json_bytes(path, value))
+
+
+def json_bytes(path: Path, value: Any) -> bytes:
+    """Return a value as the JSON of a file.
+
+    Raises:
+        UserError: for a NaN or an infinity, naming its key.
+    """
+    data = to_dict(value)
+    _require_finite(data, path)
+    return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _require_finite(data: Any, path: Path, where: str = "") -> None:
+    if isinstance(data, float) and not math.isfinite(data):
+        raise UserError(f"{path}: {where}={data} cannot be written as JSON; use null")
+    children = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in children:
+        _require_finite(value, path, f"{where}.{key}" if where else str(key))
+
+
+def append_line(path: Path, record: Any) -> None:
+    """Append one JSON object as a line: all of it or, after an error, nothing.
+
+    Raises:
+        UserError: if it cannot be written, or a link or anything other than a file is at its place.
+    """
+    line = (json.dumps(to_dict(record)) + "\n").encode()
+    with disk_errors(path), _opened(path, os.O_WRONLY | os.O_APPEND) as handle:
+        size = os.fstat(handle).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(handle, line[written:])
+            os.fsync(handle)
+            if size == 0:
+                sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                os.ftruncate(handle, size)
+            raise
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file, which is made if missing and never written.
+
+    Args:
+        path: of the lock file.
+        busy: what is said if another process holds it.
+
+    Raises:
+        UserError: saying `busy`; or if the file cannot be opened, or is a link or anything other than a file.
+    """
+    with disk_errors(path):
+        opened = _opened(path, os.O_RDWR)
+        handle = opened.__enter__()
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(busy) from None
+        yield
+    finally:
+        opened.__exit__(None, None, None)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    """Open a regular file, made if missing, neither truncated nor followed if it is a link."""
+    handle = os.open(path, flags | _OPEN, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise UserError(f"{path}: is a device, pipe or socket, where a file belongs; remove it")
+        yield handle
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Make a folder that appears at once with all that is in it: temporary name, fsync, rename.
+
+    Args:
+        path: where; nothing or an empty folder is there, unless `replace`.
+        replace: let it take the place of a folder, which is removed only after that.
+
+    Yields:
+        The folder under its temporary name, beside its place; to be filled by the block. After an error it is removed.
+
+    Raises:
+        UserError: if it cannot be written, or something is at its place.
+    """
+    make_folder(path.parent)
+    sweep(path.parent)
+    temporary = _temporary(path)
+    with disk_errors(path):
+        temporary.mkdir()
+    with _held(temporary):
+        try:
+            yield temporary
+            with disk_errors(path):
+                _sync_tree(temporary)
+                if replace and path.exists():
+                    _exchange(temporary, path)
+                else:
+                    _rename_new(temporary, path)
+                sync_folder(path.parent)
+        except BaseException:
+            remove_folder(temporary)
+            raise
+
+
+def _rename_new(temporary: Path, path: Path) -> None:
+    try:
+        os.rename(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise UserError(f"{path}: exists; choose another place") from None
+        raise
+
+
+def _exchange(temporary: Path, path: Path) -> None:
+    """Let a folder take another's place; a process killed between the renames leaves what `sweep` puts back."""
+    old = _temporary(path, _REPLACED)
+    with _held(path):
+        os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except BaseException:
+            os.rename(old, path)
+            raise
+        sync_folder(path.parent)
+        remove_folder(old)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and what is in it, renamed first: a half-removed one is never taken for a whole one."""
+    if not _OURS.fullmatch(path.name):
+        with disk_errors(path):
+            doomed = _temporary(path)
+            os.rename(path, doomed)
+        path = doomed
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Make all folders below one, and files that were not written here, survive a power cut."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            sync_folder(Path(root, name))
+        sync_folder(Path(root))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes have left in a folder: names of ours that no process holds.
+
+    A folder whose successor never came is put back.
+    """
+    with suppress(OSError):
+        found = [(entry.name, match) for entry in os.scandir(folder) if (match := _OURS.fullmatch(entry.name))]
+        for name, match in found:
+            with suppress(OSError):
+                _sweep(folder / name, folder / match["name"] if match["what"] == _REPLACED else None)
+
+
+def _sweep(left: Path, home: Path | None) -> None:
+    handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if home is not None and not home.exists():
+            os.rename(left, home)
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink()
+    finally:
+        os.close(handle)
+
+
+def _temporary(path: Path, what: str = _WRITING) -> Path:
+    name = path.name.encode()[:200].decode(errors="ignore") if what == _WRITING else path.name  # 255 bytes at most
+    return path.with_name(f".{name}.{what}-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a folder, so that no other process takes it for a leftover; by its inode, whatever its name."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _lock(handle)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    with suppress(OSError):  # a file system without locks: leftovers stay there, too
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
