@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from multistage_diffusion.config import DataConfig, NetworkConfig, RunConfig
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import EvaluationResult, PixelFeatures, evaluate_samples
 from multistage_diffusion.files import write_json
 from multistage_diffusion.report_page import POINTS, ArchitectureRow, Neighbours, _curve, write_report
@@ -101,6 +102,28 @@ def rows(config: RunConfig) -> list[ArchitectureRow]:
 
 def evaluation() -> EvaluationResult:
     return evaluate_samples(pictures(30, 1), pictures(40, 2), pictures(30, 3), PixelFeatures(), splits=1)
+
+
+def test_curves_that_are_no_png_are_refused_and_start_no_other_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("another program was started")
+
+    monkeypatch.setattr("subprocess.Popen", started)
+    make_run(tmp_path, 3)
+    config, curves = make_config(3), tmp_path / "split.png"
+    curves.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(UserError, match=r"split\.png: is no readable PNG picture \(.*\); remove it, or write it again"):
+        write_report(
+            tmp_path,
+            config=config,
+            architecture=rows(config),
+            samples=pictures(9, 4),
+            real=pictures(9, 6),
+            split_png=curves,
+        )
+    assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize("stages", [1, 3, 4])

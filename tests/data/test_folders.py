@@ -409,3 +409,28 @@ def test_class_folders_may_hold_any_format(tmp_path):
     np.testing.assert_array_equal(
         data.images[:3, 0], [pixels(i, 3, 4) for i in ((1, 3, 2) if len(data) == 4 else (1, 2, 0))]
     )
+
+
+def test_links_between_folders_are_followed_once(tmp_path):
+    save(pixels(0, 2, 2), tmp_path / "a" / "0.png")
+    save(pixels(1, 2, 2), tmp_path / "b" / "0.png")
+    for here, there in ("ab", "ba"):
+        for i in range(3):  # followed on and on, these would be 3 to the power of 40
+            (tmp_path / here / f"link{i}").symlink_to(tmp_path / there, target_is_directory=True)
+    data = open_data(tmp_path)
+    assert (len(data), data.labels.tolist()) == (8, [0] * 4 + [1] * 4)
+
+
+def test_folders_may_be_nested_deeply(tmp_path):
+    folders = [tmp_path / "a"]
+    try:
+        for _ in range(1100):
+            folders[-1].mkdir()
+            folders.append(folders[-1] / "a")
+        save(pixels(0, 2, 2), folders[-1] / "0.png")
+        assert len(open_data(tmp_path)) == 1
+        (folders[-1] / "0.png").unlink()
+        folders[-1].rmdir()
+    finally:
+        for folder in folders[-2::-1]:  # what pytest removes, it removes recursively
+            folder.rmdir()

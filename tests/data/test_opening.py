@@ -1,5 +1,7 @@
 import io
 import struct
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
@@ -9,7 +11,7 @@ from PIL import Image, ImageOps
 
 from multistage_diffusion.config import MAX_PIXELS
 from multistage_diffusion.data import opening
-from multistage_diffusion.data.opening import decode, load_png, open_image, supported
+from multistage_diffusion.data.opening import decode, load_png, one_line, open_image, supported
 from multistage_diffusion.errors import UserError
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 0 8 8 rectfill\nshowpage\n%%EOF\n"
@@ -268,3 +270,24 @@ def test_formats_are_those_of_the_suffixes():
     for suffix, kind in opening.SUFFIXES.items():
         registered = Image.registered_extensions().get(suffix)
         assert registered in (kind, "MPO", None)
+
+
+def test_what_others_say_is_cut_to_a_line():
+    assert one_line(ValueError("a\nb")) == "a"
+    assert one_line(ValueError()) == "ValueError"
+    assert one_line(ValueError("x" * 100_000)) == "x" * 200 + " ..."
+
+
+def test_pillow_logs_nothing_beside_our_own_line():
+    """In a process of its own: here pytest itself listens."""
+    content = bytearray(tiff(bytes(8), 8))
+    entry = content.index(struct.pack("<HHI", 277, 3, 1))
+    content[entry + 8 : entry + 10] = b"\xff\xff"  # samples per pixel
+    script = (
+        "from multistage_diffusion.data.opening import decode\n"
+        f"try: decode({bytes(content)!r}, 100)\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.startswith("it is not recognised as PNG or")
+    assert done.stderr == ""

@@ -1,9 +1,13 @@
 """The strip shows images and the optimal denoiser's answers to them, in their places."""
 
+import base64
+
 import numpy as np
+import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.optimal import OptimalDenoiser
 from multistage_diffusion.schedules import VP
 from multistage_diffusion.splitting.posterior import TiledImages
@@ -50,3 +54,19 @@ def test_colour_and_large_images_are_shown_small() -> None:
     images = np.random.default_rng(0).integers(0, 256, (10, 3, 130, 40), dtype=np.uint8)
     found = tiles(images, (0.5,))
     assert found.shape == (3, 5, 44, 14, 3)  # every third pixel
+
+
+@pytest.mark.parametrize(
+    "content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", b"", b"GIF89a"]
+)
+def test_a_strip_that_is_no_png_is_refused_and_starts_no_other_program(
+    content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("another program was started")
+
+    monkeypatch.setattr("subprocess.Popen", started)
+    with pytest.raises(UserError, match=r"^strip: is no readable PNG picture \(.*\); find the stages again"):
+        decode_png(base64.b64encode(content).decode())
+    with pytest.raises(UserError, match=r"^strip: is not in base64; find the stages again"):
+        decode_png("a")

@@ -92,13 +92,20 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
 
 
 def _walk(root: Path) -> Iterator[str]:
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: folder cannot be listed ({error.strerror})")
-
-    for folder, children, files in os.walk(root, onerror=refuse, followlinks=True):
-        # a link to one of its own ancestors would be followed for ever
-        real = Path(os.path.realpath(folder))
-        wanted = [c for c in children if not of_the_system(c)]  # the others may be closed to the user, and huge
-        hidden = [c for c in children if of_the_system(c)]
-        children[:] = [c for c in wanted if not real.is_relative_to(os.path.realpath(os.path.join(folder, c)))]
-        yield from (Path(folder, name).relative_to(root).as_posix() for name in (*files, *hidden))
+    """Yield the files below a folder, links followed; of a hidden folder, or one of the system, its own name only."""
+    waiting: list[tuple[str, tuple[str, ...]]] = [(str(root), (os.path.realpath(root),))]
+    while waiting:
+        folder, way = waiting.pop()
+        try:
+            with os.scandir(folder) as found:
+                entries = [(entry.path, entry.name, entry.is_dir(), entry.is_symlink()) for entry in found]
+        except OSError as error:
+            raise UserError(f"{folder}: folder cannot be listed ({error.strerror})") from None
+        for path, name, is_folder, is_link in entries:
+            if not is_folder or of_the_system(name):  # such folders may be closed to the user, and huge
+                yield Path(path).relative_to(root).as_posix()
+                continue
+            real = os.path.realpath(path) if is_link else os.path.join(way[-1], name)
+            # a link to a folder that one has come through, or that holds one, would be followed for ever
+            if not (is_link and any(Path(passed).is_relative_to(real) for passed in way)):
+                waiting.append((path, (*way, real)))

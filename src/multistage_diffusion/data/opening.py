@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ SUFFIXES = {
 }
 FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 
+_LINE = 200  # characters; zipfile, for one, quotes whole members
 _ORIENTATION, _PHOTOMETRIC = 0x0112, 0x0106  # tags of EXIF and TIFF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,6 +60,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+# What Pillow logs about a damaged file would be printed where nobody has set up logging, beside our own line about it.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,9 @@ def load_png(source: bytes | Path, name: str, mend: str) -> Image.Image:
 
 
 def one_line(error: Exception) -> str:
-    """Return the first line of what an exception says, or else its kind."""
-    return (str(error).splitlines() or [""])[0].strip() or type(error).__name__
+    """Return the first line of what an exception says, or else its kind; not more than a line's length."""
+    line = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
+    return line if len(line) <= _LINE else f"{line[:_LINE]} ..."
 
 
 class _OwnLimit:
