@@ -350,6 +350,17 @@ def test_a_way_of_computing_that_is_not_there_is_refused_before_anything_is_writ
     assert not (tmp_path / "run").exists()
 
 
+def test_sample_warns_of_a_sampler_that_ddim_may_beat(made: Path, msdiff: Call) -> None:
+    run = made / "run"
+    for options in (["--solver", "heun", "--calls", "5"], ["--lower-final", "published", "--spacing", "time"]):
+        code, _, err = msdiff("sample", run, "--count", "2", *options, "--overwrite")
+        assert code == 0
+        assert "ddim may be better" in err
+        assert "docs/sampling.md" in err
+    code, _, err = msdiff("sample", run, "--count", "2", "--denoise-last", "always", "--overwrite")
+    assert (code, err) == (0, "")
+
+
 def test_sample_writes_grids_and_arrays(made: Path, msdiff: Call, tmp_path: Path) -> None:
     code, out, err = msdiff("sample", made / "run", "--count", "4", "--solver", "ddim", "--calls", "3", "--json")
     assert (code, err) == (0, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from ..distributed import speaks
 from ..errors import UserError
 from ..pictures import folder_of_images, grid, save_npz, save_png
 from ..presets import preset
+from ..samplers import make_plan, shortcoming
 from ..serialization import override, to_dict
 from ..splitting import SplitResult
 from ..training.callbacks import TensorBoard
@@ -191,7 +193,10 @@ class Sample(SamplerOptions):
         if suffix in (".jpg", ".jpeg", ".webp", ".gif", ".npy", ".zip"):
             raise UserError(f"--out {self.out}: samples are written as a .png grid, an .npz array or a folder of PNGs")
         check_out(self.out, self.overwrite, folder=folder)
-        sampling = self.sampling_config(run.config().sampling)
+        config = run.config()
+        sampling = self.sampling_config(config.sampling)
+        if speaks() and (reason := shortcoming(make_plan(sampling, config.diffusion.schedule))):
+            warnings.warn(f"{reason} (docs/sampling.md)", stacklevel=2)
         written = folder_of_images(self.out) if folder and speaks() else nullcontext()
         with Bar("sampling", "calls") as bar, written as write:
             images = sample(

@@ -1,5 +1,6 @@
 """Samplers: a plan of steps made on the host, and the solvers that follow it."""
 
+from .advice import shortcoming
 from .orders import multistep_orders, singlestep_orders
 from .plan import Plan, Step, make_plan
 from .solvers import Noise, sample, start_noise, step_noise
@@ -11,6 +12,7 @@ __all__ = [
     "make_plan",
     "multistep_orders",
     "sample",
+    "shortcoming",
     "singlestep_orders",
     "start_noise",
     "step_noise",

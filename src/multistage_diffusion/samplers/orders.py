@@ -19,6 +19,7 @@ LONGEST_STEP: Mapping[tuple[str, str], Mapping[int, float]] = {
     ("dpm", "singlestep"): {2: 1.5, 3: 2.0},
     ("dpm++", "multistep"): {3: 1.0},
 }
+LONGEST_LAST_STEP = 1.5  # of a last step whose order is not 1
 LONGEST_HEUN_STEP = 1.5  # Heun's trapezium is in sigma: over a longer step the slope at its end has too much weight
 
 
