@@ -815,3 +815,14 @@ def test_names_that_hold_markup_or_control_characters(msdiff: Call, tmp_path: Pa
         assert "\x1b" not in out + err
         assert "\u202e" not in out + err
         assert f"run-{shown(name)}" in out
+
+
+def test_where_a_run_cannot_be_made_is_said_before_the_work(
+    made: Path, msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multistage_diffusion.workflow.fitting._prepared", raises(AssertionError("began")))
+    train = ("train", "--preset", "digits", "--out")
+    refused(msdiff(*train, made / "run"), "run: exists; resume it")
+    (tmp_path / "file").write_text("")
+    refused(msdiff(*train, tmp_path / "file"), "file: exists")
+    refused(msdiff(*train, tmp_path / "file" / "run"), "nothing can be written in", "file; choose another place")

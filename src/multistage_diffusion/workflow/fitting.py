@@ -68,6 +68,8 @@ def train(
     """
     world, resolved = joined(device)
     with world.announced():
+        if world.size == 1:  # several may find there the run that they go on with
+            Run.require_room(Path(out), replace=replace)
         material, judges = _in_turn(
             world, config.codec.used, lambda: _prepared(config, out, result, resolved, progress, world.size)
         )
