@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from multistage_diffusion.errors import UserError
 from multistage_diffusion.files import write_json
 from multistage_diffusion.presets import preset
 from multistage_diffusion.serialization import read_json, to_dict
+from multistage_diffusion.shown import shown
 from multistage_diffusion.splitting import SplitSettings
 from multistage_diffusion.training.findings import TrainingDiverged
 
@@ -516,7 +518,7 @@ def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monk
         ("train --preset digits --out new --stages nowhere.json", "nowhere.json: no such file"),
         ("train --preset digits --out new --stages c.yaml", "c.yaml: not valid JSON"),
         ("train --preset digits --out new --device cuda:77", "device='cuda:77'"),
-        ("train --config nowhere.yaml --out new", "nowhere.yaml: No such file"),
+        ("train --config nowhere.yaml --out new", "nowhere.yaml: no such file"),
         ("train --config c.yaml --out new", "c.yaml: not valid YAML"),
         ("train --config empty.yml --out new", "empty.yml: RunConfig: expected a mapping, got None"),
         ("train --config latin.yml --out new", "latin.yml: not valid YAML"),
@@ -653,7 +655,7 @@ def test_a_bug_deep_inside_a_command_is_a_bug(made: Path, msdiff: Call, monkeypa
 PROGRAM = [sys.executable, "-m", "multistage_diffusion"]
 
 
-@pytest.mark.parametrize("arguments", ["presets", "--help", "train --help"])
+@pytest.mark.parametrize("arguments", ["presets", "--help"])
 def test_a_closed_pipe_ends_quietly(arguments: str) -> None:
     program = subprocess.Popen([*PROGRAM, *arguments.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert program.stdout is not None
@@ -663,15 +665,22 @@ def test_a_closed_pipe_ends_quietly(arguments: str) -> None:
     assert program.wait() in (141, 0)
 
 
-@pytest.mark.parametrize("arguments", [("tables", "--help"), ("describe", "caf\u00e9 \u2603")])
-def test_no_output_is_lost_to_a_terminal_of_few_characters(arguments: tuple[str, ...], tmp_path: Path) -> None:
+def test_no_output_is_lost_to_a_terminal_of_few_characters(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "COLUMNS": "120"}
-    done = subprocess.run([*PROGRAM, *arguments], cwd=tmp_path, capture_output=True, env=environment, check=False)
-    assert done.returncode == (0 if "--help" in arguments else 2)
-    assert b"Traceback" not in done.stderr
-    assert (done.stdout + done.stderr).isascii()
-    if "--help" not in arguments:
-        assert done.stderr.startswith(b"msdiff: caf\\")
+    done = subprocess.run(
+        [*PROGRAM, "describe", "caf\u00e9 \u2603"], cwd=tmp_path, capture_output=True, env=environment, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.isascii()
+    assert done.stderr.startswith(b"msdiff: caf\\")
+
+
+def test_results_are_escaped_where_the_encoding_lacks_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(COMMANDS["presets"], "run", lambda _: print("Fr\u00e9chet"))
+    assert cli.main(["presets"]) == 0
+    assert stream.buffer.getvalue() == b"Fr\\xe9chet\n"  # type: ignore[attr-defined]
 
 
 def test_an_interrupted_training_can_go_on(msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -743,3 +752,97 @@ def test_other_image_formats_are_refused(made: Path, msdiff: Call, tmp_path: Pat
 def test_stages_come_from_one_place(made: Path, msdiff: Call) -> None:
     both = ("--stages", "split.json", "--set", "stages.interior=[0.5,2.0]")
     refused(msdiff("train", "--preset", "digits", "--out", "run", *both), "give one of them")
+
+
+def test_what_memory_cannot_hold_is_refused_before_the_work(
+    made: Path, msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made / "run"
+    monkeypatch.setattr("multistage_diffusion.workflow.using.sample_images", raises(AssertionError("began")))
+    refused(msdiff("sample", run, "--count", 10**9, "--out", "a.png"), "--count 1000000000: a grid holds at most 10000")
+    refused(msdiff("sample", run, "--count", 10**15, "--out", "a.npz"), "count=1000000000000000 needs at least", "GiB")
+    refused(msdiff("sample", run, "--count", 10**40, "--out", "a.npz"), "count=1")
+    refused(
+        msdiff("sample", run, "--count", 10**7, "--batch", 10**7, "--out", "a.npz"), "batch=10000000 needs at least"
+    )
+    refused(msdiff("sample", run, "--calls", 10**12, "--out", "a.npz"), "sampling.calls=1000000000000 must be")
+    refused(msdiff("evaluate", run, "--count", 10**15), "count=1000000000000000 needs at least")
+    refused(msdiff("report", run, "--count", 10**15), "count=1000000000000000 needs at least")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("training.batch=1000000000000", "training.batch=1000000000000 needs at least"),
+        ("training.held_out_rows=1000000000000", "training.held_out_rows=1000000000000 needs at least"),
+        ("training.sample_every=1 training.sample_count=100000000000000", "training.sample_count=1"),
+        ("network.encoder_width=99968 network.decoder_widths=[99968,99968,99968]", "a network of"),
+        ("network.encoder_width=1000000000", "network: width 1000000000 is more than 100000"),
+        ("network.blocks_per_level=1000000000", "network.blocks_per_level 1000000000 is more than 1000"),
+        ("network.num_classes=1000000000000000", "network.num_classes 1000000000000000 is more than"),
+        ("sampling.calls=1000000000000", "sampling.calls=1000000000000 must be"),
+    ],
+)
+def test_training_that_memory_cannot_hold_is_refused(change: str, words: str, msdiff: Call, tmp_path: Path) -> None:
+    refused(msdiff("train", "--preset", "digits", "--out", "run", *TINY, "--set", *change.split()), words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_splits_that_memory_cannot_hold_are_refused(msdiff: Call, tmp_path: Path) -> None:
+    for option, value in (("--samples", 10**15), ("--times", 10**12), ("--stages", 10**9)):
+        refused(msdiff("split", "digits", option, value, "--out", "s.json"), f"{option[2:]}={value}")
+    refused(msdiff("split", "digits", "--algorithm", "2", "--samples", 10**12), "samples=1000000000000 needs")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_cannot_be_written_is_refused_before_the_work(
+    made: Path, msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(made / "run", tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("multistage_diffusion.workflow.using.sample_images", raises(AssertionError("began")))
+        patch.setattr(os, "access", lambda *_, **__: False)  # root may write everywhere
+        for command in ("evaluate", "report"):
+            refused(msdiff(command, run), "run: ", "cannot be written in it; check its permissions")
+        patch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr("multistage_diffusion.workflow.using.sample_images", raises(AssertionError("began")))
+        (run / "evaluation.json").write_text("{}")
+        refused(msdiff("evaluate", run), "evaluation.json: expected a list of results, got {}")
+        (run / "evaluation.json").unlink()
+        (run / "report.html").unlink(missing_ok=True)
+        (run / "report.html").mkdir()
+        refused(msdiff("report", run), "report.html: is a folder")
+
+
+def test_a_result_that_cannot_be_kept_is_printed(made: Path, msdiff: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = raises(OSError(errno.ENOSPC, "No space left on device", "evaluation.json"))
+    monkeypatch.setattr("multistage_diffusion.workflow.evaluating.write_json", full)
+    code, out, err = msdiff("evaluate", made / "run", "--count", 20, "--json")
+    assert code == 2
+    assert json.loads(out)["frechet"] > 0
+    assert err.splitlines()[-1] == (
+        "msdiff: the result could not be kept: evaluation.json: No space left on device; free some space"
+    )
+
+
+def test_names_that_hold_markup_or_control_characters(msdiff: Call, tmp_path: Path) -> None:
+    for name in ("[/red]", "a\x1b[31m\u202eb"):
+        write_pictures(tmp_path / name, 40, (6, 6))
+        code, out, err = msdiff("train", "--preset", "digits", "--data", name, "--out", f"run-{name}", *TINY)
+        assert code == 0, err
+        assert "\x1b" not in out + err
+        assert "\u202e" not in out + err
+        assert f"run-{shown(name)}" in out
+
+
+def test_where_a_run_cannot_be_made_is_said_before_the_work(
+    made: Path, msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multistage_diffusion.workflow.fitting._prepared", raises(AssertionError("began")))
+    train = ("train", "--preset", "digits", "--out")
+    refused(msdiff(*train, made / "run"), "run: exists; resume it")
+    (tmp_path / "file").write_text("")
+    refused(msdiff(*train, tmp_path / "file"), "file: exists")
+    refused(msdiff(*train, tmp_path / "file" / "run"), "nothing can be written in", "file; choose another place")

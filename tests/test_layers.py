@@ -19,7 +19,7 @@ SOURCE = Path(multistage_diffusion.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     # L0: what everything speaks
     ("errors", "shown"),
-    ("files", "reading"),
+    ("files", "memory", "reading"),
     ("contracts", "distributed"),
     ("keyed", "schedules"),
     ("stages",),

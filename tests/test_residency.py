@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import weakref
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from multistage_diffusion import preset, residency
+from multistage_diffusion import memory, preset, residency
 from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.nets import build_network
 from multistage_diffusion.residency import MOST, OneStageAtATime, call_memory, free_memory, images_at_once
@@ -96,9 +97,10 @@ def test_as_many_images_at_once_as_fit_in_batches_of_one_size(monkeypatch: pytes
 
 
 def test_free_memory_is_some_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    whole = residency.os.sysconf("SC_PAGE_SIZE") * residency.os.sysconf("SC_PHYS_PAGES")
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 2**20 < free_memory(CPU) < whole
-    monkeypatch.setattr(residency, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "none")
     assert free_memory(CPU) == whole // 2
 
 

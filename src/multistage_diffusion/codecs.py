@@ -138,7 +138,7 @@ def _open_diffusers(config: CodecConfig, device: torch.device | str) -> Diffuser
     name = "/".join(part for part in (config.source, config.subfolder) if part)
     settings = read_json(folder / CONFIG)
     kind = settings.get("_class_name") if isinstance(settings, Mapping) else None
-    if kind not in CLASSES:
+    if not isinstance(kind, str) or kind not in CLASSES:
         raise UserError(f"{name}: config.json names _class_name={kind!r}; a codec is one of {' or '.join(CLASSES)}")
     diffusers = import_diffusers()
     try:

@@ -13,6 +13,7 @@ from .schedules import VP, NoiseSchedule, SigmaPrior, UniformTime
 from .stages import Stages
 
 FORMAT_VERSION = 1
+MOST_CALLS = 100_000  # of a sampler; a plan of more takes longer to lay out than anything gains
 
 
 MAX_PIXELS = 178_956_970  # of an image; the default, and Pillow's own limit against decompression bombs
@@ -270,7 +271,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require(self.order in (1, 2, 3), f"sampling.order={self.order} must be 1, 2 or 3")
-        require(self.calls > 0, f"sampling.calls={self.calls} must be positive")
+        require(0 < self.calls <= MOST_CALLS, f"sampling.calls={self.calls} must be positive, and at most {MOST_CALLS}")
         for name in ("sigma_min", "sigma_max"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"sampling.{name}={value} must be positive and finite")

@@ -80,6 +80,7 @@ class NetworkConfig:
             self.family in ("ncsnpp", "ddpmpp") or self.norm_groups == GROUPS,
             f"network.norm_groups={self.norm_groups} is a setting of network.family=ncsnpp and ddpmpp only; leave it out",
         )
+        self._check_size()
         self._check_widths()
         for family, name, default in OWN_SETTINGS:
             require(
@@ -90,6 +91,21 @@ class NetworkConfig:
             self._check_heads()
         if self.family == "meme":
             self._check_experts()
+
+    def _check_size(self) -> None:
+        """Refuse what no machine could hold before anything is counted, let alone built."""
+        encoders = () if self.separate else (self.encoder_width,)
+        for name, found, most in (
+            ("network.channels", self.channels, 10_000),
+            ("network: width", max((*self.decoder_widths, *encoders)), 100_000),
+            ("network.channel_mult: factor", max(self.channel_mult), 1000),
+            ("network.channel_mult: levels", len(self.channel_mult), 16),
+            ("network.blocks_per_level", self.blocks_per_level, 1000),
+            ("network.decoder_widths: stages", len(self.decoder_widths), 1000),
+            ("network.num_classes", self.num_classes, 10**7),
+            ("network.augment_dim", self.augment_dim, 10**6),
+        ):
+            require(found <= most, f"{name} {found} is more than {most}, the most that is built")
 
     def _check_widths(self) -> None:
         """Every GroupNorm must divide its channels."""

@@ -94,8 +94,8 @@ def parse_json(text: str, where: object, fault: str = ": not valid JSON") -> Any
     return data
 
 
-def parse_yaml(text: str, where: object) -> Any:
-    """Parse YAML into what JSON could hold, too.
+def parse_yaml(text: str, where: object, fault: str = ": not valid YAML") -> Any:
+    """Parse YAML into what JSON could hold, too; `fault` follows `where` in the message for what is not YAML.
 
     Raises:
         UserError: naming where, for what is not YAML, for more than MOST_NODES values with aliases written out, cycles, more
@@ -118,7 +118,7 @@ def parse_yaml(text: str, where: object) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # PyYAML's constructors raise nearly every kind, e.g. for the date 2001-99-99
-        raise UserError(f"{where}: not valid YAML: {error}") from None
+        raise UserError(f"{where}{fault}: {error}") from None
     _check(data, where)
     return data
 

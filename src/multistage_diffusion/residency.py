@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .config import NetworkConfig
+from .config import NetworkConfig, RunConfig
+from .memory import available_memory, require_memory
 from .nets.unet import MultiDecoderUNet
 
 MOST = {"cpu": 256, "cuda": 1024}  # images at once, beyond which nothing gets faster
 SHARE = 0.6  # of the free memory that a call may take: allocators need room
-MEMINFO = Path("/proc/meminfo")
 NOISE = 40 * 8  # bytes per number of drawing normals in float64, which a trajectory starts with
 
 
@@ -101,11 +98,66 @@ def call_memory(network: NetworkConfig, shape: Sequence[int]) -> int:
     return int(4 * most)
 
 
+def require_sampling_memory(
+    network: NetworkConfig, shape: Sequence[int], count: int, batch: int | None, device: torch.device, rows: int = 1
+) -> None:
+    """Refuse, before anything is drawn, samples or a batch of them that memory cannot hold.
+
+    Args:
+        network, shape, count, device, rows: see `images_at_once`.
+        batch: images at once; None: as many as fit.
+
+    Raises:
+        UserError: naming what is too many.
+    """
+    numel = torch.Size(shape).numel()
+    # all images are held, as bytes, and once more when they are joined
+    require_memory(2 * count * numel, f"count={count}", "draw fewer, with other seeds for more")
+    if batch is not None:
+        # call_memory is the most of any stage, and not all of it at once
+        each = rows * call_memory(network, shape) // 2 + NOISE * numel
+        there = free_memory(device)
+        require_memory(min(batch, count) * each, f"batch={batch}", "take a smaller batch, or leave it out", there)
+
+
+def require_training_memory(config: RunConfig, parameters: int, device: torch.device, processes: int) -> None:
+    """Refuse, before anything is trained, what memory cannot hold.
+
+    Args:
+        config: of the run, with the shape of its images or latents.
+        parameters: of the whole network.
+        device: of one of the processes.
+        processes: that share the rows, and perhaps the decoders.
+
+    Raises:
+        UserError: naming what is too large.
+    """
+    network, training, there = config.network, config.training, free_memory(device)
+    widths = "/".join(map(str, network.decoder_widths))
+    require_memory(
+        4 * 4 * parameters / processes,  # float32: weights, gradients and two moments; averages may lie elsewhere
+        f"a network of {parameters:,} parameters (encoder {network.encoder_width}, decoders {widths})",
+        "take smaller network.encoder_width and network.decoder_widths",
+        there,
+    )
+    require_memory(
+        training.batch / training.accumulate / processes * call_memory(network, config.input_shape) / 2,
+        f"training.batch={training.batch}",
+        "take a smaller training.batch, or a larger training.accumulate",
+        there,
+    )
+    numel, judged = torch.Size(config.input_shape).numel(), config.evaluation
+    for name, count, size in (
+        ("training.held_out_rows", training.held_out_rows, 8 * numel),  # images and noise
+        ("training.sample_count", training.sample_count if training.sample_every else 0, 2 * numel),
+        ("evaluation.count", judged.count if judged.every else 0, 2 * numel),
+    ):
+        require_memory(count * size, f"{name}={count}", f"take a smaller {name}")
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that could be allocated now."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
-    if MEMINFO.exists():  # what the system keeps of files is given up when memory is asked for
-        return 1024 * int(re.findall(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(), re.MULTILINE)[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return available_memory()

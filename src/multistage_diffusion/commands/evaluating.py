@@ -18,7 +18,7 @@ from ..evaluation import ComparisonResult, EvaluationResult
 from ..serialization import to_dict
 from ..training.run import Run
 from ..workflow import compare, evaluate, statistics
-from ..workflow.evaluating import KEPT
+from ..workflow.evaluating import KEPT, NotKeptError
 from .options import DataOptions, Device, RunFolder, SamplerOptions, check_out, option, print_json, say
 
 Features = Annotated[str, option("FEATURES", "pixels")]
@@ -85,17 +85,23 @@ class Evaluate(SamplerOptions, DataOptions):
             "device": self.device,
         }
         result: EvaluationResult | ComparisonResult
+        lost: NotKeptError | None = None
         with Bar("evaluating") as bar:
-            if self.against == "held-out":
-                result = evaluate(run, data, **chosen, progress=bar)
-            else:
-                result = compare(run, self.against, data, **chosen, progress=bar)
+            try:
+                if self.against == "held-out":
+                    result = evaluate(run, data, **chosen, progress=bar)
+                else:
+                    result = compare(run, self.against, data, **chosen, progress=bar)
+            except NotKeptError as error:
+                result, lost = error.result, error
         if not speaks():
             return
         if self.json:
             print_json(to_dict(result))
         else:
             say(evaluation_text(result) if isinstance(result, EvaluationResult) else comparison_text(result))
+        if lost is not None:
+            raise lost
 
 
 @dataclass(kw_only=True)

@@ -146,6 +146,9 @@ class Train(DataOptions):
         )
 
 
+MOST_IN_GRID = 10_000  # samples of a picture that is to be looked at
+
+
 @dataclass(kw_only=True)
 class Sample(SamplerOptions):
     """Draw samples of a run: a grid (.png), a folder of PNGs, or an array (.npz).
@@ -193,6 +196,10 @@ class Sample(SamplerOptions):
         if suffix in (".jpg", ".jpeg", ".webp", ".gif", ".npy", ".zip"):
             raise UserError(f"--out {self.out}: samples are written as a .png grid, an .npz array or a folder of PNGs")
         check_out(self.out, self.overwrite, folder=folder)
+        if suffix == ".png" and self.count > MOST_IN_GRID:
+            raise UserError(
+                f"--count {self.count}: a grid holds at most {MOST_IN_GRID} samples; write them to an .npz file or a folder"
+            )
         config = run.config()
         sampling = self.sampling_config(config.sampling)
         if speaks() and (reason := shortcoming(make_plan(sampling, config.diffusion.schedule))):

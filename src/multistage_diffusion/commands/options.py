@@ -121,7 +121,7 @@ def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise UserError(f"--set {setting}: must be KEY=VALUE, e.g. optimizer.lr=1e-4")
-        changes[key] = plain_numbers(parse_yaml(value, f"--set {setting}"))
+        changes[key] = plain_numbers(parse_yaml(value, f"--set {setting}", f": {value!r} is not a YAML value"))
     return changes
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..contracts import FeatureExtractor
-from ..errors import UserError
+from ..errors import UserError, out_of_memory
+from ..reading import require_file
 from .classifier import SIZE, prepare, pretrained
 
 EXTRACT_BATCH = 256  # images per call of an extractor, so that a network's activations fit into memory
@@ -67,6 +68,8 @@ class ScriptFeatures:
     preprocessing: str = "the file's own"
 
     def __init__(self, file: Path) -> None:
+        if file.exists():
+            require_file(file)
         try:
             digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
             with warnings.catch_warnings():
@@ -91,6 +94,8 @@ class ScriptFeatures:
             with torch.no_grad():
                 features = self._module.to(images.device)(images)
         except (RuntimeError, torch.jit.Error) as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{self.name}: refuses uint8 images {tuple(images.shape)}: {reason}") from None
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):

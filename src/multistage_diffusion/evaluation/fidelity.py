@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..reading import require_file
 from .features import check_images
 
 INCEPTION_SPLITS = 10  # of the Inception score, as published
@@ -129,6 +130,8 @@ def _downloaded(kind: str, url: str) -> Path:
 
 def _check_weights(file: Path) -> None:
     """Refuse a file that holds anything but tensors."""
+    if file.exists():
+        require_file(file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:

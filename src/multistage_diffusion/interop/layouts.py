@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..network_config import GROUPS
+from ..reading import parse_json
 from .names import dotless, is_buffer
 from .published import Record, kind_of, read_pickle, read_torch, torch_bytes
 
@@ -258,8 +259,8 @@ def _read_safetensors(path: Path) -> Published:
     parts = {part: _learnt(values) for part, values in parts.items()}
     _require_family("ddpmpp", parts["net"] or parts["ema"])
     try:
-        arguments = _plain(json.loads(metadata.get("arguments", "{}")))
-    except ValueError:
+        arguments = _plain(parse_json(metadata.get("arguments", "{}"), "metadata"))
+    except UserError:
         raise UserError("its metadata are not those of msdiff export") from None
     groups = _said_groups(arguments, GROUPS)
     return Published(

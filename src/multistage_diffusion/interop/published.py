@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..reading import require_file
 
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # torch's magic number, pickled
@@ -74,6 +75,8 @@ def kind_of(path: Path) -> Literal["torch", "pickle", "safetensors"]:
     Raises:
         UserError: if it cannot be read or is none of these.
     """
+    if path.exists():
+        require_file(path)
     try:
         with path.open("rb") as file:
             head = file.read(len(_LEGACY))

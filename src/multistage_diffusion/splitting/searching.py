@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..memory import require_memory
 from ..schedules import VP, NoiseSchedule
 from .boundaries import ThreeStages, optimal_partition
 from .edges import grid_times, stage_table
@@ -50,7 +51,12 @@ class Search(ABC):
         }
 
     def extend(self, samples: int) -> None:
-        """Draw samples until there are so many."""
+        """Draw samples until there are so many.
+
+        Raises:
+            UserError: if memory cannot hold what is found of so many.
+        """
+        require_memory(samples * self.sample_bytes(), f"samples={samples}", "draw fewer, or give --precision instead")
         numbers = range(self.samples, samples)
         done, progress = self.samples, self.progress
         groups = self.ranks.world // self.ranks.image_shards
@@ -61,6 +67,10 @@ class Search(ABC):
 
         self.add(numbers, report)
         self.samples = samples
+
+    @abstractmethod
+    def sample_bytes(self) -> int:
+        """Return the bytes kept of each sample."""
 
     @abstractmethod
     def add(self, numbers: range, progress: Progress) -> None:
@@ -90,6 +100,10 @@ class Limits(Search):
 
     found: Similarities | None = None
     _reader: ThreeStages | None = None
+
+    def sample_bytes(self) -> int:
+        """Return the bytes kept of each sample: times and two similarities, and its bins of the curves."""
+        return 3 * 8 * self.settings.times + 2 * 8 * _BINS
 
     def add(self, numbers: range, progress: Progress) -> None:
         """Draw the samples of these numbers."""
@@ -177,6 +191,10 @@ class Pairs(Search):
         new = pair_similarities(self.data, self.nodes, mine, progress=progress, **self.how)
         new = self.ranks.gather(new, numbers)
         self.found = new if self.found is None else torch.cat((self.found, new))
+
+    def sample_bytes(self) -> int:
+        """Return the bytes kept of each sample: a matrix."""
+        return 4 * len(self.nodes) ** 2
 
     def matrix(self, weights: Array | None = None) -> Array:
         """Return the mean similarity of every two times, (M, M)."""

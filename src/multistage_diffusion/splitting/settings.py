@@ -70,7 +70,7 @@ class SplitSettings:
         require(
             self.algorithm in algorithms, f"algorithm={self.algorithm} must be one of {', '.join(map(str, algorithms))}"
         )
-        require(self.stages >= 1, f"stages={self.stages} must be at least 1")
+        require(1 <= self.stages <= 1000, f"stages={self.stages} must be at least 1 and at most 1000")
         require(
             self.algorithm != 1 or self.stages == 3,
             f"stages={self.stages}: algorithm 1 finds three stages; use algorithm 2 for another number",
@@ -78,7 +78,7 @@ class SplitSettings:
         require(
             self.samples is None or self.samples >= 100, f"samples={self.samples} must be at least 100, to average over"
         )
-        require(self.times >= 1, f"times={self.times} must be at least 1")
+        require(1 <= self.times <= 10**6, f"times={self.times} must be at least 1 and at most a million")
         require(self.precision is None or 0 < self.precision < 1, f"precision={self.precision} must be between 0 and 1")
         require(0 < self.eta < math.inf, f"eta={self.eta} must be positive and finite")
         require(0 < self.alpha <= 1, f"alpha={self.alpha} must be in (0, 1]")

@@ -68,12 +68,7 @@ class Run:
         Raises:
             UserError: if there is a run, or anything else, at path.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            if not replace:
-                raise UserError(
-                    f"{path}: exists; resume it (--resume {path}), choose another --out, or replace it (--replace; "
-                    "replace=True in Python)"
-                )
+        if cls.require_room(path, replace=replace):
             aside = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
             with cls(path).locked() if cls(path).config_file.exists() else nullcontext():
                 path.rename(aside)
@@ -81,6 +76,24 @@ class Run:
         run = cls(path)
         write_json(run.config_file, config)
         return run
+
+    @staticmethod
+    def require_room(path: Path, *, replace: bool) -> bool:
+        """See, before the work is done, that a run can be made at a path; return whether one must be moved aside first.
+
+        Raises:
+            UserError: if there is a run, or anything else, that is not to be replaced, or nothing can be written there.
+        """
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        if taken and not replace:
+            raise UserError(
+                f"{path}: exists; resume it (--resume {path}), choose another --out, or replace it (--replace; "
+                "replace=True in Python)"
+            )
+        above = next(p for p in path.absolute().parents if p.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UserError(f"--out {path}: nothing can be written in {above}; choose another place")
+        return taken
 
     @classmethod
     def open(cls, path: Path | str) -> Run:

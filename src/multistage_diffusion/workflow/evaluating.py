@@ -10,7 +10,7 @@ from ..config import DataConfig, SamplingConfig
 from ..contracts import FeatureExtractor
 from ..data import ImageData, open_configured
 from ..distributed import speaks
-from ..errors import UserError
+from ..errors import UserError, explained
 from ..evaluation import (
     ComparisonResult,
     EvaluationResult,
@@ -32,7 +32,20 @@ from ..training.devices import joined, resolve_device
 from ..training.run import Run
 from .latent import reconstruct
 from .progress import Progress
-from .using import opened_run, sample
+from .using import opened_run, require_writable, sample
+
+
+class NotKeptError(UserError):
+    """A result that could not be added to RUN/evaluation.json; it is not lost.
+
+    Attributes:
+        result: what was measured.
+    """
+
+    def __init__(self, message: str, result: EvaluationResult | ComparisonResult) -> None:
+        super().__init__(message)
+        self.result = result
+
 
 NEIGHBOURS = 3  # of precision and recall, as published
 MOST_SAMPLES = 50_000  # of published FIDs
@@ -70,9 +83,11 @@ def evaluate(
         progress: called with (done, total).
 
     Raises:
-        UserError: if there are too few images, or data and run differ in shape.
+        UserError: if there are too few images, or data and run differ in shape, or nothing can be written in the run.
+        NotKeptError: with the result, if it could not be added to RUN/evaluation.json.
     """
     run, (world, resolved) = opened_run(run), joined(device)
+    read_evaluations(require_writable(run, "evaluation.json"))
     with world.announced():
         extractor = sharded(get_features(features, weights), world)
         config, opened, share = run.config(), *_compared_data(run, data)
@@ -121,9 +136,12 @@ def compare(
         features, weights, seed, checkpoint, sampling, device, progress: see `evaluate`.
 
     Raises:
-        UserError: if there are too few samples or images, or the reference is of other images or features.
+        UserError: if there are too few samples or images, the reference is of other images or features, or nothing can be
+            written in the run.
+        NotKeptError: with the result, if it could not be added to RUN/evaluation.json.
     """
     run, (world, resolved) = opened_run(run), joined(device)
+    read_evaluations(require_writable(run, "evaluation.json"))
     with world.announced():
         extractor = sharded(get_features(features, weights), world)
         opened, share = _compared_data(run, data)
@@ -174,7 +192,13 @@ def _keep(
         return
     made = {"step": step, "data": data.source, "sampling": to_dict(sampling), "sampling_seed": seed}
     file = run.path / "evaluation.json"
-    write_json(file, [*read_evaluations(file), {**made, **to_dict(result)}])
+    try:
+        write_json(file, [*read_evaluations(file), {**made, **to_dict(result)}])
+    except (UserError, OSError) as error:
+        line = explained(error)
+        if line is None:
+            raise
+        raise NotKeptError(f"the result could not be kept: {line}", result) from None
 
 
 def part_reference(

@@ -68,8 +68,10 @@ def train(
     """
     world, resolved = joined(device)
     with world.announced():
+        if world.size == 1:  # several may find there the run that they go on with
+            Run.require_room(Path(out), replace=replace)
         material, judges = _in_turn(
-            world, config.codec.used, lambda: _prepared(config, out, result, resolved, progress)
+            world, config.codec.used, lambda: _prepared(config, out, result, resolved, progress, world.size)
         )
         check_execution(settled(material.config.execution), resolved, world.size)
         world.require_equal(_facts(material.config, resolved, strategy))
@@ -95,7 +97,12 @@ def _in_turn(world: World, encodes: bool, prepare: Callable[[], Prepared]) -> Pr
 
 
 def _prepared(
-    config: RunConfig, out: Path | str, result: SplitResult | None, device: torch.device, progress: Progress | None
+    config: RunConfig,
+    out: Path | str,
+    result: SplitResult | None,
+    device: torch.device,
+    progress: Progress | None,
+    processes: int,
 ) -> Prepared:
     """Return what a new run is trained on, and what evaluates it; nothing is written."""
     if not config.data.source:
@@ -105,7 +112,7 @@ def _prepared(
     config, codec = with_codec(with_paths(config), device)
     if result is not None:
         config = with_split(config, result)
-    parts = check(config, data)
+    parts = check(config, data, device, processes)
     if result is not None and result.fingerprint not in ("", data.fingerprint, parts[0].fingerprint):
         warnings.warn("the split was made on other data than these; its edges may not suit them", stacklevel=3)
     warn_of_blind(config.network)
@@ -235,7 +242,7 @@ def _reopened(run: Run, changes: Mapping[str, Any], device: torch.device, progre
         training=dataclasses.replace(changed.training, precision=precision_name(changed.training.precision, device)),
     )
     changed, codec = with_codec(changed, device)
-    parts = check(changed, data)
+    parts = check(changed, data, device)
     yardstick = Yardstick.of(changed, data, parts[0], device)
     material = Material.of(changed, codec, parts, device, progress)
     return material, _judges(yardstick, material, device)

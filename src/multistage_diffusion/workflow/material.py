@@ -18,6 +18,7 @@ from ..data.sources import located as located_source
 from ..latents import LatentData
 from ..nets.cost import network_cost
 from ..network_config import LDM_GROUPS, NetworkConfig
+from ..residency import require_training_memory
 from ..samplers import make_plan
 from ..training.batches import BatchSource, row_counts, stage_shares
 from ..training.warm_start import warm_start
@@ -68,14 +69,23 @@ def located(data: DataConfig) -> DataConfig:
     return dataclasses.replace(data, source=located_source(data.source))
 
 
-def check(config: RunConfig, data: ImageData) -> tuple[ImageData, ImageData]:
+def check(
+    config: RunConfig, data: ImageData, device: torch.device | None = None, processes: int = 1
+) -> tuple[ImageData, ImageData]:
     """Return (training, held-out) images of a data set on which a configuration can be trained.
 
+    Args:
+        config: complete but for latents.
+        data: the images.
+        device: where it is to be trained; None: the CPU.
+        processes: that train it together.
+
     Raises:
-        UserError: if anything would stop the training later: network, sampler, batch, labels, held-out share or the run
-            to start from.
+        UserError: if anything would stop the training later: network, sampler, batch, labels, held-out share, memory or the
+            run to start from.
     """
-    network_cost(config.network, *config.input_shape[1:])
+    cost = network_cost(config.network, *config.input_shape[1:])
+    require_training_memory(config, cost.total_parameters, device or torch.device("cpu"), processes)
     make_plan(config.sampling, config.diffusion.schedule)
     row_counts(config.training, stage_shares(config.training, config.stages, config.diffusion.prior))
     parts = data.split(config.data.held_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ from ..errors import UserError
 from ..evaluation import get_features, nearest
 from ..execution import Execution, Graphs, execute
 from ..keyed import generator
-from ..residency import OneStageAtATime, images_at_once
+from ..residency import OneStageAtATime, images_at_once, require_sampling_memory
 from ..sampling import sample_images
 from ..training.callbacks import example_labels
 from ..training.devices import Precision, autocast_dtype, joined, keep_memory
@@ -29,6 +30,20 @@ from .progress import Progress
 def opened_run(run: Run | Path | str) -> Run:
     """Return a run, opened if it is only named."""
     return run if isinstance(run, Run) else Run.open(Path(run))
+
+
+def require_writable(run: Run, name: str) -> Path:
+    """Return where a file of a run is; see, before the work is done, that it can be written.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    path = run.path / name
+    if not os.access(run.path, os.W_OK | os.X_OK):
+        raise UserError(f"{run.path}: {name} cannot be written in it; check its permissions, or copy the run")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a file; move it away")
+    return path
 
 
 def sample(
@@ -83,12 +98,13 @@ def sample(
     if precision == "fp64":
         raise UserError("precision='fp64' is for training only; take auto, fp32, bf16 or fp16")
     sampling = sampling or config.sampling
+    rows = 1 if sampling.guidance in (0, 1) else 2
+    require_sampling_memory(config.network, config.input_shape, count, batch, resolved, rows)
     keep_memory(resolved)
     with world.announced():
         denoiser = run.denoiser(checkpoint, device="cpu" if offload else resolved)
         equip(denoiser, resolved, compile=compile, offload=offload)
         if batch is None:
-            rows = 1 if sampling.guidance in (0, 1) else 2
             batch = images_at_once(config.network, config.input_shape, count, resolved, rows)
         return sample_images(
             denoiser,
@@ -144,6 +160,7 @@ def report(
 
     run = opened_run(run)
     config = run.config()
+    require_writable(run, "report.html")
     train_images, held_out = (part.tensor() for part in run.data().split(config.data.held_out))
     real = held_out if len(held_out) else train_images
     images = sample(run, count, checkpoint=checkpoint, device=device, progress=progress)
