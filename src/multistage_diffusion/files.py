@@ -263,6 +263,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         UserError: if it cannot be written, or something is at its place.
     """
+    path = path.resolve() if path.is_symlink() else path
     make_folder(path.parent)
     sweep(path.parent)
     temporary = _temporary(path)
