@@ -45,6 +45,13 @@ _MENDS = {
 class NotWrittenError(UserError, OSError):
     """The disk refuses to take a file: it is full, read-only, another user's."""
 
+    def __init__(self, message: str, error: OSError) -> None:
+        super().__init__(message)
+        self.errno, self.strerror = error.errno, error.strerror
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
@@ -59,7 +66,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         mend = _MENDS.get(error.errno or 0, "choose another place")
-        raise NotWrittenError(f"{path}: cannot be written ({error.strerror or error}); {mend}") from error
+        raise NotWrittenError(f"{path}: cannot be written ({error.strerror or error}); {mend}", error) from error
 
 
 def to_dict(value: Any) -> Any:

@@ -161,18 +161,13 @@ def trained_config(path: Path) -> RunConfig:
     """Return the configuration of the run that wrote a checkpoint.
 
     Raises:
-        UserError: if state.json is damaged, or counts more steps than the run was to have.
+        UserError: if state.json is damaged, naming it.
     """
     state = read_state(path)
     try:
         config = from_dict(RunConfig, state.get("config"), "config")
     except UserError as error:
         raise UserError(f"{path / 'state.json'}: {error}; {_mend(path)}") from None
-    if state["step"] > config.training.steps:
-        raise UserError(
-            f"{path / 'state.json'}: step={state['step']} is above its own config.training.steps="
-            f"{config.training.steps}; {_mend(path)}"
-        )
     return config
 
 

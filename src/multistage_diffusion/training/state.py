@@ -47,7 +47,12 @@ def restore(trainer: Trainer, path: Path) -> None:
     Raises:
         UserError: if a file of it is damaged, naming it, or another release wrote it.
     """
-    state, stages = ckpt.read_state(path), len(ckpt.trained_config(path).stages)
+    state, config = ckpt.read_state(path), ckpt.trained_config(path)
+    if state["step"] > config.training.steps:
+        raise UserError(
+            f"{path / 'state.json'}: step={state['step']} is above its own config.training.steps={config.training.steps}; "
+            "was it edited?"
+        )
     ckpt.restore_module(trainer.denoiser, path, "model")
     ckpt.restore_module(trainer.ema.module, path, "ema")
     ckpt.restore_moments(trainer.optimizer, trainer.denoiser, path)
@@ -56,7 +61,7 @@ def restore(trainer: Trainer, path: Path) -> None:
             trainer.scaler.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError):
             raise UserError(f"{path / 'state.json'}: scaler lacks a number; was it edited?") from None
-    trainer.sums = _sums(state.get("sums"), stages, path)
+    trainer.sums = _sums(state.get("sums"), len(config.stages), path)
     trainer.step = state["step"]
 
 
