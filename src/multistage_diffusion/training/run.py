@@ -27,7 +27,17 @@ from ..data import ImageData, open_configured
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..errors import UserError
 from ..execution import Execution
-from ..files import append_line, json_bytes, locked, new_folder, sweep, write_atomic, write_file, write_json
+from ..files import (
+    append_line,
+    disk_errors,
+    json_bytes,
+    locked,
+    new_folder,
+    sweep,
+    write_atomic,
+    write_file,
+    write_json,
+)
 from ..reading import brief
 from ..records import read_launches, read_metrics
 from ..serialization import from_dict, read_json
@@ -76,19 +86,20 @@ class Run:
         Raises:
             UserError: if there is a run, or anything else, at path.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            if not replace:
-                raise UserError(
-                    f"{path}: exists; resume it (--resume {path}), choose another --out, or replace it (--replace; "
-                    "replace=True in Python)"
-                )
-            aside = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
-            with cls(path).locked() if cls(path).config_file.exists() else nullcontext():
-                path.rename(aside)
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        if taken and not replace:
+            raise UserError(
+                f"{path}: exists; resume it (--resume {path}), choose another --out, or replace it (--replace; "
+                "replace=True in Python)"
+            )
         with new_folder(path) as folder:
             write_file(folder / "config.json", json_bytes(path / "config.json", config))
             if fill is not None:
                 fill(cls(folder))
+            if taken:  # last, so that an error before leaves it where it was
+                aside = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
+                with cls(path).locked() if cls(path).config_file.exists() else nullcontext(), disk_errors(path):
+                    path.rename(aside)
         return cls(path)
 
     @classmethod
