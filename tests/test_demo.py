@@ -12,6 +12,9 @@ import numpy.typing as npt
 import pytest
 
 from multistage_diffusion.demo import demo
+from multistage_diffusion.errors import UserError
+from multistage_diffusion.presets import preset
+from multistage_diffusion.serialization import override
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.workflow import evaluate, sample
 
@@ -40,6 +43,14 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     assert [r["step"] for r in Run(out).records() if r["kind"] == "train"] == [3, 6]
     assert [e["step"] for e in json.loads((out / "evaluation.json").read_text())] == [3, 6]
     assert 0 <= scores.memorised <= 1
+
+
+def test_refuses_to_go_on_with_another_run(tmp_path: Path) -> None:
+    config = override(preset("digits"), {**TINY, "optimizer.lr": 0.5})
+    run = Run.create(tmp_path / "mine", config)
+    with pytest.raises(UserError, match=r"mine: is another run \(optimizer.lr\); choose another --out"):
+        demo(run.path, TINY, bar=silent)
+    assert sorted(p.name for p in run.path.iterdir()) == ["config.json"]
 
 
 def distances_to_class(

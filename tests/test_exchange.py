@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +28,13 @@ from foreign_files import (
 )
 from torch import Tensor, nn
 
+from multistage_diffusion import files
 from multistage_diffusion.commands.exchange import Export, Import
 from multistage_diffusion.config import NetworkConfig, RunConfig, SamplingConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.denoisers import build_denoiser
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.interop.shapes import published_state
 from multistage_diffusion.nets import build_network
 from multistage_diffusion.presets import preset
@@ -271,6 +276,32 @@ def test_an_existing_run_is_not_replaced_unasked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"exists; .*--replace"):
         imported("edm", tmp_path, 1)
     assert imported("edm", tmp_path, 1, replace=True).path == run.path
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_an_import_that_failed_leaves_what_was_there(
+    replace: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = imported("edm", tmp_path, 1) if replace else None
+    kept = sorted(tmp_path.rglob("*"))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_sync_tree", full)
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); free some space"):
+            imported("edm", tmp_path, 1, replace=replace)
+    found = sorted(tmp_path.rglob("*"))
+    assert found == kept if replace else [p.is_dir() for p in found] == [False]  # the published file alone
+    assert before is None or before.checkpoint("latest").name == "step_00000000"
+
+
+def test_an_imported_run_without_its_checkpoint_is_not_resumed(tmp_path: Path) -> None:
+    run = imported("edm", tmp_path, 1)
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(UserError, match="was imported, but its checkpoint is gone; import it again"):
+        resume(run.path, {"data.source": "digits", "training.steps": 1}, device="cpu")
 
 
 @pytest.mark.parametrize("name", ["ncsnpp", "ldm"])

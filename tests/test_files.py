@@ -3,12 +3,17 @@ from __future__ import annotations
 import errno
 import math
 import os
+import signal
 import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from multistage_diffusion import files
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.files import write_atomic, write_json
 from multistage_diffusion.serialization import read_json
 
@@ -74,3 +79,205 @@ def test_json_stays_standard_and_a_refusal_keeps_the_old_file(bad: float, tmp_pa
         write_json(path, {"curves": {"s0": [0.5, bad]}})
     assert read_json(path) == {"loss": 1.0}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# --- modes, links, leftovers -------------------------------------------------------------------------------------------
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture(params=[0o077, 0o022, 0o002])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_new_files_and_folders_follow_the_umask(umask: int, tmp_path: Path) -> None:
+    files.write_atomic(tmp_path / "new" / "a", b"1")
+    files.append_line(tmp_path / "lines", {})
+    with files.locked(tmp_path / "lock", "busy"), files.new_folder(tmp_path / "folder") as folder:
+        files.write_file(folder / "b", b"2")
+    for name in ("new/a", "lines", "lock", "folder/b"):
+        assert mode(tmp_path / name) == 0o666 & ~umask
+    for name in ("new", "folder"):
+        assert mode(tmp_path / name) == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("wanted", [0o600, 0o640, 0o755])
+def test_a_file_that_is_replaced_keeps_its_mode(wanted: int, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"1")
+    path.chmod(wanted)
+    files.write_atomic(path, b"2")
+    files.append_line(path, {})
+    assert mode(path) == wanted
+
+
+def lock(path: Path) -> None:
+    with files.locked(path, "busy"):
+        pass
+
+
+@pytest.mark.parametrize("write", [lambda p: files.append_line(p, {"a": 1}), lock, lambda p: files.write_file(p, b"x")])
+@pytest.mark.parametrize("kind", ["link", "dangling", "fifo"])
+def test_nothing_is_written_through_what_is_no_file(write: Callable[[Path], None], kind: str, tmp_path: Path) -> None:
+    target, path = tmp_path / "precious", tmp_path / "path"
+    if kind != "dangling":
+        target.write_bytes(b"precious")
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(target)
+    with pytest.raises(UserError, match="path: "):
+        write(path)
+    assert target.exists() == (kind != "dangling")
+    assert not target.exists() or target.read_bytes() == b"precious"
+
+
+def test_an_atomic_write_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) -> None:
+    target, path = tmp_path / "precious", tmp_path / "path"
+    target.write_bytes(b"precious")
+    path.symlink_to(target)
+    files.write_atomic(path, b"mine")
+    assert (target.read_bytes(), path.read_bytes(), path.is_symlink()) == (b"precious", b"mine", False)
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "to-fifo").symlink_to(tmp_path / "fifo")
+    for name in ("fifo", "to-fifo"):
+        with pytest.raises(UserError, match=f"{name}: is a device, pipe or socket"):
+            files.write_atomic(tmp_path / name, b"")
+    with pytest.raises(UserError, match="is a folder"):
+        files.write_atomic(tmp_path, b"")
+
+
+def test_a_lock_is_held_and_never_truncated(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    path.write_bytes(b"kept")
+    with files.locked(path, "busy"), pytest.raises(UserError, match="busy"):
+        lock(path)
+    lock(path)
+    assert path.read_bytes() == b"kept"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from multistage_diffusion import files
+name, at = Path(sys.argv[1]), sys.argv[2]
+real = getattr(os, at)
+calls = 0
+def kill(*given, **named):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*given, **named)
+setattr(os, at, kill)
+if name.suffix:
+    files.write_atomic(name, b"new")
+else:
+    with files.new_folder(name, replace=True) as folder:
+        files.write_file(folder / "a.txt", b"new")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "call"),
+    [("f.txt", "fsync", 1), ("f.txt", "replace", 1), ("d", "fsync", 1), ("d", "rename", 1), ("d", "rename", 2)],
+)
+def test_what_a_killed_process_left_goes_with_the_next_write(name: str, at: str, call: int, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if path.suffix:
+        path.write_bytes(b"old")
+    else:
+        path.mkdir()
+        (path / "a.txt").write_bytes(b"old")
+    (tmp_path / ".f.txt.writing-mine").write_bytes(b"another's")  # not a name of ours
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), at, str(call)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) > 2
+    files.sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([".f.txt.writing-mine", name])
+    assert (path if path.suffix else path / "a.txt").read_bytes() == b"old"
+
+
+def test_what_a_living_process_is_making_stays(tmp_path: Path) -> None:
+    with files.new_folder(tmp_path / "folder") as folder:
+        files.write_file(folder / "a", b"1")
+        files.write_atomic(tmp_path / "other", b"2")  # sweeps
+        with files.new_folder(tmp_path / "third"):
+            pass
+        assert (folder / "a").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "other", "third"]
+
+
+# --- folders -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    def fail() -> None:
+        with files.new_folder(tmp_path / "folder") as folder:
+            files.write_file(folder / "a", b"1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").touch()
+    with pytest.raises(UserError, match="folder: exists"), files.new_folder(tmp_path / "folder"):
+        pass
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "mine"]
+
+
+# --- what the disk refuses ---------------------------------------------------------------------------------------------
+
+
+def make(path: Path) -> None:
+    with files.new_folder(path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("code", "mend"), [(errno.ENOSPC, "free some space"), (errno.EDQUOT, "free"), (errno.EROFS, "choose another place")]
+)
+@pytest.mark.parametrize(
+    ("write", "at"),
+    [
+        (lambda p: files.write_atomic(p, b"1"), "fsync"),
+        (lambda p: files.append_line(p, {}), "write"),
+        (lock, "open"),
+        (make, "rename"),
+        (files.make_folder, "mkdir"),
+    ],
+)
+def test_what_the_disk_refuses_names_file_and_mend(
+    write: Callable[[Path], None], at: str, code: int, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, at, refuse)
+        with pytest.raises(UserError, match=rf"out: cannot be written \({os.strerror(code)}\); {mend}"):
+            write(tmp_path / "out")
+    assert [p.stat().st_size for p in tmp_path.iterdir()] in ([], [0])  # a log that is new stays, empty
+
+
+def test_a_line_that_did_not_fit_leaves_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = tmp_path / "log", os.write
+    files.append_line(path, {"a": 1})
+    before, parts = path.read_bytes(), iter([True])
+
+    def half(handle: int, data: bytes) -> int:
+        if next(parts, False):
+            return real(handle, data[:4])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", half)
+        with pytest.raises(UserError, match="No space left"):
+            files.append_line(path, {"b": 2})
+    assert path.read_bytes() == before

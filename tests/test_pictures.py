@@ -94,17 +94,18 @@ def test_a_folder_of_images_appears_whole(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"new/samples/{i:06d}.png")), image[0].numpy())
 
 
-def test_a_folder_of_images_replaces_files_of_their_names_alone(tmp_path: Path) -> None:
-    save_folder(255 - RAMP[:1], tmp_path / "samples", start=1)
-    (tmp_path / "samples" / "mine.txt").write_text("mine")
-    with folder_of_images(tmp_path / "samples") as write:
-        write(0, RAMP)
-    assert sorted(p.name for p in tmp_path.rglob("*")) == [
-        *(f"{i:06d}.png" for i in range(3)),
-        "mine.txt",
-        "samples",
-    ]
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / "000001.png")), RAMP[1, 0].numpy())
+def test_a_folder_of_images_takes_the_place_of_one_of_images_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    save_folder(255 - RAMP, folder, start=1)
+    with folder_of_images(folder) as write:
+        write(0, RAMP[:2])
+        assert len(list(folder.iterdir())) == 3  # the old one is whole until the new one is
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["000000.png", "000001.png", "samples"]
+    assert np.array_equal(np.asarray(Image.open(folder / "000001.png")), RAMP[1, 0].numpy())
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"samples: holds 'mine.txt', which is no sample"), folder_of_images(folder):
+        pass
+    assert len(list(folder.iterdir())) == 3
 
 
 def test_a_folder_of_images_that_failed_leaves_nothing(tmp_path: Path) -> None:

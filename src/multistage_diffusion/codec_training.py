@@ -233,6 +233,9 @@ class CodecTrainer:
             raise UserError(f"{self.folder}: there is no training of a codec to go on with; start it without --resume")
         path = found[-1]
         state = ckpt.read_state(path)
+        for name in ("settings", "images", "seconds"):
+            if name not in state:
+                raise UserError(f"{path / 'state.json'}: {name} is missing; is this the training of a codec?")
         begun = to_dict(replace(from_dict(CodecSettings, state["settings"], str(path)), steps=self.settings.steps))
         for name, value in to_dict(self.settings).items():
             if begun[name] != value:
@@ -246,9 +249,9 @@ class CodecTrainer:
             raise UserError(
                 f"steps={self.settings.steps} is below step {state['step']}, which {self.folder} has reached"
             )
-        self.model.load_state_dict(ckpt.load_tensors(path, "model"))
-        self.ema.module.load_state_dict(ckpt.load_tensors(path, "ema"))
-        ckpt.restore_optimizer(self.optimizer, self.model, ckpt.load_tensors(path, "optimizer"))
+        ckpt.restore_module(self.model, path, "model")
+        ckpt.restore_module(self.ema.module, path, "ema")
+        ckpt.restore_moments(self.optimizer, self.model, path)
         self.step, self.seconds = state["step"], state["seconds"]
 
 

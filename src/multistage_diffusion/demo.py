@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
 from .evaluation import EvaluationResult
 from .pictures import grid, save_png
 from .presets import preset
@@ -14,6 +15,7 @@ from .serialization import override
 from .training.events import Callback
 from .training.run import Run
 from .workflow import evaluate, report, resume, sample, split, train
+from .workflow.fitting import differences
 from .workflow.progress import Progress
 
 
@@ -36,8 +38,12 @@ def demo(
 
     Returns:
         The report's path and the evaluation.
+
+    Raises:
+        UserError: if there is another run in the folder.
     """
     if Run(out).config_file.exists():
+        _refuse_foreign(out, changes or {})
         run = resume(out, changes, device=device, callbacks=callbacks)
     else:
         config = override(preset("digits"), changes or {})
@@ -50,3 +56,16 @@ def demo(
         scores = evaluate(run, count=1000, device=device, progress=progress)
     with bar("reporting") as progress:
         return report(run, device=device, progress=progress), scores
+
+
+# what makes a run one of the demonstration, however it is split and however long it is
+_OWN = ("data.source", "codec.source", "network.family", "network.encoder_width", "diffusion.", "optimizer.")
+
+
+def _refuse_foreign(out: Path, changes: Mapping[str, Any]) -> None:
+    found = differences(override(preset("digits"), changes), Run(out).config())
+    foreign = [key for key in found if key.startswith(_OWN)]
+    if foreign:
+        raise UserError(
+            f"{out}: is another run ({', '.join(foreign)}); choose another --out, or give the same --set again"
+        )

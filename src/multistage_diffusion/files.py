@@ -45,6 +45,13 @@ _MENDS = {
 class NotWrittenError(UserError, OSError):
     """The disk refuses to take a file: it is full, read-only, another user's."""
 
+    def __init__(self, message: str, error: OSError) -> None:
+        super().__init__(message)
+        self.errno, self.strerror = error.errno, error.strerror
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
@@ -59,7 +66,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         mend = _MENDS.get(error.errno or 0, "choose another place")
-        raise NotWrittenError(f"{path}: cannot be written ({error.strerror or error}); {mend}") from error
+        raise NotWrittenError(f"{path}: cannot be written ({error.strerror or error}); {mend}", error) from error
 
 
 def to_dict(value: Any) -> Any:
@@ -263,6 +270,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         UserError: if it cannot be written, or something is at its place.
     """
+    path = path.resolve() if path.is_symlink() else path
     make_folder(path.parent)
     sweep(path.parent)
     temporary = _temporary(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-import tempfile
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import UserError
-from .files import write_atomic
+from .files import new_folder, write_atomic, write_file
 
 CELL = 64  # default side of a grid's cells: small images are enlarged up to this many pixels
 LINE = 128  # grey of the lines between cells, seen against black and against white images
@@ -88,18 +88,25 @@ def save_folder(images: Tensor, folder: Path, start: int = 0, overwrite: bool = 
 def folder_of_images(folder: Path) -> Iterator[Callable[[int, Tensor], object]]:
     """Give a function that writes images into a folder as `save_folder` does: of (number of the first, images).
 
-    They appear at the end, all at once in a new folder, else in place of files of their names; after an error nothing is
-    changed.
+    The folder appears at the end, whole; it takes the place of one of such images alone. After an error nothing is changed.
+
+    Raises:
+        UserError: if anything else is in the folder that is there.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        inside = Path(temporary) / folder.name
-        yield lambda first, images: save_folder(images, inside, first)
-        if not folder.exists():
-            inside.rename(folder)
-        else:
-            for path in inside.iterdir():
-                path.replace(folder / path.name)
+    if folder.is_dir():
+        others = [p.name for p in sorted(folder.iterdir()) if not re.fullmatch(r"\d{6,}\.png", p.name) or p.is_dir()]
+        if others:
+            raise UserError(
+                f"{folder}: holds {others[0]!r}, which is no sample; it is not replaced; choose another folder"
+            )
+    with new_folder(folder, replace=True) as temporary:
+
+        def write(first: int, images: Tensor) -> None:
+            _check(images)
+            for i, image in enumerate(images.cpu()):
+                write_file(temporary / f"{first + i:06d}.png", _png(_to_pil(image)))
+
+        yield write
 
 
 def save_npz(images: Tensor, path: Path) -> None:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.training import checkpoint as ckpt
 from multistage_diffusion.training.checkpoint import Checkpoint, list_checkpoints, prune, save_checkpoint
 
@@ -92,11 +95,11 @@ class FullDisk(io.BytesIO):
 def test_a_full_disk_leaves_the_previous_checkpoint_and_no_rubbish(tmp_path, monkeypatch, file, where):
     save_checkpoint(tmp_path, made(1))
     before = (tmp_path / "step_00000001" / "model.safetensors").read_bytes()
-    real_open, real_fsync = Path.open, os.fsync
+    real_open, real_fsync = os.fdopen, os.fsync
 
-    def full_open(self, mode="r", *args, **kwargs):
-        opened = real_open(self, mode, *args, **kwargs)
-        return FullDisk() if self.name == file and "w" in mode else opened
+    def full_open(handle, mode="r", *args, **kwargs):
+        opened = real_open(handle, mode, *args, **kwargs)
+        return FullDisk() if os.readlink(f"/proc/self/fd/{handle}").endswith(file) and "w" in mode else opened
 
     def full_fsync(handle):
         if os.readlink(f"/proc/self/fd/{handle}").endswith(file):
@@ -105,7 +108,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_rubbish(tmp_path, mon
 
     with monkeypatch.context() as patch:
         if where == "write":
-            patch.setattr(Path, "open", full_open)
+            patch.setattr(os, "fdopen", full_open)
         else:
             patch.setattr(os, "fsync", full_fsync)
         with pytest.raises(OSError, match="No space left"):
@@ -133,8 +136,9 @@ def test_every_file_and_folder_is_on_disk_before_the_name_is(tmp_path, monkeypat
     monkeypatch.setattr(os, "rename", rename)
     save_checkpoint(tmp_path / "checkpoints", made(1))
     done = events.index("rename to step_00000001")
-    written = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", ".writing-step_00000001"}
-    assert set(events[:done]) == written
+    assert events[0] == tmp_path.name  # the folder of checkpoints is new itself
+    written = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
+    assert {re.sub(r"-[0-9a-f]{8}$", "", name) for name in events[1:done]} == {*written, ".step_00000001.writing"}
     assert events[done + 1 :] == ["checkpoints"]
 
 
@@ -149,7 +153,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 def test_what_a_kill_left_is_never_listed_and_goes_with_the_next_write(tmp_path):
     save_checkpoint(tmp_path, made(1))
     whole = tmp_path / "step_00000001"
-    for name in (".writing-step_00000002", ".writing-deleted-step_00000000"):
+    for name in (".writing-step_00000002", ".writing-deleted-step_00000000", ".step_00000003.writing-0123abcd"):
         shutil.copytree(whole, tmp_path / name)  # even one that looks whole
     assert steps(tmp_path) == [1]
     prune(tmp_path, keep_last=1, keep_every=0)
@@ -243,3 +247,148 @@ def test_a_users_copy_of_a_checkpoint_is_left_alone(tmp_path):
     prune(tmp_path, keep_last=1, keep_every=2)
     assert steps(tmp_path) == [2, 3]
     assert (tmp_path / "step_00000001-good" / "state.json").exists()
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def trained(folder: Path, step: int = 3, kind=torch.optim.Adam, **settings) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(step)
+    module = nn.Linear(3, 2)
+    optimizer = kind(module.parameters(), lr=0.1, **settings)
+    for _ in range(step):
+        optimizer.zero_grad()
+        module(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+    moments = ckpt.optimizer_tensors(optimizer, module)
+    save_checkpoint(
+        folder, Checkpoint(module.state_dict(), module.state_dict(), moments, {"step": step, "score": None})
+    )
+    return module, optimizer
+
+
+def restored(folder: Path, kind=torch.optim.Adam, **settings) -> tuple[nn.Module, torch.optim.Optimizer]:
+    path, module = list_checkpoints(folder)[-1], nn.Linear(3, 2)
+    optimizer = kind(module.parameters(), lr=0.1, **settings)
+    ckpt.restore_module(module, path, "model")
+    ckpt.restore_moments(optimizer, module, path)
+    return module, optimizer
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("damage", ["a bit", "another step's"])
+def test_a_file_that_is_not_what_was_written_is_refused_and_the_older_checkpoint_named(tmp_path, name, damage):
+    older, path = (save_checkpoint(tmp_path, made(step)) for step in (1, 2))
+    file = path / f"{name}.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data) if damage == "a bit" else (older / file.name).read_bytes())
+    wanted = rf"{file.name}: cannot be read .*sha256.*; delete .*step_00000002 to go on from .* of step 1$"
+    with pytest.raises(UserError, match=wanted):
+        ckpt.load_tensors(path, name)
+    shutil.rmtree(older)
+    with pytest.raises(UserError, match="none before it: train the run anew"):
+        ckpt.load_tensors(path, name)
+
+
+def forged(folder: Path, name: str, change) -> None:
+    """Write a file anew, its digest with it: what the digest cannot tell."""
+    path = list_checkpoints(folder)[-1]
+    parts = {n: ckpt.load_tensors(path, n) for n in NAMES}
+    parts[name] = change(parts[name])
+    save_checkpoint(folder, Checkpoint(**parts, state=ckpt.read_state(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model", lambda t: {"weight": t["weight"]}, "bias is missing"),
+        ("model", lambda t: {**t, "bias": t["bias"] > 0}, r"bias is torch.bool \[2\], not torch.float32 \[2\]"),
+        ("model", lambda t: {**t, "bias": t["bias"][:1].clone()}, r"bias is torch.float32 \[1\], not"),
+        ("model", lambda t: {**t, "bias": t["bias"] * math.nan}, "bias is not finite"),
+        ("optimizer", lambda t: {}, "holds nothing of any parameter"),
+        (
+            "optimizer",
+            lambda t: {k: v for k, v in t.items() if k != "bias.step"},
+            "the optimiser keeps exp_avg, exp_avg",
+        ),
+        ("optimizer", lambda t: {**t, "bias.exp_avg": torch.ones(1)}, r"bias.exp_avg is torch.float32 \[1\], not"),
+        ("optimizer", lambda t: {**t, "bias.exp_avg": t["bias.exp_avg"].double()}, "bias.exp_avg is torch.float64"),
+        ("optimizer", lambda t: {**t, "bias.exp_avg_sq": t["bias.exp_avg_sq"] / 0}, "bias.exp_avg_sq is not finite"),
+        ("optimizer", lambda t: {**t, "bias.step": torch.tensor(1e15)}, "bias.step=1e.15 is not between 0 and 3"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(tmp_path, name, change, message):
+    trained(tmp_path)
+    restored(tmp_path)
+    forged(tmp_path, name, change)
+    with pytest.raises(UserError, match=rf"step_00000003/{name}\.safetensors: .*{message}"):
+        restored(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.AdamW, {"amsgrad": True}),
+        (torch.optim.Adagrad, {}),
+        (torch.optim.RMSprop, {"momentum": 0.5}),
+        (torch.optim.NAdam, {}),
+        (torch.optim.Adamax, {}),
+    ],
+)
+def test_any_optimiser_goes_on_exactly(tmp_path, kind, settings):
+    module, optimizer = trained(tmp_path, kind=kind, **settings)
+    other, resumed = restored(tmp_path, kind=kind, **settings)
+    for m, o in ((module, optimizer), (other, resumed)):
+        o.zero_grad()
+        m(torch.ones(1, 3)).square().sum().backward()
+        o.step()
+    for a, b in zip(module.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_numbers_that_are_no_tensors_come_back_as_numbers(tmp_path):
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                if p.grad is not None:
+                    self.state[p]["count"] = self.state[p].get("count", 0) + 1
+                    self.state[p]["unused"] = None
+
+    trained(tmp_path, kind=Counting)
+    _, resumed = restored(tmp_path, kind=Counting)
+    assert [(type(s["count"]), s["count"], s["unused"]) for s in resumed.state.values()] == [(int, 3, None)] * 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step", 10**15),
+        ("step", -1),
+        ("step", 1.0),
+        ("step", True),
+        ("step", None),
+        ("images", -5),
+        ("images", [1]),
+        ("score", "low"),
+        ("quality", {}),
+        ("score", True),
+        ("scaler", {"scale": "x"}),
+        ("scaler", 3),
+        ("sums", []),
+        ("config", 1),
+        ("files", []),
+        ("files", {"model.safetensors": 5}),
+        ("seconds", "long"),
+    ],
+)
+def test_every_field_of_the_state_has_its_type(tmp_path, field, value):
+    path = save_checkpoint(tmp_path, made(1))
+    file = path / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    with pytest.raises(UserError, match=rf"step_00000001/state\.json: {field}="):
+        ckpt.read_state(path)
+    with pytest.raises(UserError, match=rf"state\.json: {field}="):
+        ckpt.best_checkpoint(tmp_path)

@@ -188,3 +188,36 @@ def test_launches_survive_a_torn_line_and_can_be_pasted(run, monkeypatch):
     run.log_launch(torch.device("cpu"))
     commands = [json.loads(line)["command"] for line in (run.path / "launches.jsonl").read_text().splitlines()]
     assert commands == ["msdiff train --data 'my photos'"] * 2
+
+
+def test_a_lock_that_is_a_link_harms_nothing(run, tmp_path):
+    target = tmp_path / "precious"
+    target.write_text("precious")
+    (run.path / ".lock").symlink_to(target)
+    with pytest.raises(ValueError, match=r"\.lock: cannot be written .*link"), run.locked():
+        pass
+    assert target.read_text() == "precious"
+
+
+def test_weights_are_checked_before_they_sample(run):
+    save(run, 2)
+    path = run.checkpoint("latest")
+    (path / "model.safetensors").write_bytes(b"not read for sampling")
+    run.denoiser()
+    file = path / "ema.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"ema\.safetensors: cannot be read .*sha256"):
+        run.denoiser()
+
+
+def test_a_run_appears_with_all_that_belongs_to_it(tmp_path, tiny_config):
+    def fail(run):
+        assert run.config_file.exists()
+        assert not (tmp_path / "run").exists()
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        Run.create(tmp_path / "run", tiny_config(), fill=fail)
+    assert list(tmp_path.iterdir()) == []

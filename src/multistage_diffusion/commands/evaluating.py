@@ -14,7 +14,7 @@ from ..config import DataConfig
 from ..console import Bar
 from ..distributed import speaks
 from ..errors import UserError
-from ..evaluation import ComparisonResult, EvaluationResult
+from ..evaluation import ComparisonResult, EvaluationResult, agree
 from ..serialization import to_dict
 from ..training.run import Run
 from ..workflow import compare, evaluate, statistics
@@ -52,7 +52,7 @@ class Evaluate(SamplerOptions, DataOptions):
     ] = None
     """Samples drawn."""
     features: Features = "pixels"
-    """pixels, fashion-classifier, inception, vgg16, dinov2, or a TorchScript file."""
+    """pixels, fashion-classifier, inception, vgg16, dinov2, or a TorchScript file: that is code, name only one you trust."""
     inception_weights: Weights = None
     """A file of the weights of inception (or of vgg16)."""
     seed: int = 0
@@ -68,6 +68,7 @@ class Evaluate(SamplerOptions, DataOptions):
         """Run the command."""
         run = Run.open(self.run_folder)
         config, given = run.config(), self.given()
+        agree(self.features)
         if given and self.data is None:
             raise UserError(
                 f"--{next(iter(given)).replace('_', '-')} needs --data: the run's own data are read as before"
@@ -120,7 +121,7 @@ class Stats(DataOptions):
     out: Annotated[Path, option("FILE")]
     """Where to write the statistics (.npz)."""
     features: Features = "pixels"
-    """pixels, fashion-classifier, inception, vgg16, dinov2, or a TorchScript file."""
+    """pixels, fashion-classifier, inception, vgg16, dinov2, or a TorchScript file: that is code, name only one you trust."""
     inception_weights: Weights = None
     """A file of the weights of inception (or of vgg16)."""
     part: Literal["all", "train", "held-out"] = "train"
@@ -137,6 +138,7 @@ class Stats(DataOptions):
         if self.out.suffix != ".npz":
             raise UserError(f"--out {self.out}: statistics are an .npz file; name it {self.out.with_suffix('.npz')}")
         check_out(self.out, self.overwrite)
+        agree(self.features)
         config = DataConfig(source=self.data, **self.given())
         with Bar("extracting", "images") as bar:
             reference = statistics(

@@ -15,6 +15,8 @@ import tyro
 
 from ..config import RunConfig, SamplingConfig
 from ..errors import UserError
+from ..evaluation import agree
+from ..files import refuse_special
 from ..reading import YAML_LIMIT, parse_yaml, read_text
 from ..serialization import from_dict, read_json
 from ..shown import shown
@@ -100,6 +102,8 @@ def check_out(path: Path, overwrite: bool, *, folder: bool = False) -> None:
     Raises:
         UserError: if path exists and may not be replaced, or lies where nothing can be written.
     """
+    if not folder:
+        refuse_special(path)
     if path.exists():
         if not overwrite:
             raise UserError(f"--out {path}: exists; choose another name or give --overwrite")
@@ -122,6 +126,9 @@ def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"--set {setting}: must be KEY=VALUE, e.g. optimizer.lr=1e-4")
         changes[key] = plain_numbers(parse_yaml(value, f"--set {setting}", f": {value!r} is not a YAML value"))
+    features = changes.get("evaluation.features")
+    if isinstance(features, str):
+        agree(features)
     return changes
 
 

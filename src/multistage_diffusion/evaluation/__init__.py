@@ -1,6 +1,7 @@
 """Metrics on feature functions."""
 
 from .comparison import ComparisonResult, check_count, compare_samples
+from .consent import agree
 from .features import FEATURES, ClassifierFeatures, PixelFeatures, extract, get_features
 from .metrics import (
     EvaluationResult,
@@ -24,6 +25,7 @@ __all__ = [
     "Moments",
     "PixelFeatures",
     "Reference",
+    "agree",
     "check_count",
     "compare_samples",
     "evaluate_samples",

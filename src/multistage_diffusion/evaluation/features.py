@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..contracts import FeatureExtractor
 from ..errors import UserError, out_of_memory
 from ..reading import require_file
 from .classifier import SIZE, prepare, pretrained
+from .consent import agreed, is_script
 
 EXTRACT_BATCH = 256  # images per call of an extractor, so that a network's activations fit into memory
 
@@ -60,28 +62,38 @@ class ClassifierFeatures:
 class ScriptFeatures:
     """A TorchScript module of the user's, which maps uint8 images (N, C, H, W) to features (N, D).
 
+    Args:
+        file: the module; such a file is code, which may read and write files.
+        named: by the user in this call. False: by a configuration, which may be another's.
+
     Raises:
-        UserError: if the file is none.
+        UserError: if the file is none, or the user has not named it yet on this machine.
     """
 
     comparable_to: str = "other figures of the same file only"
     preprocessing: str = "the file's own"
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, named: bool = True) -> None:
         if file.exists():
             require_file(file)
         try:
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+            data = file.read_bytes()
+            digest = hashlib.sha256(data).hexdigest()
+            if not named and not agreed(digest):
+                raise UserError(
+                    f"features={str(file)!r}: is code that the configuration names; if you trust the file, name it "
+                    f"yourself once: --set evaluation.features={file}"
+                )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # the format is old, but the one that needs no class
-                self._module = torch.jit.load(file, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+                self._module = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()  # type: ignore[no-untyped-call]
         except OSError as error:
             raise UserError(f"features={str(file)!r}: {error.strerror or error}; name a TorchScript file") from None
         except RuntimeError:
             raise UserError(
                 f"features={str(file)!r}: not a TorchScript file; write one with torch.jit.script(module).save(...)"
             ) from None
-        self.name = f"torchscript {file.name} ({digest})"
+        self.name = f"torchscript {file.name} ({digest[:12]})"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map uint8 images (N, C, H, W) to features (N, D).
@@ -114,15 +126,16 @@ FEATURES: dict[str, Callable[[], FeatureExtractor]] = {
     "fashion-classifier": ClassifierFeatures,
 }
 PUBLISHED = ("inception", "vgg16", "dinov2")
-_SCRIPTS = (".pt", ".pth", ".ts")
 
 
-def get_features(name: str, weights: Path | None = None) -> FeatureExtractor:
+def get_features(name: str, weights: Path | None = None, *, named: bool = True) -> FeatureExtractor:
     """Return a feature extractor.
 
     Args:
         name: "pixels", "fashion-classifier", "inception", "vgg16", "dinov2", or a TorchScript file (.pt, .pth, .ts).
         weights: a file of the weights of "inception" or "vgg16"; None: downloaded at the first use.
+        named: by the user in this call. False: by a configuration; then a TorchScript file, which is code, is loaded
+            only if the user has named it before on this machine (see `consent.agree`).
 
     Raises:
         UserError: for an unknown name, listing the known ones, or if weights or the package they need are missing.
@@ -133,8 +146,8 @@ def get_features(name: str, weights: Path | None = None) -> FeatureExtractor:
         return FidelityFeatures(name, weights)
     if weights is not None:
         raise UserError(f"features={name!r} takes no weights; {weights} is for inception or vgg16")
-    if Path(name).suffix.lower() in _SCRIPTS:
-        return ScriptFeatures(Path(name).expanduser())
+    if is_script(name):
+        return ScriptFeatures(Path(name).expanduser(), named=named)
     if name not in FEATURES:
         raise UserError(
             f"features={name!r} is unknown; choose one of {', '.join((*FEATURES, *PUBLISHED))}, or a TorchScript file (.pt)"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import make_folder
 from ..reading import require_file
 from .features import check_images
 
@@ -115,7 +116,7 @@ def _downloaded(kind: str, url: str) -> Path:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     file = folder / url.rpartition("/")[2]
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         try:
             prefix = file.stem.rpartition("-")[2]  # of the SHA-256: published names end in it
             torch.hub.download_url_to_file(url, str(file), hash_prefix=prefix, progress=False)

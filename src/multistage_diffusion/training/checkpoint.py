@@ -2,17 +2,18 @@
 
 checkpoints/step_00001000/model.safetensors      weights
                           ema.safetensors        averaged weights
-                          optimizer.safetensors  Adam's moments, named after their parameters
+                          optimizer.safetensors  the optimiser's state, named after its parameters
                           state.json             step, images, held-out score, quality (the Fréchet distance, where the
-                                                 step was evaluated), running sums, the whole run configuration
+                                                 step was evaluated), running sums, the whole run configuration;
+                                                 bytes and sha256 of the other files
 """
 
 from __future__ import annotations
 
-import json
-import os
+import hashlib
+import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..config import RunConfig
 from ..errors import UserError
-from ..files import sync_folder
-from ..serialization import read_json, to_dict
+from ..files import json_bytes, make_folder, new_folder, remove_folder, write_file
+from ..serialization import from_dict, read_json, to_dict
+from .optimizer_state import optimizer_tensors as optimizer_tensors
+from .optimizer_state import restore_optimizer as restore_optimizer
+from .optimizer_state import state_of
 
 _PREFIX, _TEMPORARY = "step_", ".writing-"
+_DIGESTS = "files"  # in state.json: bytes and sha256 of the other files
+FILES = ("model", "ema", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -45,24 +52,18 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     Raises:
         OSError: if it cannot be written (a full disk); what was there before is intact.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"{_PREFIX}{checkpoint.state['step']:08d}"
-    temporary = folder / f"{_TEMPORARY}{final.name}"
-    for leftover in folder.glob(f"{_TEMPORARY}*"):  # of a process killed in mid-write or mid-delete
+    make_folder(folder)
+    for leftover in folder.glob(f"{_TEMPORARY}*"):  # of earlier releases
         shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        for name in ("model", "ema", "optimizer"):
-            _write(temporary / f"{name}.safetensors", save(_apart(getattr(checkpoint, name))))
-        _write(temporary / "state.json", json.dumps(to_dict(checkpoint.state), indent=1).encode())
-        sync_folder(temporary)
-        if final.exists():  # the same step saved again
-            _delete(final)
-        os.rename(temporary, final)
-        sync_folder(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    final = folder / f"{_PREFIX}{checkpoint.state['step']:08d}"
+    with new_folder(final, replace=True) as temporary:  # the same step may be saved again
+        files = {}
+        for name in FILES:
+            data = save(_apart(getattr(checkpoint, name)))
+            write_file(temporary / f"{name}.safetensors", data)
+            files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        state = {**to_dict(checkpoint.state), _DIGESTS: files}
+        write_file(temporary / "state.json", json_bytes(final / "state.json", state))
     return final
 
 
@@ -75,13 +76,6 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         stored[name] = value.clone() if value.data_ptr() in seen else value
         seen.add(value.data_ptr())
     return stored
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -105,9 +99,84 @@ def refuse_newer(folder: Path, step: int) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's state.json."""
-    state: dict[str, Any] = read_json(path / "state.json")
+    """Return a checkpoint's state.json, without what it says of the other files.
+
+    Raises:
+        UserError: if it cannot be read or a field has a wrong type, naming both.
+    """
+    state = _read_state(path)
+    state.pop(_DIGESTS, None)
     return state
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    file = path / "state.json"
+    try:
+        state = read_json(file)
+    except UserError as error:
+        raise UserError(f"{error}; {_mend(path)}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{file}: expected a mapping, got {type(state).__name__}; {_mend(path)}")
+    for name, (right, wanted) in _FIELDS.items():
+        if (name in state or name == "step") and not right(state.get(name)):
+            raise UserError(f"{file}: {name}={str(state.get(name))[:80]} must be {wanted}; {_mend(path)}")
+    if path.name.removeprefix(_PREFIX).isdigit() and state["step"] != checkpoint_step(path):
+        raise UserError(f"{file}: step={state['step']} is not that of its folder; {_mend(path)}")
+    return state
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_digests(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(said, dict) and _is_count(said.get("bytes")) and isinstance(said.get("sha256"), str)
+        for said in value.values()
+    )
+
+
+# field of state.json -> what is right, and that in words
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "step": (_is_count, "a number of steps"),
+    "images": (lambda value: _is_count(value) or isinstance(value, str), "a number of images"),
+    "score": (lambda value: value is None or _is_number(value), "a finite number or null"),
+    "quality": (lambda value: value is None or _is_number(value), "a finite number or null"),
+    "seconds": (_is_number, "a finite number"),
+    "sums": (lambda value: isinstance(value, dict), "a mapping"),
+    "scaler": (
+        lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+        "a mapping of finite numbers",
+    ),
+    "config": (lambda value: isinstance(value, dict), "a mapping"),
+    _DIGESTS: (_is_digests, "bytes and sha256 of each file"),
+}
+
+
+def trained_config(path: Path) -> RunConfig:
+    """Return the configuration of the run that wrote a checkpoint.
+
+    Raises:
+        UserError: if state.json is damaged, naming it.
+    """
+    state = read_state(path)
+    try:
+        config = from_dict(RunConfig, state.get("config"), "config")
+    except UserError as error:
+        raise UserError(f"{path / 'state.json'}: {error}; {_mend(path)}") from None
+    return config
+
+
+def _mend(path: Path) -> str:
+    """Say which older checkpoint to go on from, and how."""
+    older = [p for p in list_checkpoints(path.parent) if checkpoint_step(p) < checkpoint_step(path)]
+    if not older:
+        return f"{path} is damaged and there is none before it: train the run anew"
+    return f"delete {path} to go on from the checkpoint before it, of step {checkpoint_step(older[-1])}"
 
 
 def load_tensors(path: Path, name: str, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -116,20 +185,74 @@ def load_tensors(path: Path, name: str, wanted: Collection[str] | None = None) -
     Args:
         path: the checkpoint's folder.
         name: of the file.
-        wanted: names of tensors; those of others are not read. None: all.
+        wanted: names of tensors (of "optimizer": of parameters); others are not read. None: all.
 
     Raises:
-        UserError: if the file is missing or damaged, naming it.
+        UserError: if the file is missing, damaged or not the one that was written, naming it.
     """
     file = path / f"{name}.safetensors"
+    known = _read_state(path).get(_DIGESTS)
     try:
+        if known is not None:
+            _check_digest(file, known.get(file.name, {}))
         with safe_open(file, framework="pt") as stored:
             keys = list(stored.keys())
-            return {key: stored.get_tensor(key) for key in keys if wanted is None or key in wanted}
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{file}: cannot be read ({error}); delete {path} to go on from the checkpoint before it"
-        ) from None
+            named = state_of if name == "optimizer" else str
+            return {key: stored.get_tensor(key) for key in keys if wanted is None or named(key) in wanted}
+    except (SafetensorError, OSError, _Damaged) as error:
+        raise UserError(f"{file}: cannot be read ({error}); {_mend(path)}") from None
+
+
+class _Damaged(Exception):
+    """A file is not what its checkpoint says of it."""
+
+
+def _check_digest(file: Path, said: dict[str, Any]) -> None:
+    with file.open("rb") as stream:
+        size = file.stat().st_size
+        if size != said.get("bytes"):
+            raise _Damaged(f"it has {size} bytes; {said.get('bytes', 'none')} were written")
+        if hashlib.file_digest(stream, "sha256").hexdigest() != said.get("sha256"):
+            raise _Damaged("its content is not what was written: its sha256 differs from that in state.json")
+
+
+def restore_module(module: nn.Module, path: Path, name: str) -> None:
+    """Take the weights of "model" or "ema" into a network, which may be a part of the one that was saved.
+
+    Raises:
+        UserError: if the file is damaged, or lacks a tensor, or one has another shape or dtype or is not finite.
+    """
+    own = module.state_dict()
+    tensors = load_tensors(path, name, own)
+    for key, value in own.items():
+        fault = _fault(tensors.get(key), value)
+        if fault:
+            raise UserError(f"{path / f'{name}.safetensors'}: {key} {fault}; {_mend(path)}")
+    module.load_state_dict(tensors)
+
+
+def _fault(given: Tensor | None, wanted: Tensor) -> str:
+    if given is None:
+        return "is missing"
+    if given.dtype != wanted.dtype or given.shape != wanted.shape:
+        return f"is {given.dtype} {list(given.shape)}, not {wanted.dtype} {list(wanted.shape)}"
+    return "" if bool(torch.isfinite(given).all()) else "is not finite"
+
+
+def restore_moments(optimizer: torch.optim.Optimizer, module: nn.Module, path: Path) -> None:
+    """Take a checkpoint's "optimizer" file into an optimiser over a network's parameters.
+
+    Raises:
+        UserError: if the file is damaged, empty after steps were done, or not what the optimiser keeps.
+    """
+    state = read_state(path)
+    tensors = load_tensors(path, "optimizer", {name for name, _ in module.named_parameters()})
+    try:
+        if state["step"] and not tensors and not state.get("scaler"):  # a scaler may have skipped every step
+            raise UserError("holds nothing of any parameter")
+        restore_optimizer(optimizer, module, tensors, state["step"])
+    except UserError as error:
+        raise UserError(f"{path / 'optimizer.safetensors'}: {error}; {_mend(path)}") from None
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -148,33 +271,4 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> None:
     best = best_checkpoint(folder)
     for path in found[:-keep_last]:
         if path != best and not (keep_every and checkpoint_step(path) % keep_every == 0):
-            _delete(path)
-
-
-def _delete(path: Path) -> None:
-    """Delete a checkpoint, renamed first: a half-deleted one is never taken for a whole one."""
-    doomed = path.with_name(f"{_TEMPORARY}deleted-{path.name}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """Return an optimiser's state as named tensors; parameters never stepped have none."""
-    return {
-        f"{name}.{key}": value
-        for name, parameter in module.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put named tensors back into an optimiser, bit for bit; those of parameters that the module lacks are left out."""
-    parameters = dict(module.named_parameters())
-    for key, value in tensors.items():
-        name, field = key.rsplit(".", 1)
-        if name not in parameters:
-            continue
-        parameter = parameters[name]
-        # Adam's step counter stays on the CPU unless the optimiser is fused on the parameter's device
-        target = parameter.device if field != "step" or optimizer.param_groups[0].get("fused") else torch.device("cpu")
-        optimizer.state[parameter][field] = value.to(target)
+            remove_folder(path)

@@ -4,17 +4,17 @@ RUN/config.json      the run configuration        RUN/checkpoints/   see checkpo
 RUN/split.json       the split its stages come from (if any)
 RUN/metrics.jsonl    losses, evaluations          RUN/samples/       grids drawn during training
 RUN/launches.jsonl   every command that trained it   RUN/execution.json   how steps are computed (if a trial was made)
+RUN/imported.json    the file it was imported from (if any)
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,11 +27,21 @@ from ..data import ImageData, open_configured
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..errors import UserError
 from ..execution import Execution
-from ..files import append_line, write_atomic, write_json
+from ..files import (
+    append_line,
+    disk_errors,
+    json_bytes,
+    locked,
+    new_folder,
+    sweep,
+    write_atomic,
+    write_file,
+    write_json,
+)
 from ..reading import brief
 from ..records import read_launches, read_metrics
 from ..serialization import from_dict, read_json
-from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, load_tensors, read_state
+from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, restore_module, trained_config
 from .devices import device_name
 
 
@@ -47,6 +57,11 @@ class Run:
         return self.path / "config.json"
 
     @property
+    def imported_file(self) -> Path:
+        """What an imported run was made of: without a checkpoint such a run is none."""
+        return self.path / "imported.json"
+
+    @property
     def metrics_file(self) -> Path:
         """Losses and evaluations, one JSON object a line."""
         return self.path / "metrics.jsonl"
@@ -57,25 +72,30 @@ class Run:
         return self.path / "checkpoints"
 
     @classmethod
-    def create(cls, path: Path, config: RunConfig, *, replace: bool = False) -> Run:
+    def create(
+        cls, path: Path, config: RunConfig, *, replace: bool = False, fill: Callable[[Run], object] | None = None
+    ) -> Run:
         """Make a run's folder.
 
         Args:
             path: where.
             config: what it is going to train.
             replace: move an existing run aside (to PATH.replaced-TIME) instead of refusing.
+            fill: writes what else belongs to the run, before its folder gets its name.
 
         Raises:
             UserError: if there is a run, or anything else, at path.
         """
-        if cls.require_room(path, replace=replace):
-            aside = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
-            with cls(path).locked() if cls(path).config_file.exists() else nullcontext():
-                path.rename(aside)
-        path.mkdir(parents=True, exist_ok=True)
-        run = cls(path)
-        write_json(run.config_file, config)
-        return run
+        taken = cls.require_room(path, replace=replace)
+        with new_folder(path) as folder:
+            write_file(folder / "config.json", json_bytes(path / "config.json", config))
+            if fill is not None:
+                fill(cls(folder))
+            if taken:  # last, so that an error before leaves it where it was
+                aside = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
+                with cls(path).locked() if cls(path).config_file.exists() else nullcontext(), disk_errors(path):
+                    path.rename(aside)
+        return cls(path)
 
     @staticmethod
     def require_room(path: Path, *, replace: bool) -> bool:
@@ -163,7 +183,7 @@ class Run:
             UserError: if there is no such checkpoint, or config.json no longer names its network, noise or stages.
         """
         folder, config = self.checkpoint(which), self.config()
-        trained = from_dict(RunConfig, read_state(folder)["config"])
+        trained = trained_config(folder)
         for name in ("network", "diffusion", "stages"):
             if getattr(trained, name) != getattr(config, name):
                 raise UserError(
@@ -171,7 +191,7 @@ class Run:
                     f"checkpoint's own configuration is in {folder / 'state.json'})"
                 )
         denoiser = build_denoiser(trained)
-        denoiser.load_state_dict(load_tensors(folder, weights))
+        restore_module(denoiser, folder, weights)
         return denoiser.to(device).eval().requires_grad_(False)
 
     def records(self) -> list[dict[str, Any]]:
@@ -238,9 +258,6 @@ class Run:
         Raises:
             UserError: if another process holds it.
         """
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"{self.path}: another process is training this run; wait for it or stop it") from None
+        with locked(self.path / ".lock", f"{self.path}: another process is training this run; wait for it or stop it"):
+            sweep(self.path)
             yield

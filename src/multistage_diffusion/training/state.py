@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from . import checkpoint as ckpt
@@ -44,18 +45,43 @@ def restore(trainer: Trainer, path: Path) -> None:
     """Take a checkpoint's state into a trainer.
 
     Raises:
-        UserError: if another release wrote it.
+        UserError: if a file of it is damaged, naming it, or another release wrote it.
     """
-    state = ckpt.read_state(path)
-    trainer.denoiser.load_state_dict(ckpt.load_tensors(path, "model", trainer.denoiser.state_dict()))
-    trainer.ema.module.load_state_dict(ckpt.load_tensors(path, "ema", trainer.ema.module.state_dict()))
-    fields = ("step", "exp_avg", "exp_avg_sq")
-    moments = [f"{name}.{field}" for name, _ in trainer.denoiser.named_parameters() for field in fields]
-    ckpt.restore_optimizer(trainer.optimizer, trainer.denoiser, ckpt.load_tensors(path, "optimizer", moments))
-    if state["scaler"]:
-        trainer.scaler.load_state_dict(state["scaler"])
-    try:
-        trainer.sums = RunningSums(**state["sums"])
-    except TypeError:
-        raise UserError(f"{path}: was written by another release, which alone can resume it") from None
+    state, config = ckpt.read_state(path), ckpt.trained_config(path)
+    if state["step"] > config.training.steps:
+        raise UserError(
+            f"{path / 'state.json'}: step={state['step']} is above its own config.training.steps={config.training.steps}; "
+            "was it edited?"
+        )
+    ckpt.restore_module(trainer.denoiser, path, "model")
+    ckpt.restore_module(trainer.ema.module, path, "ema")
+    ckpt.restore_moments(trainer.optimizer, trainer.denoiser, path)
+    if state.get("scaler"):
+        try:
+            trainer.scaler.load_state_dict(state["scaler"])
+        except (KeyError, RuntimeError):
+            raise UserError(f"{path / 'state.json'}: scaler lacks a number; was it edited?") from None
+    trainer.sums = _sums(state.get("sums"), len(config.stages), path)
     trainer.step = state["step"]
+
+
+def _sums(data: Any, stages: int, path: Path) -> RunningSums:
+    known = {field.name for field in dataclasses.fields(RunningSums)}
+    if not isinstance(data, dict) or data.keys() != known:
+        raise UserError(f"{path}: was written by another release, which alone can resume it")
+    lists, tables = (data["loss"], data["rows"]), (data["norm"], data["seen"])
+    right = (
+        data["stages"] == stages
+        and all(isinstance(values, list) and len(values) == stages for values in lists)
+        and all(isinstance(table, dict) for table in tables)
+        and data["norm"].keys() == data["seen"].keys()
+        and all(_is_finite(v) for values in (*lists, *(t.values() for t in tables)) for v in values)
+        and all(type(v) is int and v >= 0 for v in (*data["rows"], *data["seen"].values()))
+    )
+    if not right:
+        raise UserError(f"{path / 'state.json'}: sums are not finite numbers for {stages} stages; was it edited?")
+    return RunningSums(**data)
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

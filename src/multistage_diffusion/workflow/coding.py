@@ -16,7 +16,7 @@ from ..config import DataConfig
 from ..data import ImageData, open_configured
 from ..data.sources import located
 from ..errors import UserError
-from ..files import write_json
+from ..files import make_folder, write_json
 from ..pictures import grid, save_png
 from ..serialization import to_dict
 from ..training.devices import device_name, resolve_device
@@ -84,14 +84,15 @@ def train_codec(
 
 def _make_room(out: Path, replace: bool) -> None:
     """Make an empty folder, moving what is there aside (to OUT.replaced-TIME) if asked to."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # a training that was killed before its first checkpoint has left its lock alone
+    if out.exists() and (not out.is_dir() or any(p.name != ".lock" for p in out.iterdir())):
         if not replace:
             raise UserError(
                 f"{out}: exists; go on with it (--resume), choose another --out, or replace it (--replace; replace=True "
                 "in Python)"
             )
         out.rename(out.with_name(f"{out.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
 
 
 def _write(trainer: CodecTrainer, data: DataConfig, held_out: ImageData) -> dict[str, Any]:

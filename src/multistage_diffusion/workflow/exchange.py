@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import CodecConfig, DataConfig, DiffusionConfig, NetworkConfig, RunConfig, TrainingConfig
 from ..errors import UserError
-from ..files import write_atomic
+from ..files import disk_errors, write_atomic, write_json
 from ..interop.autoencoder import vq_model
 from ..interop.layouts import DDPMPP, SUFFIXES, Published, Tensors, published_bytes, read_published
 from ..interop.shapes import network_of, our_state, published_state, resolution_of
@@ -21,7 +21,7 @@ from ..schedules import VP, Discrete, UniformSteps
 from ..serialization import from_dict
 from ..splitting import SplitResult
 from ..stages import Stages
-from ..training.checkpoint import Checkpoint, load_tensors, read_state, save_checkpoint
+from ..training.checkpoint import Checkpoint, checkpoint_step, load_tensors, save_checkpoint, trained_config
 from ..training.run import Run
 from ..training.sums import RunningSums
 
@@ -76,11 +76,15 @@ def import_published(
         raise UserError(f"{file}: {error}") from None
     if published.ema is None:
         warnings.warn(f"{file}: holds no averaged weights; the model's own stand for them", stacklevel=2)
-    run = Run.create(Path(out), config, replace=replace)
-    if codec is not None:
-        codec.save_pretrained(folder)
-    _save(run, config, model=tensors[0], ema=tensors[-1])
-    return run
+
+    def fill(run: Run) -> None:
+        if codec is not None:
+            with disk_errors(folder):
+                codec.save_pretrained(run.path / folder.name)
+        write_json(run.imported_file, {"file": file.name})
+        _save(run, config, model=tensors[0], ema=tensors[-1])
+
+    return Run.create(Path(out), config, replace=replace, fill=fill)
 
 
 def _heads(published: Published, given: int | None) -> int:
@@ -313,8 +317,7 @@ def export_published(
     """
     run, file = run if isinstance(run, Run) else Run.open(Path(run)), Path(file)
     folder = run.checkpoint(checkpoint)
-    state = read_state(folder)
-    config = from_dict(RunConfig, state["config"])
+    config = trained_config(folder)
     if not _layout(config):
         raise UserError(
             f"{run.path}: no published layout tells a network of family {config.network.family!r} with precondition "
@@ -335,7 +338,7 @@ def export_published(
         buffers=_buffers(config),
         arguments=_arguments(config, (height, width)),
         norm_groups=config.network.norm_groups,
-        step=state["step"],
+        step=checkpoint_step(folder),
     )
     write_atomic(file, published_bytes(published))
     return file

@@ -16,10 +16,10 @@ from ..data import open_configured
 from ..distributed import RankLost, World
 from ..errors import UserError, explained
 from ..files import write_json
-from ..serialization import from_dict, override, to_dict
+from ..serialization import override, to_dict
 from ..splitting import SplitResult
 from ..training.callbacks import SampleGrid
-from ..training.checkpoint import checkpoint_step, list_checkpoints, read_state
+from ..training.checkpoint import checkpoint_step, list_checkpoints, trained_config
 from ..training.devices import joined, precision_name
 from ..training.events import Callback
 from ..training.run import Run
@@ -143,9 +143,8 @@ def _is_run_of(path: Path, config: RunConfig) -> bool:
 
 
 def _create(path: Path, config: RunConfig, result: SplitResult | None, *, replace: bool) -> None:
-    run = Run.create(path, config, replace=replace)
-    if result is not None:
-        save_split(result, run.path / "split.json")
+    split = (lambda run: save_split(result, run.path / "split.json")) if result is not None else None
+    Run.create(path, config, replace=replace, fill=split)
 
 
 def _judges(yardstick: Yardstick | None, material: Material, device: torch.device) -> list[Callback]:
@@ -230,6 +229,8 @@ def _reopened(run: Run, changes: Mapping[str, Any], device: torch.device, progre
         )
     changed = dataclasses.replace(changed, data=located(changed.data))
     found = list_checkpoints(run.checkpoints)
+    if not found and (run.imported_file.exists() or not config.data.fingerprint):
+        raise UserError(f"{run.path}: was imported, but its checkpoint is gone; import it again (--replace)")
     if found and changed.training.steps < checkpoint_step(found[-1]):
         raise UserError(
             f"training.steps={changed.training.steps} is below step {checkpoint_step(found[-1])}, which {run.path} has "
@@ -267,7 +268,7 @@ def _refuse_edited(run: Run, config: RunConfig) -> None:
     found = list_checkpoints(run.checkpoints)
     if not found:
         return
-    before = from_dict(RunConfig, read_state(found[-1])["config"])
+    before = trained_config(found[-1])
     known = _flat(to_dict(before))
     edited = [
         key

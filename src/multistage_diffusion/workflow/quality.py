@@ -91,7 +91,7 @@ class Yardstick:
 
 def _features(name: str) -> FeatureExtractor:
     try:
-        return get_features(name)
+        return get_features(name, named=False)
     except UserError as error:
         raise UserError(f"evaluation.{error}") from None
 

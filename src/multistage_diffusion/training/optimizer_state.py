@@ -1,0 +1,107 @@
+"""An optimiser's state as named tensors, whatever the optimiser: what its own state_dict holds, by parameter and key."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+_NUMBER = ":number"  # ends the name of what is no tensor in the optimiser, but a Python number
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """Return an optimiser's state as {"PARAMETER.KEY": tensor}; parameters never stepped have none.
+
+    Raises:
+        TypeError: if the optimiser keeps anything but tensors, numbers and None.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}.{key}"] = value
+            elif isinstance(value, int | float):
+                tensors[f"{name}.{key}{_NUMBER}"] = torch.tensor(value, dtype=_dtype(value))
+            elif value is not None:
+                raise TypeError(f"{type(optimizer).__name__} keeps {key!r} as {type(value).__name__}: not supported")
+    return tensors
+
+
+def _dtype(value: float) -> torch.dtype:
+    return torch.bool if isinstance(value, bool) else torch.int64 if isinstance(value, int) else torch.float64
+
+
+def state_of(name: str) -> str:
+    """Return the parameter that a tensor of `optimizer_tensors` belongs to."""
+    return name.rsplit(".", 1)[0]
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor], most: int | None = None
+) -> None:
+    """Put named tensors back into an optimiser, bit for bit; those of parameters that the module lacks are left out.
+
+    Args:
+        optimizer: over the module's parameters.
+        module: the network.
+        tensors: of `optimizer_tensors`.
+        most: steps that have been done; no count may be higher. None: not known.
+
+    Raises:
+        UserError: if a parameter has not what this optimiser keeps of one: keys, dtypes, shapes, finite values.
+    """
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        by_parameter.setdefault(state_of(name), {})[name.rsplit(".", 1)[1]] = value
+    made: dict[tuple[torch.device, torch.dtype], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if name not in by_parameter:
+            continue
+        kind = parameter.device, parameter.dtype
+        if kind not in made:
+            made[kind] = _made(optimizer, *kind)
+        optimizer.state[parameter] = _checked(name, parameter, by_parameter[name], made[kind], most)
+
+
+_PROBE = (2, 3)
+
+
+def _made(optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what an optimiser of this class and these settings keeps of a parameter after a step."""
+    accepted = inspect.signature(type(optimizer).__init__).parameters
+    settings = {key: value for key, value in optimizer.defaults.items() if key in accepted}
+    probe = nn.Parameter(torch.zeros(_PROBE, device=device, dtype=dtype))
+    other = type(optimizer)([probe], **settings)
+    probe.grad = torch.zeros_like(probe)
+    other.step()
+    return dict(other.state[probe])
+
+
+def _checked(
+    name: str, parameter: Tensor, given: dict[str, Tensor], made: dict[str, Any], most: int | None
+) -> dict[str, Any]:
+    wanted = {key if isinstance(v, Tensor) else key + _NUMBER: v for key, v in made.items() if v is not None}
+    if given.keys() != wanted.keys():
+        raise UserError(f"{name} has {', '.join(sorted(given))}; the optimiser keeps {', '.join(sorted(wanted))}")
+    state: dict[str, Any] = dict.fromkeys(made)
+    for key, value in given.items():
+        model = wanted[key]
+        if not isinstance(model, Tensor):
+            model = torch.tensor(model, dtype=_dtype(model))
+        shape = parameter.shape if model.shape == _PROBE else model.shape if model.ndim == 0 else value.shape
+        if value.dtype != model.dtype or value.shape != shape:
+            raise UserError(f"{name}.{key} is {value.dtype} {list(value.shape)}, not {model.dtype} {list(shape)}")
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{name}.{key} is not finite")
+        if key.removesuffix(_NUMBER) == "step" and most is not None and not 0 <= value.item() <= most:
+            raise UserError(f"{name}.{key}={value.item():g} is not between 0 and {most}, the checkpoint's step")
+        if key.endswith(_NUMBER):
+            state[key.removesuffix(_NUMBER)] = value.item()
+        else:
+            # some optimisers keep counts on the CPU
+            state[key] = value.to(model.device)
+    return state
