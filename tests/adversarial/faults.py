@@ -9,7 +9,20 @@ from contextlib import contextmanager
 from typing import Any
 
 # what changes a folder or a file, or makes a change last
-_CALLS = ("open", "write", "replace", "rename", "fsync", "mkdir", "unlink", "rmdir", "ftruncate", "fchmod", "link", "symlink")
+_CALLS = (
+    "open",
+    "write",
+    "replace",
+    "rename",
+    "fsync",
+    "mkdir",
+    "unlink",
+    "rmdir",
+    "ftruncate",
+    "fchmod",
+    "link",
+    "symlink",
+)
 
 
 class Killed(BaseException):
