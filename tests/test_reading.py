@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ from multistage_diffusion.commands.options import load_config, parse_changes
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.presets import preset
-from multistage_diffusion.reading import DEEPEST, parse_json, parse_yaml, read_bytes, read_text
+from multistage_diffusion.reading import (
+    DEEPEST,
+    parse_json,
+    parse_yaml,
+    read_bytes,
+    read_file,
+    read_text,
+    require_regular,
+)
 from multistage_diffusion.serialization import from_dict, override, read_json, read_lines
 
 LISTS = "\n".join(
@@ -96,17 +105,21 @@ def test_special_and_large_files_are_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(100))
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "empty").touch()
-    for name, words in (("fifo", "is a FIFO, socket or device"), ("large", "larger than"), ("gone", "no such file")):
+    for name, words in (
+        ("fifo", "it is a named pipe"),
+        ("large", "it holds 100 bytes, more than the 99"),
+        ("gone", "no such file"),
+    ):
         with pytest.raises(UserError, match=f"{name}: {words}"):
             read_bytes(tmp_path / name, 99)
-    with pytest.raises(UserError, match="/dev/zero: is a FIFO, socket or device"):
+    with pytest.raises(UserError, match="/dev/zero: it is a device, not a file"):
         read_bytes(Path("/dev/zero"), 99)
-    with pytest.raises(UserError, match=r"is a folder|is a directory"):
+    with pytest.raises(UserError, match="it is a folder, not a file"):
         read_bytes(tmp_path, 99)
     with pytest.raises(UserError, match=r"latin: not valid text \(byte 3 is not UTF-8\)"):
         read_text(tmp_path / "latin", 99)
     assert read_text(tmp_path / "empty", 0) == ""
-    with pytest.raises(UserError, match="fifo: is a FIFO"):
+    with pytest.raises(UserError, match="fifo: it is a named pipe"):
         load_config(tmp_path / "fifo")
 
 
@@ -159,3 +172,35 @@ def test_values_of_many_types_are_never_a_bug() -> None:
         for value in odd:
             with contextlib.suppress(UserError):
                 from_dict(SamplingConfig, {name: value})
+
+
+def test_a_file_is_read_up_to_the_limit(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_file(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(UserError, match="it holds 5 bytes, more than the 4 that are read"):
+        read_file(tmp_path / "a", 4)
+    with pytest.raises(UserError, match="no such file"):
+        read_file(tmp_path / "b", 5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="a Linux file system")
+def test_a_file_without_a_length_is_bounded_too():
+    with pytest.raises(UserError, match="it holds 11 bytes, more than the 10"):
+        read_file(Path("/proc/self/status"), 10)
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(tmp_path)
+        server.bind("socket")
+        for path, kind in {
+            "pipe": "a named pipe",
+            "socket": "a socket",
+            "/dev/zero": "a device",
+            ".": "a folder",
+        }.items():
+            with pytest.raises(UserError, match=f"it is {kind}, not a file"):
+                require_regular(Path(path))
+            with pytest.raises(UserError, match=f"it is {kind}, not a file"):
+                read_file(Path(path), 10)

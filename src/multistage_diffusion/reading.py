@@ -16,49 +16,74 @@ YAML_LIMIT = 256 << 10  # bytes; PyYAML reads about 100 KiB/s
 DEEPEST = 64  # levels of lists and mappings
 MOST_NODES = 100_000  # values of a YAML text, aliases written out
 
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """Read a regular file.
 
-    Args:
-        path: of the file; links are followed.
-        limit: bytes that it may have.
+def require_regular(path: Path) -> int:
+    """Return the length in bytes of a regular file; nothing is opened.
 
     Raises:
-        UserError: naming it, if it is missing, special (a folder, a FIFO, a device), cannot be read or is larger.
+        UserError: what is there instead, or why it cannot be told; the caller names the file.
     """
     try:
-        # a FIFO that nobody writes to would be waited for
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(handle, "rb") as file:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
-                kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a FIFO, socket or device"
-                raise UserError(f"{path}: is {kind}, not a file")
-            data = file.read(limit + 1) if found.st_size <= limit else None
+        found = path.stat()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: cannot be read (is a directory)") from None
+        raise UserError("no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(getattr(error, "strerror", None) or str(error)) from None
+    kind = stat.S_IFMT(found.st_mode)
+    if kind != stat.S_IFREG:
+        raise UserError(f"it is {_KINDS.get(kind, 'something else')}, not a file")
+    return found.st_size
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes; links are followed.
+
+    Raises:
+        UserError: why it cannot be read; the caller names the file.
+    """
+    require_length(require_regular(path), limit)
+    try:
+        # without waiting: a named pipe may have taken the file's place since
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            content = file.read(limit + 1)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if data is None or len(data) > limit:
-        raise UserError(f"{path}: larger than {limit >> 10} KiB, which no file of this kind is; name another")
-    return data
+        raise UserError(error.strerror or str(error)) from None
+    require_length(len(content), limit)  # some files grow, and those of /proc have no length
+    return content
+
+
+def require_length(length: int, limit: int) -> None:
+    """Raise UserError if there are more bytes than are read; the caller names the file."""
+    if length > limit:
+        raise UserError(f"it holds {length} bytes, more than the {limit} that are read")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Read a regular file, see `read_file`; here the error names it."""
+    try:
+        return read_file(path, limit)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def require_file(path: Path) -> None:
-    """Refuse what is no regular file, for readers that open it themselves and would wait for a FIFO.
+    """Refuse what is no regular file, for readers that open it themselves and would wait for a named pipe.
 
     Raises:
         UserError: naming it.
     """
     try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'a FIFO, socket or device'}, not a file")
+        require_regular(path)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_text(path: Path, limit: int, kind: str = "text") -> str:

@@ -1,46 +1,11 @@
-import os
-import socket
 import struct
 import tracemalloc
 import zipfile
-from pathlib import Path
 
 import pytest
 
-from multistage_diffusion.data.bounded import read_file, read_member, require_inflatable, require_regular
+from multistage_diffusion.data.bounded import read_member, require_inflatable
 from multistage_diffusion.errors import UserError
-
-
-def test_a_file_is_read_up_to_the_limit(tmp_path):
-    (tmp_path / "a").write_bytes(b"12345")
-    assert read_file(tmp_path / "a", 5) == b"12345"
-    with pytest.raises(UserError, match="it holds 5 bytes, more than the 4 that are read"):
-        read_file(tmp_path / "a", 4)
-    with pytest.raises(UserError, match="No such file"):
-        read_file(tmp_path / "b", 5)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="a Linux file system")
-def test_a_file_without_a_length_is_bounded_too():
-    with pytest.raises(UserError, match="it holds 11 bytes, more than the 10"):
-        read_file(Path("/proc/self/status"), 10)
-
-
-def test_what_is_no_file_is_refused_without_waiting(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "pipe")
-    with socket.socket(socket.AF_UNIX) as server:
-        monkeypatch.chdir(tmp_path)
-        server.bind("socket")
-        for path, kind in {
-            "pipe": "a named pipe",
-            "socket": "a socket",
-            "/dev/zero": "a device",
-            ".": "a folder",
-        }.items():
-            with pytest.raises(UserError, match=f"it is {kind}, not a file"):
-                require_regular(Path(path))
-            with pytest.raises(UserError, match=f"it is {kind}, not a file"):
-                read_file(Path(path), 10)
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
-from .bounded import FILE_LIMIT, read_file
+from ..reading import read_file
+from .bounded import FILE_LIMIT
 from .dataset import ImageData
 from .opening import one_line
 

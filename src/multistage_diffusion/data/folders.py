@@ -13,7 +13,8 @@ import numpy as np
 
 from ..config import MAX_PIXELS
 from ..errors import UserError
-from .bounded import FILE_LIMIT, read_file, read_member, require_regular
+from ..reading import read_file, require_regular
+from .bounded import FILE_LIMIT, read_member
 from .dataset import ImageData
 from .decoding import Progress, decode_all
 from .fitting import Fit

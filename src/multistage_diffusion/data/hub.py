@@ -11,7 +11,8 @@ import numpy as np
 
 from ..config import MAX_PIXELS
 from ..errors import UserError
-from .bounded import FILE_LIMIT, read_file
+from ..reading import read_file
+from .bounded import FILE_LIMIT
 from .dataset import ImageData
 from .decoding import Progress, decode_all
 from .fitting import Fit

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
-from .bounded import require_inflatable, require_regular
+from ..reading import require_regular
+from .bounded import require_inflatable
 from .dataset import ImageData
 from .opening import one_line
 

@@ -16,7 +16,8 @@ from PIL import Image, UnidentifiedImageError
 
 from ..config import MAX_PIXELS
 from ..errors import UserError
-from .bounded import FILE_LIMIT, read_file
+from ..reading import read_file
+from .bounded import FILE_LIMIT
 
 # Those that Pillow decodes in this process and recognises by their first bytes. EPS is not among them: Pillow
 # hands it to Ghostscript, whatever the file's name.

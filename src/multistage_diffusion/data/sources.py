@@ -11,8 +11,8 @@ import numpy as np
 
 from ..config import MAX_PIXELS, DataConfig
 from ..errors import UserError
+from ..reading import require_regular
 from .arrays import open_array
-from .bounded import require_regular
 from .cifar import open_cifar10
 from .dataset import ImageData
 from .decoding import Progress
