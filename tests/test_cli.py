@@ -538,7 +538,7 @@ def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monk
         ("sample RUN --churn 4", "sampling.churn=4.0 has no meaning for solver 'dpm'"),
         ("sample RUN --device gpu", "device='gpu' is unknown"),
         ("evaluate RUN --features incepton", "features='incepton' is unknown"),
-        ("evaluate RUN --against absent.npz", "absent.npz: No such file"),
+        ("evaluate RUN --against absent.npz", "absent.npz: no such file"),
         ("evaluate RUN --against train --count 3", "count=3: comparing with train of digits needs at least 4 samples"),
         ("evaluate RUN --inception-weights w.pth", "features='pixels' takes no weights"),
         ("stats digits --out new.json", "statistics are an .npz file; name it new.npz"),

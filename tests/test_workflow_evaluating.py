@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_refused_before_sampling(
         ("others.npz", COUNT, "others.npz: made with data fingerprint"),
         ("classified.npz", COUNT, "classified.npz: made with features fashion-classifier .*, but this is pixels"),
         ("edm.npz", COUNT, "edm.npz: of 2048 feature dimensions, but pixels has 64"),
-        ("none.npz", COUNT, "none.npz: No such file"),
+        ("none.npz", COUNT, "none.npz: no such file"),
     ):
         with pytest.raises(ValueError, match=message):
             compare(run, tmp_path / reference, count=count)

@@ -271,7 +271,7 @@ def test_a_reference_stands_for_the_training_images(reference: Path, tmp_path: P
 
 
 def test_a_reference_that_is_missing_or_does_not_fit_is_refused(reference: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^evaluation\.reference: .*absent\.npz: No such file"):
+    with pytest.raises(ValueError, match=r"^evaluation\.reference: .*absent\.npz: no such file"):
         train(tiny(tmp_path, evaluation__reference="absent.npz"), tmp_path / "run")
     np.save(tmp_path / "others.npy", np.zeros((60, 8, 8), np.uint8))
     others = {"data.source": str(tmp_path / "others.npy"), "data.held_out": 0.0, "evaluation.reference": reference.name}
