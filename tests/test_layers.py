@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("data",),
     # L1: finding stages, networks, pictures
-    ("nets", "optimal", "pictures"),
+    ("class_labels", "nets", "optimal", "pictures"),
     ("execution", "pages", "residency", "splitting"),
     # L2: from networks to images
     ("codecs", "denoisers", "guidance", "samplers"),

@@ -21,7 +21,11 @@ MAX_PIXELS = 178_956_970  # of an image; the default, and Pillow's own limit aga
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is trained on. `fingerprint` and `shape` are filled in when a run starts and checked at resume."""
+    """What is trained on. `fingerprint` and `shape` are filled in when a run starts and checked at resume.
+
+    `class_counts`, the training images of each class, is filled in, too, where the network is class-conditional: samples that
+    are measured have the same frequencies.
+    """
 
     source: str = "digits"
     held_out: float = 0.1
@@ -31,12 +35,17 @@ class DataConfig:
     max_pixels: int = MAX_PIXELS
     fingerprint: str = ""
     shape: tuple[int, ...] = ()
+    class_counts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require(0 <= self.held_out < 1, f"data.held_out={self.held_out} must be in [0, 1)")
         if self.size is not None:
             require(min(self.size) > 0, f"data.size={self.size} must be positive")
         require(self.max_pixels > 0, f"data.max_pixels={self.max_pixels} must be positive")
+        require(
+            not self.class_counts or (min(self.class_counts) >= 0 and sum(self.class_counts) > 0),
+            f"data.class_counts={list(self.class_counts)} must be >= 0 and not all zero",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

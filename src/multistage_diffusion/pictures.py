@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,16 +87,24 @@ def save_folder(images: Tensor, folder: Path, start: int = 0, overwrite: bool = 
 
 
 @contextmanager
-def folder_of_images(folder: Path) -> Iterator[Callable[[int, Tensor], object]]:
+def folder_of_images(folder: Path, labels: Tensor | None = None) -> Iterator[Callable[[int, Tensor], object]]:
     """Give a function that writes images into a folder as `save_folder` does: of (number of the first, images).
 
     The folder appears at the end, whole; it takes the place of one of such images alone. After an error nothing is changed.
+
+    Args:
+        folder: where.
+        labels: class of every image, int64 (N,), written as dataset.json as EDM's tools do; None: none is.
 
     Raises:
         UserError: if anything else is in the folder that is there.
     """
     if folder.is_dir():
-        others = [p.name for p in sorted(folder.iterdir()) if not re.fullmatch(r"\d{6,}\.png", p.name) or p.is_dir()]
+        others = [
+            p.name
+            for p in sorted(folder.iterdir())
+            if not re.fullmatch(r"\d{6,}\.png|dataset\.json", p.name) or p.is_dir()
+        ]
         if others:
             raise UserError(
                 f"{folder}: holds {others[0]!r}, which is no sample; it is not replaced; choose another folder"
@@ -107,13 +117,22 @@ def folder_of_images(folder: Path) -> Iterator[Callable[[int, Tensor], object]]:
                 write_file(temporary / f"{first + i:06d}.png", _png(_to_pil(image)))
 
         yield write
+        if labels is not None:
+            listing = {"labels": [[f"{i:06d}.png", label] for i, label in enumerate(labels.tolist())]}
+            write_file(temporary / "dataset.json", json.dumps(listing).encode())
 
 
-def save_npz(images: Tensor, path: Path) -> None:
-    """Write images, uint8 (N, C, H, W), as the array `images` of a compressed .npz archive, atomically."""
+def save_npz(images: Tensor, path: Path, labels: Tensor | None = None) -> None:
+    """Write images, uint8 (N, C, H, W), as the array `images` of a compressed .npz archive, atomically.
+
+    Their labels, int64 (N,), are the array `labels` in it, if there are any.
+    """
     _check(images)
+    arrays: dict[str, Any] = {"images": images.cpu().numpy()}
+    if labels is not None:
+        arrays["labels"] = labels.cpu().numpy()
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, images=images.cpu().numpy())
+    np.savez_compressed(buffer, **arrays)
     write_atomic(path, buffer.getvalue())
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from multistage_diffusion.pictures import grid
 from multistage_diffusion.sampling import sample_images
-from multistage_diffusion.training.callbacks import SampleGrid, TensorBoard, example_labels
+from multistage_diffusion.training.callbacks import SampleGrid, TensorBoard
 from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
@@ -63,11 +63,6 @@ def test_samples_that_are_not_finite_do_not_stop_training(tmp_path, tiny_config,
         trainer.fit()
     assert trainer.step == 2
     assert not (run.path / "samples").exists()
-
-
-def test_example_labels_take_turns():
-    assert example_labels(0, 5) is None
-    assert example_labels(3, 5).tolist() == [0, 1, 2, 0, 1]
 
 
 def test_tensorboard_holds_every_logged_number(tmp_path, tiny_config, tiny_data):

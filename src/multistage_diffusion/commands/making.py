@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from ..class_labels import warn_of_empty
 from ..console import Bar, TrainingProgress, console
 from ..distributed import speaks
 from ..errors import UserError
@@ -23,6 +24,7 @@ from ..training.profiling import Profile
 from ..training.run import Run
 from ..training.strategies import Strategy
 from ..workflow import resume, sample, train
+from ..workflow.using import sample_labels
 from .options import (
     Changes,
     DataOptions,
@@ -169,7 +171,7 @@ class Sample(SamplerOptions):
     """Seed."""
     out: Path = Path("samples.png")
     """FILE.png for a grid, FILE.npz for an array, anything else for a folder."""
-    label: Annotated[int | None, option("INT", "all classes in turn")] = None
+    label: Annotated[int | None, option("INT", "all: in turn in a grid, else as frequent as in training")] = None
     """Class of all samples (class-conditional runs)."""
     checkpoint: str = "best"
     """best, latest or a step."""
@@ -204,7 +206,11 @@ class Sample(SamplerOptions):
         sampling = self.sampling_config(config.sampling)
         if speaks() and (reason := shortcoming(make_plan(sampling, config.diffusion.schedule))):
             warnings.warn(f"{reason} (docs/sampling.md)", stacklevel=2)
-        written = folder_of_images(self.out) if folder and speaks() else nullcontext()
+        in_turn = suffix == ".png"
+        labels = sample_labels(config, self.count, seed=self.seed, label=self.label, in_turn=in_turn)
+        if self.label is None:
+            warn_of_empty(config.data.class_counts)
+        written = folder_of_images(self.out, labels) if folder and speaks() else nullcontext()
         with Bar("sampling", "calls") as bar, written as write:
             images = sample(
                 run,
@@ -213,6 +219,7 @@ class Sample(SamplerOptions):
                 sampling=sampling,
                 checkpoint=self.checkpoint,
                 label=self.label,
+                in_turn=in_turn,
                 batch=self.batch,
                 device=self.device,
                 precision=self.precision,
@@ -226,7 +233,7 @@ class Sample(SamplerOptions):
         if suffix == ".png":
             save_png(grid(images), self.out)
         elif suffix == ".npz":
-            save_npz(images, self.out)
+            save_npz(images, self.out, labels)
         if self.json:
             print_json({"out": str(self.out), "count": self.count, "seed": self.seed, "sampling": to_dict(sampling)})
         else:

@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..class_labels import labels_in_turn
 from ..errors import UserError
 from ..pictures import grid, save_png
 from ..sampling import sample_images
@@ -42,7 +42,7 @@ class SampleGrid(Callback):
                 config=config.sampling,
                 schedule=config.diffusion.schedule,
                 seed=training.seed,
-                labels=example_labels(config.network.num_classes, training.sample_count),
+                labels=labels_in_turn(config, training.sample_count),
                 device=trainer.device,
                 decode=self.decode,
                 autocast=trainer.autocast,
@@ -53,11 +53,6 @@ class SampleGrid(Callback):
             return
         if trainer.world.chief:
             save_png(grid(images), trainer.run.path / "samples" / f"step_{trainer.step:08d}.png")
-
-
-def example_labels(classes: int, count: int) -> torch.Tensor | None:
-    """Return labels 0, 1, .. in turn, None for an unconditional network."""
-    return torch.arange(count) % classes if classes else None
 
 
 class TensorBoard(Callback):

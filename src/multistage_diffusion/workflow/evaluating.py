@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..class_labels import warn_of_empty
 from ..config import DataConfig, SamplingConfig
 from ..contracts import FeatureExtractor
 from ..data import ImageData, open_configured
@@ -91,6 +92,7 @@ def evaluate(
     with world.announced():
         extractor = sharded(get_features(features, weights), world)
         config, opened, share = run.config(), *_compared_data(run, data)
+        warn_of_empty(config.data.class_counts)
         train_images, held_out = (part.tensor() for part in opened.split(share))
         count = min(max(len(held_out), 500), 5000) if count is None else count
         if min(count, len(train_images), len(held_out)) <= NEIGHBOURS:
@@ -145,6 +147,7 @@ def compare(
     with world.announced():
         extractor = sharded(get_features(features, weights), world)
         opened, share = _compared_data(run, data)
+        warn_of_empty(run.config().data.class_counts)
         if str(reference) == "train":
             found = part_reference(extractor, opened, "train", share, KEPT, resolved, progress)
         else:

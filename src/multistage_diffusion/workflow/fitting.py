@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..class_labels import with_class_counts
 from ..config import RunConfig
 from ..data import open_configured
 from ..distributed import RankLost, World
@@ -113,6 +114,7 @@ def _prepared(
     if result is not None:
         config = with_split(config, result)
     parts = check(config, data, device, processes)
+    config = with_class_counts(config, parts[0])
     if result is not None and result.fingerprint not in ("", data.fingerprint, parts[0].fingerprint):
         warnings.warn("the split was made on other data than these; its edges may not suit them", stacklevel=3)
     warn_of_blind(config.network)
@@ -244,6 +246,7 @@ def _reopened(run: Run, changes: Mapping[str, Any], device: torch.device, progre
     )
     changed, codec = with_codec(changed, device)
     parts = check(changed, data, device)
+    changed = with_class_counts(changed, parts[0])
     yardstick = Yardstick.of(changed, data, parts[0], device)
     material = Material.of(changed, codec, parts, device, progress)
     return material, _judges(yardstick, material, device)

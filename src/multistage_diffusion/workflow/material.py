@@ -31,7 +31,7 @@ def prepare(config: RunConfig, data: ImageData) -> RunConfig:
     network = config.network if config.codec.used else dataclasses.replace(config.network, channels=data.shape[0])
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(located(config.data), fingerprint=data.fingerprint, shape=data.shape),
+        data=dataclasses.replace(located(config.data), fingerprint=data.fingerprint, shape=data.shape, class_counts=()),
         network=network,
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..class_labels import frequent_labels
 from ..config import RunConfig
 from ..contracts import Conditioning, Denoiser, FeatureExtractor
 from ..data import ImageData
@@ -20,7 +21,6 @@ from ..errors import UserError
 from ..evaluation import Moments, frechet_between, get_features, image_moments, load_reference, sharded
 from ..evaluation.statistics import MAX_DIMS
 from ..sampling import sample_images
-from ..training.callbacks import example_labels
 from ..training.devices import autocast_dtype
 from ..training.events import Callback
 from ..training.flops import flops_per_image
@@ -173,7 +173,7 @@ class Quality(Callback):
             config=config.sampling,
             schedule=config.diffusion.schedule,
             seed=config.evaluation.seed,
-            labels=example_labels(config.network.num_classes, count),
+            labels=frequent_labels(config, count, config.evaluation.seed),
             device=self.device,
             decode=self.decode,
             autocast=autocast_dtype(config.training.precision, self.device),

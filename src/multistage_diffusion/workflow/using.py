@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..class_labels import frequent_labels, labels_in_turn
 from ..codecs import open_codec
-from ..config import SamplingConfig
+from ..config import RunConfig, SamplingConfig
 from ..denoisers import MultiStageDenoiser
 from ..description import architecture_rows, describe
 from ..errors import UserError
@@ -20,7 +21,6 @@ from ..execution import Execution, Graphs, execute
 from ..keyed import generator
 from ..residency import OneStageAtATime, images_at_once, require_sampling_memory
 from ..sampling import sample_images
-from ..training.callbacks import example_labels
 from ..training.devices import Precision, autocast_dtype, joined, keep_memory
 from ..training.run import Run
 from .latent import decoder
@@ -54,6 +54,7 @@ def sample(
     sampling: SamplingConfig | None = None,
     checkpoint: str = "best",
     label: int | None = None,
+    in_turn: bool = False,
     batch: int | None = None,
     device: str | None = None,
     precision: Precision | Literal["auto"] = "auto",
@@ -70,7 +71,8 @@ def sample(
         seed: sample i is the same whatever the count or batch.
         sampling: another sampler than the run's own.
         checkpoint: "best", "latest" or a step.
-        label: class of all samples of a class-conditional run; None takes all classes in turn.
+        label: class of all samples of a class-conditional run; None draws each sample's class, see `sample_labels`.
+        in_turn: take the classes in turn instead: to be looked at, not to be measured.
         batch: samples drawn at once; None: as many as fit into free memory, up to a number that nothing is gained beyond.
         device: default CUDA when there is one.
         precision: of the network; the trajectory is float32. "auto": bf16 on CUDA where it has it, else fp16; fp32 on the CPU.
@@ -87,10 +89,7 @@ def sample(
     """
     run = opened_run(run)
     config, (world, resolved) = run.config(), joined(device)
-    classes = config.network.num_classes
-    if label is not None and not 0 <= label < classes:
-        known = f"it must be in 0..{classes - 1}" if classes else "the run knows no classes; leave it out"
-        raise UserError(f"label={label}: {known}")
+    labels = sample_labels(config, count, seed=seed, label=label, in_turn=in_turn)
     decode = None
     if config.codec.used:
         assert config.codec.scale is not None
@@ -114,7 +113,7 @@ def sample(
             schedule=config.diffusion.schedule,
             seed=seed,
             batch=batch,
-            labels=example_labels(classes, count) if label is None else torch.full((count,), label),
+            labels=labels,
             device=resolved,
             progress=progress,
             decode=decode,
@@ -122,6 +121,29 @@ def sample(
             finished=finished,
             world=world,
         )
+
+
+def sample_labels(
+    config: RunConfig, count: int, *, seed: int = 0, label: int | None = None, in_turn: bool = False
+) -> Tensor | None:
+    """Return the class of every sample that `sample` draws, int64 (count,); None for an unconditional run.
+
+    Args:
+        config: the run's.
+        count, seed: see `sample`; label i depends on (seed, i) alone.
+        label: of all of them; None: drawn with the frequencies of the training images.
+        in_turn: classes that have training images, in turn.
+
+    Raises:
+        UserError: if there is no such class.
+    """
+    classes = config.network.num_classes
+    if label is None:
+        return labels_in_turn(config, count) if in_turn else frequent_labels(config, count, seed)
+    if not 0 <= label < classes:
+        known = f"it must be in 0..{classes - 1}" if classes else "the run knows no classes; leave it out"
+        raise UserError(f"label={label}: {known}")
+    return torch.full((count,), label)
 
 
 def equip(denoiser: MultiStageDenoiser, device: torch.device, *, compile: bool = False, offload: bool = False) -> None:
@@ -163,7 +185,7 @@ def report(
     require_writable(run, "report.html")
     train_images, held_out = (part.tensor() for part in run.data().split(config.data.held_out))
     real = held_out if len(held_out) else train_images
-    images = sample(run, count, checkpoint=checkpoint, device=device, progress=progress)
+    images = sample(run, count, checkpoint=checkpoint, in_turn=True, device=device, progress=progress)
     pixels = get_features("pixels")
     distance, index = nearest(pixels(images), pixels(train_images))
     split_png = run.path / "split.png"
