@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from multistage_diffusion.cli import main
 from multistage_diffusion.config import DataConfig, RunConfig
 from multistage_diffusion.data import ImageData, open_data
 from multistage_diffusion.execution_config import ExecutionConfig
@@ -31,6 +32,7 @@ from multistage_diffusion.workflow import CHANGEABLE, evaluate, prepare, report,
 from multistage_diffusion.workflow.fitting import differences
 from multistage_diffusion.workflow.latent import with_split
 from multistage_diffusion.workflow.material import located
+from multistage_diffusion.workflow.using import sample_labels
 
 TINY: dict[str, Any] = {
     "network.encoder_width": 8,
@@ -383,8 +385,17 @@ def test_classes_are_checked(run: Run) -> None:
 
 def test_a_run_with_classes_samples_them(tmp_path: Path) -> None:
     run = train(tiny(network__num_classes=10, training__steps=2), tmp_path / "run")
-    in_turn, threes = sample(run, 4), sample(run, 4, label=3)
+    in_turn, threes = sample(run, 4, in_turn=True), sample(run, 4, label=3)
     assert torch.equal(in_turn[3], threes[3])
+    frequent, labels = sample(run, 8), sample_labels(run.config(), 8)
+    for label in set(labels.tolist()):
+        assert torch.equal(frequent[labels == label], sample(run, 8, label=label)[labels == label])
+    assert main(["sample", str(run.path), "--count", "8", "--calls", "4", "--out", str(tmp_path / "a.npz")]) == 0
+    assert np.load(tmp_path / "a.npz")["labels"].tolist() == labels.tolist()
+    assert main(["sample", str(run.path), "--count", "8", "--calls", "4", "--out", str(tmp_path / "folder")]) == 0
+    assert open_data(tmp_path / "folder").labels.tolist() == labels.tolist()
+    assert main(["sample", str(run.path), "--count", "3", "--overwrite", "--out", str(tmp_path / "folder")]) == 0
+    assert len(list((tmp_path / "folder").iterdir())) == 4
     with pytest.raises(ValueError, match=r"label=10: it must be in 0\.\.9"):
         sample(run, 2, label=10)
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from multistage_diffusion import cli
+from multistage_diffusion.class_labels import frequent_labels
 from multistage_diffusion.config import RunConfig
+from multistage_diffusion.data import open_data
 from multistage_diffusion.evaluation import PixelFeatures, frechet_between, frechet_distance, moments
 from multistage_diffusion.files import write_json
 from multistage_diffusion.presets import preset
@@ -359,11 +361,15 @@ def test_a_run_from_before_there_were_evaluations_goes_on(tmp_path: Path) -> Non
         resume(run.path, {"evaluation.count": 30})
 
 
-def test_a_run_with_classes_is_evaluated_on_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_are_evaluated_as_often_as_they_are_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[torch.Tensor | None] = []
     real = quality.sample_images
     monkeypatch.setattr(quality, "sample_images", lambda *a, **s: asked.append(s["labels"]) or real(*a, **s))
     config = override(preset("digits"), {**TINY, "training.steps": 3, "network.num_classes": 10})
-    train(config, tmp_path / "run")
+    run = train(config, tmp_path / "run")
+    training, _ = open_data("digits").split(config.data.held_out)
+    assert run.config().data.class_counts == tuple(np.bincount(training.labels).tolist())
     assert asked[-1] is not None
-    assert asked[-1].bincount().tolist() == [2] * 10
+    assert torch.equal(asked[-1], frequent_labels(run.config(), 20, config.evaluation.seed))
