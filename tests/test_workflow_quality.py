@@ -361,9 +361,7 @@ def test_a_run_from_before_there_were_evaluations_goes_on(tmp_path: Path) -> Non
         resume(run.path, {"evaluation.count": 30})
 
 
-def test_classes_are_evaluated_as_often_as_they_are_trained_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_classes_are_evaluated_as_often_as_they_are_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.Tensor | None] = []
     real = quality.sample_images
     monkeypatch.setattr(quality, "sample_images", lambda *a, **s: asked.append(s["labels"]) or real(*a, **s))
