@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import os
@@ -195,13 +196,13 @@ def mutate_tree(tree: Any, rng: random.Random) -> Any:
         if kind == 0 and node is not holder:
             del node[key]
         elif kind == 1 and isinstance(node, dict):
-            node[rng.choice(("kind", "x", "steps", "", "\x1b"))] = rng.choice(ODD)
+            node[rng.choice(("kind", "x", "steps", "", "\x1b"))] = copy.deepcopy(rng.choice(ODD))
         elif kind == 2 and isinstance(node, list):
-            node.append(rng.choice(ODD))
+            node.append(copy.deepcopy(rng.choice(ODD)))
         elif kind == 3 and isinstance(node[key], int | float) and not isinstance(node[key], bool):
             node[key] = rng.choice((-1, 0, 2, 1e6, 1e-6)) * node[key]
         else:
-            node[key] = rng.choice(ODD)
+            node[key] = copy.deepcopy(rng.choice(ODD))
     return holder["root"]
 
 
