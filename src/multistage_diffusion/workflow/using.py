@@ -86,7 +86,7 @@ def sample(
         UserError: if there is no such checkpoint, class, sampler or precision.
     """
     run = opened_run(run)
-    config, (world, resolved) = run.config(), joined(device)
+    config, (world, resolved) = run.config(), joined(device, "sample")
     classes = config.network.num_classes
     if label is not None and not 0 <= label < classes:
         known = f"it must be in 0..{classes - 1}" if classes else "the run knows no classes; leave it out"
