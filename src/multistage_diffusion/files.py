@@ -146,6 +146,8 @@ def _write_new(path: Path, data: bytes, mode: int | None = None, becomes: Path |
         file.write(data)
         file.flush()
         os.fsync(handle)
+        if becomes is not None:
+            os.replace(path, becomes)
 
 
 def _mode(path: Path) -> int | None:
