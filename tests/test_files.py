@@ -281,3 +281,18 @@ def test_a_line_that_did_not_fit_leaves_none_of_it(tmp_path: Path, monkeypatch: 
         with pytest.raises(UserError, match="No space left"):
             files.append_line(path, {"b": 2})
     assert path.read_bytes() == before
+
+
+def test_a_file_that_is_about_to_get_its_name_is_no_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def late(old: Path, new: Path) -> None:
+        subprocess.run([sys.executable, "-c", SWEEPS, str(tmp_path)], check=True)  # another process writes beside it
+        replace(old, new)
+
+    monkeypatch.setattr(files.os, "replace", late)
+    write_atomic(tmp_path / "state.json", b"new")
+    assert (tmp_path / "state.json").read_bytes() == b"new"
+
+
+SWEEPS = "import sys; from pathlib import Path; from multistage_diffusion.files import sweep; sweep(Path(sys.argv[1]))"

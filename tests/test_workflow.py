@@ -351,6 +351,19 @@ def test_one_stage_at_a_time_samples_the_same(run: Run) -> None:
     assert torch.equal(sample(run, 3, offload=True), sample(run, 3))
 
 
+@pytest.mark.parametrize(("guidance", "rows"), [(0.0, 1), (1.0, 1), (0.5, 2), (3.0, 2)])
+def test_guidance_counts_two_rows_a_sample_in_memory(
+    run: Run, monkeypatch: pytest.MonkeyPatch, guidance: float, rows: int
+) -> None:
+    asked = []
+    monkeypatch.setattr(using, "require_sampling_memory", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr(using, "images_at_once", lambda *given: asked.append(given[-1]) or 1)
+    monkeypatch.setattr(using, "sample_images", lambda *_, **__: None)
+    sampling = dataclasses.replace(run.config().sampling, guidance=guidance)
+    sample(run, 1, sampling=sampling, device="cpu")
+    assert asked == [rows, rows]
+
+
 def test_the_network_samples_in_the_precision_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(using, "sample_images", lambda *_, autocast, **__: seen.append(autocast))
@@ -476,9 +489,11 @@ def test_folders_may_be_given_as_strings(copy: Run) -> None:
     assert Run.open(str(copy.path)).config() == copy.config()
 
 
-def test_what_auto_precision_chose_is_stored(run: Run) -> None:
-    assert tiny().training.precision == "auto"
-    assert run.config().training.precision == "fp32"
+def test_what_auto_precision_chose_is_stored_when_a_run_starts(tmp_path: Path) -> None:
+    # a run of its own: the shared one may have been resumed, which stores it once more
+    config = tiny(training__steps=1)
+    assert config.training.precision == "auto"
+    assert train(config, tmp_path / "run", device="cpu").config().training.precision == "fp32"
 
 
 def test_data_behind_a_word_are_found_from_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,8 +118,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     with disk_errors(path):
         temporary = _temporary(path)
         try:
-            _write_new(temporary, data, _mode(path))
-            os.replace(temporary, path)
+            _write_new(temporary, data, _mode(path), becomes=path)
             sync_folder(path.parent)
         except BaseException:
             with suppress(OSError):
@@ -137,7 +136,8 @@ def write_file(path: Path, data: bytes) -> None:
         _write_new(path, data)
 
 
-def _write_new(path: Path, data: bytes, mode: int | None = None) -> None:
+def _write_new(path: Path, data: bytes, mode: int | None = None, becomes: Path | None = None) -> None:
+    """Write a file that is not there, held until it has the name it becomes: a held file is no leftover to others."""
     handle = os.open(path, os.O_WRONLY | os.O_EXCL | _OPEN, 0o666)
     with os.fdopen(handle, "wb") as file:
         _lock(handle)
@@ -146,6 +146,8 @@ def _write_new(path: Path, data: bytes, mode: int | None = None) -> None:
         file.write(data)
         file.flush()
         os.fsync(handle)
+        if becomes is not None:
+            os.replace(path, becomes)
 
 
 def _mode(path: Path) -> int | None:

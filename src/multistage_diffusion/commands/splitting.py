@@ -12,9 +12,10 @@ from tyro.conf import Positional
 
 from ..config import CodecConfig, DataConfig
 from ..console import Bar
+from ..distributed import speaks
 from ..errors import UserError
 from ..schedules import SCHEDULES
-from ..splitting import Ranks, SplitResult, SplitSettings
+from ..splitting import SplitResult, SplitSettings
 from ..workflow import split, split_run
 from .options import DataOptions, Device, check_out, option, print_json, say
 
@@ -96,22 +97,21 @@ class Split(DataOptions):
                 if not self.data
                 else "DATA: the run knows its own; leave it out"
             )
-        ranks = Ranks.join(self.image_shards)
         with Bar("finding stages", "samples" if self.trained is None else "gradients") as bar:
             where: dict[str, Any] = {
                 "schedule": SCHEDULES[self.schedule](),
                 "out": self.out,
                 "device": self.device,
                 "memory": self.memory,
-                "progress": bar if ranks.first else None,
+                "progress": bar if speaks() else None,
             }
             if self.trained is not None:
                 result = split_run(self.trained, settings, **where)
             else:
                 codec = None if self.codec is None else CodecConfig(source=self.codec)
                 config = DataConfig(source=self.data, **self.given())
-                result = split(config, settings, codec=codec, ranks=ranks, **where)
-        if not ranks.first:
+                result = split(config, settings, codec=codec, image_shards=self.image_shards, **where)
+        if not speaks():
             return
         if self.json:
             print_json(result.to_dict())

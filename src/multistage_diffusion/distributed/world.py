@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -121,7 +121,7 @@ class World:
         for rank, theirs in enumerate(told):
             for name in names:
                 if theirs.get(name) != told[0].get(name):
-                    error = ValueError(
+                    error = UserError(
                         f"rank {rank} has {name} {theirs.get(name)!r}, rank 0 {told[0].get(name)!r}; all processes must run "
                         "the same release on the same data with the same configuration"
                     )
@@ -150,6 +150,21 @@ class World:
             with self.explained():
                 dist.all_reduce(values)
         return values
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """Return the tensors of all processes, by rank; they have one shape, type and kind of device."""
+        if self.size == 1:
+            return [values]
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        with self.explained():
+            dist.all_gather(parts, values.contiguous())
+        return parts
+
+    def reduce(self, values: Tensor, how: Literal["sum", "max"], group: dist.ProcessGroup | None) -> None:
+        """Make values the sum or largest over the processes of a group (see `group`), in place; None: of this one alone."""
+        if group is not None:
+            with self.explained():
+                dist.all_reduce(values, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=group)
 
     def spread(self, values: Tensor, source: int) -> Tensor:
         """Fill a tensor with that of one process."""

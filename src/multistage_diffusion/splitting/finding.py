@@ -16,10 +16,10 @@ from .edges import made_result
 from .inputs import held_out_rows, tiled_images
 from .intervals import half_width
 from .posterior import TiledImages
-from .ranks import Ranks
 from .result import SplitResult
 from .searching import Limits, Pairs, Search
 from .settings import SplitSettings, require
+from .sharing import Sharing
 from .similarity import Progress
 from .strip import edge_strip
 
@@ -37,7 +37,7 @@ def find_stages(
     scale: float | None = None,
     device: torch.device | str | None = None,
     memory: int = 2 << 30,
-    ranks: Ranks | None = None,
+    sharing: Sharing | None = None,
     progress: Progress | None = None,
 ) -> SplitResult:
     """Find the stages of a data set with its optimal denoiser (Algorithms 1 and 2).
@@ -54,16 +54,16 @@ def find_stages(
         scale: what those latents were multiplied by, kept in the result.
         device: where to compute; None: where the images are.
         memory: bytes to stay under, roughly.
-        ranks: processes that share the work; None: alone.
+        sharing: processes that share the work; None: alone.
         progress: called with (samples done, samples in all).
 
     Raises:
         UserError: if the images are unusable (see the message), or no edges exist for these settings.
     """
     settings = (settings or SplitSettings()).resolved()
-    schedule, ranks = schedule or VP(), ranks or Ranks()
+    schedule, sharing = schedule or VP(), sharing or Sharing()
     measure = schedule if isinstance(schedule, VP) else VP()
-    data = tiled_images(images, settings, device, memory, ranks)
+    data = tiled_images(images, settings, device, memory, sharing)
     outside = None if held_out is None else held_out_rows(held_out, data, tuple(images.shape[1:]), settings)
     origin: dict[str, Any] = {"fingerprint": fingerprint, "codec": codec, "scale": scale}
     if settings.algorithm in ("timestep", "snr"):
@@ -73,7 +73,7 @@ def find_stages(
     require(
         settings.algorithm != "gradient", "algorithm=gradient reads a trained run, not images; see workflow.split_run"
     )
-    search: Search = (Limits if settings.algorithm == 1 else Pairs)(data, settings, measure, ranks, progress)
+    search: Search = (Limits if settings.algorithm == 1 else Pairs)(data, settings, measure, sharing, progress)
     intervals = _sample(search, settings)
     times = search.edges()
     curves = search.curves()
@@ -118,7 +118,7 @@ def _sample(search: Search, settings: SplitSettings) -> list[tuple[float, float]
     while True:
         search.extend(wanted)
         intervals = search.intervals()
-        missing = search.ranks.agree(half_width(intervals) / precision)
+        missing = search.sharing.agree(half_width(intervals) / precision)
         if missing <= 1:
             return intervals
         if wanted >= most:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .posterior import TiledImages
-from .ranks import Ranks
 from .searching import OUTSIDE
 from .settings import SplitSettings, require
+from .sharing import Sharing
 
 
 def tiled_images(
@@ -20,7 +20,7 @@ def tiled_images(
     settings: SplitSettings,
     device: torch.device | str | None,
     memory: int,
-    ranks: Ranks,
+    sharing: Sharing,
 ) -> TiledImages:
     """Return images, checked."""
     require(
@@ -33,8 +33,8 @@ def tiled_images(
         settings.data_range or (0.0, 1.0),
         device=device,
         budget=memory,
-        shard=ranks.shard,
-        reduce=ranks.reduce if ranks.image_shards > 1 else None,
+        shard=sharing.shard,
+        reduce=sharing.reduce if sharing.image_shards > 1 else None,
     )
     check_values("images", images, settings)
     require(

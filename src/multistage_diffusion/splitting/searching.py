@@ -16,8 +16,8 @@ from .boundaries import ThreeStages, optimal_partition
 from .edges import grid_times, stage_table
 from .intervals import Array, edge_intervals
 from .posterior import TiledImages, posterior_means_of
-from .ranks import Ranks
 from .settings import SplitSettings, require
+from .sharing import Sharing
 from .similarity import (
     Progress,
     Similarities,
@@ -38,10 +38,10 @@ class Search(ABC):
     """Samples drawn so far, and the edges they show."""
 
     def __init__(
-        self, data: TiledImages, settings: SplitSettings, measure: VP, ranks: Ranks, progress: Progress | None
+        self, data: TiledImages, settings: SplitSettings, measure: VP, sharing: Sharing, progress: Progress | None
     ) -> None:
         assert settings.space is not None
-        self.data, self.settings, self.measure, self.ranks, self.progress = data, settings, measure, ranks, progress
+        self.data, self.settings, self.measure, self.sharing, self.progress = data, settings, measure, sharing, progress
         self.samples = 0
         self.how: dict[str, Any] = {
             "eta": settings.eta,
@@ -59,7 +59,7 @@ class Search(ABC):
         require_memory(samples * self.sample_bytes(), f"samples={samples}", "draw fewer, or give --precision instead")
         numbers = range(self.samples, samples)
         done, progress = self.samples, self.progress
-        groups = self.ranks.world // self.ranks.image_shards
+        groups = self.sharing.groups
 
         def report(mine: int, _: int) -> None:
             if progress is not None:
@@ -107,9 +107,9 @@ class Limits(Search):
 
     def add(self, numbers: range, progress: Progress) -> None:
         """Draw the samples of these numbers."""
-        mine = self.ranks.share(numbers)
+        mine = self.sharing.share(numbers)
         new = sample_similarities(self.data, mine, times=self.settings.times, progress=progress, **self.how)
-        parts = [self.ranks.gather(values, numbers) for values in new]
+        parts = [self.sharing.gather(values, numbers) for values in new]
         if self.found is not None:
             parts = [torch.cat(pair) for pair in zip(self.found, parts, strict=True)]
         self.found, self._reader = Similarities(*parts), None
@@ -187,9 +187,9 @@ class Pairs(Search):
 
     def add(self, numbers: range, progress: Progress) -> None:
         """Draw the samples of these numbers."""
-        mine = self.ranks.share(numbers)
+        mine = self.sharing.share(numbers)
         new = pair_similarities(self.data, self.nodes, mine, progress=progress, **self.how)
-        new = self.ranks.gather(new, numbers)
+        new = self.sharing.gather(new, numbers)
         self.found = new if self.found is None else torch.cat((self.found, new))
 
     def sample_bytes(self) -> int:

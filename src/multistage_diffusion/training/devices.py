@@ -15,17 +15,24 @@ from ..distributed import World, join
 from ..errors import UserError
 
 
-def joined(device: str | torch.device | None) -> tuple[World, torch.device]:
+def joined(device: str | torch.device | None, command: str) -> tuple[World, torch.device]:
     """Return the processes that work together with this one, and where it computes: a GPU each, where "cuda" is all that is said.
 
+    Args:
+        device: cpu, cuda, cuda:N; None: CUDA when there is one.
+        command: what all processes are about to do together.
+
     Raises:
-        UserError: if there is no such device, or the processes' environment is incomplete.
+        UserError: if there is no such device, the processes' environment is incomplete, or they were given different commands.
     """
     resolved = resolve_device(device)
     if resolved.type == "cuda" and resolved.index is None and "LOCAL_RANK" in os.environ:
         resolved = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(resolved)
-    return join(resolved), resolved
+    world = join(resolved)
+    with world.announced():
+        world.require_equal({"command": command})
+    return world, resolved
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -87,7 +87,7 @@ def evaluate(
         UserError: if there are too few images, or data and run differ in shape, or nothing can be written in the run.
         NotKeptError: with the result, if it could not be added to RUN/evaluation.json.
     """
-    run, (world, resolved) = opened_run(run), joined(device)
+    run, (world, resolved) = opened_run(run), joined(device, "evaluate")
     read_evaluations(require_writable(run, "evaluation.json"))
     with world.announced():
         extractor = sharded(get_features(features, weights), world)
@@ -142,7 +142,7 @@ def compare(
             written in the run.
         NotKeptError: with the result, if it could not be added to RUN/evaluation.json.
     """
-    run, (world, resolved) = opened_run(run), joined(device)
+    run, (world, resolved) = opened_run(run), joined(device, "evaluate --against")
     read_evaluations(require_writable(run, "evaluation.json"))
     with world.announced():
         extractor = sharded(get_features(features, weights), world)

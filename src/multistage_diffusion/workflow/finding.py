@@ -9,8 +9,9 @@ from typing import Any
 from ..config import CodecConfig, DataConfig
 from ..data import ImageData, open_configured
 from ..schedules import VP, NoiseSchedule
-from ..splitting import Ranks, SplitResult, SplitSettings, find_stages
-from ..training.devices import resolve_device
+from ..serialization import to_dict
+from ..splitting import Sharing, SplitResult, SplitSettings, find_stages
+from ..training.devices import joined
 from .latent import latents_to_split
 from .progress import Progress
 
@@ -26,7 +27,7 @@ def split(
     out: Path | str | None = None,
     device: str | None = None,
     memory: float = 2.0,
-    ranks: Ranks | None = None,
+    image_shards: int = 1,
     progress: Progress | None = None,
 ) -> SplitResult:
     """Find the stages of a data set's training images.
@@ -39,38 +40,49 @@ def split(
         out: where to write the result as JSON, with its curves as PNG beside it.
         device: default CUDA when there is one.
         memory: GiB to stay under, roughly.
-        ranks: processes (of torchrun) that share the work; default this one alone. Only the first writes.
+        image_shards: processes (of torchrun) among which the images are divided; the samples are among the others. Only the
+            first process writes.
         progress: called with (done, total).
 
     Raises:
-        UserError: if the data cannot be read or have no such stages.
+        UserError: if the data cannot be read or have no such stages, or processes differ in data or settings.
+        RankLost: if another process is lost.
     """
-    settings, resolved = settings or SplitSettings(), resolve_device(device)
-    held_out: Any = None
-    if not isinstance(data, ImageData):
-        config = DataConfig(source=data) if isinstance(data, str) else data
-        data, others = open_configured(config).split(config.held_out)
-        held_out = others.images
-    images: Any = data.images
-    kept: dict[str, Any] = {}
-    if codec is not None:
-        images, kept = latents_to_split(codec, data, resolved, progress)
-        settings, held_out = dataclasses.replace(settings, data_range=None), None
-    result = find_stages(
-        images,
-        settings,
-        schedule=schedule or VP(),
-        held_out=held_out,
-        fingerprint=data.fingerprint,
-        device=resolved,
-        memory=int(memory * GIB),
-        ranks=ranks,
-        progress=progress,
-        **kept,
-    )
-    if out is not None and (ranks is None or ranks.first):
-        save_split(result, Path(out))
-    return result
+    settings, (world, resolved) = settings or SplitSettings(), joined(device, "split")
+    with world.announced():
+        sharing = Sharing(world=world, image_shards=image_shards)
+        with world.together():
+            images, held_out, fingerprint = _opened(data)
+            kept: dict[str, Any] = {}
+            found: Any = images.images
+            if codec is not None:
+                found, kept = latents_to_split(codec, images, resolved, progress)
+                settings, held_out = dataclasses.replace(settings, data_range=None), None
+        world.require_equal({"data": fingerprint, "image_shards": image_shards, **to_dict(settings)})
+        result = find_stages(
+            found,
+            settings,
+            schedule=schedule or VP(),
+            held_out=held_out,
+            fingerprint=fingerprint,
+            device=resolved,
+            memory=int(memory * GIB),
+            sharing=sharing,
+            progress=progress,
+            **kept,
+        )
+        if out is not None and world.chief:
+            save_split(result, Path(out))
+        return result
+
+
+def _opened(data: ImageData | str | DataConfig) -> tuple[ImageData, Any, str]:
+    """Return the images to split, other ones (None: there are none), and the fingerprint of the former."""
+    if isinstance(data, ImageData):
+        return data, None, data.fingerprint
+    config = DataConfig(source=data) if isinstance(data, str) else data
+    training, others = open_configured(config).split(config.held_out)
+    return training, others.images, training.fingerprint
 
 
 def save_split(result: SplitResult, path: Path) -> None:

@@ -67,7 +67,7 @@ def train(
         UserError: if something does not fit; nothing has been written then.
         RankLost: if another process is lost.
     """
-    world, resolved = joined(device)
+    world, resolved = joined(device, "train")
     with world.announced():
         if world.size == 1:  # several may find there the run that they go on with
             Run.require_room(Path(out), replace=replace)
@@ -207,7 +207,7 @@ def resume(
         UserError: if there is no run, a change would make it another run, or the data are not those it was started on.
         RankLost: if another process is lost.
     """
-    world, resolved = joined(device)
+    world, resolved = joined(device, "train --resume")
     with world.announced():
         with world.together():
             run = Run.open(Path(path))

@@ -88,7 +88,7 @@ def sample(
         UserError: if there is no such checkpoint, class, sampler or precision.
     """
     run = opened_run(run)
-    config, (world, resolved) = run.config(), joined(device)
+    config, (world, resolved) = run.config(), joined(device, "sample")
     labels = sample_labels(config, count, seed=seed, label=label, in_turn=in_turn)
     decode = None
     if config.codec.used:
