@@ -14,17 +14,17 @@ from multistage_diffusion import cli
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data.npz, split.json, run, reference.npz and exported.pth, made once."""
+    """A folder with data.npz, split.json, run, reference.npz and exported.safetensors, made once."""
     folder = tmp_path_factory.mktemp("material")
     data, stages, run = folder / "data.npz", folder / "split.json", folder / "run"
     np.savez(data, images=pixels(), labels=np.arange(40) % 4)
     source = ("--data", str(data), "--held-out", "0.3")
     for command in (
-        ("split", str(data), "--samples", "50", "--out", str(stages)),
+        ("split", str(data), "--samples", "200", "--out", str(stages)),
         ("train", "--preset", "digits", *source, "--stages", str(stages), "--out", str(run), *TINY),
-        ("evaluate", str(run), "--count", "500"),
         ("stats", str(data), "--out", str(folder / "reference.npz")),
-        ("export", str(run), "--out", str(folder / "exported.pth")),
+        ("evaluate", str(run), "--against", str(folder / "reference.npz"), "--count", "20"),
+        ("export", str(run), "--out", str(folder / "exported.safetensors")),
     ):
         assert cli.main(command) == 0, command
     return folder
