@@ -22,7 +22,7 @@ import pytest
 
 from multistage_diffusion import cli
 
-SECONDS = 20  # in which a refusal must come; each takes far less, but for a busy machine
+SECONDS = 10  # in which a refusal must come; each takes far less, but for a busy machine
 TINY = (
     "--set",
     "network.encoder_width=8",
