@@ -36,10 +36,19 @@ STRANGE: tuple[Any, ...] = (
     *([], {}, [[]], [1, 2], {"kind": "vp"}, {"kind": []}, [None] * 5, [10**9] * 4),
 )
 TINY = (
-    "network.encoder_width=8 network.decoder_widths=[8,8,8] network.blocks_per_level=1 training.shares=uniform "
-    "training.batch=6 training.steps=2 training.log_every=1 training.checkpoint_every=1 training.held_out_every=1 "
-    "training.held_out_rows=2 training.sample_every=0 sampling.calls=4"
-).split()
+    "network.encoder_width=8",
+    "network.decoder_widths=[8,8,8]",
+    "network.blocks_per_level=1",
+    "training.shares=uniform",
+    "training.batch=6",
+    "training.steps=2",
+    "training.log_every=1",
+    "training.checkpoint_every=1",
+    "training.held_out_every=1",
+    "training.held_out_rows=2",
+    "training.sample_every=0",
+    "sampling.calls=4",
+)
 
 
 @dataclass(frozen=True)
@@ -240,8 +249,10 @@ def make_material(folder: Path) -> None:
     os.chdir(folder)
     commands = (
         ("split", "data.npz", "--samples", "100", "--out", "split.json"),
-        ("train", "--preset", "digits", "--data", "data.npz", "--held-out", "0.3", "--stages", "split.json")
-        + ("--out", "run", "--set", *TINY),
+        (
+            *("train", "--preset", "digits", "--data", "data.npz", "--held-out", "0.3", "--stages", "split.json"),
+            *("--out", "run", "--set", *TINY),
+        ),
         ("stats", "data.npz", "--out", "reference.npz"),
         ("evaluate", "run", "--against", "reference.npz", "--count", "8"),
         ("export", "run", "--out", "exported.safetensors"),
