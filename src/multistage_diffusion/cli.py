@@ -60,6 +60,8 @@ Examples
   msdiff sample runs/digits --count 64 --out grid.png
 """
 
+_LONGEST = 1000  # characters of a message
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command line; return its exit code."""
@@ -174,7 +176,11 @@ def _openings_told() -> Iterator[None]:
 
 def _say(message: object, start: str = "msdiff: ") -> None:
     # in one piece, newline included: several processes may have something to say
-    sys.stderr.write(f"{start}{shown(' '.join(str(message).split()))}\n")
+    text = shown(" ".join(str(message).split()))
+    if len(text) > _LONGEST:  # a key or path of thousands of characters hides what is said of it
+        half = _LONGEST // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    sys.stderr.write(f"{start}{text}\n")
     sys.stderr.flush()
 
 

@@ -26,15 +26,16 @@ def agree(name: str) -> None:
     The digest is kept in $MSDIFF_CACHE/agreed.jsonl, by default ~/.cache/multistage-diffusion/agreed.jsonl. Another name, or
     a file that cannot be read, is passed over.
     """
-    if not is_script(name):
+    file = Path(name).expanduser()
+    if not is_script(name) or not file.is_file():  # a FIFO would be waited for
         return
     with suppress(OSError):
-        digest = hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest()
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
         if not agreed(digest):
             _here.add(digest)
             with suppress(UserError):  # nowhere to remember it: this process knows it
                 make_folder(_file().parent)
-                append_line(_file(), {"sha256": digest, "file": str(Path(name).expanduser().resolve())})
+                append_line(_file(), {"sha256": digest, "file": str(file.resolve())})
 
 
 def agreed(digest: str) -> bool:

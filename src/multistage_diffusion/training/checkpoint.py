@@ -193,6 +193,8 @@ def load_tensors(path: Path, name: str, wanted: Collection[str] | None = None) -
     file = path / f"{name}.safetensors"
     known = _read_state(path).get(_DIGESTS)
     try:
+        if file.exists() and not file.is_file():  # a FIFO would be waited for
+            raise _Damaged("it is a folder, a FIFO or a device")
         if known is not None:
             _check_digest(file, known.get(file.name, {}))
         with safe_open(file, framework="pt") as stored:

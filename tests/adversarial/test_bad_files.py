@@ -1,0 +1,95 @@
+"""Split files, reference statistics, checkpoints of others and feature extractors that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from adversary import DEEP, TINY, Case, cases, cut, drop, edited, fifo, file, folder_in_place, npz, put
+
+HOSTILE = b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR."
+NOTHING = {"empty": b"", "text": b"hello", "binary": bytes(range(256)), "zeros": bytes(500)}
+SPLIT = ("train", "--preset", "digits", "--data", "data.npz", "--out", "new", "--stages", "split.json", *TINY)
+AGAINST = ("evaluate", "run", "--count", "8", "--against", "reference.npz")
+
+SPLITS: dict[str, Callable[[Path], Any]] = {
+    **{name: file("split.json", content) for name, content in NOTHING.items()},
+    "deep": file("split.json", DEEP),
+    "a list": file("split.json", "[]"),
+    "an object": file("split.json", "{}"),
+    "a pipe": fifo("split.json"),
+    "a folder": folder_in_place("split.json"),
+    "cut": cut("split.json", 0.5),
+    "without edges": edited("split.json", drop("edges_t")),
+    "of text edges": edited("split.json", put("edges_sigma", value=["1", "2"])),
+    "of falling edges": edited("split.json", put("edges_sigma", value=[2.0, 1.0])),
+    "of one edge": edited("split.json", put("edges_sigma", value=[1.0])),
+    "of NaN": edited("split.json", put("edges_sigma", 0, value=float("nan"))),
+    "of null settings": edited("split.json", put("settings", value=None)),
+    "of no curves": edited("split.json", put("curves", value={})),
+    "of text curves": edited("split.json", put("curves", "t", value="x")),
+    "of ragged curves": edited("split.json", put("curves", "s0", value=[[1.0], 2.0])),
+    "of a later format": edited("split.json", put("format_version", value=99)),
+    "of another rule": edited("split.json", put("rule", value="pointwise")),
+    "of a strip that is no picture": edited("split.json", put("strip", value="aGVsbG8=")),
+    "of a strip that is no base64": edited("split.json", put("strip", value="\u202e")),
+}
+MEAN, COVARIANCE = np.zeros(64), np.eye(64)
+REFERENCES: dict[str, Callable[[Path], Any]] = {
+    **{name: file("reference.npz", content) for name, content in NOTHING.items()},
+    "a pipe": fifo("reference.npz"),
+    "a folder": folder_in_place("reference.npz"),
+    "cut": cut("reference.npz", 0.5),
+    **{
+        name: file("reference.npz", npz(**arrays))
+        for name, arrays in {
+            "without mu": {"sigma": COVARIANCE},
+            "without sigma": {"mu": MEAN},
+            "of text": {"mu": np.array(["a"]), "sigma": COVARIANCE},
+            "of objects": {"mu": np.array([None], dtype=object), "sigma": COVARIANCE},
+            "of NaN": {"mu": MEAN * np.nan, "sigma": COVARIANCE},
+            "of other lengths": {"mu": MEAN, "sigma": np.eye(3)},
+            "of other dimensions": {"mu": np.zeros(3), "sigma": np.eye(3)},
+            "of complex numbers": {"mu": MEAN + 0j, "sigma": COVARIANCE},
+            "about a list": {"mu": MEAN, "sigma": COVARIANCE, "msdiff": np.array("[]")},
+            "about nothing": {"mu": MEAN, "sigma": COVARIANCE, "msdiff": np.array("hello")},
+            "about depths": {"mu": MEAN, "sigma": COVARIANCE, "msdiff": np.array(DEEP)},
+            "of a text count": {"mu": MEAN, "sigma": COVARIANCE, "msdiff": np.array('{"count": "9"}')},
+            "of a text shape": {"mu": MEAN, "sigma": COVARIANCE, "msdiff": np.array('{"shape": "9"}')},
+            "of a later format": {"mu": MEAN, "sigma": COVARIANCE, "msdiff": np.array('{"format_version": 9}')},
+            "of flat features": {"mu": MEAN, "sigma": COVARIANCE, "features": np.zeros(5)},
+        }.items()
+    },
+}
+FOREIGN = {f"{name}{suffix}": content for name, content in NOTHING.items() for suffix in (".pth", ".pkl", ".ckpt")}
+FOREIGN |= {f"hostile{suffix}": HOSTILE for suffix in (".pth", ".pkl", ".ckpt", ".safetensors")}
+FOREIGN |= {"archive.pth": npz(x=MEAN), "header.safetensors": (2**60).to_bytes(8, "little") + b"{}"}
+FOREIGN |= {"zeros.safetensors": bytes(500), "empty.safetensors": b""}
+
+
+@cases([Case(f"split {name}", SPLIT, make, needs=("split.json", "data.npz")) for name, make in SPLITS.items()])
+def test_splits(case: Case, refuses: Callable[[Case], str]) -> None:
+    refuses(case)
+
+
+@cases([Case(f"reference {name}", AGAINST, make, needs=("run", "reference.npz")) for name, make in REFERENCES.items()])
+def test_references(case: Case, refuses: Callable[[Case], str]) -> None:
+    refuses(case)
+
+
+@cases([Case(f"import {name}", ("import", name, "--out", "new"), file(name, data)) for name, data in FOREIGN.items()])
+def test_foreign_checkpoints(case: Case, refuses: Callable[[Case], str]) -> None:
+    refuses(case)
+
+
+@cases(
+    [
+        Case(f"features {name}", ("evaluate", "run", "--features", "f.pt"), file("f.pt", data), needs=("run",))
+        for name, data in (NOTHING | {"hostile": HOSTILE, "archive": npz(x=MEAN)}).items()
+    ]
+    + [Case("features that are a pipe", ("evaluate", "run", "--features", "f.pt"), fifo("f.pt"), needs=("run",))]
+)
+def test_features(case: Case, refuses: Callable[[Case], str]) -> None:
+    refuses(case)
