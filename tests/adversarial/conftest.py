@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,14 @@ import pytest
 from adversary import TINY, Case, pixels, refused
 
 from multistage_diffusion import cli
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let nothing that is agreed to here be remembered on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MSDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
