@@ -23,6 +23,8 @@ from .files import new_folder, write_atomic, write_file
 CELL = 64  # default side of a grid's cells: small images are enlarged up to this many pixels
 LINE = 128  # grey of the lines between cells, seen against black and against white images
 
+MOST_IN_GRID = 10_000  # images of a picture that is to be looked at
+
 
 def grid(images: Tensor, columns: int | None = None, scale: int | None = None, pad: int = 1) -> Image.Image:
     """Lay images out row by row, each enlarged by repeating its pixels, with grey lines around them.

@@ -14,6 +14,7 @@ from ..demo import demo
 from ..description import describe, description_table
 from ..errors import UserError
 from ..files import write_atomic
+from ..pictures import MOST_IN_GRID
 from ..presets import PRESETS, preset
 from ..serialization import to_dict
 from ..training.run import Run
@@ -90,6 +91,8 @@ class Report:
     def run(self) -> None:
         """Run the command."""
         run = Run.open(self.run_folder)
+        if not 1 <= self.count <= MOST_IN_GRID:
+            raise UserError(f"--count {self.count}: a report shows 1 to {MOST_IN_GRID} samples")
         with Bar("reporting", "calls") as bar:
             path = report(run, checkpoint=self.checkpoint, count=self.count, device=self.device, progress=bar)
         say(f"written: {path}")

@@ -13,7 +13,7 @@ from ..class_labels import warn_of_empty
 from ..console import Bar, TrainingProgress, console
 from ..distributed import speaks
 from ..errors import UserError
-from ..pictures import folder_of_images, grid, save_npz, save_png
+from ..pictures import MOST_IN_GRID, folder_of_images, grid, save_npz, save_png
 from ..presets import preset
 from ..samplers import make_plan, shortcoming
 from ..serialization import override, to_dict
@@ -146,9 +146,6 @@ class Train(DataOptions):
             callbacks=callbacks,
             progress=bar,
         )
-
-
-MOST_IN_GRID = 10_000  # samples of a picture that is to be looked at
 
 
 @dataclass(kw_only=True)

@@ -102,6 +102,8 @@ def check_out(path: Path, overwrite: bool, *, folder: bool = False) -> None:
     Raises:
         UserError: if path exists and may not be replaced, or lies where nothing can be written.
     """
+    if path.name in ("", ".."):
+        raise UserError(f"--out {path}: names no {'folder' if folder else 'file'} of its own; give one")
     if not folder:
         refuse_special(path)
     if path.exists():

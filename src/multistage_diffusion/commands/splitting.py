@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -97,6 +98,8 @@ class Split(DataOptions):
                 if not self.data
                 else "DATA: the run knows its own; leave it out"
             )
+        if not 0 < self.memory < math.inf:
+            raise UserError(f"--memory {self.memory}: must be positive and finite, in GiB")
         with Bar("finding stages", "samples" if self.trained is None else "gradients") as bar:
             where: dict[str, Any] = {
                 "schedule": SCHEDULES[self.schedule](),

@@ -132,7 +132,8 @@ def load_png(source: bytes | Path, name: str, mend: str) -> Image.Image:
 
 def one_line(error: Exception) -> str:
     """Return the first line of what an exception says, or else its kind; not more than a line's length."""
-    line = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    line = (text.splitlines() or [""])[0].strip() or type(error).__name__
     line = re.sub(r"<(?:\w+\.)*(\w+) object at 0x[0-9a-f]+>", r"a \1", line)  # an address tells a user nothing
     return line if len(line) <= _LINE else f"{line[:_LINE]} ..."
 

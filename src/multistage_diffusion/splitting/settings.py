@@ -79,7 +79,9 @@ class SplitSettings:
             self.samples is None or self.samples >= 100, f"samples={self.samples} must be at least 100, to average over"
         )
         require(1 <= self.times <= 10**6, f"times={self.times} must be at least 1 and at most a million")
-        require(self.precision is None or 0 < self.precision < 1, f"precision={self.precision} must be between 0 and 1")
+        require(
+            self.precision is None or 1e-6 <= self.precision < 1, f"precision={self.precision} must be in [1e-6, 1)"
+        )
         require(0 < self.eta < math.inf, f"eta={self.eta} must be positive and finite")
         require(0 < self.alpha <= 1, f"alpha={self.alpha} must be in (0, 1]")
         for name, known in (

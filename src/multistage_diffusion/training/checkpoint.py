@@ -80,7 +80,7 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints, oldest first; a folder of another name (a user's copy) is none."""
-    named = [p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit()]
+    named = [p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdecimal()]
     return sorted((p for p in named if (p / "state.json").exists()), key=checkpoint_step)
 
 
@@ -120,7 +120,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     for name, (right, wanted) in _FIELDS.items():
         if (name in state or name == "step") and not right(state.get(name)):
             raise UserError(f"{file}: {name}={str(state.get(name))[:80]} must be {wanted}; {_mend(path)}")
-    if path.name.removeprefix(_PREFIX).isdigit() and state["step"] != checkpoint_step(path):
+    if path.name.removeprefix(_PREFIX).isdecimal() and state["step"] != checkpoint_step(path):
         raise UserError(f"{file}: step={state['step']} is not that of its folder; {_mend(path)}")
     return state
 

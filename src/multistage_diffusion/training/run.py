@@ -166,7 +166,7 @@ class Run:
         if which == "best":
             return best_checkpoint(self.checkpoints) or found[-1]
         for path in found:
-            if which.isdigit() and checkpoint_step(path) == int(which):
+            if which.isdecimal() and checkpoint_step(path) == int(which):
                 return path
         steps = ", ".join(str(checkpoint_step(p)) for p in found)
         raise UserError(f"checkpoint {which!r}: not kept in {self.path}; choose latest, best or one of {steps}")
