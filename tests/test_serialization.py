@@ -315,7 +315,7 @@ def test_unreadable_json_names_the_file(content: bytes, message: str, tmp_path: 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.json: no such file"):
         read_json(tmp_path / "none.json")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="it is a folder"):
         read_json(tmp_path)
 
 

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from adversary import DEEP, Case, both, cases, cut, drop, edited, fifo, file, folder_in_place, put, removed
 from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.slow
 
 LATEST = "run/checkpoints/step_00000002"
 STATE, EMA, MODEL, MOMENTS = (

@@ -19,6 +19,7 @@ from multistage_diffusion.files import write_json
 from multistage_diffusion.training.checkpoint import list_checkpoints
 from multistage_diffusion.training.run import Run
 
+SLOW = ("report", "describe", "tables")  # seconds at every point
 MOST = 400  # points; no command here has as many
 
 
@@ -100,7 +101,10 @@ def beside(case: Case, folder: Path, before: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["killed", "full"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name in SLOW)) for case in CASES],
+)
 def test_the_result_is_whole(case: Case, full: bool, template: Path, tmp_path: Path, capsys) -> None:
     check_every_point(case, template, tmp_path, full, lambda: capsys.readouterr().err)
 

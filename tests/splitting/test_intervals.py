@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.schedules import VP
 from multistage_diffusion.splitting.boundaries import ThreeStages
 from multistage_diffusion.splitting.intervals import RESAMPLES, edge_intervals, half_width
@@ -43,7 +44,7 @@ def test_resamples_without_edges_reach_to_the_ends_of_the_domain(lost, wide):
 
     def read(weights):
         if next(calls) < lost:
-            raise ValueError("no edge")
+            raise UserError("no edge")
         return 0.4, 0.6
 
     found = edge_intervals(read, 100, DOMAIN, seed=0, count=2)

@@ -32,6 +32,7 @@ from .optimizer_state import restore_optimizer as restore_optimizer
 from .optimizer_state import state_of
 
 _PREFIX, _TEMPORARY = "step_", ".writing-"
+_MOST_STAGES = 1000  # of a network
 _DIGESTS = "files"  # in state.json: bytes and sha256 of the other files
 FILES = ("model", "ema", "optimizer")
 
@@ -202,7 +203,9 @@ def load_tensors(path: Path, name: str, wanted: Collection[str] | None = None) -
             named = state_of if name == "optimizer" else str
             return {key: stored.get_tensor(key) for key in keys if wanted is None or named(key) in wanted}
     except (SafetensorError, OSError, _Damaged) as error:
-        raise UserError(f"{file}: cannot be read ({error}); {_mend(path)}") from None
+        raise UserError(
+            f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}); {_mend(path)}"
+        ) from None
 
 
 class _Damaged(Exception):
@@ -252,7 +255,8 @@ def restore_moments(optimizer: torch.optim.Optimizer, module: nn.Module, path: P
     try:
         if state["step"] and not tensors and not state.get("scaler"):  # a scaler may have skipped every step
             raise UserError("holds nothing of any parameter")
-        restore_optimizer(optimizer, module, tensors, state["step"])
+        # update_mode "sequential" steps once for each stage
+        restore_optimizer(optimizer, module, tensors, state["step"] * _MOST_STAGES)
     except UserError as error:
         raise UserError(f"{path / 'optimizer.safetensors'}: {error}; {_mend(path)}") from None
 

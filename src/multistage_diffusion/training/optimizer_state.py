@@ -98,7 +98,9 @@ def _checked(
         if not bool(torch.isfinite(value).all()):
             raise UserError(f"{name}.{key} is not finite")
         if key.removesuffix(_NUMBER) == "step" and most is not None and not 0 <= value.item() <= most:
-            raise UserError(f"{name}.{key}={value.item():g} is not between 0 and {most}, the checkpoint's step")
+            raise UserError(
+                f"{name}.{key}={value.item():g} is not between 0 and {most}, what the checkpoint's step allows"
+            )
         if key.endswith(_NUMBER):
             state[key.removesuffix(_NUMBER)] = value.item()
         else:

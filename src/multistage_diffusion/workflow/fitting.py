@@ -16,7 +16,7 @@ from ..config import RunConfig
 from ..data import open_configured
 from ..distributed import RankLost, World
 from ..errors import UserError, explained
-from ..files import write_json
+from ..files import NotWrittenError, write_json
 from ..serialization import override, to_dict
 from ..splitting import SplitResult
 from ..training.callbacks import SampleGrid
@@ -316,9 +316,10 @@ def _fit(
     except OSError as error:
         if explained(error) is None:
             raise
-        raise UserError(
+        raise NotWrittenError(
             f"{run.path}: cannot be written at step {trainer.step} ({error.strerror or error}); {_kept(run)}; mend that "
-            f"(free some space?) and go on with msdiff train --resume {run.path}"
+            f"(free some space?) and go on with msdiff train --resume {run.path}",
+            error,
         ) from error
     if trainer.stopped:
         stopped = KeyboardInterrupt(
