@@ -16,6 +16,7 @@ from multistage_diffusion import cli
 from multistage_diffusion.class_labels import frequent_labels
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.data import open_data
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import PixelFeatures, frechet_between, frechet_distance, moments
 from multistage_diffusion.files import write_json
 from multistage_diffusion.presets import preset
@@ -294,7 +295,7 @@ class Choosy(PixelFeatures):
     """Takes no image at all."""
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        raise ValueError("images: too small")
+        raise UserError("images: too small")
 
 
 def test_images_that_the_features_do_not_take_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
