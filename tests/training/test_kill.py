@@ -65,7 +65,7 @@ def outcome(run: Path) -> tuple[dict[str, bytes], dict, list[dict]]:
 
 
 def writing(run: Path) -> bool:
-    return any((run / "checkpoints").glob(".writing-step_*"))
+    return any((run / "checkpoints").glob(".step_*.writing-*"))
 
 
 def wait_for(condition, process: subprocess.Popen[str], seconds: float = 60.0) -> None:
