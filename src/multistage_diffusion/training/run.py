@@ -198,6 +198,25 @@ class Run:
         """Read metrics.jsonl; a last line torn by a kill is ignored."""
         return read_metrics(self.metrics_file)
 
+    def check_records(self) -> None:
+        """See, before the work is done, that what a run goes on with can be read.
+
+        Raises:
+            UserError: naming the file that cannot, or if checkpoints were written and are gone.
+        """
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise UserError(f"{self.checkpoints}: is a file, not the folder of checkpoints; move it away")
+        records = self.records()
+        read_launches(self.path / "launches.jsonl")
+        if self.execution_file.exists() and not isinstance(read_json(self.execution_file), dict):
+            raise UserError(f"{self.execution_file}: must hold a mapping; delete it, and a trial is made again")
+        reached = max((record["step"] for record in records), default=0)
+        if not list_checkpoints(self.checkpoints) and reached > self.config().training.checkpoint_every:
+            raise UserError(
+                f"{self.checkpoints}: holds no checkpoint, but {self.metrics_file.name} tells of step {reached}; put the "
+                f"checkpoints back, or delete {self.metrics_file} to begin anew"
+            )
+
     def rewind_metrics(self, step: int) -> None:
         """Drop what was logged after a checkpoint's step: those steps are going to be run again."""
         kept = [r for r in self.records() if r["step"] <= step]

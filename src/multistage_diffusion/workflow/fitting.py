@@ -181,7 +181,7 @@ CHANGEABLE = (
 
 
 # What an imported run learns when it is first resumed.
-RECORDED = ("data.fingerprint", "codec.fingerprint", "codec.scale", "codec.shape", "training.precision")
+RECORDED = ("data.class_counts", "data.fingerprint", "codec.fingerprint", "codec.scale", "codec.shape", "training.precision")
 
 
 def resume(
@@ -221,6 +221,7 @@ def resume(
 def _reopened(run: Run, changes: Mapping[str, Any], device: torch.device, progress: Progress | None) -> Prepared:
     """Return what a run is trained on further, and what evaluates it."""
     config = run.config()
+    run.check_records()
     _refuse_edited(run, config)
     changed = override(config, changes)
     refused = [key for key in differences(config, changed) if key not in CHANGEABLE]
