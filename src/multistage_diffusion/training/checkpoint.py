@@ -141,17 +141,20 @@ def _is_digests(value: Any) -> bool:
     )
 
 
+_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # of torch.amp.GradScaler
 # field of state.json -> what is right, and that in words
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "step": (_is_count, "a number of steps"),
-    "images": (lambda value: _is_count(value) or isinstance(value, str), "a number of images"),
+    "images": (_is_count, "a number of images"),
     "score": (lambda value: value is None or _is_number(value), "a finite number or null"),
     "quality": (lambda value: value is None or _is_number(value), "a finite number or null"),
     "seconds": (_is_number, "a finite number"),
     "sums": (lambda value: isinstance(value, dict), "a mapping"),
     "scaler": (
-        lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
-        "a mapping of finite numbers",
+        lambda value: (
+            isinstance(value, dict) and all(map(_is_number, value.values())) and value.keys() in (set(), _SCALER)
+        ),
+        f"empty, or numbers for {', '.join(sorted(_SCALER))}",
     ),
     "config": (lambda value: isinstance(value, dict), "a mapping"),
     _DIGESTS: (_is_digests, "bytes and sha256 of each file"),

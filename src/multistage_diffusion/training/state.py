@@ -56,11 +56,10 @@ def restore(trainer: Trainer, path: Path) -> None:
     ckpt.restore_module(trainer.denoiser, path, "model")
     ckpt.restore_module(trainer.ema.module, path, "ema")
     ckpt.restore_moments(trainer.optimizer, trainer.denoiser, path)
-    if state.get("scaler"):
-        try:
-            trainer.scaler.load_state_dict(state["scaler"])
-        except (KeyError, RuntimeError):
-            raise UserError(f"{path / 'state.json'}: scaler lacks a number; was it edited?") from None
+    if "scaler" not in state:
+        raise UserError(f"{path / 'state.json'}: scaler is missing; was it edited?")
+    if state["scaler"]:
+        trainer.scaler.load_state_dict(state["scaler"])
     trainer.sums = _sums(state.get("sums"), len(config.stages), path)
     trainer.step = state["step"]
 

@@ -181,7 +181,14 @@ CHANGEABLE = (
 
 
 # What an imported run learns when it is first resumed.
-RECORDED = ("data.class_counts", "data.fingerprint", "codec.fingerprint", "codec.scale", "codec.shape", "training.precision")
+RECORDED = (
+    "data.class_counts",
+    "data.fingerprint",
+    "codec.fingerprint",
+    "codec.scale",
+    "codec.shape",
+    "training.precision",
+)
 
 
 def resume(
