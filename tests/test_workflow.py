@@ -132,6 +132,7 @@ def test_a_split_in_another_range_is_refused(result: SplitResult) -> None:
         ({"training.batch": 2}, "training.batch=2 is too small for 3 stages"),
         ({"sampling.eta": 0.5}, "sampling.eta=0.5 has no meaning"),
         ({"network.num_classes": 10}, "has no labels"),
+        ({"network.channel_mult": [1] * 10}, "has 10 levels"),
         ({"data.held_out": 0.001}, "leaves no held-out images"),
         ({"training.steps": 4}, "device='cuda:99'"),
     ],

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import processes
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from multistage_diffusion.distributed import ALONE, World, join, speaks
 from multistage_diffusion.distributed import world as world_module
@@ -151,3 +157,39 @@ def test_what_three_processes_tell_one_another():
     assert [f["value"] for f in (a, b, c)] == [*["ValueError: rank 2: a full disk"] * 2, "ValueError: a full disk"]
     assert [f["os"] for f in (a, b, c)] == ["OSError: a full disk", *["OSError: rank 0: a full disk"] * 2]
     assert a["nan"] == c["nan"] == "FloatingPointError: rank 1: a full disk"
+
+
+def test_a_process_whose_others_never_come_says_so():
+    code = (
+        "import torch; from multistage_diffusion.distributed import world; world.NOTICE = 0.2;"
+        "world.join(torch.device('cpu'))"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    given = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env={**os.environ, **given}
+    )
+    try:
+        assert process.stderr is not None
+        lines = (line for line in process.stderr if line.startswith("msdiff: "))
+        assert next(lines) == f"msdiff: rank 0 waits for the other processes of 2 at 127.0.0.1:{port}\n"
+        assert process.poll() is None  # it goes on waiting
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_ranks_that_have_not_said_hello_are_named(monkeypatch, caplog):
+    monkeypatch.setattr(world_module, "NOTICE", 0.05)
+    store = HashStore()
+    for rank in (0, 2):
+        store.set(f"msdiff/hello/{rank}", "here")
+    late = threading.Timer(0.4, lambda: [store.set(f"msdiff/hello/{rank}", "here") for rank in (1, 3)])
+    late.start()
+    world_module._wait_for(store, range(4))
+    late.join()
+    assert [record.message for record in caplog.records] == [
+        "msdiff: waiting for rank 1, 3; did it start, and can it reach this machine?"
+    ]

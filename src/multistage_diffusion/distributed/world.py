@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -26,7 +28,9 @@ from torch.distributed.rendezvous import rendezvous
 from ..errors import NotFiniteError, UserError
 from .heartbeat import PATIENCE, Heartbeat, RankLost
 
+_LOG = logging.getLogger(__name__)
 _FOREVER = timedelta(days=7)  # of waiting for another process that is alive
+NOTICE = 20.0  # seconds after which whoever waits for processes that do not come says so
 GOODBYE = 30.0  # seconds for which rank 0, which may keep the store, stays for those that have not left yet
 ErrorType = TypeVar("ErrorType", bound=BaseException)
 _MENDABLE = (NotFiniteError, UserError, ValueError, OSError, FloatingPointError)  # of two that fit the first is told
@@ -300,6 +304,7 @@ def _meet(store: Store, rank: int, size: int) -> str:
     """
     mine = uuid.uuid4().hex
     store.set(f"msdiff/hello/{rank}", mine)
+    _wait_for(store, range(size) if rank == 0 else [0])
     while True:
         if rank == 0:
             seen = [store.get(f"msdiff/hello/{other}").decode() for other in range(size)]
@@ -315,8 +320,34 @@ def _meet(store: Store, rank: int, size: int) -> str:
         time.sleep(0.05)
 
 
+def _wait_for(store: Store, others: Iterable[int]) -> None:
+    """Wait until other ranks have said hello; say after NOTICE seconds which have not."""
+    start, told = time.monotonic(), False
+    while missing := [str(other) for other in others if not store.check([f"msdiff/hello/{other}"])]:
+        if not told and time.monotonic() - start > NOTICE:
+            told = True
+            _LOG.warning(
+                "msdiff: waiting for rank %s; did it start, and can it reach this machine?", ", ".join(missing)
+            )
+        time.sleep(0.05)
+
+
+@contextmanager
+def _noticed(text: str) -> Iterator[None]:
+    """Log a line if the block takes more than NOTICE seconds."""
+    timer = threading.Timer(NOTICE, _LOG.warning, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _enter(device: torch.device, patience: float) -> World:
-    store, rank, size = next(iter(rendezvous("env://")))
+    own, size, place = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    with _noticed(f"msdiff: rank {own} waits for the other processes of {size} at {place}:{os.environ['MASTER_PORT']}"):
+        store, rank, size = next(iter(rendezvous("env://")))
     prefix = f"msdiff/{_meet(store, rank, size)}"
     words = PrefixStore(f"{prefix}/words", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -15,6 +15,7 @@ from ..config import DataConfig, RunConfig
 from ..contracts import Codec
 from ..data import ImageData, to_float
 from ..data.sources import located as located_source
+from ..errors import UserError
 from ..latents import LatentData
 from ..nets.cost import network_cost
 from ..network_config import LDM_GROUPS, NetworkConfig
@@ -84,6 +85,7 @@ def check(
         UserError: if anything would stop the training later: network, sampler, batch, labels, held-out share, memory or the
             run to start from.
     """
+    _require_levels_that_fit(config)
     cost = network_cost(config.network, *config.input_shape[1:])
     require_training_memory(config, cost.total_parameters, device or torch.device("cpu"), processes)
     make_plan(config.sampling, config.diffusion.schedule)
@@ -93,6 +95,17 @@ def check(
     if config.training.init_from:
         warm_start(config.training.init_from, config)
     return parts
+
+
+def _require_levels_that_fit(config: RunConfig) -> None:
+    """Refuse levels that the network would have to pad its input for to more than twice its side."""
+    side, levels = max(config.input_shape[1:]), len(config.network.channel_mult)
+    most = (2 * side - 1).bit_length()  # the padded side is a multiple of 2^(levels - 1)
+    if levels > most:
+        raise UserError(
+            f"network.channel_mult={list(config.network.channel_mult)} has {levels} levels, each half the size of the one "
+            f"before, for sides of {side}; give at most {most} levels"
+        )
 
 
 def with_paths(config: RunConfig) -> RunConfig:
