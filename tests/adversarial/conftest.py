@@ -11,15 +11,6 @@ from adversary import TINY, Case, pixels, refused
 
 from multistage_diffusion import cli
 
-OPEN = (Path(__file__).parent / "open_cases.txt").read_text().splitlines()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Expect the cases that are not refused in one line yet to fail; who mends one takes it off the list."""
-    for item in items:
-        if item.nodeid.removeprefix("tests/adversarial/") in OPEN:
-            item.add_marker(pytest.mark.xfail(reason="open: listed in open_cases.txt", strict=False))
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -30,12 +31,16 @@ Maker = Callable[[Path], Any]
 
 
 def tensors(name: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> Maker:
-    """Return what changes a file of tensors, as another program would: no digest knows of it."""
+    """Return what changes a file of tensors and its digest: only the tensors themselves are wrong."""
 
     def make(folder: Path) -> None:
         found = load_file(folder / name)
         change(found)
         save_file(found, folder / name)
+        state = (folder / name).with_name("state.json")
+        data, told = (folder / name).read_bytes(), json.loads(state.read_text())
+        told["files"][Path(name).name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        state.write_text(json.dumps(told))
 
     return make
 

@@ -183,16 +183,19 @@ def _mend(path: Path) -> str:
     return f"delete {path} to go on from the checkpoint before it, of step {checkpoint_step(older[-1])}"
 
 
-def load_tensors(path: Path, name: str, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
+def load_tensors(
+    path: Path, name: str, wanted: Collection[str] | None = None, whole: Collection[str] | None = None
+) -> dict[str, Tensor]:
     """Return "model", "ema" or "optimizer" tensors of a checkpoint, on the CPU.
 
     Args:
         path: the checkpoint's folder.
         name: of the file.
         wanted: names of tensors (of "optimizer": of parameters); others are not read. None: all.
+        whole: all names that there may be. None: any.
 
     Raises:
-        UserError: if the file is missing, damaged or not the one that was written, naming it.
+        UserError: if the file is missing, damaged or not the one that was written, or holds more, naming it.
     """
     file = path / f"{name}.safetensors"
     known = _read_state(path).get(_DIGESTS)
@@ -204,6 +207,9 @@ def load_tensors(path: Path, name: str, wanted: Collection[str] | None = None) -
         with safe_open(file, framework="pt") as stored:
             keys = list(stored.keys())
             named = state_of if name == "optimizer" else str
+            others = [key for key in keys if whole is not None and named(key) not in whole]
+            if others:
+                raise _Damaged(f"it holds {others[0]}, which the network does not have")
             return {key: stored.get_tensor(key) for key in keys if wanted is None or named(key) in wanted}
     except (SafetensorError, OSError, _Damaged) as error:
         raise UserError(
@@ -224,14 +230,20 @@ def _check_digest(file: Path, said: dict[str, Any]) -> None:
             raise _Damaged("its content is not what was written: its sha256 differs from that in state.json")
 
 
-def restore_module(module: nn.Module, path: Path, name: str) -> None:
-    """Take the weights of "model" or "ema" into a network, which may be a part of the one that was saved.
+def restore_module(module: nn.Module, path: Path, name: str, whole: Collection[str] | None = None) -> None:
+    """Take the weights of "model" or "ema" into a network.
+
+    Args:
+        module: the network.
+        path: the checkpoint's folder.
+        name: of the file.
+        whole: names of all tensors of the network that was saved, where the module is a part of it. None: it is all of it.
 
     Raises:
-        UserError: if the file is damaged, or lacks a tensor, or one has another shape or dtype or is not finite.
+        UserError: if the file is damaged, lacks a tensor or has more, or one has another shape or dtype or is not finite.
     """
     own = module.state_dict()
-    tensors = load_tensors(path, name, own)
+    tensors = load_tensors(path, name, own, own if whole is None else whole)
     for key, value in own.items():
         fault = _fault(tensors.get(key), value)
         if fault:
@@ -247,14 +259,17 @@ def _fault(given: Tensor | None, wanted: Tensor) -> str:
     return "" if bool(torch.isfinite(given).all()) else "is not finite"
 
 
-def restore_moments(optimizer: torch.optim.Optimizer, module: nn.Module, path: Path) -> None:
-    """Take a checkpoint's "optimizer" file into an optimiser over a network's parameters.
+def restore_moments(
+    optimizer: torch.optim.Optimizer, module: nn.Module, path: Path, whole: Collection[str] | None = None
+) -> None:
+    """Take a checkpoint's "optimizer" file into an optimiser over a network's parameters; see `restore_module`.
 
     Raises:
         UserError: if the file is damaged, empty after steps were done, or not what the optimiser keeps.
     """
     state = read_state(path)
-    tensors = load_tensors(path, "optimizer", {name for name, _ in module.named_parameters()})
+    own = {name for name, _ in module.named_parameters()}
+    tensors = load_tensors(path, "optimizer", own, own if whole is None else whole)
     try:
         if state["step"] and not tensors and not state.get("scaler"):  # a scaler may have skipped every step
             raise UserError("holds nothing of any parameter")

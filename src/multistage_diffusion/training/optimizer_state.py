@@ -68,6 +68,7 @@ def restore_optimizer(
 
 
 _PROBE = (2, 3)
+_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"}  # of torch's optimisers
 
 
 def _made(optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -97,6 +98,8 @@ def _checked(
             raise UserError(f"{name}.{key} is {value.dtype} {list(value.shape)}, not {model.dtype} {list(shape)}")
         if not bool(torch.isfinite(value).all()):
             raise UserError(f"{name}.{key} is not finite")
+        if key in _SQUARES and bool((value < 0).any()):
+            raise UserError(f"{name}.{key} has negative values; it is a mean or sum of squares")
         if key.removesuffix(_NUMBER) == "step" and most is not None and not 0 <= value.item() <= most:
             raise UserError(
                 f"{name}.{key}={value.item():g} is not between 0 and {most}, what the checkpoint's step allows"

@@ -7,6 +7,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ..denoisers import build_denoiser
 from ..errors import UserError
 from . import checkpoint as ckpt
 from .sums import RunningSums
@@ -53,9 +56,11 @@ def restore(trainer: Trainer, path: Path) -> None:
             f"{path / 'state.json'}: step={state['step']} is above its own config.training.steps={config.training.steps}; "
             "was it edited?"
         )
-    ckpt.restore_module(trainer.denoiser, path, "model")
-    ckpt.restore_module(trainer.ema.module, path, "ema")
-    ckpt.restore_moments(trainer.optimizer, trainer.denoiser, path)
+    with torch.device("meta"):  # a process may hold a part of it only
+        whole = build_denoiser(config).state_dict()
+    ckpt.restore_module(trainer.denoiser, path, "model", whole)
+    ckpt.restore_module(trainer.ema.module, path, "ema", whole)
+    ckpt.restore_moments(trainer.optimizer, trainer.denoiser, path, whole)
     if "scaler" not in state:
         raise UserError(f"{path / 'state.json'}: scaler is missing; was it edited?")
     if state["scaler"]:
