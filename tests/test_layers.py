@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("keyed", "schedules"),
     ("stages",),
     ("network_config", "serialization"),
-    ("execution_config", "records"),
+    ("execution_config", "records", "sampling_config"),
     ("config",),
     ("data",),
     # L1: finding stages, networks, pictures
