@@ -12,7 +12,7 @@ from typing import Any
 
 import elsewhere
 import numpy as np
-from conftest import tiny_config, tiny_data
+from tiny import tiny_config, tiny_data
 
 from multistage_diffusion.cli import main
 from multistage_diffusion.training.batches import BatchSource

@@ -211,7 +211,7 @@ class CodecTrainer:
             "step": self.step,
             "seconds": self.seconds,
             "settings": self.settings,
-            "images": self.data.fingerprint,
+            "fingerprint": self.data.fingerprint,
         }
         checkpoint = ckpt.Checkpoint(
             model=self.model.state_dict(),
@@ -233,7 +233,7 @@ class CodecTrainer:
             raise UserError(f"{self.folder}: there is no training of a codec to go on with; start it without --resume")
         path = found[-1]
         state = ckpt.read_state(path)
-        for name in ("settings", "images", "seconds"):
+        for name in ("settings", "fingerprint", "seconds"):
             if name not in state:
                 raise UserError(f"{path / 'state.json'}: {name} is missing; is this the training of a codec?")
         begun = to_dict(replace(from_dict(CodecSettings, state["settings"], str(path)), steps=self.settings.steps))
@@ -243,7 +243,7 @@ class CodecTrainer:
                     f"{name}={value!r}, but {self.folder} was begun with {begun[name]!r}; give that to go on, or train "
                     "another codec"
                 )
-        if state["images"] != self.data.fingerprint:
+        if state["fingerprint"] != self.data.fingerprint:
             raise UserError(f"{self.folder} was begun on other images than {self.data.name}; give those to go on")
         if state["step"] > self.settings.steps:
             raise UserError(

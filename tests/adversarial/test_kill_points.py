@@ -19,7 +19,7 @@ from multistage_diffusion.files import write_json
 from multistage_diffusion.training.checkpoint import list_checkpoints
 from multistage_diffusion.training.run import Run
 
-SLOW = ("report", "describe", "tables")  # seconds at every point
+SLOW = ("split", "report", "describe", "import", "tables")  # seconds at every point
 MOST = 400  # points; no command here has as many
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from conftest import tiny_config, tiny_data
+from tiny import tiny_config, tiny_data
 
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.distributed import ALONE, World
@@ -248,7 +248,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, TESTS)
-from conftest import tiny_config
+from tiny import tiny_config
 from multistage_diffusion.distributed import speaks
 from multistage_diffusion.training.events import Callback
 from multistage_diffusion.workflow import train

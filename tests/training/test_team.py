@@ -7,7 +7,7 @@ from pathlib import Path
 
 import processes
 import torch
-from conftest import tiny_config, tiny_data
+from tiny import tiny_config, tiny_data
 
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.distributed import World

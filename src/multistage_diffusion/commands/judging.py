@@ -92,7 +92,7 @@ class Report:
         """Run the command."""
         run = Run.open(self.run_folder)
         if not 1 <= self.count <= MOST_IN_GRID:
-            raise UserError(f"--count {self.count}: a report shows 1 to {MOST_IN_GRID} samples")
+            raise UserError(f"count={self.count}: a report shows 1 to {MOST_IN_GRID} samples")
         with Bar("reporting", "calls") as bar:
             path = report(run, checkpoint=self.checkpoint, count=self.count, device=self.device, progress=bar)
         say(f"written: {path}")
