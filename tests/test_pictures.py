@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from multistage_diffusion.pictures import data_uri, folder_of_images, grid, save_folder, save_npz, save_png
+from multistage_diffusion.pictures import data_uri, folder_of_images, grid, save_npz, save_png
 
 RAMP = torch.arange(3 * 2 * 2, dtype=torch.uint8).view(3, 1, 2, 2)
 
@@ -66,24 +66,6 @@ def test_png_round_trip(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(payload)))), np.asarray(image))
 
 
-def test_folder_holds_every_image(tmp_path: Path) -> None:
-    paths = save_folder(RAMP, tmp_path / "samples", start=9)
-    assert [p.name for p in paths] == ["000009.png", "000010.png", "000011.png"]
-    for path, image in zip(paths, RAMP, strict=True):
-        assert np.array_equal(np.asarray(Image.open(path)), image[0].numpy())
-
-
-def test_folder_overwrites_nothing_unasked(tmp_path: Path) -> None:
-    save_folder(RAMP[:1], tmp_path, start=2)
-    before = (tmp_path / "000002.png").read_bytes()
-    with pytest.raises(ValueError, match=r"000002.png: exists \(1 such files\)"):
-        save_folder(255 - RAMP, tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["000002.png"]
-    assert (tmp_path / "000002.png").read_bytes() == before
-    save_folder(255 - RAMP, tmp_path, overwrite=True)
-    assert (tmp_path / "000002.png").read_bytes() != before
-
-
 def test_a_folder_of_images_appears_whole(tmp_path: Path) -> None:
     with folder_of_images(tmp_path / "new" / "samples") as write:
         write(0, RAMP[:2])
@@ -96,7 +78,8 @@ def test_a_folder_of_images_appears_whole(tmp_path: Path) -> None:
 
 def test_a_folder_of_images_takes_the_place_of_one_of_images_alone(tmp_path: Path) -> None:
     folder = tmp_path / "samples"
-    save_folder(255 - RAMP, folder, start=1)
+    with folder_of_images(folder) as write:
+        write(1, 255 - RAMP)
     with folder_of_images(folder) as write:
         write(0, RAMP[:2])
         assert len(list(folder.iterdir())) == 3  # the old one is whole until the new one is

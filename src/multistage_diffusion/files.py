@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -256,6 +257,48 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
+
+
+def require_place(path: Path) -> None:
+    """See, before the work is done, that something can be written at a path.
+
+    Raises:
+        UserError: if not.
+    """
+    above = next(p for p in path.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--out {path}: nothing can be written in {above}; choose another place")
+
+
+def require_room(path: Path, go_on: str, *, replace: bool, ignored: str = "") -> bool:
+    """See, before the work is done, that a folder can be made at a path; return whether one must be moved aside first.
+
+    Args:
+        path: where.
+        go_on: how to go on with what may be there, for the message.
+        replace: whether what is there may be moved aside.
+        ignored: name of a file that does not count.
+
+    Raises:
+        UserError: if there is something that is not to be replaced, or nothing can be written there.
+    """
+    taken = path.exists() and (not path.is_dir() or any(p.name != ignored for p in path.iterdir()))
+    if taken and not replace:
+        raise UserError(
+            f"{path}: exists; {go_on}, choose another --out, or replace it (--replace; replace=True in Python)"
+        )
+    require_place(path)
+    return taken
+
+
+def move_aside(path: Path) -> None:
+    """Rename what is at a path to PATH.replaced-TIME.
+
+    Raises:
+        UserError: if it cannot be.
+    """
+    with disk_errors(path):
+        path.rename(path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
 @contextmanager

@@ -63,34 +63,9 @@ def save_png(image: Image.Image, path: Path) -> None:
     write_atomic(path, _png(image))
 
 
-def save_folder(images: Tensor, folder: Path, start: int = 0, overwrite: bool = False) -> list[Path]:
-    """Write images as 000000.png, 000001.png, ...
-
-    Args:
-        images: uint8 (N, C, H, W), C = 1 or 3.
-        folder: made if missing.
-        start: number of the first file.
-        overwrite: replace files that are there.
-
-    Returns:
-        The files' paths, in order.
-
-    Raises:
-        UserError: if one of the files is there already (nothing is written then), or for another type or shape.
-    """
-    _check(images)
-    paths = [folder / f"{start + i:06d}.png" for i in range(len(images))]
-    taken = [] if overwrite else [path for path in paths if path.exists()]
-    if taken:
-        raise UserError(f"{taken[0]}: exists ({len(taken)} such files); choose another folder or ask to overwrite")
-    for path, image in zip(paths, images.cpu(), strict=True):
-        save_png(_to_pil(image), path)
-    return paths
-
-
 @contextmanager
 def folder_of_images(folder: Path, labels: Tensor | None = None) -> Iterator[Callable[[int, Tensor], object]]:
-    """Give a function that writes images into a folder as `save_folder` does: of (number of the first, images).
+    """Give a function that writes images as 000000.png, 000001.png, ...: of (number of the first, images).
 
     The folder appears at the end, whole; it takes the place of one of such images alone. After an error nothing is changed.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import tyro
 from ..config import RunConfig, SamplingConfig
 from ..errors import UserError
 from ..evaluation import agree
-from ..files import refuse_special
+from ..files import refuse_special, require_place
 from ..reading import YAML_LIMIT, parse_yaml, read_text
 from ..serialization import from_dict, read_json
 from ..shown import shown
@@ -111,9 +110,7 @@ def check_out(path: Path, overwrite: bool, *, folder: bool = False) -> None:
             raise UserError(f"--out {path}: exists; choose another name or give --overwrite")
         if path.is_dir() != folder:
             raise UserError(f"--out {path}: is a {'file' if folder else 'folder'}; choose another name")
-    above = next(p for p in path.absolute().parents if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"--out {path}: nothing can be written in {above}; choose another place")
+    require_place(path)
 
 
 def parse_changes(settings: Sequence[str]) -> dict[str, Any]:

@@ -29,10 +29,11 @@ from ..errors import UserError
 from ..execution import Execution
 from ..files import (
     append_line,
-    disk_errors,
     json_bytes,
     locked,
+    move_aside,
     new_folder,
+    require_room,
     sweep,
     write_atomic,
     write_file,
@@ -92,28 +93,14 @@ class Run:
             if fill is not None:
                 fill(cls(folder))
             if taken:  # last, so that an error before leaves it where it was
-                aside = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
-                with cls(path).locked() if cls(path).config_file.exists() else nullcontext(), disk_errors(path):
-                    path.rename(aside)
+                with cls(path).locked() if cls(path).config_file.exists() else nullcontext():
+                    move_aside(path)
         return cls(path)
 
     @staticmethod
     def require_room(path: Path, *, replace: bool) -> bool:
-        """See, before the work is done, that a run can be made at a path; return whether one must be moved aside first.
-
-        Raises:
-            UserError: if there is a run, or anything else, that is not to be replaced, or nothing can be written there.
-        """
-        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
-        if taken and not replace:
-            raise UserError(
-                f"{path}: exists; resume it (--resume {path}), choose another --out, or replace it (--replace; "
-                "replace=True in Python)"
-            )
-        above = next(p for p in path.absolute().parents if p.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise UserError(f"--out {path}: nothing can be written in {above}; choose another place")
-        return taken
+        """See, before the work is done, that a run can be made at a path, see `files.require_room`."""
+        return require_room(path, f"resume it (--resume {path})", replace=replace)
 
     @classmethod
     def open(cls, path: Path | str) -> Run:

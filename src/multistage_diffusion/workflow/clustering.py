@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def split_run(
     Raises:
         UserError: as `gradient_split`.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("algorithm 'gradient' is for one process; start msdiff split without torchrun")
     run = run if isinstance(run, Run) else Run.open(run)
     config = run.config()
     schedule = schedule or config.diffusion.schedule

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..config import DataConfig
 from ..data import ImageData, open_configured
 from ..data.sources import located
 from ..errors import UserError
-from ..files import make_folder, write_json
+from ..files import make_folder, move_aside, require_room, write_json
 from ..pictures import grid, save_png
 from ..serialization import to_dict
 from ..training.devices import device_name, resolve_device
@@ -60,13 +59,17 @@ def train_codec(
     config = DataConfig(source=data) if isinstance(data, str) else data
     if config.held_out == 0:
         raise UserError("data.held_out=0: a codec is measured on held-out images; hold some out, such as 0.1")
+    # a training that was killed before its first checkpoint has left its lock alone
+    taken = not resume and require_room(out, "go on with it (--resume)", replace=replace, ignored=".lock")
     images = open_configured(config)
     training, held_out = images.split(config.held_out)
     trainer = CodecTrainer(out, settings, training, resolved)
     if resume:
         trainer.restore()
     else:
-        _make_room(out, replace)
+        if taken:
+            move_aside(out)
+        make_folder(out)
     with Run(out).locked():
         with stopped_by_signals(trainer.stop):
             trainer.fit(progress)
@@ -80,19 +83,6 @@ def train_codec(
             "--resume"
         )
     return record
-
-
-def _make_room(out: Path, replace: bool) -> None:
-    """Make an empty folder, moving what is there aside (to OUT.replaced-TIME) if asked to."""
-    # a training that was killed before its first checkpoint has left its lock alone
-    if out.exists() and (not out.is_dir() or any(p.name != ".lock" for p in out.iterdir())):
-        if not replace:
-            raise UserError(
-                f"{out}: exists; go on with it (--resume), choose another --out, or replace it (--replace; replace=True "
-                "in Python)"
-            )
-        out.rename(out.with_name(f"{out.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
-    make_folder(out)
 
 
 def _write(trainer: CodecTrainer, data: DataConfig, held_out: ImageData) -> dict[str, Any]:
