@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,10 +36,11 @@ class Faults:
     Args:
         at: number of the point that fails, from 0; None: none does.
         full: the disk is full there, for one call; else the process dies there.
+        really: this process is ended by SIGKILL instead of an exception.
     """
 
-    def __init__(self, at: int | None = None, *, full: bool = False) -> None:
-        self.at, self.full, self.points = at, full, 0
+    def __init__(self, at: int | None = None, *, full: bool = False, really: bool = False) -> None:
+        self.at, self.full, self.really, self.points = at, full, really, 0
         self.struck = False
         self._real: dict[str, Callable[..., Any]] = {}
 
@@ -68,6 +70,8 @@ class Faults:
             self.struck = True
             if name == "write":
                 real(args[0], args[1][: len(args[1]) // 2])  # torn
+            if self.really:
+                os.kill(os.getpid(), signal.SIGKILL)
             if self.full:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             raise Killed

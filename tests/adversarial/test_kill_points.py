@@ -5,13 +5,17 @@ Afterwards the result is whole: the old one or the new one. The command given ag
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from faults import Faults, Killed
 
 from multistage_diffusion.cli import main
@@ -141,6 +145,39 @@ def check_every_point(case: Case, template: Path, tmp_path: Path, full: bool, er
         assert not beside(case, folder, before), f"{case.name}: point {point}"
         shutil.rmtree(folder)
     raise AssertionError(f"{case.name}: more than {MOST} points")
+
+
+def _die_at(point: int, arguments: list[str]) -> None:
+    """Run a command in this process and end it by SIGKILL at a point, or well."""
+    torch.set_num_threads(1)
+    with Faults(point, really=True).active():
+        code = main(arguments)
+    os._exit(code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_process_killed_with_9_leaves_the_result_whole(case: Case, template: Path, tmp_path: Path, capsys) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["multistage_diffusion.commands", "multistage_diffusion.report_page"])
+    point = 0
+    while True:
+        folder = tmp_path / str(point)
+        shutil.copytree(template, folder)
+        before, old = entries(folder), content(folder / case.out)
+        process = context.Process(target=_die_at, args=(point, words(case, folder)))
+        process.start()
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
+            assert process.exitcode == 0
+            break
+        assert content(folder / case.out) or not old, f"{case.name}: the old result is gone at point {point}"
+        replace = [case.overwrite] if case.overwrite and (folder / case.out).exists() else []
+        assert main([*words(case, folder), *replace]) == 0, f"{case.name}: {point}: {capsys.readouterr().err}"
+        assert not beside(case, folder, before), f"{case.name}: point {point}"
+        shutil.rmtree(folder)
+        point += 3  # every third: a process takes seconds to begin
+    assert point > 0
 
 
 @pytest.mark.slow
