@@ -292,8 +292,8 @@ class SigmaPrior(ABC):
         """Map uniforms to draws from the whole density."""
         return self.sample_within(u, 0.0, math.inf)
 
-    def _empty(self, low: float, high: float) -> ValueError:
-        return ValueError(f"stage [{low:.6g}, {high:.6g}) holds no mass of the {self.kind} prior; move its edges")
+    def _empty(self, low: float, high: float) -> UserError:
+        return UserError(f"stage [{low:.6g}, {high:.6g}) holds no mass of the {self.kind} prior; move its edges")
 
 
 def _clamp_half_open(sigma: Tensor, low: float, high: float) -> Tensor:

@@ -104,7 +104,11 @@ def test_rows_do_not_depend_on_the_batch_and_stages_add_up():
 
 
 def test_stages_outside_the_range_are_left_out():
-    assert clipped_intervals(Stages((0.01, 1.0, 80.0)), 0.1, 10.0) == ((0.1, 1.0), (1.0, 10.0))
+    assert clipped_intervals(Stages((0.01, 1.0, 80.0)), 0.1, 10.0) == {1: (0.1, 1.0), 2: (1.0, 10.0)}
+    data = torch.ones(4, 2)
+    found = likelihood(Wiener(torch.ones(2)), data, Stages((0.01, 1.0)), 0.1, 10.0, pixels=False).result()
+    assert found.numbers == (2, 3)
+    assert found.intervals == ((0.1, 1.0), (1.0, 10.0))
 
 
 def test_labels_and_progress_are_handed_on():

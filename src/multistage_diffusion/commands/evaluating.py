@@ -15,10 +15,12 @@ from ..console import Bar
 from ..distributed import speaks
 from ..errors import UserError
 from ..evaluation import ComparisonResult, EvaluationResult, agree
+from ..evaluation.likelihood import Estimate, LikelihoodResult
 from ..serialization import to_dict
 from ..training.run import Run
 from ..workflow import compare, evaluate, statistics
 from ..workflow.evaluating import KEPT, NotKeptError
+from ..workflow.likelihood import measure_likelihood
 from .options import DataOptions, Device, RunFolder, SamplerOptions, check_out, option, print_json, say
 
 Features = Annotated[str, option("FEATURES", "pixels")]
@@ -39,6 +41,7 @@ class Evaluate(SamplerOptions, DataOptions):
       msdiff evaluate runs/digits --data digits --count 2000 --json
       msdiff evaluate runs/cifar --features inception --against train --count 50000
       msdiff evaluate runs/cifar --features inception --inception-weights weights.pth --against cifar10-32x32.npz
+      msdiff evaluate runs/digits --likelihood
     """
 
     run_folder: RunFolder
@@ -50,7 +53,11 @@ class Evaluate(SamplerOptions, DataOptions):
     count: Annotated[
         int | None, option("INT", "as many as the real images, but 500 to 5000, or 50000 by statistics")
     ] = None
-    """Samples drawn."""
+    """Samples drawn; with --likelihood held-out images measured (default: all)."""
+    likelihood: bool = False
+    """Measure the variational bound of held-out images instead, in bits per dimension of each stage; see RUN/likelihood.json."""
+    sigma_range: Annotated[tuple[float, float] | None, option("LOW HIGH", "the run's training noise")] = None
+    """With --likelihood: noise from and to which it is taken; compare runs on the same range only."""
     features: Features = "pixels"
     """pixels, fashion-classifier, inception, vgg16, dinov2, or a TorchScript file: that is code, name only one you trust."""
     inception_weights: Weights = None
@@ -67,6 +74,11 @@ class Evaluate(SamplerOptions, DataOptions):
     def run(self) -> None:
         """Run the command."""
         run = Run.open(self.run_folder)
+        if self.likelihood:
+            self._measure_likelihood(run)
+            return
+        if self.sigma_range is not None:
+            raise UserError("--sigma-range is of --likelihood; give both or neither")
         config, given = run.config(), self.given()
         agree(self.features)
         if given and self.data is None:
@@ -103,6 +115,26 @@ class Evaluate(SamplerOptions, DataOptions):
             say(evaluation_text(result) if isinstance(result, EvaluationResult) else comparison_text(result))
         if lost is not None:
             raise lost
+
+    def _measure_likelihood(self, run: Run) -> None:
+        if self.data is not None or self.against != "held-out":
+            raise UserError("--likelihood is of the run's own held-out images; leave out --data and --against")
+        low, high = self.sigma_range or (None, None)
+        with Bar("measuring", "images") as bar:
+            result = measure_likelihood(
+                run,
+                count=self.count,
+                seed=self.seed,
+                sigma_min=low,
+                sigma_max=high,
+                checkpoint=self.checkpoint,
+                device=self.device,
+                progress=bar,
+            )
+        if self.json:
+            print_json(to_dict(result))
+        else:
+            say(likelihood_text(result))
 
 
 @dataclass(kw_only=True)
@@ -204,3 +236,27 @@ def comparison_text(result: ComparisonResult) -> str:
             f"precision, recall  {result.precision:.3f}, {result.recall:.3f}   (k = {result.k}; {result.neighbour_count} a side)"
         )
     return "\n".join(lines)
+
+
+def likelihood_text(result: LikelihoodResult) -> str:
+    """Return the variational bound in words, every term for itself."""
+
+    def line(name: str, estimate: Estimate) -> str:
+        return f"{name:<34}{estimate.mean:9.4f} ± {estimate.error:.4f}"
+
+    stages = [
+        line(f"stage {k}  sigma {low:.4g} to {high:.4g}", estimate)
+        for k, (low, high), estimate in zip(result.numbers, result.intervals, result.stages, strict=True)
+    ]
+    rest = [line("prior", result.prior)]
+    if result.reconstruction is not None:
+        rest.append(line("reconstruction", result.reconstruction))
+    return "\n".join(
+        [
+            f"variational bound of {result.rows} held-out images in {result.unit}, {result.draws} noise levels a stage each",
+            *stages,
+            line("all stages", result.diffusion),
+            *rest,
+            line("total", result.total),
+        ]
+    )

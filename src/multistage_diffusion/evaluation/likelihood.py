@@ -48,7 +48,8 @@ class LikelihoodResult:
         unit: "bits/dim" for pixels, "nats/dim" for latents, which have no levels and so no reconstruction term.
         sigma_min, sigma_max: range of the integral.
         rows, draws: images, and noise levels per image and stage.
-        intervals: [low, high] in sigma of each stage's part of the range, lowest noise first; stages outside it are left out.
+        numbers: of the stages, 1 the lowest noise; those outside the range are left out.
+        intervals: [low, high] in sigma of each of their parts of the range.
         stages: diffusion term of each of them.
         diffusion: their sum.
         prior, reconstruction: the other terms.
@@ -60,6 +61,7 @@ class LikelihoodResult:
     sigma_max: float
     rows: int
     draws: int
+    numbers: tuple[int, ...]
     intervals: tuple[tuple[float, float], ...]
     stages: tuple[Estimate, ...]
     diffusion: Estimate
@@ -73,7 +75,7 @@ class Likelihood:
     """Every term for every row, in nats per dimension, float64: what two runs are compared by, row by row.
 
     Attributes:
-        sigma_min, sigma_max, draws, intervals: as in LikelihoodResult.
+        sigma_min, sigma_max, draws, numbers, intervals: as in LikelihoodResult.
         stages: (stages, N).
         prior: (N,).
         reconstruction: (N,), or None for latents.
@@ -82,6 +84,7 @@ class Likelihood:
     sigma_min: float
     sigma_max: float
     draws: int
+    numbers: tuple[int, ...]
     intervals: tuple[tuple[float, float], ...]
     stages: Tensor
     prior: Tensor
@@ -103,6 +106,7 @@ class Likelihood:
             sigma_max=self.sigma_max,
             rows=len(self.prior),
             draws=self.draws,
+            numbers=self.numbers,
             intervals=self.intervals,
             stages=tuple(Estimate.of(unit * rows) for rows in self.stages),
             diffusion=Estimate.of(unit * self.stages.sum(0)),
@@ -156,11 +160,11 @@ def likelihood(
     intervals = clipped_intervals(stages, sigma_min, sigma_max)
     found = torch.zeros(len(intervals), len(data), dtype=torch.float64)
     total, done = len(intervals) * draws * len(data), 0
-    for (k, interval), draw in itertools.product(enumerate(intervals), range(draws)):
+    for (place, (stage, interval)), draw in itertools.product(enumerate(intervals.items()), range(draws)):
         for rows in torch.split(torch.arange(len(data)), batch):
             cond = None if labels is None else Conditioning(labels=labels[rows].to(device))
-            key = ("likelihood", seed, k, draw)
-            found[k, rows] += (
+            key = ("likelihood", seed, stage, draw)
+            found[place, rows] += (
                 _integrand(denoiser, data[rows].to(device), interval, draw, draws, key, rows, cond) / draws
             )
             done += len(rows)
@@ -172,17 +176,19 @@ def likelihood(
         sigma_min=sigma_min,
         sigma_max=sigma_max,
         draws=draws,
-        intervals=intervals,
+        numbers=tuple(k + 1 for k in intervals),
+        intervals=tuple(intervals.values()),
         stages=found,
         prior=prior.cpu(),
         reconstruction=_reconstruction(data, sigma_min, seed, batch) if pixels else None,
     )
 
 
-def clipped_intervals(stages: Stages, sigma_min: float, sigma_max: float) -> tuple[tuple[float, float], ...]:
-    """Return each stage's part of [sigma_min, sigma_max], without empty ones."""
-    parts = ((max(low, sigma_min), min(high, sigma_max)) for low, high in map(stages.interval, range(len(stages))))
-    return tuple((low, high) for low, high in parts if low < high)
+def clipped_intervals(stages: Stages, sigma_min: float, sigma_max: float) -> dict[int, tuple[float, float]]:
+    """Return each stage's part of [sigma_min, sigma_max] by the stage's index, without empty ones."""
+    parts = {k: stages.interval(k) for k in range(len(stages))}
+    clipped = {k: (max(low, sigma_min), min(high, sigma_max)) for k, (low, high) in parts.items()}
+    return {k: (low, high) for k, (low, high) in clipped.items() if low < high}
 
 
 def _integrand(

@@ -13,6 +13,7 @@ from .evaluating import compare, evaluate, statistics
 from .exchange import export_published, import_published
 from .finding import save_split, split
 from .fitting import CHANGEABLE, resume, train
+from .likelihood import measure_likelihood
 from .material import prepare
 from .planning import plan
 from .using import report, sample
@@ -23,6 +24,7 @@ __all__ = [
     "evaluate",
     "export_published",
     "import_published",
+    "measure_likelihood",
     "plan",
     "prepare",
     "report",

@@ -1,0 +1,113 @@
+"""How likely a run finds held-out images: the variational bound, stage by stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..codecs import open_codec
+from ..config import RunConfig
+from ..data import ImageData, to_float
+from ..errors import UserError
+from ..evaluation.likelihood import LikelihoodResult, likelihood
+from ..files import write_json
+from ..latents import cached_latents
+from ..records import read_evaluations
+from ..serialization import to_dict
+from ..training.checkpoint import checkpoint_step
+from ..training.devices import joined
+from ..training.run import Run
+from .progress import Progress
+from .using import opened_run, require_writable
+
+_TAIL = 1e-3  # share of the training noise beyond each end of the default range
+_ROUNDING = 1e-4
+
+
+def measure_likelihood(
+    run: Run | Path | str,
+    *,
+    count: int | None = None,
+    draws: int = 8,
+    seed: int = 0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    checkpoint: str = "best",
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> LikelihoodResult:
+    """Estimate the variational bound of a run's held-out images and add it to RUN/likelihood.json.
+
+    Args:
+        run: a trained run, or its folder.
+        count: held-out images, the first ones; default all of them.
+        draws: noise levels per image and stage.
+        seed: of levels and noise.
+        sigma_min, sigma_max: range of the integral; default `noise_range`. Runs are comparable on the same range only.
+        checkpoint: "best", "latest" or a step; its averaged weights are measured.
+        device: default CUDA when there is one.
+        progress: called with (rows done, in all).
+
+    Returns:
+        Bits per dimension of pixels; nats per dimension of latents, without the reconstruction term.
+
+    Raises:
+        UserError: for several processes, too few held-out images, or a range beyond the training noise.
+    """
+    run, (world, resolved) = opened_run(run), joined(device, "evaluate --likelihood")
+    if world.size > 1:
+        raise UserError("the likelihood is measured by one process; start it without torchrun")
+    file = require_writable(run, "likelihood.json")
+    kept = read_evaluations(file)
+    config = run.config()
+    _, held_out = run.data().split(config.data.held_out)
+    if len(held_out) < 2:
+        raise UserError(
+            f"data.held_out={config.data.held_out} holds out {len(held_out)} images; the bound needs at least 2"
+        )
+    chosen = held_out.subset(range(min(count or len(held_out), len(held_out))))
+    low, high = _range(config, sigma_min, sigma_max)
+    step = checkpoint_step(run.checkpoint(checkpoint))
+    result = likelihood(
+        run.denoiser(str(step), device=resolved),
+        _inputs(config, chosen, resolved),
+        config.stages,
+        low,
+        high,
+        pixels=not config.codec.used,
+        labels=torch.from_numpy(chosen.labels) if config.network.num_classes and chosen.labels is not None else None,
+        draws=draws,
+        seed=seed,
+        device=resolved,
+        progress=progress,
+    ).result()
+    write_json(file, [*kept, {"step": step, "seed": seed, **to_dict(result)}])
+    return result
+
+
+def noise_range(config: RunConfig, tail: float = _TAIL) -> tuple[float, float]:
+    """Return the range of a run's training noise, but for a share `tail` of it at each end."""
+    low, high = config.diffusion.prior.sample(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _range(config: RunConfig, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
+    low, high = noise_range(config)
+    low, high = low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max
+    least, most = noise_range(config, 1e-6)
+    if low < least * (1 - _ROUNDING) or high > most * (1 + _ROUNDING):
+        raise UserError(
+            f"likelihood: [{low:.4g}, {high:.4g}] reaches beyond the noise that the run is trained on, [{least:.4g}, "
+            f"{most:.4g}]; take a range inside it"
+        )
+    return low, high
+
+
+def _inputs(config: RunConfig, images: ImageData, device: torch.device) -> Tensor:
+    """Return what the network sees of clean images: pixels in [-1, 1], or latents times the run's scale."""
+    if not config.codec.used:
+        return to_float(images.images)
+    latents, _ = cached_latents(open_codec(config.codec, device), images, scale=config.codec.scale, device=device)
+    return latents.latents
