@@ -26,12 +26,14 @@ from multistage_diffusion.codec_training import (
     codec_loss,
     judge,
     psnr,
+    require_codec_memory,
     write_codec,
 )
 from multistage_diffusion.codecs import CONFIG, WEIGHTS, IdentityCodec, open_codec
 from multistage_diffusion.commands.coding import TrainCodec
 from multistage_diffusion.config import CodecConfig, DataConfig
 from multistage_diffusion.data import ImageData, open_configured, to_float
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.training.checkpoint import list_checkpoints
 from multistage_diffusion.training.findings import TrainingDiverged
 from multistage_diffusion.workflow.coding import train_codec
@@ -93,6 +95,19 @@ def test_the_network_narrows_towards_the_images(width: int, factor: int, widths:
     x = torch.rand(1, 3, 8, 12)
     assert model.encode(x).latent_dist.mean.shape == (1, 2, 8 // factor, 12 // factor)
     assert model(x).sample.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"width": 100_000}, r"width=100000 \(a codec of [\d,]+ parameters\) needs at least .* GiB"),
+        ({"batch": 10**8}, r"batch=100000000 needs at least .* GiB .* take a smaller batch"),
+    ],
+)
+def test_what_memory_cannot_hold_is_refused_before_it_is_built(change: dict[str, Any], said: str) -> None:
+    require_codec_memory(tiny(), (1, 8, 8), torch.device("cpu"))
+    with pytest.raises(UserError, match=said):
+        require_codec_memory(tiny(**change), (1, 8, 8), torch.device("cpu"))
 
 
 def test_images_must_be_multiples_of_the_factor(tmp_path: Path) -> None:

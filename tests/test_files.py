@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import pickle
 import signal
 import stat
 import subprocess
@@ -296,3 +297,32 @@ def test_a_file_that_is_about_to_get_its_name_is_no_leftover(tmp_path: Path, mon
 
 
 SWEEPS = "import sys; from pathlib import Path; from multistage_diffusion.files import sweep; sweep(Path(sys.argv[1]))"
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_what_a_sweep_takes_before_it_is_held_is_made_again(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, swept = files.fcntl.flock, []
+
+    def late(handle: int, how: int) -> None:
+        if not swept:
+            swept.extend(tmp_path.glob(".it.writing-*"))
+            for path in swept:
+                path.rmdir() if path.is_dir() else path.unlink()
+        flock(handle, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    if what == "file":
+        write_atomic(tmp_path / "it", b"new")
+    else:
+        with files.new_folder(tmp_path / "it") as folder:
+            files.write_file(folder / "a", b"new")
+    assert len(swept) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["it"]
+
+
+def test_a_refusal_of_the_disk_can_be_told_to_other_processes() -> None:
+    error = files.NotWrittenError("runs/x: cannot be written", OSError(errno.ENOSPC, "full"))
+    told = pickle.loads(pickle.dumps(error))
+    assert (type(told), str(told), told.errno, told.strerror) == (type(error), str(error), errno.ENOSPC, "full")

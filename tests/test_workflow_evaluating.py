@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from multistage_diffusion.config import DataConfig, RunConfig
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import load_reference, moments
 from multistage_diffusion.evaluation.features import PixelFeatures
 from multistage_diffusion.presets import preset
 from multistage_diffusion.serialization import override, read_json, to_dict
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.workflow import compare, evaluate, sample, statistics, train
+from multistage_diffusion.workflow import compare, evaluate, evaluating, sample, statistics, train
 
 COUNT = 12
 
@@ -57,6 +58,17 @@ def test_a_file_and_the_training_images_give_the_same_numbers(run: Run, tmp_path
     assert made.moments.count == direct["reference_count"] == len(training)
     assert torch.allclose(made.moments.mean, moments(PixelFeatures()(training)).mean)
     assert direct["samples"] == COUNT
+
+
+@pytest.mark.parametrize("measure", [evaluate, compare])
+def test_features_that_memory_cannot_hold_are_refused_before_samples_are_drawn(
+    measure: Any, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluating, "sample", None)
+    with pytest.raises(
+        UserError, match=r"features='pixels': 64 dimensions of .* images needs at least .* smaller count"
+    ):
+        measure(run, count=10**9)
 
 
 def test_comparisons_are_added_to_the_run(run: Run) -> None:

@@ -24,7 +24,9 @@ from .data import ImageData, to_float, to_uint8
 from .errors import UserError
 from .files import write_atomic
 from .latents import PIXELS_AT_ONCE
+from .memory import require_memory
 from .network_config import require
+from .residency import free_memory
 from .serialization import from_dict, to_dict
 from .training import checkpoint as ckpt
 from .training.ema import EMA
@@ -104,6 +106,26 @@ def build_autoencoder(settings: CodecSettings, shape: tuple[int, int, int]) -> A
     return model.requires_grad_(True).train()
 
 
+def require_codec_memory(settings: CodecSettings, shape: tuple[int, int, int], device: torch.device) -> None:
+    """Refuse, before anything is built, a codec or a batch that memory cannot hold.
+
+    Raises:
+        UserError: naming width or batch.
+    """
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_autoencoder(settings, shape).parameters())
+    there = free_memory(device)
+    require_memory(
+        5 * 4 * parameters,  # float32: weights, gradients, two moments, averages
+        f"width={settings.width} (a codec of {parameters:,} parameters)",
+        "take a smaller width",
+        there,
+    )
+    # one block of the encoder and two of the decoder at the images' size, of at least four kept maps each
+    maps = 3 * 4 * settings.widths[0] * shape[1] * shape[2]
+    require_memory(4 * settings.batch * maps, f"batch={settings.batch}", "take a smaller batch", there)
+
+
 def codec_loss(x: Tensor, output: Tensor, mean: Tensor, logvar: Tensor, kl: float) -> Tensor:
     """Return the mean absolute and (weighted) squared error plus kl times the divergence of the posterior from N(0, 1).
 
@@ -129,11 +151,12 @@ class CodecTrainer:
         device: where.
 
     Raises:
-        UserError: if the images do not fit the factor.
+        UserError: if the images do not fit the factor, or memory cannot hold the codec or a batch.
     """
 
     def __init__(self, folder: Path, settings: CodecSettings, data: ImageData, device: torch.device) -> None:
         self.folder, self.settings, self.data, self.device = folder, settings, data, device
+        require_codec_memory(settings, data.shape, device)
         self.images = data.tensor()
         self.model = build_autoencoder(settings, data.shape).to(device)
         self.ema: EMA[Any] = EMA(self.model, EMA_HALFLIFE, EMA_RAMPUP)

@@ -53,6 +53,9 @@ class NotWrittenError(UserError, OSError):
     def __str__(self) -> str:
         return str(self.args[0])
 
+    def __reduce__(self) -> tuple[Any, ...]:  # to be told to other processes
+        return type(self), (str(self), OSError(self.errno, self.strerror))
+
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
@@ -139,9 +142,8 @@ def write_file(path: Path, data: bytes) -> None:
 
 def _write_new(path: Path, data: bytes, mode: int | None = None, becomes: Path | None = None) -> None:
     """Write a file that is not there, held until it has the name it becomes: a held file is no leftover to others."""
-    handle = os.open(path, os.O_WRONLY | os.O_EXCL | _OPEN, 0o666)
-    with os.fdopen(handle, "wb") as file:
-        _lock(handle)
+    with os.fdopen(_new_file(path), "wb") as file:
+        handle = file.fileno()
         if mode is not None:
             os.fchmod(handle, mode)
         file.write(data)
@@ -149,6 +151,16 @@ def _write_new(path: Path, data: bytes, mode: int | None = None, becomes: Path |
         os.fsync(handle)
         if becomes is not None:
             os.replace(path, becomes)
+
+
+def _new_file(path: Path) -> int:
+    """Return the handle of a file that is new and held."""
+    while True:
+        handle = os.open(path, os.O_WRONLY | os.O_EXCL | _OPEN, 0o666)
+        _lock(handle)
+        if os.fstat(handle).st_nlink:
+            return handle
+        os.close(handle)  # another process's sweep took it before it was held
 
 
 def _mode(path: Path) -> int | None:
@@ -318,10 +330,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     path = path.resolve() if path.is_symlink() else path
     make_folder(path.parent)
     sweep(path.parent)
-    temporary = _temporary(path)
-    with disk_errors(path):
-        temporary.mkdir()
-    with _held(temporary):
+    with _new_held_folder(path) as temporary:
         try:
             yield temporary
             with disk_errors(path):
@@ -334,6 +343,23 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         except BaseException:
             remove_folder(temporary)
             raise
+
+
+@contextmanager
+def _new_held_folder(path: Path) -> Iterator[Path]:
+    """Make the folder that is to be called path, and hold it."""
+    while True:
+        temporary = _temporary(path)
+        with disk_errors(path):
+            temporary.mkdir()
+        with suppress(FileNotFoundError):  # another process's sweep took it before it was held
+            holding = _held(temporary)
+            holding.__enter__()
+            break
+    try:
+        yield temporary
+    finally:
+        holding.__exit__(None, None, None)
 
 
 def _rename_new(temporary: Path, path: Path) -> None:
@@ -414,11 +440,14 @@ def _held(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         _lock(handle)
+        if not os.fstat(handle).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         yield
     finally:
         os.close(handle)
 
 
 def _lock(handle: int) -> None:
+    """Lock what is this process's own: nobody but a sweep, which is soon over, can hold it."""
     with suppress(OSError):  # a file system without locks: leftovers stay there, too
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import functools
 import itertools
 import math
 from collections import deque
@@ -84,7 +83,6 @@ def mean_flops(network: NetworkConfig, shares: Sequence[float], size: tuple[int,
     return sum(share * stage.true_flops for share, stage in zip(shares, stages, strict=True))
 
 
-@functools.lru_cache(maxsize=512)
 def _cost(network: NetworkConfig, size: tuple[int, int]) -> tuple[int, int]:
     """Return the FLOPs of the first stage and, of them, those of the shared encoder."""
     cost = network_cost(network, *size)

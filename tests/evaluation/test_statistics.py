@@ -1,9 +1,17 @@
 import pytest
 import torch
 
+from multistage_diffusion import memory
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation.features import EXTRACT_BATCH, PixelFeatures
 from multistage_diffusion.evaluation.metrics import frechet_distance
-from multistage_diffusion.evaluation.statistics import Moments, frechet_between, image_moments, moments
+from multistage_diffusion.evaluation.statistics import (
+    Moments,
+    frechet_between,
+    image_moments,
+    moments,
+    require_features,
+)
 
 
 def features(rows: int, dims: int, seed: int) -> torch.Tensor:
@@ -44,3 +52,16 @@ def test_moments_that_do_not_fit_are_refused() -> None:
     broken = Moments(mean=a.mean, covariance=a.covariance * torch.nan, count=9)
     with pytest.raises(ValueError, match="not all finite"):
         frechet_between(a, broken)
+
+
+def test_features_of_too_many_dimensions_are_refused() -> None:
+    require_features("features='pixels'", PixelFeatures(), (1, 64, 64), 10)
+    with pytest.raises(UserError, match=r"features='pixels': 4160 dimensions of images of 1 x 64 x 65 exceed 4096"):
+        require_features("features='pixels'", PixelFeatures(), (1, 64, 65), 10)
+
+
+def test_features_that_memory_cannot_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 20 * 1000 * 16 + 40 * 16 * 16)
+    require_features("features='pixels'", PixelFeatures(), (1, 4, 4), 1000)
+    with pytest.raises(UserError, match=r"features='pixels': 16 dimensions of 1001 images needs at least .* smaller"):
+        require_features("features='pixels'", PixelFeatures(), (1, 4, 4), 1001)

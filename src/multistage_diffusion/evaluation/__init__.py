@@ -14,7 +14,7 @@ from .metrics import (
 )
 from .reference import Reference, load_reference, make_reference, save_reference
 from .sharded import sharded
-from .statistics import Moments, frechet_between, image_moments, moments
+from .statistics import Moments, frechet_between, image_moments, moments, require_features
 
 __all__ = [
     "FEATURES",
@@ -40,6 +40,7 @@ __all__ = [
     "moments",
     "nearest",
     "precision_recall",
+    "require_features",
     "save_reference",
     "sharded",
 ]

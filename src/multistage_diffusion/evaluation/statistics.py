@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..contracts import FeatureExtractor
 from ..errors import UserError
+from ..memory import require_memory
 from .features import EXTRACT_BATCH, check_images
 
 MAX_DIMS = 4096  # a float64 covariance of this size takes 128 MiB and its eigenvalues about a minute
@@ -28,6 +29,32 @@ class Moments:
     mean: Tensor
     covariance: Tensor
     count: int
+
+
+def require_features(
+    field: str, extractor: FeatureExtractor, shape: Sequence[int], count: int, device: torch.device | str = "cpu"
+) -> None:
+    """Refuse, before the work, features of images that a Fréchet distance or the memory cannot hold.
+
+    Args:
+        field: that named the features, with its value, for the message.
+        extractor: feature function; it is called with one black image.
+        shape: (C, H, W) of the images.
+        count: images whose features are held at once.
+        device: where features are computed.
+
+    Raises:
+        UserError: for images that the extractor refuses, D > 4096, or more than the free memory.
+    """
+    images = " x ".join(map(str, shape))
+    try:
+        dims = extractor(torch.zeros(1, *shape, dtype=torch.uint8, device=device)).shape[1]
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from None
+    if dims > MAX_DIMS:
+        raise UserError(f"{field}: {dims} dimensions of images of {images} exceed {MAX_DIMS}; use other features")
+    held = 20 * count * dims + 5 * 8 * dims * dims  # features in float32, float64 and centred; covariances and roots
+    require_memory(held, f"{field}: {dims} dimensions of {count} images", "take a smaller count, or other features")
 
 
 def moments(features: Tensor) -> Moments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class NetworkCost:
     stages: tuple[StageCost, ...]
 
 
+@functools.lru_cache(maxsize=512)  # a run asks three times, a plan for hundreds of widths; a count takes up to a second
 def network_cost(config: NetworkConfig, height: int, width: int) -> NetworkCost:
     """Count parameters and arithmetic of one image of height x width pixels per stage.
 

@@ -22,6 +22,7 @@ from ..evaluation import (
     get_features,
     load_reference,
     make_reference,
+    require_features,
     save_reference,
     sharded,
 )
@@ -90,11 +91,14 @@ def evaluate(
     run, (world, resolved) = opened_run(run), joined(device, "evaluate")
     read_evaluations(require_writable(run, "evaluation.json"))
     with world.announced():
-        extractor = sharded(get_features(features, weights), world)
+        extractor = get_features(features, weights)
         config, opened, share = run.config(), *_compared_data(run, data)
         warn_of_empty(config.data.class_counts)
         train_images, held_out = (part.tensor() for part in opened.split(share))
         count = min(max(len(held_out), 500), 5000) if count is None else count
+        require_features(
+            f"features={features!r}", extractor, opened.shape, 3 * count, resolved
+        )  # samples, training and held-out images
         if min(count, len(train_images), len(held_out)) <= NEIGHBOURS:
             raise UserError(
                 f"{count} samples, {len(train_images)} training and {len(held_out)} held-out images are too few to compare: "
@@ -104,6 +108,7 @@ def evaluate(
         images = sample(
             run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress
         )
+        extractor = sharded(extractor, world)
         reconstructed = reconstruct(config, held_out, resolved) if config.codec.used else None
         result = evaluate_samples(
             images, train_images, held_out, extractor, k=NEIGHBOURS, reconstructed=reconstructed, device=resolved
@@ -155,6 +160,7 @@ def compare(
             found.require(extractor, opened.fingerprint, opened.shape)
         count = min(max(found.moments.count or MOST_SAMPLES, 500), MOST_SAMPLES) if count is None else count
         check_count(count, found, NEIGHBOURS)
+        require_features(f"features={features!r}", extractor, opened.shape, count, resolved)
         step = checkpoint_step(run.checkpoint(checkpoint))
         images = sample(
             run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress
@@ -260,7 +266,8 @@ def statistics(
         raise UserError(f"keep={keep} must be >= 0")
     extractor = get_features(features, weights)
     config = DataConfig(source=data) if isinstance(data, str) else data
-    opened = open_configured(config)
-    reference = part_reference(extractor, opened, part, config.held_out, keep, resolve_device(device), progress)
+    opened, resolved = open_configured(config), resolve_device(device)
+    require_features(f"features={features!r}", extractor, opened.shape, min(keep, len(opened)), resolved)
+    reference = part_reference(extractor, opened, part, config.held_out, keep, resolved, progress)
     save_reference(reference, Path(out))
     return reference

@@ -18,8 +18,16 @@ from ..contracts import Conditioning, Denoiser, FeatureExtractor
 from ..data import ImageData
 from ..distributed import ALONE, World
 from ..errors import UserError
-from ..evaluation import Moments, frechet_between, get_features, image_moments, load_reference, sharded
-from ..evaluation.statistics import MAX_DIMS
+from ..evaluation import (
+    Moments,
+    frechet_between,
+    get_features,
+    image_moments,
+    load_reference,
+    require_features,
+    sharded,
+)
+from ..evaluation.features import EXTRACT_BATCH
 from ..sampling import sample_images
 from ..training.devices import autocast_dtype
 from ..training.events import Callback
@@ -61,16 +69,8 @@ class Yardstick:
         if not settings.every:
             return None
         extractor = _features(settings.features)
-        blank = torch.zeros(1, *data.shape, dtype=torch.uint8, device=device)
-        try:
-            dims = extractor(blank).shape[1]
-        except UserError as error:
-            raise UserError(f"evaluation.features={settings.features!r}: {error}") from None
-        if dims > MAX_DIMS:
-            raise UserError(
-                f"evaluation.features={settings.features!r}: {dims} dimensions of images of "
-                f"{' x '.join(map(str, data.shape))} exceed {MAX_DIMS}; use other features"
-            )
+        field = f"evaluation.features={settings.features!r}"
+        require_features(field, extractor, data.shape, EXTRACT_BATCH, device)  # moments are summed by batches
         if settings.reference:
             reference = _read(Path(settings.reference), extractor, data)
             return cls(extractor=extractor, reference=reference, source=settings.reference)
