@@ -766,7 +766,9 @@ def test_what_memory_cannot_hold_is_refused_before_the_work(
         msdiff("sample", run, "--count", 10**7, "--batch", 10**7, "--out", "a.npz"), "batch=10000000 needs at least"
     )
     refused(msdiff("sample", run, "--calls", 10**12, "--out", "a.npz"), "sampling.calls=1000000000000 must be")
-    refused(msdiff("evaluate", run, "--count", 10**15), "count=1000000000000000 needs at least")
+    refused(
+        msdiff("evaluate", run, "--count", 10**15), "count=1000000000000000, features='pixels' of 64 dimensions, needs"
+    )
     refused(msdiff("report", run, "--count", 10**15), "count=1000000000000000: a report shows 1 to 10000 samples")
     assert not list(tmp_path.iterdir())
 

@@ -33,6 +33,7 @@ def silent(title: str) -> Iterator[None]:
     yield None
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     demo(out, {**TINY, "training.steps": 3}, bar=silent)

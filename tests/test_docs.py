@@ -21,7 +21,8 @@ from multistage_diffusion.serialization import to_dict
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LONG = ("evaluation", "latent", "planning", "splitting")  # pages whose commands take more than ten seconds
+# pages whose commands take more than ten seconds; README stands for them in quick tests
+LONG = ("evaluation", "first-run", "latent", "own-images", "performance", "planning", "splitting")
 TORCHRUN, MODULE = [sys.executable, "-m", "torch.distributed.run"], "-m multistage_diffusion "
 SHORT = ["training.steps=4", "training.batch=12", "training.held_out_rows=4", "training.log_every=2"]
 

@@ -51,6 +51,7 @@ def row_of(table: int, row: str) -> PaperRow:
     return found
 
 
+@pytest.mark.slow
 def test_everything_agrees_but_the_papers_slips(lines: list[TableRow]) -> None:
     assert {(x.table, x.row, x.stage) for x in lines if x.flag} == SLIPS
     assert not any(DIFFERS in x.flag for x in lines)
@@ -59,6 +60,7 @@ def test_everything_agrees_but_the_papers_slips(lines: list[TableRow]) -> None:
     assert sum(x.stage == "total" for x in lines) == 4 + 4 + 4
 
 
+@pytest.mark.slow
 def test_every_named_slip_is_one(lines: list[TableRow]) -> None:
     named = {(p.table, p.row, stage): why for p in PAPER_ROWS for (stage, _), why in p.slips.items()}
     assert named == {(x.table, x.row, x.stage): x.flag for x in lines if x.flag}
@@ -118,6 +120,7 @@ def test_agreement(counted: float, printed: str, expected: bool) -> None:
     assert agrees(counted, printed) is expected
 
 
+@pytest.mark.slow
 def test_totals_by_the_samplers_calls(lines: list[TableRow]) -> None:
     stages = {x.stage: x.gflops for x in lines if (x.table, x.row) == (7, "1")}
     (total,) = (x for x in lines if (x.table, x.row, x.stage) == (7, "1", "total"))
@@ -127,6 +130,7 @@ def test_totals_by_the_samplers_calls(lines: list[TableRow]) -> None:
     assert all((x.calls is None) == (x.stage != "total") for x in lines)
 
 
+@pytest.mark.slow
 def test_the_text_has_every_line_and_the_verdict(lines: list[TableRow]) -> None:
     text, markdown = tables_text(lines), tables_text(lines, markdown=True)
     for page in (text, markdown):
@@ -139,6 +143,7 @@ def test_the_text_has_every_line_and_the_verdict(lines: list[TableRow]) -> None:
     assert verdict([wrong, *lines[1:]]).endswith("5 differ by the paper's own slips; 1 differ otherwise")
 
 
+@pytest.mark.slow
 def test_tables_on_the_command_line(msdiff: Callable[..., tuple[int, str, str]], lines: list[TableRow]) -> None:
     code, out, err = msdiff("tables", "--out", "tables.md")
     assert (code, err) == (0, "")
@@ -153,6 +158,7 @@ def test_tables_on_the_command_line(msdiff: Callable[..., tuple[int, str, str]],
     assert Path("tables.md").read_text().startswith("# ")
 
 
+@pytest.mark.slow
 def test_tables_as_json(msdiff: Callable[..., tuple[int, str, str]], lines: list[TableRow]) -> None:
     code, out, err = msdiff("tables", "--json")
     assert (code, err) == (0, "")
@@ -163,6 +169,7 @@ def test_tables_as_json(msdiff: Callable[..., tuple[int, str, str]], lines: list
     assert {row["stage"] for row in rows} == {"1", "2", "3", "4", "5", "shared", "total"}
 
 
+@pytest.mark.slow
 def test_presets_on_the_command_line(msdiff: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = msdiff("presets")
     assert (code, err) == (0, "")

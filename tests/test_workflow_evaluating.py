@@ -66,7 +66,7 @@ def test_features_that_memory_cannot_hold_are_refused_before_samples_are_drawn(
 ) -> None:
     monkeypatch.setattr(evaluating, "sample", None)
     with pytest.raises(
-        UserError, match=r"features='pixels': 64 dimensions of .* images needs at least .* smaller count"
+        UserError, match=r"count=1000000000, features='pixels' of 64 dimensions, needs at least .* smaller"
     ):
         measure(run, count=10**9)
 

@@ -46,8 +46,8 @@ def test_features_are_what_the_last_layer_reads() -> None:
 
 @pytest.mark.skipif(not idx.DEBIAN_FOLDER.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_it_finds_the_class_of_at_least_92_of_100_test_images() -> None:
-    pixels = torch.from_numpy(idx.read_idx(idx.DEBIAN_FOLDER / "t10k-images-idx3-ubyte.gz", 3).copy())[:, None]
-    labels = torch.from_numpy(idx.read_idx(idx.DEBIAN_FOLDER / "t10k-labels-idx1-ubyte.gz", 1).copy())
+    pixels = torch.from_numpy(idx.read_idx(idx.DEBIAN_FOLDER / "t10k-images-idx3-ubyte.gz", 3)[:3000].copy())[:, None]
+    labels = torch.from_numpy(idx.read_idx(idx.DEBIAN_FOLDER / "t10k-labels-idx1-ubyte.gz", 1)[:3000].copy())
     model, _ = pretrained()
     found = torch.cat([model(prepare(part)).argmax(dim=1) for part in pixels.split(500)])
     assert float((found == labels).float().mean()) >= 0.92

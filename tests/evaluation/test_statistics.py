@@ -63,5 +63,5 @@ def test_features_of_too_many_dimensions_are_refused() -> None:
 def test_features_that_memory_cannot_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 20 * 1000 * 16 + 40 * 16 * 16)
     require_features("features='pixels'", PixelFeatures(), (1, 4, 4), 1000)
-    with pytest.raises(UserError, match=r"features='pixels': 16 dimensions of 1001 images needs at least .* smaller"):
+    with pytest.raises(UserError, match=r"count=1001, features='pixels' of 16 dimensions, needs at least .* smaller"):
         require_features("features='pixels'", PixelFeatures(), (1, 4, 4), 1001)

@@ -84,7 +84,14 @@ def alone() -> dict[str, SplitResult]:
         return {name: find_stages(IMAGES, settings) for name, settings in SPLITS.items()}
 
 
-@pytest.mark.parametrize(("world", "shards"), [(2, (1, 2)), (3, (1,)), (4, (2,))])
+@pytest.mark.parametrize(
+    ("world", "shards"),
+    [
+        pytest.param(2, (1, 2), marks=pytest.mark.slow),
+        (3, (1,)),
+        pytest.param(4, (2,), marks=pytest.mark.slow),
+    ],
+)
 def test_processes_find_together_what_one_finds_alone(alone, tmp_path, world, shards):
     processes.run(world, work, shards, tmp_path)
     for name, one in alone.items():

@@ -52,7 +52,9 @@ def measured(config: RunConfig, counts: tuple[int, ...], data) -> float:
     return float(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f in ("ncsnpp", "latents", "separate"))) for f in FAMILIES]
+)
 def test_they_are_those_of_a_real_step(small, tiny_data, family):
     config = small(**FAMILIES[family])
     shares = stage_shares(config.training, config.stages, config.diffusion.prior)

@@ -201,6 +201,7 @@ def stopped(world: World, path: Path) -> tuple[int, bool]:
     return trainer.step, trainer.stopped
 
 
+@pytest.mark.slow
 def test_one_process_that_is_asked_to_stop_stops_all_with_a_checkpoint(tmp_path):
     assert processes.run(2, stopped, tmp_path / "run") == [(3, True), (3, True)]
     assert [p.name for p in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000003"]

@@ -32,7 +32,12 @@ class Moments:
 
 
 def require_features(
-    field: str, extractor: FeatureExtractor, shape: Sequence[int], count: int, device: torch.device | str = "cpu"
+    field: str,
+    extractor: FeatureExtractor,
+    shape: Sequence[int],
+    count: int,
+    device: torch.device | str = "cpu",
+    sets: int = 1,
 ) -> None:
     """Refuse, before the work, features of images that a Fréchet distance or the memory cannot hold.
 
@@ -40,8 +45,9 @@ def require_features(
         field: that named the features, with its value, for the message.
         extractor: feature function; it is called with one black image.
         shape: (C, H, W) of the images.
-        count: images whose features are held at once.
+        count: images of a set.
         device: where features are computed.
+        sets: sets of so many images whose features are held at once.
 
     Raises:
         UserError: for images that the extractor refuses, D > 4096, or more than the free memory.
@@ -53,8 +59,8 @@ def require_features(
         raise UserError(f"{field}: {error}") from None
     if dims > MAX_DIMS:
         raise UserError(f"{field}: {dims} dimensions of images of {images} exceed {MAX_DIMS}; use other features")
-    held = 20 * count * dims + 5 * 8 * dims * dims  # features in float32, float64 and centred; covariances and roots
-    require_memory(held, f"{field}: {dims} dimensions of {count} images", "take a smaller count, or other features")
+    held = sets * 20 * count * dims + 5 * 8 * dims * dims  # features in float32, float64, centred; covariances, roots
+    require_memory(held, f"count={count}, {field} of {dims} dimensions,", "take a smaller count, or other features")
 
 
 def moments(features: Tensor) -> Moments:

@@ -96,9 +96,8 @@ def evaluate(
         warn_of_empty(config.data.class_counts)
         train_images, held_out = (part.tensor() for part in opened.split(share))
         count = min(max(len(held_out), 500), 5000) if count is None else count
-        require_features(
-            f"features={features!r}", extractor, opened.shape, 3 * count, resolved
-        )  # samples, training and held-out images
+        # samples, training and held-out images
+        require_features(f"features={features!r}", extractor, opened.shape, count, resolved, sets=3)
         if min(count, len(train_images), len(held_out)) <= NEIGHBOURS:
             raise UserError(
                 f"{count} samples, {len(train_images)} training and {len(held_out)} held-out images are too few to compare: "
