@@ -78,7 +78,7 @@ def test_a_folder_of_images_appears_whole(tmp_path: Path) -> None:
 
 def test_a_folder_of_images_takes_the_place_of_one_of_images_alone(tmp_path: Path) -> None:
     folder = tmp_path / "samples"
-    with folder_of_images(folder) as write:
+    with folder_of_images(folder, replace=True) as write:
         write(1, 255 - RAMP)
     with folder_of_images(folder) as write:
         write(0, RAMP[:2])

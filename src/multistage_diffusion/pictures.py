@@ -64,17 +64,20 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 @contextmanager
-def folder_of_images(folder: Path, labels: Tensor | None = None) -> Iterator[Callable[[int, Tensor], object]]:
+def folder_of_images(
+    folder: Path, labels: Tensor | None = None, *, replace: bool = False
+) -> Iterator[Callable[[int, Tensor], object]]:
     """Give a function that writes images as 000000.png, 000001.png, ...: of (number of the first, images).
 
-    The folder appears at the end, whole; it takes the place of one of such images alone. After an error nothing is changed.
+    The folder appears at the end, whole. After an error nothing is changed.
 
     Args:
         folder: where.
         labels: class of every image, int64 (N,), written as dataset.json as EDM's tools do; None: none is.
+        replace: let it take the place of a folder of such images.
 
     Raises:
-        UserError: if anything else is in the folder that is there.
+        UserError: if there is a folder that may not be replaced, or anything else is in it.
     """
     if folder.is_dir():
         others = [
@@ -86,7 +89,7 @@ def folder_of_images(folder: Path, labels: Tensor | None = None) -> Iterator[Cal
             raise UserError(
                 f"{folder}: holds {others[0]!r}, which is no sample; it is not replaced; choose another folder"
             )
-    with new_folder(folder, replace=True) as temporary:
+    with new_folder(folder, replace=replace) as temporary:
 
         def write(first: int, images: Tensor) -> None:
             _check(images)

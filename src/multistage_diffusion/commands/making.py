@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +20,7 @@ from ..serialization import override, to_dict
 from ..splitting import SplitResult
 from ..training.callbacks import TensorBoard
 from ..training.events import Callback
-from ..training.profiling import Profile
+from ..training.profiling import Profile, require_profile_place
 from ..training.run import Run
 from ..training.strategies import Strategy
 from ..workflow import resume, sample, train
@@ -97,6 +97,8 @@ class Train(DataOptions):
             changes["codec.source"] = self.codec
         if self.init_from is not None:
             changes["training.init_from"] = str(self.init_from)
+        if self.profile and self.resume is not None:
+            require_profile_place(self.resume)
         with TrainingProgress() as progress, Bar("encoding", "images") as bar:
             callbacks: list[Callback] = [progress]
             if self.profile:
@@ -207,7 +209,9 @@ class Sample(SamplerOptions):
         labels = sample_labels(config, self.count, seed=self.seed, label=self.label, in_turn=in_turn)
         if self.label is None:
             warn_of_empty(config.data.class_counts)
-        written = folder_of_images(self.out, labels) if folder and speaks() else nullcontext()
+        written: AbstractContextManager[Any] = nullcontext()
+        if folder and speaks():
+            written = folder_of_images(self.out, labels, replace=self.overwrite)
         with Bar("sampling", "calls") as bar, written as write:
             images = sample(
                 run,
