@@ -218,10 +218,12 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _require_known_range(image: Image.Image) -> None:
-    if any(kind == _SIGNED for kind in _sample_formats(image)):
-        raise UserError("its pixels are signed whole numbers, whose range is a guess; convert them to 8 bits (0..255)")
     # Pillow has no other mode for the 16-bit grey of PPM, and its early releases none for that of PNG
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+    if (
+        image.mode == "F"
+        or (image.mode == "I" and image.format not in ("PNG", "PPM"))
+        or _SIGNED in _sample_formats(image)
+    ):
         numbers = "floating-point numbers" if image.mode == "F" else "signed or 32-bit whole numbers"
         raise UserError(f"its pixels are {numbers}, whose range is a guess; convert them to 8 bits (0..255)")
 
