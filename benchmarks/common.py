@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multistage_diffusion import override, preset
 from multistage_diffusion.config import RunConfig
+from multistage_diffusion.config.serialization import read_json
 from multistage_diffusion.files import write_json
-from multistage_diffusion.serialization import read_json
-from multistage_diffusion.training.ceiling import Ceiling
-from multistage_diffusion.training.devices import device_name
+from multistage_diffusion.performance.devices import device_name
+from multistage_diffusion.performance.roofline import Ceiling
 
 PRESETS = {"digits": "digits", "t7-1": "cifar10-dpm", "edm": "cifar10-edm", "t8-4": "celebahq-ldm"}
 NETWORKS = ("ncsnpp-32", *PRESETS)

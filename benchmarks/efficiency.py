@@ -41,19 +41,19 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from multistage_diffusion import keyed, override, preset, resume, split, train
+from multistage_diffusion import override, preset, resume, rng, split, train
 from multistage_diffusion.config import DataConfig, RunConfig
+from multistage_diffusion.config.serialization import read_json, to_dict
 from multistage_diffusion.contracts import Denoiser
 from multistage_diffusion.data import open_data, to_float
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.files import write_json
 from multistage_diffusion.optimal import OptimalDenoiser
-from multistage_diffusion.serialization import read_json, to_dict
-from multistage_diffusion.splitting import SplitSettings
+from multistage_diffusion.performance.flops import flops_per_image
+from multistage_diffusion.stage_finding import SplitSettings
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import BatchSource, row_counts, stage_shares, stage_weights
 from multistage_diffusion.training.checkpoint import checkpoint_step, list_checkpoints
-from multistage_diffusion.training.flops import flops_per_image
 from multistage_diffusion.training.losses import objective, stage_losses
 from multistage_diffusion.training.run import Run
 
@@ -278,7 +278,7 @@ def curve(run: Run) -> list[dict[str, float]]:
 def noisy(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (x, sigma) of the same images at every noise level, the same noise for all arms."""
     for sigma in SIGMAS:
-        noise = keyed.normal(("efficiency", round(1000 * sigma)), torch.arange(len(images)), images.shape[1:])
+        noise = rng.normal(("efficiency", round(1000 * sigma)), torch.arange(len(images)), images.shape[1:])
         yield images + sigma * noise, torch.full((len(images),), sigma, dtype=torch.float64)
 
 

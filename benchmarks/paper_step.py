@@ -23,10 +23,10 @@ import torch
 
 from multistage_diffusion import __version__
 from multistage_diffusion.config import CodecConfig, RunConfig
+from multistage_diffusion.config.presets import preset
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.files import write_json
-from multistage_diffusion.presets import preset
-from multistage_diffusion.training.devices import clock, device_name, peak_memory, precision_name, resolve_device
+from multistage_diffusion.performance.devices import clock, device_name, peak_memory, precision_name, resolve_device
 from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer

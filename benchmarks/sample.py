@@ -22,21 +22,15 @@ import torch
 from common import configuration, fitting_width, keep, median_ceiling, parser, peer
 
 from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.config.serialization import to_dict
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.nets.cost import network_cost
-from multistage_diffusion.residency import images_at_once
+from multistage_diffusion.performance.devices import autocast_dtype, clock, keep_memory, peak_memory, resolve_device
+from multistage_diffusion.performance.offload import images_at_once
+from multistage_diffusion.performance.roofline import measure_ceiling
 from multistage_diffusion.samplers import make_plan
-from multistage_diffusion.sampling import sample_images
-from multistage_diffusion.serialization import to_dict
-from multistage_diffusion.training.ceiling import measure_ceiling
-from multistage_diffusion.training.devices import (
-    autocast_dtype,
-    clock,
-    keep_memory,
-    peak_memory,
-    resolve_device,
-)
-from multistage_diffusion.workflow.using import equip
+from multistage_diffusion.samplers.sampling import sample_images
+from multistage_diffusion.workflow.sample import equip
 
 RESULT = Path(__file__).parent / "results" / "sample.json"
 PROJECTED = 50_000

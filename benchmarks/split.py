@@ -24,13 +24,13 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from multistage_diffusion.config.serialization import read_json
 from multistage_diffusion.data import open_data
 from multistage_diffusion.files import write_json
 from multistage_diffusion.schedules import VP
-from multistage_diffusion.serialization import read_json
-from multistage_diffusion.splitting import SplitSettings, find_stages
-from multistage_diffusion.splitting.posterior import TiledImages
-from multistage_diffusion.splitting.similarity import draw, sample_similarities
+from multistage_diffusion.stage_finding import SplitSettings, find_stages
+from multistage_diffusion.stage_finding.posterior import TiledImages
+from multistage_diffusion.stage_finding.similarity import draw, sample_similarities
 
 RESULTS = Path(__file__).parent / "results" / "split.json"
 HOW: dict[str, Any] = {"eta": 2 / 256, "space": "eps", "measure": VP(), "seed": 0}

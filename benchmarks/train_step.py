@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from common import configuration, fitting_width, keep, median_ceiling, parser, peer
 
 from multistage_diffusion import override
+from multistage_diffusion.config.serialization import to_dict
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.nets.cost import network_cost
-from multistage_diffusion.serialization import to_dict
-from multistage_diffusion.training.ceiling import Ceiling, measure_ceiling
-from multistage_diffusion.training.devices import clock, peak_memory, resolve_device
+from multistage_diffusion.performance.devices import clock, peak_memory, resolve_device
+from multistage_diffusion.performance.roofline import Ceiling, measure_ceiling
 from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer

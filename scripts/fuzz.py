@@ -36,13 +36,10 @@ import torch
 import yaml
 from PIL import Image
 
-import multistage_diffusion.commands  # every module that a command needs, once for all cases
-import multistage_diffusion.report_page
-import multistage_diffusion.splitting.plots  # noqa: F401
 from multistage_diffusion.cli import main as msdiff
+from multistage_diffusion.config.presets import preset
+from multistage_diffusion.config.serialization import override
 from multistage_diffusion.files import to_dict
-from multistage_diffusion.presets import preset
-from multistage_diffusion.serialization import override
 
 CPU_SECONDS, WALL_SECONDS, MEMORY = 10, 60, 1 << 30
 INTERRUPT_SECONDS = 4  # after which a training that has begun is interrupted, as Ctrl-C does

@@ -15,11 +15,11 @@ import numpy as np
 from tiny import tiny_config, tiny_data
 
 from multistage_diffusion.cli import main
+from multistage_diffusion.performance.autotune import LEAST_STEPS
 from multistage_diffusion.training.batches import BatchSource
 from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
-from multistage_diffusion.training.trial import LEAST_STEPS
 
 CLASSES = {"network__num_classes": 3, "training__label_dropout": 0.2}
 AUGMENTED = {"training__augment": 0.5, "network__augment_dim": 9, "training__flip": True}

@@ -14,8 +14,8 @@ import torch
 
 from multistage_diffusion.files import write_json
 from multistage_diffusion.nets.cost import network_cost
-from multistage_diffusion.training import trial
-from multistage_diffusion.training.ceiling import Ceiling, Convolution
+from multistage_diffusion.performance import autotune
+from multistage_diffusion.performance.roofline import Ceiling, Convolution
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def test_a_peer_costs_about_as_much(load) -> None:
 def test_a_training_step_is_measured_beside_its_peer(
     load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "LEAST_STEPS", math.inf)
+    monkeypatch.setattr(autotune, "LEAST_STEPS", math.inf)
     out = tmp_path / "step.json"
     write_json(out, {"machine": "another", "networks": {"edm": {}}})
     load("train_step").main(

@@ -24,17 +24,18 @@ import yaml
 from PIL import Image
 
 import multistage_diffusion as msd
-from multistage_diffusion import cli, demo
+from multistage_diffusion import cli
 from multistage_diffusion.commands import COMMANDS
 from multistage_diffusion.commands.options import load_config, parse_changes
+from multistage_diffusion.config.presets import preset
+from multistage_diffusion.config.serialization import read_json, to_dict
 from multistage_diffusion.console import TrainingProgress
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.files import write_json
-from multistage_diffusion.presets import preset
-from multistage_diffusion.serialization import read_json, to_dict
 from multistage_diffusion.shown import shown
-from multistage_diffusion.splitting import SplitSettings
+from multistage_diffusion.stage_finding import SplitSettings
 from multistage_diffusion.training.findings import TrainingDiverged
+from multistage_diffusion.workflow import demo
 
 TINY = [
     "--set",
@@ -646,7 +647,7 @@ def test_a_bug_is_not_shown_as_a_mistake(bug: Any, msdiff: Call, monkeypatch: py
 
 
 def test_a_bug_deep_inside_a_command_is_a_bug(made: Path, msdiff: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multistage_diffusion.workflow.using.sample_images", unequal)
+    monkeypatch.setattr("multistage_diffusion.workflow.sample.sample_images", unequal)
     code, _, err = msdiff("sample", made / "run", "--out", "x.png")
     assert code == 1
     assert "ValueError: zip() argument 2 is longer" in err
@@ -758,7 +759,7 @@ def test_what_memory_cannot_hold_is_refused_before_the_work(
     made: Path, msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = made / "run"
-    monkeypatch.setattr("multistage_diffusion.workflow.using.sample_images", raises(AssertionError("began")))
+    monkeypatch.setattr("multistage_diffusion.workflow.sample.sample_images", raises(AssertionError("began")))
     refused(msdiff("sample", run, "--count", 10**9, "--out", "a.png"), "--count 1000000000: a grid holds at most 10000")
     refused(msdiff("sample", run, "--count", 10**15, "--out", "a.npz"), "count=1000000000000000 needs at least", "GiB")
     refused(msdiff("sample", run, "--count", 10**40, "--out", "a.npz"), "count=1")
@@ -803,13 +804,13 @@ def test_a_run_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     run = shutil.copytree(made / "run", tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("multistage_diffusion.workflow.using.sample_images", raises(AssertionError("began")))
+        patch.setattr("multistage_diffusion.workflow.sample.sample_images", raises(AssertionError("began")))
         patch.setattr(os, "access", lambda *_, **__: False)  # root may write everywhere
         for command in ("evaluate", "report"):
             refused(msdiff(command, run), "run: ", "cannot be written in it; check its permissions")
         patch.undo()
     with monkeypatch.context() as patch:
-        patch.setattr("multistage_diffusion.workflow.using.sample_images", raises(AssertionError("began")))
+        patch.setattr("multistage_diffusion.workflow.sample.sample_images", raises(AssertionError("began")))
         (run / "evaluation.json").write_text("{}")
         refused(msdiff("evaluate", run), "evaluation.json: expected a list of results, got {}")
         (run / "evaluation.json").unlink()
@@ -820,7 +821,7 @@ def test_a_run_that_cannot_be_written_is_refused_before_the_work(
 
 def test_a_result_that_cannot_be_kept_is_printed(made: Path, msdiff: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     full = raises(OSError(errno.ENOSPC, "No space left on device", "evaluation.json"))
-    monkeypatch.setattr("multistage_diffusion.workflow.evaluating.write_json", full)
+    monkeypatch.setattr("multistage_diffusion.workflow.evaluate.write_json", full)
     code, out, err = msdiff("evaluate", made / "run", "--count", 20, "--json")
     assert code == 2
     assert json.loads(out)["frechet"] > 0
@@ -842,7 +843,7 @@ def test_names_that_hold_markup_or_control_characters(msdiff: Call, tmp_path: Pa
 def test_where_a_run_cannot_be_made_is_said_before_the_work(
     made: Path, msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multistage_diffusion.workflow.fitting._prepared", raises(AssertionError("began")))
+    monkeypatch.setattr("multistage_diffusion.workflow.train._prepared", raises(AssertionError("began")))
     train = ("train", "--preset", "digits", "--out")
     refused(msdiff(*train, made / "run"), "run: exists; resume it")
     (tmp_path / "file").write_text("")

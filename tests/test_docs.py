@@ -16,8 +16,8 @@ from PIL import Image
 
 from multistage_diffusion import cli
 from multistage_diffusion.config import RunConfig
+from multistage_diffusion.config.serialization import to_dict
 from multistage_diffusion.data import idx
-from multistage_diffusion.serialization import to_dict
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

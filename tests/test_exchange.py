@@ -31,20 +31,21 @@ from torch import Tensor, nn
 from multistage_diffusion import files
 from multistage_diffusion.commands.exchange import Export, Import
 from multistage_diffusion.config import NetworkConfig, RunConfig, SamplingConfig
+from multistage_diffusion.config.presets import preset
+from multistage_diffusion.config.serialization import override, to_dict
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.interop.shapes import published_state
 from multistage_diffusion.nets import build_network
-from multistage_diffusion.presets import preset
 from multistage_diffusion.schedules import Discrete
-from multistage_diffusion.serialization import override, to_dict
 from multistage_diffusion.training.checkpoint import Checkpoint, list_checkpoints, load_tensors, save_checkpoint
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
-from multistage_diffusion.workflow import resume, sample
 from multistage_diffusion.workflow.exchange import export_published, import_published
+from multistage_diffusion.workflow.sample import sample
+from multistage_diffusion.workflow.train import resume
 
 SIZES = {"ncsnpp": (16, 16), "edm": (16, 16), "ldm": (8, 8)}
 SUFFIX = {"ncsnpp": "pth", "edm": "safetensors", "ldm": "ckpt"}
@@ -340,7 +341,7 @@ def test_a_first_stage_becomes_the_run_s_codec(tmp_path: Path) -> None:
     assert config.codec.source == str((tmp_path / "run" / "codec").resolve())
     assert (config.codec.scale, config.codec.shape, config.data.shape) == (0.25, (3, 8, 8), (3, 16, 16))
     assert not any("first_stage" in key for key in tensors(run, "model"))
-    from multistage_diffusion.codecs import open_codec
+    from multistage_diffusion.latent.codecs import open_codec
 
     latents = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

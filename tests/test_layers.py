@@ -180,7 +180,7 @@ def plant(root: Path, relative: str, source: str) -> list[str]:
     house = {
         "__init__.py": "from .cli import main\n",
         "schedules.py": "import math\nfrom .contracts import as_float64\n",
-        "config.py": "from .schedules import VP\nfrom .stages import Stages\n",
+        "config/run.py": "from .schedules import VP\nfrom .stages import Stages\n",
         "nets/unet.py": "from . import blocks\nfrom .blocks import Block\nfrom ..config import NetworkConfig\n",
         "training/__init__.py": "from .trainer import Trainer\n",
         "training/trainer.py": "from .. import keyed\nfrom ..nets.unet import UNet\nimport multistage_diffusion.data\n",
@@ -201,7 +201,7 @@ def test_a_house_in_order_has_no_faults(tmp_path: Path) -> None:
     ("relative", "source", "fault"),
     [
         ("stages.py", "from .config import RunConfig\n", "stages imports config, which is not below it"),
-        ("keyed.py", "from .schedules import VP\n", "keyed imports schedules, which is not below it"),
+        ("rng.py", "from .schedules import VP\n", "keyed imports schedules, which is not below it"),
         ("contracts.py", "def f():\n    from .keyed import fold\n", "contracts.py:2: contracts imports keyed"),
         ("nets/ldm.py", "from ..schedules import VP\n", "nets must not know schedules"),
         ("nets/ldm.py", "from .. import stages\n", "nets must not know stages"),
@@ -210,11 +210,11 @@ def test_a_house_in_order_has_no_faults(tmp_path: Path) -> None:
         ("evaluation/__init__.py", "from .. import training\n", "evaluation imports training"),
         ("samplers.py", "from multistage_diffusion.denoisers import D\n", "samplers imports denoisers"),
         (
-            "report_page.py",
+            "reporting/report.py",
             "from . import train\n",
             "multistage_diffusion.train, which is no module with a layer",
         ),
-        ("report_page.py", "import multistage_diffusion\n", "no module with a layer"),
+        ("reporting/report.py", "import multistage_diffusion\n", "no module with a layer"),
         ("helpers.py", "import math\n", "helpers.py:1: has no layer"),
         ("tools/x.py", "import math\n", "tools/x.py:1: has no layer"),
         ("cli.py", "import sklearn\n", "sklearn is optional"),

@@ -17,22 +17,24 @@ import torch
 
 from multistage_diffusion.cli import main
 from multistage_diffusion.config import DataConfig, RunConfig
+from multistage_diffusion.config.execution import ExecutionConfig
+from multistage_diffusion.config.presets import preset
+from multistage_diffusion.config.serialization import from_dict, override, read_json, to_dict
 from multistage_diffusion.data import ImageData, open_data
-from multistage_diffusion.execution_config import ExecutionConfig
 from multistage_diffusion.files import write_json
-from multistage_diffusion.presets import preset
-from multistage_diffusion.serialization import from_dict, override, read_json, to_dict
-from multistage_diffusion.splitting import SplitResult, SplitSettings
+from multistage_diffusion.stage_finding import SplitResult, SplitSettings
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.checkpoint import list_checkpoints
 from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
-from multistage_diffusion.workflow import CHANGEABLE, evaluate, prepare, report, resume, sample, split, train, using
-from multistage_diffusion.workflow.fitting import differences
+from multistage_diffusion.workflow import sample as sample_module
+from multistage_diffusion.workflow.evaluate import evaluate
 from multistage_diffusion.workflow.latent import with_split
-from multistage_diffusion.workflow.material import located
-from multistage_diffusion.workflow.using import sample_labels
+from multistage_diffusion.workflow.prepare import located, prepare
+from multistage_diffusion.workflow.sample import report, sample, sample_labels
+from multistage_diffusion.workflow.stages import split
+from multistage_diffusion.workflow.train import CHANGEABLE, differences, resume, train
 
 TINY: dict[str, Any] = {
     "network.encoder_width": 8,
@@ -357,9 +359,9 @@ def test_guidance_counts_two_rows_a_sample_in_memory(
     run: Run, monkeypatch: pytest.MonkeyPatch, guidance: float, rows: int
 ) -> None:
     asked = []
-    monkeypatch.setattr(using, "require_sampling_memory", lambda *given: asked.append(given[-1]))
-    monkeypatch.setattr(using, "images_at_once", lambda *given: asked.append(given[-1]) or 1)
-    monkeypatch.setattr(using, "sample_images", lambda *_, **__: None)
+    monkeypatch.setattr(sample_module, "require_sampling_memory", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr(sample_module, "images_at_once", lambda *given: asked.append(given[-1]) or 1)
+    monkeypatch.setattr(sample_module, "sample_images", lambda *_, **__: None)
     sampling = dataclasses.replace(run.config().sampling, guidance=guidance)
     sample(run, 1, sampling=sampling, device="cpu")
     assert asked == [rows, rows]
@@ -367,7 +369,7 @@ def test_guidance_counts_two_rows_a_sample_in_memory(
 
 def test_the_network_samples_in_the_precision_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(using, "sample_images", lambda *_, autocast, **__: seen.append(autocast))
+    monkeypatch.setattr(sample_module, "sample_images", lambda *_, autocast, **__: seen.append(autocast))
     for precision in ("auto", "fp32", "bf16", "fp16"):
         sample(run, 1, precision=precision, device="cpu")
     assert seen == [None, None, torch.bfloat16, torch.float16]
@@ -439,7 +441,7 @@ def test_what_cannot_be_compared_is_refused_before_sampling(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("sampled")
 
-    monkeypatch.setattr("multistage_diffusion.workflow.evaluating.sample", refuse)
+    monkeypatch.setattr("multistage_diffusion.workflow.evaluate.sample", refuse)
     np.save(tmp_path / "few.npy", images(20, 1, 8, 8).images)
     np.save(tmp_path / "colour.npy", images(20, 3, 8, 8).images)
     np.save(tmp_path / "wide.npy", images(20, 1, 8, 16).images)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from multistage_diffusion import keyed
+from multistage_diffusion import rng
 from multistage_diffusion.data import to_float
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.schedules import VP
-from multistage_diffusion.splitting import SplitResult, SplitSettings
+from multistage_diffusion.stage_finding import SplitResult, SplitSettings
 from multistage_diffusion.training.checkpoint import Checkpoint, save_checkpoint
 from multistage_diffusion.training.gradients import gradient_affinity
 from multistage_diffusion.training.run import Run
@@ -81,7 +81,7 @@ def test_held_out_images_are_taken_with_their_labels(make_run: Any, held_out: fl
     training, others = run.data().split(held_out)
     data = others if held_out else training
     assert (len(data) < 20) == bool(held_out)
-    order = torch.randperm(len(data), generator=keyed.generator((7, "gradient-images")))[:8]
+    order = torch.randperm(len(data), generator=rng.generator((7, "gradient-images")))[:8]
     y, labels = to_float(data.images[order.numpy()]), torch.from_numpy(data.labels)[order]
     expected = gradient_affinity(run, y, labels if classes else None, measure=VP(), bins=BINS, seed=7)
     assert curves["similarity"] == np.round(expected.matrix.numpy(), 6).tolist()
@@ -92,7 +92,7 @@ def test_held_out_images_are_taken_with_their_labels(make_run: Any, held_out: fl
 def test_latents_are_compared_as_the_network_sees_them(make_run: Any) -> None:
     plain = make_run(data__held_out=0.0)
     run = make_run(data__held_out=0.0, codec__source="identity", codec__scale=0.25, codec__shape=[1, 4, 4])
-    order = torch.randperm(40, generator=keyed.generator((0, "gradient-images")))[:8]
+    order = torch.randperm(40, generator=rng.generator((0, "gradient-images")))[:8]
     latents = 0.25 * to_float(run.data().images[order.numpy()])
     expected = gradient_affinity(run, latents, measure=VP(), bins=BINS).matrix.numpy()
     assert gradient_split(run, 2, **QUICK)[1]["similarity"] == np.round(expected, 6).tolist()

@@ -11,16 +11,19 @@ import pytest
 import torch
 
 from multistage_diffusion.config import CodecConfig, RunConfig
+from multistage_diffusion.config.presets import preset
+from multistage_diffusion.config.serialization import override
 from multistage_diffusion.data import to_uint8
 from multistage_diffusion.evaluation import frechet_distance, get_features
-from multistage_diffusion.presets import preset
-from multistage_diffusion.serialization import override
-from multistage_diffusion.splitting import SplitSettings, find_stages
+from multistage_diffusion.performance.flops import flops_per_image
+from multistage_diffusion.stage_finding import SplitSettings, find_stages
 from multistage_diffusion.training.checkpoint import load_tensors
-from multistage_diffusion.training.flops import flops_per_image
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.workflow import evaluate, report, resume, sample, split, train
+from multistage_diffusion.workflow.evaluate import evaluate
 from multistage_diffusion.workflow.latent import decoder, reconstruct
+from multistage_diffusion.workflow.sample import report, sample
+from multistage_diffusion.workflow.stages import split
+from multistage_diffusion.workflow.train import resume, train
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -123,7 +126,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: RunConfig, tmp_path: 
 
 def test_images_are_encoded_once(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(config, tmp_path / "one")
-    from multistage_diffusion import codecs
+    from multistage_diffusion.latent import codecs
 
     def refuse(*_: object) -> torch.Tensor:
         raise AssertionError("encoded again")
@@ -158,7 +161,7 @@ def test_samples_are_decoded_latents(config: RunConfig, tmp_path: Path) -> None:
     assert images.shape == (5, 1, 8, 6)
     assert images.dtype == torch.uint8
     trained = run.config()
-    from multistage_diffusion.sampling import sample_images
+    from multistage_diffusion.samplers.sampling import sample_images
 
     ends = []
     sample_images(
@@ -185,7 +188,7 @@ def test_evaluation_says_what_the_codec_alone_costs(config: RunConfig, tmp_path:
 def test_large_batches_are_decoded_in_pieces(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from multistage_diffusion.codecs import open_codec
+    from multistage_diffusion.latent.codecs import open_codec
     from multistage_diffusion.workflow import latent
 
     codec = open_codec(config.codec, "cpu")

@@ -15,8 +15,8 @@ from multistage_diffusion.data import open_data, to_float
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation.likelihood import likelihood
 from multistage_diffusion.schedules import Discrete, LogNormal, UniformSteps, UniformTime
-from multistage_diffusion.workflow import train
 from multistage_diffusion.workflow.likelihood import measure_likelihood, noise_range
+from multistage_diffusion.workflow.train import train
 
 
 @pytest.fixture(scope="module", name="run")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .config import DiffusionConfig, RunConfig
 from .contracts import Conditioning, uniform_sigma
-from .execution import Graphs
 from .nets import build_network
 from .nets.unet import MultiDecoderUNet
+from .performance.execution import Graphs
 from .schedules import NoiseSchedule
 from .stages import Stages
 

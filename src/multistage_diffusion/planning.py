@@ -20,9 +20,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .config import NetworkConfig
+from .config.network import LDM_GROUPS
 from .errors import UserError
 from .nets.cost import network_cost
-from .network_config import LDM_GROUPS
 
 TOLERANCE = 0.03  # of the budget, within which a network's cost must lie: widths are few
 STEP = 4  # widths tried are its multiples, and the base's own

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .config.serialization import read_json, read_lines
 from .errors import UserError
 from .reading import brief
-from .serialization import read_json, read_lines
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def _die_at(point: int, arguments: list[str]) -> None:
 )  # a process counts the tables' networks for a minute
 def test_a_process_killed_with_9_leaves_the_result_whole(case: Case, template: Path, tmp_path: Path, capsys) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["multistage_diffusion.commands", "multistage_diffusion.report_page"])
+    context.set_forkserver_preload(["multistage_diffusion.commands", "multistage_diffusion.reporting.report"])
     point = 0
     while True:
         folder = tmp_path / str(point)

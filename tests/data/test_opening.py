@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from multistage_diffusion.config import MAX_PIXELS
+from multistage_diffusion.config.run import MAX_PIXELS
 from multistage_diffusion.data import opening
 from multistage_diffusion.data.opening import decode, load_png, one_line, open_image, supported
 from multistage_diffusion.errors import UserError

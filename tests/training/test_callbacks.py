@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from multistage_diffusion.pictures import grid
-from multistage_diffusion.sampling import sample_images
+from multistage_diffusion.reporting.pictures import grid
+from multistage_diffusion.samplers.sampling import sample_images
 from multistage_diffusion.training.callbacks import SampleGrid, TensorBoard
 from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run

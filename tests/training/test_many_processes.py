@@ -18,14 +18,14 @@ from tiny import tiny_config, tiny_data
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.distributed import ALONE, World
 from multistage_diffusion.nets.cost import network_cost
+from multistage_diffusion.performance.cost_model import step_costs
 from multistage_diffusion.training.checkpoint import list_checkpoints, load_tensors, read_state
-from multistage_diffusion.training.cluster import step_costs
 from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.strategies import Strategy
 from multistage_diffusion.training.trainer import Trainer
-from multistage_diffusion.workflow import sample, train
-from multistage_diffusion.workflow.fitting import _in_turn
+from multistage_diffusion.workflow.sample import sample
+from multistage_diffusion.workflow.train import _in_turn, train
 
 UNEVEN = (0.6, 0.3, 0.1)
 

@@ -11,18 +11,13 @@ import torch
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.nets import blocks
 from multistage_diffusion.nets.blocks import dropout
+from multistage_diffusion.performance import autotune
 from multistage_diffusion.training import checkpoint as ckpt
-from multistage_diffusion.training import trial
 from multistage_diffusion.training.batches import BatchSource
 from multistage_diffusion.training.findings import TrainingDiverged
 from multistage_diffusion.training.losses import objective, stage_losses
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.trainer import (
-    Callback,
-    Trainer,
-    autocast_dtype,
-    resolve_device,
-)
+from multistage_diffusion.training.trainer import Callback, Trainer, autocast_dtype, resolve_device
 
 MODES = ("mixed", "one-stage", "sequential")
 
@@ -566,8 +561,8 @@ def test_a_trial_changes_no_run_and_is_made_once(new_trainer, tiny_data, monkeyp
     plain = new_trainer("plain", execution__channels_last=False, training__steps=6, **one)
     plain.fit()
     assert not plain.run.execution_file.exists()
-    monkeypatch.setattr(trial, "LEAST_STEPS", 1)
-    monkeypatch.setattr(trial, "GAIN", 0.0)  # whatever was faster
+    monkeypatch.setattr(autotune, "LEAST_STEPS", 1)
+    monkeypatch.setattr(autotune, "GAIN", 0.0)  # whatever was faster
     tried = new_trainer("tried", **one, training__steps=6, stepped=lambda t: t.step == 3 and t.stop())
     tried.fit()
     assert tried.trial.keys() == {"plain", "channels last"}
@@ -585,7 +580,7 @@ def test_graphs_are_refused_where_there_are_none(new_trainer):
 
 
 def test_a_trial_may_choose_shards(new_trainer, monkeypatch):
-    monkeypatch.setattr(trial, "LEAST_STEPS", 1)
+    monkeypatch.setattr(autotune, "LEAST_STEPS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     trainer = new_trainer(training__steps=2)
     trainer.fit()

@@ -5,14 +5,14 @@ Results go to standard output (JSON with --json), progress and notes to standard
 
 from typing import Any
 
-from .coding import TrainCodec
-from .evaluating import Evaluate, Stats
+from .codec import TrainCodec
+from .describe import Demo, Describe, Report
+from .evaluate import Evaluate, Stats
 from .exchange import Export, Import
-from .judging import Demo, Describe, Report
-from .making import Sample, Train
-from .paper import Presets, Tables
-from .planning import Plan
-from .splitting import Split
+from .plan import Plan
+from .stages import Split
+from .tables import Presets, Tables
+from .train import Sample, Train
 
 COMMANDS: dict[str, type[Any]] = {
     "split": Split,

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from ..presets import preset
-from ..splitting import SplitResult
+from ..config.presets import preset
+from ..stage_finding import SplitResult
 from ..workflow.exchange import export_published, import_published
 from .options import RunFolder, check_out, option, print_json, say
 

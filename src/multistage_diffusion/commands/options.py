@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..config import RunConfig, SamplingConfig
+from ..config.serialization import from_dict, read_json
 from ..errors import UserError
 from ..evaluation import agree
 from ..files import refuse_special, require_place
 from ..reading import YAML_LIMIT, parse_yaml, read_text
-from ..serialization import from_dict, read_json
 from ..shown import shown
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..config import MAX_PIXELS
+from ..config.run import MAX_PIXELS
 from ..errors import UserError
 from .fitting import Fit, fit_image, padded_content, reachable, wrong_size
 from .opening import decode, one_line

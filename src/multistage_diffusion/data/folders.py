@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import MAX_PIXELS
+from ..config.run import MAX_PIXELS
 from ..errors import UserError
 from ..reading import read_file, require_regular
 from .bounded import FILE_LIMIT, read_member

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import MAX_PIXELS
+from ..config.run import MAX_PIXELS
 from ..errors import UserError
 from ..reading import read_file
 from .bounded import FILE_LIMIT

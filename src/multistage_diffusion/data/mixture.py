@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..contracts import Conditioning, as_float64
 from ..errors import UserError
-from ..keyed import normal, uniform
+from ..rng import normal, uniform
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from ..config import MAX_PIXELS
+from ..config.run import MAX_PIXELS
 from ..errors import UserError
 from ..reading import read_file
 from .bounded import FILE_LIMIT

@@ -9,7 +9,7 @@ from typing import get_args
 
 import numpy as np
 
-from ..config import MAX_PIXELS, DataConfig
+from ..config.run import MAX_PIXELS, DataConfig
 from ..errors import UserError
 from ..reading import require_regular
 from .arrays import open_array

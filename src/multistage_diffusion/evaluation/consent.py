@@ -7,9 +7,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from ..config.serialization import read_lines
 from ..errors import UserError
 from ..files import append_line, make_folder
-from ..serialization import read_lines
 
 SCRIPTS = (".pt", ".pth", ".ts")
 _here: set[str] = set()  # digests that this process was told of

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..contracts import Conditioning, Denoiser
 from ..errors import UserError
-from ..keyed import normal, uniform
+from ..rng import normal, uniform
 from ..stages import Stages
 
 LEVELS = 256  # of a pixel: uint8 at rest, [-1, 1] here

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..contracts import FeatureExtractor
 from ..errors import UserError
-from ..keyed import generator
+from ..rng import generator
 from .features import PixelFeatures, check_images, extract
 from .statistics import frechet_between, moments
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..contracts import FeatureExtractor
 from ..errors import UserError
 from ..files import write_atomic
-from ..keyed import generator
 from ..reading import brief, parse_json, require_file
 from ..records import FINITE, TEXT, WHOLE, check, listed, maybe
+from ..rng import generator
 from .features import extract
 from .statistics import Moments, image_moments
 

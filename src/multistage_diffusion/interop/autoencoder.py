@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..codecs import import_diffusers
 from ..errors import UserError
+from ..latent.codecs import import_diffusers
 
 _GROUPS = 32  # of every GroupNorm in CompVis' autoencoders
 _CODEBOOK = "quantize.embedding.weight"

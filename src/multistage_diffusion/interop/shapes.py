@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.network import GROUPS, NetworkConfig
 from ..errors import UserError
 from ..nets import build_network
-from ..network_config import GROUPS, NetworkConfig
 from .layouts import Family, Tensors
 from .names import convert_published, published_names, restore_published
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config.network import GROUPS, group_count
 from ..contracts import Conditioning
 from ..errors import UserError
-from ..network_config import GROUPS, group_count
 
 SQRT_HALF = math.sqrt(0.5)
 TINY = 1e-5  # gain of layers that start near zero: the last convolutions and attention's output

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config.network import LDM_GROUPS, NetworkConfig
 from ..contracts import Conditioning
-from ..network_config import LDM_GROUPS, NetworkConfig
 from .blocks import Block, BoxUp, GroupNorm, ImageConv, NoiseEmbedding, conv, dropout, linear
 from .unet import Encoded, attends, skip_widths
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import keyed
+from .. import rng
 from ..contracts import Conditioning, Denoiser, denoise_uniform
 from ..errors import NotFiniteError, UserError
 from .plan import Plan, Step
@@ -48,12 +48,12 @@ def start_noise(
     Returns:
         (B, *shape); the row of sample i depends on (seed, i) alone, whatever batch it is drawn in.
     """
-    return keyed.normal((seed, "sampling", "start"), indices, shape, torch.float64).mul_(plan.start_std).to(dtype)
+    return rng.normal((seed, "sampling", "start"), indices, shape, torch.float64).mul_(plan.start_std).to(dtype)
 
 
 def step_noise(seed: int, indices: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Noise:
     """Return the unit noise of each step for `sample`, keyed by (seed, step, sample number) like `start_noise`."""
-    return lambda step: keyed.normal((seed, "sampling", "step", step), indices, shape, dtype)
+    return lambda step: rng.normal((seed, "sampling", "step", step), indices, shape, dtype)
 
 
 @torch.no_grad()

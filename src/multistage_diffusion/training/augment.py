@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import keyed
+from .. import rng
 
 LABELS = 9  # numbers per row that tell the network what was done
 STRENGTH = 0.2 * math.log(2.0)  # A_scale = A_aniso = 2^0.2
@@ -76,7 +76,7 @@ class Transformations:
         return cos * a - sin * b, cos * b - sin * d, sin * a + cos * b, sin * b + cos * d
 
 
-def augment(images: Tensor, p: float, key: keyed.Key, rows: Tensor, *, flip: bool = True) -> tuple[Tensor, Tensor]:
+def augment(images: Tensor, p: float, key: rng.Key, rows: Tensor, *, flip: bool = True) -> tuple[Tensor, Tensor]:
     """Transform images at random.
 
     Args:
@@ -94,10 +94,10 @@ def augment(images: Tensor, p: float, key: keyed.Key, rows: Tensor, *, flip: boo
     return transform(images, done), done.labels
 
 
-def draw(p: float, key: keyed.Key, rows: Tensor, *, flip: bool = True) -> Transformations:
+def draw(p: float, key: rng.Key, rows: Tensor, *, flip: bool = True) -> Transformations:
     """Draw transformations; arguments as of `augment`."""
-    u = keyed.uniform((*key, "uniform"), rows, 9)
-    normal = keyed.normal((*key, "normal"), rows, (4,), torch.float64)
+    u = rng.uniform((*key, "uniform"), rows, 9)
+    normal = rng.normal((*key, "normal"), rows, (4,), torch.float64)
     on = (u[:, :5] < p).to(torch.float64)
     mirrored = (u[:, 5:7] < 0.5).to(torch.float64)
     angles = (2.0 * u[:, 7:] - 1.0) * math.pi

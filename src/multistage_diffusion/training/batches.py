@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .. import keyed
+from .. import rng
 from ..config import RunConfig, TrainingConfig
 from ..contracts import Conditioning
 from ..data import to_float
@@ -212,7 +212,7 @@ class BatchSource:
         own = [rows.start + torch.arange(s.start, s.stop) for rows, s in zip(whole, dealt, strict=True)]
         sizes = [len(row) for row in own]
         rows = torch.cat([(stage << 32) + row for stage, row in enumerate(own)])
-        uniforms = torch.split(keyed.uniform((self.training.seed, "sigma", step), rows, 1)[:, 0], sizes)
+        uniforms = torch.split(rng.uniform((self.training.seed, "sigma", step), rows, 1)[:, 0], sizes)
         picks, sigmas = [], []
         for stage, (row, u) in enumerate(zip(own, uniforms, strict=True)):
             if len(row):
@@ -231,7 +231,7 @@ class BatchSource:
         soft = self.training.soft_intervals
         share = soft[stage] if isinstance(soft, tuple) else soft
         if share:
-            coins = keyed.uniform((self.training.seed, "soft intervals", step), rows, 1)[:, 0]
+            coins = rng.uniform((self.training.seed, "soft intervals", step), rows, 1)[:, 0]
             sigma = torch.where(coins < share, self.prior.sample(u), sigma)
         return sigma
 
@@ -251,7 +251,7 @@ class BatchSource:
         known = self._orders.get(stage)
         if known is None or known[0] != epoch:
             order = torch.randperm(
-                len(self.images), generator=keyed.generator((self.training.seed, "order", stage, epoch))
+                len(self.images), generator=rng.generator((self.training.seed, "order", stage, epoch))
             )
             known = self._orders[stage] = (epoch, order)
         return known[1]
@@ -260,17 +260,17 @@ class BatchSource:
         seed, training = self.training.seed, self.training
         rows, sigma = self._sent(rows), self._sent(sigma)
         y = self._rows(self.images, pick)
-        noise = keyed.normal((seed, "noise", step), rows, y.shape[1:])
+        noise = rng.normal((seed, "noise", step), rows, y.shape[1:])
         labels = done = None
         if training.augment:
             y, done = augment(y, training.augment, (seed, "augment", step), rows, flip=training.flip)
         elif training.flip:
-            coins = keyed.uniform((seed, "flips", step), rows, 1)
+            coins = rng.uniform((seed, "flips", step), rows, 1)
             mirrored = y.flip(-1) if self.mirrored is None else self._rows(self.mirrored, pick)
             y = torch.where((coins[:, 0] < 0.5)[:, None, None, None], mirrored, y)
         if self.labels is not None:
             labels = self.labels[self._sent(pick)]
-            coins = keyed.uniform((seed, "labels", step), rows, 1)
+            coins = rng.uniform((seed, "labels", step), rows, 1)
             labels = torch.where(coins[:, 0] < training.label_dropout, -1, labels)
         cond = None if labels is None and done is None else Conditioning(labels=labels, augment=done)
         return Batch(y, noise, sigma, counts, cond)
@@ -306,15 +306,15 @@ def held_out_batch(config: RunConfig, data: TrainingData, stage: int, device: to
     row = torch.arange(count)
     key = (config.training.seed, "held-out", stage)
     # evenly spread noise levels: a stratified draw has far less variance than an independent one
-    u = (row + keyed.uniform(key, row, 1)[:, 0]) / count
+    u = (row + rng.uniform(key, row, 1)[:, 0]) / count
     # in a drawn order: files come sorted by class, and rows by noise level
-    order = torch.randperm(len(data), generator=keyed.generator((config.training.seed, "held-out images")))
+    order = torch.randperm(len(data), generator=rng.generator((config.training.seed, "held-out images")))
     pick = order[row % len(data)]
     y = _as_float(data.tensor()[pick]).to(device)
     labels = torch.from_numpy(data.labels[pick.numpy()]).to(device) if data.labels is not None else None
     return Batch(
         y=y,
-        noise=keyed.normal(key, row.to(device), y.shape[1:]),
+        noise=rng.normal(key, row.to(device), y.shape[1:]),
         sigma=config.diffusion.prior.sample_within(u, *config.stages.interval(stage)).to(device),
         counts=tuple(count if k == stage else 0 for k in range(len(config.stages))),
         cond=Conditioning(labels=labels) if config.network.num_classes else None,

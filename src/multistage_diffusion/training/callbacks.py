@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..class_labels import labels_in_turn
 from ..errors import UserError
-from ..pictures import grid, save_png
-from ..sampling import sample_images
+from ..reporting.pictures import grid, save_png
+from ..samplers.class_labels import labels_in_turn
+from ..samplers.sampling import sample_images
 from .events import Callback
 from .trainer import Trainer
 

@@ -24,9 +24,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..config import RunConfig
+from ..config.serialization import from_dict, read_json, to_dict
 from ..errors import UserError
 from ..files import json_bytes, make_folder, new_folder, remove_folder, write_file
-from ..serialization import from_dict, read_json, to_dict
 from .optimizer_state import optimizer_tensors as optimizer_tensors
 from .optimizer_state import restore_optimizer as restore_optimizer
 from .optimizer_state import state_of

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import keyed
+from .. import rng
 from ..contracts import Conditioning
 from ..denoisers import MultiStageDenoiser
 from ..errors import UserError
@@ -136,9 +136,9 @@ class Rows:
     def __init__(self, y: Tensor, labels: Tensor | None, seed: int) -> None:
         row = torch.arange(len(y), device=y.device)
         self.y, self.labels = y, labels
-        self.noise = keyed.normal((seed, "gradient-noise"), row, y.shape[1:])
+        self.noise = rng.normal((seed, "gradient-noise"), row, y.shape[1:])
         # spread evenly, as held-out rows are; ascending, so that rows of a bin across an edge are sorted by stage
-        self.place = (row + keyed.uniform((seed, "gradient-time"), row, 1)[:, 0]) / len(y)
+        self.place = (row + rng.uniform((seed, "gradient-time"), row, 1)[:, 0]) / len(y)
 
     def batches(self, denoiser: MultiStageDenoiser, low: float, high: float, measure: VP, size: int) -> Iterator[Batch]:
         """Yield the rows at times between low and high, some at a time."""

@@ -23,10 +23,10 @@ from typing import Any, Literal
 import torch
 
 from ..config import DataConfig, RunConfig
+from ..config.serialization import from_dict, read_json
 from ..data import ImageData, open_configured
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..errors import UserError
-from ..execution import Execution
 from ..files import (
     append_line,
     json_bytes,
@@ -39,11 +39,11 @@ from ..files import (
     write_file,
     write_json,
 )
+from ..performance.devices import device_name
+from ..performance.execution import Execution
 from ..reading import brief
 from ..records import read_launches, read_metrics
-from ..serialization import from_dict, read_json
 from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, restore_module, trained_config
-from .devices import device_name
 
 
 @dataclass(frozen=True)

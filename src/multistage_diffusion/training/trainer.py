@@ -12,30 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import keyed
+from .. import rng
 from ..config import RunConfig
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..distributed import ALONE, World
 from ..errors import UserError
-from ..execution import Execution, Graphs, execute
+from ..performance.autotune import check_execution, choose, settled
+from ..performance.devices import autocast_dtype, keep_memory, resolve_device
+from ..performance.execution import Execution, Graphs, execute
+from ..performance.thread_parallel import SideBySide, backward
+from ..performance.timing import PassTimer, Timer
 from . import branching
 from . import checkpoint as ckpt
 from .batches import Batch, BatchSource, TrainingData, held_out_batch, row_counts, stage_shares, stage_weights
 from .clipping import clip, parameters_by_part, part_norms
-from .devices import autocast_dtype, keep_memory, resolve_device
 from .ema import EMA
 from .events import Callback
 from .findings import Findings, Found, refuse, refuse_scale
+from .gradient_sync import Team
 from .losses import objective, stage_losses
 from .optimizer import learning_rate, make_optimizer
 from .run import Run
-from .shards import SideBySide, backward
 from .state import restore, snapshot
 from .strategies import Strategy, make_layout
 from .sums import RunningSums
-from .team import Team
-from .timing import PassTimer, Timer
-from .trial import check_execution, choose, settled
 from .updates import updates
 from .warm_start import WarmStart, warm_start
 
@@ -85,7 +85,7 @@ class Trainer:
         double = training.precision == "fp64"
         self.team = Team(world, make_layout(strategy, config, data.shape, world.size), double=double)
         latest = self.team.latest(run)
-        torch.manual_seed(keyed.fold((training.seed, "initial weights")) >> 1)
+        torch.manual_seed(rng.fold((training.seed, "initial weights")) >> 1)
         self.denoiser = build_denoiser(config)
         # a checkpoint of the very step at which stages part was written before they did
         if training.branch_at and (latest is None or ckpt.checkpoint_step(latest) <= training.branch_at):
@@ -238,7 +238,7 @@ class Trainer:
         training = self.config.training
         if self.step == training.branch_at and branching.tied(self.denoiser.network):
             self._branch()
-        torch.manual_seed(keyed.fold(self._dropout_key()) >> 1)
+        torch.manual_seed(rng.fold(self._dropout_key()) >> 1)
         for counts, weights in updates(training, self.step, self.counts, self.shares, self.weights):
             self._optimize(counts, weights)
         with self.timer.part("average"):

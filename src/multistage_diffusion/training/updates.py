@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .. import keyed
+from .. import rng
 from ..config import TrainingConfig
 
 
@@ -32,7 +32,7 @@ def updates(
     elif training.update_mode == "sequential":
         yield from ((only(k), tuple(weights)) for k in stages if counts[k])
     else:
-        u = keyed.uniform((training.seed, "stage"), torch.tensor([step]), 1).item()
+        u = rng.uniform((training.seed, "stage"), torch.tensor([step]), 1).item()
         bounds = torch.tensor(shares, dtype=torch.float64).cumsum(0)
         k = min(int(torch.searchsorted(bounds, u, right=True)), len(bounds) - 1)
         # a stage drawn with probability share counts weight/share, so that the expected objective is the same

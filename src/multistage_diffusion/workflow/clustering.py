@@ -11,21 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import keyed
-from ..codecs import open_codec
+from .. import rng
 from ..config import CodecConfig
 from ..data import ImageData, to_float
 from ..errors import UserError
-from ..latents import encode_images
+from ..latent.codecs import open_codec
+from ..latent.latents import encode_images
+from ..performance.devices import resolve_device
 from ..schedules import VP, NoiseSchedule
-from ..splitting import SplitResult, SplitSettings
-from ..splitting.boundaries import Objective, optimal_partition
-from ..splitting.edges import made_result, stage_table
-from ..training.devices import resolve_device
+from ..stage_finding import SplitResult, SplitSettings
+from ..stage_finding.boundaries import Objective, optimal_partition
+from ..stage_finding.edges import made_result, stage_table
 from ..training.gradients import gradient_affinity
 from ..training.run import Run
-from .finding import GIB, save_split
 from .progress import Progress
+from .stages import GIB, save_split
 
 
 def split_run(
@@ -162,7 +162,7 @@ def _drawn(run: Run, rows: int, seed: int) -> tuple[Tensor, Tensor | None]:
     """Return images in a drawn order, uint8 (rows, C, H, W), and their labels."""
     training, held_out = run.data().split(run.config().data.held_out)
     data: ImageData = held_out if len(held_out) else training
-    order = torch.randperm(len(data), generator=keyed.generator((seed, "gradient-images")))
+    order = torch.randperm(len(data), generator=rng.generator((seed, "gradient-images")))
     pick = order[torch.arange(rows) % len(data)]
     labels = None if data.labels is None else torch.from_numpy(data.labels)[pick]
     return data.tensor()[pick], labels

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from ..config import CodecConfig, DataConfig, DiffusionConfig, NetworkConfig, RunConfig, TrainingConfig
+from ..config.paper_presets import PAPER_PRESETS
+from ..config.serialization import from_dict
 from ..errors import UserError
 from ..files import disk_errors, write_atomic, write_json
 from ..interop.autoencoder import vq_model
 from ..interop.layouts import DDPMPP, SUFFIXES, Published, Tensors, published_bytes, read_published
 from ..interop.shapes import network_of, our_state, published_state, resolution_of
-from ..paper_presets import PAPER_PRESETS
 from ..schedules import VP, Discrete, UniformSteps
-from ..serialization import from_dict
-from ..splitting import SplitResult
+from ..stage_finding import SplitResult
 from ..stages import Stages
 from ..training.checkpoint import Checkpoint, checkpoint_step, load_tensors, save_checkpoint, trained_config
 from ..training.run import Run

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codecs import open_codec
 from ..config import CodecConfig, RunConfig
 from ..contracts import Codec
 from ..data import ImageData, to_uint8
 from ..errors import UserError
-from ..latents import LatentData, cached_latents, encode_images
-from ..splitting import SplitResult
+from ..latent.codecs import open_codec
+from ..latent.latents import LatentData, cached_latents, encode_images
+from ..stage_finding import SplitResult
 from .progress import Progress
 
 PIXELS_AT_ONCE = 1 << 22  # of decoded images, so that a codec's activations fit into memory

@@ -7,20 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..codecs import open_codec
 from ..config import RunConfig
+from ..config.serialization import to_dict
 from ..data import ImageData, to_float
 from ..errors import UserError
 from ..evaluation.likelihood import LikelihoodResult, likelihood
 from ..files import write_json
-from ..latents import cached_latents
+from ..latent.codecs import open_codec
+from ..latent.latents import cached_latents
+from ..performance.devices import joined
 from ..records import read_evaluations
-from ..serialization import to_dict
 from ..training.checkpoint import checkpoint_step
-from ..training.devices import joined
 from ..training.run import Run
 from .progress import Progress
-from .using import opened_run, require_writable
+from .sample import opened_run, require_writable
 
 _TAIL = 1e-3  # share of the training noise beyond each end of the default range
 _ROUNDING = 1e-4

@@ -1,0 +1,1 @@
+"""Autoencoders, and data sets of latents."""

@@ -1,0 +1,143 @@
+"""A profile of a user's own run: the time of each part of a step, the share of the machine's ceiling, a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..files import write_json
+from ..training.events import Callback
+from ..training.trainer import Trainer
+from .devices import clock, peak_memory
+from .execution import Execution
+from .flops import flops_per_image
+from .roofline import Ceiling, measure_ceiling
+
+SKIPPED = 3  # first steps, in which memory is reserved and kernels are chosen
+TIMED = 10
+TRACED = 2  # of a profiler that slows them down
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepProfile:
+    """Where a step's time goes.
+
+    Attributes:
+        seconds: of a step, mean of `steps`.
+        parts: seconds of each part; what belongs to none is missing. A CUDA graph is one piece: with it all of the network's time
+            is the decoders'. Of shards, those of the first.
+        execution: how steps are computed.
+        images_per_s: of this process.
+        rate: floating-point operations per second (flops_per_image).
+        ceiling: of this device for this network.
+        memory: bytes in use at most.
+        steps: that were timed.
+    """
+
+    seconds: float
+    parts: dict[str, float]
+    execution: Execution
+    images_per_s: float
+    rate: float
+    ceiling: Ceiling
+    memory: int
+    steps: int
+
+    def table(self) -> str:
+        """Return it in lines for a terminal."""
+        lines = [
+            f"step {self.seconds:.4f} s, {self.images_per_s:.1f} images/s, {self.memory / 2**20:.0f} MiB in use at most, "
+            f"computed {self.execution.words()}"
+        ]
+        rest = self.seconds - sum(self.parts.values())
+        parts = dict(self.parts)
+        if self.execution.cuda_graphs:
+            parts = {"data": parts.pop("data"), "network": parts.pop("encoder") + parts.pop("decoders"), **parts}
+        for name, seconds in [*parts.items(), ("rest", rest)]:
+            lines.append(f"  {name:<10}{seconds:9.4f} s{seconds / self.seconds:8.1%}")
+        c = self.ceiling.convolution
+        where = "channels-last" if self.ceiling.channels_last else "contiguous"
+        lines.append(
+            f"  {self.rate / 1e9:.1f} GFLOP/s, {self.rate / self.ceiling.convolution_rate:.0%} of the largest convolution's "
+            f"{self.ceiling.convolution_rate / 1e9:.1f} ({c.channels_in} to {c.channels_out}, {c.kernel}x{c.kernel}, {c.rows} x "
+            f"{c.height} x {c.width}, {where}), {self.rate / self.ceiling.matrix_rate:.0%} of a matrix product's "
+            f"{self.ceiling.matrix_rate / 1e9:.1f}"
+        )
+        return "\n".join(lines)
+
+
+class Profile(Callback):
+    """Profiles some steps of a run, then lets it go on: RUN/profile/parts.json, RUN/profile/trace.json.
+
+    Args:
+        tell: called with the table.
+        skipped, timed, traced: numbers of steps.
+
+    Attributes:
+        result: once it is known.
+    """
+
+    def __init__(
+        self,
+        tell: Callable[[str], object] | None = None,
+        *,
+        skipped: int = SKIPPED,
+        timed: int = TIMED,
+        traced: int = TRACED,
+    ) -> None:
+        self.tell, self.skipped, self.timed, self.traced = tell, skipped, timed, traced
+        self.result: StepProfile | None = None
+        self._done = 0
+        self._profiler: Any = None
+
+    def stepped(self, trainer: Trainer) -> None:
+        """Begin, go on or end."""
+        self._done += 1
+        if self._done == self.skipped:
+            trainer.timer.running = True
+            trainer.timer.seconds()
+            self._start = clock(trainer.device)
+        elif self._done == self.skipped + self.timed:
+            self._finish(trainer)
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if trainer.device.type == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            every = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # shards are computed by several
+            self._profiler = torch.profiler.profile(activities=activities, experimental_config=every)
+            self._profiler.start()
+        elif self._done == self.skipped + self.timed + self.traced:
+            self._profiler.stop()
+            trainer.timer.running = False
+            trainer.timer.seconds()
+            self._profiler.export_chrome_trace(str(trainer.run.path / "profile" / "trace.json"))
+            self._profiler = None
+
+    def finished(self, trainer: Trainer) -> None:
+        """Close what a run that ends early has left open."""
+        if self._profiler is not None:
+            self._profiler.stop()
+        trainer.timer.running = False
+
+    def _finish(self, trainer: Trainer) -> None:
+        seconds = (clock(trainer.device) - self._start) / self.timed
+        parts = {name: value / self.timed for name, value in trainer.timer.seconds().items()}
+        config, shape = trainer.config, trainer.source.images.shape[1:]
+        rows = sum(map(len, trainer.team.rows(trainer.counts)))
+        dtype = trainer.autocast or next(trainer.denoiser.parameters()).dtype
+        images = rows if config.training.update_mode != "sequential" else config.training.batch
+        self.result = StepProfile(
+            seconds=seconds,
+            parts=parts,
+            execution=trainer.execution,
+            images_per_s=images / seconds,
+            rate=flops_per_image(config) * images / seconds,
+            ceiling=measure_ceiling(config.network, shape, trainer.counts, trainer.device, dtype),
+            memory=peak_memory(trainer.device),
+            steps=self.timed,
+        )
+        write_json(trainer.run.path / "profile" / "parts.json", self.result)
+        if self.tell is not None:
+            self.tell(self.result.table())

@@ -1,0 +1,132 @@
+"""Splitting from end to end: images and settings in, stage edges with everything that decided them out."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..schedules import VP, NoiseSchedule
+from .baselines import baseline_partition
+from .edge_preview import edge_strip
+from .edges import made_result
+from .inputs import held_out_rows, tiled_images
+from .intervals import half_width
+from .posterior import TiledImages
+from .result import SplitResult
+from .searching import Limits, Pairs, Search
+from .settings import SplitSettings, require
+from .sharing import Sharing
+from .similarity import Progress
+
+_FIRST = 200  # samples drawn before it is known how many a precision takes
+
+
+def find_stages(
+    images: Tensor | npt.NDArray[Any],
+    settings: SplitSettings | None = None,
+    *,
+    schedule: NoiseSchedule | None = None,
+    held_out: Tensor | npt.NDArray[Any] | None = None,
+    fingerprint: str = "",
+    codec: str = "",
+    scale: float | None = None,
+    device: torch.device | str | None = None,
+    memory: int = 2 << 30,
+    sharing: Sharing | None = None,
+    progress: Progress | None = None,
+) -> SplitResult:
+    """Find the stages of a data set with its optimal denoiser (Algorithms 1 and 2).
+
+    Args:
+        images: (N, C, H, W): uint8 (a memory map larger than memory will do), mapped from 0..255 onto
+            settings.data_range, or floating point, already in it.
+        settings: how to look; None for the defaults.
+        schedule: the kernel in whose time the edges are printed; None for VP. Averages over t are uniform in its time
+            if it is a VP, else in that of the standard VP.
+        held_out: other images (M, C, H, W), on which algorithm 2's choices of n are compared.
+        fingerprint: of the data set, kept in the result.
+        codec: fingerprint of the codec whose latents the images are, kept in the result.
+        scale: what those latents were multiplied by, kept in the result.
+        device: where to compute; None: where the images are.
+        memory: bytes to stay under, roughly.
+        sharing: processes that share the work; None: alone.
+        progress: called with (samples done, samples in all).
+
+    Raises:
+        UserError: if the images are unusable (see the message), or no edges exist for these settings.
+    """
+    settings = (settings or SplitSettings()).resolved()
+    schedule, sharing = schedule or VP(), sharing or Sharing()
+    measure = schedule if isinstance(schedule, VP) else VP()
+    data = tiled_images(images, settings, device, memory, sharing)
+    outside = None if held_out is None else held_out_rows(held_out, data, tuple(images.shape[1:]), settings)
+    origin: dict[str, Any] = {"fingerprint": fingerprint, "codec": codec, "scale": scale}
+    if settings.algorithm in ("timestep", "snr"):
+        times, curves = baseline_partition(settings.algorithm, settings.stages, measure=measure)
+        strip = _strip(data, images, times, measure, settings)
+        return made_result(times, curves, settings, schedule=schedule, measure=measure, strip=strip, **origin)
+    require(
+        settings.algorithm != "gradient", "algorithm=gradient reads a trained run, not images; see workflow.split_run"
+    )
+    search: Search = (Limits if settings.algorithm == 1 else Pairs)(data, settings, measure, sharing, progress)
+    intervals = _sample(search, settings)
+    times = search.edges()
+    curves = search.curves()
+    if isinstance(search, Pairs):
+        curves["table"] = search.table(schedule, outside)
+    return made_result(
+        times,
+        curves,
+        settings,
+        schedule=schedule,
+        measure=measure,
+        intervals=intervals,
+        samples=search.samples,
+        float64_difference=search.float64_difference(),
+        strip=_strip(data, images, times, measure, settings),
+        **origin,
+    )
+
+
+def _strip(
+    data: TiledImages,
+    images: Tensor | npt.NDArray[Any],
+    times: tuple[float, ...],
+    measure: VP,
+    settings: SplitSettings,
+) -> str:
+    """Return the picture of the edges, empty for what is not pictures."""
+    shape = tuple(images.shape[1:])
+    if len(shape) != 3 or shape[0] not in (1, 3) or settings.data_range is None:
+        return ""
+    return edge_strip(data, (shape[0], shape[1], shape[2]), times, measure, settings.seed)
+
+
+def _sample(search: Search, settings: SplitSettings) -> list[tuple[float, float]]:
+    """Draw samples, until the edges are as precise as asked, and return their intervals."""
+    most, precision = settings.samples, settings.precision
+    assert most is not None
+    if precision is None:
+        search.extend(most)
+        return search.intervals()
+    wanted = min(_FIRST, most)
+    while True:
+        search.extend(wanted)
+        intervals = search.intervals()
+        missing = search.sharing.agree(half_width(intervals) / precision)
+        if missing <= 1:
+            return intervals
+        if wanted >= most:
+            warnings.warn(
+                f"the edges are known to ±{half_width(intervals):.4f} only after {most} samples, not to "
+                f"±{precision}; raise samples",
+                stacklevel=3,
+            )
+            return intervals
+        # the error falls with the square root; a first guess from few samples is not trusted beyond fourfold
+        wanted = min(most, math.ceil(wanted * min(4.0, max(1.25, 1.1 * missing**2))))

@@ -1,0 +1,197 @@
+"""What a split found: stage edges, how sure they are, and everything that decided them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import files
+from ..config import serialization
+from ..errors import UserError
+from ..records import FINITE, WHOLE, check, listed, maybe
+from ..schedules import VP, NoiseSchedule
+from ..stages import Stages
+from .edge_preview import decode_png
+from .settings import BASELINES, Algorithm, SplitSettings, require
+
+FORMAT_VERSION = 2
+_CURVES: dict[Algorithm, tuple[str, ...]] = {
+    1: ("t", "s0", "s1", "s0_error", "s1_error"),
+    2: ("t", "similarity", "objective_value", "table"),
+    "timestep": ("t", "value", "objective_value"),
+    "snr": ("t", "value", "objective_value"),
+    "gradient": ("t", "similarity", "objective_value", "steps", "table"),
+}
+_LINE = {  # of the table
+    "stages": WHOLE,
+    "edges_t": listed(FINITE),
+    "edges_sigma": listed(FINITE),
+    "distance": FINITE,
+    "distance_held_out": maybe(FINITE),
+}
+_DERIVED = ("data_range", "rule")  # top-level copies of what the settings hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitResult:
+    """Stage edges and what decided them.
+
+    Attributes:
+        edges_t: the n - 1 interior edges, ascending, in the time of `schedule`.
+        edges_sigma: the same as noise-to-signal ratios, in units of `data_range`.
+        schedule: the kernel in which `edges_t` are printed.
+        time_measure: the kernel in whose time averages over t are uniform; `curves` are in this time.
+        settings: as used, defaults filled in.
+        fingerprint: of the data set, or empty.
+        intervals_t, intervals_sigma: 95 % interval (low, high) of every edge, of the Monte Carlo error alone; empty for
+            baselines.
+        samples: noisy images drawn; 0 for baselines.
+        float64_difference: largest difference of a similarity from float64's, on some of the samples.
+        curves: algorithm 1: binned "t" with the means "s0" and "s1" and their standard errors; algorithm 2: nodes "t",
+            the matrix "similarity", "objective_value" and "table": for 1 to 8 stages, their edges and the mean distance
+            within them, on held-out images too; "timestep", "snr": times "t", the "value" of each and "objective_value";
+            "gradient": as algorithm 2, "similarity" being cosines and "t" where bins begin, and the checkpoints' "steps".
+            Plain lists and numbers.
+        codec: fingerprint of the codec whose latents were split, empty for pixels.
+        scale: what those latents were multiplied by; None for pixels.
+        strip: a PNG, base64: the optimal denoiser's answers on both sides of every edge (`strip.edge_strip`), or empty.
+
+    Raises:
+        UserError: if the parts do not fit together.
+    """
+
+    edges_t: tuple[float, ...]
+    edges_sigma: tuple[float, ...]
+    schedule: NoiseSchedule
+    time_measure: VP
+    settings: SplitSettings
+    fingerprint: str
+    intervals_t: tuple[tuple[float, float], ...]
+    intervals_sigma: tuple[tuple[float, float], ...]
+    samples: int
+    float64_difference: float
+    curves: dict[str, Any] = field(repr=False)
+    codec: str = ""
+    scale: float | None = None
+    strip: str = field(default="", repr=False)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        require(
+            self.format_version == FORMAT_VERSION,
+            f"format_version={self.format_version}: this release reads format {FORMAT_VERSION}; run the split again",
+        )
+        for name in ("edges_t", "edges_sigma", "intervals_t", "intervals_sigma"):
+            edges, wanted = getattr(self, name), self.settings.stages - 1
+            if name.startswith("intervals") and self.settings.algorithm in BASELINES:
+                wanted = 0
+            require(
+                len(edges) == wanted,
+                f"{name}={list(edges)} must hold {wanted} edges for {self.settings.stages} stages",
+            )
+        self.stages()
+        _check_curves(self.curves, self.settings.algorithm)
+
+    @property
+    def data_range(self) -> tuple[float, float] | None:
+        """The range of the data in whose units the sigma edges are; None for latents."""
+        return self.settings.data_range
+
+    @property
+    def rule(self) -> str:
+        """What set the edges: the rule (algorithm 1), the objective (algorithm 2), or the baseline's name."""
+        algorithm = self.settings.algorithm
+        if isinstance(algorithm, str):
+            return algorithm
+        return self.settings.rule if algorithm == 1 else self.settings.objective
+
+    @property
+    def boundary_ratios(self) -> tuple[float, ...]:
+        """The edges as the time sigma/(1 + sigma) of rectified flow: `boundary_ratio` of diffusers' two-expert pipelines."""
+        return tuple(sigma / (1.0 + sigma) for sigma in self.edges_sigma)
+
+    def stages(self) -> Stages:
+        """Return the stages, with data range, time measure, rule, kernel and fingerprint as their origin."""
+        origin = {
+            "data_range": self.data_range and list(self.data_range),
+            "time_measure": serialization.to_dict(self.time_measure),
+            "rule": self.rule,
+            "kernel": serialization.to_dict(self.schedule),
+            "fingerprint": self.fingerprint,
+        }
+        return Stages(self.edges_sigma, origin)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON-able data; `data_range` and `rule` are repeated at the top level."""
+        data: dict[str, Any] = serialization.to_dict(self)
+        return {**data, "data_range": self.data_range and list(self.data_range), "rule": self.rule}
+
+    def save(self, path: Path | str) -> None:
+        """Write the result as JSON, atomically."""
+        files.write_json(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path | str) -> SplitResult:
+        """Read a saved result.
+
+        Raises:
+            UserError: naming the file and the key, if it is missing, not JSON, incomplete or inconsistent.
+        """
+        data = serialization.read_json(Path(path))
+        try:
+            return cls._from_dict(data)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    @classmethod
+    def _from_dict(cls, data: Any) -> SplitResult:
+        require(isinstance(data, dict), "not the result of a split (expected a JSON object); run the split again")
+        missing = [f.name for f in dataclasses.fields(cls) if f.name not in data]
+        missing += [name for name in _DERIVED if name not in data]
+        require(not missing, f"{', '.join(missing)} missing; run the split again")
+        result = serialization.from_dict(cls, {k: v for k, v in data.items() if k not in _DERIVED})
+        if result.strip:
+            decode_png(result.strip)
+        for name in _DERIVED:
+            require(
+                data[name] == result.to_dict()[name],
+                f"{name}={data[name]!r} contradicts the settings ({result.to_dict()[name]!r}); run the split again",
+            )
+        return result
+
+
+def _check_curves(curves: dict[str, Any], algorithm: Algorithm) -> None:
+    """Refuse curves that a plot could not draw."""
+    names = _CURVES[algorithm]
+    require(set(curves) == set(names), f"curves must hold {', '.join(names)}, found {', '.join(curves)}")
+    arrays = {}
+    for name in set(names) - {"table"}:
+        try:
+            require(_numbers(curves[name]), f"curves.{name} holds other than lists of numbers; run the split again")
+            arrays[name] = np.asarray(curves[name], dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"curves.{name} holds lists of numbers of different lengths; run the split again") from None
+    count = arrays["t"].size
+    shapes = {name: (count,) for name in arrays} | {"similarity": (count, count), "objective_value": ()}
+    shapes["steps"] = np.shape(curves.get("steps", ()))  # of any number
+    require(all(arrays[n].shape == shapes[n] for n in arrays), "curves differ in length; run the split again")
+    table = curves.get("table", [])
+    require(
+        isinstance(table, list) and all(isinstance(line, dict) and set(line) == set(_LINE) for line in table),
+        f"lines of the table must hold {', '.join(sorted(_LINE))}; run the split again",
+    )
+    for number, line in enumerate(table):
+        check(line, _LINE, f"curves.table[{number}]", mend="; run the split again")
+
+
+def _numbers(value: Any) -> bool:
+    """Return whether a value, or every value of nested lists, is a finite number or null."""
+    if isinstance(value, list | tuple):
+        return all(map(_numbers, value))
+    return value is None or FINITE.fits(value)

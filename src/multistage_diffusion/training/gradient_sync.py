@@ -1,0 +1,155 @@
+"""What the processes that train one run do together; alone, next to nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..denoisers import MultiStageDenoiser
+from ..distributed import World
+from ..distributed.reducer import Reducer
+from ..errors import UserError
+from . import branching
+from . import checkpoint as ckpt
+from .run import Run
+from .strategies import Layout, stage_of_part
+
+
+class Team:
+    """The processes of a trainer.
+
+    Args:
+        world: all of them.
+        layout: who holds what.
+        double: whether gradients are float64.
+    """
+
+    def __init__(self, world: World, layout: Layout, *, double: bool = False) -> None:
+        self.world, self.layout, self.double = world, layout, double
+        self.everybody = world.group(range(world.size))
+        self.groups = [world.group(ranks) for ranks in layout.holders]
+        self.reducer: Reducer | None = None
+        self._stages: dict[str, int | None] = {}  # of the parts held here; None: rows of all stages pass through it
+        self.stopping = False  # whether any of several was asked to stop, as all know since the last step
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one process only."""
+        return self.world.size == 1
+
+    def latest(self, run: Run) -> Path | None:
+        """Return the checkpoint from which all go on.
+
+        Raises:
+            UserError: if one of them cannot see it.
+        """
+        found = ckpt.list_checkpoints(run.checkpoints)
+        name = self.world.agree(found[-1].name if found else None)
+        with self.world.together():
+            if name is not None and name not in [path.name for path in found]:
+                raise UserError(
+                    f"{run.checkpoints}: {name} is not there, which rank 0 goes on from; all processes need the run's "
+                    "folder on a file system that they share"
+                )
+        return None if name is None else run.checkpoints / name
+
+    def rows(self, counts: Sequence[int]) -> tuple[range, ...]:
+        """Return this process's rows of each stage."""
+        return self.layout.rows(self.world.rank, counts)
+
+    # -- gradients ------------------------------------------------------------------------------------------------------
+
+    def equip(self, parts: Mapping[str, Sequence[nn.Parameter]], *, shared: bool) -> None:
+        """Take charge of the gradients of parts; of new ones, when stages have parted.
+
+        Args:
+            parts: held by this process, by name.
+            shared: whether all stages share one decoder.
+        """
+        if self.alone:
+            return
+        if self.reducer is not None:
+            self.reducer.close()
+        self._stages = {name: None if shared else stage_of_part(name) for name in parts}
+        groups = {name: self.everybody if k is None else self.groups[k] for name, k in self._stages.items()}
+        self.reducer = Reducer(parts, groups)
+
+    def expect(self, counts: Sequence[int]) -> None:
+        """Begin to sum gradients over processes in the backward pass that follows, which completes them.
+
+        Args:
+            counts: rows of each stage in the whole step.
+        """
+        if self.reducer is not None:
+            own = [len(rows) for rows in self.rows(counts)]
+            self.reducer.start(self._passed(counts), self._passed(own))
+
+    def _passed(self, counts: Sequence[int]) -> list[str]:
+        """Return the parts held here that rows of these numbers per stage pass through."""
+        return [name for name, k in self._stages.items() if (any(counts) if k is None else counts[k])]
+
+    def sum_gradients(self) -> None:
+        """Wait until the gradients are those of all processes."""
+        if self.reducer is not None:
+            self.reducer.finish()
+
+    def agree_on_overflow(self, grads: Sequence[Tensor]) -> None:
+        """Let a gradient that has overflowed on one process count on all: either all skip the step or none."""
+        if self.alone:
+            return
+        overflowed = (~torch.isfinite(nn.utils.get_total_norm(grads))).to(grads[0].device, torch.float32)
+        if float(self.world.sum(overflowed)):
+            grads[0].fill_(math.inf)
+
+    def share(
+        self, totals: Tensor, norms: dict[str, Tensor], parts: Sequence[str], *, stopping: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss sums of all processes, and the norms of all parts, each counted once wherever it lives.
+
+        Args:
+            totals: of each stage, over this process's rows.
+            norms: scalars, of the parts held here that have a gradient, if any.
+            parts: names of the parts of the whole network.
+            stopping: whether this process was asked to stop.
+        """
+        if self.alone:
+            return totals, norms
+        stages, values = len(totals), torch.zeros(len(parts), 2, dtype=torch.float64, device=totals.device)
+        for i, name in enumerate(parts):
+            if name in norms and self.layout.owner(stage_of_part(name)) == self.world.rank:
+                values[i, 0], values[i, 1] = norms[name], 1.0
+        flag = values.new_tensor([float(stopping)])
+        told = self.world.sum(torch.cat([totals.to(values.dtype), values.flatten(), flag]))
+        found, values = told.tolist(), told[stages:-1].reshape(len(parts), 2)
+        self.stopping = found[-1] > 0
+        # the norms of fp32 gradients came from fp32: nothing is lost
+        dtype = torch.float64 if self.double else torch.float32
+        known = {name: values[i, 0].to(dtype) for i, name in enumerate(parts) if found[stages + 2 * i + 1]}
+        return told[:stages].to(totals.dtype), known
+
+    # -- tensors of the whole network -------------------------------------------------------------------------------------
+
+    def collect(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the named tensors of the whole network on rank 0, from what each process answers for."""
+        owner = {name: self.layout.owner(self.layout.stage_of(name)) for name in tensors}
+        return self.world.collect({n: value for n, value in tensors.items() if owner[n] == self.world.rank})
+
+    def whole(self, module: MultiStageDenoiser, build: Callable[[], MultiStageDenoiser]) -> MultiStageDenoiser:
+        """Return a denoiser with the parts of all processes; all call it.
+
+        Args:
+            module: what this process holds; returned where that is everything.
+            build: makes one of the whole network, to be filled.
+        """
+        if branching.tied(module.network) or self.layout.everywhere(self.world.size):
+            return module
+        mine, whole = module.state_dict(), build()
+        for name, tensor in whole.state_dict().items():
+            if name in mine:
+                tensor.copy_(mine[name])
+            self.world.spread(tensor, self.layout.owner(self.layout.stage_of(name)))
+        return whole.eval().requires_grad_(False)

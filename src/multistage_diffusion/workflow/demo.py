@@ -1,0 +1,73 @@
+"""The whole job on real handwritten digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from ..config.presets import preset
+from ..config.serialization import override
+from ..errors import UserError
+from ..evaluation import EvaluationResult
+from ..reporting.pictures import grid, save_png
+from ..training.events import Callback
+from ..training.run import Run
+from .evaluate import evaluate
+from .progress import Progress
+from .sample import report, sample
+from .stages import split
+from .train import differences, resume, train
+
+
+def demo(
+    out: Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    device: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    bar: Callable[[str], AbstractContextManager[Progress]],
+) -> tuple[Path, EvaluationResult]:
+    """Do the whole job on the digits: split, train, sample, evaluate, report; goes on where it was interrupted.
+
+    Args:
+        out: the run's folder.
+        changes: dotted keys of the digits preset to change.
+        device: default CUDA when there is one.
+        callbacks: of training.
+        bar: makes a progress display from a title.
+
+    Returns:
+        The report's path and the evaluation.
+
+    Raises:
+        UserError: if there is another run in the folder.
+    """
+    if Run(out).config_file.exists():
+        _refuse_foreign(out, changes or {})
+        run = resume(out, changes, device=device, callbacks=callbacks)
+    else:
+        config = override(preset("digits"), changes or {})
+        with bar("finding stages") as progress:
+            result = split(config.data, progress=progress, device=device)
+        run = train(config, out, result=result, device=device, callbacks=callbacks)
+    with bar("sampling") as progress:
+        save_png(grid(sample(run, 100, device=device, progress=progress)), out / "samples.png")
+    with bar("evaluating") as progress:
+        scores = evaluate(run, count=1000, device=device, progress=progress)
+    with bar("reporting") as progress:
+        return report(run, device=device, progress=progress), scores
+
+
+# what makes a run one of the demonstration, however it is split and however long it is
+_OWN = ("data.source", "codec.source", "network.family", "network.encoder_width", "diffusion.", "optimizer.")
+
+
+def _refuse_foreign(out: Path, changes: Mapping[str, Any]) -> None:
+    found = differences(override(preset("digits"), changes), Run(out).config())
+    foreign = [key for key in found if key.startswith(_OWN)]
+    if foreign:
+        raise UserError(
+            f"{out}: is another run ({', '.join(foreign)}); choose another --out, or give the same --set again"
+        )

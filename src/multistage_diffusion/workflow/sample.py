@@ -1,0 +1,200 @@
+"""Using a trained run: sampling, report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..config import RunConfig, SamplingConfig
+from ..denoisers import MultiStageDenoiser
+from ..errors import UserError
+from ..evaluation import get_features, nearest
+from ..latent.codecs import open_codec
+from ..performance.devices import Precision, autocast_dtype, joined, keep_memory
+from ..performance.execution import Execution, Graphs, execute
+from ..performance.offload import OneStageAtATime, images_at_once, require_sampling_memory
+from ..reporting.describe import architecture_rows, describe
+from ..rng import generator
+from ..samplers.class_labels import frequent_labels, labels_in_turn
+from ..samplers.sampling import sample_images
+from ..training.run import Run
+from .latent import decoder
+from .progress import Progress
+
+
+def opened_run(run: Run | Path | str) -> Run:
+    """Return a run, opened if it is only named."""
+    return run if isinstance(run, Run) else Run.open(Path(run))
+
+
+def require_writable(run: Run, name: str) -> Path:
+    """Return where a file of a run is; see, before the work is done, that it can be written.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    path = run.path / name
+    if not os.access(run.path, os.W_OK | os.X_OK):
+        raise UserError(f"{run.path}: {name} cannot be written in it; check its permissions, or copy the run")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a file; move it away")
+    return path
+
+
+def sample(
+    run: Run | Path | str,
+    count: int = 64,
+    *,
+    seed: int = 0,
+    sampling: SamplingConfig | None = None,
+    checkpoint: str = "best",
+    label: int | None = None,
+    in_turn: bool = False,
+    batch: int | None = None,
+    device: str | None = None,
+    precision: Precision | Literal["auto"] = "auto",
+    compile: bool = False,
+    offload: bool = False,
+    finished: Callable[[int, Tensor], object] | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Draw samples of a run; several processes (see distributed.join) draw a share each and are given all.
+
+    Args:
+        run: a trained run, or its folder.
+        count: number of samples.
+        seed: sample i is the same whatever the count or batch.
+        sampling: another sampler than the run's own.
+        checkpoint: "best", "latest" or a step.
+        label: class of all samples of a class-conditional run; None draws each sample's class, see `sample_labels`.
+        in_turn: take the classes in turn instead: to be looked at, not to be measured.
+        batch: samples drawn at once; None: as many as fit into free memory, up to a number that nothing is gained beyond.
+        device: default CUDA when there is one.
+        precision: of the network; the trajectory is float32. "auto": bf16 on CUDA where it has it, else fp16; fp32 on the CPU.
+        compile: compile the network's blocks first, which takes minutes: for thousands of samples.
+        offload: keep on the device the parts of one stage only, and what all share.
+        finished: called with (number of the first, images) of each batch while the next is drawn, see sample_images.
+        progress: called with (done, total).
+
+    Returns:
+        uint8 (count, C, H, W).
+
+    Raises:
+        UserError: if there is no such checkpoint, class, sampler or precision.
+    """
+    run = opened_run(run)
+    config, (world, resolved) = run.config(), joined(device, "sample")
+    labels = sample_labels(config, count, seed=seed, label=label, in_turn=in_turn)
+    decode = None
+    if config.codec.used:
+        assert config.codec.scale is not None
+        decode = decoder(open_codec(config.codec, resolved), config.codec.scale)
+    if precision == "fp64":
+        raise UserError("precision='fp64' is for training only; take auto, fp32, bf16 or fp16")
+    sampling = sampling or config.sampling
+    rows = 1 if sampling.guidance in (0, 1) else 2
+    require_sampling_memory(config.network, config.input_shape, count, batch, resolved, rows)
+    keep_memory(resolved)
+    with world.announced():
+        denoiser = run.denoiser(checkpoint, device="cpu" if offload else resolved)
+        equip(denoiser, resolved, compile=compile, offload=offload)
+        if batch is None:
+            batch = images_at_once(config.network, config.input_shape, count, resolved, rows)
+        return sample_images(
+            denoiser,
+            config.input_shape,
+            count,
+            config=sampling,
+            schedule=config.diffusion.schedule,
+            seed=seed,
+            batch=batch,
+            labels=labels,
+            device=resolved,
+            progress=progress,
+            decode=decode,
+            autocast=autocast_dtype(precision, resolved),
+            finished=finished,
+            world=world,
+        )
+
+
+def sample_labels(
+    config: RunConfig, count: int, *, seed: int = 0, label: int | None = None, in_turn: bool = False
+) -> Tensor | None:
+    """Return the class of every sample that `sample` draws, int64 (count,); None for an unconditional run.
+
+    Args:
+        config: the run's.
+        count, seed: see `sample`; label i depends on (seed, i) alone.
+        label: of all of them; None: drawn with the frequencies of the training images.
+        in_turn: classes that have training images, in turn.
+
+    Raises:
+        UserError: if there is no such class.
+    """
+    classes = config.network.num_classes
+    if label is None:
+        return labels_in_turn(config, count) if in_turn else frequent_labels(config, count, seed)
+    if not 0 <= label < classes:
+        known = f"it must be in 0..{classes - 1}" if classes else "the run knows no classes; leave it out"
+        raise UserError(f"label={label}: {known}")
+    return torch.full((count,), label)
+
+
+def equip(denoiser: MultiStageDenoiser, device: torch.device, *, compile: bool = False, offload: bool = False) -> None:
+    """Let a denoiser sample as fast as it can, or in little memory: CUDA graphs, compiled blocks, one stage at a time.
+
+    Args:
+        denoiser: on the device, or, to be offloaded, on the CPU.
+        device: where it is to sample.
+        compile, offload: see `sample`.
+    """
+    execute(denoiser.network, Execution(compile=compile, channels_last=compile and device.type == "cuda"))
+    if offload:  # weights that come and go are in no graph
+        OneStageAtATime(denoiser.network, device)
+    elif device.type == "cuda":
+        denoiser.graphs = Graphs(denoiser.network)
+
+
+def report(
+    run: Run | Path | str,
+    *,
+    checkpoint: str = "best",
+    count: int = 64,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write RUN/report.html: stages, network, losses, samples, nearest neighbours, metrics, command and configuration.
+
+    Args:
+        run: a trained run, or its folder.
+        checkpoint: whose samples are shown.
+        count: samples shown.
+        device: default CUDA when there is one.
+        progress: called with (done, total).
+    """
+    from ..reporting.report import Neighbours, write_report  # matplotlib takes a while to import
+
+    run = opened_run(run)
+    config = run.config()
+    require_writable(run, "report.html")
+    train_images, held_out = (part.tensor() for part in run.data().split(config.data.held_out))
+    real = held_out if len(held_out) else train_images
+    images = sample(run, count, checkpoint=checkpoint, in_turn=True, device=device, progress=progress)
+    pixels = get_features("pixels")
+    distance, index = nearest(pixels(images), pixels(train_images))
+    split_png = run.path / "split.png"
+    return write_report(
+        run.path,
+        config=config,
+        architecture=architecture_rows(describe(config)),
+        samples=images,
+        real=real[torch.randperm(len(real), generator=generator(("report", "real")))[:count]],
+        neighbours=Neighbours(samples=images[:16], nearest=train_images[index[:16]], distances=distance[:16].tolist()),
+        split_png=split_png if split_png.exists() else None,
+    )

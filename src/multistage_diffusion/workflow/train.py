@@ -1,0 +1,342 @@
+"""Training a run, from its start or from its latest checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import RunConfig
+from ..config.serialization import override, to_dict
+from ..data import open_configured
+from ..distributed import RankLost, World
+from ..errors import UserError, explained
+from ..files import NotWrittenError, write_json
+from ..performance.autotune import check_execution, settled
+from ..performance.devices import joined, precision_name
+from ..samplers.class_labels import with_class_counts
+from ..stage_finding import SplitResult
+from ..training.callbacks import SampleGrid
+from ..training.checkpoint import checkpoint_step, list_checkpoints, trained_config
+from ..training.events import Callback
+from ..training.run import Run
+from ..training.strategies import Strategy
+from ..training.trainer import Trainer
+from .evaluation_callback import Quality, Yardstick
+from .interrupts import stopped_by_signals
+from .latent import with_codec, with_split
+from .prepare import Material, check, located, prepare, warn_of_blind, warn_of_borrowed, with_paths
+from .progress import Progress
+from .stages import save_split
+
+Prepared = tuple[Material, list[Callback]]  # what a run is trained on, and what evaluates it
+
+
+def train(
+    config: RunConfig,
+    out: Path | str,
+    *,
+    result: SplitResult | None = None,
+    replace: bool = False,
+    device: str | None = None,
+    strategy: Strategy = "time",
+    callbacks: Sequence[Callback] = (),
+    progress: Progress | None = None,
+) -> Run:
+    """Start a run and train it to its end.
+
+    Among several processes (see distributed.join) each calls it. There a run of the same configuration that is at `out`
+    already is gone on with, so that whatever starts the processes may start them again.
+
+    Args:
+        config: usually a preset, changed with `override`.
+        out: the run's new folder.
+        result: the split that gives the stages; None keeps those of the configuration.
+        replace: move a run that is there already aside.
+        device: default CUDA when there is one.
+        strategy: what each of several processes holds: "time" everything, "memory" the decoders of its own stages.
+        callbacks: progress, TensorBoard, ...
+        progress: called with (done, total) while images are encoded into latents.
+
+    Raises:
+        UserError: if something does not fit; nothing has been written then.
+        RankLost: if another process is lost.
+    """
+    world, resolved = joined(device, "train")
+    with world.announced():
+        if world.size == 1:  # several may find there the run that they go on with
+            Run.require_room(Path(out), replace=replace)
+        material, judges = _in_turn(
+            world, config.codec.used, lambda: _prepared(config, out, result, resolved, progress, world.size)
+        )
+        check_execution(settled(material.config.execution), resolved, world.size)
+        world.require_equal(_facts(material.config, resolved, strategy))
+        begun = False
+        with world.together():
+            if world.chief:
+                again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+                begun = (again or (world.size > 1 and not replace)) and _is_run_of(Path(out), material.config)
+                if not begun:
+                    _create(Path(out), material.config, result, replace=replace)
+        return _fit(Run.open(out), material, resolved, [*judges, *callbacks], world, strategy)
+
+
+def _in_turn(world: World, encodes: bool, prepare: Callable[[], Prepared]) -> Prepared:
+    """Prepare on all processes; one that encodes images does so before the others, who find them in its cache."""
+    found: Prepared | None = None
+    for turn in ("first", "others"):
+        with world.together():
+            if (turn == "first") == (world.chief or not encodes):
+                found = prepare()
+    assert found is not None
+    return found
+
+
+def _prepared(
+    config: RunConfig,
+    out: Path | str,
+    result: SplitResult | None,
+    device: torch.device,
+    progress: Progress | None,
+    processes: int,
+) -> Prepared:
+    """Return what a new run is trained on, and what evaluates it; nothing is written."""
+    if not config.data.source:
+        raise UserError(f"data.source is empty: preset {config.name!r} has no data of its own; give --data")
+    data = open_configured(dataclasses.replace(config.data, fingerprint="", shape=()))
+    config = dataclasses.replace(prepare(config, data), name=Path(out).name)
+    config, codec = with_codec(with_paths(config), device)
+    if result is not None:
+        config = with_split(config, result)
+    parts = check(config, data, device, processes)
+    config = with_class_counts(config, parts[0])
+    if result is not None and result.fingerprint not in ("", data.fingerprint, parts[0].fingerprint):
+        warnings.warn("the split was made on other data than these; its edges may not suit them", stacklevel=3)
+    warn_of_blind(config.network)
+    if result is None:
+        warn_of_borrowed(config, parts[0])
+    # the arithmetic chosen here is stored: a run resumed on another device keeps it
+    precision = precision_name(config.training.precision, device)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
+    yardstick = Yardstick.of(config, data, parts[0], device)
+    material = Material.of(config, codec, parts, device, progress)
+    return material, _judges(yardstick, material, device)
+
+
+def _facts(config: RunConfig, device: torch.device, strategy: Strategy) -> dict[str, Any]:
+    """Return what must be the same on all processes."""
+    from .. import __version__
+
+    ours = {"release": __version__, "torch": torch.__version__, "device": device.type, "strategy": strategy}
+    flat = _flat(to_dict(config))
+    return {**ours, **{k: flat[k] for k in flat if k not in PLACES and not k.startswith("stages.origin.")}}
+
+
+def _is_run_of(path: Path, config: RunConfig) -> bool:
+    """Tell whether there is a run of this configuration; how long it is and what is written when do not count."""
+    if not Run(path).config_file.exists():
+        return False
+    return all(key in CHANGEABLE for key in differences(Run(path).config(), config))
+
+
+def _create(path: Path, config: RunConfig, result: SplitResult | None, *, replace: bool) -> None:
+    split = (lambda run: save_split(result, run.path / "split.json")) if result is not None else None
+    Run.create(path, config, replace=replace, fill=split)
+
+
+def _judges(yardstick: Yardstick | None, material: Material, device: torch.device) -> list[Callback]:
+    """Return what evaluates a run while it trains, if anything: before the other callbacks, which tell of it."""
+    return [] if yardstick is None else [Quality(material.config, yardstick, material.decode, device)]
+
+
+# What may differ between machines: where things are, and the last digits of what each has measured.
+PLACES = ("data.source", "codec.source", "codec.scale", "training.init_from", "evaluation.reference")
+
+
+# What may differ when a run is resumed: its length, what is written when, how steps are computed; never what is computed.
+CHANGEABLE = (
+    "data.source",
+    "codec.source",
+    "training.steps",
+    "training.log_every",
+    "training.held_out_every",
+    "training.checkpoint_every",
+    "training.keep_last",
+    "training.keep_every",
+    "training.sample_every",
+    "training.sample_count",
+    "evaluation.every",
+    "evaluation.patience",
+    "execution.channels_last",
+    "execution.compile",
+    "execution.cuda_graphs",
+    "execution.shards",
+    "execution.recompute",
+)
+
+
+# What an imported run learns when it is first resumed.
+RECORDED = (
+    "data.class_counts",
+    "data.fingerprint",
+    "codec.fingerprint",
+    "codec.scale",
+    "codec.shape",
+    "training.precision",
+)
+
+
+def resume(
+    path: Path | str,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    device: str | None = None,
+    strategy: Strategy = "time",
+    callbacks: Sequence[Callback] = (),
+    progress: Progress | None = None,
+) -> Run:
+    """Go on with a run from its latest checkpoint: under any strategy, on any number of processes.
+
+    Args:
+        path: the run's folder.
+        changes: dotted keys to change, of CHANGEABLE only: a longer training, data that have moved.
+        device: default CUDA when there is one.
+        strategy: see `train`.
+        callbacks: progress, TensorBoard, ...
+        progress: called with (done, total) while images are encoded into latents.
+
+    Raises:
+        UserError: if there is no run, a change would make it another run, or the data are not those it was started on.
+        RankLost: if another process is lost.
+    """
+    world, resolved = joined(device, "train --resume")
+    with world.announced():
+        with world.together():
+            run = Run.open(Path(path))
+            encodes = run.config().codec.used
+        material, judges = _in_turn(world, encodes, lambda: _reopened(run, changes or {}, resolved, progress))
+        check_execution(settled(material.config.execution), resolved, world.size)
+        world.require_equal(_facts(material.config, resolved, strategy))
+        return _fit(run, material, resolved, [*judges, *callbacks], world, strategy)
+
+
+def _reopened(run: Run, changes: Mapping[str, Any], device: torch.device, progress: Progress | None) -> Prepared:
+    """Return what a run is trained on further, and what evaluates it."""
+    config = run.config()
+    run.check_records()
+    _refuse_edited(run, config)
+    changed = override(config, changes)
+    refused = [key for key in differences(config, changed) if key not in CHANGEABLE]
+    if refused:
+        raise UserError(
+            f"{', '.join(refused)}: differs from the run's own; resuming may change only {', '.join(CHANGEABLE)}; start a "
+            "new run for anything else"
+        )
+    changed = dataclasses.replace(changed, data=located(changed.data))
+    found = list_checkpoints(run.checkpoints)
+    if not found and (run.imported_file.exists() or not config.data.fingerprint):
+        raise UserError(f"{run.path}: was imported, but its checkpoint is gone; import it again (--replace)")
+    if found and changed.training.steps < checkpoint_step(found[-1]):
+        raise UserError(
+            f"training.steps={changed.training.steps} is below step {checkpoint_step(found[-1])}, which {run.path} has "
+            "reached; give more"
+        )
+    data = run.data(changed.data)
+    changed = dataclasses.replace(  # an imported run knows neither yet
+        changed,
+        data=dataclasses.replace(changed.data, fingerprint=data.fingerprint),
+        training=dataclasses.replace(changed.training, precision=precision_name(changed.training.precision, device)),
+    )
+    changed, codec = with_codec(changed, device)
+    parts = check(changed, data, device)
+    changed = with_class_counts(changed, parts[0])
+    yardstick = Yardstick.of(changed, data, parts[0], device)
+    material = Material.of(changed, codec, parts, device, progress)
+    return material, _judges(yardstick, material, device)
+
+
+def differences(a: RunConfig, b: RunConfig) -> list[str]:
+    """Return the dotted keys in which two configurations differ; where stages come from makes none."""
+    one, other = _flat(to_dict(a)), _flat(to_dict(b))
+    keys = [key for key in one | other if one.get(key) != other.get(key)]
+    return [key for key in keys if not key.startswith("stages.origin.")]
+
+
+def _flat(data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
+    return flat
+
+
+def _refuse_edited(run: Run, config: RunConfig) -> None:
+    """Raise UserError if config.json is no longer what the latest checkpoint was trained with."""
+    found = list_checkpoints(run.checkpoints)
+    if not found:
+        return
+    before = trained_config(found[-1])
+    known = _flat(to_dict(before))
+    edited = [
+        key
+        for key in differences(before, config)
+        if key not in CHANGEABLE and not (key in RECORDED and known[key] in ("", "auto", None, []))
+    ]
+    if edited:
+        raise UserError(
+            f"{run.config_file}: {', '.join(edited)} was edited since step {checkpoint_step(found[-1])}; put it back or "
+            "start a new run"
+        )
+
+
+def _fit(
+    run: Run,
+    material: Material,
+    device: torch.device,
+    callbacks: Sequence[Callback],
+    world: World,
+    strategy: Strategy,
+) -> Run:
+    config = material.config
+    grids = SampleGrid(config.input_shape, material.decode)
+    trainer = Trainer(
+        run,
+        *material.parts,
+        config=config,
+        device=device,
+        callbacks=[*callbacks, grids],
+        world=world,
+        strategy=strategy,
+    )
+    with world.together():
+        if world.chief and config != run.config():
+            with run.locked():
+                write_json(run.config_file, config)
+    try:
+        with stopped_by_signals(trainer.stop):
+            trainer.fit()
+    except RankLost:
+        raise
+    except OSError as error:
+        if explained(error) is None:
+            raise
+        raise NotWrittenError(
+            f"{run.path}: cannot be written at step {trainer.step} ({error.strerror or error}); {_kept(run)}; mend that "
+            f"(free some space?) and go on with msdiff train --resume {run.path}",
+            error,
+        ) from error
+    if trainer.stopped:
+        stopped = KeyboardInterrupt(
+            f"{run.path}: stopped at step {trainer.step} with a checkpoint; go on with msdiff train --resume {run.path}"
+        )
+        raise world.shared(stopped)
+    return run
+
+
+def _kept(run: Run) -> str:
+    found = list_checkpoints(run.checkpoints)
+    return f"the checkpoint of step {checkpoint_step(found[-1])} is intact" if found else "there is no checkpoint yet"
