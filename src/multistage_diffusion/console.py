@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from .distributed import speaks
 from .shown import shown
-from .training.events import Callback
+from .training.callbacks import Callback
 from .training.trainer import Trainer
 
 

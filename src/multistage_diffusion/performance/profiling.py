@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..files import write_json
-from ..training.events import Callback
+from ..training.callbacks import Callback
 from ..training.trainer import Trainer
 from .devices import clock, peak_memory
 from .execution import Execution

@@ -27,7 +27,7 @@ from . import checkpoint as ckpt
 from .batches import Batch, BatchSource, TrainingData, held_out_batch, row_counts, stage_shares, stage_weights
 from .clipping import clip, parameters_by_part, part_norms
 from .ema import EMA
-from .events import Callback
+from .callbacks import Callback
 from .findings import Findings, Found, refuse, refuse_scale
 from .gradient_sync import Team
 from .losses import objective, stage_losses

@@ -12,7 +12,7 @@ from ..config.serialization import override
 from ..errors import UserError
 from ..evaluation import EvaluationResult
 from ..reporting.pictures import grid, save_png
-from ..training.events import Callback
+from ..training.callbacks import Callback
 from ..training.run import Run
 from .evaluate import evaluate
 from .progress import Progress

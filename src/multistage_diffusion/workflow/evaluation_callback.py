@@ -17,21 +17,13 @@ from ..contracts import Conditioning, Denoiser, FeatureExtractor
 from ..data import ImageData
 from ..distributed import ALONE, World
 from ..errors import UserError
-from ..evaluation import (
-    Moments,
-    frechet_between,
-    get_features,
-    image_moments,
-    load_reference,
-    require_features,
-    sharded,
-)
+from ..evaluation import Moments, frechet_between, get_features, image_moments, load_reference, require_features, sharded
 from ..evaluation.features import EXTRACT_BATCH
 from ..performance.devices import autocast_dtype
 from ..performance.flops import flops_per_image
 from ..samplers.class_labels import frequent_labels
 from ..samplers.sampling import sample_images
-from ..training.events import Callback
+from ..training.callbacks import Callback
 from ..training.trainer import Trainer
 
 TRAINING_IMAGES = "training images"  # what a record calls the reference where no file was given

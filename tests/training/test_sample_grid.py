@@ -11,8 +11,8 @@ from PIL import Image
 
 from multistage_diffusion.reporting.pictures import grid
 from multistage_diffusion.samplers.sampling import sample_images
-from multistage_diffusion.training.callbacks import SampleGrid, TensorBoard
-from multistage_diffusion.training.events import Callback
+from multistage_diffusion.training.sample_grid import SampleGrid, TensorBoard
+from multistage_diffusion.training.sample_grid import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 
@@ -56,7 +56,7 @@ def test_samples_that_are_not_finite_do_not_stop_training(tmp_path, tiny_config,
     def diverges(*_args, **_settings):
         raise FloatingPointError("4 of 4 samples are not finite")
 
-    monkeypatch.setattr("multistage_diffusion.training.callbacks.sample_images", diverges)
+    monkeypatch.setattr("multistage_diffusion.training.sample_grid.sample_images", diverges)
     run = Run.create(tmp_path / "run", tiny_config(training__steps=2, training__sample_every=2))
     trainer = Trainer(run, tiny_data(), device="cpu", callbacks=[SampleGrid((1, 4, 4))])
     with pytest.warns(UserWarning, match="no sample grid at step 2: 4 of 4"):
