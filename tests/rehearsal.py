@@ -17,8 +17,8 @@ from tiny import tiny_config, tiny_data
 from multistage_diffusion.cli import main
 from multistage_diffusion.performance.autotune import LEAST_STEPS
 from multistage_diffusion.training.batches import BatchSource
-from multistage_diffusion.training.sample_grid import Callback
 from multistage_diffusion.training.run import Run
+from multistage_diffusion.training.sample_grid import Callback
 from multistage_diffusion.training.trainer import Trainer
 
 CLASSES = {"network__num_classes": 3, "training__label_dropout": 0.2}

@@ -34,7 +34,7 @@ from multistage_diffusion.errors import UserError
 from multistage_diffusion.files import write_json
 from multistage_diffusion.shown import shown
 from multistage_diffusion.stage_finding import SplitSettings
-from multistage_diffusion.training.findings import TrainingDiverged
+from multistage_diffusion.training.metrics import TrainingDiverged
 from multistage_diffusion.workflow import demo
 
 TINY = [

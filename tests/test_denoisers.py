@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from multistage_diffusion.contracts import Conditioning, Denoiser
-from multistage_diffusion.denoisers import EDMPreconditioning, MultiStageDenoiser, Velocity, VPEps, build_denoiser, make_preconditioning
+from multistage_diffusion.denoisers import (
+    EDMPreconditioning,
+    MultiStageDenoiser,
+    Velocity,
+    VPEps,
+    build_denoiser,
+    make_preconditioning,
+)
 from multistage_diffusion.schedules import EDM, VE, VP, Discrete, RectifiedFlow
 from multistage_diffusion.stages import Stages
 

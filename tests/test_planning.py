@@ -12,7 +12,23 @@ import pytest
 from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.nets.cost import network_cost
-from multistage_diffusion.planning import TOLERANCE, Budget, PlannedStage, WidthOption, best_widths, counted_gain, decoder_flops, encoder_flops, halfway_shares, ideal_flops, mean_flops, nearest_costs, probe_widths, reasons, width_options
+from multistage_diffusion.planning import (
+    TOLERANCE,
+    Budget,
+    PlannedStage,
+    WidthOption,
+    best_widths,
+    counted_gain,
+    decoder_flops,
+    encoder_flops,
+    halfway_shares,
+    ideal_flops,
+    mean_flops,
+    nearest_costs,
+    probe_widths,
+    reasons,
+    width_options,
+)
 
 SIZE = (8, 8)
 DIGITS = preset("digits").network

@@ -17,7 +17,15 @@ from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import from_dict, override, read_json, read_lines
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.reading import DEEPEST, parse_json, parse_yaml, read_bytes, read_file, read_text, require_regular
+from multistage_diffusion.reading import (
+    DEEPEST,
+    parse_json,
+    parse_yaml,
+    read_bytes,
+    read_file,
+    read_text,
+    require_regular,
+)
 
 LISTS = "\n".join(
     [

@@ -11,7 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from multistage_diffusion.schedules import EDM, PRIORS, SCHEDULES, VE, VP, Discrete, LogNormal, NoiseSchedule, RectifiedFlow, SigmaPrior, UniformSteps, UniformTime
+from multistage_diffusion.schedules import (
+    EDM,
+    PRIORS,
+    SCHEDULES,
+    VE,
+    VP,
+    Discrete,
+    LogNormal,
+    NoiseSchedule,
+    RectifiedFlow,
+    SigmaPrior,
+    UniformSteps,
+    UniformTime,
+)
 from multistage_diffusion.stages import Stages
 
 F64 = torch.float64

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from multistage_diffusion.config import DataConfig, DiffusionConfig, NetworkConfig, OptimizerConfig, RunConfig, SamplingConfig, TrainingConfig
+from multistage_diffusion.config import (
+    DataConfig,
+    DiffusionConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainingConfig,
+)
 from multistage_diffusion.config.serialization import override
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.schedules import LogNormal

@@ -12,10 +12,29 @@ from typing import Any, Literal
 
 import pytest
 
-from multistage_diffusion.config import DataConfig, DiffusionConfig, NetworkConfig, OptimizerConfig, RunConfig, SamplingConfig, TrainingConfig
+from multistage_diffusion.config import (
+    DataConfig,
+    DiffusionConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainingConfig,
+)
 from multistage_diffusion.config.serialization import from_dict, override, read_json, to_dict
 from multistage_diffusion.files import write_json
-from multistage_diffusion.schedules import EDM, VE, VP, Discrete, LogNormal, NoiseSchedule, RectifiedFlow, SigmaPrior, UniformSteps, UniformTime
+from multistage_diffusion.schedules import (
+    EDM,
+    VE,
+    VP,
+    Discrete,
+    LogNormal,
+    NoiseSchedule,
+    RectifiedFlow,
+    SigmaPrior,
+    UniformSteps,
+    UniformTime,
+)
 from multistage_diffusion.stages import Stages
 
 ODD = [1e-300, 0.1, 1 / 3, 2.5103, math.pi, 1e22]  # floats whose decimal form must come back to the last bit

@@ -7,7 +7,13 @@ import torch
 
 from multistage_diffusion.contracts import FeatureExtractor
 from multistage_diffusion.evaluation.classifier import prepare
-from multistage_diffusion.evaluation.features import EXTRACT_BATCH, ClassifierFeatures, PixelFeatures, extract, get_features
+from multistage_diffusion.evaluation.features import (
+    EXTRACT_BATCH,
+    ClassifierFeatures,
+    PixelFeatures,
+    extract,
+    get_features,
+)
 
 
 def test_pixels_are_scaled_and_flattened_in_order() -> None:

@@ -9,7 +9,13 @@ from torch import Tensor
 from multistage_diffusion.config.serialization import to_dict
 from multistage_diffusion.evaluation import metrics
 from multistage_diffusion.evaluation.features import PixelFeatures
-from multistage_diffusion.evaluation.metrics import evaluate_samples, frechet_distance, memorisation, nearest, precision_recall
+from multistage_diffusion.evaluation.metrics import (
+    evaluate_samples,
+    frechet_distance,
+    memorisation,
+    nearest,
+    precision_recall,
+)
 from multistage_diffusion.evaluation.statistics import MAX_DIMS
 
 

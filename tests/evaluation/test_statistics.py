@@ -5,7 +5,13 @@ from multistage_diffusion import memory
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation.features import EXTRACT_BATCH, PixelFeatures
 from multistage_diffusion.evaluation.metrics import frechet_distance
-from multistage_diffusion.evaluation.statistics import Moments, frechet_between, image_moments, moments, require_features
+from multistage_diffusion.evaluation.statistics import (
+    Moments,
+    frechet_between,
+    image_moments,
+    moments,
+    require_features,
+)
 
 
 def features(rows: int, dims: int, seed: int) -> torch.Tensor:

@@ -23,10 +23,19 @@ from multistage_diffusion.commands.codec import TrainCodec
 from multistage_diffusion.config import CodecConfig, DataConfig
 from multistage_diffusion.data import ImageData, open_configured, to_float
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.latent.codec_training import CodecSettings, CodecTrainer, build_autoencoder, codec_loss, judge, psnr, require_codec_memory, write_codec
+from multistage_diffusion.latent.codec_training import (
+    CodecSettings,
+    CodecTrainer,
+    build_autoencoder,
+    codec_loss,
+    judge,
+    psnr,
+    require_codec_memory,
+    write_codec,
+)
 from multistage_diffusion.latent.codecs import CONFIG, WEIGHTS, IdentityCodec, open_codec
 from multistage_diffusion.training.checkpoint import list_checkpoints
-from multistage_diffusion.training.findings import TrainingDiverged
+from multistage_diffusion.training.metrics import TrainingDiverged
 from multistage_diffusion.workflow.codec import train_codec
 
 diffusers = pytest.importorskip("diffusers")

@@ -7,7 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multistage_diffusion.contracts import Conditioning
-from multistage_diffusion.nets.blocks import Attention, BoxDown, BoxUp, FIRDown, FIRUp, NoiseEmbedding, PointwiseConv, ResidualBlock, conv, dropout, group_norm, masks_from, sinusoids
+from multistage_diffusion.nets.blocks import (
+    Attention,
+    BoxDown,
+    BoxUp,
+    FIRDown,
+    FIRUp,
+    NoiseEmbedding,
+    PointwiseConv,
+    ResidualBlock,
+    conv,
+    dropout,
+    group_norm,
+    masks_from,
+    sinusoids,
+)
 
 
 def fir_by_hand(x: Tensor, *, up: int = 1, down: int = 1, pad: tuple[int, int]) -> Tensor:

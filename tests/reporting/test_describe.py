@@ -9,7 +9,13 @@ import pytest
 from multistage_diffusion.config import RunConfig, SamplingConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override
-from multistage_diffusion.reporting.describe import architecture_rows, describe, description_table, edge_time, sampler_words
+from multistage_diffusion.reporting.describe import (
+    architecture_rows,
+    describe,
+    description_table,
+    edge_time,
+    sampler_words,
+)
 from multistage_diffusion.schedules import EDM, VP, Discrete
 
 DESCRIBED = ("digits", "cifar10-dpm", "cifar10-edm-one-stage", "celebahq-ldm")  # counting the largest takes long

@@ -10,7 +10,17 @@ import pytest
 from multistage_diffusion import cli
 from multistage_diffusion.commands import tables as tables_module
 from multistage_diffusion.config.presets import PRESETS, preset, summary
-from multistage_diffusion.reporting.paper_tables import DIFFERS, PAPER_ROWS, PaperRow, TableRow, agrees, compare, paper_tables, tables_text, verdict
+from multistage_diffusion.reporting.paper_tables import (
+    DIFFERS,
+    PAPER_ROWS,
+    PaperRow,
+    TableRow,
+    agrees,
+    compare,
+    paper_tables,
+    tables_text,
+    verdict,
+)
 
 # What PAPER_ROWS names as the paper's own slips: (table, row, stage).
 SLIPS = {(7, "4", "total"), (9, "n=2", "1"), (9, "n=2", "2"), (9, "n=2", "total"), (9, "n=3", "total")}

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from multistage_diffusion.stage_finding.boundaries import ThreeStages, cheapest_groups, mean_within_distance, optimal_partition, optimal_partitions
+from multistage_diffusion.stage_finding.boundaries import (
+    ThreeStages,
+    cheapest_groups,
+    mean_within_distance,
+    optimal_partition,
+    optimal_partitions,
+)
 from multistage_diffusion.stage_finding.similarity import Similarities
 
 OBJECTIVES = ("total-distance", "mean-similarity")

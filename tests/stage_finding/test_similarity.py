@@ -11,7 +11,14 @@ from multistage_diffusion import rng
 from multistage_diffusion.schedules import VP
 from multistage_diffusion.stage_finding import similarity
 from multistage_diffusion.stage_finding.posterior import TiledImages
-from multistage_diffusion.stage_finding.similarity import agreement, draw, limit_similarities, outside_pairs, pair_similarities, sample_similarities
+from multistage_diffusion.stage_finding.similarity import (
+    agreement,
+    draw,
+    limit_similarities,
+    outside_pairs,
+    pair_similarities,
+    sample_similarities,
+)
 
 ETA = 2 / 256
 EPS = {"eta": ETA, "space": "eps", "measure": VP()}

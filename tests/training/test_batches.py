@@ -16,7 +16,14 @@ from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.schedules import LogNormal
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.augment import augment
-from multistage_diffusion.training.batches import BatchSource, allocate, held_out_batch, prior_masses, stage_shares, stage_weights
+from multistage_diffusion.training.batches import (
+    BatchSource,
+    allocate,
+    held_out_batch,
+    prior_masses,
+    stage_shares,
+    stage_weights,
+)
 from multistage_diffusion.training.losses import stage_losses
 
 CPU = torch.device("cpu")

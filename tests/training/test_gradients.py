@@ -16,7 +16,16 @@ from multistage_diffusion.denoisers import MultiStageDenoiser, build_denoiser
 from multistage_diffusion.files import write_json
 from multistage_diffusion.schedules import EDM, VE, VP, Discrete, RectifiedFlow
 from multistage_diffusion.training.checkpoint import Checkpoint, save_checkpoint
-from multistage_diffusion.training.gradients import Affinity, BinGradients, Rows, common_borders, cosines, gradient_affinity, inner_products, shared_parameters
+from multistage_diffusion.training.gradients import (
+    Affinity,
+    BinGradients,
+    Rows,
+    common_borders,
+    cosines,
+    gradient_affinity,
+    inner_products,
+    shared_parameters,
+)
 from multistage_diffusion.training.run import Run
 
 ONE_STAGE = {"network__decoder_widths": [8], "stages__interior": []}

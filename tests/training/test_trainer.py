@@ -14,8 +14,8 @@ from multistage_diffusion.nets.blocks import dropout
 from multistage_diffusion.performance import autotune
 from multistage_diffusion.training import checkpoint as ckpt
 from multistage_diffusion.training.batches import BatchSource
-from multistage_diffusion.training.findings import TrainingDiverged
 from multistage_diffusion.training.losses import objective, stage_losses
+from multistage_diffusion.training.metrics import TrainingDiverged
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Callback, Trainer, autocast_dtype, resolve_device
 

@@ -23,8 +23,8 @@ from multistage_diffusion.files import write_json
 from multistage_diffusion.performance.flops import flops_per_image
 from multistage_diffusion.samplers.class_labels import frequent_labels
 from multistage_diffusion.training.checkpoint import checkpoint_step, list_checkpoints, load_tensors, read_state
-from multistage_diffusion.training.sample_grid import Callback
 from multistage_diffusion.training.run import Run
+from multistage_diffusion.training.sample_grid import Callback
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import evaluation_callback as evaluation_callback_module
 from multistage_diffusion.workflow.evaluate import statistics

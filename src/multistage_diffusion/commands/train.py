@@ -19,13 +19,25 @@ from ..reporting.pictures import MOST_IN_GRID, folder_of_images, grid, save_npz,
 from ..samplers import make_plan, shortcoming
 from ..samplers.class_labels import warn_of_empty
 from ..stage_finding import SplitResult
-from ..training.sample_grid import TensorBoard
 from ..training.callbacks import Callback
 from ..training.run import Run
+from ..training.sample_grid import TensorBoard
 from ..training.strategies import Strategy
 from ..workflow.sample import sample, sample_labels
 from ..workflow.train import resume, train
-from .options import Changes, DataOptions, Device, RunFolder, SamplerOptions, check_out, load_config, option, parse_changes, print_json, say
+from .options import (
+    Changes,
+    DataOptions,
+    Device,
+    RunFolder,
+    SamplerOptions,
+    check_out,
+    load_config,
+    option,
+    parse_changes,
+    print_json,
+    say,
+)
 
 
 @dataclass(kw_only=True)

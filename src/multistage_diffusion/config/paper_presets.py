@@ -15,7 +15,16 @@ from typing import Any
 
 from ..schedules import EDM, VP, Discrete, LogNormal, UniformSteps
 from ..stages import Stages
-from . import CodecConfig, DataConfig, DiffusionConfig, NetworkConfig, OptimizerConfig, RunConfig, SamplingConfig, TrainingConfig
+from . import (
+    CodecConfig,
+    DataConfig,
+    DiffusionConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainingConfig,
+)
 
 # The published cuts: Algorithm 1 (three stages) and 2 (others) on CIFAR-10 in [0, 1], reused by the paper for networks
 # trained on [-1, 1].

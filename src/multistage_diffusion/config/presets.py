@@ -8,7 +8,16 @@ from collections.abc import Callable
 
 from ..errors import UserError
 from ..schedules import LogNormal
-from . import CodecConfig, DataConfig, DiffusionConfig, NetworkConfig, OptimizerConfig, RunConfig, SamplingConfig, TrainingConfig
+from . import (
+    CodecConfig,
+    DataConfig,
+    DiffusionConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainingConfig,
+)
 from .paper_presets import PAPER_PRESETS, vp_stages
 
 

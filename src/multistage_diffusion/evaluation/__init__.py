@@ -3,7 +3,15 @@
 from .comparison import ComparisonResult, check_count, compare_samples
 from .consent import agree
 from .features import FEATURES, ClassifierFeatures, PixelFeatures, extract, get_features
-from .metrics import EvaluationResult, Memorisation, evaluate_samples, frechet_distance, memorisation, nearest, precision_recall
+from .metrics import (
+    EvaluationResult,
+    Memorisation,
+    evaluate_samples,
+    frechet_distance,
+    memorisation,
+    nearest,
+    precision_recall,
+)
 from .reference import Reference, load_reference, make_reference, save_reference
 from .sharded import sharded
 from .statistics import Moments, frechet_between, image_moments, moments, require_features

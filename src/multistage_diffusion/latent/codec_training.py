@@ -28,7 +28,7 @@ from ..memory import require_memory
 from ..performance.offload import free_memory
 from ..training import checkpoint as ckpt
 from ..training.ema import EMA
-from ..training.findings import TrainingDiverged
+from ..training.metrics import TrainingDiverged
 from .codecs import CONFIG, WEIGHTS, DiffusersCodec, import_diffusers
 from .latents import PIXELS_AT_ONCE
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import rng
 from ..nets.blocks import masks_from
 from ..training.batches import Batch
-from ..training.clipping import Parts
+from ..training.optimizer import Parts
 from .timing import PassTimer
 
 T = TypeVar("T")

@@ -10,7 +10,13 @@ from itertools import accumulate, pairwise
 from ..config import SamplingConfig
 from ..errors import UserError
 from ..schedules import VP, NoiseSchedule
-from .orders import corrected_heun_steps, lowered_multistep_orders, lowered_singlestep_orders, multistep_orders, singlestep_orders
+from .orders import (
+    corrected_heun_steps,
+    lowered_multistep_orders,
+    lowered_singlestep_orders,
+    multistep_orders,
+    singlestep_orders,
+)
 
 VISIBLE = 1 / 127.5  # sigma of noise of one grey level, data being in [-1, 1]
 VP_T_END = 1e-4  # where the paper's VP trajectories end: below the training times, which start at 1e-3

@@ -18,7 +18,16 @@ from .intervals import Array, edge_intervals
 from .posterior import TiledImages, posterior_means_of
 from .settings import SplitSettings, require
 from .sharing import Sharing
-from .similarity import Progress, Similarities, agreement, draw, limit_similarities, outside_pairs, pair_similarities, sample_similarities
+from .similarity import (
+    Progress,
+    Similarities,
+    agreement,
+    draw,
+    limit_similarities,
+    outside_pairs,
+    pair_similarities,
+    sample_similarities,
+)
 
 _BINS = 100  # of the stored curves
 _CHECKED = 64  # similarities computed in float64, too

@@ -27,7 +27,18 @@ from ..config.serialization import from_dict, read_json
 from ..data import ImageData, open_configured
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..errors import UserError
-from ..files import append_line, json_bytes, locked, move_aside, new_folder, require_room, sweep, write_atomic, write_file, write_json
+from ..files import (
+    append_line,
+    json_bytes,
+    locked,
+    move_aside,
+    new_folder,
+    require_room,
+    sweep,
+    write_atomic,
+    write_file,
+    write_json,
+)
 from ..performance.devices import device_name
 from ..performance.execution import Execution
 from ..reading import brief

@@ -12,7 +12,7 @@ import torch
 from ..denoisers import build_denoiser
 from ..errors import UserError
 from . import checkpoint as ckpt
-from .sums import RunningSums
+from .metrics import RunningSums
 
 if TYPE_CHECKING:
     from .trainer import Trainer

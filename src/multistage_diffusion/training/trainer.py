@@ -25,18 +25,15 @@ from ..performance.timing import PassTimer, Timer
 from . import branching
 from . import checkpoint as ckpt
 from .batches import Batch, BatchSource, TrainingData, held_out_batch, row_counts, stage_shares, stage_weights
-from .clipping import clip, parameters_by_part, part_norms
-from .ema import EMA
 from .callbacks import Callback
-from .findings import Findings, Found, refuse, refuse_scale
+from .ema import EMA
 from .gradient_sync import Team
-from .losses import objective, stage_losses
-from .optimizer import learning_rate, make_optimizer
+from .losses import objective, stage_losses, updates
+from .metrics import Findings, Found, RunningSums, refuse, refuse_scale
+from .optimizer import clip, learning_rate, make_optimizer, parameters_by_part, part_norms
 from .run import Run
 from .state import restore, snapshot
 from .strategies import Strategy, make_layout
-from .sums import RunningSums
-from .updates import updates
 from .warm_start import WarmStart, warm_start
 
 

@@ -12,7 +12,20 @@ from ..contracts import FeatureExtractor
 from ..data import ImageData, open_configured
 from ..distributed import speaks
 from ..errors import UserError, explained
-from ..evaluation import ComparisonResult, EvaluationResult, Reference, check_count, compare_samples, evaluate_samples, get_features, load_reference, make_reference, require_features, save_reference, sharded
+from ..evaluation import (
+    ComparisonResult,
+    EvaluationResult,
+    Reference,
+    check_count,
+    compare_samples,
+    evaluate_samples,
+    get_features,
+    load_reference,
+    make_reference,
+    require_features,
+    save_reference,
+    sharded,
+)
 from ..files import write_json
 from ..performance.devices import joined, resolve_device
 from ..records import read_evaluations

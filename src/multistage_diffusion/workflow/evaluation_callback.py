@@ -17,7 +17,15 @@ from ..contracts import Conditioning, Denoiser, FeatureExtractor
 from ..data import ImageData
 from ..distributed import ALONE, World
 from ..errors import UserError
-from ..evaluation import Moments, frechet_between, get_features, image_moments, load_reference, require_features, sharded
+from ..evaluation import (
+    Moments,
+    frechet_between,
+    get_features,
+    image_moments,
+    load_reference,
+    require_features,
+    sharded,
+)
 from ..evaluation.features import EXTRACT_BATCH
 from ..performance.devices import autocast_dtype
 from ..performance.flops import flops_per_image

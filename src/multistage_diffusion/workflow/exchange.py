@@ -22,8 +22,8 @@ from ..schedules import VP, Discrete, UniformSteps
 from ..stage_finding import SplitResult
 from ..stages import Stages
 from ..training.checkpoint import Checkpoint, checkpoint_step, load_tensors, save_checkpoint, trained_config
+from ..training.metrics import RunningSums
 from ..training.run import Run
-from ..training.sums import RunningSums
 
 _EDGES, _HEADS = "sigma_edges", "num_head_channels"  # what files written here say besides their layout's own
 _PREFIX = "network."  # of a denoiser's tensors

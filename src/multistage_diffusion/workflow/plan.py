@@ -22,7 +22,17 @@ from ..errors import UserError
 from ..files import write_json
 from ..optimal import OptimalDenoiser
 from ..performance.devices import resolve_device
-from ..planning import Budget, PlannedStage, counted_gain, decoder_flops, halfway_shares, ideal_flops, mean_flops, probe_widths, reasons
+from ..planning import (
+    Budget,
+    PlannedStage,
+    counted_gain,
+    decoder_flops,
+    halfway_shares,
+    ideal_flops,
+    mean_flops,
+    probe_widths,
+    reasons,
+)
 from ..stage_finding import SplitResult, SplitSettings
 from ..training.batches import Batch, TrainingData, held_out_batch, prior_masses, stage_shares, stage_weights
 from ..training.callbacks import Callback

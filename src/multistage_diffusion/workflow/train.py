@@ -21,10 +21,10 @@ from ..performance.autotune import check_execution, settled
 from ..performance.devices import joined, precision_name
 from ..samplers.class_labels import with_class_counts
 from ..stage_finding import SplitResult
-from ..training.sample_grid import SampleGrid
-from ..training.checkpoint import checkpoint_step, list_checkpoints, trained_config
 from ..training.callbacks import Callback
+from ..training.checkpoint import checkpoint_step, list_checkpoints, trained_config
 from ..training.run import Run
+from ..training.sample_grid import SampleGrid
 from ..training.strategies import Strategy
 from ..training.trainer import Trainer
 from .evaluation_callback import Quality, Yardstick

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from multistage_diffusion.config import CodecConfig, DataConfig, DiffusionConfig, EvaluationConfig, NetworkConfig, OptimizerConfig, RunConfig, SamplingConfig, TrainingConfig
+from multistage_diffusion.config import (
+    CodecConfig,
+    DataConfig,
+    DiffusionConfig,
+    EvaluationConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainingConfig,
+)
 from multistage_diffusion.config.run import FORMAT_VERSION
 from multistage_diffusion.schedules import EDM, VP, Discrete, LogNormal, UniformSteps, UniformTime
 from multistage_diffusion.stages import Stages

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from multistage_diffusion.training.findings import Findings, Found, TrainingDiverged, refuse
+from multistage_diffusion.training.metrics import Findings, Found, RunningSums, TrainingDiverged, refuse
 from multistage_diffusion.training.run import Run
 
 CPU = torch.device("cpu")
@@ -54,3 +55,13 @@ def test_numbers_that_are_not_finite_are_named(tmp_path, tiny_config) -> None:
         TrainingDiverged, match=r"the loss of stage 2, stage 3 is not finite at step 7; .* no checkpoint yet"
     ):
         refuse(run, 7, "loss", {"stage 1": 0.5, "stage 2": math.nan, "stage 3": math.inf})
+
+
+def test_running_sums_survive_a_round_trip_and_leave_out_skipped_steps():
+    sums = RunningSums(2)
+    sums.add([0.5, None], {"encoder": 2.0, "decoder.1": math.inf})
+    sums.add([1.5, None], {"encoder": math.nan})
+    again = RunningSums(**dataclasses.asdict(sums))
+    assert again.means() == ([1.0, None], {"encoder": 2.0})
+    again.clear()
+    assert again == RunningSums(2)
