@@ -15,9 +15,9 @@ from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override
 from multistage_diffusion.data import to_uint8
 from multistage_diffusion.evaluation import frechet_distance, get_features
-from multistage_diffusion.performance.flops import flops_per_image
 from multistage_diffusion.stage_finding import SplitSettings, find_stages
 from multistage_diffusion.training.checkpoint import load_tensors
+from multistage_diffusion.training.flops import flops_per_image
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.workflow.evaluate import evaluate
 from multistage_diffusion.workflow.latent import decoder, reconstruct

@@ -17,6 +17,8 @@ from . import MultiDecoderUNet, build_network
 from .blocks import Attention
 from .ncsnpp import PyramidStep
 
+BACKWARD = 2  # a layer's backward pass makes two products of its forward's size: for its input and for its weights
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from typing import Any, Protocol
 
 import torch
 
@@ -14,7 +15,6 @@ from ..config.execution import ExecutionConfig
 from ..config.serialization import from_dict, to_dict
 from ..distributed import World
 from ..errors import UserError
-from ..training.run import Run
 from .devices import clock, device_name
 from .execution import Execution
 from .offload import free_memory
@@ -82,8 +82,18 @@ def candidates(
         )
 
 
+class KeptExecutions(Protocol):
+    """Where the result of a trial is kept: a run."""
+
+    def known_execution(self, here: dict[str, Any]) -> dict[str, bool] | None:
+        """Return what an earlier trial has found on the same device with the same settings."""
+
+    def remember_execution(self, here: dict[str, Any], execution: Execution, seconds: dict[str, float]) -> None:
+        """Keep what a trial has found."""
+
+
 def choose(
-    run: Run,
+    kept: KeptExecutions,
     config: RunConfig,
     world: World,
     device: torch.device,
@@ -97,7 +107,8 @@ def choose(
     All processes decide the same. What a trial finds is kept in the run.
 
     Args:
-        run, config: of a trainer.
+        kept: the run, which keeps what a trial finds.
+        config: of a trainer.
         world: the processes that train it.
         device: of this one.
         weights: bytes of the parameters.
@@ -109,7 +120,7 @@ def choose(
         The seconds of a step of each candidate, by its words; empty if no trial was made.
     """
     here = {"device": device_name(device), "settings": to_dict(config.execution)}
-    known = world.agree(run.known_execution(here))
+    known = world.agree(kept.known_execution(here))
     if known is not None:
         compute(from_dict(Execution, known))
         return {}
@@ -151,5 +162,5 @@ def choose(
     compute(best)
     found = {execution.words(): taken for execution, taken in seconds.items() if math.isfinite(taken)}
     if world.chief:
-        run.remember_execution(here, best, found)
+        kept.remember_execution(here, best, found)
     return found

@@ -16,10 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import RunConfig
-from ..nets.cost import network_cost
+from ..nets.cost import BACKWARD, network_cost
 from ..training.batches import row_counts, stage_shares
 from ..training.strategies import Strategy, make_layout
-from .flops import BACKWARD
 
 WEIGHT, GRADIENT, MOMENTS, AVERAGE = 4, 4, 8, 4  # bytes per parameter in fp32 (bf16 autocast keeps them so)
 

@@ -10,10 +10,10 @@ import torch
 
 from ..files import write_json
 from ..training.callbacks import Callback
+from ..training.flops import flops_per_image
 from ..training.trainer import Trainer
 from .devices import clock, peak_memory
 from .execution import Execution
-from .flops import flops_per_image
 from .roofline import Ceiling, measure_ceiling
 
 SKIPPED = 3  # first steps, in which memory is reserved and kernels are chosen

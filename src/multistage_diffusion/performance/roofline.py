@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..config import NetworkConfig
 from ..nets import build_network
+from ..nets.cost import BACKWARD
 from .devices import clock
-from .flops import BACKWARD
 
 LEAST_SECONDS = 0.3  # of measuring each rate
 MATRIX = {"cpu": 1024, "cuda": 8192}  # rows and columns of the product

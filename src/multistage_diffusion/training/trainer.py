@@ -20,7 +20,6 @@ from ..errors import UserError
 from ..performance.autotune import check_execution, choose, settled
 from ..performance.devices import autocast_dtype, keep_memory, resolve_device
 from ..performance.execution import Execution, Graphs, execute
-from ..performance.thread_parallel import SideBySide, backward
 from ..performance.timing import PassTimer, Timer
 from . import branching
 from . import checkpoint as ckpt
@@ -34,6 +33,7 @@ from .optimizer import clip, learning_rate, make_optimizer, parameters_by_part, 
 from .run import Run
 from .state import restore, snapshot
 from .strategies import Strategy, make_layout
+from .thread_parallel import SideBySide, backward
 from .warm_start import WarmStart, warm_start
 
 

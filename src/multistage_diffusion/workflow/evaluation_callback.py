@@ -28,10 +28,10 @@ from ..evaluation import (
 )
 from ..evaluation.features import EXTRACT_BATCH
 from ..performance.devices import autocast_dtype
-from ..performance.flops import flops_per_image
 from ..samplers.class_labels import frequent_labels
 from ..samplers.sampling import sample_images
 from ..training.callbacks import Callback
+from ..training.flops import flops_per_image
 from ..training.trainer import Trainer
 
 TRAINING_IMAGES = "training images"  # what a record calls the reference where no file was given

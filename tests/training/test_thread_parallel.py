@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from multistage_diffusion.performance.thread_parallel import SideBySide, add_gradients
+from multistage_diffusion.training.thread_parallel import SideBySide, add_gradients
 
 
 @pytest.fixture(autouse=True)

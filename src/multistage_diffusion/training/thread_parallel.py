@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .. import rng
 from ..nets.blocks import masks_from
-from ..training.batches import Batch
-from ..training.optimizer import Parts
-from .timing import PassTimer
+from ..performance.timing import PassTimer
+from .batches import Batch
+from .optimizer import Parts
 
 T = TypeVar("T")
 

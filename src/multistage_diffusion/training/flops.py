@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from ..config import RunConfig
 from ..errors import UserError
-from ..nets.cost import network_cost
-from ..training.batches import row_counts, stage_shares
-
-BACKWARD = 2  # a layer's backward pass makes two products of its forward's size: for its input and for its weights
+from ..nets.cost import BACKWARD, network_cost
+from .batches import row_counts, stage_shares
 
 
 def flops_per_image(config: RunConfig) -> float:
