@@ -85,15 +85,15 @@ class Clock(Callback):
 
 
 def with_trainer(world: World, config: RunConfig, strategy: str, folder: Path) -> dict[str, Any]:
-    with world.together():
-        if world.chief:
+    with world.synchronize_errors():
+        if world.is_main_process:
             Run.create(folder / strategy, config)
     clock = Clock()
     data = images(config.input_shape)
     trainer = Trainer(Run(folder / strategy), data, device="cpu", callbacks=[clock], world=world, strategy=strategy)
     trainer.save = lambda *_: None  # type: ignore[method-assign]
     trainer.fit()
-    reduced = 0 if trainer.team.reducer is None else trainer.team.reducer.bytes
+    reduced = 0 if trainer.gradient_sync.reducer is None else trainer.gradient_sync.reducer.bytes
     return measured(trainer.denoiser, trainer.ema.module, trainer.optimizer, reduced, clock.seconds)
 
 
@@ -160,12 +160,13 @@ def measured(
 def worker(config: RunConfig, folder: Path) -> None:
     torch.set_num_threads(1)
     world = join(torch.device("cpu"))
-    with world.announced():
+    with world.report_failures():
         found = {
-            strategy: world.exchange(with_trainer(world, config, strategy, folder)) for strategy in ("time", "memory")
+            strategy: world.all_gather_object(with_trainer(world, config, strategy, folder))
+            for strategy in ("time", "memory")
         }
-        found["ddp"] = world.exchange(with_ddp(world, config))
-        if world.chief:
+        found["ddp"] = world.all_gather_object(with_ddp(world, config))
+        if world.is_main_process:
             write_json(folder / "result.json", found)
 
 

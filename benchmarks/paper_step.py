@@ -54,7 +54,7 @@ class Stopwatch(Callback):
 
     def stepped(self, trainer: Trainer) -> None:
         seconds = clock(trainer.device) - self.start
-        trainer.findings.settle()
+        trainer.metrics.settle()
         rows = trainer.sums.rows
         stages = [k for k, (old, new) in enumerate(zip(self.rows, rows, strict=True), start=1) if new > old]
         self.steps.append({"stages": stages, "seconds": seconds})

@@ -18,7 +18,7 @@ SOURCE = Path(multistage_diffusion.__file__).parent
 # strangers. A module that is named here has a row of its own, whatever the row of its sub-package. A new file must be
 # placed here.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    # L0: what everything speaks
+    # L0: what everything is_main_process
     ("errors", "shown"),
     ("files", "memory", "reading"),
     ("contracts", "distributed"),

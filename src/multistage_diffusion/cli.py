@@ -144,9 +144,9 @@ def _trace() -> None:
 
 
 def _warn(message: object) -> None:
-    from .distributed import speaks
+    from .distributed import is_main_process
 
-    if speaks():  # of several processes one is enough
+    if is_main_process():  # of several processes one is enough
         _say(f"warning: {message}")
 
 
@@ -154,9 +154,9 @@ class _Teller(logging.Handler):
     """Prints what is logged, by one of several processes."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from .distributed import speaks
+        from .distributed import is_main_process
 
-        if speaks():
+        if is_main_process():
             _say(record.getMessage(), start="")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from .distributed import speaks
+from .distributed import is_main_process
 from .shown import shown
 from .training.callbacks import Callback
 from .training.trainer import Trainer
@@ -22,7 +22,9 @@ class PlainConsole(Console):
         super().print(*(shown(o, lines=True) if isinstance(o, str) else o for o in objects), **options)
 
 
-console = PlainConsole(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=not speaks())
+console = PlainConsole(
+    stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=not is_main_process()
+)
 
 
 class Bar:

@@ -1,4 +1,4 @@
-"""The few protocols that every part of the library speaks."""
+"""The few protocols that every part of the library is_main_process."""
 
 from __future__ import annotations
 

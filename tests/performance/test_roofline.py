@@ -5,7 +5,7 @@ import torch
 
 from multistage_diffusion.nets import build_network
 from multistage_diffusion.performance import roofline
-from multistage_diffusion.performance.roofline import largest_convolution, measure_ceiling
+from multistage_diffusion.performance.roofline import largest_convolution, measure_roofline
 
 SHAPE = (1, 4, 4)
 
@@ -28,7 +28,7 @@ def test_the_largest_convolution_is_that_of_most_operations_at_its_rows(tiny_con
 
 
 def test_rates_are_positive_and_of_this_device(tiny_config):
-    found = measure_ceiling(tiny_config().network, SHAPE, (6, 4, 2), torch.device("cpu"))
+    found = measure_roofline(tiny_config().network, SHAPE, (6, 4, 2), torch.device("cpu"))
     assert 0 < found.convolution_rate < 1e15
     assert 0 < found.matrix_rate < 1e15
     assert found.convolution == largest_convolution(tiny_config().network, SHAPE, (6, 4, 2))
@@ -44,7 +44,7 @@ def test_a_forward_pass_alone_is_a_third_of_the_work(tiny_config, monkeypatch, b
         return 2.0
 
     monkeypatch.setattr(roofline, "_seconds", seconds)
-    found = measure_ceiling(tiny_config().network, SHAPE, (6, 4, 2), torch.device("cpu"), backward=backward)
+    found = measure_roofline(tiny_config().network, SHAPE, (6, 4, 2), torch.device("cpu"), backward=backward)
     assert found.convolution_rate == times * found.convolution.flops / 2
     assert found.matrix_rate == times * 2 * 1024**3 / 2
     assert bool(gradients) == backward

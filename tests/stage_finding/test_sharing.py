@@ -72,7 +72,7 @@ def work(world: World, shards: tuple[int, ...], folder: Path) -> None:
                 IMAGES, settings, sharing=sharing, progress=lambda *count, done=done: done.append(count)
             )
             result.save(folder / f"{name}-{image_shards}-{rank}.json")
-            if world.chief:
+            if world.is_main_process:
                 assert done[-1] == (settings.samples, settings.samples)
                 assert all(0 < count <= of for count, of in done)
 

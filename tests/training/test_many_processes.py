@@ -38,8 +38,8 @@ def config(**changes: object) -> RunConfig:
 
 def fit(world: World, path: Path, settings: RunConfig, strategy: Strategy, *callbacks: Callback) -> Trainer:
     """Train a run that is there to its end, or begin it."""
-    with world.together():
-        if world.chief and not (path / "config.json").exists():
+    with world.synchronize_errors():
+        if world.is_main_process and not (path / "config.json").exists():
             Run.create(path, settings)
     trainer = Trainer(
         Run(path),
@@ -142,7 +142,7 @@ def held(world: World, path: Path, settings: RunConfig, strategy: Strategy) -> d
         "gradients": sum(p.grad.nbytes for p in trainer.denoiser.parameters()),
         "average": sum(p.nbytes for p in trainer.ema.module.parameters()),
         "moments": sum(t.nbytes for t in moments),
-        "sent": trainer.team.reducer.bytes,
+        "sent": trainer.gradient_sync.reducer.bytes,
     }
 
 
@@ -250,7 +250,7 @@ from pathlib import Path
 import torch
 sys.path.insert(0, TESTS)
 from tiny import tiny_config
-from multistage_diffusion.distributed import speaks
+from multistage_diffusion.distributed import is_main_process
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.workflow import train
 
@@ -319,7 +319,7 @@ def took_turns(world: World, folder: Path, encodes: bool) -> bool:
 
     def prepare() -> bool:
         done = (folder / "cache").exists()
-        if world.chief:
+        if world.is_main_process:
             time.sleep(0.5)
             (folder / "cache").touch()
         return done

@@ -6,20 +6,26 @@ import math
 import pytest
 import torch
 
-from multistage_diffusion.training.metrics import Findings, Found, RunningSums, TrainingDiverged, refuse
+from multistage_diffusion.training.metrics import (
+    MetricAccumulator,
+    MetricsReporter,
+    StepMetrics,
+    TrainingDiverged,
+    refuse,
+)
 from multistage_diffusion.training.run import Run
 
 CPU = torch.device("cpu")
 
 
-def found(step: int, *values: float) -> Found:
-    return Found(step, (2, 0), ("encoder",), torch.tensor(values, dtype=torch.float64))
+def found(step: int, *values: float) -> StepMetrics:
+    return StepMetrics(step, (2, 0), ("encoder",), torch.tensor(values, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_everything_is_handed_on_in_order(late: bool) -> None:
     seen = []
-    findings = Findings(CPU, lambda f, losses, norms: seen.append((f.step, losses, norms)), late=late)
+    findings = MetricsReporter(CPU, lambda f, losses, norms: seen.append((f.step, losses, norms)), late=late)
     findings.add(found(1, 0.5, 0.0, 2.0))
     assert len(seen) == (0 if late else 1)
     findings.add(found(2, 0.25, 0.0, 3.0))
@@ -31,10 +37,10 @@ def test_everything_is_handed_on_in_order(late: bool) -> None:
 
 
 def test_what_is_refused_is_not_handed_on_again() -> None:
-    def refuse(f: Found, losses: list[float], norms: dict[str, float]) -> None:
+    def refuse(f: StepMetrics, losses: list[float], norms: dict[str, float]) -> None:
         raise FloatingPointError(f"step {f.step}")
 
-    findings = Findings(CPU, refuse, late=True)
+    findings = MetricsReporter(CPU, refuse, late=True)
     findings.add(found(1, math.nan, 0.0, 1.0))
     with pytest.raises(FloatingPointError, match="step 1"):
         findings.settle()
@@ -58,10 +64,10 @@ def test_numbers_that_are_not_finite_are_named(tmp_path, tiny_config) -> None:
 
 
 def test_running_sums_survive_a_round_trip_and_leave_out_skipped_steps():
-    sums = RunningSums(2)
+    sums = MetricAccumulator(2)
     sums.add([0.5, None], {"encoder": 2.0, "decoder.1": math.inf})
     sums.add([1.5, None], {"encoder": math.nan})
-    again = RunningSums(**dataclasses.asdict(sums))
+    again = MetricAccumulator(**dataclasses.asdict(sums))
     assert again.means() == ([1.0, None], {"encoder": 2.0})
     again.clear()
-    assert again == RunningSums(2)
+    assert again == MetricAccumulator(2)

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from multistage_diffusion.training.thread_parallel import SideBySide, add_gradients
+from multistage_diffusion.training.thread_parallel import ThreadParallel, add_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def test_everything_is_done_at_once_the_first_here_and_told_in_order() -> None:
         seen[number] = threading.current_thread(), torch.get_num_threads()
         return 10 * number
 
-    side_by_side = SideBySide(3)
+    side_by_side = ThreadParallel(3)
     for _ in range(2):  # the second time by the same threads
         assert side_by_side([partial(work, number) for number in range(3)]) == [0, 10, 20]
         assert seen[0][0] is threading.current_thread()
@@ -36,7 +36,7 @@ def test_everything_is_done_at_once_the_first_here_and_told_in_order() -> None:
 
 
 def test_fewer_than_most_share_the_threads() -> None:
-    side_by_side = SideBySide(4)
+    side_by_side = ThreadParallel(4)
     assert side_by_side([torch.get_num_threads] * 4) == [1] * 4
     assert side_by_side([torch.get_num_threads] * 2) == [2] * 2
     assert side_by_side([torch.get_num_threads]) == [4]
@@ -53,7 +53,7 @@ def test_an_error_is_raised_once_all_have_ended(failing: int) -> None:
         ended.set()
 
     with pytest.raises(ZeroDivisionError):
-        SideBySide(2)([partial(work, 0), partial(work, 1)])
+        ThreadParallel(2)([partial(work, 0), partial(work, 1)])
     assert ended.is_set()
     assert torch.get_num_threads() == 4
 

@@ -451,7 +451,7 @@ def test_what_is_read_late_comes_to_the_same(new_trainer):
     found = []
     for late in (False, True):
         trainer = new_trainer(f"late {late}", training__steps=7, training__log_every=3, training__checkpoint_every=4)
-        trainer.findings.late = late
+        trainer.metrics.late = late
         trainer.fit()
         timed = ("images_per_s", "seconds")
         found.append([{k: v for k, v in r.items() if k not in timed} for r in trainer.run.records()])
@@ -467,7 +467,7 @@ def test_what_is_read_late_comes_to_the_same(new_trainer):
 def test_a_gradient_read_late_spoils_no_weights(new_trainer):
     """A GPU goes on while the numbers of its last step are on their way."""
     trainer = new_trainer(training__steps=6, optimizer__clip=None, stepped=lambda t: weights.append(parameters(t)))
-    trainer.findings.late, weights = True, []
+    trainer.metrics.late, weights = True, []
     weight = trainer.denoiser.network.decoders[2].conv_out.weight
     weight.register_hook(lambda g: g * math.inf if trainer.step == 2 else g)
     with pytest.raises(TrainingDiverged, match=r"the gradient of decoder\.3 is not finite at step 3"):
@@ -597,7 +597,7 @@ def test_a_gpu_trains_as_the_cpu_does(tmp_path, tiny_config, tiny_data, graphs):
         config = tiny_config(**changes, execution__cuda_graphs=graphs and device == "cuda")
         trainer = Trainer(Run.create(tmp_path / device, config), tiny_data(), device=device)
         trainer.fit()
-        assert trainer.findings.late == (device == "cuda")
+        assert trainer.metrics.late == (device == "cuda")
         found[device] = [r["loss"] for r in trainer.run.records()]
     np.testing.assert_allclose(found["cuda"], found["cpu"], rtol=1e-3)
 

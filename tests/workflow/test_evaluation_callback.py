@@ -28,7 +28,7 @@ from multistage_diffusion.training.sample_grid import Callback
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import evaluation_callback as evaluation_callback_module
 from multistage_diffusion.workflow.evaluate import statistics
-from multistage_diffusion.workflow.evaluation_callback import TRAINING_IMAGES, Yardstick, since_best
+from multistage_diffusion.workflow.evaluation_callback import TRAINING_IMAGES, FidReference, since_best
 from multistage_diffusion.workflow.sample import sample
 from multistage_diffusion.workflow.train import resume, train
 
@@ -72,7 +72,7 @@ def steps(run: Run) -> list[int]:
 def distances(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Let evaluations find these Fréchet distances, in turn."""
     found: list[float] = []
-    monkeypatch.setattr(Yardstick, "distance", lambda *_: found.pop(0))
+    monkeypatch.setattr(FidReference, "distance", lambda *_: found.pop(0))
     return found
 
 
@@ -341,7 +341,7 @@ def test_evaluations_are_not_counted_in_the_training_rate(tmp_path: Path, monkey
         time.sleep(1.0)
         return 1.0
 
-    monkeypatch.setattr(Yardstick, "distance", slow)
+    monkeypatch.setattr(FidReference, "distance", slow)
     start = time.perf_counter()
     run = train(tiny(tmp_path, training__steps=3, training__held_out_every=0), tmp_path / "run")
     taken = time.perf_counter() - start

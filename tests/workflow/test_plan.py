@@ -27,7 +27,7 @@ from multistage_diffusion.training.losses import stage_losses
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import plan as plan_module
 from multistage_diffusion.workflow.plan import plan
-from multistage_diffusion.workflow.prepare import Material
+from multistage_diffusion.workflow.prepare import PreparedRun
 from multistage_diffusion.workflow.stages import split
 from multistage_diffusion.workflow.train import train
 
@@ -178,9 +178,9 @@ def split_of(path: Path) -> Any:
     return SplitResult.load(path)
 
 
-def material_of(config: RunConfig) -> Material:
+def material_of(config: RunConfig) -> PreparedRun:
     parts = open_configured(config.data).split(config.data.held_out)
-    return Material(config=config, parts=parts)
+    return PreparedRun(config=config, parts=parts)
 
 
 def test_probes_see_the_same_rows_and_differ_in_width_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,11 +267,11 @@ def test_the_optimal_loss_is_in_the_units_of_the_network(tiny_config: Any, tiny_
 
 
 def test_too_many_images_have_no_optimal_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
-    material = material_of(tiny())
-    known = plan_module._optimal_losses(material, torch.device("cpu"))
+    prepared = material_of(tiny())
+    known = plan_module._optimal_losses(prepared, torch.device("cpu"))
     assert all(loss is not None and loss > 0 for loss in known)
-    monkeypatch.setattr(plan_module, "MEMORY", 4 * len(material.parts[0]) * 64 - 1)
-    assert plan_module._optimal_losses(material, torch.device("cpu")) == [None] * 3
+    monkeypatch.setattr(plan_module, "MEMORY", 4 * len(prepared.parts[0]) * 64 - 1)
+    assert plan_module._optimal_losses(prepared, torch.device("cpu")) == [None] * 3
 
 
 def test_trained_weights_are_compared_as_averaged(edges: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,13 +284,13 @@ def test_trained_weights_are_compared_as_averaged(edges: Path, tmp_path: Path, m
 
     monkeypatch.setattr(Trainer, "fit", fitted)
     config = tiny()
-    material = material_of(config)
-    losses = plan_module._probed(material, (8,), 3, torch.device("cpu"), lambda *_: None)
+    prepared = material_of(config)
+    losses = plan_module._probed(prepared, (8,), 3, torch.device("cpu"), lambda *_: None)
     denoiser = build_denoiser(plan_module._probe_config(config, 8, 3)).eval()
     denoiser.load_state_dict(kept[0])
     rows = dataclasses.replace(config, training=dataclasses.replace(config.training, held_out_rows=40))
     for stage in range(3):
-        batch = held_out_batch(rows, material.parts[1], stage, torch.device("cpu"))
+        batch = held_out_batch(rows, prepared.parts[1], stage, torch.device("cpu"))
         assert torch.allclose(plan_module.held_out_row_losses(denoiser, batch, 12), losses[0][stage])
 
 

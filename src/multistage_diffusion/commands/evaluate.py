@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from ..config import DataConfig
 from ..config.serialization import to_dict
 from ..console import Bar
-from ..distributed import speaks
+from ..distributed import is_main_process
 from ..errors import UserError
 from ..evaluation import ComparisonResult, EvaluationResult, agree
 from ..evaluation.likelihood import Estimate, LikelihoodResult
@@ -106,7 +106,7 @@ class Evaluate(SamplerOptions, DataOptions):
                     result = compare(run, self.against, data, **chosen, progress=bar)
             except NotKeptError as error:
                 result, lost = error.result, error
-        if not speaks():
+        if not is_main_process():
             return
         if self.json:
             print_json(to_dict(result))

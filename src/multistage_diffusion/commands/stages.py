@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from ..config import CodecConfig, DataConfig
 from ..console import Bar
-from ..distributed import speaks
+from ..distributed import is_main_process
 from ..errors import UserError
 from ..schedules import SCHEDULES
 from ..stage_finding import SplitResult, SplitSettings
@@ -107,7 +107,7 @@ class Split(DataOptions):
                 "out": self.out,
                 "device": self.device,
                 "memory": self.memory,
-                "progress": bar if speaks() else None,
+                "progress": bar if is_main_process() else None,
             }
             if self.trained is not None:
                 result = split_run(self.trained, settings, **where)
@@ -115,7 +115,7 @@ class Split(DataOptions):
                 codec = None if self.codec is None else CodecConfig(source=self.codec)
                 config = DataConfig(source=self.data, **self.given())
                 result = split(config, settings, codec=codec, image_shards=self.image_shards, **where)
-        if not speaks():
+        if not is_main_process():
             return
         if self.json:
             print_json(result.to_dict())

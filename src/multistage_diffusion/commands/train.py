@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from ..config.presets import preset
 from ..config.serialization import override, to_dict
 from ..console import Bar, TrainingProgress, console
-from ..distributed import speaks
+from ..distributed import is_main_process
 from ..errors import UserError
 from ..performance.profiling import Profile
 from ..reporting.pictures import MOST_IN_GRID, folder_of_images, grid, save_npz, save_png
@@ -105,7 +105,7 @@ class Train(DataOptions):
                 callbacks.append(TensorBoard())
             trained = self.go_on if self.resume is not None else self.start
             run = trained(changes, callbacks, bar)
-        if not speaks():
+        if not is_main_process():
             return
         say(
             f"trained: {run.path} (next: msdiff sample {run.path}, msdiff evaluate {run.path}, msdiff report {run.path})"
@@ -201,13 +201,13 @@ class Sample(SamplerOptions):
             )
         config = run.config()
         sampling = self.sampling_config(config.sampling)
-        if speaks() and (reason := shortcoming(make_plan(sampling, config.diffusion.schedule))):
+        if is_main_process() and (reason := shortcoming(make_plan(sampling, config.diffusion.schedule))):
             warnings.warn(f"{reason} (docs/sampling.md)", stacklevel=2)
         in_turn = suffix == ".png"
         labels = sample_labels(config, self.count, seed=self.seed, label=self.label, in_turn=in_turn)
         if self.label is None:
             warn_of_empty(config.data.class_counts)
-        written = folder_of_images(self.out, labels) if folder and speaks() else nullcontext()
+        written = folder_of_images(self.out, labels) if folder and is_main_process() else nullcontext()
         with Bar("sampling", "calls") as bar, written as write:
             images = sample(
                 run,
@@ -225,7 +225,7 @@ class Sample(SamplerOptions):
                 finished=write,
                 progress=bar,
             )
-        if not speaks():
+        if not is_main_process():
             return
         if suffix == ".png":
             save_png(grid(images), self.out)

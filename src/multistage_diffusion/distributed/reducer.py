@@ -100,7 +100,7 @@ class Reducer:
         """Wait until every gradient of an active part is the sum over all processes.
 
         Raises:
-            RuntimeError: if a process is lost, as in the backward pass itself; see World.explained.
+            RuntimeError: if a process is lost, as in the backward pass itself; see World.translate_errors.
         """
         self._armed = False
         self._launch(len(self._queue))

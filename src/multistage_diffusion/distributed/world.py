@@ -58,7 +58,7 @@ class World:
         self._failed = False
 
     @property
-    def chief(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
 
@@ -68,29 +68,29 @@ class World:
 
     # -- words ----------------------------------------------------------------------------------------------------------
 
-    def exchange(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Return the JSON values of all processes, by rank."""
         if self._store is None:
             if self.size > 1:
                 raise UserError("this world has no store to exchange words through; make it with distributed.join")
             return [value]
         self._turn += 1
-        with self.explained():
+        with self.translate_errors():
             self._store.set(f"word/{self._turn}/{self.rank}", json.dumps(value))
             keys = [f"word/{self._turn}/{rank}" for rank in range(self.size)]
             self._store.wait(keys, _FOREVER)
             values = [json.loads(self._store.get(key)) for key in keys]
-            # whoever speaks now has read all words of the turn before
+            # whoever is_main_process now has read all words of the turn before
             if self._turn > 1:
                 self._store.delete_key(f"word/{self._turn - 1}/{self.rank}")
         return values
 
-    def agree(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Return the JSON value of rank 0."""
-        return self.exchange(value if self.chief else None)[0]
+        return self.all_gather_object(value if self.is_main_process else None)[0]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def synchronize_errors(self) -> Iterator[None]:
         """Wait for all at the end; where one has raised what a user can mend, all raise it. Nothing is exchanged inside.
 
         Raises:
@@ -108,19 +108,19 @@ class World:
             raise error
         kinds = [isinstance(error, kind) for kind in _MENDABLE]
         number = error.errno if isinstance(error, OSError) else None
-        told = self.exchange(None if error is None else [kinds.index(True), number, str(error)])
+        told = self.all_gather_object(None if error is None else [kinds.index(True), number, str(error)])
         if error is not None:
-            raise self.shared(error)
+            raise self.known_to_all(error)
         for rank, failure in enumerate(told):
             if failure is not None:
                 kind, number, text = failure
                 words = f"rank {rank}: {text}"
                 # an error with the system's number is no bug, here either
-                raise self.shared(_MENDABLE[kind](words) if number is None else UserError(words))
+                raise self.known_to_all(_MENDABLE[kind](words) if number is None else UserError(words))
 
     def require_equal(self, facts: dict[str, Any]) -> None:
         """Raise UserError on all processes unless facts (JSON) are the same on all, naming the first that differs."""
-        told = self.exchange(facts)
+        told = self.all_gather_object(facts)
         names = list(dict.fromkeys(name for theirs in told for name in theirs))
         for rank, theirs in enumerate(told):
             for name in names:
@@ -129,9 +129,9 @@ class World:
                         f"rank {rank} has {name} {theirs.get(name)!r}, rank 0 {told[0].get(name)!r}; all processes must run "
                         "the same release on the same data with the same configuration"
                     )
-                    raise self.shared(error)
+                    raise self.known_to_all(error)
 
-    def shared(self, error: ErrorType) -> ErrorType:
+    def known_to_all(self, error: ErrorType) -> ErrorType:
         """Return an error that all processes raise, so that none need be told of it."""
         self._shared = error
         return error
@@ -144,58 +144,58 @@ class World:
             return None
         if len(ranks) == self.size:
             return dist.group.WORLD
-        with self.explained():
+        with self.translate_errors():
             made = dist.new_group(list(ranks))
         return made if isinstance(made, dist.ProcessGroup) else None
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes; the same bits on each."""
         if self.size > 1:
-            with self.explained():
+            with self.translate_errors():
                 dist.all_reduce(values)
         return values
 
-    def gather(self, values: Tensor) -> list[Tensor]:
+    def all_gather(self, values: Tensor) -> list[Tensor]:
         """Return the tensors of all processes, by rank; they have one shape, type and kind of device."""
         if self.size == 1:
             return [values]
         parts = [torch.empty_like(values) for _ in range(self.size)]
-        with self.explained():
+        with self.translate_errors():
             dist.all_gather(parts, values.contiguous())
         return parts
 
-    def reduce(self, values: Tensor, how: Literal["sum", "max"], group: dist.ProcessGroup | None) -> None:
+    def all_reduce_within(self, values: Tensor, how: Literal["sum", "max"], group: dist.ProcessGroup | None) -> None:
         """Make values the sum or largest over the processes of a group (see `group`), in place; None: of this one alone."""
         if group is not None:
-            with self.explained():
+            with self.translate_errors():
                 dist.all_reduce(values, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=group)
 
-    def spread(self, values: Tensor, source: int) -> Tensor:
+    def broadcast(self, values: Tensor, source: int) -> Tensor:
         """Fill a tensor with that of one process."""
         if self.size > 1:
-            with self.explained():
+            with self.translate_errors():
                 dist.broadcast(values, source)
         return values
 
-    def collect(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gather_named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the named tensors of all processes on rank 0, on the CPU; an empty dict on the others."""
         if self.size == 1:
             return tensors
-        lists = self.exchange(
+        lists = self.all_gather_object(
             [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
         )
-        found = {name: t.detach().cpu() for name, t in tensors.items()} if self.chief else {}
-        with self.explained():
+        found = {name: t.detach().cpu() for name, t in tensors.items()} if self.is_main_process else {}
+        with self.translate_errors():
             for rank, names in enumerate(lists[1:], start=1):
                 for name, dtype, shape in names:
-                    if self.chief:
+                    if self.is_main_process:
                         found[name] = torch.empty(shape, dtype=getattr(torch, dtype))
                         dist.recv(found[name], rank)
                     elif self.rank == rank:
                         dist.send(tensors[name].detach().cpu().contiguous(), 0)
         return found
 
-    def gather_rows(self, rows: Tensor) -> Tensor:
+    def all_gather_rows(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes, in the order of ranks, on the CPU of each.
 
         Args:
@@ -204,9 +204,9 @@ class World:
         rows = rows.cpu().contiguous()
         if self.size == 1:
             return rows
-        told = self.exchange([list(rows.shape), str(rows.dtype).removeprefix("torch.")])
+        told = self.all_gather_object([list(rows.shape), str(rows.dtype).removeprefix("torch.")])
         parts = [
-            self.spread(rows if rank == self.rank else torch.empty(shape, dtype=getattr(torch, dtype)), rank)
+            self.broadcast(rows if rank == self.rank else torch.empty(shape, dtype=getattr(torch, dtype)), rank)
             for rank, (shape, dtype) in enumerate(told)
             if shape[0]
         ]
@@ -215,7 +215,7 @@ class World:
     # -- failure --------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
+    def translate_errors(self) -> Iterator[None]:
         """Turn an exchange that fails into an error that names the process it failed for.
 
         Raises:
@@ -235,12 +235,12 @@ class World:
                 raise
             self._failed = True
             lost = RankLost(f"{reason}; rerun the same command to go on from the last checkpoint")
-            raise self.shared(lost) from error
+            raise self.known_to_all(lost) from error
         finally:
             self._heart.waiting = None
 
     @contextmanager
-    def announced(self) -> Iterator[None]:
+    def report_failures(self) -> Iterator[None]:
         """Tell the others why this process fails, so that they need not wait for it."""
         try:
             yield
@@ -260,7 +260,7 @@ class World:
         if self._heart is None:
             return
         self.leave()
-        if self.chief:
+        if self.is_main_process:
             self._heart.outlast(GOODBYE)
         if dist.is_initialized() and not self._failed:  # with a dead peer that may wait for ever
             dist.destroy_process_group()
@@ -270,7 +270,7 @@ ALONE = World()
 _joined: World | None = None
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Tell whether this process talks to the user and writes files: of those that the environment describes, the first."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
@@ -354,7 +354,7 @@ def _enter(device: torch.device, patience: float) -> World:
     if not dist.is_initialized():
         dist.init_process_group(backend, store=PrefixStore(f"{prefix}/groups", store), rank=rank, world_size=size)
     world = World(rank, size, words)
-    names = world.exchange(f"rank {rank} (process {os.getpid()} on {socket.gethostname()})")
+    names = world.all_gather_object(f"rank {rank} (process {os.getpid()} on {socket.gethostname()})")
     # a client of its own: words are waited for, and a client that waits does not speak
     line = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     world._heart = Heartbeat(PrefixStore(f"{prefix}/life", line), rank, names, patience=patience)

@@ -26,7 +26,7 @@ class Sharded:
         """Return the features of all images, on their device; see contracts.FeatureExtractor."""
         share = self.world.share(len(images))
         own = self.extractor(images[share.start : share.stop]) if len(share) else torch.empty(0)
-        return self.world.gather_rows(own).to(images.device)
+        return self.world.all_gather_rows(own).to(images.device)
 
 
 def sharded(extractor: FeatureExtractor, world: World) -> FeatureExtractor:

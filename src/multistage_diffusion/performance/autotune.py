@@ -120,7 +120,7 @@ def choose(
         The seconds of a step of each candidate, by its words; empty if no trial was made.
     """
     here = {"device": device_name(device), "settings": to_dict(config.execution)}
-    known = world.agree(kept.known_execution(here))
+    known = world.broadcast_object(kept.known_execution(here))
     if known is not None:
         compute(from_dict(Execution, known))
         return {}
@@ -151,7 +151,7 @@ def choose(
             if math.inf not in taken[way]:
                 taken[way] += timed(way, warm)
         medians = torch.tensor([statistics.median(taken[way]) for way in ways], dtype=torch.float64, device=device)
-        return dict(zip(ways, world.sum(medians).tolist(), strict=True))
+        return dict(zip(ways, world.all_reduce(medians).tolist(), strict=True))
 
     seconds = typical([plain, *others], WARM)
     if compiled and min(seconds.values()) * steps >= COMPILING_PAYS:
@@ -161,6 +161,6 @@ def choose(
         best = plain
     compute(best)
     found = {execution.words(): taken for execution, taken in seconds.items() if math.isfinite(taken)}
-    if world.chief:
+    if world.is_main_process:
         kept.remember_execution(here, best, found)
     return found

@@ -30,7 +30,7 @@ def joined(device: str | torch.device | None, command: str) -> tuple[World, torc
         resolved = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(resolved)
     world = join(resolved)
-    with world.announced():
+    with world.report_failures():
         world.require_equal({"command": command})
     return world, resolved
 

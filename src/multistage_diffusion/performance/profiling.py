@@ -1,4 +1,4 @@
-"""A profile of a user's own run: the time of each part of a step, the share of the machine's ceiling, a trace."""
+"""A profile of a user's own run: the time of each part of a step, the share of the machine's roofline, a trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..training.flops import flops_per_image
 from ..training.trainer import Trainer
 from .devices import clock, peak_memory
 from .execution import Execution
-from .roofline import Ceiling, measure_ceiling
+from .roofline import Roofline, measure_roofline
 
 SKIPPED = 3  # first steps, in which memory is reserved and kernels are chosen
 TIMED = 10
@@ -32,7 +32,7 @@ class StepProfile:
         execution: how steps are computed.
         images_per_s: of this process.
         rate: floating-point operations per second (flops_per_image).
-        ceiling: of this device for this network.
+        roofline: of this device for this network.
         memory: bytes in use at most.
         steps: that were timed.
     """
@@ -42,7 +42,7 @@ class StepProfile:
     execution: Execution
     images_per_s: float
     rate: float
-    ceiling: Ceiling
+    roofline: Roofline
     memory: int
     steps: int
 
@@ -58,13 +58,13 @@ class StepProfile:
             parts = {"data": parts.pop("data"), "network": parts.pop("encoder") + parts.pop("decoders"), **parts}
         for name, seconds in [*parts.items(), ("rest", rest)]:
             lines.append(f"  {name:<10}{seconds:9.4f} s{seconds / self.seconds:8.1%}")
-        c = self.ceiling.convolution
-        where = "channels-last" if self.ceiling.channels_last else "contiguous"
+        c = self.roofline.convolution
+        where = "channels-last" if self.roofline.channels_last else "contiguous"
         lines.append(
-            f"  {self.rate / 1e9:.1f} GFLOP/s, {self.rate / self.ceiling.convolution_rate:.0%} of the largest convolution's "
-            f"{self.ceiling.convolution_rate / 1e9:.1f} ({c.channels_in} to {c.channels_out}, {c.kernel}x{c.kernel}, {c.rows} x "
-            f"{c.height} x {c.width}, {where}), {self.rate / self.ceiling.matrix_rate:.0%} of a matrix product's "
-            f"{self.ceiling.matrix_rate / 1e9:.1f}"
+            f"  {self.rate / 1e9:.1f} GFLOP/s, {self.rate / self.roofline.convolution_rate:.0%} of the largest convolution's "
+            f"{self.roofline.convolution_rate / 1e9:.1f} ({c.channels_in} to {c.channels_out}, {c.kernel}x{c.kernel}, {c.rows} x "
+            f"{c.height} x {c.width}, {where}), {self.rate / self.roofline.matrix_rate:.0%} of a matrix product's "
+            f"{self.roofline.matrix_rate / 1e9:.1f}"
         )
         return "\n".join(lines)
 
@@ -125,7 +125,7 @@ class Profile(Callback):
         seconds = (clock(trainer.device) - self._start) / self.timed
         parts = {name: value / self.timed for name, value in trainer.timer.seconds().items()}
         config, shape = trainer.config, trainer.source.images.shape[1:]
-        rows = sum(map(len, trainer.team.rows(trainer.counts)))
+        rows = sum(map(len, trainer.gradient_sync.rows(trainer.counts)))
         dtype = trainer.autocast or next(trainer.denoiser.parameters()).dtype
         images = rows if config.training.update_mode != "sequential" else config.training.batch
         self.result = StepProfile(
@@ -134,7 +134,7 @@ class Profile(Callback):
             execution=trainer.execution,
             images_per_s=images / seconds,
             rate=flops_per_image(config) * images / seconds,
-            ceiling=measure_ceiling(config.network, shape, trainer.counts, trainer.device, dtype),
+            roofline=measure_roofline(config.network, shape, trainer.counts, trainer.device, dtype),
             memory=peak_memory(trainer.device),
             steps=self.timed,
         )

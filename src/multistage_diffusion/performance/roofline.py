@@ -40,7 +40,7 @@ class Convolution:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ceiling:
+class Roofline:
     """Rates of forward and backward pass together, or of the forward pass alone, in floating-point operations per second.
 
     Attributes:
@@ -92,7 +92,7 @@ def largest_convolution(network: NetworkConfig, shape: Sequence[int], counts: Se
     return max(found, key=lambda c: c.flops)
 
 
-def measure_ceiling(
+def measure_roofline(
     network: NetworkConfig,
     shape: Sequence[int],
     counts: Sequence[int],
@@ -100,8 +100,8 @@ def measure_ceiling(
     dtype: torch.dtype = torch.float32,
     *,
     backward: bool = True,
-) -> Ceiling:
-    """Measure the ceiling of a training step, or of sampling; takes about two seconds.
+) -> Roofline:
+    """Measure the roofline of a training step, or of sampling; takes about two seconds.
 
     Args:
         network, shape, counts: see `largest_convolution`.
@@ -125,7 +125,7 @@ def measure_ceiling(
             with torch.no_grad():
                 torch.mm(*matrices)
 
-    return Ceiling(
+    return Roofline(
         convolution=convolution,
         channels_last=rates[1] > rates[0],
         convolution_rate=max(rates),

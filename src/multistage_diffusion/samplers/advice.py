@@ -46,7 +46,7 @@ def _of_heun(plan: Plan) -> str | None:
                 f"heun: the step from sigma {step.calls[0]:.3g} to {step.end:.3g} is long, so that ddim may be better at {calls} "
                 f"calls; consider {mend} more calls"
             )
-    if calls < FEW_FOR_HEUN - 1:  # calls are a ceiling: 19 are made of 20
+    if calls < FEW_FOR_HEUN - 1:  # calls are a roofline: 19 are made of 20
         return f"heun: {calls} calls are few for it, so that ddim may be better; consider {FEW_FOR_HEUN} or more"
     return None
 

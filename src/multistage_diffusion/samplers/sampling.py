@@ -67,7 +67,7 @@ def sample_images(
     plan, guided = make_plan(config, schedule), _steered(denoiser, config, latent=decode is not None)
     images, share, device = [], world.share(count), torch.device(device)
     written: list[Future[object]] = []
-    with ThreadPoolExecutor(1) as writer, world.together():
+    with ThreadPoolExecutor(1) as writer, world.synchronize_errors():
         for first in range(share.start, share.stop, batch):
             index = torch.arange(first, min(first + batch, share.stop), device=device)
 
@@ -92,8 +92,8 @@ def sample_images(
                 written.append(writer.submit(finished, first, images[-1]))
         for last in written:
             last.result()
-    found = world.gather_rows(torch.cat(images) if images else torch.empty(0))
-    if finished is not None and world.size > 1 and world.chief:
+    found = world.all_gather_rows(torch.cat(images) if images else torch.empty(0))
+    if finished is not None and world.size > 1 and world.is_main_process:
         finished(0, found)
     return found
 

@@ -59,18 +59,18 @@ class Sharing:
             return mine
         longest = -(-len(numbers) // self.groups)
         padded = torch.cat((mine, mine.new_zeros(longest - len(mine), *mine.shape[1:])))
-        parts = self.world.gather(padded)
+        parts = self.world.all_gather(padded)
         of_groups = torch.stack(parts[:: self.image_shards], dim=1)  # (longest, groups, ...): sample i * groups + g
         return of_groups.flatten(0, 1)[: len(numbers)]
 
     def agree(self, value: float) -> float:
         """Return the first process's value: rounding must not let some go on where others stop."""
-        return float(self.world.agree(value))
+        return float(self.world.broadcast_object(value))
 
     def reduce(self, values: Tensor, how: Literal["sum", "max"]) -> None:
         """Make values the sum or largest over the processes of this group, in place."""
         if self.image_shards > 1:
-            self.world.reduce(values, how, self._group())
+            self.world.all_reduce_within(values, how, self._group())
 
     def _group(self) -> dist.ProcessGroup | None:
         """Return the processes that share the images with this one; all processes first ask for it together."""

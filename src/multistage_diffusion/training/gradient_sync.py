@@ -19,7 +19,7 @@ from .run import Run
 from .strategies import Layout, stage_of_part
 
 
-class Team:
+class GradientSync:
     """The processes of a trainer.
 
     Args:
@@ -48,8 +48,8 @@ class Team:
             UserError: if one of them cannot see it.
         """
         found = ckpt.list_checkpoints(run.checkpoints)
-        name = self.world.agree(found[-1].name if found else None)
-        with self.world.together():
+        name = self.world.broadcast_object(found[-1].name if found else None)
+        with self.world.synchronize_errors():
             if name is not None and name not in [path.name for path in found]:
                 raise UserError(
                     f"{run.checkpoints}: {name} is not there, which rank 0 goes on from; all processes need the run's "
@@ -97,15 +97,15 @@ class Team:
         if self.reducer is not None:
             self.reducer.finish()
 
-    def agree_on_overflow(self, grads: Sequence[Tensor]) -> None:
+    def sync_overflow(self, grads: Sequence[Tensor]) -> None:
         """Let a gradient that has overflowed on one process count on all: either all skip the step or none."""
         if self.alone:
             return
         overflowed = (~torch.isfinite(nn.utils.get_total_norm(grads))).to(grads[0].device, torch.float32)
-        if float(self.world.sum(overflowed)):
+        if float(self.world.all_reduce(overflowed)):
             grads[0].fill_(math.inf)
 
-    def share(
+    def reduce_metrics(
         self, totals: Tensor, norms: dict[str, Tensor], parts: Sequence[str], *, stopping: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss sums of all processes, and the norms of all parts, each counted once wherever it lives.
@@ -123,7 +123,7 @@ class Team:
             if name in norms and self.layout.owner(stage_of_part(name)) == self.world.rank:
                 values[i, 0], values[i, 1] = norms[name], 1.0
         flag = values.new_tensor([float(stopping)])
-        told = self.world.sum(torch.cat([totals.to(values.dtype), values.flatten(), flag]))
+        told = self.world.all_reduce(torch.cat([totals.to(values.dtype), values.flatten(), flag]))
         found, values = told.tolist(), told[stages:-1].reshape(len(parts), 2)
         self.stopping = found[-1] > 0
         # the norms of fp32 gradients came from fp32: nothing is lost
@@ -133,12 +133,12 @@ class Team:
 
     # -- tensors of the whole network -------------------------------------------------------------------------------------
 
-    def collect(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gather_state(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the named tensors of the whole network on rank 0, from what each process answers for."""
         owner = {name: self.layout.owner(self.layout.stage_of(name)) for name in tensors}
-        return self.world.collect({n: value for n, value in tensors.items() if owner[n] == self.world.rank})
+        return self.world.gather_named({n: value for n, value in tensors.items() if owner[n] == self.world.rank})
 
-    def whole(self, module: MultiStageDenoiser, build: Callable[[], MultiStageDenoiser]) -> MultiStageDenoiser:
+    def gather_model(self, module: MultiStageDenoiser, build: Callable[[], MultiStageDenoiser]) -> MultiStageDenoiser:
         """Return a denoiser with the parts of all processes; all call it.
 
         Args:
@@ -151,5 +151,5 @@ class Team:
         for name, tensor in whole.state_dict().items():
             if name in mine:
                 tensor.copy_(mine[name])
-            self.world.spread(tensor, self.layout.owner(self.layout.stage_of(name)))
+            self.world.broadcast(tensor, self.layout.owner(self.layout.stage_of(name)))
         return whole.eval().requires_grad_(False)

@@ -24,7 +24,7 @@ class TrainingDiverged(NotFiniteError):
 
 
 @dataclass(frozen=True)
-class Found:
+class StepMetrics:
     """Losses and norms of one optimiser step.
 
     Attributes:
@@ -45,22 +45,22 @@ class Found:
         return (~torch.isfinite(self.values).all()).to(torch.float32)
 
 
-class Findings:
+class MetricsReporter:
     """Hands on what each step has found: at once, or, late, one step later, so that nobody waits for a device at work.
 
     Args:
         device: where steps are computed.
         late: whether to hand on late.
-        hand_on: is given a step's Found, its losses and its norms by name.
+        hand_on: is given a step's StepMetrics, its losses and its norms by name.
     """
 
     def __init__(
-        self, device: torch.device, hand_on: Callable[[Found, list[float], dict[str, float]], None], *, late: bool
+        self, device: torch.device, hand_on: Callable[[StepMetrics, list[float], dict[str, float]], None], *, late: bool
     ) -> None:
         self.late, self.hand_on, self.cuda = late, hand_on, device.type == "cuda"
-        self._waiting: list[tuple[Found, Tensor, Any]] = []
+        self._waiting: list[tuple[StepMetrics, Tensor, Any]] = []
 
-    def add(self, found: Found) -> None:
+    def add(self, found: StepMetrics) -> None:
         """Take a step's, and hand on what is due."""
         values, event = found.values, None
         if self.late and self.cuda:
@@ -112,7 +112,7 @@ def refuse_scale(scale: float, step: int) -> None:
 
 
 @dataclasses.dataclass
-class RunningSums:
+class MetricAccumulator:
     """Losses and gradient norms since the last log line; part of a checkpoint, so that a resumed log is the same."""
 
     stages: int

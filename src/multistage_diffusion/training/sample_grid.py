@@ -51,7 +51,7 @@ class SampleGrid(Callback):
         except FloatingPointError as error:  # a young network may sample badly; training goes on
             warnings.warn(f"no sample grid at step {trainer.step}: {error}", stacklevel=2)
             return
-        if trainer.world.chief:
+        if trainer.world.is_main_process:
             save_png(grid(images), trainer.run.path / "samples" / f"step_{trainer.step:08d}.png")
 
 

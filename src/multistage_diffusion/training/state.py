@@ -12,7 +12,7 @@ import torch
 from ..denoisers import build_denoiser
 from ..errors import UserError
 from . import checkpoint as ckpt
-from .metrics import RunningSums
+from .metrics import MetricAccumulator
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -35,7 +35,7 @@ def snapshot(trainer: Trainer, *, score: float | None, quality: float | None) ->
         "scaler": trainer.scaler.state_dict(),
         "config": trainer.config,
     }
-    collect = trainer.team.collect
+    collect = trainer.gradient_sync.gather_state
     return ckpt.Checkpoint(
         model=collect(trainer.denoiser.state_dict()),
         ema=collect(trainer.ema.module.state_dict()),
@@ -69,8 +69,8 @@ def restore(trainer: Trainer, path: Path) -> None:
     trainer.step = state["step"]
 
 
-def _sums(data: Any, stages: int, path: Path) -> RunningSums:
-    known = {field.name for field in dataclasses.fields(RunningSums)}
+def _sums(data: Any, stages: int, path: Path) -> MetricAccumulator:
+    known = {field.name for field in dataclasses.fields(MetricAccumulator)}
     if not isinstance(data, dict) or data.keys() != known:
         raise UserError(f"{path}: was written by another release, which alone can resume it")
     lists, tables = (data["loss"], data["rows"]), (data["norm"], data["seen"])
@@ -84,7 +84,7 @@ def _sums(data: Any, stages: int, path: Path) -> RunningSums:
     )
     if not right:
         raise UserError(f"{path / 'state.json'}: sums are not finite numbers for {stages} stages; was it edited?")
-    return RunningSums(**data)
+    return MetricAccumulator(**data)
 
 
 def _is_finite(value: Any) -> bool:

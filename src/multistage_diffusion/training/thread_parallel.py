@@ -19,7 +19,7 @@ from .optimizer import Parts
 T = TypeVar("T")
 
 
-class SideBySide:
+class ThreadParallel:
     """Does several things at once, each on its share of PyTorch's threads.
 
     Args:
@@ -58,7 +58,7 @@ class SideBySide:
 
 
 def backward(
-    side_by_side: SideBySide,
+    side_by_side: ThreadParallel,
     shards: Sequence[Batch],
     parts: Parts,
     forward: Callable[[Batch], tuple[Tensor, Tensor]],

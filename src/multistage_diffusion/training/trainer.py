@@ -26,14 +26,14 @@ from . import checkpoint as ckpt
 from .batches import Batch, BatchSource, TrainingData, held_out_batch, row_counts, stage_shares, stage_weights
 from .callbacks import Callback
 from .ema import EMA
-from .gradient_sync import Team
+from .gradient_sync import GradientSync
 from .losses import objective, stage_losses, updates
-from .metrics import Findings, Found, RunningSums, refuse, refuse_scale
+from .metrics import MetricAccumulator, MetricsReporter, StepMetrics, refuse, refuse_scale
 from .optimizer import clip, learning_rate, make_optimizer, parameters_by_part, part_norms
 from .run import Run
 from .state import restore, snapshot
 from .strategies import Strategy, make_layout
-from .thread_parallel import SideBySide, backward
+from .thread_parallel import ThreadParallel, backward
 from .warm_start import WarmStart, warm_start
 
 
@@ -69,7 +69,7 @@ class Trainer:
         self.run, self.config, self.world = run, config or run.config(), world
         self.device = resolve_device(device)
         keep_memory(self.device)
-        self.callbacks = [callback for callback in callbacks if world.chief or callback.everywhere]
+        self.callbacks = [callback for callback in callbacks if world.is_main_process or callback.everywhere]
         config, training = self.config, self.config.training
         if data.shape[0] != config.network.channels:
             raise UserError(f"network.channels={config.network.channels} but the images have {data.shape[0]} channels")
@@ -80,14 +80,14 @@ class Trainer:
         self.held_out = held_out if held_out is not None and len(held_out) else None
 
         double = training.precision == "fp64"
-        self.team = Team(world, make_layout(strategy, config, data.shape, world.size), double=double)
-        latest = self.team.latest(run)
+        self.gradient_sync = GradientSync(world, make_layout(strategy, config, data.shape, world.size), double=double)
+        latest = self.gradient_sync.latest(run)
         torch.manual_seed(rng.fold((training.seed, "initial weights")) >> 1)
         self.denoiser = build_denoiser(config)
         # a checkpoint of the very step at which stages part was written before they did
         if training.branch_at and (latest is None or ckpt.checkpoint_step(latest) <= training.branch_at):
             branching.tie(self.denoiser.network)
-        self.team.layout.drop(self.denoiser.network, world.rank)
+        self.gradient_sync.layout.drop(self.denoiser.network, world.rank)
         self.denoiser.to(self.device, torch.float64 if double else torch.float32)
         self.ema = EMA(self.denoiser, training.ema_halflife, training.ema_rampup)
         self.autocast = autocast_dtype(training.precision, self.device)
@@ -97,13 +97,13 @@ class Trainer:
         self.execution = settled(config.execution)
         self._equip()
         # an fp16 step looks at its gradients before it ends, and processes tell one another: they wait for the device anyway
-        late = self.device.type == "cuda" and self.team.alone and not self.scaler.is_enabled()
-        self.findings = Findings(self.device, self._note, late=late)
+        late = self.device.type == "cuda" and self.gradient_sync.alone and not self.scaler.is_enabled()
+        self.metrics = MetricsReporter(self.device, self._note, late=late)
         self.step, self.stopping = 0, False
         self.trial: dict[str, float] = {}  # seconds of a step by way of computing it, if a trial was made
         self.ended = ""  # why training is over before its last step, see `end`
         self._judged: dict[str, Any] | None = None  # the evaluation of this step
-        self.sums = RunningSums(len(config.stages))
+        self.sums = MetricAccumulator(len(config.stages))
         self.warm_start: WarmStart | None = None
         if latest is not None:
             restore(self, latest)
@@ -118,14 +118,14 @@ class Trainer:
         self.optimizer = make_optimizer(self.config.optimizer, self.denoiser)
         self.parts = parameters_by_part(self.denoiser.network)
         self.passes.watch(self.denoiser.network.encoders)
-        self.team.equip(self.parts, shared=branching.tied(self.denoiser.network))
+        self.gradient_sync.equip(self.parts, shared=branching.tied(self.denoiser.network))
         self.compute(self.execution)
 
     def compute(self, execution: Execution) -> None:
         """Compute steps so from now on."""
         check_execution(execution, self.device, self.world.size)
         self.execution = execution
-        self.side_by_side = SideBySide(execution.shards)
+        self.side_by_side = ThreadParallel(execution.shards)
         execute(self.denoiser.network, execution)
         self.denoiser.graphs = Graphs(self.denoiser.network) if execution.cuda_graphs else None
 
@@ -142,8 +142,8 @@ class Trainer:
             OSError: if a checkpoint cannot be written; the previous one stays.
         """
         with ExitStack() as held:
-            with self.world.together():
-                if self.world.chief:
+            with self.world.synchronize_errors():
+                if self.world.is_main_process:
                     held.enter_context(self.run.locked())
                     ckpt.refuse_newer(self.run.checkpoints, self.step)
                     self.run.rewind_metrics(self.step)
@@ -162,7 +162,7 @@ class Trainer:
 
         def passes() -> None:
             self.optimizer.zero_grad(set_to_none=True)
-            with self.world.explained():
+            with self.world.translate_errors():
                 self._backward(counts, weights)
 
         remaining = self.config.training.steps - self.step
@@ -174,7 +174,7 @@ class Trainer:
     @property
     def stopped(self) -> bool:
         """Whether fit has ended because a process was asked to stop."""
-        return self.stopping if self.team.alone else self.team.stopping
+        return self.stopping if self.gradient_sync.alone else self.gradient_sync.stopping
 
     def stop(self) -> None:
         """Ask fit to end after the current step with a checkpoint."""
@@ -225,7 +225,7 @@ class Trainer:
         self.passes.watch(())  # copies are not to be watched
         for module in (self.denoiser, self.ema.module):
             branching.untie(module.network)
-            self.team.layout.drop(module.network, self.world.rank)
+            self.gradient_sync.layout.drop(module.network, self.world.rank)
         self.ema.follow(self.denoiser)
         self._equip()
         names = (name for name, _ in self.denoiser.named_parameters())
@@ -251,50 +251,50 @@ class Trainer:
         optimizer = self.optimizer
         self.denoiser.train()
         optimizer.zero_grad(set_to_none=True)
-        with self.world.explained():
+        with self.world.translate_errors():
             totals = self._backward(counts, weights)
         with self.timer.part("gradients"):
             found = self._look_at_gradients(totals, counts)
-        if not self.findings.late:
-            self.findings.add(found)
+        if not self.metrics.late:
+            self.metrics.add(found)
         with self.timer.part("optimizer"):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.config.optimizer, self.step)
-            if self.findings.late:  # what nobody has looked at yet must not spoil the weights
+            if self.metrics.late:  # what nobody has looked at yet must not spoil the weights
                 optimizer.found_inf = found.unfit  # type: ignore[attr-defined]
             self.scaler.step(optimizer)
             self.scaler.update()
-        if self.findings.late:
-            self.findings.add(found)
+        if self.metrics.late:
+            self.metrics.add(found)
         if self.scaler.is_enabled():
             refuse_scale(self.scaler.get_scale(), self.step + 1)
 
-    def _note(self, found: Found, losses: list[float], norms: dict[str, float]) -> None:
+    def _note(self, found: StepMetrics, losses: list[float], norms: dict[str, float]) -> None:
         """Add a step's losses and gradient norms to what is logged, all finite, or else raise."""
         refuse(self.run, found.step, "loss", {f"stage {k + 1}": loss for k, loss in enumerate(losses)})
         if not self.scaler.is_enabled():  # scaled fp16 gradients may overflow: the scaler skips that step
             refuse(self.run, found.step, "gradient", norms)
         self.sums.add([x if c else None for x, c in zip(losses, found.counts, strict=True)], norms)
 
-    def _look_at_gradients(self, totals: Tensor, counts: tuple[int, ...]) -> Found:
+    def _look_at_gradients(self, totals: Tensor, counts: tuple[int, ...]) -> StepMetrics:
         """Clip gradients; return the stages' mean losses and the parts' norms."""
         if self.scaler.is_enabled():
-            self.team.agree_on_overflow([p.grad for p in self.denoiser.parameters() if p.grad is not None])
+            self.gradient_sync.sync_overflow([p.grad for p in self.denoiser.parameters() if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         names = list(self.denoiser.network.parts())
-        totals, norms = self.team.share(totals, part_norms(self.parts), names, stopping=self.stopping)
+        totals, norms = self.gradient_sync.reduce_metrics(totals, part_norms(self.parts), names, stopping=self.stopping)
         clip(self.config.optimizer, self.parts, norms)
         losses = [total / max(c, 1) for total, c in zip(totals, counts, strict=True)]
         values = torch.cat([torch.stack(losses), torch.stack(list(norms.values()))])
-        return Found(self.step + 1, counts, tuple(norms), values)
+        return StepMetrics(self.step + 1, counts, tuple(norms), values)
 
     def _backward(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> Tensor:
         """Accumulate this process's rows, sum gradients over processes; return the rows' summed loss of each stage."""
-        rows = self.team.rows(counts)
+        rows = self.gradient_sync.rows(counts)
         parts = min(self.config.training.accumulate, max(map(len, rows)))
         totals = torch.zeros(len(counts), device=self.device)
         if not parts:
-            self.team.expect(counts)
+            self.gradient_sync.expect(counts)
         for part in range(parts):
             with self.timer.part("data"):
                 batch = self.source.draw(self.step, counts, rows, part, parts)
@@ -305,12 +305,12 @@ class Trainer:
                 continue
             sums, loss = self._forward(batch, counts, weights)
             if part == parts - 1:
-                self.team.expect(counts)
+                self.gradient_sync.expect(counts)
             with self.passes.backward():
                 loss.backward()  # type: ignore[no-untyped-call]
             totals += sums
         with self.timer.part("gradients"):
-            self.team.sum_gradients()
+            self.gradient_sync.sum_gradients()
         return totals
 
     def _forward(self, batch: Batch, counts: tuple[int, ...], weights: tuple[float, ...]) -> tuple[Tensor, Tensor]:
@@ -323,7 +323,7 @@ class Trainer:
     # -- logging and checkpoints --------------------------------------------------------------------------------------
 
     def _log_training(self) -> None:
-        self.findings.settle()
+        self.metrics.settle()
         seconds = time.perf_counter() - self._clock
         images = self.images - self._clock_images
         losses, norms = self.sums.means()
@@ -351,16 +351,18 @@ class Trainer:
         count = self.config.training.held_out_rows
         totals = torch.zeros(len(self.shares), dtype=torch.float64, device=self.device)
         for stage in range(len(self.shares)):
-            rows = self.team.rows([count] * len(self.shares))[stage]
+            rows = self.gradient_sync.rows([count] * len(self.shares))[stage]
             if rows:
                 batch = held_out_batch(self.config, self.held_out, stage, self.device).part(rows)
                 totals[stage] = stage_losses(self.ema.module, batch)[stage]
-        return [total / count for total in self.world.sum(totals).tolist()]
+        return [total / count for total in self.world.all_reduce(totals).tolist()]
 
     def averaged(self) -> MultiStageDenoiser:
         """Return the averaged weights of the whole network, to be used, not kept; all processes call it."""
         dtype = next(self.ema.module.parameters()).dtype
-        return self.team.whole(self.ema.module, lambda: build_denoiser(self.config).to(self.device, dtype))
+        return self.gradient_sync.gather_model(
+            self.ema.module, lambda: build_denoiser(self.config).to(self.device, dtype)
+        )
 
     def _score_held_out(self, *, log: bool) -> float | None:
         """Return the objective on held-out rows, None if it is not finite."""
@@ -375,7 +377,7 @@ class Trainer:
         return score if math.isfinite(score) else None
 
     def _log(self, record: dict[str, Any]) -> None:
-        if self.world.chief:
+        if self.world.is_main_process:
             self.run.log(record)
         for callback in self.callbacks:
             callback.logged(self, record)
@@ -386,10 +388,10 @@ class Trainer:
 
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint of this step and prune the older ones."""
-        self.findings.settle()
+        self.metrics.settle()
         training, quality = self.config.training, None if self._judged is None else self._judged["frechet"]
         checkpoint = snapshot(self, score=score, quality=quality)
-        with self.world.together():
-            if self.world.chief:
+        with self.world.synchronize_errors():
+            if self.world.is_main_process:
                 ckpt.save_checkpoint(self.run.checkpoints, checkpoint)
                 ckpt.prune(self.run.checkpoints, training.keep_last, training.keep_every)

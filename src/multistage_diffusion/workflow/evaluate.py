@@ -10,7 +10,7 @@ from ..config import DataConfig, SamplingConfig
 from ..config.serialization import to_dict
 from ..contracts import FeatureExtractor
 from ..data import ImageData, open_configured
-from ..distributed import speaks
+from ..distributed import is_main_process
 from ..errors import UserError, explained
 from ..evaluation import (
     ComparisonResult,
@@ -90,7 +90,7 @@ def evaluate(
     """
     run, (world, resolved) = opened_run(run), joined(device, "evaluate")
     read_evaluations(require_writable(run, "evaluation.json"))
-    with world.announced():
+    with world.report_failures():
         extractor = get_features(features, weights)
         config, opened, share = run.config(), *_compared_data(run, data)
         warn_of_empty(config.data.class_counts)
@@ -148,7 +148,7 @@ def compare(
     """
     run, (world, resolved) = opened_run(run), joined(device, "evaluate --against")
     read_evaluations(require_writable(run, "evaluation.json"))
-    with world.announced():
+    with world.report_failures():
         extractor = sharded(get_features(features, weights), world)
         opened, share = _compared_data(run, data)
         warn_of_empty(run.config().data.class_counts)
@@ -196,7 +196,7 @@ def _keep(
     seed: int,
 ) -> None:
     """Add a result to RUN/evaluation.json, by one process."""
-    if not speaks():
+    if not is_main_process():
         return
     made = {"step": step, "data": data.source, "sampling": to_dict(sampling), "sampling_seed": seed}
     file = run.path / "evaluation.json"

@@ -38,7 +38,7 @@ TRAINING_IMAGES = "training images"  # what a record calls the reference where n
 
 
 @dataclass(frozen=True, kw_only=True)
-class Yardstick:
+class FidReference:
     """What samples are measured by.
 
     Attributes:
@@ -52,7 +52,7 @@ class Yardstick:
     source: str
 
     @classmethod
-    def of(cls, config: RunConfig, data: ImageData, training: ImageData, device: torch.device) -> Yardstick | None:
+    def of(cls, config: RunConfig, data: ImageData, training: ImageData, device: torch.device) -> FidReference | None:
         """Return what evaluation.features and evaluation.reference name, None for a run that is not evaluated.
 
         Args:
@@ -85,7 +85,7 @@ class Yardstick:
     def distance(self, samples: Tensor, device: torch.device, world: World = ALONE) -> float:
         """Return the Fréchet distance of samples, uint8 (N, C, H, W), N >= 2, to the reference; all processes call it."""
         moments = image_moments(sharded(self.extractor, world), samples, device=device)
-        distance: float = world.agree(frechet_between(moments, self.reference))
+        distance: float = world.broadcast_object(frechet_between(moments, self.reference))
         return distance
 
 
@@ -123,7 +123,7 @@ class Quality(Callback):
     def __init__(
         self,
         config: RunConfig,
-        yardstick: Yardstick,
+        yardstick: FidReference,
         decode: Callable[[Tensor], Tensor] | None,
         device: torch.device,
     ) -> None:
@@ -185,7 +185,9 @@ class Quality(Callback):
         patience = trainer.config.evaluation.patience
         if not patience or trainer.step >= trainer.config.training.steps:
             return
-        idle, best = trainer.world.agree(since_best(trainer.run.records()) if trainer.world.chief else None)
+        idle, best = trainer.world.broadcast_object(
+            since_best(trainer.run.records()) if trainer.world.is_main_process else None
+        )
         if idle >= patience:
             lowest = "none" if best is None else f"none below the {best['frechet']:.4g} of step {best['step']}"
             trainer.end(

@@ -22,7 +22,7 @@ from ..schedules import VP, Discrete, UniformSteps
 from ..stage_finding import SplitResult
 from ..stages import Stages
 from ..training.checkpoint import Checkpoint, checkpoint_step, load_tensors, save_checkpoint, trained_config
-from ..training.metrics import RunningSums
+from ..training.metrics import MetricAccumulator
 from ..training.run import Run
 
 _EDGES, _HEADS = "sigma_edges", "num_head_channels"  # what files written here say besides their layout's own
@@ -286,7 +286,7 @@ def _save(run: Run, config: RunConfig, *, model: Tensors, ema: Tensors) -> None:
         "step": 0,
         "images": 0,
         "score": None,
-        "sums": dataclasses.asdict(RunningSums(len(config.stages))),
+        "sums": dataclasses.asdict(MetricAccumulator(len(config.stages))),
         "scaler": {},
         "config": config,
     }

@@ -40,7 +40,7 @@ from ..training.losses import row_losses
 from ..training.run import Run
 from ..training.trainer import Trainer
 from .latent import with_codec, with_split
-from .prepare import Material, check, prepare, with_paths
+from .prepare import PreparedRun, check, prepare, with_paths
 from .progress import Progress
 from .stages import split as find
 
@@ -150,14 +150,14 @@ def plan(
     limits = Budget.of(budget, config.network, _shares(config), size)
     widths = probe_widths(config.network)
     with bar("encoding") as progress:
-        material = Material.of(config, codec, parts, resolved, progress)
+        prepared = PreparedRun.of(config, codec, parts, resolved, progress)
     with bar("probing") as progress:
-        narrow, wide = _probed(material, widths, probe_steps, resolved, progress)
-    found = _planned_stages(material, limits, widths, narrow, wide, resolved)
+        narrow, wide = _probed(prepared, widths, probe_steps, resolved, progress)
+    found = _planned_stages(prepared, limits, widths, narrow, wide, resolved)
     network = dataclasses.replace(config.network, decoder_widths=tuple(stage.width for stage in found))
     flops = mean_flops(network, _shares(config), size)
     planned = Planned(
-        config=dataclasses.replace(material.config, network=network),
+        config=dataclasses.replace(prepared.config, network=network),
         base=base,
         edges_from=edges_from,
         budget=budget,
@@ -230,7 +230,7 @@ class _Steps(Callback):
 
 
 def _probed(
-    material: Material, widths: Sequence[int], steps: int, device: torch.device, progress: Progress
+    prepared: PreparedRun, widths: Sequence[int], steps: int, device: torch.device, progress: Progress
 ) -> list[list[Tensor]]:
     """Train a network with all decoders of each width; return, for each, every stage's loss of every held-out row.
 
@@ -238,14 +238,14 @@ def _probed(
     """
     losses = []
     for number, width in enumerate(widths):
-        config = _probe_config(material.config, width, steps)
+        config = _probe_config(prepared.config, width, steps)
         callback = _Steps(number * steps, len(widths) * steps, progress)
         with tempfile.TemporaryDirectory(prefix="msdiff-plan-") as folder:
             run = Run.create(Path(folder) / f"probe-{width}", config)
-            trainer = Trainer(run, *material.parts, config=config, device=device, callbacks=[callback])
+            trainer = Trainer(run, *prepared.parts, config=config, device=device, callbacks=[callback])
             trainer.fit()
         stages = range(len(config.stages))
-        batches = (_held_out(config, material.parts[1], k, device) for k in stages)
+        batches = (_held_out(config, prepared.parts[1], k, device) for k in stages)
         losses.append([held_out_row_losses(trainer.ema.module, batch, config.training.batch) for batch in batches])
     return losses
 
@@ -302,9 +302,9 @@ def optimal_row_losses(config: RunConfig, optimal: OptimalDenoiser, batch: Batch
     return (errors / out.square()).cpu()
 
 
-def _optimal_losses(material: Material, device: torch.device) -> list[float | None]:
+def _optimal_losses(prepared: PreparedRun, device: torch.device) -> list[float | None]:
     """Return every stage's mean loss of the optimal denoiser over the training images on held-out rows; None: too many."""
-    config, (training, held_out) = material.config, material.parts
+    config, (training, held_out) = prepared.config, prepared.parts
     stages = range(len(config.stages))
     if 4 * len(training) * math.prod(training.shape) > MEMORY:
         return [None for _ in stages]
@@ -314,7 +314,7 @@ def _optimal_losses(material: Material, device: torch.device) -> list[float | No
 
 
 def _planned_stages(
-    material: Material,
+    prepared: PreparedRun,
     limits: Budget,
     widths: tuple[int, int],
     narrow: Sequence[Tensor],
@@ -324,16 +324,16 @@ def _planned_stages(
     """Return the stages with their gains and the decoders that these and the budget ask for.
 
     Args:
-        material: what the probes were trained on.
+        prepared: what the probes were trained on.
         limits: the budget.
         widths: of the probes' decoders, narrow and wide.
         narrow, wide: of each stage, the losses of the same held-out rows.
         device: where the optimal denoiser is computed.
     """
-    config = material.config
+    config = prepared.config
     size = (config.input_shape[1], config.input_shape[2])
     weights = stage_weights(config.training, config.stages, config.diffusion.prior)
-    optimal = _optimal_losses(material, device)
+    optimal = _optimal_losses(prepared, device)
     known: list[dict[str, Any]] = []
     for k, (few, many) in enumerate(zip(narrow, wide, strict=True)):
         flops = [decoder_flops(config.network, k, width, size) or 0 for width in widths]

@@ -123,7 +123,7 @@ def _absolute(path: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Material:
+class PreparedRun:
     """What a trainer is given: training and held-out images, or latents with the map that decodes them."""
 
     config: RunConfig
@@ -138,7 +138,7 @@ class Material:
         parts: tuple[ImageData, ImageData],
         device: torch.device,
         progress: Progress | None,
-    ) -> Material:
+    ) -> PreparedRun:
         """Encode the images of a run with a codec; a run on pixels takes them as they are."""
         if codec is None:
             return cls(config=config, parts=parts)

@@ -100,7 +100,7 @@ def sample(
     rows = 1 if sampling.guidance in (0, 1) else 2
     require_sampling_memory(config.network, config.input_shape, count, batch, resolved, rows)
     keep_memory(resolved)
-    with world.announced():
+    with world.report_failures():
         denoiser = run.denoiser(checkpoint, device="cpu" if offload else resolved)
         equip(denoiser, resolved, compile=compile, offload=offload)
         if batch is None:

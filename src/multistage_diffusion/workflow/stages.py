@@ -49,9 +49,9 @@ def split(
         RankLost: if another process is lost.
     """
     settings, (world, resolved) = settings or SplitSettings(), joined(device, "split")
-    with world.announced():
+    with world.report_failures():
         sharing = Sharing(world=world, image_shards=image_shards)
-        with world.together():
+        with world.synchronize_errors():
             images, held_out, fingerprint = _opened(data)
             kept: dict[str, Any] = {}
             found: Any = images.images
@@ -71,7 +71,7 @@ def split(
             progress=progress,
             **kept,
         )
-        if out is not None and world.chief:
+        if out is not None and world.is_main_process:
             save_split(result, Path(out))
         return result
 

@@ -27,14 +27,14 @@ from ..training.run import Run
 from ..training.sample_grid import SampleGrid
 from ..training.strategies import Strategy
 from ..training.trainer import Trainer
-from .evaluation_callback import Quality, Yardstick
+from .evaluation_callback import FidReference, Quality
 from .interrupts import stopped_by_signals
 from .latent import with_codec, with_split
-from .prepare import Material, check, located, prepare, warn_of_blind, warn_of_borrowed, with_paths
+from .prepare import PreparedRun, check, located, prepare, warn_of_blind, warn_of_borrowed, with_paths
 from .progress import Progress
 from .stages import save_split
 
-Prepared = tuple[Material, list[Callback]]  # what a run is trained on, and what evaluates it
+Prepared = tuple[PreparedRun, list[Callback]]  # what a run is trained on, and what evaluates it
 
 
 def train(
@@ -68,30 +68,30 @@ def train(
         RankLost: if another process is lost.
     """
     world, resolved = joined(device, "train")
-    with world.announced():
+    with world.report_failures():
         if world.size == 1:  # several may find there the run that they go on with
             Run.require_room(Path(out), replace=replace)
-        material, judges = _in_turn(
+        prepared, judges = _in_turn(
             world, config.codec.used, lambda: _prepared(config, out, result, resolved, progress, world.size)
         )
-        check_execution(settled(material.config.execution), resolved, world.size)
-        world.require_equal(_facts(material.config, resolved, strategy))
+        check_execution(settled(prepared.config.execution), resolved, world.size)
+        world.require_equal(_facts(prepared.config, resolved, strategy))
         begun = False
-        with world.together():
-            if world.chief:
+        with world.synchronize_errors():
+            if world.is_main_process:
                 again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-                begun = (again or (world.size > 1 and not replace)) and _is_run_of(Path(out), material.config)
+                begun = (again or (world.size > 1 and not replace)) and _is_run_of(Path(out), prepared.config)
                 if not begun:
-                    _create(Path(out), material.config, result, replace=replace)
-        return _fit(Run.open(out), material, resolved, [*judges, *callbacks], world, strategy)
+                    _create(Path(out), prepared.config, result, replace=replace)
+        return _fit(Run.open(out), prepared, resolved, [*judges, *callbacks], world, strategy)
 
 
 def _in_turn(world: World, encodes: bool, prepare: Callable[[], Prepared]) -> Prepared:
     """Prepare on all processes; one that encodes images does so before the others, who find them in its cache."""
     found: Prepared | None = None
     for turn in ("first", "others"):
-        with world.together():
-            if (turn == "first") == (world.chief or not encodes):
+        with world.synchronize_errors():
+            if (turn == "first") == (world.is_main_process or not encodes):
                 found = prepare()
     assert found is not None
     return found
@@ -123,9 +123,9 @@ def _prepared(
     # the arithmetic chosen here is stored: a run resumed on another device keeps it
     precision = precision_name(config.training.precision, device)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
-    yardstick = Yardstick.of(config, data, parts[0], device)
-    material = Material.of(config, codec, parts, device, progress)
-    return material, _judges(yardstick, material, device)
+    yardstick = FidReference.of(config, data, parts[0], device)
+    prepared = PreparedRun.of(config, codec, parts, device, progress)
+    return prepared, _judges(yardstick, prepared, device)
 
 
 def _facts(config: RunConfig, device: torch.device, strategy: Strategy) -> dict[str, Any]:
@@ -149,9 +149,9 @@ def _create(path: Path, config: RunConfig, result: SplitResult | None, *, replac
     Run.create(path, config, replace=replace, fill=split)
 
 
-def _judges(yardstick: Yardstick | None, material: Material, device: torch.device) -> list[Callback]:
+def _judges(yardstick: FidReference | None, prepared: PreparedRun, device: torch.device) -> list[Callback]:
     """Return what evaluates a run while it trains, if anything: before the other callbacks, which tell of it."""
-    return [] if yardstick is None else [Quality(material.config, yardstick, material.decode, device)]
+    return [] if yardstick is None else [Quality(prepared.config, yardstick, prepared.decode, device)]
 
 
 # What may differ between machines: where things are, and the last digits of what each has measured.
@@ -215,14 +215,14 @@ def resume(
         RankLost: if another process is lost.
     """
     world, resolved = joined(device, "train --resume")
-    with world.announced():
-        with world.together():
+    with world.report_failures():
+        with world.synchronize_errors():
             run = Run.open(Path(path))
             encodes = run.config().codec.used
-        material, judges = _in_turn(world, encodes, lambda: _reopened(run, changes or {}, resolved, progress))
-        check_execution(settled(material.config.execution), resolved, world.size)
-        world.require_equal(_facts(material.config, resolved, strategy))
-        return _fit(run, material, resolved, [*judges, *callbacks], world, strategy)
+        prepared, judges = _in_turn(world, encodes, lambda: _reopened(run, changes or {}, resolved, progress))
+        check_execution(settled(prepared.config.execution), resolved, world.size)
+        world.require_equal(_facts(prepared.config, resolved, strategy))
+        return _fit(run, prepared, resolved, [*judges, *callbacks], world, strategy)
 
 
 def _reopened(run: Run, changes: Mapping[str, Any], device: torch.device, progress: Progress | None) -> Prepared:
@@ -255,9 +255,9 @@ def _reopened(run: Run, changes: Mapping[str, Any], device: torch.device, progre
     changed, codec = with_codec(changed, device)
     parts = check(changed, data, device)
     changed = with_class_counts(changed, parts[0])
-    yardstick = Yardstick.of(changed, data, parts[0], device)
-    material = Material.of(changed, codec, parts, device, progress)
-    return material, _judges(yardstick, material, device)
+    yardstick = FidReference.of(changed, data, parts[0], device)
+    prepared = PreparedRun.of(changed, codec, parts, device, progress)
+    return prepared, _judges(yardstick, prepared, device)
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
@@ -295,25 +295,25 @@ def _refuse_edited(run: Run, config: RunConfig) -> None:
 
 def _fit(
     run: Run,
-    material: Material,
+    prepared: PreparedRun,
     device: torch.device,
     callbacks: Sequence[Callback],
     world: World,
     strategy: Strategy,
 ) -> Run:
-    config = material.config
-    grids = SampleGrid(config.input_shape, material.decode)
+    config = prepared.config
+    grids = SampleGrid(config.input_shape, prepared.decode)
     trainer = Trainer(
         run,
-        *material.parts,
+        *prepared.parts,
         config=config,
         device=device,
         callbacks=[*callbacks, grids],
         world=world,
         strategy=strategy,
     )
-    with world.together():
-        if world.chief and config != run.config():
+    with world.synchronize_errors():
+        if world.is_main_process and config != run.config():
             with run.locked():
                 write_json(run.config_file, config)
     try:
@@ -333,7 +333,7 @@ def _fit(
         stopped = KeyboardInterrupt(
             f"{run.path}: stopped at step {trainer.step} with a checkpoint; go on with msdiff train --resume {run.path}"
         )
-        raise world.shared(stopped)
+        raise world.known_to_all(stopped)
     return run
 
 
