@@ -1,6 +1,6 @@
 """How fast stages are found, on all 60,000 Fashion-MNIST images: beside bare matrix products, and beside a plain loop.
 
-    python benchmarks/split.py [--parts speed loop precision scaling ranks gpu] [--out benchmarks/results/split.json]
+    python benchmarks/split.py [--parts speed loop precision scaling ranks gpu] [--out benchmarks/results/stages.json]
 
 Ratios are of things measured alternately in one run. Every part runs in a process of its own, for its peak memory.
 """
@@ -28,11 +28,11 @@ from multistage_diffusion.config.serialization import read_json
 from multistage_diffusion.data import open_data
 from multistage_diffusion.files import write_json
 from multistage_diffusion.schedules import VP
-from multistage_diffusion.stage_finding import SplitSettings, find_stages
+from multistage_diffusion.stage_finding import StageSettings, compute_stages
 from multistage_diffusion.stage_finding.posterior import TiledImages
 from multistage_diffusion.stage_finding.similarity import draw, sample_similarities
 
-RESULTS = Path(__file__).parent / "results" / "split.json"
+RESULTS = Path(__file__).parent / "results" / "stages.json"
 HOW: dict[str, Any] = {"eta": 2 / 256, "space": "eps", "measure": VP(), "seed": 0}
 ROWS = 1024
 
@@ -114,7 +114,7 @@ def loop(samples: int = 40) -> dict[str, Any]:
 def precision(wanted: float = 0.01) -> dict[str, Any]:
     """Edges to +-0.01 (95 %) by the grid estimator, opening the images included."""
     start = time.perf_counter()
-    result = find_stages(open_data("fashion-mnist").images, SplitSettings(precision=wanted))
+    result = compute_stages(open_data("fashion-mnist").images, StageSettings(precision=wanted))
     return {
         "precision": wanted,
         "seconds": time.perf_counter() - start,
@@ -148,14 +148,14 @@ def ranks() -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (processes, options) in ways.items():
-            out = str(Path(folder) / "split.json")
+            out = str(Path(folder) / "stages.json")
             run = [sys.executable, "-m"]
             if processes > 1:
                 run += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
             command = [
                 *run,
                 "multistage_diffusion.cli",
-                "split",
+                "stages",
                 "fashion-mnist",
                 *options,
                 "--overwrite",

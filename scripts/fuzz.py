@@ -108,7 +108,7 @@ TARGETS = (
     *(Target(f"run/{name}.jsonl", READ_RUN, "jsonl") for name in ("metrics", "launches")),
     Target("run/evaluation.json", READ_RUN, "json"),
     *(Target(f"{STEP}/{name}.safetensors", READ_RUN, "safetensors") for name in ("model", "ema", "optimizer")),
-    Target("split.json", ("train --config c.json --stages {} --out new --device cpu",), "json"),
+    Target("stages.json", ("train --config c.json --stages {} --out new --device cpu",), "json"),
     Target("reference.npz", ("evaluate run --count 8 --calls 3 --against {}",), "npz"),
     Target("exported.safetensors", ("import {} --preset digits --size 8 8 --out imported",), "safetensors"),
     Target("data.npz", READ_DATA, "npz"),
@@ -139,7 +139,7 @@ def make_material(folder: Path) -> None:
     (folder / "c.yaml").write_text(yaml.safe_dump(config))
     run(folder, "train --config c.json --out run --device cpu")
     run(folder, "evaluate run --count 8 --calls 3")
-    run(folder, "split data.npz --algorithm timestep --stages 3 --out split.json")
+    run(folder, "split data.npz --algorithm timestep --stages 3 --out stages.json")
     run(folder, "stats data.npz --out reference.npz")
     run(folder, "export run --out exported.safetensors")
 

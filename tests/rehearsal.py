@@ -107,10 +107,10 @@ def commands(folder: Path) -> dict[str, Any]:
     msdiff("stats", "digits", "--out", folder / "stats.npz")
     msdiff("evaluate", run, "--count", 40, "--calls", 4, "--against", folder / "stats.npz")
     msdiff("report", run)
-    split = folder / "split.json"
-    msdiff("split", "digits", "--out", split, "--samples", 100, "--times", 3)
-    msdiff("split", "digits", "--out", folder / "two.json", "--algorithm", 2, "--samples", 100)
-    msdiff("split", "--run", run, "--out", folder / "gradient.json", "--algorithm", "gradient", "--samples", 100)
+    split = folder / "stages.json"
+    msdiff("stages", "digits", "--out", split, "--samples", 100, "--times", 3)
+    msdiff("stages", "digits", "--out", folder / "two.json", "--algorithm", 2, "--samples", 100)
+    msdiff("stages", "--run", run, "--out", folder / "gradient.json", "--algorithm", "gradient", "--samples", 100)
     planned = ("--preset", "digits", "--budget", 4, "--split", split, "--probe-steps", 4)
     msdiff("plan", "digits", *planned, "--out", folder / "plan.json")
     few = ["training.steps=3", "training.batch=6", "training.held_out_every=3", "training.held_out_rows=4"]
@@ -129,7 +129,7 @@ def commands(folder: Path) -> dict[str, Any]:
     msdiff("train", *of_latents, "--out", latent, "--set", *few, *narrow)
     msdiff("evaluate", latent, "--count", 20, "--calls", 3)
     msdiff("report", latent)
-    msdiff("split", larger, "--codec", codec, "--out", folder / "latent.json", "--samples", 100, "--times", 2)
+    msdiff("stages", larger, "--codec", codec, "--out", folder / "latent.json", "--samples", 100, "--times", 2)
     pairs = zip(list(images.values())[::2], list(images.values())[1::2], strict=True)
     return {"commands": found, "differences": [float(abs(here - there).mean()) for here, there in pairs]}
 

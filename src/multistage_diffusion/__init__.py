@@ -2,7 +2,7 @@
 
 import multistage_diffusion as msd
 
-result = msd.split("digits")
+result = msd.find_stages("digits")
 run = msd.train(msd.preset("digits"), Path("runs/digits"), result=result)
 images = msd.sample(run, count=64)
 """
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from .schedules import VP as VP
     from .schedules import Discrete as Discrete
     from .schedules import RectifiedFlow as RectifiedFlow
-    from .stage_finding import SplitResult as SplitResult
-    from .stage_finding import SplitSettings as SplitSettings
+    from .stage_finding import StageResult as StageResult
+    from .stage_finding import StageSettings as StageSettings
     from .stages import Stages as Stages
     from .training.run import Run as Run
     from .workflow.codec import train_codec as train_codec
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .workflow.plan import plan as plan
     from .workflow.sample import report as report
     from .workflow.sample import sample as sample
-    from .workflow.stages import split as split
+    from .workflow.stages import find_stages as find_stages
     from .workflow.train import resume as resume
     from .workflow.train import train as train
 
@@ -66,7 +66,7 @@ _HOME = {
     "report": "workflow.sample",
     "resume": "workflow.train",
     "sample": "workflow.sample",
-    "split": "workflow.stages",
+    "stages": "workflow.stages",
     "statistics": "workflow.evaluate",
     "train": "workflow.train",
     "train_codec": "workflow.codec",
@@ -87,8 +87,8 @@ _HOME = {
     "VP": "schedules",
     "Discrete": "schedules",
     "RectifiedFlow": "schedules",
-    "SplitResult": "stage_finding",
-    "SplitSettings": "stage_finding",
+    "StageResult": "stage_finding",
+    "StageSettings": "stage_finding",
     "build_denoiser": "denoisers",
     "describe": "reporting.describe",
     "grid": "reporting.pictures",

@@ -27,7 +27,7 @@ from .errors import UserError, explained
 from .shown import shown
 
 SUMMARIES = {
-    "split": "Find the noise ranges (stages) of a data set from the data themselves.",
+    "stages": "Find the noise ranges (stages) of a data set from the data themselves.",
     "train": "Train a multi-decoder model, or go on with a run.",
     "train-codec": "Train a small autoencoder (a latent codec) on a data set, for runs on its latents.",
     "sample": "Draw samples of a run: a grid (.png), a folder of PNGs, or an array (.npz).",
@@ -36,7 +36,7 @@ SUMMARIES = {
     "plan": "Plan a model for a data set and a budget: stages from the data, decoder widths from two short probes.",
     "describe": "Show a run's (or preset's) stages, widths, parameters and multiply-adds; draw its network.",
     "report": "Write RUN/report.html: one file with stages, network, losses, samples, neighbours, metrics and configuration.",
-    "demo": "Do the whole job on real handwritten digits in a few minutes: split, train, sample, evaluate, report.",
+    "demo": "Do the whole job on real handwritten digits in a few minutes: stages, train, sample, evaluate, report.",
     "import": "Make a run of a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt.",
     "export": "Write a run's weights in the published layout of its family.",
     "presets": "List the presets, one line each.",
@@ -55,8 +55,8 @@ msdiff COMMAND --help shows a command's options, with examples; msdiff --version
 
 Examples
   msdiff demo
-  msdiff split photos/ --size 64 64 --fit crop --out split.json
-  msdiff train --preset digits --data digits --stages split.json --out runs/digits
+  msdiff stages photos/ --size 64 64 --fit crop --out stages.json
+  msdiff train --preset digits --data digits --stages stages.json --out runs/digits
   msdiff sample runs/digits --count 64 --out grid.png
 """
 

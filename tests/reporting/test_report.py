@@ -112,7 +112,7 @@ def test_curves_that_are_no_png_are_refused_and_start_no_other_program(
 
     monkeypatch.setattr("subprocess.Popen", started)
     make_run(tmp_path, 3)
-    config, curves = make_config(3), tmp_path / "split.png"
+    config, curves = make_config(3), tmp_path / "stages.png"
     curves.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
     with pytest.raises(UserError, match=r"split\.png: is no readable PNG picture \(.*\); remove it, or write it again"):
         write_report(
@@ -121,7 +121,7 @@ def test_curves_that_are_no_png_are_refused_and_start_no_other_program(
             architecture=rows(config),
             samples=pictures(9, 4),
             real=pictures(9, 6),
-            split_png=curves,
+            stages_png=curves,
         )
     assert not (tmp_path / "report.html").exists()
 
@@ -131,7 +131,7 @@ def test_a_full_report_stands_alone(tmp_path: Path, stages: int) -> None:
     make_run(tmp_path, stages)
     config = make_config(stages)
     write_json(tmp_path / "evaluation.json", [evaluation()])
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "split.png")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "stages.png")
     samples, near = pictures(9, 4), pictures(9, 5)
     path = write_report(
         tmp_path,
@@ -140,7 +140,7 @@ def test_a_full_report_stands_alone(tmp_path: Path, stages: int) -> None:
         samples=samples,
         real=pictures(9, 6),
         neighbours=Neighbours(samples=samples[:3], nearest=near[:3], distances=[0.5, 1.25, 3.0]),
-        split_png=tmp_path / "split.png",
+        stages_png=tmp_path / "stages.png",
     )
     assert path == tmp_path / "report.html"
     page = Page(path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from multistage_diffusion.schedules import VP, Discrete
-from multistage_diffusion.stage_finding import SplitResult, SplitSettings, find_stages
+from multistage_diffusion.stage_finding import StageResult, StageSettings, compute_stages
 from multistage_diffusion.stage_finding.baselines import baseline_partition, centred_groups
 
 # the paper's rule at M = 200: the first time of each next group
@@ -116,19 +116,19 @@ def test_impossible_numbers_of_stages_are_refused(algorithm, stages):
 @pytest.mark.parametrize("algorithm", ["timestep", "snr"])
 def test_a_baseline_is_a_split_like_any_other(algorithm, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (20, 1, 4, 4), dtype=np.uint8)
-    result = find_stages(images, SplitSettings(algorithm=algorithm, stages=4), fingerprint="of the images")
+    result = compute_stages(images, StageSettings(algorithm=algorithm, stages=4), fingerprint="of the images")
     assert (result.edges_t, result.curves) == baseline_partition(algorithm, 4)
     assert result.edges_sigma == tuple(VP().edge_sigma(t) for t in result.edges_t)
     assert (result.intervals_t, result.samples, result.rule, result.fingerprint) == ((), 0, algorithm, "of the images")
     assert result.strip
     assert result.stages().interior == result.edges_sigma
-    result.save(tmp_path / "split.json")
-    assert SplitResult.load(tmp_path / "split.json") == result
-    steps = find_stages(images, SplitSettings(algorithm=algorithm, stages=2), schedule=Discrete())
+    result.save(tmp_path / "stages.json")
+    assert StageResult.load(tmp_path / "stages.json") == result
+    steps = compute_stages(images, StageSettings(algorithm=algorithm, stages=2), schedule=Discrete())
     assert all(t.is_integer() for t in steps.edges_t)
 
 
 def test_gradients_are_not_found_in_images():
     images = np.random.default_rng(0).integers(0, 256, (20, 1, 4, 4), dtype=np.uint8)
     with pytest.raises(ValueError, match="algorithm=gradient reads a trained run"):
-        find_stages(images, SplitSettings(algorithm="gradient"))
+        compute_stages(images, StageSettings(algorithm="gradient"))

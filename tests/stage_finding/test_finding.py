@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from multistage_diffusion.schedules import EDM, VE, VP, Discrete, NoiseSchedule, RectifiedFlow
-from multistage_diffusion.stage_finding import SplitResult, SplitSettings, find_stages
+from multistage_diffusion.stage_finding import StageResult, StageSettings, compute_stages
 from multistage_diffusion.stage_finding.baselines import baseline_partition
 from multistage_diffusion.stage_finding.edges import grid_times
 from multistage_diffusion.stage_finding.intervals import half_width
@@ -19,19 +19,19 @@ from multistage_diffusion.stage_finding.similarity import pair_similarities, sam
 DIGITS = load_digits().images / 16
 DIGITS_UINT8 = np.round(DIGITS * 255).astype(np.uint8)[:, None]
 SOME = DIGITS_UINT8[:200]
-FEW = SplitSettings(samples=100, times=8, grid=1000)
-PAIRS = SplitSettings(algorithm=2, samples=100)
+FEW = StageSettings(samples=100, times=8, grid=1000)
+PAIRS = StageSettings(algorithm=2, samples=100)
 BOTH = [FEW, PAIRS]
 
 
 @pytest.fixture(scope="module")
-def result() -> SplitResult:
-    return find_stages(SOME, FEW)
+def result() -> StageResult:
+    return compute_stages(SOME, FEW)
 
 
 @pytest.fixture(scope="module")
-def clustered() -> SplitResult:
-    return find_stages(SOME, dataclasses.replace(PAIRS, stages=4), held_out=DIGITS_UINT8[200:])
+def clustered() -> StageResult:
+    return compute_stages(SOME, dataclasses.replace(PAIRS, stages=4), held_out=DIGITS_UINT8[200:])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -39,7 +39,7 @@ def clustered() -> SplitResult:
 def test_algorithm_1_on_digits(data_range, expected, seed):
     low, high = data_range
     images = low + (high - low) * torch.tensor(DIGITS, dtype=torch.float32)[:, None]
-    found = find_stages(images, SplitSettings(samples=500, data_range=data_range, seed=seed))
+    found = compute_stages(images, StageSettings(samples=500, data_range=data_range, seed=seed))
     assert found.edges_t == pytest.approx(expected, abs=0.01)
     assert found.edges_sigma == pytest.approx([float(VP().sigma(t)) for t in found.edges_t])
     assert found.float64_difference < 0.02
@@ -47,7 +47,7 @@ def test_algorithm_1_on_digits(data_range, expected, seed):
 
 @pytest.mark.parametrize(("data_range", "expected"), [((0.0, 1.0), (0.0945, 0.441)), ((-1.0, 1.0), (0.188, 0.577))])
 def test_uint8_images_at_one_time_each_as_published(data_range, expected):
-    found = find_stages(DIGITS_UINT8, SplitSettings(samples=12_000, times=1, data_range=data_range))
+    found = compute_stages(DIGITS_UINT8, StageSettings(samples=12_000, times=1, data_range=data_range))
     assert found.edges_t == pytest.approx(expected, abs=0.01)
     for (low, high), edge in zip(found.intervals_t, expected, strict=True):
         assert low < edge < high
@@ -55,16 +55,16 @@ def test_uint8_images_at_one_time_each_as_published(data_range, expected):
 
 
 def test_eps_space_is_blind_to_a_common_scale():
-    one = find_stages(DIGITS_UINT8, SplitSettings(samples=500, data_range=(0.0, 1.0)))
-    two = find_stages(DIGITS_UINT8, SplitSettings(samples=500))
+    one = compute_stages(DIGITS_UINT8, StageSettings(samples=500, data_range=(0.0, 1.0)))
+    two = compute_stages(DIGITS_UINT8, StageSettings(samples=500))
     for half, whole in zip(one.edges_sigma, two.edges_sigma, strict=True):
         assert whole / half == pytest.approx(2, rel=0.12)  # t runs over other sigmas of the same curve
 
 
 def test_latents_are_taken_as_they_are():
     latents = np.random.default_rng(0).uniform(-3, 3, (100, 4, 4, 4)).astype(np.float32)
-    free = find_stages(latents, dataclasses.replace(FEW, data_range=None))
-    ranged = find_stages(latents, dataclasses.replace(FEW, data_range=(-3.0, 3.0)))
+    free = compute_stages(latents, dataclasses.replace(FEW, data_range=None))
+    ranged = compute_stages(latents, dataclasses.replace(FEW, data_range=(-3.0, 3.0)))
     assert (free.edges_t, free.curves) == (ranged.edges_t, ranged.curves)
     assert free.strip == ""
     assert ranged.data_range == (-3.0, 3.0)
@@ -72,7 +72,7 @@ def test_latents_are_taken_as_they_are():
 
 @pytest.mark.parametrize("schedule", [VE(), EDM(), Discrete(), RectifiedFlow()], ids=lambda s: s.kind)
 def test_edges_are_printed_in_the_kernel_asked_for(result, schedule):
-    found = find_stages(SOME, FEW, schedule=schedule)
+    found = compute_stages(SOME, FEW, schedule=schedule)
     assert (found.schedule, found.time_measure) == (schedule, VP())
     assert found.curves == result.curves
     tolerance = 0.02 if schedule.kind == "discrete" else 1e-9  # a discrete edge is a whole step
@@ -86,7 +86,7 @@ def test_edges_are_printed_in_the_kernel_asked_for(result, schedule):
 
 def test_another_vp_measures_time_itself():
     schedule = VP(beta_d=9.0, t_min=0.01, t_max=2.0)
-    found = find_stages(SOME, dataclasses.replace(FEW, seed=3), schedule=schedule)
+    found = compute_stages(SOME, dataclasses.replace(FEW, seed=3), schedule=schedule)
     assert (found.schedule, found.time_measure) == (schedule, schedule)
     assert found.edges_sigma == pytest.approx([float(schedule.sigma(t)) for t in found.edges_t])
     t, s0, s1 = sample_similarities(
@@ -99,22 +99,22 @@ def test_another_vp_measures_time_itself():
 
 @pytest.mark.parametrize("settings", BOTH)
 def test_the_seed_decides_the_samples(settings):
-    one, two = (find_stages(SOME, dataclasses.replace(settings, seed=seed)) for seed in (1, 2))
+    one, two = (compute_stages(SOME, dataclasses.replace(settings, seed=seed)) for seed in (1, 2))
     assert one.curves != two.curves
-    assert one == find_stages(SOME, dataclasses.replace(settings, seed=1))
+    assert one == compute_stages(SOME, dataclasses.replace(settings, seed=1))
 
 
 @pytest.mark.parametrize("settings", BOTH)
 def test_a_schedule_without_the_edges_is_refused(settings):
     schedule = Discrete(steps=3)
-    with pytest.raises(ValueError, match=r"split: edges at sigma = .*: the discrete schedule has steps on one side"):
-        find_stages(SOME, settings, schedule=schedule)
+    with pytest.raises(ValueError, match=r"stages: edges at sigma = .*: the discrete schedule has steps on one side"):
+        compute_stages(SOME, settings, schedule=schedule)
 
 
 def test_the_table_leaves_out_what_a_schedule_does_not_have():
     schedule = Discrete(steps=800)  # its noise ends below the last edge of many stages
-    found = find_stages(SOME, PAIRS, schedule=schedule)
-    whole = find_stages(SOME, PAIRS, schedule=EDM())
+    found = compute_stages(SOME, PAIRS, schedule=schedule)
+    whole = compute_stages(SOME, PAIRS, schedule=EDM())
     reached = [
         line["stages"] for line in whole.curves["table"] if max(line["edges_t"], default=0) < schedule.sigmas[-1]
     ]
@@ -140,7 +140,7 @@ def test_edges_and_curves_come_from_the_samples_of_the_settings(result):
 
 def test_the_curves_errors_are_those_of_independent_samples():
     # one time each: the standard error of the mean of a bin, as if its number of samples were given
-    one = find_stages(SOME, dataclasses.replace(FEW, samples=3000, times=1))
+    one = compute_stages(SOME, dataclasses.replace(FEW, samples=3000, times=1))
     data = TiledImages(SOME)
     t, s0, _ = sample_similarities(data, range(3000), times=1, eta=2 / 256, space="eps", measure=VP())
     bins = ((t - 1e-3) / 0.999 * 100).long()
@@ -150,7 +150,7 @@ def test_the_curves_errors_are_those_of_independent_samples():
 
 def test_the_curves_errors_count_the_times_of_a_sample_as_one():
     # 200 times fall two by two into the bins: the mean of the two is one number, whose spread is the error
-    found = find_stages(SOME, dataclasses.replace(FEW, samples=100, times=200))
+    found = compute_stages(SOME, dataclasses.replace(FEW, samples=100, times=200))
     data = TiledImages(SOME)
     _, s0, _ = sample_similarities(data, range(100), times=200, eta=2 / 256, space="eps", measure=VP())
     expected = s0.view(100, 100, 2).mean(2).std(0, correction=0) / 10
@@ -158,7 +158,7 @@ def test_the_curves_errors_count_the_times_of_a_sample_as_one():
 
 
 def test_bins_without_samples_are_left_out():
-    found = find_stages(SOME, dataclasses.replace(FEW, samples=100, times=1, alpha=0.8))
+    found = compute_stages(SOME, dataclasses.replace(FEW, samples=100, times=1, alpha=0.8))
     assert 50 < len(found.curves["t"]) < 100
 
 
@@ -180,7 +180,7 @@ def test_algorithm_2_records_its_grid_and_settings(clustered):
 
 
 def test_one_stage_has_no_edges():
-    one = find_stages(SOME, dataclasses.replace(PAIRS, stages=1))
+    one = compute_stages(SOME, dataclasses.replace(PAIRS, stages=1))
     assert (one.edges_t, one.edges_sigma, one.intervals_t, len(one.stages())) == ((), (), (), 1)
 
 
@@ -209,7 +209,7 @@ def test_held_out_images_may_be_of_any_kind(clustered, kind):
         "one image": DIGITS_UINT8[200:201],
         "none": DIGITS_UINT8[:0],
     }[kind]
-    found = find_stages(SOME, dataclasses.replace(PAIRS, stages=4), held_out=others)
+    found = compute_stages(SOME, dataclasses.replace(PAIRS, stages=4), held_out=others)
     distances = [line["distance_held_out"] for line in found.curves["table"]]
     if kind == "none":
         assert distances == [None] * 8
@@ -230,7 +230,7 @@ def test_held_out_images_may_be_of_any_kind(clustered, kind):
 )
 def test_unusable_held_out_images_are_refused(others, message):
     with pytest.raises(ValueError, match=message):
-        find_stages(SOME, PAIRS, held_out=others)
+        compute_stages(SOME, PAIRS, held_out=others)
 
 
 def test_held_out_latents_must_be_finite():
@@ -238,14 +238,14 @@ def test_held_out_latents_must_be_finite():
     others = latents.copy()
     others[7, 0, 0, 0] = np.inf
     with pytest.raises(ValueError, match="held_out images hold NaN or infinite values"):
-        find_stages(latents, dataclasses.replace(PAIRS, data_range=None), held_out=others)
+        compute_stages(latents, dataclasses.replace(PAIRS, data_range=None), held_out=others)
 
 
 @pytest.mark.parametrize("settings", BOTH, ids=["first", "second"])
 def test_memory_does_not_change_what_is_found(settings, tmp_path):
     np.save(tmp_path / "images.npy", SOME)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
-    one, two = find_stages(SOME, settings), find_stages(mapped, settings, memory=1)
+    one, two = compute_stages(SOME, settings), compute_stages(mapped, settings, memory=1)
     assert one == two
     assert np.array_equal(mapped, SOME)
 
@@ -253,24 +253,24 @@ def test_memory_does_not_change_what_is_found(settings, tmp_path):
 @pytest.mark.parametrize("settings", BOTH, ids=["first", "second"])
 def test_progress_counts_samples(settings):
     done: list[tuple[int, int]] = []
-    find_stages(SOME, dataclasses.replace(settings, samples=1500), progress=lambda *count: done.append(count))
+    compute_stages(SOME, dataclasses.replace(settings, samples=1500), progress=lambda *count: done.append(count))
     assert done[-1] == (1500, 1500)
     assert all(a[0] < b[0] for a, b in itertools.pairwise(done))
     assert {total for _, total in done} == {1500}
 
 
 def test_sampling_stops_at_the_precision_asked_for():
-    first = half_width(list(find_stages(SOME, dataclasses.replace(FEW, samples=200)).intervals_t))
+    first = half_width(list(compute_stages(SOME, dataclasses.replace(FEW, samples=200)).intervals_t))
     done: list[tuple[int, int]] = []
     asked = dataclasses.replace(FEW, samples=None, precision=first / 1.6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = find_stages(SOME, asked, progress=lambda *count: done.append(count))
+        found = compute_stages(SOME, asked, progress=lambda *count: done.append(count))
     assert half_width(list(found.intervals_t)) <= first / 1.6
     assert 200 * 1.6**2 / 2 < found.samples < 200 * 1.6**2 * 2
     assert done[-1][0] == found.samples
     assert all(a[0] < b[0] for a, b in itertools.pairwise(done))  # no sample is drawn twice
-    straight = find_stages(SOME, dataclasses.replace(FEW, samples=found.samples))
+    straight = compute_stages(SOME, dataclasses.replace(FEW, samples=found.samples))
     assert found.edges_t == pytest.approx(
         straight.edges_t, abs=1e-3
     )  # one coordinate may flip, by one step of the grid
@@ -281,9 +281,9 @@ def test_sampling_stops_at_the_precision_asked_for():
 def test_a_precision_out_of_reach_is_told():
     asked = dataclasses.replace(FEW, precision=1e-4, samples=350)
     with pytest.warns(UserWarning, match=r"edges are known to ±0\.0\d+ only after 350 samples, not to ±0.0001; raise"):
-        found = find_stages(SOME, asked)
+        found = compute_stages(SOME, asked)
     assert found.samples == 350
-    easy = find_stages(SOME, dataclasses.replace(FEW, samples=None, precision=0.5))
+    easy = compute_stages(SOME, dataclasses.replace(FEW, samples=None, precision=0.5))
     assert easy.samples == 200
 
 
@@ -307,12 +307,12 @@ def test_a_precision_out_of_reach_is_told():
 )
 def test_unusable_images_are_refused(images, message, settings):
     with pytest.raises(ValueError, match=message):
-        find_stages(images, settings)
+        compute_stages(images, settings)
 
 
 def test_levels_need_a_range():
     with pytest.raises(ValueError, match="data_range=None is for floats; uint8 pixels need a range"):
-        find_stages(SOME, dataclasses.replace(FEW, data_range=None))
+        compute_stages(SOME, dataclasses.replace(FEW, data_range=None))
 
 
 def test_two_images_part_where_the_noise_hides_their_difference():
@@ -320,7 +320,7 @@ def test_two_images_part_where_the_noise_hides_their_difference():
     images[1] = 1.0
     eta = 0.15
     settings = dataclasses.replace(FEW, samples=4000, data_range=(0.0, 1.0), space="x0", eta=eta, alpha=0.95)
-    found = find_stages(images, settings)
+    found = compute_stages(images, settings)
     # the other image weighs 1 / (1 + exp(z)) with z ~ N(r²/2, r²), r = |y_1 - y_2| / sigma
     t = torch.linspace(1e-3, 1, 20_001, dtype=torch.float64)
     r = 4 / VP().sigma(t)
@@ -340,7 +340,7 @@ def test_duplicates_count_as_often_as_they_are_there():
     # every image thrice: the posterior, and so every similarity, is that of the images once
     tripled = DIGITS_UINT8[:60].repeat(3, 0)
     once, thrice = (
-        find_stages(images, dataclasses.replace(FEW, samples=400)) for images in (DIGITS_UINT8[:60], tripled)
+        compute_stages(images, dataclasses.replace(FEW, samples=400)) for images in (DIGITS_UINT8[:60], tripled)
     )
     assert thrice.curves["s0"] == pytest.approx(once.curves["s0"], abs=3e-3)
     assert thrice.edges_t == pytest.approx(once.edges_t, abs=1e-3)
@@ -349,18 +349,18 @@ def test_duplicates_count_as_often_as_they_are_there():
 def test_unreachable_alpha_prints_the_range_of_the_curve():
     near = np.random.default_rng(0).integers(127, 129, (50, 1, 4, 4)).astype(np.uint8)  # told apart at no noise level
     with pytest.raises(ValueError, match=r"falls short of alpha=1.0 .*it runs from 0\.\d+ to 0\.\d+.*lower alpha"):
-        find_stages(near, SplitSettings(samples=500, times=1, alpha=1.0, space="eps", eta=1e-4))
+        compute_stages(near, StageSettings(samples=500, times=1, alpha=1.0, space="eps", eta=1e-4))
 
 
 def test_too_many_stages_for_the_grid():
     with pytest.raises(ValueError, match="stages=42 is more than the 41 times"):
-        find_stages(SOME, SplitSettings(algorithm=2, stages=42))
+        compute_stages(SOME, StageSettings(algorithm=2, stages=42))
 
 
 def test_algorithm_2_needs_noise_at_every_time():
     with pytest.raises(ValueError, match="t_min=0: algorithm 2 compares"):
-        find_stages(SOME, PAIRS, schedule=VP(t_min=0.0))
-    assert find_stages(SOME, FEW, schedule=VP(t_min=0.0)).float64_difference < 0.02
+        compute_stages(SOME, PAIRS, schedule=VP(t_min=0.0))
+    assert compute_stages(SOME, FEW, schedule=VP(t_min=0.0)).float64_difference < 0.02
 
 
 def test_the_check_in_float64_sees_a_wrong_similarity(monkeypatch):
@@ -369,13 +369,13 @@ def test_the_check_in_float64_sees_a_wrong_similarity(monkeypatch):
     right = similarity.posterior_means
     monkeypatch.setattr(similarity, "posterior_means", lambda *args: 1.05 * right(*args))
     for settings in BOTH:
-        assert find_stages(SOME, settings).float64_difference > 0.03  # two coordinates of 64
+        assert compute_stages(SOME, settings).float64_difference > 0.03  # two coordinates of 64
 
 
 @pytest.mark.parametrize("algorithm", ["timestep", "snr"])
 @pytest.mark.parametrize("schedule", [VP(), EDM()], ids=lambda s: s.kind)
 def test_even_baselines_need_no_samples(algorithm, schedule):
-    found = find_stages(SOME, SplitSettings(algorithm=algorithm, stages=4), schedule=schedule)
+    found = compute_stages(SOME, StageSettings(algorithm=algorithm, stages=4), schedule=schedule)
     times, curves = baseline_partition(algorithm, 4, measure=VP())
     assert found.edges_sigma == pytest.approx([float(VP().sigma(t)) for t in times])
     assert (found.curves, found.rule) == (curves, algorithm)
@@ -384,11 +384,11 @@ def test_even_baselines_need_no_samples(algorithm, schedule):
 
 def test_gradients_are_not_of_images():
     with pytest.raises(ValueError, match="algorithm=gradient reads a trained run, not images"):
-        find_stages(SOME, SplitSettings(algorithm="gradient"))
+        compute_stages(SOME, StageSettings(algorithm="gradient"))
 
 
 def test_what_the_caller_says_is_kept():
     schedule: NoiseSchedule = EDM()
-    found = find_stages(SOME, FEW, schedule=schedule, fingerprint="abc", codec="def")
+    found = compute_stages(SOME, FEW, schedule=schedule, fingerprint="abc", codec="def")
     assert (found.fingerprint, found.codec, found.settings) == ("abc", "def", FEW.resolved())
     assert found.strip

@@ -6,8 +6,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from multistage_diffusion.schedules import VE
-from multistage_diffusion.stage_finding import SplitSettings, find_stages
-from multistage_diffusion.stage_finding.plots import plot_split
+from multistage_diffusion.stage_finding import StageSettings, compute_stages
+from multistage_diffusion.stage_finding.plots import plot_stages
 
 IMAGES = np.round(load_digits().images * 255 / 16).astype(np.uint8)[:300, None]
 
@@ -19,8 +19,8 @@ def colour_columns(path, colour) -> np.ndarray:
 
 
 def test_curves_with_edges_at_their_times(tmp_path):
-    result = find_stages(IMAGES, SplitSettings(samples=1000), schedule=VE())
-    plot_split(result, tmp_path / "plot.png")
+    result = compute_stages(IMAGES, StageSettings(samples=1000), schedule=VE())
+    plot_stages(result, tmp_path / "plot.png")
     assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]
     first_band = np.flatnonzero(colour_columns(tmp_path / "plot.png", (0xE8, 0xF1, 0xF8)) > 0.2)
     last_band = np.flatnonzero(colour_columns(tmp_path / "plot.png", (0xFB, 0xED, 0xE3)) > 0.2)
@@ -32,8 +32,8 @@ def test_curves_with_edges_at_their_times(tmp_path):
 
 @pytest.mark.parametrize("stages", [1, 3])
 def test_matrix_with_a_block_for_every_stage(tmp_path, stages):
-    result = find_stages(IMAGES, SplitSettings(algorithm=2, stages=stages, samples=100))
-    plot_split(dataclasses.replace(result, strip=""), tmp_path / "plot.png")
+    result = compute_stages(IMAGES, StageSettings(algorithm=2, stages=stages, samples=100))
+    plot_stages(dataclasses.replace(result, strip=""), tmp_path / "plot.png")
     vertical = colour_columns(tmp_path / "plot.png", (0xD5, 0x5E, 0x00)) > 0.75 / (stages + 1)
     lines = np.flatnonzero(np.diff(vertical.astype(int)) == 1)
     assert len(lines) == stages + 1
@@ -41,9 +41,9 @@ def test_matrix_with_a_block_for_every_stage(tmp_path, stages):
 
 @pytest.mark.parametrize("algorithm", [1, 2])
 def test_the_strip_stands_below(tmp_path, algorithm):
-    result = find_stages(IMAGES, SplitSettings(algorithm=algorithm, samples=100))
-    plot_split(result, tmp_path / "with.png")
-    plot_split(dataclasses.replace(result, strip=""), tmp_path / "without.png")
+    result = compute_stages(IMAGES, StageSettings(algorithm=algorithm, samples=100))
+    plot_stages(result, tmp_path / "with.png")
+    plot_stages(dataclasses.replace(result, strip=""), tmp_path / "without.png")
     both, upper = (Image.open(tmp_path / name) for name in ("with.png", "without.png"))
     assert both.width == upper.width
     assert both.height > upper.height + 200

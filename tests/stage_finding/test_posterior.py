@@ -240,10 +240,10 @@ def test_floats_are_left_as_they_were(kind, dtype):
 def test_images_that_are_not_finite_are_refused(bad):
     images = pixels(20, 12)
     images[7, 3] = bad
-    with pytest.raises(ValueError, match="split: images hold NaN or infinite"):
+    with pytest.raises(ValueError, match="stages: images hold NaN or infinite"):
         TiledImages(images)
     images[8, 3] = -bad
-    with pytest.raises(ValueError, match="split: images hold NaN or infinite"):
+    with pytest.raises(ValueError, match="stages: images hold NaN or infinite"):
         TiledImages(images)
 
 

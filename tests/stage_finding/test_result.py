@@ -8,34 +8,34 @@ from sklearn.datasets import load_digits
 from multistage_diffusion.config.serialization import read_json
 from multistage_diffusion.files import write_json
 from multistage_diffusion.schedules import EDM
-from multistage_diffusion.stage_finding import SplitResult, SplitSettings, find_stages
+from multistage_diffusion.stage_finding import StageResult, StageSettings, compute_stages
 from multistage_diffusion.stages import Stages
 
 IMAGES = np.round(load_digits().images * 255 / 16).astype(np.uint8)[:300, None]
-FEW = SplitSettings(samples=100, times=8)
+FEW = StageSettings(samples=100, times=8)
 VP_DICT = {"kind": "vp", "beta_d": 19.9, "beta_min": 0.1, "t_min": 1e-3, "t_max": 1.0}
 
 
 @pytest.fixture(scope="module")
-def result() -> SplitResult:
-    return find_stages(IMAGES, FEW, fingerprint="abc")
+def result() -> StageResult:
+    return compute_stages(IMAGES, FEW, fingerprint="abc")
 
 
 @pytest.fixture(scope="module")
-def clustered() -> SplitResult:
-    settings = SplitSettings(algorithm=2, stages=4, samples=100, data_range=(0.0, 1.0))
-    return find_stages(IMAGES[:200], settings, held_out=IMAGES[200:])
+def clustered() -> StageResult:
+    settings = StageSettings(algorithm=2, stages=4, samples=100, data_range=(0.0, 1.0))
+    return compute_stages(IMAGES[:200], settings, held_out=IMAGES[200:])
 
 
 @pytest.fixture(scope="module")
-def latent() -> SplitResult:
+def latent() -> StageResult:
     images = 3.0 * np.random.default_rng(0).standard_normal((100, 4, 4, 4)).astype(np.float32)
-    return find_stages(images, dataclasses.replace(FEW, data_range=None), schedule=EDM(), codec="def", scale=0.5)
+    return compute_stages(images, dataclasses.replace(FEW, data_range=None), schedule=EDM(), codec="def", scale=0.5)
 
 
 @pytest.fixture(scope="module")
-def even() -> SplitResult:
-    return find_stages(IMAGES, SplitSettings(algorithm="snr", stages=4))
+def even() -> StageResult:
+    return compute_stages(IMAGES, StageSettings(algorithm="snr", stages=4))
 
 
 def test_stages_carry_their_origin(result, latent):
@@ -66,15 +66,15 @@ def test_boundary_ratios_are_the_edges_in_the_time_of_rectified_flow(result):
 
 
 def test_save_and_load(result, clustered, latent, even, tmp_path):
-    path = tmp_path / "split.json"
+    path = tmp_path / "stages.json"
     for value in (result, clustered, latent, even):
         value.save(path)
-        assert SplitResult.load(path) == value
+        assert StageResult.load(path) == value
         data = read_json(path)
-        assert set(data) == {field.name for field in dataclasses.fields(SplitResult)} | {"data_range", "rule"}
+        assert set(data) == {field.name for field in dataclasses.fields(StageResult)} | {"data_range", "rule"}
         assert data["data_range"] == (None if value is latent else list(value.data_range))
         assert data["format_version"] == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["split.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["stages.json"]
 
 
 def test_curves_of_both_algorithms_are_plain_lists(result, clustered):
@@ -88,7 +88,7 @@ def test_curves_of_both_algorithms_are_plain_lists(result, clustered):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 1}, "format_version=1: this release reads format 2; run the split again"),
+        ({"format_version": 1}, "format_version=1: this release reads format 2; find the stages again"),
         ({"edges_t": None}, "edges_t missing"),
         ({"intervals_t": None, "rule": None}, "intervals_t, rule missing"),
         ({"extra": 1}, "extra: unknown key"),
@@ -113,11 +113,11 @@ def test_curves_of_both_algorithms_are_plain_lists(result, clustered):
     ],
 )
 def test_broken_files_are_refused_by_name(result, tmp_path, change, message):
-    path = tmp_path / "split.json"
+    path = tmp_path / "stages.json"
     data = {key: value for key, value in {**result.to_dict(), **change}.items() if value is not None or key == "scale"}
     write_json(path, data)
     with pytest.raises(ValueError, match=message) as error:
-        SplitResult.load(path)
+        StageResult.load(path)
     assert str(path) in str(error.value)
 
 
@@ -137,9 +137,9 @@ def test_broken_matrices_are_refused(clustered, change, message):
 
 
 def test_other_files_are_refused(tmp_path):
-    path = tmp_path / "split.json"
+    path = tmp_path / "stages.json"
     with pytest.raises(ValueError, match="no such file"):
-        SplitResult.load(path)
+        StageResult.load(path)
     path.write_text(json.dumps([1]))
-    with pytest.raises(ValueError, match="not the result of a split"):
-        SplitResult.load(path)
+    with pytest.raises(ValueError, match="not a result of msdiff stages"):
+        StageResult.load(path)

@@ -12,14 +12,14 @@ from sklearn.datasets import load_digits
 
 from multistage_diffusion.distributed import World
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.stage_finding import Sharing, SplitResult, SplitSettings, find_stages
+from multistage_diffusion.stage_finding import Sharing, StageResult, StageSettings, compute_stages
 
 IMAGES = np.round(load_digits().images[:150] * 255 / 16).astype(np.uint8)[:, None]
-SPLITS = {
-    "first": SplitSettings(samples=200, times=8, grid=1000),
-    "second": SplitSettings(algorithm=2, samples=100, stages=4),
+CASES_OF_STAGES = {
+    "first": StageSettings(samples=200, times=8, grid=1000),
+    "second": StageSettings(algorithm=2, samples=100, stages=4),
     # at last one more sample: not one for every process
-    "precise": SplitSettings(samples=201, times=4, grid=1000, precision=1e-6),
+    "precise": StageSettings(samples=201, times=4, grid=1000, precision=1e-6),
 }
 
 
@@ -35,7 +35,7 @@ def test_alone_there_is_nobody_to_ask():
 @pytest.mark.parametrize(("world", "image_shards"), [(3, 2), (1, 2), (4, 3), (4, 0), (2, -1)])
 def test_processes_must_make_whole_groups(world, image_shards):
     with pytest.raises(
-        ValueError, match=f"split: image_shards={image_shards} must divide .* {world}; .*nproc-per-node"
+        ValueError, match=f"stages: image_shards={image_shards} must divide .* {world}; .*nproc-per-node"
     ):
         Sharing(world=World(0, world), image_shards=image_shards)
 
@@ -66,9 +66,9 @@ def work(world: World, shards: tuple[int, ...], folder: Path) -> None:
             value = torch.tensor([float(rank)])
             sharing.reduce(value, how)
             assert value.item() == expected
-        for name, settings in SPLITS.items():
+        for name, settings in CASES_OF_STAGES.items():
             done: list[tuple[int, int]] = []
-            result = find_stages(
+            result = compute_stages(
                 IMAGES, settings, sharing=sharing, progress=lambda *count, done=done: done.append(count)
             )
             result.save(folder / f"{name}-{image_shards}-{rank}.json")
@@ -78,10 +78,10 @@ def work(world: World, shards: tuple[int, ...], folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, SplitResult]:
+def alone() -> dict[str, StageResult]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {name: find_stages(IMAGES, settings) for name, settings in SPLITS.items()}
+        return {name: compute_stages(IMAGES, settings) for name, settings in CASES_OF_STAGES.items()}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_processes_find_together_what_one_finds_alone(alone, tmp_path, world, sh
         for image_shards in shards:
             files = [(tmp_path / f"{name}-{image_shards}-{rank}.json").read_bytes() for rank in range(world)]
             assert len(set(files)) == 1  # every process knows the same
-            together = SplitResult.load(tmp_path / f"{name}-{image_shards}-0.json")
+            together = StageResult.load(tmp_path / f"{name}-{image_shards}-0.json")
             assert together.samples == one.samples
             # a coordinate that lies on the threshold may fall on its other side
             assert together.edges_t == pytest.approx(one.edges_t, abs=1e-3)  # one step of the grid
@@ -112,7 +112,7 @@ def test_processes_find_together_what_one_finds_alone(alone, tmp_path, world, sh
 def killed(world: World, folder: Path) -> str:
     """Split until rank 1 is killed; return what rank 0 is told."""
     from multistage_diffusion.data import ImageData
-    from multistage_diffusion.workflow.stages import split
+    from multistage_diffusion.workflow.stages import find_stages
 
     def progress(done: int, _: int) -> None:
         if world.rank == 1 and done:
@@ -120,7 +120,7 @@ def killed(world: World, folder: Path) -> str:
 
     try:
         data = ImageData(IMAGES, None, "digits")
-        split(data, SPLITS["first"], out=folder / "split.json", device="cpu", progress=progress)
+        find_stages(data, CASES_OF_STAGES["first"], out=folder / "stages.json", device="cpu", progress=progress)
     except OSError as error:
         return str(error)
     return "nothing"
@@ -134,19 +134,19 @@ def test_when_one_is_killed_the_others_end_in_seconds(tmp_path):
     assert died is None
     lines = [str(told)] if told else pair.errors()
     assert any(f"rank 1 (process {pair.processes[1].pid}" in line for line in lines)
-    assert not (tmp_path / "split.json").exists()
+    assert not (tmp_path / "stages.json").exists()
 
 
 def differs(world: World) -> str:
     """Split with other settings, or draw samples, on rank 1; return the error."""
     from multistage_diffusion.data import ImageData
     from multistage_diffusion.performance.devices import joined
-    from multistage_diffusion.workflow.stages import split
+    from multistage_diffusion.workflow.stages import find_stages
 
     told = []
     for attempt in (
-        lambda: split(ImageData(IMAGES, None, "digits"), SplitSettings(seed=world.rank), device="cpu"),
-        lambda: joined("cpu", ["split", "train"][world.rank]),
+        lambda: find_stages(ImageData(IMAGES, None, "digits"), StageSettings(seed=world.rank), device="cpu"),
+        lambda: joined("cpu", ["stages", "train"][world.rank]),
     ):
         with pytest.raises(UserError) as caught:
             attempt()

@@ -40,7 +40,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     demo(out, {**TINY, "training.steps": 3}, bar=silent)
     page, scores = demo(out, {"training.steps": 6}, bar=silent)
     assert page == out / "report.html"
-    for name in ("report.html", "samples.png", "split.json", "split.png", "evaluation.json"):
+    for name in ("report.html", "samples.png", "stages.json", "stages.png", "evaluation.json"):
         assert (out / name).stat().st_size > 0
     assert [r["step"] for r in Run(out).records() if r["kind"] == "train"] == [3, 6]
     assert [e["step"] for e in json.loads((out / "evaluation.json").read_text())] == [3, 6]

@@ -15,14 +15,14 @@ from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override
 from multistage_diffusion.data import to_uint8
 from multistage_diffusion.evaluation import frechet_distance, get_features
-from multistage_diffusion.stage_finding import SplitSettings, find_stages
+from multistage_diffusion.stage_finding import StageSettings, compute_stages
 from multistage_diffusion.training.checkpoint import load_tensors
 from multistage_diffusion.training.flops import flops_per_image
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.workflow.evaluate import evaluate
 from multistage_diffusion.workflow.latent import decoder, reconstruct
 from multistage_diffusion.workflow.sample import report, sample
-from multistage_diffusion.workflow.stages import split
+from multistage_diffusion.workflow.stages import find_stages
 from multistage_diffusion.workflow.train import resume, train
 
 diffusers = pytest.importorskip("diffusers")
@@ -220,13 +220,13 @@ def test_what_cannot_be_trained_is_refused(config: RunConfig, tmp_path: Path, ch
 
 
 def test_a_split_of_pixels_is_refused(config: RunConfig, tmp_path: Path) -> None:
-    result = split("digits", SplitSettings(samples=200))
+    result = find_stages("digits", StageSettings(samples=200))
     with pytest.raises(ValueError, match="made on pixels, but this run trains on latents"):
         train(config, tmp_path / "run", result=result)
 
 
 def test_a_split_of_latents_is_of_what_the_run_sees(config: RunConfig, codec: Path, tmp_path: Path) -> None:
-    result = split(config.data, SplitSettings(algorithm=2, samples=100), codec=CodecConfig(source=str(codec)))
+    result = find_stages(config.data, StageSettings(algorithm=2, samples=100), codec=CodecConfig(source=str(codec)))
     run = train(config, tmp_path / "run", result=result)
     trained = run.config()
     assert trained.stages.interior == result.edges_sigma
@@ -234,17 +234,17 @@ def test_a_split_of_latents_is_of_what_the_run_sees(config: RunConfig, codec: Pa
     assert result.codec == trained.codec.fingerprint
     training, _ = run.data().split(0.1)
     latents = encoded(config, tmp_path, training) * result.scale
-    direct = find_stages(latents, SplitSettings(algorithm=2, samples=100, data_range=None))
+    direct = compute_stages(latents, StageSettings(algorithm=2, samples=100, data_range=None))
     assert result.edges_t == direct.edges_t
 
 
-@pytest.mark.parametrize("with_split", [False, True])
+@pytest.mark.parametrize("with_stages", [False, True])
 def test_a_network_blind_to_its_noise_is_warned_of(
-    config: RunConfig, codec: Path, tmp_path: Path, with_split: bool
+    config: RunConfig, codec: Path, tmp_path: Path, with_stages: bool
 ) -> None:
     narrow = override(config, {"network.decoder_widths": [64, 32, 64]})
-    settings = SplitSettings(algorithm=2, samples=100)
-    result = split(config.data, settings, codec=CodecConfig(source=str(codec))) if with_split else None
+    settings = StageSettings(algorithm=2, samples=100)
+    result = find_stages(config.data, settings, codec=CodecConfig(source=str(codec))) if with_stages else None
     with pytest.warns(UserWarning, match="erases what the network is told of noise and class; use at least 64"):
         train(narrow, tmp_path / "narrow", result=result)
     with warnings.catch_warnings():
@@ -253,7 +253,7 @@ def test_a_network_blind_to_its_noise_is_warned_of(
 
 
 def test_a_split_of_other_latents_is_refused(config: RunConfig, codec: Path, tmp_path: Path) -> None:
-    result = split(config.data, SplitSettings(algorithm=2, samples=100), codec=CodecConfig(source=str(codec)))
+    result = find_stages(config.data, StageSettings(algorithm=2, samples=100), codec=CodecConfig(source=str(codec)))
     with pytest.raises(ValueError, match="made on latents, but this run trains on pixels"):
         train(preset("digits"), tmp_path / "pixels", result=result)
     with pytest.raises(ValueError, match=r"made on latents times .* but codec.scale=3"):

@@ -20,7 +20,7 @@ from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.nets.cost import network_cost
 from multistage_diffusion.optimal import OptimalDenoiser
 from multistage_diffusion.planning import STEP, TOLERANCE, decoder_flops
-from multistage_diffusion.stage_finding import SplitSettings
+from multistage_diffusion.stage_finding import StageSettings
 from multistage_diffusion.training.batches import BatchSource, held_out_batch, prior_masses
 from multistage_diffusion.training.checkpoint import load_tensors
 from multistage_diffusion.training.losses import stage_losses
@@ -28,7 +28,7 @@ from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import plan as plan_module
 from multistage_diffusion.workflow.plan import plan
 from multistage_diffusion.workflow.prepare import PreparedRun
-from multistage_diffusion.workflow.stages import split
+from multistage_diffusion.workflow.stages import find_stages
 from multistage_diffusion.workflow.train import train
 
 TINY = {
@@ -54,8 +54,8 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def edges(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("split") / "split.json"
-    split("digits", SplitSettings(samples=100), out=out)
+    out = tmp_path_factory.mktemp("split") / "stages.json"
+    find_stages("digits", StageSettings(samples=100), out=out)
     return out
 
 
@@ -116,7 +116,7 @@ def test_json_is_what_was_written(edges: Path, tmp_path: Path, capsys: pytest.Ca
     assert run(*arguments, "--set", *SETTINGS) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == read_json(tmp_path / "p.explained.json")
-    assert printed["edges_from"] == "a given split"
+    assert printed["edges_from"] == "given stages"
     assert load_config(out).stages.interior == tuple(read_json(edges)["edges_sigma"])
     base = tiny(data__shape=[1, 8, 8])
     cost = network_cost(base.network, 8, 8).stages
@@ -130,11 +130,11 @@ def test_json_is_what_was_written(edges: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_other_numbers_of_stages_get_shares_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[SplitSettings] = []
+    asked: list[StageSettings] = []
 
-    def find(data: Any, settings: SplitSettings, **given: Any) -> Any:
+    def find(data: Any, settings: StageSettings, **given: Any) -> Any:
         asked.append(settings)
-        return split(data, dataclasses.replace(settings, samples=100), **given)
+        return find_stages(data, dataclasses.replace(settings, samples=100), **given)
 
     monkeypatch.setattr(plan_module, "find", find)
     planned = plan(tiny(), stages=2, probe_steps=1)
@@ -173,9 +173,9 @@ def test_the_gain_is_the_paired_difference(edges: Path, monkeypatch: pytest.Monk
 
 
 def split_of(path: Path) -> Any:
-    from multistage_diffusion.stage_finding import SplitResult
+    from multistage_diffusion.stage_finding import StageResult
 
-    return SplitResult.load(path)
+    return StageResult.load(path)
 
 
 def material_of(config: RunConfig) -> PreparedRun:
@@ -360,6 +360,6 @@ def test_no_data_no_plan() -> None:
 
 @pytest.mark.usefixtures("no_probe")
 def test_a_split_in_other_units_is_refused(tmp_path: Path) -> None:
-    result = split("digits", SplitSettings(samples=100, data_range=(0.0, 1.0)))
-    with pytest.raises(ValueError, match="run msdiff split without --data-range"):
+    result = find_stages("digits", StageSettings(samples=100, data_range=(0.0, 1.0)))
+    with pytest.raises(ValueError, match="run msdiff stages without --data-range"):
         plan(tiny(), result=result)

@@ -22,7 +22,7 @@ from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import from_dict, override, read_json, to_dict
 from multistage_diffusion.data import ImageData, open_data
 from multistage_diffusion.files import write_json
-from multistage_diffusion.stage_finding import SplitResult, SplitSettings
+from multistage_diffusion.stage_finding import StageResult, StageSettings
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.checkpoint import list_checkpoints
 from multistage_diffusion.training.run import Run
@@ -30,10 +30,10 @@ from multistage_diffusion.training.sample_grid import Callback
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import sample as sample_module
 from multistage_diffusion.workflow.evaluate import evaluate
-from multistage_diffusion.workflow.latent import with_split
+from multistage_diffusion.workflow.latent import with_stages
 from multistage_diffusion.workflow.prepare import located, prepare
 from multistage_diffusion.workflow.sample import report, sample, sample_labels
-from multistage_diffusion.workflow.stages import split
+from multistage_diffusion.workflow.stages import find_stages
 from multistage_diffusion.workflow.train import CHANGEABLE, differences, resume, train
 
 TINY: dict[str, Any] = {
@@ -62,12 +62,12 @@ def digits() -> ImageData:
 
 
 @pytest.fixture(scope="module")
-def result() -> SplitResult:
-    return split("digits", SplitSettings(samples=200))
+def result() -> StageResult:
+    return find_stages("digits", StageSettings(samples=200))
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, result: SplitResult) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory, result: StageResult) -> Run:
     return train(tiny(), tmp_path_factory.mktemp("runs") / "run", result=result)
 
 
@@ -85,26 +85,26 @@ def images(count: int, *shape: int) -> ImageData:
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_split_leaves_held_out_images_out(digits: ImageData, result: SplitResult) -> None:
+def test_a_split_leaves_held_out_images_out(digits: ImageData, result: StageResult) -> None:
     training, _ = digits.split(0.1)
     assert result.fingerprint == training.fingerprint
-    assert split(training, SplitSettings(samples=200)) == result
-    assert split("digits", SplitSettings(samples=200, seed=1)).edges_sigma != result.edges_sigma
+    assert find_stages(training, StageSettings(samples=200)) == result
+    assert find_stages("digits", StageSettings(samples=200, seed=1)).edges_sigma != result.edges_sigma
 
 
 def test_a_split_is_written_with_its_picture(tmp_path: Path) -> None:
     data = images(20, 1, 4, 4)
-    found = split(data, SplitSettings(samples=100, algorithm=2, stages=2), out=tmp_path / "new" / "s.json")
-    assert SplitResult.load(tmp_path / "new" / "s.json") == found
+    found = find_stages(data, StageSettings(samples=100, algorithm=2, stages=2), out=tmp_path / "new" / "s.json")
+    assert StageResult.load(tmp_path / "new" / "s.json") == found
     assert (tmp_path / "new" / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
 # -- preparing --------------------------------------------------------------------------------------------------------
 
 
-def test_a_configuration_is_fitted_to_its_data(result: SplitResult) -> None:
+def test_a_configuration_is_fitted_to_its_data(result: StageResult) -> None:
     data = images(20, 3, 12, 20)
-    config = with_split(prepare(tiny(), data), result)
+    config = with_stages(prepare(tiny(), data), result)
     assert config.network.channels == 3
     assert config.data.shape == (3, 12, 20)
     assert config.data.fingerprint == data.fingerprint
@@ -122,10 +122,10 @@ def test_the_source_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest
     assert prepare(tiny(), data).data.source == "digits"
 
 
-def test_a_split_in_another_range_is_refused(result: SplitResult) -> None:
+def test_a_split_in_another_range_is_refused(result: StageResult) -> None:
     settings = dataclasses.replace(result.settings, data_range=(0.0, 1.0))
     with pytest.raises(ValueError, match=r"data_range \[0.0, 1.0\], but networks train on \[-1, 1\]"):
-        with_split(prepare(tiny(), images(20, 1, 8, 8)), dataclasses.replace(result, settings=settings))
+        with_stages(prepare(tiny(), images(20, 1, 8, 8)), dataclasses.replace(result, settings=settings))
 
 
 @pytest.mark.parametrize(
@@ -162,21 +162,21 @@ def test_a_preset_without_data_says_so(tmp_path: Path, monkeypatch: pytest.Monke
         train(preset("cifar10-dpm"), tmp_path / "run")
 
 
-def test_edges_of_other_data_are_warned_of(result: SplitResult, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="the split was made on other data"):
+def test_edges_of_other_data_are_warned_of(result: StageResult, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="the stages were found on other data"):
         train(noise(tmp_path, tiny(training__steps=1), 40, 8, 8), tmp_path / "run", result=result)
 
 
 # -- training and resuming --------------------------------------------------------------------------------------------
 
 
-def test_a_run_holds_all_that_it_came_from(run: Run, result: SplitResult, digits: ImageData) -> None:
+def test_a_run_holds_all_that_it_came_from(run: Run, result: StageResult, digits: ImageData) -> None:
     config = run.config()
-    fitted = with_split(prepare(tiny(), digits), result)
+    fitted = with_stages(prepare(tiny(), digits), result)
     training = dataclasses.replace(fitted.training, precision=config.training.precision)
     assert config == dataclasses.replace(fitted, name="run", training=training)
-    assert SplitResult.load(run.path / "split.json") == result
-    assert (run.path / "split.png").read_bytes().startswith(b"\x89PNG")
+    assert StageResult.load(run.path / "stages.json") == result
+    assert (run.path / "stages.png").read_bytes().startswith(b"\x89PNG")
     assert [(r["kind"], r["step"]) for r in run.records()] == [
         ("train", 2),
         ("held_out", 2),
@@ -190,7 +190,7 @@ def final_files(run: Run) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
 
 
-def test_a_longer_training_is_one_that_was_long_from_the_start(run: Run, result: SplitResult, tmp_path: Path) -> None:
+def test_a_longer_training_is_one_that_was_long_from_the_start(run: Run, result: StageResult, tmp_path: Path) -> None:
     short = train(tiny(training__steps=2), tmp_path / "run", result=result)
     longer = resume(short.path, {"training.steps": 4, "training.keep_last": 1})
     assert longer.config().training.steps == 4
@@ -246,7 +246,7 @@ def test_what_may_change_exists() -> None:
         assert differences(config, override(config, {key: changed})) == [key]
 
 
-def test_differences_are_named_by_their_keys(result: SplitResult) -> None:
+def test_differences_are_named_by_their_keys(result: StageResult) -> None:
     config = tiny()
     assert differences(config, config) == []
     other = override(config, {"optimizer.lr": 0.5, "diffusion.prior.kind": "uniform-time", "network.separate": True})
@@ -299,7 +299,7 @@ class At(Callback):
             self.action()
 
 
-def test_an_interrupted_training_leaves_a_checkpoint_and_goes_on(run: Run, result: SplitResult, tmp_path: Path) -> None:
+def test_an_interrupted_training_leaves_a_checkpoint_and_goes_on(run: Run, result: StageResult, tmp_path: Path) -> None:
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(
         KeyboardInterrupt, match=r"stopped at step 3 with a checkpoint; go on with msdiff train --resume"
@@ -476,7 +476,7 @@ def test_stages_and_scale_of_other_data_are_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="those of digits") as warned:
         train(config, tmp_path / "run")
     said = [str(w.message) for w in warned]
-    assert any("the stages are those of digits; msdiff split finds" in message for message in said)
+    assert any("the stages are those of digits; msdiff stages finds" in message for message in said)
     assert any("diffusion.sigma_data=2, but the images' standard deviation is 0.5" in message for message in said)
 
 

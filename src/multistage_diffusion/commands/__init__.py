@@ -10,12 +10,12 @@ from .describe import Demo, Describe, Report
 from .evaluate import Evaluate, Stats
 from .exchange import Export, Import
 from .plan import Plan
-from .stages import Split
+from .stages import FindStages
 from .tables import Presets, Tables
 from .train import Sample, Train
 
 COMMANDS: dict[str, type[Any]] = {
-    "split": Split,
+    "stages": FindStages,
     "train": Train,
     "train-codec": TrainCodec,
     "sample": Sample,

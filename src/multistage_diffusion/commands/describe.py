@@ -100,7 +100,7 @@ class Report:
 
 @dataclass(kw_only=True)
 class Demo:
-    """Do the whole job on real handwritten digits in a few minutes: split, train, sample, evaluate, report.
+    """Do the whole job on real handwritten digits in a few minutes: stages, train, sample, evaluate, report.
 
     Examples
       msdiff demo --out runs/demo
@@ -125,7 +125,7 @@ class Demo:
         say(evaluation_text(result))
         for name, what in (
             ("samples.png", "samples"),
-            ("split.png", "stages"),
+            ("stages.png", "stages"),
             (page.name, "report: open in a browser"),
         ):
             say(f"{self.out / name}  ({what})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from ..config.serialization import override
 from ..console import Bar
 from ..errors import UserError
 from ..planning import PlannedStage
-from ..stage_finding import SplitResult
+from ..stage_finding import StageResult
 from ..workflow.plan import Planned, explained_file, plan
 from .options import Changes, DataOptions, Device, check_out, load_config, option, parse_changes, print_json, say
 
@@ -30,7 +31,7 @@ class Plan(DataOptions):
       msdiff plan digits --out plan.json
       msdiff plan digits --budget 12 --stages 4 --probe-steps 600
       msdiff plan photos/ --size 32 32 --fit crop --preset fashion-mnist --out photos.json
-      msdiff plan fashion-mnist --split split.json --set training.batch=64
+      msdiff plan fashion-mnist --stages stages.json --set training.batch=64
     """
 
     data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
@@ -41,10 +42,8 @@ class Plan(DataOptions):
     """A configuration (JSON or YAML) instead of a preset."""
     budget: Annotated[float | None, option("MFLOPS", "what the base's own network takes")] = None
     """Mean forward MFLOPs of a denoiser call for one image: 2 per multiply-add, encoder included."""
-    stages: Annotated[int | None, option("INT", "3")] = None
-    """Number of stages to find: 3 by algorithm 1 of msdiff split, others by algorithm 2."""
-    split: Annotated[Path | None, option("FILE", "stages are found")] = None
-    """The split.json of msdiff split, whose stages are taken."""
+    stages: Annotated[str, option("N|FILE", "3")] = "3"
+    """Number of stages to find (3 by algorithm 1 of msdiff stages, others by algorithm 2), or a stages.json to take."""
     probe_steps: int = 300
     """Training steps of each of the two probes."""
     set: Changes = ()
@@ -64,14 +63,13 @@ class Plan(DataOptions):
             raise UserError(f"--out {self.out}: a plan is JSON; name it {self.out.with_suffix('.json')}")
         for path in (self.out, explained_file(self.out)):
             check_out(path, self.overwrite)
-        if self.split is not None and self.stages is not None:
-            raise UserError("--split FILE and --stages N both say how many stages there are; give one of them")
         changes = {f"data.{name}": value for name, value in self.given().items()} | parse_changes(self.set)
         base = override(self.base(), {"data.source": self.data, **changes})
+        number = int(self.stages) if re.fullmatch(r"[+-]?\d+", self.stages) else None
         planned = plan(
             base,
-            result=None if self.split is None else SplitResult.load(self.split),
-            stages=3 if self.stages is None else self.stages,
+            result=None if number is not None else StageResult.load(Path(self.stages)),
+            stages=3 if number is None else number,
             budget=None if self.budget is None else self.budget * 1e6,
             probe_steps=self.probe_steps,
             out=self.out,

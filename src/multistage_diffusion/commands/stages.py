@@ -16,30 +16,30 @@ from ..console import Bar
 from ..distributed import is_main_process
 from ..errors import UserError
 from ..schedules import SCHEDULES
-from ..stage_finding import SplitResult, SplitSettings
-from ..workflow.clustering import split_run
-from ..workflow.stages import split
+from ..stage_finding import StageResult, StageSettings
+from ..workflow.clustering import find_stages_by_gradients
+from ..workflow.stages import find_stages
 from .options import DataOptions, Device, check_out, option, print_json, say
 
 
 @dataclass(kw_only=True)
-class Split(DataOptions):
+class FindStages(DataOptions):
     """Find the noise ranges (stages) of a data set from the data themselves.
 
     Writes OUT (JSON) and the curves that the stages are read from beside it (PNG). Under torchrun (with -m
-    multistage_diffusion.cli split ...) the processes share the work; what they find does not depend on how many there are.
+    multistage_diffusion.cli stages ...) the processes share the work; what they find does not depend on how many there are.
 
     Examples
-      msdiff split digits --out split.json
-      msdiff split digits --precision 0.005 --out precise.json
-      msdiff split photos/ --size 64 64 --fit crop --algorithm 2 --stages 4 --out split.json
-      msdiff split digits --data-range 0 1 --json
-      msdiff split --algorithm gradient --run runs/one-stage --stages 3 --out gradient.json
+      msdiff stages digits --out stages.json
+      msdiff stages digits --precision 0.005 --out precise.json
+      msdiff stages photos/ --size 64 64 --fit crop --algorithm 2 --stages 4 --out stages.json
+      msdiff stages digits --data-range 0 1 --json
+      msdiff stages --algorithm gradient --run runs/one-stage --stages 3 --out gradient.json
     """
 
     data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")] = ""
     """digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy or .npz"""
-    out: Path = Path("split.json")
+    out: Path = Path("stages.json")
     """Where to write the result."""
     algorithm: Literal[1, 2, "timestep", "snr", "gradient"] = 1
     """1: three stages by similarity to the limits; 2: any number by clustering; timestep, snr, gradient: baselines."""
@@ -65,8 +65,8 @@ class Split(DataOptions):
     """What algorithm 2 optimises."""
     data_range: Annotated[tuple[float, float], tyro.conf.arg(metavar="LOW HIGH")] = (-1.0, 1.0)
     """Range of the pixels: that of training; 0 1 reproduces the paper."""
-    codec: Annotated[str | None, option("CODEC", "pixels are split")] = None
-    """Split the latents of this autoencoder: a folder or hf:NAME."""
+    codec: Annotated[str | None, option("CODEC", "pixels are used")] = None
+    """Find the stages in the latents of this autoencoder: a folder or hf:NAME."""
     schedule: Literal["vp", "ve", "edm", "rectified-flow", "discrete"] = "vp"
     """Kernel in whose time edges are printed."""
     seed: int = 0
@@ -84,8 +84,8 @@ class Split(DataOptions):
 
     def run(self) -> None:
         """Run the command."""
-        names = [f.name for f in dataclasses.fields(SplitSettings)]
-        settings = SplitSettings(**{name: getattr(self, name) for name in names if hasattr(self, name)})
+        names = [f.name for f in dataclasses.fields(StageSettings)]
+        settings = StageSettings(**{name: getattr(self, name) for name in names if hasattr(self, name)})
         picture = self.out.with_suffix(".png")
         if self.out == picture:
             raise UserError(f"--out {self.out}: the result is JSON; name it {self.out.with_suffix('.json')}")
@@ -95,7 +95,7 @@ class Split(DataOptions):
             raise UserError("--algorithm gradient and --run RUN go together; give both or neither")
         if bool(self.data) == (self.trained is not None):
             raise UserError(
-                "Missing from msdiff split: DATA, the images"
+                "Missing from msdiff stages: DATA, the images"
                 if not self.data
                 else "DATA: the run knows its own; leave it out"
             )
@@ -110,11 +110,11 @@ class Split(DataOptions):
                 "progress": bar if is_main_process() else None,
             }
             if self.trained is not None:
-                result = split_run(self.trained, settings, **where)
+                result = find_stages_by_gradients(self.trained, settings, **where)
             else:
                 codec = None if self.codec is None else CodecConfig(source=self.codec)
                 config = DataConfig(source=self.data, **self.given())
-                result = split(config, settings, codec=codec, image_shards=self.image_shards, **where)
+                result = find_stages(config, settings, codec=codec, image_shards=self.image_shards, **where)
         if not is_main_process():
             return
         if self.json:
@@ -123,8 +123,8 @@ class Split(DataOptions):
             say(f"{edges_text(result)}\nwritten: {self.out}, {picture}")
 
 
-def edges_text(result: SplitResult) -> str:
-    """Return a split's edges in words."""
+def edges_text(result: StageResult) -> str:
+    """Return the edges found in words."""
     lines = []
     for k, (t, sigma) in enumerate(zip(result.edges_t, result.edges_sigma, strict=True)):
         line = f"stage {k + 1} | {k + 2}: t = {t:.4f}, sigma = {sigma:.4f}"

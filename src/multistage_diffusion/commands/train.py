@@ -18,7 +18,7 @@ from ..performance.profiling import Profile
 from ..reporting.pictures import MOST_IN_GRID, folder_of_images, grid, save_npz, save_png
 from ..samplers import make_plan, shortcoming
 from ..samplers.class_labels import warn_of_empty
-from ..stage_finding import SplitResult
+from ..stage_finding import StageResult
 from ..training.callbacks import Callback
 from ..training.run import Run
 from ..training.sample_grid import TensorBoard
@@ -47,7 +47,7 @@ class Train(DataOptions):
     Settings come from a preset or a configuration file; --set changes single ones (YAML values).
 
     Examples
-      msdiff train --preset digits --data digits --stages split.json --out runs/digits
+      msdiff train --preset digits --data digits --stages stages.json --out runs/digits
       msdiff train --preset fashion-mnist --data photos/ --size 32 48 --fit crop --out runs/photos
       msdiff train --preset digits --out runs/slow --set optimizer.lr=1e-4 training.steps=20000
       msdiff train --preset fashion-mnist-latent --codec codecs/fashion --out runs/latent
@@ -66,7 +66,7 @@ class Train(DataOptions):
     data: Annotated[str | None, option("DATA", "the preset's")] = None
     """digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy or .npz"""
     stages: Annotated[Path | None, option("FILE", "the preset's")] = None
-    """The split.json of msdiff split."""
+    """The stages.json of msdiff stages."""
     codec: Annotated[str | None, option("CODEC", "the preset's; most train on pixels")] = None
     """Train on the latents of this autoencoder: a folder (msdiff train-codec) or hf:NAME."""
     init_from: Annotated[Path | None, option("RUN")] = None
@@ -132,7 +132,7 @@ class Train(DataOptions):
         base = load_config(self.config) if self.config is not None else preset(self.preset or "")
         if self.stages is not None and any(key.startswith("stages.") for key in changes):
             raise UserError("--stages FILE and --set stages.... both name the stages; give one of them")
-        result = None if self.stages is None else SplitResult.load(self.stages)
+        result = None if self.stages is None else StageResult.load(self.stages)
         if result is not None:  # together with decoder widths for as many stages
             changes = {"stages": result.stages(), **changes}
         config = override(base, changes)

@@ -211,7 +211,7 @@ def cifar10_edm_separate() -> RunConfig:
 def celeba32_edm() -> RunConfig:
     """CelebA at 32x32, Multistage EDM: the network, edges and training settings of cifar10-edm.
 
-    The edges are CIFAR-10's, as in the paper; `msdiff split` finds those of CelebA.
+    The edges are CIFAR-10's, as in the paper; `msdiff stages` finds those of CelebA.
     """
     return dataclasses.replace(cifar10_edm(), name="celeba32-edm")
 

@@ -82,7 +82,7 @@ def write_report(
     samples: Tensor,
     real: Tensor,
     neighbours: Neighbours | None = None,
-    split_png: Path | None = None,
+    stages_png: Path | None = None,
     evaluation: Sequence[Any] | None = None,
 ) -> Path:
     """Write RUN/report.html and return its path.
@@ -94,7 +94,7 @@ def write_report(
         samples: uint8 (N, C, H, W), generated images.
         real: uint8 (M, C, H, W), held-out or training images to set beside them.
         neighbours: samples with their nearest training images.
-        split_png: picture of the similarity curves that the stages come from.
+        stages_png: picture of the similarity curves that the stages come from.
         evaluation: evaluation results (dataclasses or plain dictionaries); default: those of RUN/evaluation.json.
 
     Raises:
@@ -109,7 +109,7 @@ def write_report(
     quality = [r for r in records if r["kind"] == "quality"]
     metrics = "".join(_metrics(to_dict(result)) for result in evaluation)
     sections = [
-        ("stages", "Stages", _stages(config, split_png)),
+        ("stages", "Stages", _stages(config, stages_png)),
         ("network", "Network", _network(architecture)),
         ("training", "Training", _training(train, held_out, len(config.stages)) + _quality(quality)),
         ("samples", "Samples", _samples(config, samples, real)),
@@ -139,7 +139,7 @@ def _header(config: RunConfig, train: Sequence[Record], launches: Sequence[Recor
     return f"<p>multistage-diffusion run</p><h1>{escape(config.name)}</h1>{facts(values)}"
 
 
-def _stages(config: RunConfig, split_png: Path | None) -> str:
+def _stages(config: RunConfig, stages_png: Path | None) -> str:
     """Draw the schedule's training times as a bar cut at the stages' edges; below it the similarity curves."""
     schedule, stages = config.diffusion.schedule, config.stages
     cuts = [min(max(schedule.edge_time(edge), schedule.t_min), schedule.t_max) for edge in stages.interior]
@@ -152,8 +152,8 @@ def _stages(config: RunConfig, split_png: Path | None) -> str:
         bar += f"<div {mark}><b>{k + 1}</b><span>{(end - start) / whole:.0%}</span></div>"
         key += f"<li><i {mark}></i><b>Stage {k + 1}</b> σ in {escape(interval)}</li>"
     curves = note("No similarity curves: the stages were given, not found on the data.")
-    if split_png is not None:
-        image = load_png(split_png, str(split_png), "remove it, or write it again with msdiff split")
+    if stages_png is not None:
+        image = load_png(stages_png, str(stages_png), "remove it, or write it again with msdiff stages")
         curves = picture(image, "Similarity curves on the data, and the stages cut from them.", smooth=True)
     ends = '<p class="ends"><span>clean image</span><span>pure noise</span></p>'
     return f'<div class="bar">{bar}</div>{ends}<ul class="key">{key}</ul>{curves}'

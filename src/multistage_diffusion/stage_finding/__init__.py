@@ -1,8 +1,8 @@
 """Finding the stages: where the optimal denoiser of a data set changes its behaviour."""
 
-from .finding import find_stages
-from .result import SplitResult
-from .settings import SplitSettings
+from .finding import compute_stages
+from .result import StageResult
+from .settings import StageSettings
 from .sharing import Sharing
 
-__all__ = ["Sharing", "SplitResult", "SplitSettings", "find_stages"]
+__all__ = ["Sharing", "StageResult", "StageSettings", "compute_stages"]

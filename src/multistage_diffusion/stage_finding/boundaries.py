@@ -70,7 +70,7 @@ class ThreeStages:
             t2 = self._edge(near1, near1 < self.alpha, "smoothed S1", last=True)
         if not t1 < t2:
             raise UserError(
-                f"split: t1={t1:.4f} is not below t2={t2:.4f}: at alpha={self.alpha} the two outer stages overlap and "
+                f"stages: t1={t1:.4f} is not below t2={t2:.4f}: at alpha={self.alpha} the two outer stages overlap and "
                 "leave no middle one; raise alpha, lower eta, or ask for 2 stages with algorithm 2"
             )
         return t1, t2
@@ -83,7 +83,7 @@ class ThreeStages:
         if not bool(hit.any()) or bool(hit[outermost]):
             holds = bool(curve[outermost] >= self.alpha)
             raise UserError(
-                f"split: mean {name} {'holds' if holds else 'falls short of'} alpha={self.alpha} all the way to the end "
+                f"stages: mean {name} {'holds' if holds else 'falls short of'} alpha={self.alpha} all the way to the end "
                 f"of the domain (it runs from {float(curve.min()):.4f} to {float(curve.max()):.4f}); "
                 + ("raise alpha or lower eta" if holds else "lower alpha or raise eta")
             )
@@ -123,7 +123,7 @@ def optimal_partitions(similarity: Array, stages: int, objective: Objective) -> 
     """Return `optimal_partition` for 1, 2, .. `stages` groups: dynamic programming finds them all on the way."""
     nodes = len(similarity)
     if not 1 <= stages <= nodes:
-        raise UserError(f"split: stages={stages} must be between 1 and the {nodes} nodes of the grid")
+        raise UserError(f"stages: stages={stages} must be between 1 and the {nodes} nodes of the grid")
     found = cheapest_groups(_group_costs(similarity, objective), stages)
     return [(cuts, value if objective == "total-distance" else -value) for cuts, value in found]
 

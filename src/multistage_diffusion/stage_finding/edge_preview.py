@@ -69,7 +69,7 @@ def decode_png(text: str) -> npt.NDArray[np.uint8]:
     Raises:
         UserError: if it is none, or larger than this package makes them.
     """
-    mend = "find the stages again with msdiff split"
+    mend = "find the stages again with msdiff stages"
     try:
         content = base64.b64decode(text, validate=True)
     except ValueError:

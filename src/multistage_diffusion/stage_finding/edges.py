@@ -13,8 +13,8 @@ from ..errors import UserError
 from ..schedules import VP, NoiseSchedule
 from .boundaries import Objective, mean_within_distance, optimal_partitions
 from .intervals import Array
-from .result import SplitResult
-from .settings import SplitSettings
+from .result import StageResult
+from .settings import StageSettings
 
 MOST_STAGES = 8  # of the table
 _NODE_SPACING = 0.025  # of Algorithm 2's grid, as a share of t_max
@@ -23,14 +23,14 @@ _NODE_SPACING = 0.025  # of Algorithm 2's grid, as a share of t_max
 def made_result(
     times: tuple[float, ...],
     curves: dict[str, Any],
-    settings: SplitSettings,
+    settings: StageSettings,
     *,
     schedule: NoiseSchedule,
     measure: VP,
     intervals: Sequence[tuple[float, float]] = (),
     **other: Any,
-) -> SplitResult:
-    """Return the result of a split.
+) -> StageResult:
+    """Return what was found.
 
     Args:
         times: edges in the time of `measure`.
@@ -46,7 +46,7 @@ def made_result(
     """
     edges, sigmas = printed(schedule, measure, times)
     bounds = tuple((*in_time_of(schedule, measure, pair),) for pair in intervals)
-    return SplitResult(
+    return StageResult(
         edges_t=edges,
         edges_sigma=sigmas,
         intervals_t=bounds,  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ def printed(
     except UserError:
         found = ", ".join(f"{measure.edge_sigma(t):.4g}" for t in times)
         raise UserError(
-            f"split: edges at sigma = {found}: the {schedule.kind} schedule has steps on one side only of one of them; "
+            f"stages: edges at sigma = {found}: the {schedule.kind} schedule has steps on one side only of one of them; "
             "print them in another schedule, or ask for other stages"
         ) from None
 

@@ -17,18 +17,18 @@ from .edges import made_result
 from .inputs import held_out_rows, tiled_images
 from .intervals import half_width
 from .posterior import TiledImages
-from .result import SplitResult
+from .result import StageResult
 from .searching import Limits, Pairs, Search
-from .settings import SplitSettings, require
+from .settings import StageSettings, require
 from .sharing import Sharing
 from .similarity import Progress
 
 _FIRST = 200  # samples drawn before it is known how many a precision takes
 
 
-def find_stages(
+def compute_stages(
     images: Tensor | npt.NDArray[Any],
-    settings: SplitSettings | None = None,
+    settings: StageSettings | None = None,
     *,
     schedule: NoiseSchedule | None = None,
     held_out: Tensor | npt.NDArray[Any] | None = None,
@@ -39,7 +39,7 @@ def find_stages(
     memory: int = 2 << 30,
     sharing: Sharing | None = None,
     progress: Progress | None = None,
-) -> SplitResult:
+) -> StageResult:
     """Find the stages of a data set with its optimal denoiser (Algorithms 1 and 2).
 
     Args:
@@ -60,7 +60,7 @@ def find_stages(
     Raises:
         UserError: if the images are unusable (see the message), or no edges exist for these settings.
     """
-    settings = (settings or SplitSettings()).resolved()
+    settings = (settings or StageSettings()).resolved()
     schedule, sharing = schedule or VP(), sharing or Sharing()
     measure = schedule if isinstance(schedule, VP) else VP()
     data = tiled_images(images, settings, device, memory, sharing)
@@ -71,7 +71,8 @@ def find_stages(
         strip = _strip(data, images, times, measure, settings)
         return made_result(times, curves, settings, schedule=schedule, measure=measure, strip=strip, **origin)
     require(
-        settings.algorithm != "gradient", "algorithm=gradient reads a trained run, not images; see workflow.split_run"
+        settings.algorithm != "gradient",
+        "algorithm=gradient reads a trained run; see workflow.clustering",
     )
     search: Search = (Limits if settings.algorithm == 1 else Pairs)(data, settings, measure, sharing, progress)
     intervals = _sample(search, settings)
@@ -98,7 +99,7 @@ def _strip(
     images: Tensor | npt.NDArray[Any],
     times: tuple[float, ...],
     measure: VP,
-    settings: SplitSettings,
+    settings: StageSettings,
 ) -> str:
     """Return the picture of the edges, empty for what is not pictures."""
     shape = tuple(images.shape[1:])
@@ -107,7 +108,7 @@ def _strip(
     return edge_strip(data, (shape[0], shape[1], shape[2]), times, measure, settings.seed)
 
 
-def _sample(search: Search, settings: SplitSettings) -> list[tuple[float, float]]:
+def _sample(search: Search, settings: StageSettings) -> list[tuple[float, float]]:
     """Draw samples, until the edges are as precise as asked, and return their intervals."""
     most, precision = settings.samples, settings.precision
     assert most is not None

@@ -1,4 +1,4 @@
-"""Images as a split takes them, checked before any long work."""
+"""Images as stage finding takes them, checked before any long work."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .posterior import TiledImages
 from .searching import OUTSIDE
-from .settings import SplitSettings, require
+from .settings import StageSettings, require
 from .sharing import Sharing
 
 
 def tiled_images(
     images: Tensor | npt.NDArray[Any],
-    settings: SplitSettings,
+    settings: StageSettings,
     device: torch.device | str | None,
     memory: int,
     sharing: Sharing,
@@ -45,7 +45,7 @@ def tiled_images(
     return data
 
 
-def check_kind(name: str, images: Tensor | npt.NDArray[Any], settings: SplitSettings) -> None:
+def check_kind(name: str, images: Tensor | npt.NDArray[Any], settings: StageSettings) -> None:
     """Refuse images of another type than uint8 with a range, or floats."""
     pixels = images.dtype in (np.uint8, torch.uint8)
     floats = images.is_floating_point() if isinstance(images, Tensor) else np.issubdtype(images.dtype, np.floating)
@@ -53,7 +53,7 @@ def check_kind(name: str, images: Tensor | npt.NDArray[Any], settings: SplitSett
     require(not pixels or settings.data_range is not None, "data_range=None is for floats; uint8 pixels need a range")
 
 
-def check_values(name: str, images: Tensor | npt.NDArray[Any], settings: SplitSettings) -> None:
+def check_values(name: str, images: Tensor | npt.NDArray[Any], settings: StageSettings) -> None:
     """Refuse floats outside the range."""
     if images.dtype in (np.uint8, torch.uint8) or settings.data_range is None:
         return
@@ -68,7 +68,7 @@ def check_values(name: str, images: Tensor | npt.NDArray[Any], settings: SplitSe
 
 
 def held_out_rows(
-    images: Tensor | npt.NDArray[Any], data: TiledImages, shape: tuple[int, ...], settings: SplitSettings
+    images: Tensor | npt.NDArray[Any], data: TiledImages, shape: tuple[int, ...], settings: StageSettings
 ) -> Tensor | None:
     """Return some held-out images, checked, as centred rows (M, D); None if there are none."""
     if len(images) == 0:

@@ -1,4 +1,4 @@
-"""Pictures of a split."""
+"""Pictures of the stages found."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from matplotlib.patches import Rectangle
 
 from .. import files
 from .edge_preview import SIDE, decode_png
-from .result import SplitResult
+from .result import StageResult
 
 # Okabe and Ito's colours, told apart with any colour vision
 _BLUE, _ORANGE, _INK, _GREY = "#0072B2", "#D55E00", "#222222", "#777777"
 _BANDS = ("#E8F1F8", "#FFFFFF", "#FBEDE3")  # lowest noise, between, highest noise
 
 
-def plot_split(result: SplitResult, path: Path | str) -> None:
+def plot_stages(result: StageResult, path: Path | str) -> None:
     """Draw what the edges were read from, as a PNG.
 
     Algorithm 1: S0 and S1 over t with 95 % bands, alpha and the edges with their intervals; algorithm 2: the similarity
@@ -57,23 +57,23 @@ def plot_split(result: SplitResult, path: Path | str) -> None:
     files.write_atomic(Path(path), buffer.getvalue())
 
 
-def _cuts(result: SplitResult) -> list[float]:
+def _cuts(result: StageResult) -> list[float]:
     """Return the edges in the time of the curves."""
     return [float(result.time_measure.time(sigma)) for sigma in result.edges_sigma]
 
 
-def _edge_labels(result: SplitResult, separator: str) -> list[str]:
+def _edge_labels(result: StageResult, separator: str) -> list[str]:
     """Return "t = ..., σ = ..." of every edge, with the kernel's name where it is not the axes'."""
     kernel = "" if result.schedule == result.time_measure else f" ({result.schedule.kind})"
     edges = zip(result.edges_t, result.edges_sigma, strict=True)
     return [f"t = {t:.4g}{kernel}{separator}σ = {sigma:.4g}" for t, sigma in edges]
 
 
-def _data_label(result: SplitResult) -> str:
+def _data_label(result: StageResult) -> str:
     return "latents" if result.data_range is None else "data in [{:g}, {:g}]".format(*result.data_range)
 
 
-def _draw_curves(axes: Axes, result: SplitResult) -> None:
+def _draw_curves(axes: Axes, result: StageResult) -> None:
     """Draw S0, S1, alpha, the edges and the stages as bands."""
     settings, cuts = result.settings, _cuts(result)
     bounds = [result.time_measure.t_min, *cuts, result.time_measure.t_max]
@@ -94,7 +94,7 @@ def _draw_curves(axes: Axes, result: SplitResult) -> None:
     axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
 
 
-def _draw_values(axes: Axes, result: SplitResult) -> None:
+def _draw_values(axes: Axes, result: StageResult) -> None:
     """Draw the values that a baseline keeps close together, the edges and the stages as bands."""
     cuts = _cuts(result)
     bounds = [0.0, *cuts, result.time_measure.t_max]
@@ -114,7 +114,7 @@ def _draw_values(axes: Axes, result: SplitResult) -> None:
     axes.set_title(f"Baseline: stages of like {name}, whatever the data", fontsize=11, pad=18)
 
 
-def _draw_similarities(axes: Axes, result: SplitResult) -> None:
+def _draw_similarities(axes: Axes, result: StageResult) -> None:
     """Draw S0 and S1 and, for rule "interval-mean", the means whose crossing of alpha makes the edges."""
     t, s0, s1 = (np.asarray(result.curves[name]) for name in ("t", "s0", "s1"))
     for mean, error, color in ((s0, "s0_error", _BLUE), (s1, "s1_error", _ORANGE)):
@@ -131,7 +131,7 @@ def _draw_similarities(axes: Axes, result: SplitResult) -> None:
         )
 
 
-def _draw_matrix(figure: Figure | SubFigure, axes: Axes, result: SplitResult) -> None:
+def _draw_matrix(figure: Figure | SubFigure, axes: Axes, result: StageResult) -> None:
     """Draw the similarity of all pairs of times, each cell from its time to the next, and the stages as blocks."""
     t = np.asarray(result.curves["t"])
     borders = np.append(t, 2 * t[-1] - t[-2])
@@ -157,7 +157,7 @@ def _draw_matrix(figure: Figure | SubFigure, axes: Axes, result: SplitResult) ->
     axes.set_title(f"{stages}: {settings.objective}, {compared}, {_data_label(result)}", fontsize=11)
 
 
-def _draw_choice(axes: Axes, result: SplitResult) -> None:
+def _draw_choice(axes: Axes, result: StageResult) -> None:
     """Draw the mean distance within a stage for 1 to 8 stages."""
     table = result.curves["table"]
     counts = [line["stages"] for line in table]
@@ -174,7 +174,7 @@ def _draw_choice(axes: Axes, result: SplitResult) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def _draw_strip(axes: Axes, result: SplitResult, strip: npt.NDArray[np.uint8]) -> None:
+def _draw_strip(axes: Axes, result: StageResult, strip: npt.NDArray[np.uint8]) -> None:
     """Show the strip with a title over every column."""
     axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     cuts = _cuts(result)

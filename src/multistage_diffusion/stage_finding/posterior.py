@@ -74,7 +74,7 @@ class TiledImages:
         for part in self._tiles(0, len(self)):
             total += self._read(part).sum(0, dtype=torch.float64)
         if not bool(torch.isfinite(total).all()):
-            raise UserError("split: images hold NaN or infinite values; remove those images")
+            raise UserError("stages: images hold NaN or infinite values; remove those images")
         self.mean_image = (total / len(self)).to(torch.float32)
         if 4 * len(self) * self.dim <= budget // 2:
             held = torch.empty(len(self), self.dim, device=self.device)

@@ -1,4 +1,4 @@
-"""What a split found: stage edges, how sure they are, and everything that decided them."""
+"""What was found: stage edges, how sure they are, and everything that decided them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..records import FINITE, WHOLE, check, listed, maybe
 from ..schedules import VP, NoiseSchedule
 from ..stages import Stages
 from .edge_preview import decode_png
-from .settings import BASELINES, Algorithm, SplitSettings, require
+from .settings import BASELINES, Algorithm, StageSettings, require
 
 FORMAT_VERSION = 2
 _CURVES: dict[Algorithm, tuple[str, ...]] = {
@@ -37,7 +37,7 @@ _DERIVED = ("data_range", "rule")  # top-level copies of what the settings hold
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitResult:
+class StageResult:
     """Stage edges and what decided them.
 
     Attributes:
@@ -56,7 +56,7 @@ class SplitResult:
             within them, on held-out images too; "timestep", "snr": times "t", the "value" of each and "objective_value";
             "gradient": as algorithm 2, "similarity" being cosines and "t" where bins begin, and the checkpoints' "steps".
             Plain lists and numbers.
-        codec: fingerprint of the codec whose latents were split, empty for pixels.
+        codec: fingerprint of the codec whose latents were used, empty for pixels.
         scale: what those latents were multiplied by; None for pixels.
         strip: a PNG, base64: the optimal denoiser's answers on both sides of every edge (`strip.edge_strip`), or empty.
 
@@ -68,7 +68,7 @@ class SplitResult:
     edges_sigma: tuple[float, ...]
     schedule: NoiseSchedule
     time_measure: VP
-    settings: SplitSettings
+    settings: StageSettings
     fingerprint: str
     intervals_t: tuple[tuple[float, float], ...]
     intervals_sigma: tuple[tuple[float, float], ...]
@@ -83,7 +83,7 @@ class SplitResult:
     def __post_init__(self) -> None:
         require(
             self.format_version == FORMAT_VERSION,
-            f"format_version={self.format_version}: this release reads format {FORMAT_VERSION}; run the split again",
+            f"format_version={self.format_version}: this release reads format {FORMAT_VERSION}; find the stages again",
         )
         for name in ("edges_t", "edges_sigma", "intervals_t", "intervals_sigma"):
             edges, wanted = getattr(self, name), self.settings.stages - 1
@@ -135,7 +135,7 @@ class SplitResult:
         files.write_json(Path(path), self.to_dict())
 
     @classmethod
-    def load(cls, path: Path | str) -> SplitResult:
+    def load(cls, path: Path | str) -> StageResult:
         """Read a saved result.
 
         Raises:
@@ -148,18 +148,18 @@ class SplitResult:
             raise UserError(f"{path}: {error}") from None
 
     @classmethod
-    def _from_dict(cls, data: Any) -> SplitResult:
-        require(isinstance(data, dict), "not the result of a split (expected a JSON object); run the split again")
+    def _from_dict(cls, data: Any) -> StageResult:
+        require(isinstance(data, dict), "not a result of msdiff stages (expected a JSON object); find the stages again")
         missing = [f.name for f in dataclasses.fields(cls) if f.name not in data]
         missing += [name for name in _DERIVED if name not in data]
-        require(not missing, f"{', '.join(missing)} missing; run the split again")
+        require(not missing, f"{', '.join(missing)} missing; find the stages again")
         result = serialization.from_dict(cls, {k: v for k, v in data.items() if k not in _DERIVED})
         if result.strip:
             decode_png(result.strip)
         for name in _DERIVED:
             require(
                 data[name] == result.to_dict()[name],
-                f"{name}={data[name]!r} contradicts the settings ({result.to_dict()[name]!r}); run the split again",
+                f"{name}={data[name]!r} contradicts the settings ({result.to_dict()[name]!r}); find the stages again",
             )
         return result
 
@@ -171,23 +171,25 @@ def _check_curves(curves: dict[str, Any], algorithm: Algorithm) -> None:
     arrays = {}
     for name in set(names) - {"table"}:
         try:
-            require(_numbers(curves[name]), f"curves.{name} holds other than lists of numbers; run the split again")
+            require(_numbers(curves[name]), f"curves.{name} holds other than lists of numbers; find the stages again")
             arrays[name] = np.asarray(curves[name], dtype=np.float64)
         except (TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"curves.{name} holds lists of numbers of different lengths; run the split again") from None
+            raise UserError(
+                f"curves.{name} holds lists of numbers of different lengths; find the stages again"
+            ) from None
     count = arrays["t"].size
     shapes = {name: (count,) for name in arrays} | {"similarity": (count, count), "objective_value": ()}
     shapes["steps"] = np.shape(curves.get("steps", ()))  # of any number
-    require(all(arrays[n].shape == shapes[n] for n in arrays), "curves differ in length; run the split again")
+    require(all(arrays[n].shape == shapes[n] for n in arrays), "curves differ in length; find the stages again")
     table = curves.get("table", [])
     require(
         isinstance(table, list) and all(isinstance(line, dict) and set(line) == set(_LINE) for line in table),
-        f"lines of the table must hold {', '.join(sorted(_LINE))}; run the split again",
+        f"lines of the table must hold {', '.join(sorted(_LINE))}; find the stages again",
     )
     for number, line in enumerate(table):
-        check(line, _LINE, f"curves.table[{number}]", mend="; run the split again")
+        check(line, _LINE, f"curves.table[{number}]", mend="; find the stages again")
 
 
 def _numbers(value: Any) -> bool:

@@ -16,7 +16,7 @@ from .boundaries import ThreeStages, optimal_partition
 from .edges import grid_times, stage_table
 from .intervals import Array, edge_intervals
 from .posterior import TiledImages, posterior_means_of
-from .settings import SplitSettings, require
+from .settings import StageSettings, require
 from .sharing import Sharing
 from .similarity import (
     Progress,
@@ -38,7 +38,7 @@ class Search(ABC):
     """Samples drawn so far, and the edges they show."""
 
     def __init__(
-        self, data: TiledImages, settings: SplitSettings, measure: VP, sharing: Sharing, progress: Progress | None
+        self, data: TiledImages, settings: StageSettings, measure: VP, sharing: Sharing, progress: Progress | None
     ) -> None:
         assert settings.space is not None
         self.data, self.settings, self.measure, self.sharing, self.progress = data, settings, measure, sharing, progress

@@ -20,11 +20,11 @@ MOST_SAMPLES = {1: 1_000_000, 2: 20_000}
 def require(condition: bool, message: str) -> None:
     """Raise UserError unless a user's value is as it must be."""
     if not condition:
-        raise UserError(f"split: {message}")
+        raise UserError(f"stages: {message}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitSettings:
+class StageSettings:
     """How stages are looked for.
 
     Attributes:
@@ -95,7 +95,7 @@ class SplitSettings:
             require(-math.inf < low < high < math.inf, f"data_range={self.data_range} must be finite and ascending")
         require(self.grid >= 10, f"grid={self.grid} must be at least 10")
 
-    def resolved(self) -> SplitSettings:
+    def resolved(self) -> StageSettings:
         """Return a copy with the algorithm's own defaults filled in for `samples` and `space`, which baselines lack."""
         if self.algorithm in BASELINES:
             return dataclasses.replace(self, samples=None, precision=None, space=None)

@@ -1,4 +1,4 @@
-"""Several processes that split one data set together: each takes a share of the samples, or of the images."""
+"""Several processes that find the stages of one data set together: each takes a share of the samples, or of the images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Sharing:
     def __post_init__(self) -> None:
         if self.image_shards < 1 or self.world.size % self.image_shards:
             raise UserError(
-                f"split: image_shards={self.image_shards} must divide the number of processes, {self.world.size}; start "
+                f"stages: image_shards={self.image_shards} must divide the number of processes, {self.world.size}; start "
                 "another number of them with torchrun --nproc-per-node"
             )
 

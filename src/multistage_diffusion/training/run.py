@@ -1,7 +1,7 @@
 """A run's folder: where everything is, how it is opened, locked and logged.
 
 RUN/config.json      the run configuration        RUN/checkpoints/   see checkpoint.py
-RUN/split.json       the split its stages come from (if any)
+RUN/stages.json       the result its stages come from (if any)
 RUN/metrics.jsonl    losses, evaluations          RUN/samples/       grids drawn during training
 RUN/launches.jsonl   every command that trained it   RUN/execution.json   how steps are computed (if a trial was made)
 RUN/imported.json    the file it was imported from (if any)

@@ -19,26 +19,26 @@ from ..latent.codecs import open_codec
 from ..latent.latents import encode_images
 from ..performance.devices import resolve_device
 from ..schedules import VP, NoiseSchedule
-from ..stage_finding import SplitResult, SplitSettings
+from ..stage_finding import StageResult, StageSettings
 from ..stage_finding.boundaries import Objective, optimal_partition
 from ..stage_finding.edges import made_result, stage_table
 from ..training.gradients import gradient_affinity
 from ..training.run import Run
 from .progress import Progress
-from .stages import GIB, save_split
+from .stages import GIB, save_stages
 
 
-def split_run(
+def find_stages_by_gradients(
     run: Run | Path | str,
-    settings: SplitSettings,
+    settings: StageSettings,
     *,
     schedule: NoiseSchedule | None = None,
     out: Path | str | None = None,
     device: str | None = None,
     memory: float = 2.0,
     progress: Progress | None = None,
-) -> SplitResult:
-    """Find stages by the gradients of a trained run, as `gradient_split` does.
+) -> StageResult:
+    """Find stages by the gradients of a trained run, as `gradient_stages` does.
 
     Args:
         run: a trained run, or its folder.
@@ -50,17 +50,17 @@ def split_run(
         progress: called with (gradients done, gradients in all).
 
     Raises:
-        UserError: as `gradient_split`.
+        UserError: as `gradient_stages`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("algorithm 'gradient' is for one process; start msdiff split without torchrun")
+        raise UserError("algorithm 'gradient' is for one process; start msdiff stages without torchrun")
     run = run if isinstance(run, Run) else Run.open(run)
     config = run.config()
     schedule = schedule or config.diffusion.schedule
     measure = schedule if isinstance(schedule, VP) else VP()
     codec, objective = config.codec, settings.objective
     settings = dataclasses.replace(settings.resolved(), data_range=None if codec.used else (-1.0, 1.0))
-    times, curves = gradient_split(
+    times, curves = gradient_stages(
         run,
         settings.stages,
         measure=measure,
@@ -82,11 +82,11 @@ def split_run(
         scale=codec.scale if codec.used else None,
     )
     if out is not None:
-        save_split(result, Path(out))
+        save_stages(result, Path(out))
     return result
 
 
-def gradient_split(
+def gradient_stages(
     run: Run | Path | str,
     stages: int,
     *,

@@ -17,7 +17,7 @@ from ..training.run import Run
 from .evaluate import evaluate
 from .progress import Progress
 from .sample import report, sample
-from .stages import split
+from .stages import find_stages
 from .train import differences, resume, train
 
 
@@ -29,7 +29,7 @@ def demo(
     callbacks: Sequence[Callback] = (),
     bar: Callable[[str], AbstractContextManager[Progress]],
 ) -> tuple[Path, EvaluationResult]:
-    """Do the whole job on the digits: split, train, sample, evaluate, report; goes on where it was interrupted.
+    """Do the whole job on the digits: stages, train, sample, evaluate, report; goes on where it was interrupted.
 
     Args:
         out: the run's folder.
@@ -50,7 +50,7 @@ def demo(
     else:
         config = override(preset("digits"), changes or {})
         with bar("finding stages") as progress:
-            result = split(config.data, progress=progress, device=device)
+            result = find_stages(config.data, progress=progress, device=device)
         run = train(config, out, result=result, device=device, callbacks=callbacks)
     with bar("sampling") as progress:
         save_png(grid(sample(run, 100, device=device, progress=progress)), out / "samples.png")
@@ -60,7 +60,7 @@ def demo(
         return report(run, device=device, progress=progress), scores
 
 
-# what makes a run one of the demonstration, however it is split and however long it is
+# what makes a run one of the demonstration, whatever its stages and however long it is
 _OWN = ("data.source", "codec.source", "network.family", "network.encoder_width", "diffusion.", "optimizer.")
 
 

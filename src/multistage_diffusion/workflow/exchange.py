@@ -19,7 +19,7 @@ from ..interop.autoencoder import vq_model
 from ..interop.layouts import DDPMPP, SUFFIXES, Published, Tensors, published_bytes, read_published
 from ..interop.shapes import network_of, our_state, published_state, resolution_of
 from ..schedules import VP, Discrete, UniformSteps
-from ..stage_finding import SplitResult
+from ..stage_finding import StageResult
 from ..stages import Stages
 from ..training.checkpoint import Checkpoint, checkpoint_step, load_tensors, save_checkpoint, trained_config
 from ..training.metrics import MetricAccumulator
@@ -35,7 +35,7 @@ def import_published(
     *,
     base: RunConfig | None = None,
     size: tuple[int, int] | None = None,
-    result: SplitResult | None = None,
+    result: StageResult | None = None,
     head_channels: int | None = None,
     replace: bool = False,
 ) -> Run:
@@ -137,7 +137,7 @@ def _size(published: Published, weights: Tensors, size: tuple[int, int] | None, 
 
 
 def _config(
-    published: Published, network: NetworkConfig, base: RunConfig, size: tuple[int, int], result: SplitResult | None
+    published: Published, network: NetworkConfig, base: RunConfig, size: tuple[int, int], result: StageResult | None
 ) -> RunConfig:
     """Return the configuration of the run, all but its codec and name."""
     if _layout(base) != network.family:
@@ -215,7 +215,7 @@ def _stages(
     network: NetworkConfig,
     base: RunConfig,
     diffusion: DiffusionConfig,
-    result: SplitResult | None,
+    result: StageResult | None,
 ) -> Stages:
     """Return the stages on which a network was trained: those given, those of the file, or base's."""
     decoders, said = len(network.decoder_widths), published.arguments.get(_EDGES)
@@ -230,7 +230,7 @@ def _stages(
     if len(stages) != decoders:
         raise UserError(
             f"holds {decoders} decoders, but {len(stages)} stages are known for it; give those it was trained on "
-            "(--stages split.json, or a --preset that has them)"
+            "(--stages stages.json, or a --preset that has them)"
         )
     return stages
 

@@ -16,7 +16,7 @@ from ..data import ImageData, to_uint8
 from ..errors import UserError
 from ..latent.codecs import open_codec
 from ..latent.latents import LatentData, cached_latents, encode_images
-from ..stage_finding import SplitResult
+from ..stage_finding import StageResult
 from .progress import Progress
 
 PIXELS_AT_ONCE = 1 << 22  # of decoded images, so that a codec's activations fit into memory
@@ -75,41 +75,41 @@ def encode_parts(
     return recorded, (latents, others)
 
 
-def latents_to_split(
+def latents_for_stages(
     config: CodecConfig, data: ImageData, device: torch.device | str, progress: Progress | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return the scaled latents of a data set, and what a split of them has to record: codec and scale."""
+    """Return the scaled latents of a data set, and what finding stages in them has to record: codec and scale."""
     codec = open_codec(config, device)
     latents, scale = cached_latents(codec, data, scale=config.scale, device=device, progress=progress)
     return latents.tensor(), {"codec": codec.fingerprint, "scale": scale}
 
 
-def with_split(config: RunConfig, result: SplitResult) -> RunConfig:
-    """Return a configuration with the stages of a split.
+def with_stages(config: RunConfig, result: StageResult) -> RunConfig:
+    """Return a configuration with the stages found.
 
     Raises:
-        UserError: if the split is of other data than the network sees: pixels in another range, or other latents.
+        UserError: if the stages are of other data than the network sees: pixels in another range, or other latents.
     """
     if not config.codec.used:
         if result.codec:
-            raise UserError("stages: the split was made on latents, but this run trains on pixels; give --codec, too")
+            raise UserError("stages: they were found on latents, but this run trains on pixels; give --codec, too")
         if result.data_range is None or tuple(result.data_range) != (-1.0, 1.0):
             raise UserError(
-                f"stages: the split was made with data_range {list(result.data_range or [])}, but networks train on "
-                "[-1, 1], where its edges mean other noise; run msdiff split without --data-range"
+                f"stages: they were found with data_range {list(result.data_range or [])}, but networks train on "
+                "[-1, 1], where its edges mean other noise; run msdiff stages without --data-range"
             )
         return dataclasses.replace(config, stages=result.stages())
     if not result.codec:
         raise UserError(
-            "stages: the split was made on pixels, but this run trains on latents, where its edges mean other noise; run "
-            "msdiff split with --codec"
+            "stages: they were found on pixels, but this run trains on latents, where its edges mean other noise; run "
+            "msdiff stages with --codec"
         )
     if result.codec != config.codec.fingerprint:
-        raise UserError("stages: the split was made on the latents of another codec; run msdiff split with this one")
+        raise UserError("stages: they were found on the latents of another codec; run msdiff stages with this one")
     scale = config.codec.scale
     if scale is not None and result.scale is not None and abs(scale / result.scale - 1) > 1e-3:
         raise UserError(
-            f"stages: the split was made on latents times {result.scale:.6g}, but codec.scale={scale:.6g}; leave it out"
+            f"stages: they were found on latents times {result.scale:.6g}, but codec.scale={scale:.6g}; leave it out"
         )
     codec = dataclasses.replace(config.codec, scale=result.scale)
     return dataclasses.replace(config, codec=codec, stages=result.stages())

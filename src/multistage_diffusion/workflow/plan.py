@@ -33,16 +33,16 @@ from ..planning import (
     probe_widths,
     reasons,
 )
-from ..stage_finding import SplitResult, SplitSettings
+from ..stage_finding import StageResult, StageSettings
 from ..training.batches import Batch, TrainingData, held_out_batch, prior_masses, stage_shares, stage_weights
 from ..training.callbacks import Callback
 from ..training.losses import row_losses
 from ..training.run import Run
 from ..training.trainer import Trainer
-from .latent import with_codec, with_split
+from .latent import with_codec, with_stages
 from .prepare import PreparedRun, check, prepare, with_paths
 from .progress import Progress
-from .stages import split as find
+from .stages import find_stages as find
 
 ROWS = 1024  # held-out rows of a stage, at least: fewer leave the gains' errors large
 MEMORY = 2 << 30  # bytes of training images, as floats, of which an optimal denoiser is made at most
@@ -56,7 +56,7 @@ class Planned:
     Attributes:
         config: of the run to train.
         base: name of the configuration it was made from.
-        edges_from: what set the edges, e.g. "algorithm 1", or "a given split".
+        edges_from: what set the edges, e.g. "algorithm 1", or "given stages".
         budget: mean forward FLOPs of a row that were asked for.
         flops: those of the network planned; `flops_encoder` are its encoder's.
         probe_widths: decoder widths of the two probes, narrow and wide.
@@ -97,7 +97,7 @@ def explained_file(out: Path) -> Path:
 def plan(
     config: RunConfig,
     *,
-    result: SplitResult | None = None,
+    result: StageResult | None = None,
     stages: int = 3,
     budget: float | None = None,
     probe_steps: int = 300,
@@ -109,7 +109,7 @@ def plan(
 
     Args:
         config: the base: its data, encoder, depth, noise and training are kept.
-        result: the split whose edges are taken; None finds them (Algorithm 1 for three stages, 2 for other numbers).
+        result: the result whose edges are taken; None finds them (Algorithm 1 for three stages, 2 for other numbers).
         stages: number of stages to find.
         budget: mean forward FLOPs of a row (2 per multiply-add, encoder included); None: those of the base's own network.
         probe_steps: training steps of each of the two probes.
@@ -131,9 +131,9 @@ def plan(
     size = (config.input_shape[1], config.input_shape[2])
     if budget is None:
         budget = mean_flops(config.network, _shares(config), size)
-    edges_from = "a given split"
+    edges_from = "given stages"
     if result is None:
-        settings = SplitSettings(algorithm=1 if stages == 3 else 2, stages=stages)
+        settings = StageSettings(algorithm=1 if stages == 3 else 2, stages=stages)
         edges_from = f"algorithm {settings.algorithm}"
         codec_config = config.codec if codec is not None else None
         with bar("finding stages") as progress:
@@ -198,8 +198,8 @@ def _shares(config: RunConfig) -> tuple[float, ...]:
     return stage_shares(config.training, config.stages, config.diffusion.prior)
 
 
-def _staged(config: RunConfig, result: SplitResult) -> RunConfig:
-    """Return a configuration with the stages of a split, as many decoders, and shares of rows as numbers.
+def _staged(config: RunConfig, result: StageResult) -> RunConfig:
+    """Return a configuration with the stages found, as many decoders, and shares of rows as numbers.
 
     Raises:
         UserError: if they do not fit it, or a stage gets no rows.
@@ -215,7 +215,7 @@ def _staged(config: RunConfig, result: SplitResult) -> RunConfig:
     config = dataclasses.replace(
         config, network=network, stages=stages, training=dataclasses.replace(training, shares=shares)
     )
-    return with_split(config, result)
+    return with_stages(config, result)
 
 
 class _Steps(Callback):

@@ -54,7 +54,7 @@ def warn_of_borrowed(config: RunConfig, images: ImageData) -> None:
     made_for = config.stages.origin.get("data", config.data.source)
     if len(config.stages) > 1 and made_for != config.data.source:
         warnings.warn(
-            f"the stages are those of {made_for}; msdiff split finds these data's own (--stages)", stacklevel=3
+            f"the stages are those of {made_for}; msdiff stages finds these data's own (--stages)", stacklevel=3
         )
     std = float(to_float(images.images[:4096]).std())
     if config.diffusion.precondition == "edm" and not 0.5 < config.diffusion.sigma_data / max(std, 1e-9) < 2.0:

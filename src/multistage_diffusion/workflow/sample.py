@@ -188,7 +188,7 @@ def report(
     images = sample(run, count, checkpoint=checkpoint, in_turn=True, device=device, progress=progress)
     pixels = get_features("pixels")
     distance, index = nearest(pixels(images), pixels(train_images))
-    split_png = run.path / "split.png"
+    stages_png = run.path / "stages.png"
     return write_report(
         run.path,
         config=config,
@@ -196,5 +196,5 @@ def report(
         samples=images,
         real=real[torch.randperm(len(real), generator=generator(("report", "real")))[:count]],
         neighbours=Neighbours(samples=images[:16], nearest=train_images[index[:16]], distances=distance[:16].tolist()),
-        split_png=split_png if split_png.exists() else None,
+        stages_png=stages_png if stages_png.exists() else None,
     )

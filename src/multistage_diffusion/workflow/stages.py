@@ -11,16 +11,16 @@ from ..config.serialization import to_dict
 from ..data import ImageData, open_configured
 from ..performance.devices import joined
 from ..schedules import VP, NoiseSchedule
-from ..stage_finding import Sharing, SplitResult, SplitSettings, find_stages
-from .latent import latents_to_split
+from ..stage_finding import Sharing, StageResult, StageSettings, compute_stages
+from .latent import latents_for_stages
 from .progress import Progress
 
 GIB = 1 << 30
 
 
-def split(
+def find_stages(
     data: ImageData | str | DataConfig,
-    settings: SplitSettings | None = None,
+    settings: StageSettings | None = None,
     *,
     schedule: NoiseSchedule | None = None,
     codec: CodecConfig | None = None,
@@ -29,14 +29,14 @@ def split(
     memory: float = 2.0,
     image_shards: int = 1,
     progress: Progress | None = None,
-) -> SplitResult:
+) -> StageResult:
     """Find the stages of a data set's training images.
 
     Args:
         data: an opened data set (used whole), or where it is (its held-out images are left out, and shown to algorithm 2).
         settings: algorithm and options.
         schedule: the kernel in whose time edges are printed; default VP.
-        codec: split the latents of this autoencoder instead of pixels.
+        codec: use the latents of this autoencoder instead of pixels.
         out: where to write the result as JSON, with its curves as PNG beside it.
         device: default CUDA when there is one.
         memory: GiB to stay under, roughly.
@@ -48,7 +48,7 @@ def split(
         UserError: if the data cannot be read or have no such stages, or processes differ in data or settings.
         RankLost: if another process is lost.
     """
-    settings, (world, resolved) = settings or SplitSettings(), joined(device, "split")
+    settings, (world, resolved) = settings or StageSettings(), joined(device, "stages")
     with world.report_failures():
         sharing = Sharing(world=world, image_shards=image_shards)
         with world.synchronize_errors():
@@ -56,10 +56,10 @@ def split(
             kept: dict[str, Any] = {}
             found: Any = images.images
             if codec is not None:
-                found, kept = latents_to_split(codec, images, resolved, progress)
+                found, kept = latents_for_stages(codec, images, resolved, progress)
                 settings, held_out = dataclasses.replace(settings, data_range=None), None
         world.require_equal({"data": fingerprint, "image_shards": image_shards, **to_dict(settings)})
-        result = find_stages(
+        result = compute_stages(
             found,
             settings,
             schedule=schedule or VP(),
@@ -72,12 +72,12 @@ def split(
             **kept,
         )
         if out is not None and world.is_main_process:
-            save_split(result, Path(out))
+            save_stages(result, Path(out))
         return result
 
 
 def _opened(data: ImageData | str | DataConfig) -> tuple[ImageData, Any, str]:
-    """Return the images to split, other ones (None: there are none), and the fingerprint of the former."""
+    """Return the images to use, other ones (None: there are none), and the fingerprint of the former."""
     if isinstance(data, ImageData):
         return data, None, data.fingerprint
     config = DataConfig(source=data) if isinstance(data, str) else data
@@ -85,9 +85,9 @@ def _opened(data: ImageData | str | DataConfig) -> tuple[ImageData, Any, str]:
     return training, others.images, training.fingerprint
 
 
-def save_split(result: SplitResult, path: Path) -> None:
-    """Write a split as JSON, and its curves as PNG beside it."""
-    from ..stage_finding.plots import plot_split  # matplotlib takes a while to import
+def save_stages(result: StageResult, path: Path) -> None:
+    """Write the stages as JSON, and its curves as PNG beside it."""
+    from ..stage_finding.plots import plot_stages  # matplotlib takes a while to import
 
     result.save(path)
-    plot_split(result, path.with_suffix(".png"))
+    plot_stages(result, path.with_suffix(".png"))

@@ -20,7 +20,7 @@ from ..files import NotWrittenError, write_json
 from ..performance.autotune import check_execution, settled
 from ..performance.devices import joined, precision_name
 from ..samplers.class_labels import with_class_counts
-from ..stage_finding import SplitResult
+from ..stage_finding import StageResult
 from ..training.callbacks import Callback
 from ..training.checkpoint import checkpoint_step, list_checkpoints, trained_config
 from ..training.run import Run
@@ -29,10 +29,10 @@ from ..training.strategies import Strategy
 from ..training.trainer import Trainer
 from .evaluation_callback import FidReference, Quality
 from .interrupts import stopped_by_signals
-from .latent import with_codec, with_split
+from .latent import with_codec, with_stages
 from .prepare import PreparedRun, check, located, prepare, warn_of_blind, warn_of_borrowed, with_paths
 from .progress import Progress
-from .stages import save_split
+from .stages import save_stages
 
 Prepared = tuple[PreparedRun, list[Callback]]  # what a run is trained on, and what evaluates it
 
@@ -41,7 +41,7 @@ def train(
     config: RunConfig,
     out: Path | str,
     *,
-    result: SplitResult | None = None,
+    result: StageResult | None = None,
     replace: bool = False,
     device: str | None = None,
     strategy: Strategy = "time",
@@ -56,7 +56,7 @@ def train(
     Args:
         config: usually a preset, changed with `override`.
         out: the run's new folder.
-        result: the split that gives the stages; None keeps those of the configuration.
+        result: what gives the stages; None keeps those of the configuration.
         replace: move a run that is there already aside.
         device: default CUDA when there is one.
         strategy: what each of several processes holds: "time" everything, "memory" the decoders of its own stages.
@@ -100,7 +100,7 @@ def _in_turn(world: World, encodes: bool, prepare: Callable[[], Prepared]) -> Pr
 def _prepared(
     config: RunConfig,
     out: Path | str,
-    result: SplitResult | None,
+    result: StageResult | None,
     device: torch.device,
     progress: Progress | None,
     processes: int,
@@ -112,11 +112,11 @@ def _prepared(
     config = dataclasses.replace(prepare(config, data), name=Path(out).name)
     config, codec = with_codec(with_paths(config), device)
     if result is not None:
-        config = with_split(config, result)
+        config = with_stages(config, result)
     parts = check(config, data, device, processes)
     config = with_class_counts(config, parts[0])
     if result is not None and result.fingerprint not in ("", data.fingerprint, parts[0].fingerprint):
-        warnings.warn("the split was made on other data than these; its edges may not suit them", stacklevel=3)
+        warnings.warn("the stages were found on other data than these; its edges may not suit them", stacklevel=3)
     warn_of_blind(config.network)
     if result is None:
         warn_of_borrowed(config, parts[0])
@@ -144,9 +144,9 @@ def _is_run_of(path: Path, config: RunConfig) -> bool:
     return all(key in CHANGEABLE for key in differences(Run(path).config(), config))
 
 
-def _create(path: Path, config: RunConfig, result: SplitResult | None, *, replace: bool) -> None:
-    split = (lambda run: save_split(result, run.path / "split.json")) if result is not None else None
-    Run.create(path, config, replace=replace, fill=split)
+def _create(path: Path, config: RunConfig, result: StageResult | None, *, replace: bool) -> None:
+    fill = (lambda run: save_stages(result, run.path / "stages.json")) if result is not None else None
+    Run.create(path, config, replace=replace, fill=fill)
 
 
 def _judges(yardstick: FidReference | None, prepared: PreparedRun, device: torch.device) -> list[Callback]:
