@@ -96,7 +96,7 @@ READ_RUN = (
     "train --resume run --set training.steps=3 --device cpu",
     "export run --out weights.safetensors",
 )
-READ_DATA = ("split {} --algorithm timestep --stages 2 --out split2.json", "stats {} --out stats2.npz")
+READ_DATA = ("stages {} --algorithm timestep --stages 2 --out stages2.json", "stats {} --out stats2.npz")
 STEP = "run/checkpoints/step_00000002"
 TARGETS = (
     *(
@@ -139,7 +139,7 @@ def make_material(folder: Path) -> None:
     (folder / "c.yaml").write_text(yaml.safe_dump(config))
     run(folder, "train --config c.json --out run --device cpu")
     run(folder, "evaluate run --count 8 --calls 3")
-    run(folder, "split data.npz --algorithm timestep --stages 3 --out stages.json")
+    run(folder, "stages data.npz --algorithm timestep --stages 3 --out stages.json")
     run(folder, "stats data.npz --out reference.npz")
     run(folder, "export run --out exported.safetensors")
 

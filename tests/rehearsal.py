@@ -111,7 +111,7 @@ def commands(folder: Path) -> dict[str, Any]:
     msdiff("stages", "digits", "--out", split, "--samples", 100, "--times", 3)
     msdiff("stages", "digits", "--out", folder / "two.json", "--algorithm", 2, "--samples", 100)
     msdiff("stages", "--run", run, "--out", folder / "gradient.json", "--algorithm", "gradient", "--samples", 100)
-    planned = ("--preset", "digits", "--budget", 4, "--split", split, "--probe-steps", 4)
+    planned = ("--preset", "digits", "--budget", 4, "--stages", split, "--probe-steps", 4)
     msdiff("plan", "digits", *planned, "--out", folder / "plan.json")
     few = ["training.steps=3", "training.batch=6", "training.held_out_every=3", "training.held_out_rows=4"]
     apart = ["network.separate=true", "network.decoder_widths=[16,8,8]"]

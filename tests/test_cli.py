@@ -148,8 +148,8 @@ def test_the_version(msdiff: Call) -> None:
     ("arguments", "words"),
     [
         (["trian"], ["command 'trian' is unknown; did you mean 'train'?"]),
-        (["x"], ["choose one of split, train, train-codec, sample"]),
-        (["split"], ["Missing from msdiff stages: DATA"]),
+        (["x"], ["choose one of stages, train, train-codec, sample"]),
+        (["stages"], ["Missing from msdiff stages: DATA"]),
         (["stages", "digits", "--algorithm", "3"], ["invalid choice '3' for argument '--algorithm'"]),
         (
             ["stages", "digits", "--size", "3"],
@@ -468,8 +468,8 @@ def test_report_names_the_page(made: Path, msdiff: Call) -> None:
 
 
 def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = functools.partial(demo.split, settings=StageSettings(samples=200))
-    monkeypatch.setattr(demo, "split", quick)
+    quick = functools.partial(demo.find_stages, settings=StageSettings(samples=200))
+    monkeypatch.setattr(demo, "find_stages", quick)
     code, out, _ = msdiff("demo", "--out", "demo", *TINY)
     assert code == 0
     names = [line.split("  (")[0] for line in out.splitlines() if line.startswith("demo")]
@@ -488,13 +488,13 @@ def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("split nowhere", "'nowhere': no such file or folder"),
-        ("split empty", "empty: holds no images"),
-        ("split digits --samples 5", "samples=5 must be at least 100"),
-        ("split digits --stages 4", "algorithm 1 finds three stages"),
-        ("split digits --data-range 1 -1", "must be finite and ascending"),
-        ("split digits --device cuda:77", "device='cuda:77'"),
-        ("split nan.npy", "nan.npy: images are float32, not uint8"),
+        ("stages nowhere", "'nowhere': no such file or folder"),
+        ("stages empty", "empty: holds no images"),
+        ("stages digits --samples 5", "samples=5 must be at least 100"),
+        ("stages digits --stages 4", "algorithm 1 finds three stages"),
+        ("stages digits --data-range 1 -1", "must be finite and ascending"),
+        ("stages digits --device cuda:77", "device='cuda:77'"),
+        ("stages nan.npy", "nan.npy: images are float32, not uint8"),
         ("train", "give one of --preset NAME, --config FILE or --resume RUN"),
         ("train --preset digits --config c.yaml --out new", "give one of --preset"),
         ("train --preset digits", "--out is missing"),

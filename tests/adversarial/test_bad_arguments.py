@@ -213,7 +213,7 @@ OTHERS = [
             ("--budget", "1e-9"),
             ("--stages", "0"),
             ("--probe-steps", "0"),
-            ("--split", "absent.json"),
+            ("--stages", "absent.json"),
         )
     ),
     *(

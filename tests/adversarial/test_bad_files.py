@@ -11,10 +11,10 @@ from adversary import DEEP, TINY, Case, cases, cut, drop, edited, fifo, file, fo
 
 HOSTILE = b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR."
 NOTHING = {"empty": b"", "text": b"hello", "binary": bytes(range(256)), "zeros": bytes(500)}
-SPLIT = ("train", "--preset", "digits", "--data", "data.npz", "--out", "new", "--stages", "stages.json", *TINY)
+TRAIN = ("train", "--preset", "digits", "--data", "data.npz", "--out", "new", "--stages", "stages.json", *TINY)
 AGAINST = ("evaluate", "run", "--count", "8", "--against", "reference.npz")
 
-CASES_OF_STAGES: dict[str, Callable[[Path], Any]] = {
+DAMAGED: dict[str, Callable[[Path], Any]] = {
     **{name: file("stages.json", content) for name, content in NOTHING.items()},
     "deep": file("stages.json", DEEP),
     "a list": file("stages.json", "[]"),
@@ -69,9 +69,7 @@ FOREIGN |= {"archive.pth": npz(x=MEAN), "header.safetensors": (2**60).to_bytes(8
 FOREIGN |= {"zeros.safetensors": bytes(500), "empty.safetensors": b""}
 
 
-@cases(
-    [Case(f"stages {name}", SPLIT, make, needs=("stages.json", "data.npz")) for name, make in CASES_OF_STAGES.items()]
-)
+@cases([Case(f"stages {name}", TRAIN, make, needs=("stages.json", "data.npz")) for name, make in DAMAGED.items()])
 def test_splits(case: Case, refuses: Callable[[Case], str]) -> None:
     refuses(case)
 

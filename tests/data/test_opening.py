@@ -260,7 +260,7 @@ def test_pictures_of_the_package_are_read_as_png_only():
     grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
     assert np.asarray(load_png(file(grey), "stages.png", "mend")).tolist() == grey.tolist()
     for content in (EPS, file(grey, "jpeg"), file(grey)[:40]):
-        with pytest.raises(UserError, match=r"^split\.png: is no readable PNG picture \(.*\); find it again$"):
+        with pytest.raises(UserError, match=r"^stages\.png: is no readable PNG picture \(.*\); find it again$"):
             load_png(content, "stages.png", "find it again")
 
 

@@ -158,4 +158,4 @@ def test_processes_with_other_settings_or_commands_are_refused():
     for told in processes.run(2, differs):
         settings, command = told.splitlines()
         assert settings.startswith("rank 1 has seed 1, rank 0 0")
-        assert command.startswith("rank 1 has command 'train', rank 0 'split'")
+        assert command.startswith("rank 1 has command 'train', rank 0 'stages'")

@@ -54,7 +54,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def edges(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("split") / "stages.json"
+    out = tmp_path_factory.mktemp("stages") / "stages.json"
     find_stages("digits", StageSettings(samples=100), out=out)
     return out
 
@@ -112,7 +112,7 @@ def test_a_plan_is_trained_as_it_is_and_costs_what_was_asked(
 
 def test_json_is_what_was_written(edges: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "p.json"
-    arguments = ("digits", "--probe-steps", "2", "--split", edges, "--out", out, "--json")
+    arguments = ("digits", "--probe-steps", "2", "--stages", edges, "--out", out, "--json")
     assert run(*arguments, "--set", *SETTINGS) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == read_json(tmp_path / "p.explained.json")
@@ -307,25 +307,24 @@ def test_trained_weights_are_compared_as_averaged(edges: Path, tmp_path: Path, m
         ("digits --out plan.yaml", "a plan is JSON; name it plan.json"),
         ("digits --out there.json", "--out there.json: exists"),
         ("digits --out half.json", "--out half.explained.json: exists"),
-        ("digits --split SPLIT --stages 3", "--split FILE and --stages N both"),
-        ("digits --split nowhere.json", "nowhere.json: no such file"),
+        ("digits --stages nowhere.json", "nowhere.json: no such file"),
         ("digits --probe-steps 0", "probe-steps=0 must be positive"),
         ("digits --budget -1", "budget=-1 MFLOPs must be positive"),
         ("digits --budget nan", "budget=nan MFLOPs must be positive"),
-        ("digits --budget 0.1 --split SPLIT", "no valid decoder widths come within 3%"),
+        ("digits --budget 0.1 --stages FILE", "no valid decoder widths come within 3%"),
         ("digits --held-out 0", "data.held_out=0: a plan compares losses on held-out images"),
         (
             "digits --set training.branch_at=5 network.decoder_widths=[8,8,8]",
             "training.branch_at=5 needs decoders that are",
         ),
         ("digits --set network.width=3", "network.width: unknown key"),
-        ("digits --set training.shares=[1,1,0] training.weights=[1,1,0] --split SPLIT", "a stage without rows"),
+        ("digits --set training.shares=[1,1,0] training.weights=[1,1,0] --stages FILE", "a stage without rows"),
         (
             "digits --set training.weights=[1,1,0] --stages 2",
             "training.weights=[1.0, 1.0, 0.0] needs one number for each of",
         ),
         ("digits --set training.batch=2", "training.batch=2 is too small for 3 stages"),
-        ("digits --set network.decoder_widths=[4,4,4] --split SPLIT", "a plan compares two widths"),
+        ("digits --set network.decoder_widths=[4,4,4] --stages FILE", "a plan compares two widths"),
         ("digits --device gpu", "device='gpu' is unknown"),
         ("nowhere --preset digits", "'nowhere': no such file or folder"),
     ],
@@ -342,7 +341,7 @@ def test_a_mistake_is_found_before_any_probe(
     (tmp_path / "there.json").write_text("mine")
     (tmp_path / "half.explained.json").write_text("mine")
     before = sorted(tmp_path.iterdir())
-    assert run(*(str(edges) if a == "SPLIT" else a for a in arguments.split())) == 2
+    assert run(*(str(edges) if a == "FILE" else a for a in arguments.split())) == 2
     out, err = capsys.readouterr()
     assert out == ""
     said = [line for line in err.splitlines() if not line.startswith("digits: 1797 images")]

@@ -1,6 +1,6 @@
 """How fast stages are found, on all 60,000 Fashion-MNIST images: beside bare matrix products, and beside a plain loop.
 
-    python benchmarks/split.py [--parts speed loop precision scaling ranks gpu] [--out benchmarks/results/stages.json]
+    python benchmarks/stage_finding.py [--parts speed loop precision scaling ranks gpu] [--out benchmarks/results/stage_finding.json]
 
 Ratios are of things measured alternately in one run. Every part runs in a process of its own, for its peak memory.
 """
@@ -226,7 +226,7 @@ def main() -> None:
         print(name, json.dumps(known[name], indent=2))
         write_json(args.out, known)
     if "scaling" in args.parts:
-        draw_scaling(known["scaling"]["lines"], args.out.with_name("split_scaling.png"))
+        draw_scaling(known["scaling"]["lines"], args.out.with_name("stage_finding_scaling.png"))
 
 
 if __name__ == "__main__":
