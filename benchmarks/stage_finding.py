@@ -1,6 +1,6 @@
 """How fast stages are found, on all 60,000 Fashion-MNIST images: beside bare matrix products, and beside a plain loop.
 
-    python benchmarks/stage_finding.py [--parts speed loop precision scaling ranks gpu] [--out benchmarks/results/stage_finding.json]
+    python benchmarks/stage_finding.py [--parts speed loop precision scaling ranks gpu] [--out FILE]
 
 Ratios are of things measured alternately in one run. Every part runs in a process of its own, for its peak memory.
 """

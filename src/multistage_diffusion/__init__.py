@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .workflow.exchange import export_published as export_published
     from .workflow.exchange import import_published as import_published
     from .workflow.plan import plan as plan
-    from .workflow.sample import report as report
+    from .workflow.report import report as report
     from .workflow.sample import sample as sample
     from .workflow.stages import find_stages as find_stages
     from .workflow.train import resume as resume
@@ -63,7 +63,7 @@ _HOME = {
     "export_published": "workflow.exchange",
     "import_published": "workflow.exchange",
     "plan": "workflow.plan",
-    "report": "workflow.sample",
+    "report": "workflow.report",
     "resume": "workflow.train",
     "sample": "workflow.sample",
     "stages": "workflow.stages",

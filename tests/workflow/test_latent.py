@@ -21,7 +21,8 @@ from multistage_diffusion.training.flops import flops_per_image
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.workflow.evaluate import evaluate
 from multistage_diffusion.workflow.latent import decoder, reconstruct
-from multistage_diffusion.workflow.sample import report, sample
+from multistage_diffusion.workflow.report import report
+from multistage_diffusion.workflow.sample import sample
 from multistage_diffusion.workflow.stages import find_stages
 from multistage_diffusion.workflow.train import resume, train
 

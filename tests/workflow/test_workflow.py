@@ -32,7 +32,8 @@ from multistage_diffusion.workflow import sample as sample_module
 from multistage_diffusion.workflow.evaluate import evaluate
 from multistage_diffusion.workflow.latent import with_stages
 from multistage_diffusion.workflow.prepare import located, prepare
-from multistage_diffusion.workflow.sample import report, sample, sample_labels
+from multistage_diffusion.workflow.report import report
+from multistage_diffusion.workflow.sample import sample, sample_labels
 from multistage_diffusion.workflow.stages import find_stages
 from multistage_diffusion.workflow.train import CHANGEABLE, differences, resume, train
 

@@ -6,13 +6,16 @@ Results go to standard output (JSON with --json), progress and notes to standard
 from typing import Any
 
 from .codec import TrainCodec
-from .describe import Demo, Describe, Report
+from .demo import Demo
+from .describe import Describe
 from .evaluate import Evaluate, Stats
 from .exchange import Export, Import
 from .plan import Plan
+from .report import Report
+from .sample import Sample
 from .stages import FindStages
 from .tables import Presets, Tables
-from .train import Sample, Train
+from .train import Train
 
 COMMANDS: dict[str, type[Any]] = {
     "stages": FindStages,

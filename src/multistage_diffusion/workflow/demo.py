@@ -16,7 +16,8 @@ from ..training.callbacks import Callback
 from ..training.run import Run
 from .evaluate import evaluate
 from .progress import Progress
-from .sample import report, sample
+from .report import report
+from .sample import sample
 from .stages import find_stages
 from .train import differences, resume, train
 

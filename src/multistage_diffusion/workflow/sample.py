@@ -1,4 +1,4 @@
-"""Using a trained run: sampling, report."""
+"""Drawing samples of a run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from torch import Tensor
 from ..config import RunConfig, SamplingConfig
 from ..denoisers import MultiStageDenoiser
 from ..errors import UserError
-from ..evaluation import get_features, nearest
 from ..latent.codecs import open_codec
 from ..performance.devices import Precision, autocast_dtype, joined, keep_memory
 from ..performance.execution import Execution, Graphs, execute
 from ..performance.offload import OneStageAtATime, images_at_once, require_sampling_memory
-from ..reporting.describe import architecture_rows, describe
-from ..rng import generator
 from ..samplers.class_labels import frequent_labels, labels_in_turn
 from ..samplers.sampling import sample_images
 from ..training.run import Run
@@ -159,42 +156,3 @@ def equip(denoiser: MultiStageDenoiser, device: torch.device, *, compile: bool =
         OneStageAtATime(denoiser.network, device)
     elif device.type == "cuda":
         denoiser.graphs = Graphs(denoiser.network)
-
-
-def report(
-    run: Run | Path | str,
-    *,
-    checkpoint: str = "best",
-    count: int = 64,
-    device: str | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """Write RUN/report.html: stages, network, losses, samples, nearest neighbours, metrics, command and configuration.
-
-    Args:
-        run: a trained run, or its folder.
-        checkpoint: whose samples are shown.
-        count: samples shown.
-        device: default CUDA when there is one.
-        progress: called with (done, total).
-    """
-    from ..reporting.report import Neighbours, write_report  # matplotlib takes a while to import
-
-    run = opened_run(run)
-    config = run.config()
-    require_writable(run, "report.html")
-    train_images, held_out = (part.tensor() for part in run.data().split(config.data.held_out))
-    real = held_out if len(held_out) else train_images
-    images = sample(run, count, checkpoint=checkpoint, in_turn=True, device=device, progress=progress)
-    pixels = get_features("pixels")
-    distance, index = nearest(pixels(images), pixels(train_images))
-    stages_png = run.path / "stages.png"
-    return write_report(
-        run.path,
-        config=config,
-        architecture=architecture_rows(describe(config)),
-        samples=images,
-        real=real[torch.randperm(len(real), generator=generator(("report", "real")))[:count]],
-        neighbours=Neighbours(samples=images[:16], nearest=train_images[index[:16]], distances=distance[:16].tolist()),
-        stages_png=stages_png if stages_png.exists() else None,
-    )
