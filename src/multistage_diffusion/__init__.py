@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# name -> module; imported when first asked for, so that `msdiff --help` need not wait for torch
+# name -> module, imported at first access: `msdiff --help` does not import torch
 _HOME = {
     "compare": "workflow.evaluate",
     "evaluate": "workflow.evaluate",

@@ -1,7 +1,7 @@
-"""Random numbers that depend only on what they are for.
+"""Counter-based random numbers: each draw depends only on its key and row.
 
-Every draw is a pure function of a key (seed, step, purpose, ...) and a row number: the same in any batch size, on any
-number of ranks and on any device (normals up to the rounding of its log and cos). The generator is Philox 4x32-10
+Every draw is a pure function of a key (seed, step, purpose, ...) and a row number. It is the same in any batch size, on
+any number of ranks and on any device (normals up to the rounding of log and cos). The generator is Philox 4x32-10
 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), written with integer tensor operations.
 """
 
@@ -23,8 +23,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def fold(key: Key) -> int:
-    """Hash a key of integers and words to 64 bits."""
-    text = json.dumps(list(key))  # unambiguous, and refuses what would print differently on another day
+    """Hash a key of integers and strings to 64 bits."""
+    text = json.dumps(list(key))  # unambiguous; refuses objects without a stable representation
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -44,8 +44,8 @@ def uniform(key: Key, rows: Tensor, count: int) -> Tensor:
     """Draw uniforms in the open interval (0, 1).
 
     Args:
-        key: what the numbers are for.
-        rows: int64 (R,), the global numbers of the rows wanted; they set the device.
+        key: purpose of the numbers.
+        rows: int64 (R,), global row numbers; their device is that of the result.
         count: numbers per row.
 
     Returns:

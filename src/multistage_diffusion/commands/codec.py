@@ -1,4 +1,4 @@
-"""The command that makes a latent codec."""
+"""The command that trains a latent codec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""msdiff demo: the whole job on the digits."""
+"""msdiff demo: the whole workflow on the digits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""msdiff describe: what a network is made of."""
+"""msdiff describe: the stages, widths and cost of a network."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Describe(SamplerOptions):
             say(f"\nwritten: {self.out}")
 
     def config(self) -> RunConfig:
-        """Return the configuration of the run, or else of the preset, that is called so."""
+        """Return the configuration of the run or preset of that name; a run takes precedence."""
         path = Path(self.what)
         if Run(path).config_file.exists():
             return Run.open(path).config()

@@ -190,7 +190,7 @@ class Stats(DataOptions):
 
 
 def evaluation_text(result: EvaluationResult) -> str:
-    """Return an evaluation in words."""
+    """Return an evaluation as text."""
     through_codec = result.frechet_reconstructed
     codec = "" if through_codec is None else f"; held-out images through the codec: {through_codec:.4g}"
     return "\n".join(
@@ -211,7 +211,7 @@ def evaluation_text(result: EvaluationResult) -> str:
 
 
 def comparison_text(result: ComparisonResult) -> str:
-    """Return a comparison with reference statistics in words."""
+    """Return a comparison with reference statistics as text."""
     few = (
         "; no more samples than dimensions: compare only with figures of equal counts" if result.rank_deficient else ""
     )
@@ -238,7 +238,7 @@ def comparison_text(result: ComparisonResult) -> str:
 
 
 def likelihood_text(result: LikelihoodResult) -> str:
-    """Return the variational bound in words, every term for itself."""
+    """Return the variational bound as text, each term on its own line."""
 
     def line(name: str, estimate: Estimate) -> str:
         return f"{name:<34}{estimate.mean:9.4f} ± {estimate.error:.4f}"

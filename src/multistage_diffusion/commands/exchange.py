@@ -1,4 +1,4 @@
-"""Commands that exchange networks with other code: published checkpoints in, runs out."""
+"""Commands that exchange networks with other code: import of published checkpoints, export of runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands share: options, reading settings and configurations, printing."""
+"""Shared parts of the commands: options, reading settings and configurations, printing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..shown import shown
 
 
 def option(metavar: str, default: str = "") -> Any:
-    """Return how help shows an option that has no default, or one that is decided elsewhere."""
+    """Return the display, in help, of an option that has no default or whose default is set elsewhere."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})" if default else "")
 
 
@@ -96,10 +96,10 @@ class SamplerOptions:
 
 
 def check_out(path: Path, overwrite: bool, *, folder: bool = False) -> None:
-    """See, before the work is done, that its result can be written.
+    """Check, before the work starts, that its result can be written.
 
     Raises:
-        UserError: if path exists and may not be replaced, or lies where nothing can be written.
+        UserError: if path exists and may not be replaced, or nothing can be written there.
     """
     if path.name in ("", ".."):
         raise UserError(f"--out {path}: names no {'folder' if folder else 'file'} of its own; give one")
@@ -132,7 +132,7 @@ def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def plain_numbers(value: Any) -> Any:
-    """Read 1e-4, which YAML takes for a word, as the number everyone means, in lists and mappings too."""
+    """Convert text such as 1e-4, which YAML does not read as a number, to numbers, also in lists and mappings."""
     if isinstance(value, dict):
         return {key: plain_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -159,7 +159,7 @@ def load_config(path: Path) -> RunConfig:
 
 
 def say(text: str) -> None:
-    """Print text on standard output, safe to show on a terminal."""
+    """Print text on standard output, with control characters escaped."""
     print(shown(text, lines=True))
 
 

@@ -98,7 +98,7 @@ HEAD = ("stage", "sigma", "share", "weight", "narrow", "wide", "optimal", "gain"
 
 
 def plan_text(planned: Planned) -> str:
-    """Return a plan as a table, 100 columns wide or so, and its reasons."""
+    """Return a plan as a table, about 100 columns wide, and its reasons."""
     rows = [HEAD, *(_row(stage) for stage in planned.stages)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

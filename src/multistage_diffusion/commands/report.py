@@ -1,4 +1,4 @@
-"""msdiff report: write the page of a run."""
+"""msdiff report: write the HTML report of a run."""
 
 from __future__ import annotations
 

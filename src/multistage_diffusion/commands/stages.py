@@ -124,7 +124,7 @@ class FindStages(DataOptions):
 
 
 def edges_text(result: StageResult) -> str:
-    """Return the edges found in words."""
+    """Return the edges found as text."""
     lines = []
     for k, (t, sigma) in enumerate(zip(result.edges_t, result.edges_sigma, strict=True)):
         line = f"stage {k + 1} | {k + 2}: t = {t:.4f}, sigma = {sigma:.4f}"

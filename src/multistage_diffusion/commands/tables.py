@@ -1,4 +1,4 @@
-"""Commands about the paper's networks: the list of presets, and its tables counted."""
+"""Commands about the paper's networks: the list of presets, and the counts of the paper's tables."""
 
 from __future__ import annotations
 

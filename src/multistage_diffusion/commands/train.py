@@ -1,4 +1,4 @@
-"""msdiff train: train a run, or go on with one."""
+"""msdiff train: train or resume a run."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Train(DataOptions):
         if self.stages is not None and any(key.startswith("stages.") for key in changes):
             raise UserError("--stages FILE and --set stages.... both name the stages; give one of them")
         result = None if self.stages is None else StageResult.load(self.stages)
-        if result is not None:  # together with decoder widths for as many stages
+        if result is not None:  # override stages and decoder widths together: their numbers must match
             changes = {"stages": result.stages(), **changes}
         config = override(base, changes)
         return train(

@@ -1,4 +1,4 @@
-"""Everything that a run is configured by: frozen dataclasses, validated when they are made."""
+"""The configuration of a run: frozen dataclasses, validated when they are created."""
 
 from .execution import ExecutionConfig as ExecutionConfig
 from .network import NetworkConfig as NetworkConfig

@@ -1,4 +1,4 @@
-"""How a network is to be computed: settings of speed and memory."""
+"""How a network is computed in training: settings of speed and memory."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ Choice = bool | Literal["auto"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionConfig:
-    """How a network is computed in training: what it computes is the same but for rounding.
+    """How a network is computed in training; its results are the same up to rounding.
 
-    "auto" is what a short trial at the start of a run finds faster on its device (performance/autotune.py), and off in a run
-    too short to earn it back.
+    "auto" is decided by autotuning at the start of a run, which measures what is faster on its device
+    (performance/autotune.py). It is off in a run too short for autotuning to pay off.
 
     Attributes:
-        channels_last: lay feature maps out pixel by pixel rather than channel by channel.
-        compile: compile residual blocks (torch.compile); takes minutes at every start. "auto" tries it on CUDA in runs of hours.
-        cuda_graphs: record the forward and the backward pass once and replay them, so that the CPU need not launch every kernel;
-            on CUDA, in one process.
-        shards: parts of a batch that are computed at once, each by its share of PyTorch's threads; on a CPU, in one process. A
-            part drops units of its own: dropout is another draw then.
-        recompute: run residual blocks again in the backward pass instead of keeping all that is inside them: less memory for
-            another forward pass (gradient checkpointing; Chen et al. 2016).
+        channels_last: store feature maps pixel by pixel (channels_last) rather than channel by channel.
+        compile: compile residual blocks (torch.compile), which takes minutes at every start. "auto" tries it on CUDA,
+            in one process, if more than half an hour of training is left.
+        cuda_graphs: record the forward and the backward pass once and replay them, which saves the CPU's kernel
+            launches; on CUDA, in one process.
+        shards: parts of a batch that are computed at once, each on its share of PyTorch's threads; on a CPU, in one
+            process. Each part draws its own dropout, so dropout differs from that of an undivided batch.
+        recompute: gradient checkpointing (Chen et al. 2016): compute residual blocks again in the backward pass instead
+            of storing their activations. This costs another forward pass and saves memory.
     """
 
     channels_last: Choice = "auto"

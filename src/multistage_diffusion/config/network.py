@@ -1,4 +1,4 @@
-"""Widths and depth of a network, validated: every GroupNorm and attention head must divide its channels."""
+"""Widths and depth of a network, validated: GroupNorm groups and attention heads must fit the channels."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Literal
 
 from ..errors import UserError
 
-LDM_GROUPS = 32  # of every GroupNorm of the LDM U-Net
-GROUPS = 16  # at most, of a GroupNorm of the other families, unless norm_groups says otherwise
-# Settings that one family alone has: (family, name, default).
+LDM_GROUPS = 32  # groups of every GroupNorm of the LDM U-Net
+GROUPS = 16  # most groups of a GroupNorm of the other families, unless norm_groups is set
+# Settings of one family only: (family, name, default).
 OWN_SETTINGS = (("ldm", "head_channels", 32), ("ldm", "decoder_attention", None), ("meme", "attention_shares", None))
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise UserError(message) unless a user's value is as it must be."""
+    """Raise UserError(message) unless a condition on a user's value holds."""
     if not condition:
         raise UserError(message)
 
@@ -31,16 +31,16 @@ class NetworkConfig:
         decoder_widths: one width per stage, lowest noise first.
         channel_mult: width factor per level; each level halves the resolution of the one before.
         blocks_per_level: residual blocks per encoder level (a decoder has one more).
-        attention_factors: downsample factors at which blocks attend, or with "meme" have mixers (1 is full resolution).
+        attention_factors: downsample factors of blocks with attention, or mixers with "meme" (1 is full resolution).
         dropout: probability inside residual blocks.
-        separate: no sharing: stage k is an ordinary network of width decoder_widths[k], encoder included.
+        separate: share nothing: stage k is an ordinary network of width decoder_widths[k], encoder included.
         num_classes: 0 for unconditional.
         augment_dim: length of the augmentation label, 0 for none.
         head_channels: channels of an attention head ("ldm" only; the others have one head).
-        decoder_attention: per stage, whether its decoder attends ("ldm" only); None: all do.
-        attention_shares: per stage, the share of a mixer's channels that attention mixes, the others being left to
-            convolution ("meme" only, which needs it).
-        norm_groups: groups of a GroupNorm are min(channels // 4, norm_groups) ("ncsnpp" and "ddpmpp" only): 16 in the
+        decoder_attention: per stage, whether its decoder has attention ("ldm" only); None: all have.
+        attention_shares: per stage, the share of a mixer's channels that attention mixes; convolution mixes the others
+            ("meme" only, which needs it).
+        norm_groups: a GroupNorm has min(channels // 4, norm_groups) groups ("ncsnpp" and "ddpmpp" only): 16 in the
             published multi-stage networks, 32 in those of score_sde and EDM.
     """
 
@@ -93,7 +93,7 @@ class NetworkConfig:
             self._check_experts()
 
     def _check_size(self) -> None:
-        """Refuse what no machine could hold before anything is counted, let alone built."""
+        """Refuse sizes that no machine can hold, before anything is counted or built."""
         encoders = () if self.separate else (self.encoder_width,)
         for name, found, most in (
             ("network.channels", self.channels, 10_000),
@@ -108,11 +108,11 @@ class NetworkConfig:
             require(found <= most, f"{name} {found} is more than {most}, the most that is built")
 
     def _check_widths(self) -> None:
-        """Every GroupNorm must divide its channels."""
+        """Check that the groups of every GroupNorm divide its channels."""
         encoders = self.decoder_widths if self.separate else (self.encoder_width,)
         for width in {*self.decoder_widths, *encoders}:
             require(width >= 4 and width % 2 == 0, f"network: width {width} must be even and at least 4")
-            # The input convolution hands an encoder's first block its bare width.
+            # The first block of an encoder gets the bare width from the input convolution.
             for mult in (*((1,) if width in encoders else ()), *self.channel_mult):
                 channels, groups = width * mult, self._groups(width * mult)
                 multiple = 4 if self.family != "ldm" and channels < 4 * self.norm_groups else self._groups(channels)
@@ -135,7 +135,7 @@ class NetworkConfig:
         return LDM_GROUPS if self.family == "ldm" else group_count(channels, self.norm_groups)
 
     def _check_heads(self) -> None:
-        """Every attention of an LDM U-Net must have whole heads."""
+        """Check that the heads of every LDM attention divide its channels."""
         require(self.head_channels > 0, f"network.head_channels={self.head_channels} must be positive")
         stages, attention = len(self.decoder_widths), self.decoder_attention
         require(
@@ -144,7 +144,7 @@ class NetworkConfig:
         )
         mults = [mult for i, mult in enumerate(self.channel_mult) if 2**i in self.attention_factors]
         encoders = self.decoder_widths if self.separate else (self.encoder_width,)
-        # An encoder's middle attends in any case.
+        # The middle of an encoder always has attention.
         attended = [width * mult for width in encoders for mult in (*mults, self.channel_mult[-1])]
         for width, attends in zip(self.decoder_widths, attention or [True] * stages, strict=True):
             attended += [width * mult for mult in mults if attends]
@@ -155,7 +155,7 @@ class NetworkConfig:
             )
 
     def _check_experts(self) -> None:
-        """MEME's experts share nothing, and each has its share of attention."""
+        """Check that MEME's experts share nothing, and that each has a share of attention."""
         stages, shares = len(self.decoder_widths), self.attention_shares
         require(
             self.separate or stages == 1,
@@ -168,7 +168,7 @@ class NetworkConfig:
         )
 
     def _joined_channels(self, encoder: int, decoder: int) -> list[int]:
-        """Channels of [h, skip] at the head of a decoder's blocks; h enters the bottom at the encoder's width."""
+        """Return the channels of [h, skip] at the start of a decoder's blocks; the lowest h has the encoder's width."""
         joined = [2 * encoder * self.channel_mult[-1]]
         for mult, mult_before in zip(self.channel_mult, (1, *self.channel_mult), strict=False):
             joined.append(decoder * mult + encoder * mult_before)  # skip of the down block or input convolution
@@ -182,5 +182,5 @@ def _plain(value: object) -> object:
 
 
 def group_count(channels: int, most: int = GROUPS) -> int:
-    """GroupNorm groups of both pixel families: min(channels // 4, most)."""
+    """Return the GroupNorm groups of both pixel families: min(channels // 4, most)."""
     return min(channels // 4, most)

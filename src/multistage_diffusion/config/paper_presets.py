@@ -2,9 +2,9 @@
 
 Source: "Improving Training Efficiency of Diffusion Models via Multi-Stage Framework and Tailored Multi-Decoder
 Architecture" (CVPR 2024), Tables 5, 7, 8 and 9 and appendix B. Widths are recovered from the printed parameter counts,
-but for those of MEME and of the separate networks, which are chosen here.
+except those of MEME and of the separate networks, which are chosen here.
 None has a data source: `msdiff train --preset NAME --data DATA`. A tenth of the images is held out unless data.held_out
-says otherwise.
+is set.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ EDGES_T: dict[int, tuple[float, ...]] = {
     4: (0.376, 0.526, 0.726),
     5: (0.376, 0.476, 0.626, 0.776),
 }
-# The second is kept as printed although it is that of t = 0.636 (0.631 would give 7.414).
+# The second value is kept as printed, although it belongs to t = 0.636 (0.631 gives 7.414).
 EDGES_SIGMA = (2.5103, 7.6577)
-EDGES_STEP = (442, 631)  # of LDM's 1000 steps: sigma 2.149 and 5.301, not those of VP
-# The paper's samples are of solvers as published, which end where noise is left.
+EDGES_STEP = (442, 631)  # of LDM's 1000 steps: sigma 2.149 and 5.301, unlike those of VP
+# The paper samples with the solvers as published, whose last state still contains noise.
 PUBLISHED = SamplingConfig(lower_final="published", denoise_last="never")
 CUT_ON = {"rule": "published", "data_range": [0.0, 1.0], "data": "CIFAR-10"}
 
@@ -134,10 +134,10 @@ def _separate(name: str, shared: RunConfig) -> RunConfig:
 def cifar10_meme() -> RunConfig:
     """CIFAR-10, MEME baseline (Table 5): four separate iU-Nets of width 128 on equal intervals of t.
 
-    Published: four experts on equal intervals, soft intervals; by the comparison, 600k iterations in all and 13.08 GFLOPs.
-    Chosen here: depth and width, for a mean of 13.06 GFLOPs over the experts; the share of attention, as the middle of an
-    expert's interval; everything else, as for the DPM-Solver networks. The soft intervals are those that MEME is
-    reported to use.
+    Published: four experts on equal intervals, soft intervals; in the comparison, 600k iterations in total and 13.08
+    GFLOPs. Chosen here: depth and width, for a mean of 13.06 GFLOPs over the experts; the share of attention, equal to
+    the middle of an expert's interval; everything else, as for the DPM-Solver networks. The soft intervals are those
+    reported for MEME.
     """
     base = _dpm("cifar10-meme", 128, (128,) * 4)
     return dataclasses.replace(
@@ -203,7 +203,7 @@ def cifar10_edm_one_stage() -> RunConfig:
 def cifar10_edm_separate() -> RunConfig:
     """CIFAR-10, EDM without sharing: three separate DDPM++ of widths 192/128/16 on the stages of cifar10-edm.
 
-    Widths are chosen as those of cifar10-dpm-separate.
+    Widths are chosen as in cifar10-dpm-separate.
     """
     return _separate("cifar10-edm-separate", cifar10_edm())
 
@@ -219,8 +219,8 @@ def celeba32_edm() -> RunConfig:
 def _ldm(name: str, encoder: int, decoders: tuple[int, ...]) -> RunConfig:
     """LDM's U-Net on latents of CelebA-HQ 256 (VQ-f4: 3 x 64 x 64), eps-prediction on 1000 discrete steps.
 
-    The paper names schedule, edges and 500k iterations; batch, rate and EMA are those published with LDM for CelebA-HQ
-    (Rombach et al. 2022). DDIM in 20 steps makes the 8/4/8 calls by which Table 8 averages.
+    The paper gives schedule, edges and 500k iterations; batch, rate and EMA are those published with LDM for CelebA-HQ
+    (Rombach et al. 2022). DDIM in 20 steps makes the 8/4/8 calls with which Table 8 weights its means.
     """
     schedule = Discrete()
     edges = EDGES_STEP if len(decoders) > 1 else ()
@@ -237,7 +237,7 @@ def _ldm(name: str, encoder: int, decoders: tuple[int, ...]) -> RunConfig:
             blocks_per_level=2,
             attention_factors=(2, 4, 8),
             head_channels=32,
-            # Only so do the published counts hold: the noisier decoders have no attention.
+            # The published counts require this: the noisier decoders have no attention.
             decoder_attention=tuple(k == 0 for k in range(len(decoders))),
             dropout=0.0,
         ),

@@ -1,4 +1,4 @@
-"""Presets: functions that return a whole run configuration; the first line of each docstring says what it is."""
+"""Presets: functions that return a whole run configuration; the first line of each docstring is its summary."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 
 
 def summary(name: str) -> str:
-    """Return what a preset is, in one line."""
+    """Return the one-line summary of a preset."""
     return (PRESETS[name].__doc__ or "").partition("\n")[0]
 
 
@@ -139,7 +139,7 @@ def preset(name: str) -> RunConfig:
     """Return a preset by name.
 
     Raises:
-        UserError: if there is none of that name, listing those there are.
+        UserError: if the name is unknown, listing the known ones.
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1)

@@ -1,4 +1,4 @@
-"""The whole of a run in one frozen, validated value: what is trained, on what, and how."""
+"""The configuration of a run in one frozen, validated value: what is trained, on which data, and how."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from .sampling import SamplingConfig as SamplingConfig
 FORMAT_VERSION = 1
 
 
-MAX_PIXELS = 178_956_970  # of an image; the default, and Pillow's own limit against decompression bombs
+MAX_PIXELS = 178_956_970  # pixels of an image; the default, and Pillow's own limit against decompression bombs
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is trained on. `fingerprint` and `shape` are filled in when a run starts and checked at resume.
+    """The training data.
 
-    `class_counts`, the training images of each class, is filled in, too, where the network is class-conditional: samples that
-    are measured have the same frequencies.
+    `fingerprint` and `shape` are filled in when a run starts and checked when it is resumed. `class_counts`, the number
+    of training images of each class, is also filled in if the network is class-conditional: samples for evaluation have
+    the same frequencies.
     """
 
     source: str = "digits"
@@ -50,14 +51,15 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """The autoencoder in whose latents a run is trained; without a source or shape it is trained on pixels.
+    """The autoencoder of a run on latents; with neither source nor shape, the run is on pixels.
 
     Attributes:
-        source: a folder that holds a diffusers AutoencoderKL or VQModel (such as msdiff train-codec writes), or hf:NAME.
-        subfolder: where in it the autoencoder is ("vae" of a whole pipeline).
-        scale: networks see latents times this; None: 1 / their standard deviation, recorded when a run starts.
+        source: a folder with a diffusers AutoencoderKL or VQModel (such as msdiff train-codec writes), or hf:NAME.
+        subfolder: subfolder of the autoencoder ("vae" in a whole pipeline).
+        scale: factor of the latents in the network's input; None: 1 / their standard deviation, recorded when a run
+            starts.
         shape: (channels, height, width) of a latent, recorded when a run starts.
-        fingerprint: of the autoencoder's weights, recorded when a run starts and checked at every use.
+        fingerprint: hash of the autoencoder's weights, recorded when a run starts and checked at every use.
     """
 
     source: str = ""
@@ -83,12 +85,12 @@ class CodecConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """How a network becomes a denoiser, and which noise it is trained on.
+    """Preconditioning, noise schedule and training noise of a denoiser.
 
     Attributes:
         precondition: "vp-eps", "edm" or "velocity".
         sigma_data: standard deviation of the data, for "edm".
-        schedule: the kernel in whose time the embedding, edges and sampling times are spoken.
+        schedule: the kernel whose time defines the embedding, edges and sampling times.
         prior: density of training noise.
     """
 
@@ -116,10 +118,10 @@ class OptimizerConfig:
     """Adam(W), warm-up and clipping.
 
     Attributes:
-        warmup_steps: steps over which the learning rate rises from 0 to `lr`.
-        decay_after: steps after which it falls with the square root of the step, lr sqrt(decay_after / step) (Karras et al.
-            2024, Analyzing and improving the training dynamics of diffusion models, equation 67); 0: it stays.
-        clip: bound of the gradient norm of the whole model or of each part (`clip_scope`); None: none.
+        warmup_steps: steps in which the learning rate rises from 0 to `lr`.
+        decay_after: steps after which the learning rate is lr sqrt(decay_after / step) (Karras et al. 2024, Analyzing
+            and improving the training dynamics of diffusion models, equation 67); 0: no decay.
+        clip: bound of the gradient norm of the whole model or of each part (`clip_scope`); None: no clipping.
     """
 
     kind: Literal["adam", "adamw"] = "adam"
@@ -150,32 +152,33 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Length, batches, objective, EMA and what is written when.
+    """Length, batches, objective, EMA and output intervals.
 
     Attributes:
-        steps: optimiser iterations in all.
-        batch: images per iteration (all stages and accumulation rounds together).
-        accumulate: rounds into which an iteration's rows are divided to save memory.
+        steps: optimiser iterations in total.
+        batch: images per iteration (all stages and micro-batches together).
+        accumulate: gradient accumulation: micro-batches into which an iteration's rows are divided to save memory.
         update_mode: "mixed" (all stages in one pass), "one-stage" (a stage drawn per step), "sequential" (a step after
             each stage).
-        shares: share of rows (or of steps) per stage: "uniform", "prior" (the prior's mass) or numbers; variance only.
+        shares: share of rows (or of steps) per stage: "uniform", "prior" (the prior's mass) or numbers. Unless weights
+            is "shares", they affect only the gradients' variance.
         weights: the objective's lambda_k: "prior" (the ordinary loss), "shares" or numbers.
-        ema_halflife: images after which an old weight counts half.
-        ema_rampup: the half-life is at most this share of the images seen so far; 0 turns the ramp off.
+        ema_halflife: half-life of the EMA in images.
+        ema_rampup: the half-life is at most this share of the images seen so far; 0: no limit.
         flip: random horizontal flips.
         label_dropout: probability of hiding a class label.
-        augment: probability of each transformation of EDM's augmentation (non-leaky: the network is told which); needs
-            network.augment_dim=9.
-        soft_intervals: probability that a row of a stage draws its noise from the whole prior instead of the stage's own
-            interval (MEME's soft assignment): one number, or one for each stage.
-        overlap: how far beyond its inner edges, in ln sigma, a stage's noise is drawn, so that its decoder learns what lies at
-            its edges from both sides.
-        branch_at: steps in which all stages train one decoder together, before each goes on with its own copy of it (0: each
-            has its own from the start); decoders must be alike.
-        init_from: a trained run whose encoder and fitting decoders the network starts from; empty: from scratch.
-        precision: "auto" (bf16 on CUDA, else fp32), "fp32", "bf16", "fp16" (with loss scaling) or "fp64" (slow: for checking
-            that two ways of training are the same).
-        keep_last, keep_every: checkpoints kept: the newest ones, and every so many steps (0: none).
+        augment: probability of each transformation of EDM's augmentation (non-leaky: the network receives its label);
+            needs network.augment_dim=9.
+        soft_intervals: probability that a row of a stage draws its noise from the whole prior instead of the stage's
+            own interval (MEME's soft assignment): one number, or one for each stage.
+        overlap: distance in ln sigma by which a stage's noise range extends beyond its inner edges, so that its decoder
+            learns both sides of its edges.
+        branch_at: steps in which all stages train one common decoder; afterwards each stage continues with its own copy
+            (0: own decoders from the start). Decoders must be alike.
+        init_from: a trained run from whose encoder and fitting decoders the network starts; empty: from scratch.
+        precision: "auto" (on CUDA bf16 if supported, else fp16; on the CPU fp32), "fp32", "bf16", "fp16" (with loss
+            scaling) or "fp64" (slow; for checking that two ways of training are the same).
+        keep_last, keep_every: checkpoints kept: the newest ones, and one every so many steps (0: none).
         held_out_rows: held-out images per stage in each held-out loss (noise fixed).
     """
 
@@ -237,13 +240,13 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How a run's samples are judged while it trains: by their Fréchet distance to a reference.
+    """Evaluation during training: the Fréchet distance of samples to a reference.
 
     Attributes:
-        every: steps between evaluations, the last step being one, too; 0: none.
+        every: steps between evaluations; the last step is always evaluated; 0: no evaluations.
         features: name of the feature extractor.
-        count: samples drawn by each, always from the same noise.
-        seed: of that noise.
+        count: samples per evaluation, always from the same noise.
+        seed: seed of that noise.
         reference: statistics of images (an .npz file of msdiff stats); empty: the run's own training images.
         patience: evaluations without a new best after which training ends; 0: never.
     """
@@ -264,10 +267,10 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run; written beside each checkpoint.
+    """The complete configuration of a run; written beside each checkpoint.
 
     Raises:
-        UserError: if the number of stages and of decoders differ, or a share or weight is missing.
+        UserError: if the numbers of stages and decoders differ, or settings do not fit each other.
     """
 
     format_version: int = FORMAT_VERSION
@@ -285,7 +288,7 @@ class RunConfig:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(channels, height, width) of what the network sees: a latent, or else an image; () if not yet known."""
+        """(channels, height, width) of the network's input: a latent, or else an image; () if not yet known."""
         return self.codec.shape if self.codec.used else self.data.shape
 
     def __post_init__(self) -> None:

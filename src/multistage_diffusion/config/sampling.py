@@ -1,4 +1,4 @@
-"""How a run is sampled: solver, order, calls, range, guidance and what happens at the end."""
+"""How a run is sampled: solver, order, calls, range, guidance and the last step."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Literal
 
 from .network import require
 
-MOST_CALLS = 100_000  # of a sampler; a plan of more takes longer to lay out than anything gains
+MOST_CALLS = 100_000  # a plan with more calls takes too long to build and gains nothing
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """The sampler a run uses unless told otherwise.
+    """The sampler of a run, unless another one is given.
 
     Attributes:
         solver: "dpm" (DPM-Solver), "dpm++", "ddim" or "heun".
@@ -25,17 +25,17 @@ class SamplingConfig:
         rho: for EDM spacing.
         churn: S_churn of Heun (Karras et al. 2022, Algorithm 2); 0 is deterministic.
         eta: stochasticity of DDIM.
-        lower_final: which steps have a lower order than `order`. "always": the last one is of order 1, and every step that is
-            too long for its order has a lower one. "published": as in the solvers' papers, which lower the last order below 10
-            calls of multistep only.
-        denoise_last: whether the last call is at sigma_min and its answer the result, without the noise that is left there.
-            "auto": where that noise is visible (sigma_min of a grey level or more) and calls exceed the order.
+        lower_final: which steps have a lower order than `order`. "always": the last step has order 1, and every step
+            that is too long for its order has a lower one. "published": as in the solvers' papers; multistep then
+            lowers its last orders only below 10 calls.
+        denoise_last: whether the last call is at sigma_min and its output is the result, without the noise left at
+            sigma_min. "auto": if that noise is visible (sigma_min of a grey level or more) and calls exceed the order.
         guidance: classifier-free guidance w of a class-conditional run, D = D_none + w (D_label - D_none): 0 is
-            unconditional, 1 conditional; other values call the network twice, in one batch.
-        guidance_interval: (low, high); guidance acts for low < sigma <= high only, elsewhere w is 1 and the network is called
-            once (Kynkäänniemi et al. 2024). None: everywhere.
+            unconditional, 1 conditional; other values evaluate the network twice, in one batch.
+        guidance_interval: (low, high); guidance acts only for low < sigma <= high. Elsewhere w is 1 and the network is
+            evaluated once (Kynkäänniemi et al. 2024). None: everywhere.
         threshold: dynamic thresholding (Saharia et al. 2022) of pixels: each denoised image is clipped at the quantile
-            `threshold` of its absolute values, at least 1, and divided by it. None: not at all.
+            `threshold` of its absolute values, at least 1, and divided by it. None: no thresholding.
     """
 
     solver: Literal["dpm", "dpm++", "ddim", "heun"] = "dpm"

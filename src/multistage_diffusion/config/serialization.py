@@ -1,4 +1,4 @@
-"""Configurations to and from plain dictionaries: strict types, unknown keys refused, every error names its field."""
+"""Configurations to and from plain dictionaries: types are strict, unknown keys refused, errors name their field."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
 
 
 def _concrete(cls: type[T], data: dict[str, Any], where: str) -> type[T]:
-    """Take the tag `kind` out of a schedule's or prior's data and return the class it names."""
+    """Remove the tag `kind` from a schedule's or prior's data and return the class it names."""
     if cls in _FAMILIES:
         known = _FAMILIES[cls]
     elif issubclass(cls, tuple(_FAMILIES)):
@@ -71,7 +71,7 @@ def _suggest(key: object, names: list[str]) -> str:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Convert plain data to the annotated type or refuse it."""
+    """Convert plain data to the annotated type, or refuse them."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -101,7 +101,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint in _FAMILIES or dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not abs(value) <= sys.float_info.max:  # NaN compares false, huge integers are no floats
+        if not abs(value) <= sys.float_info.max:  # false for NaN and for integers beyond the largest float
             raise UserError(f"{where}={brief(value)} must be a finite number")
         return float(value)
     if hint is int and type(value) is int and not -(2**63) <= value < 2**63:
@@ -140,16 +140,16 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        UserError: if the file cannot be read or is not JSON, naming it.
+        UserError: naming the file, if it cannot be read or is not JSON.
     """
     return parse_json(read_text(path, JSON_LIMIT, "JSON"), path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object a line; a missing file is empty, a last line torn by a kill is ignored.
+    """Read a file of one JSON object per line; a missing file is empty, a last line cut off by a kill is ignored.
 
     Raises:
-        UserError: if another line is not a JSON object, naming it.
+        UserError: naming the line, if another line is not a JSON object.
     """
     if not path.exists():
         return []
@@ -157,7 +157,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not _whole(line):
-            continue  # torn
+            continue  # cut off by a kill
         try:
             record = parse_json(line.decode(), f"{path}: line {number}", " is not JSON")
         except UnicodeDecodeError:
@@ -169,7 +169,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _whole(line: bytes) -> bool:
-    """Return whether a line without its newline is a whole record."""
+    """Return whether a line without its newline is complete JSON."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Processes that train or sample together, whoever started them."""
+"""Communication between processes that train or sample together, independent of the launcher."""
 
 from __future__ import annotations
 

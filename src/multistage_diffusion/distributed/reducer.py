@@ -1,7 +1,7 @@
-"""Gradients summed over the processes that hold a parameter, while the backward pass still computes the others.
+"""Sums gradients over the processes that hold a parameter, overlapped with the backward pass.
 
-Sums, not means: the objective already divides by the rows of the whole step, so that the sum of all processes' gradients is
-the gradient of the one objective, whoever trained which rows.
+Gradients are summed, not averaged: the objective already divides by the rows of the whole step. The sum over processes
+is therefore the gradient of the objective, however the rows are assigned.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BUCKET_BYTES = 4 << 20  # large enough for the bandwidth, small enough to leave early
+BUCKET_BYTES = 4 << 20  # large enough for full bandwidth, small enough to start early
 
 
 class _Bucket:
-    """Parameters whose gradients travel together."""
+    """Parameters whose gradients are summed in one all_reduce."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
         self.parameters, self.group = parameters, group
-        self.waiting = 0  # gradients that the backward pass has yet to make
+        self.waiting = 0  # gradients that the backward pass has not computed yet
         self.flat: Tensor | None = None
         self.work: dist.Work | None = None
 
     def launch(self) -> int:
-        """Begin the sum; return its bytes."""
+        """Start the all_reduce; return its bytes."""
         self.flat = torch.cat(
             [(p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1)) for p in self.parameters]
         )
@@ -33,7 +33,7 @@ class _Bucket:
         return self.flat.nbytes
 
     def finish(self) -> None:
-        """Wait for the sum and make it the gradients."""
+        """Wait for the all_reduce and store the sums as gradients."""
         assert self.flat is not None
         assert self.work is not None
         self.work.wait()
@@ -44,15 +44,16 @@ class _Bucket:
 
 
 class Reducer:
-    """Sums gradients, part by part of a network.
+    """Sums the gradients of the parts of a network over processes, in buckets.
 
     Args:
         parts: {name: parameters} held by this process, in the order of the forward pass.
-        groups: {name: process group, or None where nobody else holds the part}.
-        bucket_bytes: gradients that travel together.
+        groups: {name: process group, or None if no other process holds the part}.
+        bucket_bytes: a bucket is closed when it reaches this size.
 
     Attributes:
-        bytes: handed to all-reduce so far. Of n bytes, a ring sends and receives 2 (W - 1) / W n on each of W processes.
+        bytes: bytes passed to all_reduce so far. For n bytes, a ring all_reduce sends and receives 2 (W - 1) / W n
+            bytes on each of W processes.
     """
 
     def __init__(
@@ -62,10 +63,10 @@ class Reducer:
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self.bucket_bytes, self.bytes = bucket_bytes, 0
-        # the last layers' gradients come first
+        # the backward pass computes the gradients of the last layers first
         self.parts = {name: list(reversed(parts[name])) for name in reversed(list(parts)) if groups[name] is not None}
         self.groups = groups
-        self._buckets: dict[str, list[_Bucket]] = {}  # of parts whose parameters in use are known
+        self._buckets: dict[str, list[_Bucket]] = {}  # of parts whose used parameters are known
         self._home: dict[nn.Parameter, _Bucket] = {}
         self._queue: list[_Bucket] = []
         self._launched = 0
@@ -77,15 +78,15 @@ class Reducer:
         ]
 
     def close(self) -> None:
-        """Let go of the parameters."""
+        """Remove the hooks from the parameters."""
         for handle in self._handles:
             handle.remove()
 
     def start(self, active: Iterable[str], busy: Iterable[str]) -> None:
-        """Expect gradients, before the backward pass that completes them.
+        """Prepare for the backward pass that completes the gradients.
 
         Args:
-            active: parts with rows on any process; the others are left alone.
+            active: parts with rows on any process; the other parts are not summed.
             busy: parts with rows on this process.
         """
         self._active = [name for name in self.parts if name in set(active)]
@@ -97,7 +98,7 @@ class Reducer:
                 bucket.waiting = 0 if name in idle else len(bucket.parameters)
 
     def finish(self) -> None:
-        """Wait until every gradient of an active part is the sum over all processes.
+        """Wait until the gradients of all active parts are summed over their processes.
 
         Raises:
             RuntimeError: if a process is lost, as in the backward pass itself; see World.translate_errors.
@@ -106,7 +107,7 @@ class Reducer:
         self._launch(len(self._queue))
         for name in self._active:
             if name not in self._buckets:
-                # in the first step the parameters that take part are not yet known
+                # in the first step of a part, its used parameters are not known yet
                 self._buckets[name] = made = self._make(name)
                 self._queue += made
                 self._launch(len(self._queue))
@@ -125,18 +126,18 @@ class Reducer:
         self._launch(ready)
 
     def _launch(self, end: int) -> None:
-        """Begin sums in the order of the queue, which is the same on all processes."""
+        """Start all_reduces in the order of the queue, which is the same on all processes."""
         for i in range(self._launched, end):
             bucket, before = self._queue[i], self._queue[i - 1] if i else None
             if before is not None and before.group is not bucket.group and before.work is not None:
-                before.work.wait()  # NCCL's groups may not have work in flight at once; it only orders streams there
+                before.work.wait()  # NCCL forbids concurrent work in two groups; with NCCL, wait() only orders streams
             self.bytes += bucket.launch()
         self._launched = max(self._launched, end)
 
     def _make(self, name: str) -> list[_Bucket]:
-        """Divide a part's parameters into buckets; those that get no gradient on any process take no part.
+        """Divide a part's parameters into buckets, without those that get no gradient on any process.
 
-        Which ones do is the same in every step: it is asked once.
+        The used parameters are the same in every step, so they are determined only once.
         """
         group = self.groups[name]
         assert group is not None

@@ -1,1 +1,1 @@
-"""Autoencoders, and data sets of latents."""
+"""Autoencoders (codecs) and data sets of latents."""

@@ -1,7 +1,7 @@
-"""Training a small KL autoencoder on any images: the codec of runs on latents, in diffusers' layout.
+"""Training of a small KL autoencoder: the codec of latent runs, in diffusers' layout.
 
-FOLDER/config.json, diffusion_pytorch_model.safetensors   the codec (averaged weights), as diffusers reads it
-       training/step_N/                                    see training/checkpoint.py; training goes on from here
+FOLDER/config.json, diffusion_pytorch_model.safetensors   the codec (EMA weights), readable by diffusers
+       training/step_N/                                    checkpoints to resume from, see training/checkpoint.py
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from .codecs import CONFIG, WEIGHTS, DiffusersCodec, import_diffusers
 from .latents import PIXELS_AT_ONCE
 
 CHECKPOINT_EVERY = 500  # steps
-JUDGED = 10_000  # held-out images at most
+JUDGED = 10_000  # most images that `judge` measures
 WARMUP_STEPS = 100
 CLIP = 1.0  # largest gradient norm
-SQUARED_WEIGHT = 10.0  # brings squared errors in [-1, 1] to the size of absolute ones
+SQUARED_WEIGHT = 10.0  # scales squared errors in [-1, 1] to the magnitude of absolute errors
 EMA_HALFLIFE, EMA_RAMPUP = 20_000.0, 0.05  # images; share of the images seen
 LEAST_WIDTH = 16
 
@@ -49,13 +49,14 @@ class CodecSettings:
 
     Attributes:
         latent_channels: channels of a latent.
-        factor: height and width of an image over those of its latent, a power of 2.
-        width: channels of the networks at the latents' size, half as many at each doubling of it, but not below 16.
-        steps, batch: optimiser iterations, images in each.
-        lr: Adam's, after a short warm-up.
-        kl: weight of the divergence from N(0, 1), summed over a latent and divided by the numbers of an image, against
-            reconstruction errors averaged over those numbers.
-        seed: of everything random.
+        factor: image height and width divided by latent height and width, a power of 2.
+        width: channels of the networks at latent resolution; halved at each doubling of the resolution, but not below
+            16.
+        steps, batch: optimiser steps, and images per step.
+        lr: learning rate of Adam after a short warm-up.
+        kl: weight of the KL divergence from N(0, 1). The divergence is summed over a latent and divided by the number
+            of values of an image; reconstruction errors are averaged over the same values.
+        seed: of all random numbers.
     """
 
     latent_channels: int = 4
@@ -77,16 +78,16 @@ class CodecSettings:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of the networks at each size, that of the images first."""
+        """Channels of the networks at each resolution, starting at image resolution."""
         halvings = reversed(range(self.factor.bit_length()))
         return tuple(min(self.width, max(self.width >> i, LEAST_WIDTH)) for i in halvings)
 
 
 def build_autoencoder(settings: CodecSettings, shape: tuple[int, int, int]) -> Any:
-    """Return a fresh AutoencoderKL of diffusers for images of shape (C, H, W).
+    """Return a newly initialised AutoencoderKL of diffusers for images of shape (C, H, W).
 
     Raises:
-        UserError: if height or width is no multiple of the factor, or diffusers is missing.
+        UserError: if height or width is not a multiple of the factor, or diffusers is missing.
     """
     diffusers, widths = import_diffusers(), settings.widths
     torch.manual_seed(rng.fold((settings.seed, "initial codec weights")) >> 1)
@@ -100,14 +101,14 @@ def build_autoencoder(settings: CodecSettings, shape: tuple[int, int, int]) -> A
         latent_channels=settings.latent_channels,
         norm_num_groups=math.gcd(8, *widths),
         sample_size=max(shape[1:]),
-        mid_block_add_attention=False,  # local latents of images of any size, and a cheaper decoder
+        mid_block_add_attention=False,  # keeps latents local for any image size, and the decoder cheap
     )
     DiffusersCodec(model, name="the codec").latent_shape(shape)
     return model.requires_grad_(True).train()
 
 
 def require_codec_memory(settings: CodecSettings, shape: tuple[int, int, int], device: torch.device) -> None:
-    """Refuse, before anything is built, a codec or a batch that memory cannot hold.
+    """Raise before anything is built if memory cannot hold the codec or a batch.
 
     Raises:
         UserError: naming width or batch.
@@ -116,18 +117,18 @@ def require_codec_memory(settings: CodecSettings, shape: tuple[int, int, int], d
         parameters = sum(p.numel() for p in build_autoencoder(settings, shape).parameters())
     there = free_memory(device)
     require_memory(
-        5 * 4 * parameters,  # float32: weights, gradients, two moments, averages
+        5 * 4 * parameters,  # float32: weights, gradients, two Adam moments, EMA
         f"width={settings.width} (a codec of {parameters:,} parameters)",
         "take a smaller width",
         there,
     )
-    # one block of the encoder and two of the decoder at the images' size, of at least four kept maps each
+    # one encoder block and two decoder blocks at image resolution, with at least four stored activation maps each
     maps = 3 * 4 * settings.widths[0] * shape[1] * shape[2]
     require_memory(4 * settings.batch * maps, f"batch={settings.batch}", "take a smaller batch", there)
 
 
 def codec_loss(x: Tensor, output: Tensor, mean: Tensor, logvar: Tensor, kl: float) -> Tensor:
-    """Return the mean absolute and (weighted) squared error plus kl times the divergence of the posterior from N(0, 1).
+    """Return mean absolute error + SQUARED_WEIGHT * mean squared error + kl * divergence of the posterior from N(0, 1).
 
     Args:
         x, output: images and their reconstructions (B, C, H, W).
@@ -140,15 +141,15 @@ def codec_loss(x: Tensor, output: Tensor, mean: Tensor, logvar: Tensor, kl: floa
 
 
 class CodecTrainer:
-    """Trains a codec, from its start or (`restore`) from the latest checkpoint in FOLDER/training.
+    """Trains a codec from scratch or, after `restore`, from the latest checkpoint in FOLDER/training.
 
-    Everything drawn depends on (seed, step, row) alone: a resumed training equals an uninterrupted one.
+    All random numbers depend only on (seed, step, row), so a resumed training equals an uninterrupted one.
 
     Args:
-        folder: where the codec is going to be; nothing is written before `fit`.
+        folder: output folder of the codec; nothing is written before `fit`.
         settings: the codec and its training.
         data: training images.
-        device: where.
+        device: training device.
 
     Raises:
         UserError: if the images do not fit the factor, or memory cannot hold the codec or a batch.
@@ -160,7 +161,7 @@ class CodecTrainer:
         self.images = data.tensor()
         self.model = build_autoencoder(settings, data.shape).to(device)
         self.ema: EMA[Any] = EMA(self.model, EMA_HALFLIFE, EMA_RAMPUP)
-        # a short memory of squares: losses fall fast at first
+        # beta2 = 0.99 (short memory) because the loss falls fast at first
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, betas=(0.9, 0.99), fused=True)
         self.step, self.seconds, self.stopping = 0, 0.0, False
 
@@ -170,14 +171,14 @@ class CodecTrainer:
         return self.folder / "training"
 
     def fit(self, progress: Progress | None = None) -> None:
-        """Train to the end (or until `stop`), leaving a checkpoint of the last step.
+        """Train to the last step (or until `stop`) and save a checkpoint of it.
 
         Args:
-            progress: called with (steps done, steps in all).
+            progress: called with (steps done, total steps).
 
         Raises:
-            TrainingDiverged: if a loss or gradient is not finite; the last checkpoint stays.
-            OSError: if a checkpoint cannot be written; the one before stays.
+            TrainingDiverged: if a loss or gradient is not finite; the last checkpoint is kept.
+            OSError: if a checkpoint cannot be written; the previous one is kept.
         """
         while self.step < self.settings.steps and not self.stopping:
             start = time.perf_counter()
@@ -189,11 +190,11 @@ class CodecTrainer:
                 self._save()
 
     def stop(self) -> None:
-        """Ask fit to end after the current step with a checkpoint."""
+        """Make `fit` end after the current step, with a checkpoint."""
         self.stopping = True
 
     def codec(self) -> DiffusersCodec:
-        """Return the codec so far: the averaged weights."""
+        """Return the current codec, with EMA weights."""
         return DiffusersCodec(self.ema.module, name="the codec")
 
     def _iterate(self) -> None:
@@ -217,7 +218,7 @@ class CodecTrainer:
         seed, rows = self.settings.seed, torch.arange(self.settings.batch)
         u = rng.uniform((seed, "codec images", self.step), rows, 2)
         x = to_float(self.images[(u[:, 0] * len(self.images)).long()].to(self.device))
-        # mirrored ones too: runs that flip are trained on their latents
+        # mirror half of the images, because runs with flips are trained on latents of mirrored images
         x = torch.where((u[:, 1] < 0.5).to(self.device)[:, None, None, None], x.flip(-1), x)
         posterior = self.model.encode(x).latent_dist
         key = (seed, "codec posterior", self.step)
@@ -246,10 +247,11 @@ class CodecTrainer:
         ckpt.prune(self.checkpoints, keep_last=1, keep_every=0)
 
     def restore(self) -> None:
-        """Take up the latest checkpoint; more steps than it was begun with make the training longer.
+        """Resume from the latest checkpoint; `steps` is the only setting that may differ.
 
         Raises:
-            UserError: if there is none, or it was made with other settings or images or at a later step.
+            UserError: if there is no checkpoint, it was made with other settings or images, or its step exceeds
+                `steps`.
         """
         found = ckpt.list_checkpoints(self.checkpoints)
         if not found:
@@ -280,15 +282,15 @@ class CodecTrainer:
 
 @dataclass(frozen=True, kw_only=True)
 class CodecQuality:
-    """What a codec does to images it was not trained on.
+    """Reconstruction quality and latent statistics of a codec on a set of images.
 
     Attributes:
-        images: how many were looked at.
-        psnr: peak signal-to-noise ratio in dB of uint8 reconstructions from posterior means, 10 log10(255^2 / mean
-            squared error), the mean over all pixels of all images; None where they are exact.
-        content_psnr: the same over the centred part that was not padded; None where nothing was.
+        images: number of images measured.
+        psnr: peak signal-to-noise ratio in dB of uint8 reconstructions from posterior means, 10 log10(255^2 / MSE),
+            with the MSE over all pixels of all images; None if they are exact.
+        content_psnr: the same over the centred unpadded part; None without padding.
         latent_std: standard deviation of each latent channel, unscaled.
-        scale: 1 / the standard deviation of all latents.
+        scale: 1 / the standard deviation of all latents; None if they are all equal.
     """
 
     images: int
@@ -299,7 +301,7 @@ class CodecQuality:
 
 
 def judge(codec: Codec, data: ImageData, device: torch.device) -> CodecQuality:
-    """Measure a codec on (at most JUDGED) images, a drawn part of them where there are more."""
+    """Measure a codec on at most JUDGED images, drawn at random if there are more."""
     order = torch.randperm(len(data), generator=rng.generator(("judged images",)))[:JUDGED]
     inside = _content(data)
     errors, latents = torch.zeros(2, dtype=torch.float64), []
@@ -322,12 +324,12 @@ def judge(codec: Codec, data: ImageData, device: torch.device) -> CodecQuality:
 
 
 def psnr(mean_squared_error: float) -> float | None:
-    """Return the peak signal-to-noise ratio of uint8 images in dB, None for a perfect match."""
+    """Return the peak signal-to-noise ratio of uint8 images in dB; None if the error is 0."""
     return 10 * math.log10(255**2 / mean_squared_error) if mean_squared_error > 0 else None
 
 
 def _content(data: ImageData) -> tuple[Any, ...]:
-    """Return the index of the part of images (B, C, H, W) that was not padded."""
+    """Return the index of the unpadded part of images (B, C, H, W)."""
     _, height, width = data.shape
     rows, columns = data.content or (height, width)
     top, left = (height - rows) // 2, (width - columns) // 2
@@ -335,13 +337,13 @@ def _content(data: ImageData) -> tuple[Any, ...]:
 
 
 def reconstruct(codec: Codec, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the latents of images, uint8 (B, C, H, W), and what is decoded from them, uint8; both on the CPU."""
+    """Return the latents and the uint8 reconstructions of images, uint8 (B, C, H, W); both on the CPU."""
     latents = codec.encode(to_float(images.to(device)))
     return latents.cpu(), to_uint8(codec.decode(latents)).cpu()
 
 
 def write_codec(folder: Path, codec: DiffusersCodec) -> None:
-    """Write a codec as diffusers' save_pretrained lays it out, each file atomically."""
+    """Write a codec in the layout of diffusers' save_pretrained; each file is written atomically."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in codec.module.state_dict().items()}
     write_atomic(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     write_atomic(folder / CONFIG, codec.module.to_json_string().encode())

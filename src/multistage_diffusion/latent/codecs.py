@@ -1,4 +1,4 @@
-"""Latent codecs: autoencoders that turn images into smaller latents, in whose space a run is trained, and back."""
+"""Latent codecs: autoencoders between images and the smaller latents that a run is trained on."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from ..config.serialization import read_json
 from ..contracts import Codec
 from ..errors import UserError
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers' save_pretrained names them
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # file names of diffusers' save_pretrained
 CLASSES = ("AutoencoderKL", "VQModel")
 
 
 class IdentityCodec:
-    """The simplest codec: latents are the pixels."""
+    """A codec whose latents are the pixels."""
 
     fingerprint = "identity"
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return images as they are, float32."""
+        """Return images unchanged, as float32."""
         return images.to(torch.float32)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return latents as they are, float32."""
+        """Return latents unchanged, as float32."""
         return latents.to(torch.float32)
 
     def latent_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Return the shape itself."""
+        """Return the same shape."""
         return shape
 
 
 class DiffusersCodec:
     """An AutoencoderKL or VQModel of diffusers (the first stages of Rombach et al. 2022, section 3.1).
 
-    A latent is the posterior's mean (KL), or what the encoder says before quantisation (VQ), which decoding does first.
+    A latent is the posterior mean (KL) or the encoder output before quantisation (VQ). A VQModel quantises in `decode`.
 
     Args:
-        module: used as it is, in evaluation mode and without gradients; float32.
+        module: float32; changed in place to evaluation mode without gradients.
         fingerprint: of its configuration and weights (`codec_fingerprint`).
-        name: what it was opened as; starts every error message.
+        name: its source; starts every error message.
     """
 
     def __init__(self, module: Any, fingerprint: str = "", name: str = "codec") -> None:
@@ -61,7 +61,7 @@ class DiffusersCodec:
         """Map images (B, C, H, W) in [-1, 1] to unscaled latents, float32 (B, c, h, w).
 
         Raises:
-            UserError: if the codec takes no images of this shape.
+            UserError: if the codec does not accept images of this shape.
         """
         channels, height, width = images.shape[1:]
         self.latent_shape((channels, height, width))
@@ -71,15 +71,16 @@ class DiffusersCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Map unscaled latents (B, c, h, w), quantised first by a VQModel, to images, float32 (B, C, H, W)."""
+        """Map unscaled latents (B, c, h, w) to images, float32 (B, C, H, W); a VQModel first quantises them."""
         images: Tensor = self.module.decode(latents.to(torch.float32)).sample
         return images
 
     def latent_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Return (c, h, w) for images of shape (C, H, W), without running anything.
+        """Return (c, h, w) for images of shape (C, H, W) without running the network.
 
         Raises:
-            UserError: if the channels are not the codec's, or height or width is no multiple of its factor.
+            UserError: if the number of channels differs from the codec's, or height or width is not a multiple of its
+                factor.
         """
         channels, height, width = shape
         config = self.module.config
@@ -100,16 +101,16 @@ class DiffusersCodec:
 
 
 def open_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec:
-    """Open the codec that a configuration names.
+    """Open the codec of a configuration.
 
     Args:
-        config: its source is a folder as diffusers' save_pretrained writes it, hf:OWNER/NAME, or "identity"
+        config: its source is a folder in the layout of diffusers' save_pretrained, hf:OWNER/NAME, or "identity"
             (IdentityCodec).
         device: where it runs.
 
     Raises:
-        UserError: if there is none, it is of another class or damaged, diffusers is missing, or the fingerprint is
-            recorded and differs.
+        UserError: if the codec is missing, damaged or of another class, diffusers is missing, or a recorded fingerprint
+            differs.
     """
     if not config.source:
         raise UserError(
@@ -125,7 +126,7 @@ def open_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec
 
 
 def codec_fingerprint(folder: Path) -> str:
-    """Return the SHA-256, in hex, of a codec's configuration and weights (not of the release that wrote them)."""
+    """Return the SHA-256, in hex, of a codec's configuration and weights, without the diffusers version."""
     config = read_json(folder / CONFIG)
     told = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
     with (folder / WEIGHTS).open("rb") as file:
@@ -142,7 +143,7 @@ def _open_diffusers(config: CodecConfig, device: torch.device | str) -> Diffuser
         raise UserError(f"{name}: config.json names _class_name={kind!r}; a codec is one of {' or '.join(CLASSES)}")
     diffusers = import_diffusers()
     try:
-        # without low_cpu_mem_usage=False it would speak of an optional package; nothing is fetched from here
+        # low_cpu_mem_usage=False avoids a message about an optional package; local_files_only: no download here
         module, info = getattr(diffusers, kind).from_pretrained(
             folder,
             use_safetensors=True,
@@ -151,7 +152,7 @@ def _open_diffusers(config: CodecConfig, device: torch.device | str) -> Diffuser
             local_files_only=True,
             output_loading_info=True,
         )
-    except Exception as error:  # whatever a foreign configuration or file makes diffusers raise
+    except Exception as error:  # diffusers raises many exception types on a foreign configuration or file
         raise UserError(f"{name}: cannot be opened as {kind} ({_short(error)})") from None
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
     if lacking:
@@ -177,13 +178,13 @@ def _lack(file: str) -> str:
 
 
 def _below(folder: Path) -> str:
-    """Name a folder inside that may have been meant."""
+    """Return a hint if a sub-folder holds a codec."""
     found = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}") if (path.parent / WEIGHTS).is_file())
     return f"; did you mean codec.subfolder={found[0]!r}?" if found else ""
 
 
 def _fetched(config: CodecConfig) -> Path:
-    """Download a codec of the Hugging Face hub, or find it in that library's cache."""
+    """Return the local folder of a codec of the Hugging Face hub; download it if it is not in the hub's cache."""
     try:
         import huggingface_hub
         from huggingface_hub import utils as errors
@@ -200,14 +201,14 @@ def _fetched(config: CodecConfig) -> Path:
         return Path(found[0]).parent
 
     try:
-        return fetch(local_files_only=True)  # runs check the fingerprint: what is there already is as good
+        return fetch(local_files_only=True)  # a cached copy is good enough: runs check the fingerprint
     except errors.LocalEntryNotFoundError:
         pass
     except errors.HFValidationError as error:
         raise UserError(f"codec.source='{config.source}': {_short(error)}") from None
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # offline, it tells of every retry
+    logger.setLevel(logging.ERROR)  # offline, it logs every retry
     try:
         return fetch()
     except errors.LocalEntryNotFoundError:
@@ -225,10 +226,10 @@ def _fetched(config: CodecConfig) -> Path:
 
 
 def import_diffusers() -> Any:
-    """Return the library diffusers.
+    """Import and return diffusers.
 
     Raises:
-        UserError: naming the extra, if it is not installed.
+        UserError: naming the extra to install, if it is missing.
     """
     try:
         import diffusers
@@ -242,5 +243,5 @@ def _needs(package: str) -> str:
 
 
 def _short(error: Exception) -> str:
-    """Return a library's message as one line that is not too long."""
+    """Return an exception's type and message as one line of at most 240 characters."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 240)

@@ -1,4 +1,4 @@
-"""Latents at rest: a data set encoded once by a codec, kept in a cache folder and read back."""
+"""Data sets of latents: encoded once by a codec, stored in a cache folder and read back."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from ..files import write_atomic
 
 Progress = Callable[[int, int], None]  # (done, total)
 
-PIXELS_AT_ONCE = 1 << 18  # per batch of images: 256 images of 32x32, 4 of 256x256
+PIXELS_AT_ONCE = 1 << 18  # pixels per batch: 256 images of 32x32, 4 of 256x256
 
 
 @dataclass(frozen=True, eq=False)
 class LatentData:
-    """A data set as networks see it: latents times a scale.
+    """A data set in the form that networks are trained on: latents times a scale.
 
     Attributes:
         latents: float32 (N, c, h, w).
-        mirrored: the latents of the horizontally mirrored images (a mirrored latent is something else), or None.
+        mirrored: latents of the horizontally mirrored images (not equal to mirrored latents), or None.
         labels: class numbers from 0, int64 (N,), or None.
-        name: what the images were opened as; starts every error message.
+        name: the source of the images; starts every error message.
         class_names: one name per class.
     """
 
@@ -60,7 +60,7 @@ class LatentData:
         return len(self.class_names)
 
     def tensor(self) -> Tensor:
-        """Return the latents: to be read, not written."""
+        """Return the latents; do not write to them."""
         return self.latents
 
 
@@ -77,10 +77,10 @@ def encode_images(
 
     Args:
         codec: on `device`.
-        images: uint8 (N, C, H, W), N > 0, wherever they are.
-        batch: images at once; None: as many as fit easily into memory.
-        device: where the codec is.
-        mirrored: encode their horizontal mirror images.
+        images: uint8 (N, C, H, W), N > 0, on any device.
+        batch: images per batch; None: PIXELS_AT_ONCE pixels per batch.
+        device: device of the codec.
+        mirrored: encode the horizontally mirrored images instead.
         progress: called with (images done, N).
 
     Returns:
@@ -114,26 +114,26 @@ def cached_latents(
     batch: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[LatentData, float]:
-    """Return a data set's latents, from the cache where they are there.
+    """Return a data set's latents; encode them only if they are not in the cache.
 
-    A file of the cache holds the unscaled latents of one data set, mirrored or not, under one codec; damaged ones are
-    made again, with a warning.
+    A cache file holds the unscaled latents of one data set, mirrored or not, for one codec. Damaged files are encoded
+    again, with a warning.
 
     Args:
         codec: on `device`.
         data: the images, at least one.
-        scale: factor of the latents returned; None: 1 / the standard deviation of all unscaled ones, as Rombach et al.
-            2022 (section G) scale theirs.
-        mirrored: whether the mirrored images' latents are wanted too.
+        scale: factor applied to the latents; None: 1 / the standard deviation of all unscaled latents, as in Rombach et
+            al. 2022 (section G).
+        mirrored: whether to return the latents of the mirrored images, too.
         folder: the cache; default $MSDIFF_CACHE/latents, or ~/.cache/multistage-diffusion/latents.
         device, batch: see `encode_images`.
-        progress: called with (images encoded, images in all) while there is anything to encode.
+        progress: called with (images encoded, total images) during encoding.
 
     Returns:
         (latents times the scale, the scale).
 
     Raises:
-        UserError: if the codec takes no such images, or the scale is not known because all latents are equal.
+        UserError: if the codec does not accept the image shape, or scale is None and all latents are equal.
         NotFiniteError: if a latent is not finite.
     """
     folder = default_cache() if folder is None else folder
@@ -159,7 +159,7 @@ def cached_latents(
 
 
 def default_cache() -> Path:
-    """Return the folder in which latents are kept unless another is named."""
+    """Return the default cache folder of latents."""
     return Path(os.environ.get("MSDIFF_CACHE") or "~/.cache/multistage-diffusion").expanduser() / "latents"
 
 
@@ -168,12 +168,12 @@ def _key(codec: Codec, data: ImageData, mirrored: bool) -> str:
 
 
 def _scale(tensors: list[Tensor], name: str) -> float:
-    """Return 1 / the standard deviation of all numbers together, in float64."""
+    """Return 1 / the standard deviation of all values together, computed in float64."""
     count = sum(latents.numel() for latents in tensors)
     mean = sum(float(latents.sum(dtype=torch.float64)) for latents in tensors) / count
     squares = 0.0
     for latents in tensors:
-        for rows in torch.split(latents, 1024):  # float64 copies of a few at a time
+        for rows in torch.split(latents, 1024):  # limits the memory of the float64 copies
             squares += float((rows.to(torch.float64) - mean).square().sum())
     if squares == 0:
         raise UserError(f"{name}: all latents are equal, which gives no scale; use other data or another codec")
@@ -185,7 +185,7 @@ def _digest(latents: Tensor) -> str:
 
 
 def _write(path: Path, latents: Tensor) -> None:
-    """Keep latents; a cache that cannot be written only costs time."""
+    """Store latents in the cache; if that fails, only warn, because they can be encoded again."""
     try:
         write_atomic(path, save({"latents": latents}, metadata={"sha256": _digest(latents)}))
     except OSError as error:
@@ -197,7 +197,7 @@ def _write(path: Path, latents: Tensor) -> None:
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """Return kept latents, or None if there are none or, with a warning, they are damaged."""
+    """Return cached latents; None if the file is missing or, with a warning, damaged."""
     if not path.exists():
         return None
     try:

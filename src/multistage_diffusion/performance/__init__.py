@@ -1,1 +1,1 @@
-"""How a network is computed, how fast that is, and how much memory it takes."""
+"""Execution of networks: devices, autotuning, speed and memory."""

@@ -1,4 +1,4 @@
-"""Which way of computing a run's steps is fastest on its device: a short trial at its start, remembered in RUN/execution.json."""
+"""Autotuning: a short measurement at the start of a run selects the fastest execution, stored in RUN/execution.json."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .devices import clock, device_name
 from .execution import Execution
 from .offload import free_memory
 
-LEAST_STEPS = 2000  # of a run that a trial is worth
-COMPILING_PAYS = 1800.0  # seconds of training left, from which on minutes of compiling are tried
-GAIN = 0.97  # of the plain way's time: what is not clearly faster is left alone, so that equal runs stay equal
-WARM = (4, 1)  # passes that are not timed: memory is reserved in the first; twice, since machines change their pace
-TIMED = 2  # passes of each candidate in each round
-COPIES = 0.25  # of free memory, for the gradients of shards
+LEAST_STEPS = 2000  # minimum remaining steps for autotuning
+COMPILING_PAYS = 1800.0  # minimum remaining seconds of training for trying compilation, which takes minutes
+GAIN = 0.97  # maximum time relative to the plain execution; otherwise plain is kept, so equal runs stay equal
+WARM = (4, 1)  # untimed passes per round; the first reserve memory; two rounds, since machine speed varies
+TIMED = 2  # timed passes of each candidate in each round
+COPIES = 0.25  # share of free memory for the gradients of shards
 
 
 def check_execution(asked: Execution, device: torch.device, processes: int) -> None:
-    """Raise UserError if CUDA graphs or shards are asked for where there are none."""
+    """Raise UserError if CUDA graphs or shards are requested but not supported (wrong device, or several processes)."""
     for name, wanted, kind in (
         ("cuda_graphs=True", asked.cuda_graphs, "cuda"),
         (f"shards={asked.shards}", asked.shards > 1, "cpu"),
@@ -40,7 +40,7 @@ def check_execution(asked: Execution, device: torch.device, processes: int) -> N
 
 
 def settled(settings: ExecutionConfig) -> Execution:
-    """Return what the settings ask for, without what a trial would decide."""
+    """Return the execution of the settings, with every "auto" resolved to the plain choice."""
     return Execution(
         channels_last=settings.channels_last is True,
         compile=settings.compile is True,
@@ -53,15 +53,15 @@ def settled(settings: ExecutionConfig) -> Execution:
 def candidates(
     config: RunConfig, device: torch.device, *, alone: bool, weights: int = 1, compiling: bool = False
 ) -> Iterator[Execution]:
-    """Yield the ways between which a trial decides, the plainest first.
+    """Yield the candidates for autotuning, the plainest first.
 
     Args:
-        config: of the run: what its `execution` says outright is the same in all.
+        config: of the run; settings in its `execution` other than "auto" are the same in all candidates.
         device: of the run.
-        alone: whether one process trains it; a graph's gradients, and those of shards, come all at once,
-            too late to be summed on the way.
-        weights: bytes of the parameters: each shard has gradients of its own.
-        compiling: whether to yield those that "auto" compiles, instead of those that it does not.
+        alone: whether a single process trains. CUDA graphs and shards yield all gradients at once, too late to overlap
+            the all_reduce with the backward pass.
+        weights: bytes of the parameters; each shard needs gradients of this size.
+        compiling: whether to yield the compiled candidates of compile="auto" instead of the others.
     """
     settings, cuda = config.execution, device.type == "cuda"
     fixed_rows = config.training.update_mode == "mixed" and config.training.accumulate == 1
@@ -83,13 +83,13 @@ def candidates(
 
 
 class KeptExecutions(Protocol):
-    """Where the result of a trial is kept: a run."""
+    """Storage of autotuning results, implemented by a run."""
 
     def known_execution(self, here: dict[str, Any]) -> dict[str, bool] | None:
-        """Return what an earlier trial has found on the same device with the same settings."""
+        """Return the result of earlier autotuning on the same device with the same settings; None if there is none."""
 
     def remember_execution(self, here: dict[str, Any], execution: Execution, seconds: dict[str, float]) -> None:
-        """Keep what a trial has found."""
+        """Store the result of autotuning."""
 
 
 def choose(
@@ -102,22 +102,23 @@ def choose(
     compute: Callable[[Execution], None],
     passes: Callable[[], None],
 ) -> dict[str, float]:
-    """Let steps be computed in the way that is fastest here, as an earlier start has found or by a trial.
+    """Select the fastest execution on this device, from a stored result or by autotuning.
 
-    All processes decide the same. What a trial finds is kept in the run.
+    All processes make the same choice. The result of autotuning is stored in the run.
 
     Args:
-        kept: the run, which keeps what a trial finds.
-        config: of a trainer.
-        world: the processes that train it.
-        device: of this one.
+        kept: the run, which stores the result.
+        config: of the run.
+        world: the processes that train.
+        device: of this process.
         weights: bytes of the parameters.
-        steps: that are left to do.
-        compute: lets steps be computed in a way.
-        passes: makes the forward and backward passes of a step.
+        steps: number of remaining steps.
+        compute: applies an execution to later steps.
+        passes: runs the forward and backward passes of a step.
 
     Returns:
-        The seconds of a step of each candidate, by its words; empty if no trial was made.
+        Median seconds of the forward and backward passes of each candidate, summed over processes, by its description;
+        empty without autotuning.
     """
     here = {"device": device_name(device), "settings": to_dict(config.execution)}
     known = world.broadcast_object(kept.known_execution(here))
@@ -139,7 +140,7 @@ def choose(
                 start = clock(device)
                 passes()
                 taken.append(clock(device) - start)
-        except RuntimeError:  # no memory for it, or no compiler
+        except RuntimeError:  # out of memory, or no compiler
             if way == plain or world.size > 1:
                 raise
             return [math.inf]

@@ -1,14 +1,15 @@
-"""What a training step holds, sends and takes on many processes: bytes exactly, seconds by a model.
+"""Memory, communication and time of a training step on several processes: exact bytes, modelled seconds.
 
-With P_0 parameters of the encoder and P_k of decoder k, a process holds 20 bytes for each parameter of its own: 4 of the
-weight, 4 of its gradient, 8 of Adam's moments, 4 of the average. Gradients of a part with P parameters held by n processes
-take 4 P bytes on each, of which a ring all-reduce sends 2 (n - 1) / n times as many (Patarasuk & Yuan 2009).
+The encoder has P_0 parameters, decoder k has P_k. A process holds 20 bytes per parameter of its parts: 4 for the
+weight, 4 for the gradient, 8 for Adam's moments, 4 for the EMA. Gradients of a part with P parameters on n processes
+take 4 P bytes on each process. A ring all_reduce sends ring(n, P) = 2 (n - 1) / n times these bytes (Patarasuk & Yuan
+2009). W is the number of processes, n_k the number of processes with decoder k. Per strategy:
 
     time:   20 (P_0 + sum_k P_k) bytes held, ring(W, P_0 + sum_k P_k) sent
     memory: 20 (P_0 + P_k) bytes held,      ring(W, P_0) + ring(n_k, P_k) sent
 
-The time of a step is a model, not a measurement: rows times FLOPs over the rate that the device reaches, plus what of the
-exchange the backward pass, two thirds of the computing, does not hide.
+The time of a step is a model, not a measurement: rows times FLOPs per row divided by the device's rate, plus the part
+of the all_reduce that does not overlap with the backward pass. The backward pass is two thirds of the compute time.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from ..nets.cost import BACKWARD, network_cost
 from ..training.batches import row_counts, stage_shares
 from ..training.strategies import Strategy, make_layout
 
-WEIGHT, GRADIENT, MOMENTS, AVERAGE = 4, 4, 8, 4  # bytes per parameter in fp32 (bf16 autocast keeps them so)
+WEIGHT, GRADIENT, MOMENTS, AVERAGE = 4, 4, 8, 4  # bytes per parameter in fp32, also with bf16 autocast
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a device and its connection reach.
+    """Speed of a device and its network connection.
 
     Attributes:
         flops: floating-point operations per second in training.
-        bandwidth: bytes per second that a process sends in an all-reduce.
-        latency: seconds of one hop of the ring.
+        bandwidth: bytes per second that a process sends in an all_reduce.
+        latency: seconds per hop of the ring.
     """
 
     flops: float
@@ -40,14 +41,14 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """A step of one process.
+    """Cost of a step on one process.
 
     Attributes:
-        held: bytes of weights, gradients, moments and averages; activations come on top.
-        reduced: bytes of gradients handed to all-reduce.
-        sent: bytes that a ring sends for them.
-        flops: floating-point operations of its rows.
-        seconds: by the model; None without a machine.
+        held: bytes of weights, gradients, moments and EMA, without activations.
+        reduced: bytes of gradients in all_reduce.
+        sent: bytes that this process sends in ring all_reduce.
+        flops: floating-point operations for its rows.
+        seconds: modelled time; None without a machine.
     """
 
     held: int
@@ -63,14 +64,14 @@ def step_costs(
     """Return the cost of a "mixed" step for each of `size` processes.
 
     Args:
-        config: of a run; its batch is that of all processes together.
-        shape: (C, H, W) of what the network sees.
-        strategy: what a process holds.
+        config: of a run; its batch is the total over all processes.
+        shape: (C, H, W) of the network's input.
+        strategy: determines which parts a process holds.
         size: number of processes.
-        machine: of the model of time.
+        machine: speeds for the time model; None: no times.
 
     Raises:
-        UserError: if the batch cannot be dealt to so many.
+        UserError: if the batch cannot be assigned to `size` processes, see `make_layout`.
     """
     layout = make_layout(strategy, config, shape, size)
     counts = row_counts(config.training, stage_shares(config.training, config.stages, config.diffusion.prior))

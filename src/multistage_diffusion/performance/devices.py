@@ -1,4 +1,4 @@
-"""Where a run is trained and in which arithmetic."""
+"""Devices and precision of training and sampling."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from ..errors import UserError
 
 
 def joined(device: str | torch.device | None, command: str) -> tuple[World, torch.device]:
-    """Return the processes that work together with this one, and where it computes: a GPU each, where "cuda" is all that is said.
+    """Join the processes of this job; return them and this process's device.
+
+    With CUDA and no device index, each process gets the GPU of its LOCAL_RANK.
 
     Args:
-        device: cpu, cuda, cuda:N; None: CUDA when there is one.
-        command: what all processes are about to do together.
+        device: cpu, cuda, cuda:N; None: CUDA if available.
+        command: the command that all processes run.
 
     Raises:
-        UserError: if there is no such device, the processes' environment is incomplete, or they were given different commands.
+        UserError: if the device does not exist, the environment of the processes is incomplete, or their commands
+            differ.
     """
     resolved = resolve_device(device)
     if resolved.type == "cuda" and resolved.index is None and "LOCAL_RANK" in os.environ:
@@ -36,10 +39,10 @@ def joined(device: str | torch.device | None, command: str) -> tuple[World, torc
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Return the device asked for, or CUDA when there is one, else the CPU.
+    """Return the requested device; for None or "auto", CUDA if available, else the CPU.
 
     Raises:
-        UserError: if CUDA is asked for and absent.
+        UserError: if the device is unknown, not supported or not available.
     """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,7 +50,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError:
         raise UserError(f"device={device!r} is unknown; use cpu, cuda or cuda:N") from None
-    if resolved.type not in ("cpu", "cuda"):  # the noise is drawn in float64, which others lack
+    if resolved.type not in ("cpu", "cuda"):  # noise is drawn in float64, which other devices lack
         raise UserError(f"device={str(device)!r} is not supported; use cpu, cuda or cuda:N")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={str(device)!r}: no CUDA device is available; use --device cpu")
@@ -58,7 +61,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
-# of malloc.h
+# from malloc.h
 M_TRIM_THRESHOLD = -1
 M_TOP_PAD = -2
 M_MMAP_MAX = -4
@@ -67,7 +70,7 @@ Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 
 def precision_name(setting: Precision | Literal["auto"], device: torch.device) -> Precision:
-    """Return a precision setting with "auto" resolved: bf16 on CUDA where it has it, else fp16; fp32 on the CPU."""
+    """Return the precision, with "auto" resolved: on CUDA bf16 if supported, else fp16; on the CPU fp32."""
     if setting != "auto":
         return setting
     if device.type != "cuda":
@@ -76,19 +79,19 @@ def precision_name(setting: Precision | Literal["auto"], device: torch.device) -
 
 
 def autocast_dtype(setting: Precision | Literal["auto"], device: torch.device) -> torch.dtype | None:
-    """Return the autocast type of a precision setting on a device, None for plain fp32 and fp64."""
+    """Return the autocast dtype of a precision setting on a device; None for fp32 and fp64."""
     return {"fp32": None, "fp64": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision_name(setting, device)]
 
 
 def clock(device: torch.device) -> float:
-    """Return the time in seconds once all work given to a device is done."""
+    """Return the time in seconds after synchronising the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the bytes in use at most so far: of the allocator, or, on the CPU, of the process."""
+    """Return the peak memory so far in bytes: of the CUDA allocator, or of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -96,10 +99,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def keep_memory(device: torch.device) -> None:
-    """Let freed memory stay with the process: work on a CPU goes through the same big tensors again and again.
+    """Make the process keep freed memory, because CPU computation allocates the same large tensors repeatedly.
 
-    As it is set, glibc hands each back to the system and gets it again page by page, zeroed: 5 % of a training step. Other
-    systems' C libraries and GPUs (torch keeps their memory) are left alone.
+    By default glibc returns large blocks to the system and gets them back page by page, zeroed. This takes 5 % of a
+    training step. The function does nothing for other operating systems and for GPUs (torch caches GPU memory).
     """
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return
@@ -107,11 +110,11 @@ def keep_memory(device: torch.device) -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_TOP_PAD, 2**26)  # keeps what other threads have freed: no less than one of their heaps
+        mallopt(M_TOP_PAD, 2**26)  # keeps memory freed by other threads; at least one of their heaps
 
 
 def device_name(device: torch.device) -> str:
-    """Return a device in words."""
+    """Return a description of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"

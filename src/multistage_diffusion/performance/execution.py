@@ -1,4 +1,4 @@
-"""How a network is computed: layout in memory, compilation, CUDA graphs. What it computes stays the same but for rounding."""
+"""Execution of a network: memory format, compilation, CUDA graphs; results are the same except for rounding."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..contracts import Conditioning
 from ..nets.blocks import Block, ImageConv
 from ..nets.unet import MultiDecoderUNet
 
-WARM_UPS = 3  # passes before a graph is recorded, in which kernels are chosen
+WARM_UPS = 3  # passes before graph capture, in which kernels are selected
 
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How a network is computed; see config/execution.py."""
+    """Execution of a network; see config/execution.py for the fields."""
 
     channels_last: bool = False
     compile: bool = False
@@ -27,34 +27,35 @@ class Execution:
     recompute: bool = False
 
     def words(self) -> str:
-        """Return it in words."""
+        """Return a description, "plain" if all fields have their defaults."""
         chosen = [f.name.replace("_", " ") for f in fields(self) if getattr(self, f.name) is True]
         return ", ".join(chosen + [f"{self.shards} shards"] * (self.shards > 1)) or "plain"
 
 
 def execute(network: nn.Module, execution: Execution) -> None:
-    """Let a network be computed so from now on; CUDA graphs and shards are a matter of who calls it (`Graphs`)."""
+    """Apply memory format, compilation and recomputation to a network; the caller handles CUDA graphs and shards."""
     blocks = [module for module in network.modules() if isinstance(module, Block)]
-    if execution.compile:  # blocks of one shape share their code; each shape has its own
+    if execution.compile:  # blocks share compiled code; every shape is compiled separately
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(blocks))
     for block in blocks:
         block.recompute = execution.recompute
         if execution.compile:
             block.compile(dynamic=False)
         else:
-            block._compiled_call_impl = None  # as before nn.Module.compile, which has no opposite
+            block._compiled_call_impl = None  # undoes nn.Module.compile, which has no public inverse
     for module in network.modules():
         if isinstance(module, ImageConv):
             module.memory_format = torch.channels_last if execution.channels_last else torch.contiguous_format
 
 
 class Graphs:
-    """Calls a network through CUDA graphs, one for each kind of call: shapes, rows per stage, labels, with gradients or without.
+    """Calls a network through CUDA graphs, one for each kind of call.
 
-    A call's result is valid until the next call of its kind.
+    The kind is the shapes and dtypes of the inputs, rows per stage, which labels are given, gradients, training mode
+    and autocast. The result of a call is valid until the next call of the same kind.
 
     Args:
-        network: on a CUDA device; without hooks of its own.
+        network: on a CUDA device, without hooks on the network itself.
     """
 
     def __init__(self, network: MultiDecoderUNet) -> None:
@@ -62,7 +63,7 @@ class Graphs:
         self._recorded: dict[object, Callable[..., Tensor]] = {}
 
     def __call__(self, x: Tensor, noise: Tensor, counts: Sequence[int], cond: Conditioning | None = None) -> Tensor:
-        """Do what the network does."""
+        """Return the network's output, see `MultiDecoderUNet.forward`; the first call of a kind captures its graph."""
         cond = cond or Conditioning()
         given = {"labels": cond.labels, "augment": cond.augment}
         inputs = [x, noise, *(tensor for tensor in given.values() if tensor is not None)]
@@ -85,7 +86,7 @@ class Graphs:
 
 
 class _Call(nn.Module):
-    """A network's call as a function of tensors alone."""
+    """The call of a network as a function of tensors only."""
 
     def __init__(self, network: MultiDecoderUNet, counts: tuple[int, ...], given: Sequence[str]) -> None:
         super().__init__()
@@ -103,7 +104,7 @@ def _recorded_with_gradients(call: _Call, inputs: Sequence[Tensor]) -> Callable[
     torch.cuda.make_graphed_callables(  # decoders without rows leave inputs unused
         call, examples, num_warmup_iters=WARM_UPS, allow_unused_input=True
     )
-    return call  # whose forward is the graph's now
+    return call  # its forward now replays the graph
 
 
 def _recorded(call: _Call, inputs: Sequence[Tensor]) -> Callable[..., Tensor]:

@@ -1,4 +1,4 @@
-"""What a sampler keeps in memory: one stage's parts on the device (offloading), and as many images at once as fit."""
+"""Memory of sampling and training: offloading of stages, the batch size that fits, and checks before the work."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from ..config import NetworkConfig, RunConfig
 from ..memory import available_memory, require_memory
 from ..nets.unet import MultiDecoderUNet
 
-MOST = {"cpu": 256, "cuda": 1024}  # images at once, beyond which nothing gets faster
-SHARE = 0.6  # of the free memory that a call may take: allocators need room
-NOISE = 40 * 8  # bytes per number of drawing normals in float64, which a trajectory starts with
+MOST = {"cpu": 256, "cuda": 1024}  # batch size above which sampling gets no faster
+SHARE = 0.6  # share of the free memory that a call may use; the rest is headroom for the allocator
+NOISE = 40 * 8  # bytes per element for drawing the starting noise in float64
 
 
 class OneStageAtATime:
-    """Keeps on a device what all stages share and the parts of one stage: a sampler goes through the stages one by one.
+    """Offloading: keeps the shared encoder and the parts of one stage on the device.
 
-    A stage's parts come when they are called, and those of the stage before are left; their weights stay on the CPU.
+    A sampler goes through the stages one by one. When a part of a stage is called, its stage is copied to the device
+    and the device memory of the previous stage is released. The weights of all stages stay on the CPU.
 
     Args:
-        network: on the CPU, not to be trained.
-        device: where it is to be computed.
+        network: on the CPU, not for training.
+        device: of the computation.
 
     Attributes:
-        stage: whose parts are there, None at first.
+        stage: index of the stage on the device, initially None.
     """
 
     def __init__(self, network: MultiDecoderUNet, device: torch.device) -> None:
@@ -45,7 +46,7 @@ class OneStageAtATime:
                 part.register_forward_pre_hook(lambda *_, k=k: self.bring(k))
 
     def bring(self, stage: int) -> None:
-        """Let a stage's parts be on the device, and no others."""
+        """Copy the parts of a stage to the device and release those of the previous stage."""
         if stage == self.stage:
             return
         if self.stage is not None:
@@ -63,14 +64,14 @@ def _tensors(parts: Sequence[nn.Module]) -> list[Tensor]:
 def images_at_once(
     network: NetworkConfig, shape: Sequence[int], count: int, device: torch.device, rows: int = 1
 ) -> int:
-    """Return how many images to sample at once: as many as fit into free memory, in batches of about one size.
+    """Return the batch size for sampling: as many images as fit into free memory, in batches of nearly equal size.
 
     Args:
-        network: its configuration.
-        shape: (C, H, W) of what it makes.
-        count: images wanted.
-        device: where.
-        rows: of the network for each image (2 with guidance).
+        network: configuration of the network.
+        shape: (C, H, W) of its output.
+        count: total number of images.
+        device: of the computation.
+        rows: network rows per image (2 with guidance).
     """
     each = rows * call_memory(network, shape) + NOISE * torch.Size(shape).numel()
     most = max(1, min(MOST.get(device.type, 256), int(SHARE * free_memory(device) / each), count))
@@ -79,17 +80,17 @@ def images_at_once(
 
 
 def call_memory(network: NetworkConfig, shape: Sequence[int]) -> int:
-    """Return about the bytes of feature maps that a float32 call without gradients holds at most, for one image of any stage.
+    """Estimate the peak bytes of feature maps per image of a float32 call without gradients, for the largest stage.
 
-    Those are the encoder's maps, all of which wait for a decoder, and what a block works on: its input, here and there a second
-    one joined to it, and a few maps of its own.
+    The peak consists of all encoder maps, which a decoder needs later, and the working set of one block: its input, in
+    some blocks concatenated with a skip, and a few maps of its own.
     """
     mults, most = network.channel_mult, 0.0
     areas = [shape[1] * shape[2] / 4**level for level in range(len(mults))]
     for stage, decoder in enumerate(network.decoder_widths):
         encoder = network.decoder_widths[stage] if network.separate else network.encoder_width
         waiting = sum((network.blocks_per_level + 1) * encoder * m * area for m, area in zip(mults, areas, strict=True))
-        before = [*mults[1:], mults[-1]]  # a level's first block has the width below it
+        before = [*mults[1:], mults[-1]]  # the first block of a level has the width of the level below
         works = max(
             area * (2 * (max(decoder * b, encoder) + encoder * m) + 4 * decoder * max(m, b))
             for m, b, area in zip(mults, before, areas, strict=True)
@@ -101,41 +102,41 @@ def call_memory(network: NetworkConfig, shape: Sequence[int]) -> int:
 def require_sampling_memory(
     network: NetworkConfig, shape: Sequence[int], count: int, batch: int | None, device: torch.device, rows: int = 1
 ) -> None:
-    """Refuse, before anything is drawn, samples or a batch of them that memory cannot hold.
+    """Raise UserError if memory cannot hold the samples or a batch of them.
 
     Args:
         network, shape, count, device, rows: see `images_at_once`.
-        batch: images at once; None: as many as fit.
+        batch: images per batch; None: as many as fit.
 
     Raises:
-        UserError: naming what is too many.
+        UserError: naming the value that is too large.
     """
     numel = torch.Size(shape).numel()
-    # all images are held, as bytes, and once more when they are joined
+    # all images are held as uint8, and twice while they are concatenated
     require_memory(2 * count * numel, f"count={count}", "draw fewer, with other seeds for more")
     if batch is not None:
-        # call_memory is the most of any stage, and not all of it at once
+        # call_memory is an upper estimate over all stages, and not all of it is in use at once
         each = rows * call_memory(network, shape) // 2 + NOISE * numel
         there = free_memory(device)
         require_memory(min(batch, count) * each, f"batch={batch}", "take a smaller batch, or leave it out", there)
 
 
 def require_training_memory(config: RunConfig, parameters: int, device: torch.device, processes: int) -> None:
-    """Refuse, before anything is trained, what memory cannot hold.
+    """Raise UserError if memory cannot hold the training of a run.
 
     Args:
         config: of the run, with the shape of its images or latents.
-        parameters: of the whole network.
+        parameters: number of parameters of the whole network.
         device: of one of the processes.
-        processes: that share the rows, and perhaps the decoders.
+        processes: number of processes, which share the rows and possibly the decoders.
 
     Raises:
-        UserError: naming what is too large.
+        UserError: naming the value that is too large.
     """
     network, training, there = config.network, config.training, free_memory(device)
     widths = "/".join(map(str, network.decoder_widths))
     require_memory(
-        4 * 4 * parameters / processes,  # float32: weights, gradients and two moments; averages may lie elsewhere
+        4 * 4 * parameters / processes,  # float32 weights, gradients and two moments; the EMA may be stored elsewhere
         f"a network of {parameters:,} parameters (encoder {network.encoder_width}, decoders {widths})",
         "take smaller network.encoder_width and network.decoder_widths",
         there,
@@ -156,7 +157,7 @@ def require_training_memory(config: RunConfig, parameters: int, device: torch.de
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that could be allocated now."""
+    """Return the bytes that can be allocated now."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved

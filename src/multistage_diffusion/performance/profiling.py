@@ -1,4 +1,4 @@
-"""A profile of a user's own run: the time of each part of a step, the share of the machine's roofline, a trace."""
+"""Profile of a run: the time of each part of a step, the rate relative to the roofline, and a trace."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .devices import clock, peak_memory
 from .execution import Execution
 from .roofline import Roofline, measure_roofline
 
-SKIPPED = 3  # first steps, in which memory is reserved and kernels are chosen
+SKIPPED = 3  # first steps, which reserve memory and select kernels
 TIMED = 10
-TRACED = 2  # of a profiler that slows them down
+TRACED = 2  # steps under the profiler, which slows them down
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepProfile:
-    """Where a step's time goes.
+    """Time of a step and its parts.
 
     Attributes:
-        seconds: of a step, mean of `steps`.
-        parts: seconds of each part; what belongs to none is missing. A CUDA graph is one piece: with it all of the network's time
-            is the decoders'. Of shards, those of the first.
-        execution: how steps are computed.
+        seconds: mean time of a step.
+        parts: seconds of each part; time outside all parts is not included. With CUDA graphs the network is measured as
+            a whole, so all of its time counts as "decoders". With shards, the passes are those of the first shard.
+        execution: the execution of the steps.
         images_per_s: of this process.
         rate: floating-point operations per second (flops_per_image).
         roofline: of this device for this network.
-        memory: bytes in use at most.
-        steps: that were timed.
+        memory: peak memory in bytes.
+        steps: number of timed steps.
     """
 
     seconds: float
@@ -47,7 +47,7 @@ class StepProfile:
     steps: int
 
     def table(self) -> str:
-        """Return it in lines for a terminal."""
+        """Return the profile as lines for a terminal."""
         lines = [
             f"step {self.seconds:.4f} s, {self.images_per_s:.1f} images/s, {self.memory / 2**20:.0f} MiB in use at most, "
             f"computed {self.execution.words()}"
@@ -70,14 +70,16 @@ class StepProfile:
 
 
 class Profile(Callback):
-    """Profiles some steps of a run, then lets it go on: RUN/profile/parts.json, RUN/profile/trace.json.
+    """Profiles some steps of a run and writes RUN/profile/parts.json and RUN/profile/trace.json.
+
+    The run continues afterwards.
 
     Args:
         tell: called with the table.
         skipped, timed, traced: numbers of steps.
 
     Attributes:
-        result: once it is known.
+        result: the profile; None until the timed steps are done.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class Profile(Callback):
         self._profiler: Any = None
 
     def stepped(self, trainer: Trainer) -> None:
-        """Begin, go on or end."""
+        """Count a step; start the timing, finish it and start the trace, or finish the trace."""
         self._done += 1
         if self._done == self.skipped:
             trainer.timer.running = True
@@ -105,7 +107,7 @@ class Profile(Callback):
             activities = [torch.profiler.ProfilerActivity.CPU]
             if trainer.device.type == "cuda":
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
-            every = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # shards are computed by several
+            every = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # shards run in several threads
             self._profiler = torch.profiler.profile(activities=activities, experimental_config=every)
             self._profiler.start()
         elif self._done == self.skipped + self.timed + self.traced:
@@ -116,7 +118,7 @@ class Profile(Callback):
             self._profiler = None
 
     def finished(self, trainer: Trainer) -> None:
-        """Close what a run that ends early has left open."""
+        """Stop the profiler and the timer if the run ends early."""
         if self._profiler is not None:
             self._profiler.stop()
         trainer.timer.running = False

@@ -1,4 +1,4 @@
-"""How fast a device could train at most: the rate of the network's largest convolution, and of a matrix product."""
+"""Roofline of a device: the rates of the network's largest convolution and of a matrix product."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ..nets import build_network
 from ..nets.cost import BACKWARD
 from .devices import clock
 
-LEAST_SECONDS = 0.3  # of measuring each rate
+LEAST_SECONDS = 0.3  # minimum measuring time of each rate
 MATRIX = {"cpu": 1024, "cuda": 8192}  # rows and columns of the product
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convolution:
-    """A convolution at the shape at which a training step runs it.
+    """A convolution with the shapes of a training step.
 
     Attributes:
-        rows: images.
-        channels_in, channels_out, kernel, stride, padding: as nn.Conv2d has them.
-        height, width: of its input.
-        flops: 2 per multiply-add of the forward pass, of all rows.
+        rows: number of images.
+        channels_in, channels_out, kernel, stride, padding: as in nn.Conv2d.
+        height, width: of the input.
+        flops: of the forward pass for all rows, 2 per multiply-add.
     """
 
     rows: int
@@ -41,13 +41,13 @@ class Convolution:
 
 @dataclass(frozen=True, kw_only=True)
 class Roofline:
-    """Rates of forward and backward pass together, or of the forward pass alone, in floating-point operations per second.
+    """Rates in floating-point operations per second, of forward and backward pass together or of the forward pass only.
 
     Attributes:
-        convolution: the network's convolution with most operations.
-        channels_last: whether its rate was higher so.
-        convolution_rate: its rate, in the better memory format.
-        matrix_rate: of torch.mm.
+        convolution: the network's convolution with the most operations.
+        channels_last: whether channels-last format is faster for it.
+        convolution_rate: its rate in the faster memory format.
+        matrix_rate: rate of torch.mm.
     """
 
     convolution: Convolution
@@ -57,11 +57,11 @@ class Roofline:
 
 
 def largest_convolution(network: NetworkConfig, shape: Sequence[int], counts: Sequence[int]) -> Convolution:
-    """Return the convolution with most operations in a step.
+    """Return the convolution with the most operations in a step.
 
     Args:
-        network: its configuration.
-        shape: (C, H, W) of what it sees.
+        network: configuration of the network.
+        shape: (C, H, W) of its input.
         counts: rows of each stage.
     """
     found: list[Convolution] = []
@@ -101,13 +101,13 @@ def measure_roofline(
     *,
     backward: bool = True,
 ) -> Roofline:
-    """Measure the roofline of a training step, or of sampling; takes about two seconds.
+    """Measure the roofline of a training step or of sampling, which takes about two seconds.
 
     Args:
         network, shape, counts: see `largest_convolution`.
-        device: where.
-        dtype: of the arithmetic.
-        backward: whether there is a backward pass.
+        device: to measure.
+        dtype: of the computation.
+        backward: whether to include the backward pass.
     """
     convolution = largest_convolution(network, shape, counts)
     formats = (torch.contiguous_format, torch.channels_last)
@@ -153,8 +153,8 @@ def _convolution_pass(
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    """Return the seconds of some work: the best of several rounds."""
-    work()  # kernels are chosen, memory is reserved
+    """Return the time of `work` in seconds: the best of several rounds."""
+    work()  # selects kernels and reserves memory
     best, spent = float("inf"), 0.0
     while spent < LEAST_SECONDS:
         start = clock(device)

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: data, encoder, decoders, clipping, optimiser, averages."""
+"""Timing of the parts of a training step: data, encoder, decoders, gradients, optimiser, EMA."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ PARTS = ("data", "encoder", "decoders", "gradients", "optimizer", "average")
 
 
 class Timer:
-    """Adds up the seconds of parts of a step while it runs, in the thread that has set it going; else its sections cost nothing.
+    """Sums the seconds of each part of a step while it is running.
 
-    On a GPU the clock is read on the device (CUDA events): sections do not wait for one another, as without a timer.
+    It measures only the thread that started it. When it is not running, its sections cost nothing. On a GPU it uses
+    CUDA events, so sections need no synchronisation.
 
     Args:
-        device: where the work is done.
+        device: of the computation.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,7 +32,7 @@ class Timer:
 
     @property
     def running(self) -> bool:
-        """Whether it counts what this thread does."""
+        """Whether the timer measures this thread."""
         return self._thread == threading.get_ident()
 
     @running.setter
@@ -40,7 +41,7 @@ class Timer:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count what is inside as one of PARTS."""
+        """Add the time inside the context to one of PARTS."""
         if not self.running:
             yield
             return
@@ -50,7 +51,7 @@ class Timer:
         self.add(name, start, self.now())
 
     def now(self) -> Any:
-        """Return the time, to be given to `add`."""
+        """Return a timestamp for `add`: seconds, or a CUDA event."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -58,11 +59,11 @@ class Timer:
         return event
 
     def add(self, name: str, start: Any, end: Any) -> None:
-        """Count a span as a part."""
+        """Add a time span to a part."""
         self._spans.append((name, start, end))
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of every part so far, and forget them."""
+        """Return the seconds of every part so far and reset them."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         found = dict.fromkeys(PARTS, 0.0)
@@ -73,22 +74,23 @@ class Timer:
 
 
 class PassTimer:
-    """Divides the forward and backward passes of a network into encoder and decoders.
+    """Divides the time of a network's forward and backward passes into encoder and decoders.
 
-    Forward, an encoder's span is from its call to its return. Backward, gradients come out of the decoders before they go into
-    the encoder: the moment is when the gradient of the encoder's deepest feature map is complete. What belongs to neither,
-    such as the loss, counts as the decoders'. Of separate networks, whose backward passes take turns, only the last turn is
-    known: the encoders before it count as decoders.
+    In the forward pass, the encoder's time is from its call to its return. In the backward pass, it starts when the
+    gradient of the encoder's lowest-resolution output is complete, because gradients leave the decoders before they
+    reach the encoder. All other time, such as the loss, counts as decoder time. The backward passes of separate
+    networks alternate between decoders and encoders, but only the last transition is recorded. The encoders before it
+    count as decoders.
     """
 
     def __init__(self, timer: Timer) -> None:
         self.timer = timer
-        self._inside: list[tuple[Any, Any]] = []  # when encoders were called and returned in this forward pass
+        self._inside: list[tuple[Any, Any]] = []  # call and return times of encoders in this forward pass
         self._left: Any = None
         self._handles: list[RemovableHandle] = []
 
     def watch(self, encoders: Iterable[nn.Module]) -> None:
-        """Watch these encoders from now on, and no others."""
+        """Measure these encoders from now on, and no others."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -112,7 +114,7 @@ class PassTimer:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Count what the encoder does not take as the decoders'."""
+        """Measure a forward pass; time outside the encoders counts as decoder time."""
         if not self.timer.running:
             yield
             return
@@ -129,7 +131,7 @@ class PassTimer:
 
     @contextmanager
     def backward(self) -> Iterator[None]:
-        """Divide a backward pass where it leaves the decoders."""
+        """Measure a backward pass, divided at the transition from decoders to encoder."""
         if not self.timer.running:
             yield
             return

@@ -1,1 +1,1 @@
-"""What is shown to people: reports, drawings, tables."""
+"""Output for people: reports, drawings, tables."""

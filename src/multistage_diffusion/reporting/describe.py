@@ -1,4 +1,4 @@
-"""What a run's network is made of, stage by stage."""
+"""Describes a run's network, stage by stage."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[str, Any]:
-    """Return what a run's network is made of, per stage, as JSON-able data.
+    """Return a description of a run's network, per stage, as JSON-compatible data.
 
-    Parameters are of the network a stage uses (shared encoder and its own decoder); multiply-adds count convolutions in
-    the paper's convention, FLOPs are twice all multiply-adds, both for one image and one call. Means over the stages are
-    given twice: `by_length` weights each by `length`, the share of the schedule's time range that its interval takes (as
-    the totals of the paper's Tables 7 and 9), `by_calls` by `calls`, how often the sampler of `sampling` (default: the
-    run's) calls it.
+    Parameters are those of the network that a stage uses (shared encoder and its own decoder). Multiply-adds count
+    convolutions in the paper's convention; FLOPs are twice all multiply-adds; both are for one image and one call.
+    Means over the stages are given twice. `by_length` weights each stage by `length`, the share of the schedule's time
+    range in its interval (as the totals of the paper's Tables 7 and 9). `by_calls` weights it by `calls`, the number of
+    calls by the sampler of `sampling` (default: the run's).
 
     Raises:
         UserError: if the configuration has no image or latent shape yet.
@@ -74,12 +74,12 @@ def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[
 
 
 def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    """Return the mean of one value per stage; of the weights only the ratios matter."""
+    """Return the mean of one value per stage; only the ratios of the weights matter."""
     return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
 
 def sampler_settings(sampling: SamplingConfig, calls: int) -> dict[str, Any]:
-    """Return a sampler's settings as JSON-able data; method and order are None for solvers that have but one."""
+    """Return a sampler's settings as JSON-compatible data; method and order are None for solvers without a choice."""
     chosen = sampling.solver in ("dpm", "dpm++")
     return {
         "solver": sampling.solver,
@@ -91,13 +91,13 @@ def sampler_settings(sampling: SamplingConfig, calls: int) -> dict[str, Any]:
 
 
 def sampler_words(settings: dict[str, Any]) -> str:
-    """Return a sampler's settings in words, e.g. "20 calls of dpm, singlestep, order 3, log-snr spacing"."""
+    """Return a sampler's settings as text, e.g. "20 calls of dpm, singlestep, order 3, log-snr spacing"."""
     kind = f", {settings['method']}, order {settings['order']}" if settings["method"] else ""
     return f"{settings['calls']} calls of {settings['solver']}{kind}, {settings['spacing']} spacing"
 
 
 def calls_per_stage(config: RunConfig, sampling: SamplingConfig | None = None) -> list[int]:
-    """Return how often a sampler (default: the run's) calls each stage, lowest noise first."""
+    """Return the number of calls of each stage by a sampler (default: the run's), lowest noise first."""
     calls = [0] * len(config.stages)
     for sigma in make_plan(sampling or config.sampling, config.diffusion.schedule).calls:
         calls[config.stages.index_of(sigma)] += 1
@@ -105,14 +105,14 @@ def calls_per_stage(config: RunConfig, sampling: SamplingConfig | None = None) -
 
 
 def edge_time(schedule: NoiseSchedule, sigma: float) -> float:
-    """Return the time of a stage edge; the open ends are those of the schedule."""
+    """Return the time of a stage edge; sigma = 0 gives 0, and sigma = inf the schedule's t_max."""
     if sigma <= 0:
         return 0.0
     return schedule.edge_time(sigma) if math.isfinite(sigma) else schedule.t_max
 
 
 def architecture_rows(described: dict[str, Any]) -> list[ArchitectureRow]:
-    """Return a description as the lines of a report's table."""
+    """Return a description as the rows of a report's table."""
     from .report import ArchitectureRow  # matplotlib takes a while to import
 
     rows = [

@@ -1,4 +1,4 @@
-"""Pieces of an HTML page that needs no network: tables, pictures, charts that follow the page's light or dark theme."""
+"""Parts of a self-contained HTML page: tables, pictures, charts that follow the page's light or dark theme."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from PIL import Image
 from ..shown import shown
 from .pictures import data_uri
 
-INK = "#010203"  # what a chart draws in this colour takes the page's text colour
+INK = "#010203"  # placeholder colour in charts, replaced by the page's text colour
 COLOURS = ("#1f9e89", "#7a68d8", "#e08a1e", "#d1495b", "#3d85d8", "#8a9a2b", "#b05cb5", "#5f7a8a")
 
-# a page needs its own style and pictures, and nothing else: no script, no address
+# a page uses only its own style and pictures: no scripts, no network
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 STYLE = """
@@ -89,12 +89,12 @@ summary { cursor: pointer; color: var(--accent); margin-bottom: 10px }
 
 
 def escape(value: Any) -> str:
-    """Return str(value) with HTML's special characters, quotes included, made harmless, and hidden characters shown."""
+    """Return str(value) with HTML's special characters (quotes included) and hidden characters escaped."""
     return html.escape(shown(value, lines=True), quote=True)
 
 
 def label(value: Any) -> str:
-    """Return str(value) as text of a chart: hidden characters shown, and dollars that start no formula."""
+    """Return str(value) as text of a chart: hidden characters escaped, dollar signs not starting a formula."""
     return shown(value).replace("$", r"\$")
 
 
@@ -104,7 +104,7 @@ def colour(index: int) -> str:
 
 
 def page(title: str, header: str, sections: Sequence[tuple[str, str, str]]) -> str:
-    """Return a whole page of sections (id, title, content); content and header are HTML already, titles are text."""
+    """Return a whole page of sections (id, title, content); content and header are HTML, titles are text."""
     links = "".join(f'<a href="#{name}">{escape(heading)}</a>' for name, heading, _ in sections)
     body = "".join(f'<section id="{n}"><h2>{escape(h)}</h2>{content}</section>' for n, h, content in sections)
     return (
@@ -147,7 +147,7 @@ def picture(image: Image.Image, caption: str, smooth: bool = False) -> str:
 
 
 def chart(draw: Callable[[Figure], None], height: float, caption: str) -> str:
-    """Let `draw` fill a figure 10 by `height` inches and return it as SVG inside the page."""
+    """Draw a figure of 10 by `height` inches with `draw` and return it as SVG inside the page."""
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     spines = dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
     style: Any = {**ink, **spines, "font.size": 10, "svg.fonttype": "none", "svg.hashsalt": caption}
@@ -160,7 +160,7 @@ def chart(draw: Callable[[Figure], None], height: float, caption: str) -> str:
 
 
 def _inline(svg: str) -> str:
-    """Strip what only a separate SVG file needs: prologue, metadata, name spaces (addresses of the web) and style."""
+    """Strip what only a separate SVG file needs (prologue, metadata, namespaces, style); use the page's text colour."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
@@ -168,7 +168,7 @@ def _inline(svg: str) -> str:
 
 
 def tidy(axes: Axes, x: str, y: str, title: str = "") -> None:
-    """Set scales ("linear" or "log"), ticks in plain numbers (k, M, G across), a light grid and a title on the left."""
+    """Set scales ("linear" or "log"), ticks in plain numbers (k, M, G on the x axis), a light grid and a left title."""
     axes.set(xscale=x, yscale=y)
     for axis, scale, (low, high) in ((axes.xaxis, x, axes.get_xlim()), (axes.yaxis, y, axes.get_ylim())):
         if scale == "log":

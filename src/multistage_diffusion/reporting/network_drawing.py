@@ -1,4 +1,4 @@
-"""A picture of a multi-decoder U-Net: the shared encoder once, a decoder per stage to its right, drawn to scale."""
+"""Draws a multi-decoder U-Net to scale: the shared encoder once, and each stage's decoder to its right."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..config.network import NetworkConfig
 from .describe import sampler_words
 from .network_layout import BOTTOM, ROW, Block, Column, Layout, network_layout
 
-# Okabe and Ito's colours, told apart with any colour vision
+# Okabe and Ito's colours, which can be distinguished with any colour vision
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 SHARED_COLOUR, INK, SOFT, SKIP, TRACK = "#5B6573", "#1D2330", "#667085", "#A3ABB8", "#E8EBF0"
 FAMILIES = {"ncsnpp": "NCSN++", "ddpmpp": "DDPM++", "ldm": "LDM U-Net", "meme": "MEME's iU-Net"}
@@ -28,8 +28,8 @@ def draw_network(config: NetworkConfig, described: dict[str, Any], kind: str) ->
     """Draw a network, to scale, with each stage's noise, parameters and arithmetic.
 
     Args:
-        config: its widths.
-        described: what `description.describe` returned for it.
+        config: the network's configuration.
+        described: the result of `describe.describe` for it.
         kind: "png" (150 dots per inch) or "svg" (text as text; the same bytes each time).
     """
     layout = network_layout(config, *described["shape"][1:])
@@ -70,7 +70,7 @@ def _dark(colour: str) -> tuple[float, ...]:
 
 
 def _box(axes: Axes, x: float, y: float, width: float, height: float, colour: Any, edge: Any = "none") -> None:
-    """Draw a rectangle around a centre, its corners rounded a little."""
+    """Draw a centred rectangle with slightly rounded corners."""
     rounding = min(0.05, width / 3, height / 3)
     style = f"round,pad=0,rounding_size={rounding}"
     corner = (x - width / 2, y - height / 2)
@@ -80,7 +80,7 @@ def _box(axes: Axes, x: float, y: float, width: float, height: float, colour: An
 
 
 def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str, width: float) -> None:
-    """Draw a path that ends in an arrow, with a white rim, so that lines that cross are seen not to meet."""
+    """Draw a path that ends in an arrow; its white rim shows that crossing lines do not meet."""
     rim = [withStroke(linewidth=width + 3, foreground="white")]
     xs, ys = zip(*points, strict=True)
     axes.plot(xs, ys, color=colour, linewidth=width, path_effects=rim, zorder=2, solid_joinstyle="round")
@@ -91,7 +91,7 @@ def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str, width:
 def _draw_title(axes: Axes, layout: Layout, described: dict[str, Any]) -> None:
     y = layout.height - 0.4
     shape = " × ".join(map(str, described["shape"]))
-    # a run may be called anything, also what looks like mathematics
+    # a run's name may look like a formula
     axes.text(0.3, y, described["name"], fontsize=17, fontweight="bold", color=INK, va="center", parse_math=False)
     time = "σ" if described["schedule"] == "edm" else "t"
     lines = (
@@ -120,7 +120,7 @@ def _draw_rows(axes: Axes, layout: Layout) -> None:
 
 
 def _draw_connections(axes: Axes, layout: Layout, group: Sequence[Column]) -> None:
-    """Draw skip connections above the rows and, below them, what the encoder's last block hands on."""
+    """Draw skip connections above the rows and, below them, the output of the encoder's last block."""
     encoder, *decoders = group
     for block in encoder.blocks[: len(layout.rows) - 1]:
         _draw_skips(axes, block, [decoder.blocks[block.row] for decoder in decoders])
@@ -134,7 +134,7 @@ def _draw_connections(axes: Axes, layout: Layout, group: Sequence[Column]) -> No
 
 
 def _draw_skips(axes: Axes, block: Block, targets: Sequence[Block]) -> None:
-    """Draw the skip connections of one resolution: straight to one decoder, over the heads of several."""
+    """Draw the skip connections of one resolution: straight to one decoder, above the blocks of several."""
     start = block.x + block.width / 2
     edges = [target.x - target.width / 2 for target in targets]
     if len(targets) == 1:
@@ -150,7 +150,7 @@ def _draw_skips(axes: Axes, block: Block, targets: Sequence[Block]) -> None:
 
 
 def _draw_column(axes: Axes, column: Column) -> None:
-    """Draw the blocks of an encoder, read downwards, or of a decoder, read upwards, with their channels."""
+    """Draw the blocks of an encoder (read downwards) or of a decoder (read upwards), with their channels."""
     colour, down = _colour(column.stage), column.part == "encoder"
     for block in column.blocks:
         _box(axes, block.x, block.y, block.width, block.height, _tint(colour), colour)
@@ -182,7 +182,7 @@ def _draw_column(axes: Axes, column: Column) -> None:
 def _draw_heads(
     axes: Axes, layout: Layout, group: Sequence[Column], config: NetworkConfig, described: dict[str, Any]
 ) -> None:
-    """Write what each decoder, or each separate network, is for."""
+    """Write the stage, noise and calls above each decoder or each separate network."""
     y = layout.rows[0].y + layout.rows[0].height / 2 + 1.5
     stages, (encoder, *decoders) = described["stages"], group
     total = described["sampler"]["calls"]
@@ -194,7 +194,7 @@ def _draw_heads(
         x = column.x if encoder.stage is None else (encoder.x + column.x) / 2
         low, high = stage["sigma"]
         lines = [f"Stage {stage['stage']}", f"σ in [{low:.3g}, {'∞' if high is None else format(high, '.3g')})"]
-        if described["schedule"] != "edm":  # whose time is sigma
+        if described["schedule"] != "edm":  # EDM's time is sigma
             lines.append(f"t in [{stage['t'][0]:.3g}, {stage['t'][1]:.3g}{']' if high is None else ')'}")
         lines.append(f"{stage['calls']} of {total} calls")
         if config.attention_shares is not None:
@@ -209,7 +209,7 @@ def _draw_head(axes: Axes, x: float, y: float, lines: Sequence[str], colour: str
 
 
 def _draw_shares(axes: Axes, layout: Layout, described: dict[str, Any]) -> None:
-    """Draw what share of parameters and of arithmetic each part has, as numbers and bars."""
+    """Draw each part's share of the parameters and of the multiply-adds, as numbers and bars."""
     stages, top = described["stages"], BOTTOM - 0.55
     whole = {
         "parameters": described["parameters"],
@@ -232,7 +232,7 @@ def _draw_shares(axes: Axes, layout: Layout, described: dict[str, Any]) -> None:
 
 
 def _share_places(layout: Layout) -> list[tuple[float, int | None]]:
-    """Return where the shares of each part stand: a column's, or a whole separate network's."""
+    """Return the x position and the stage of each share: one per column, or one per separate network."""
     places: list[tuple[float, int | None]] = []
     for group in layout.groups:
         if group[0].stage is None:
@@ -243,7 +243,7 @@ def _share_places(layout: Layout) -> list[tuple[float, int | None]]:
 
 
 def _draw_key(axes: Axes, layout: Layout, config: NetworkConfig, calls: int) -> None:
-    """State the scale and what lines, marks and shares mean, in as many lines as it takes."""
+    """Draw the legend of the scale, lines, marks and shares, in as many lines as needed."""
     channels, pixels = (2 ** max(int(most).bit_length() - 1, 0) for most in (0.6 / layout.channel, 0.2 / layout.pixel))
     width, each = channels * layout.channel, config.blocks_per_level
     items = [

@@ -1,4 +1,4 @@
-"""Where the blocks of a multi-decoder U-Net stand in a picture that is to scale. All lengths are inches."""
+"""Positions of the blocks of a multi-decoder U-Net in a drawing to scale; all lengths are in inches."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from ..config.network import NetworkConfig
 from ..nets.unet import attends
 
-HIGHEST = 1.4  # blocks of full resolution
-COLUMN, GAP = 1.5, 0.55  # width of a column, which is that of the block of the most channels; space between columns
+HIGHEST = 1.4  # height of blocks of full resolution
+COLUMN, GAP = 1.5, 0.55  # width of a column (that of the block with most channels); space between columns
 PAIR, PAIR_GAP, NEXT_PAIR = 1.1, 0.4, 0.65  # the same for separate networks; space between two of them
-ROW, ROW_GAP = 0.2, 0.42  # least height of a row; space between rows, in which skip connections run
+ROW, ROW_GAP = 0.2, 0.42  # least height of a row; space between rows, for skip connections
 LEFT, RIGHT, TOP, BOTTOM = 1.7, 0.65, 2.85, 2.35  # margins: title and heads above, shares and key below
-NARROWEST = 7.8  # room for the title
+NARROWEST = 7.8  # least width, for the title
 
 Plan = list[tuple[int, int, bool]]  # row, channels and attention of a part's blocks, downwards
 
@@ -24,10 +24,10 @@ class Block:
 
     Attributes:
         row: level, 0 for full resolution; the number of levels for the middle of the U.
-        channels: of its feature maps.
-        attention: whether it attends.
+        channels: number of channels of its feature maps.
+        attention: whether it has attention.
         x, y: its centre, y upwards.
-        width, height: in proportion to channels and to the height of its feature maps.
+        width, height: proportional to channels and to the height of its feature maps.
     """
 
     row: int
@@ -41,7 +41,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """An encoder or a decoder: its stage (0 for the lowest noise, None if shared), its blocks downwards."""
+    """An encoder or a decoder: its stage (0 for the lowest noise, None if shared) and its blocks, downwards."""
 
     part: str
     stage: int | None
@@ -60,10 +60,10 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where everything is.
+    """Positions of all parts of a drawing.
 
     Attributes:
-        width, height: of the picture.
+        width, height: size of the drawing.
         channel, pixel: the width of one channel and the height of one pixel.
         rows: levels from full resolution down, then the middle.
         groups: an encoder with the decoders it feeds: one group if it is shared, else one per stage.
@@ -78,10 +78,10 @@ class Layout:
 
 
 def network_layout(config: NetworkConfig, height: int, width: int) -> Layout:
-    """Lay a network out for inputs of height x width pixels (as padded), without drawing anything.
+    """Lay out a network for inputs of height x width pixels, which are padded as the network pads them.
 
-    A row holds the feature maps of one resolution; heights of blocks are in proportion to pixels, widths to channels.
-    The middle of the U stands in the column of the part that owns it: the encoder, or each of DDPM++'s decoders.
+    A row holds the feature maps of one resolution. Heights of blocks are proportional to pixels, widths to channels.
+    The middle of the U is in the column of the part that owns it: the encoder, or each of DDPM++'s decoders.
     """
     stages = list(range(len(config.decoder_widths)))
     teams = [[k] for k in stages] if config.separate else [stages]
@@ -126,14 +126,14 @@ def _decoder(config: NetworkConfig, stage: int) -> Plan:
 
 
 def _mixes(config: NetworkConfig, stage: int) -> bool:
-    """Whether a stage has attention at all: one of MEME's experts may have a share of 0."""
+    """Return whether a stage has attention; a MEME expert may have a share of 0."""
     return config.attention_shares is None or config.attention_shares[stage] > 0
 
 
 def _rows(config: NetworkConfig, height: int, width: int) -> tuple[tuple[Row, ...], float]:
     """Return the rows and the height of a pixel."""
     levels = len(config.channel_mult)
-    multiple = 2 ** (levels - 1)  # to which the network pads
+    multiple = 2 ** (levels - 1)  # the network pads sides to a multiple of this
     full = [-(-side // multiple) * multiple for side in (height, width)]
     pixel, y, rows = HIGHEST / full[0], BOTTOM, []
     for level in (levels - 1, *reversed(range(levels))):

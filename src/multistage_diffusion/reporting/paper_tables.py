@@ -2,9 +2,9 @@
 
 Source of the printed figures: "Improving Training Efficiency of Diffusion Models via Multi-Stage Framework and Tailored
 Multi-Decoder Architecture" (CVPR 2024), Tables 7, 8 and 9 of the supplement (the one-stage LDM beside Table 8 is the
-paper's baseline); figures are kept as printed, since the
-last digit decides how near a count must come. "GFLOPs" are multiply-adds of one call on one image, in the paper's
-convention (`nets.cost`). A stage's figures include the shared encoder.
+paper's baseline). Figures are kept as printed, since the last digit sets the tolerance of a count. "GFLOPs" are
+multiply-adds of one call on one image, in the paper's convention (`nets.cost`). A stage's figures include the shared
+encoder.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class PaperRow:
 
     Attributes:
         table: the table's number.
-        row: what the table calls it.
+        row: name of the row in the table.
         preset: our configuration of it.
         stages: figures of each stage, lowest noise first.
         shared: figures of the encoder, where printed.
         total: figures of the whole network, where printed.
-        weights: by which the total averages the stages' GFLOPs.
-        slips: what is wrong in print, by (stage, "params" or "gflops").
+        weights: weights of the stages in the total's mean GFLOPs.
+        slips: known misprints, by (stage, "params" or "gflops").
     """
 
     table: int
@@ -57,7 +57,7 @@ def _lengths(*edges: float) -> tuple[float, ...]:
 # Totals of Tables 7 and 9 weight the stages by the lengths of their intervals in t. For three stages the figures fit
 # 0.426 and 0.626, points of Algorithm 2's grid, rather than the printed edges 0.442 and 0.631.
 THREE = _lengths(0.426, 0.626)
-EIGHT_FOUR_EIGHT = (8, 4, 8)  # of 20 calls, in Table 8
+EIGHT_FOUR_EIGHT = (8, 4, 8)  # calls per stage, of 20, in Table 8
 
 PAPER_ROWS = (
     PaperRow(
@@ -184,11 +184,11 @@ class TableRow:
         table, row: as in `PaperRow`.
         stage: "1" .. (lowest noise first), "shared" (the encoder) or "total".
         params_m, paper_params_m: parameters in millions.
-        gflops, paper_gflops: multiply-adds of a call in thousands of millions; a total's is the mean over stages.
-        flag: empty where both figures agree, what is wrong with the print where that is known, else "differs".
-        weights: of the stages in a total.
-        sampler: the preset's own, in words, for a total.
-        calls: of each stage by that sampler.
+        gflops, paper_gflops: multiply-adds of a call in billions; a total's is the mean over stages.
+        flag: empty if both figures agree; the misprint if it is known; else "differs".
+        weights: weights of the stages in a total.
+        sampler: the preset's own sampler as text, for a total.
+        calls: calls of each stage by that sampler.
         gflops_by_calls: a total weighted by those calls.
     """
 
@@ -211,13 +211,13 @@ class TableRow:
 
 
 def agrees(counted: float, printed: str) -> bool:
-    """Say whether a count is within 0.5 % of a printed figure, or half its last digit."""
+    """Return whether a count is within 0.5 % of a printed figure, or within half its last digit."""
     decimals = len(printed.partition(".")[2])
     return abs(counted - float(printed)) <= max(TOLERANCE * float(printed), 0.5 * 10.0**-decimals)
 
 
 def paper_tables() -> list[TableRow]:
-    """Count every network of the tables, on the meta device, and set it beside the paper's figures."""
+    """Count every network of the tables on the meta device, and compare it with the paper's figures."""
     return [line for paper in PAPER_ROWS for line in compare(paper)]
 
 
@@ -271,7 +271,7 @@ def _line(paper: PaperRow, stage: str, parameters: int, adds: float, figures: Fi
     )
 
 
-# -- printing -----------------------------------------------------------------------------------------------------------
+# -- printing ----------------------------------------------------------------------------------------------------------
 
 HEADINGS = ("row", "stage", "params, M", "paper", "diff", "GFLOPs", "paper", "diff", "flag")
 NOTE = """\
@@ -293,7 +293,7 @@ def tables_text(lines: list[TableRow], *, markdown: bool = False) -> str:
 
 
 def verdict(lines: list[TableRow]) -> str:
-    """Return in one line how many lines agree."""
+    """Return one line with the number of lines that agree."""
     differing = sum(DIFFERS in line.flag for line in lines)
     slips = sum(bool(line.flag) for line in lines) - differing
     agreeing = len(lines) - differing - slips
@@ -321,7 +321,7 @@ def _difference(counted: float, printed: float) -> str:
 
 
 def _means(lines: list[TableRow]) -> Iterator[str]:
-    """Yield both means of every total: by the paper's weights and by the calls of the preset's sampler."""
+    """Yield both means of every total: by the paper's weights, and by the calls of the preset's sampler."""
     for line in lines:
         if line.weights is not None and line.calls is not None:
             weights = "/".join(f"{w:g}" for w in line.weights)

@@ -1,4 +1,4 @@
-"""Images to look at and to keep: grids, PNG files, npz archives."""
+"""Image output: grids, PNG files, npz archives."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import new_folder, write_atomic, write_file
 
-CELL = 64  # default side of a grid's cells: small images are enlarged up to this many pixels
-LINE = 128  # grey of the lines between cells, seen against black and against white images
+CELL = 64  # default side of a grid's cells in pixels; small images are enlarged up to it
+LINE = 128  # grey of the lines between cells, visible beside black and white images
 
-MOST_IN_GRID = 10_000  # images of a picture that is to be looked at
+MOST_IN_GRID = 10_000  # most images in a picture for viewing
 
 
 def grid(images: Tensor, columns: int | None = None, scale: int | None = None, pad: int = 1) -> Image.Image:
@@ -65,16 +65,17 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 @contextmanager
 def folder_of_images(folder: Path, labels: Tensor | None = None) -> Iterator[Callable[[int, Tensor], object]]:
-    """Give a function that writes images as 000000.png, 000001.png, ...: of (number of the first, images).
+    """Yield a function that writes images as 000000.png, 000001.png, ..., given (number of the first, images).
 
-    The folder appears at the end, whole; it takes the place of one of such images alone. After an error nothing is changed.
+    The folder appears complete at the end. It replaces only a folder that holds nothing but such images. After an error
+    nothing is changed.
 
     Args:
-        folder: where.
-        labels: class of every image, int64 (N,), written as dataset.json as EDM's tools do; None: none is.
+        folder: the folder to write.
+        labels: class of every image, int64 (N,), written to dataset.json as EDM's tools do; None: no dataset.json.
 
     Raises:
-        UserError: if anything else is in the folder that is there.
+        UserError: if an existing folder holds anything else.
     """
     if folder.is_dir():
         others = [
@@ -102,7 +103,7 @@ def folder_of_images(folder: Path, labels: Tensor | None = None) -> Iterator[Cal
 def save_npz(images: Tensor, path: Path, labels: Tensor | None = None) -> None:
     """Write images, uint8 (N, C, H, W), as the array `images` of a compressed .npz archive, atomically.
 
-    Their labels, int64 (N,), are the array `labels` in it, if there are any.
+    If there are labels, int64 (N,), they are its array `labels`.
     """
     _check(images)
     arrays: dict[str, Any] = {"images": images.cpu().numpy()}
@@ -114,7 +115,7 @@ def save_npz(images: Tensor, path: Path, labels: Tensor | None = None) -> None:
 
 
 def data_uri(image: Image.Image) -> str:
-    """Return a PNG as a data: address, for HTML that needs no other file."""
+    """Return a PNG as a data: URL, for self-contained HTML."""
     return "data:image/png;base64," + base64.b64encode(_png(image)).decode("ascii")
 
 
@@ -125,7 +126,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _to_pil(image: Tensor) -> Image.Image:
-    """Convert uint8 (C, H, W) on the CPU, C = 1 or 3."""
+    """Convert uint8 (C, H, W) on the CPU, C = 1 or 3, to a PIL image."""
     array = image.numpy()
     return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
 

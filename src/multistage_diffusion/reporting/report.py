@@ -1,6 +1,6 @@
-"""A run in one HTML file: stages, network, losses, samples, metrics, and the command that made it.
+"""The report of a run in one HTML file: stages, network, losses, samples, metrics, and the command that made it.
 
-The file opens from disk without a network: style, charts (SVG) and pictures (PNG data addresses) are inside it.
+The file opens from disk without a network: it contains its style, charts (SVG) and pictures (PNG data URLs).
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from .pictures import data_uri, grid
 
 Record = Mapping[str, Any]
 
-POINTS = 300  # per curve: neighbouring log lines are averaged beyond that
-PANELS = 3  # loss charts side by side
+POINTS = 300  # most points per curve; beyond that, neighbouring log lines are averaged
+PANELS = 3  # loss charts in a row
 GAP = 3  # pixels between images
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureRow:
-    """A line of the architecture table: a stage, the shared encoder, or the whole.
+    """A row of the architecture table: a stage, the shared encoder, or the whole network.
 
     Attributes:
         name: e.g. "stage 1".
-        parameters: how many; a stage's include the shared encoder's.
+        parameters: number of parameters; a stage's include its encoder's.
         multiply_adds: per image and call; None where it makes no sense.
-        width: channels at full resolution; None for the whole.
-        sigma: [low, high) of a stage; None for other lines.
-        t: the same edges in the schedule's time, held to its training range.
+        width: channels at full resolution; None for the whole network.
+        sigma: [low, high) of a stage; None for other rows.
+        t: the same edges in the schedule's time.
     """
 
     name: str
@@ -88,13 +88,13 @@ def write_report(
     """Write RUN/report.html and return its path.
 
     Args:
-        run: folder of the run; metrics.jsonl, launches.jsonl and evaluation.json in it are shown if there.
+        run: folder of the run; its metrics.jsonl, launches.jsonl and evaluation.json are shown if present.
         config: the run's configuration.
         architecture: lines of the network table, stages first.
         samples: uint8 (N, C, H, W), generated images.
-        real: uint8 (M, C, H, W), held-out or training images to set beside them.
+        real: uint8 (M, C, H, W), held-out or training images to show beside them.
         neighbours: samples with their nearest training images.
-        stages_png: picture of the similarity curves that the stages come from.
+        stages_png: picture of the similarity curves from which the stages were found.
         evaluation: evaluation results (dataclasses or plain dictionaries); default: those of RUN/evaluation.json.
 
     Raises:
@@ -140,7 +140,7 @@ def _header(config: RunConfig, train: Sequence[Record], launches: Sequence[Recor
 
 
 def _stages(config: RunConfig, stages_png: Path | None) -> str:
-    """Draw the schedule's training times as a bar cut at the stages' edges; below it the similarity curves."""
+    """Draw the schedule's training times as a bar cut at the stage edges; below it the similarity curves."""
     schedule, stages = config.diffusion.schedule, config.stages
     cuts = [min(max(schedule.edge_time(edge), schedule.t_min), schedule.t_max) for edge in stages.interior]
     spans = list(pairwise([schedule.t_min, *cuts, schedule.t_max]))
@@ -255,7 +255,7 @@ def _draw_quality(figure: Figure, known: Sequence[Record]) -> None:
 
 
 def _curve(records: Sequence[Record], value: Any) -> tuple[list[float], list[float]]:
-    """Return images seen and values, at most POINTS of them, each the mean over as many log lines as the others."""
+    """Return images seen and values: at most POINTS points, each the mean of as many log lines as the others."""
     points = [(r["images"], v) for r in records if (v := value(r)) is not None and math.isfinite(v)]
     width = max(1, math.ceil(len(points) / POINTS))
     groups = [list(zip(*points[i : i + width], strict=True)) for i in range(0, len(points), width)]
@@ -286,7 +286,7 @@ def _neighbours(neighbours: Neighbours | None) -> str:
 
 
 def _metrics(result: Record) -> str:
-    """Tabulate one evaluation with a reading in plain words; `*_real` are real images measured in the same way."""
+    """Tabulate one evaluation, explained in words; `*_real` are real images measured in the same way."""
     kind = ComparisonResult if "reference" in result else EvaluationResult
     needed, more = fields_of(kind)
     check(result, needed, "evaluation", mend="; evaluate the run again")
@@ -353,7 +353,7 @@ def _metric_lines(result: Record) -> list[tuple[str, str, str, str]]:
 
 
 def _through_codec(result: Record) -> list[tuple[str, str, str, str]]:
-    """Say what a latent run's codec alone costs."""
+    """Return the row with the error of a latent run's codec alone; none without a codec."""
     distance = result.get("frechet_reconstructed")
     if distance is None:
         return []
@@ -377,7 +377,7 @@ def _interval(sigma: tuple[float, float]) -> str:
 
 
 def _count(value: int) -> str:
-    """Return a number in thousands, millions or billions, three digits long."""
+    """Return a number in thousands, millions or billions, with three digits."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g} {unit}"

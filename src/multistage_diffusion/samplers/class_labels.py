@@ -1,4 +1,4 @@
-"""Classes of samples: with the training images' frequencies where samples are measured, in turn where they are shown."""
+"""Class labels of samples: drawn with the training images' frequencies for metrics, cycled through for previews."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NAMED = 10  # classes that a warning lists
 
 
 def with_class_counts(config: RunConfig, training: ImageData) -> RunConfig:
-    """Return a run's configuration that knows how many training images each class has; warn of classes without any.
+    """Return a run's configuration with data.class_counts set; warn about classes without training images.
 
     Args:
-        config: of a run; it stays as it is without network.num_classes.
+        config: of a run; returned unchanged if network.num_classes is 0 or the images have no labels.
         training: the training images, with labels below network.num_classes.
     """
     classes = config.network.num_classes
@@ -33,7 +33,7 @@ def with_class_counts(config: RunConfig, training: ImageData) -> RunConfig:
 
 
 def warn_of_empty(counts: tuple[int, ...]) -> None:
-    """Name the classes that have no images: samples of them would be of nothing that was learnt."""
+    """Warn about classes without training images: the network has not learnt them."""
     empty = [str(label) for label, count in enumerate(counts) if not count]
     if empty:
         named = ", ".join(empty[:_NAMED]) + (", ..." if len(empty) > _NAMED else "")
@@ -45,17 +45,18 @@ def warn_of_empty(counts: tuple[int, ...]) -> None:
 
 
 def frequent_labels(config: RunConfig, count: int, seed: int) -> Tensor | None:
-    """Return class labels with the training images' frequencies, None for an unconditional network.
+    """Return class labels drawn with the training images' frequencies; None for an unconditional network.
 
-    Metrics compare samples with real images, whose classes may be of very unequal size: so the samples' are, too.
+    Metrics compare samples with real images, so both need the same class frequencies.
 
     Args:
-        config: of a run. One that does not know its class counts (of an earlier release) gets equal shares.
+        config: of a run. Without class counts (a run of an earlier release, or imported) all classes have equal
+            probability.
         count: number of samples.
-        seed: with the sample's number, decides its label.
+        seed: determines the labels, together with the sample number.
 
     Returns:
-        int64 (count,); label i depends on (seed, i) and the frequencies alone.
+        int64 (count,); label i depends only on (seed, i) and the frequencies.
     """
     if not config.network.num_classes:
         return None
@@ -71,7 +72,7 @@ def frequent_labels(config: RunConfig, count: int, seed: int) -> Tensor | None:
 
 
 def labels_in_turn(config: RunConfig, count: int) -> Tensor | None:
-    """Return the labels of classes that have training images, in turn; int64 (count,), None for an unconditional network."""
+    """Return labels int64 (count,) that cycle through the classes with training images; None if unconditional."""
     if not config.network.num_classes:
         return None
     present = torch.tensor(_counts(config)).nonzero().flatten()

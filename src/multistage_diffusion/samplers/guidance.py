@@ -1,8 +1,9 @@
-"""Classifier-free guidance (Ho & Salimans 2022, "Classifier-free diffusion guidance"), and what keeps it from saturating.
+"""Classifier-free guidance (Ho & Salimans 2022, "Classifier-free diffusion guidance") and remedies against saturation.
 
-A high weight drives pixels out of range. Two remedies: to guide at some noise levels only (Kynkäänniemi et al. 2024, "Applying
-guidance in a limited interval improves sample and distribution quality in diffusion models"), and dynamic thresholding
-(Saharia et al. 2022, "Photorealistic text-to-image diffusion models with deep language understanding", section 2.3).
+A high weight drives pixels out of range. There are two remedies: guidance in a limited interval of noise levels
+(Kynkäänniemi et al. 2024, "Applying guidance in a limited interval improves sample and distribution quality in
+diffusion models"), and dynamic thresholding (Saharia et al. 2022, "Photorealistic text-to-image diffusion models with
+deep language understanding", section 2.3).
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Guided:
-    """A Denoiser that goes from a class-conditional one's unlabelled answer towards, and past, its labelled one.
+    """A Denoiser with classifier-free guidance of a class-conditional Denoiser.
 
-    D = D_none + weight (D_label - D_none): weight 0 is unconditional, 1 conditional (Ho & Salimans write 1 + w for it).
-    As the score is (D - x)/sigma², this is the score of p(x)^(1 - weight) p(x | label)^weight at every noise level.
-    Weights other than 0 and 1 double the rows of each call: the denoiser is called once, with and without labels.
+    D = D_none + weight (D_label - D_none). Weight 0 is unconditional, 1 is conditional (the weight is 1 + w in Ho &
+    Salimans). The score is (D - x)/sigma², so the result is the score of p(x)^(1 - weight) p(x | label)^weight at every
+    noise level. Weights other than 0 and 1 double the rows: one call computes them with and without labels.
 
     Attributes:
         denoiser: a Denoiser that was trained with and without labels (training.label_dropout > 0).
         weight: >= 0.
-        interval: (low, high): the weight holds for low < sigma <= high; elsewhere it is 1, which does not double the rows
-            where all have one sigma. None: everywhere.
+        interval: (low, high): the weight applies for low < sigma <= high. Elsewhere it is 1; `uniform` does not double
+            the rows there. None: the weight applies everywhere.
     """
 
     denoiser: Denoiser
@@ -52,7 +53,7 @@ class Guided:
         return torch.where(inside, guided, self.denoiser(x, sigma, cond))
 
     def uniform(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
-        """Return it where all rows have one sigma, see contracts.UniformDenoiser; raises what a call does."""
+        """Return the guided posterior mean for one sigma, see contracts.UniformDenoiser; raises like `__call__`."""
         if self.interval is not None and not self.interval[0] < sigma <= self.interval[1]:
             if self.weight != 1:
                 self._labelled(cond)
@@ -62,7 +63,7 @@ class Guided:
     def _guided(
         self, x: Tensor, cond: Conditioning | None, denoise: Callable[[Tensor, Conditioning | None], Tensor]
     ) -> Tensor:
-        """Combine what `denoise` gives for x, or for x twice, once with labels and once without."""
+        """Return the guided output; weights other than 0 and 1 call `denoise` on x twice, with and without labels."""
         if self.weight == 1:
             return denoise(x, cond)
         known, labels = self._labelled(cond)
@@ -75,7 +76,7 @@ class Guided:
         return unlabelled + self.weight * (labelled - unlabelled)
 
     def _labelled(self, cond: Conditioning | None) -> tuple[Conditioning, Tensor]:
-        """Return the conditioning and its labels; UserError if there are none."""
+        """Return the conditioning and its labels; raise UserError if there are no labels."""
         if cond is None or cond.labels is None:
             raise UserError(
                 f"sampling.guidance={self.weight}: there are no class labels to guide by; set it to 1, or use a run with "
@@ -86,13 +87,13 @@ class Guided:
 
 @dataclass(frozen=True)
 class Thresholded:
-    """A Denoiser of pixels in [-1, 1] whose answers are brought into range as a whole, not clipped one by one.
+    """A Denoiser of pixels in [-1, 1] with dynamic thresholding of its output.
 
-    Each row is clipped to [-s, s] and divided by s, s being the quantile of its absolute values, at least 1.
+    Each row is clipped to [-s, s] and divided by s. s is the quantile of the row's absolute values, at least 1.
 
     Attributes:
         denoiser: a Denoiser of pixels.
-        quantile: in (0, 1]; 0.995 is common. At 1 nothing is clipped, all is divided by the largest.
+        quantile: in (0, 1]; 0.995 is common. At 1 s is the largest absolute value (at least 1) and nothing is clipped.
     """
 
     denoiser: Denoiser
@@ -103,7 +104,7 @@ class Thresholded:
         return self._within(self.denoiser(x, sigma, cond))
 
     def uniform(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
-        """Return it where all rows have one sigma, see contracts.UniformDenoiser."""
+        """Return the thresholded posterior mean for one sigma, see contracts.UniformDenoiser."""
         return self._within(denoise_uniform(self.denoiser, x, sigma, cond))
 
     def _within(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images from a denoiser: numbered samples, drawn in batches, each independent of the batch it was drawn in."""
+"""Sampling of images in batches; the noise of a sample depends on its number, not on its batch."""
 
 from __future__ import annotations
 
@@ -40,27 +40,27 @@ def sample_images(
 
     Args:
         denoiser: any Denoiser.
-        shape: of what the denoiser makes, one image or latent (C, H, W).
+        shape: (C, H, W) of one image or latent that the denoiser computes.
         count: number of samples.
-        config: solver, calls and guidance (other than 0 and 1 it doubles the rows of each call).
+        config: solver, calls and guidance (weights other than 0 and 1 double the rows of each call).
         schedule: of the run; gives the default range and the time of spacing "time".
-        seed: with the sample's number, decides its noise.
-        batch: samples drawn at once; changes speed and memory, not the noise of any sample.
+        seed: determines the noise, together with the sample number.
+        batch: samples per batch; affects speed and memory, not the noise of any sample.
         labels: int64 (count,) class labels, or None.
-        device: where.
-        progress: called with (denoiser calls times images done, in all), of this process.
-        decode: maps end states to images in [-1, 1], e.g. a codec's decoder, on the device; None: end states are images.
-        autocast: type in which the denoiser computes what it can; the trajectory's state stays float32. None: as it is.
-        finished: called with (number of the first, images) of each batch, in another thread, while the next is drawn; where
-            several processes share the work, once, on the first of them.
-        world: processes that all make this call; each draws its share and is given all.
+        device: of the computation.
+        progress: called with (denoiser calls times images done, total) of this process.
+        decode: maps end states to images in [-1, 1] on the device, e.g. a codec's decoder; None: end states are images.
+        autocast: autocast dtype of the denoiser; the trajectory's state stays float32. None: no autocast.
+        finished: called with (number of the first sample, images) of each batch, in another thread while the next batch
+            is drawn. With several processes it is called once, with all images, on the main process.
+        world: all its processes must make this call; each draws its share and gets all images.
 
     Returns:
         uint8 images (count, C, H, W) on the CPU.
 
     Raises:
-        UserError: if count or batch is not positive, the sampler's settings do not fit, config.guidance is not 1 and there
-            are no labels, or config.threshold is given and end states are decoded.
+        UserError: if count or batch is not positive, the sampler's settings are invalid, config.guidance is not 1 and
+            there are no labels, or config.threshold is set and end states are decoded.
     """
     if count < 1 or batch < 1:
         raise UserError(f"count={count} and batch={batch} must be positive")
@@ -88,7 +88,7 @@ def sample_images(
             if finished is not None and world.size == 1:
                 for earlier in written:
                     if earlier.done():
-                        earlier.result()  # a full disk is told now, not after all is drawn
+                        earlier.result()  # raises write errors such as a full disk early
                 written.append(writer.submit(finished, first, images[-1]))
         for last in written:
             last.result()
@@ -99,7 +99,7 @@ def sample_images(
 
 
 def _steered(denoiser: Denoiser, config: SamplingConfig, *, latent: bool) -> Denoiser:
-    """Return a denoiser with the guidance and thresholding of a configuration around it."""
+    """Return the denoiser wrapped in the configuration's guidance and thresholding."""
     guided = Guided(denoiser, config.guidance, config.guidance_interval)
     if config.threshold is None:
         return guided

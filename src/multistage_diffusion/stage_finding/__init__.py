@@ -1,4 +1,4 @@
-"""Finding the stages: where the optimal denoiser of a data set changes its behaviour."""
+"""Stage finding: where the optimal denoiser of a data set changes its behaviour."""
 
 from .finding import compute_stages
 from .result import StageResult

@@ -1,7 +1,7 @@
-"""Cuts to compare the optimal denoiser's with (the paper's Table 4): even in time, or in log-SNR.
+"""Baseline stages for comparison with the optimal denoiser's (the paper's Table 4): even in time or in log-SNR.
 
-They know nothing of the data: contiguous groups of times, each close to its centre (the interval clustering of Go et al.
-2023, "Addressing negative transfer in diffusion models").
+They do not depend on the data. Times are grouped into contiguous groups, each close to its centre (the interval
+clustering of Go et al. 2023, "Addressing negative transfer in diffusion models").
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Baseline = Literal["timestep", "snr"]
 def baseline_partition(
     algorithm: Baseline, stages: int, *, measure: VP | None = None, times: int = 200
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """Cut the times t_max i / M, i = 1..M, into groups of like values.
+    """Divide the times t_max i / M, i = 1..M, into groups of similar values.
 
     Args:
-        algorithm: "timestep" (the value of a time is itself) or "snr" (its log-SNR).
+        algorithm: "timestep" (the value of a time is the time itself) or "snr" (its log-SNR).
         stages: the number n of groups, 1 <= n <= M.
         measure: the kernel of the times; None for the standard VP.
         times: M.
 
     Returns:
-        The first time of each group but the first, and what they were read from: lists "t" and "value" (M numbers each)
-        and "objective_value" (the cost of `centred_groups`).
+        The first time of each group except the first group, and the curves: lists "t" and "value" (M numbers each) and
+        "objective_value" (the cost of `centred_groups`).
 
     Raises:
         UserError: if there are fewer times than groups.
@@ -42,7 +42,7 @@ def baseline_partition(
     t = numbers / times * measure.t_max
     if algorithm == "timestep":
         values = t
-        first, steps = centred_groups(numbers, stages)  # in whole numbers equal costs are equal, on any machine
+        first, steps = centred_groups(numbers, stages)  # integers make ties exact on every machine
         cost = steps / times * measure.t_max
     else:
         values = measure.log_snr(torch.from_numpy(t)).numpy()
@@ -52,23 +52,24 @@ def baseline_partition(
 
 
 def centred_groups(values: Array, stages: int) -> Partition:
-    """Cut M values into n contiguous groups of M/(2n) to 3M/(2n), rounded outwards, whose values lie closest to a centre.
+    """Divide M values into n contiguous groups whose values lie closest to the centre of their group.
 
-    A group's cost is the sum of |v - v_centre|, its centre the element at 0-based index len // 2. Dynamic programming
-    finds the least total cost; of equal ones, that whose last group is longest, then the last but one, and so on.
+    Group sizes are M/(2n) to 3M/(2n), rounded outwards. The cost of a group is the sum of |v - v_centre|; the centre is
+    the element at 0-based index len // 2. Dynamic programming finds the least total cost. Ties prefer the longest last
+    group, then the longest second-to-last group, and so on.
 
     Args:
         values: (M,), ascending or descending.
         stages: n, 1 <= n <= M.
 
     Returns:
-        The first element of each group but the first, and the cost.
+        The index of the first element of each group except the first group, and the cost.
     """
     count = len(values)
     start, end = np.arange(count)[:, None], np.arange(count + 1)[None, :]
     length = end - start
     centre = np.minimum(start + np.maximum(length, 0) // 2, count - 1)
-    sums = np.concatenate(([0.0], np.abs(values - values[0]).cumsum()))  # from here on ascending
+    sums = np.concatenate(([0.0], np.abs(values - values[0]).cumsum()))  # ascending
     middle = np.abs(values[centre] - values[0])
     before = (centre - start) * middle - (sums[centre] - sums[start])
     after = (sums[end] - sums[centre]) - (end - centre) * middle

@@ -1,4 +1,4 @@
-"""From similarities to the times at which one stage ends and the next begins."""
+"""Stage edges (the times at which one stage ends and the next begins) computed from similarities."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ SMOOTHING = 0.01
 
 
 class ThreeStages:
-    """Algorithm 1's edges, read from samples that may be weighted (for a bootstrap).
+    """Algorithm 1's edges, computed from samples with optional weights (for a bootstrap).
 
-    Rule "interval-mean": t1 is the largest tau whose mean S0 over {t < tau} is at least alpha, t2 the smallest tau
-    whose mean S1 over {t >= tau} is. Rule "pointwise": S0 and S1 are smoothed by a moving average over
-    |t - tau| <= 1 % of the domain (shorter at its ends); t1 is the first tau at which S0 lies below alpha, t2 the
-    last tau at which S1 does. (S0 rises again towards the noisy end, so the order matters.)
+    Rule "interval-mean": t1 is the largest tau with a mean S0 over {t < tau} of at least alpha. t2 is the smallest tau
+    with a mean S1 over {t >= tau} of at least alpha. Rule "pointwise": S0 and S1 are smoothed by a moving average over
+    |t - tau| <= 1 % of the domain (a shorter window at its ends). t1 is the first tau with S0 below alpha, t2 the last
+    tau with S1 below alpha. (S0 rises again towards the noisy end, so first and last differ.)
 
     Args:
         curves: Algorithm 1's samples (K, G).
-        alpha: the similarity asked for, in (0, 1].
+        alpha: the similarity threshold, in (0, 1].
         rule: as above.
-        grid: tau runs over the multiples of t_max / grid inside the domain.
+        grid: tau takes the multiples of t_max / grid inside the domain.
         domain: (t_min, t_max) of the sampled times.
     """
 
@@ -49,11 +49,11 @@ class ThreeStages:
         self.width = SMOOTHING * (domain[1] - domain[0])
 
     def edges(self, weights: Tensor | None = None) -> tuple[float, float]:
-        """Return (t1, t2) with every sample counted as often as its weight says, float64 (K,); None: once.
+        """Return (t1, t2) for samples with weights float64 (K,); None: all weights are 1.
 
         Raises:
-            UserError: if alpha is never or always reached or the edges come out in the wrong order, with the range of
-                the curve.
+            UserError: if alpha is never or always reached (the message has the range of the curve), or t1 is not below
+                t2.
         """
         counts = torch.ones_like(self.t) if weights is None else weights[self.owner]
         first = torch.searchsorted(self.t, self.taus)  # the first sample with t >= tau
@@ -76,7 +76,10 @@ class ThreeStages:
         return t1, t2
 
     def _edge(self, curve: Tensor, hit: Tensor, name: str, *, last: bool) -> float:
-        """Return the first or last tau that is hit; refuse one at the end of the domain, where no stage would be left."""
+        """Return the first or last tau where `hit` is true.
+
+        Raises UserError if there is none, or if it is at the end of the domain, because a stage would be empty.
+        """
         known = ~torch.isnan(curve)
         taus, curve, hit = self.taus[known], curve[known], hit[known]
         outermost = -1 if last else 0
@@ -91,7 +94,7 @@ class ThreeStages:
 
 
 def _range_means(values: Tensor, counts: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Return the weighted means of values[start:end], NaN where empty."""
+    """Return the weighted means of values[start:end]; NaN for an empty range."""
     sums = torch.cat((values.new_zeros(1), (values * counts).cumsum(0)))
     total = torch.cat((values.new_zeros(1), counts.cumsum(0)))
     return (sums[end] - sums[start]) / (total[end] - total[start])
@@ -101,17 +104,17 @@ Partition = tuple[tuple[int, ...], float]
 
 
 def optimal_partition(similarity: Array, stages: int, objective: Objective) -> Partition:
-    """Cut M ordered nodes into contiguous groups, optimally (Algorithm 2, step 9), by dynamic programming in O(n M²).
+    """Divide M ordered nodes into optimal contiguous groups (Algorithm 2, step 9) by dynamic programming in O(n M²).
 
     Args:
         similarity: mean similarity of every pair of nodes, (M, M), symmetric.
         stages: the number n of groups, 1 <= n <= M.
-        objective: "total-distance": least sum of 1 - similarity over all ordered pairs inside groups (eq. 21);
-            "mean-similarity": greatest sum over groups of the mean similarity of their ordered pairs, each node with
-            itself included (the published run).
+        objective: "total-distance" minimises the sum of 1 - similarity over all ordered pairs inside groups (eq. 21).
+            "mean-similarity" maximises the sum over groups of the mean similarity of their ordered pairs, including
+            each node with itself (the published run).
 
     Returns:
-        The first node of each group but the first (empty for n = 1), and the objective's value.
+        The index of the first node of each group except the first group (empty for n = 1), and the objective's value.
 
     Raises:
         UserError: if there are fewer nodes than groups.
@@ -120,7 +123,7 @@ def optimal_partition(similarity: Array, stages: int, objective: Objective) -> P
 
 
 def optimal_partitions(similarity: Array, stages: int, objective: Objective) -> list[Partition]:
-    """Return `optimal_partition` for 1, 2, .. `stages` groups: dynamic programming finds them all on the way."""
+    """Return `optimal_partition` for 1, 2, .. `stages` groups; one run of dynamic programming computes them all."""
     nodes = len(similarity)
     if not 1 <= stages <= nodes:
         raise UserError(f"stages: stages={stages} must be between 1 and the {nodes} nodes of the grid")
@@ -129,17 +132,17 @@ def optimal_partitions(similarity: Array, stages: int, objective: Objective) -> 
 
 
 def cheapest_groups(cost: Array, stages: int) -> list[Partition]:
-    """Cut M ordered nodes into 1, 2, .. `stages` contiguous groups of least total cost.
+    """Divide M ordered nodes into 1, 2, .. `stages` contiguous groups of least total cost.
 
     Args:
-        cost: of the group i..j-1 as entry [i, j] of an (M, M + 1) array, infinite where a group is not allowed.
+        cost: (M, M + 1); entry [i, j] is the cost of the group i..j-1, infinite if that group is not allowed.
         stages: the largest number of groups.
 
     Returns:
-        For every number of groups, the first node of each but the first, and the cost.
+        For every number of groups, the index of the first node of each group except the first group, and the cost.
     """
     nodes = len(cost)
-    best, choices, found = cost[0], [], []  # best[j]: least cost of cutting nodes 0..j-1 into the groups so far
+    best, choices, found = cost[0], [], []  # best[j]: least cost of nodes 0..j-1 in `groups` groups
     for groups in range(1, stages + 1):
         if groups > 1:
             candidates = best[:nodes, None] + cost
@@ -154,14 +157,14 @@ def cheapest_groups(cost: Array, stages: int) -> list[Partition]:
 
 
 def mean_within_distance(similarity: Array, cuts: tuple[int, ...]) -> float:
-    """Return the mean of 1 - similarity over all ordered pairs of nodes that share a group, each with itself included."""
+    """Return the mean of 1 - similarity over all ordered pairs of nodes in the same group, including (i, i)."""
     groups = [slice(a, b) for a, b in itertools.pairwise((0, *cuts, len(similarity)))]
     total = sum(float((1.0 - similarity[g, g]).sum()) for g in groups)
     return total / sum((g.stop - g.start) ** 2 for g in groups)
 
 
 def _group_costs(similarity: Array, objective: Objective) -> Array:
-    """Return the cost of every group i..j-1 as entry [i, j] of an (M, M + 1) array, infinite where it is empty."""
+    """Return an (M, M + 1) array whose entry [i, j] is the cost of the group i..j-1, infinite if it is empty."""
     nodes = len(similarity)
     values = 1.0 - similarity if objective == "total-distance" else -similarity
     prefix = np.zeros((nodes + 1, nodes + 1))

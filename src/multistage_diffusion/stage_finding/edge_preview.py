@@ -1,4 +1,4 @@
-"""What the optimal denoiser makes of some images on both sides of every edge, as one small picture."""
+"""A small picture of the optimal denoiser's outputs for some images on both sides of every edge."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from ..errors import UserError
 from ..schedules import VP
 from .posterior import TiledImages, posterior_means
 
-SIDE = 0.05  # how far from an edge, in t
+SIDE = 0.05  # distance from an edge, in t
 _ROWS, _GAP = 3, 2
-_WIDEST = 1 << 14  # pixels of a side that a strip may have
-_LARGEST = 64  # pixels of an image's longer side: a picture is for the eye
+_WIDEST = 1 << 14  # maximum side of a strip, in pixels
+_LARGEST = 64  # maximum side of a displayed image, in pixels
 
 
 def edge_strip(data: TiledImages, shape: tuple[int, int, int], cuts: tuple[float, ...], measure: VP, seed: int) -> str:
-    """Return a PNG, base64: a row per image; clean, then for every edge noisy, E[y | x] before and after it; the mean.
+    """Return a base64 PNG with one row per image.
+
+    Columns: the clean image; for every edge the noisy image and E[y | x] before and after the edge; the mean image.
 
     Args:
         data: the images.
         shape: (C, H, W) of an image, C = 1 or 3.
         cuts: edges in the time of `measure`.
-        measure: the time of the cuts.
-        seed: decides images and noise.
+        measure: the kernel of the edges.
+        seed: determines images and noise.
     """
     rows = torch.arange(_ROWS, device=data.device)
     own = (rng.uniform((seed, "strip-y"), rows, 1)[:, 0] * len(data)).long()
@@ -52,7 +54,7 @@ def edge_strip(data: TiledImages, shape: tuple[int, int, int], cuts: tuple[float
 
 
 def _png(tiles: Tensor) -> str:
-    """Return tiles (R, K, C, H, W) as one picture with white gaps."""
+    """Return tiles (R, K, C, H, W) as one base64 PNG with white gaps."""
     rows, columns, channels, height, width = tiles.shape
     step = -(-max(height, width) // _LARGEST)
     tiles = tiles[..., ::step, ::step]
@@ -67,7 +69,7 @@ def decode_png(text: str) -> npt.NDArray[np.uint8]:
     """Return the pixels of a base64 PNG, (H, W) or (H, W, 3).
 
     Raises:
-        UserError: if it is none, or larger than this package makes them.
+        UserError: if the text is no base64 PNG, or the picture is larger than this package creates.
     """
     mend = "find the stages again with msdiff stages"
     try:

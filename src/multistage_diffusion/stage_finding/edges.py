@@ -1,4 +1,4 @@
-"""Edges in the kernel asked for, and the table that helps to choose a number of stages."""
+"""Edges in the requested kernel, and the table for choosing the number of stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .intervals import Array
 from .result import StageResult
 from .settings import StageSettings
 
-MOST_STAGES = 8  # of the table
+MOST_STAGES = 8  # in the table
 _NODE_SPACING = 0.025  # of Algorithm 2's grid, as a share of t_max
 
 
@@ -30,19 +30,19 @@ def made_result(
     intervals: Sequence[tuple[float, float]] = (),
     **other: Any,
 ) -> StageResult:
-    """Return what was found.
+    """Return the result of stage finding.
 
     Args:
         times: edges in the time of `measure`.
-        curves: what they were read from.
-        settings: as used.
-        schedule: the kernel in whose time edges are printed.
+        curves: the data from which the edges were computed.
+        settings: the settings used.
+        schedule: the kernel for the printed edges.
         measure: the kernel of `times` and `curves`.
-        intervals: of the edges, in the time of `measure`.
+        intervals: confidence intervals of the edges, in the time of `measure`.
         other: further attributes of the result.
 
     Raises:
-        UserError: if an edge lies beyond the schedule's steps.
+        UserError: if an edge lies outside the schedule's steps.
     """
     edges, sigmas = printed(schedule, measure, times)
     bounds = tuple((*in_time_of(schedule, measure, pair),) for pair in intervals)
@@ -60,14 +60,14 @@ def made_result(
 
 
 def in_time_of(schedule: NoiseSchedule, measure: VP, times: tuple[float, ...]) -> tuple[float, ...]:
-    """Return times of `measure` in the time of `schedule`, at equal sigma."""
+    """Convert times of `measure` to times of `schedule` with the same sigma."""
     return times if schedule == measure else tuple(schedule.edge_time(measure.edge_sigma(t)) for t in times)
 
 
 def printed(
     schedule: NoiseSchedule, measure: VP, times: tuple[float, ...]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return edges in the time of `schedule` and as sigmas; refuse one that lies beyond its steps."""
+    """Return edges in the time of `schedule` and as sigmas; raise UserError for an edge outside its steps."""
     edges = in_time_of(schedule, measure, times)
     try:
         return edges, tuple(schedule.edge_sigma(t) for t in edges)
@@ -87,12 +87,12 @@ def stage_table(
     measure: VP,
     outside: Array | None = None,
 ) -> list[dict[str, Any]]:
-    """Return, for 1 to 8 stages, the edges and the mean distance within a stage, by another similarity `outside`, too."""
+    """Return edges and mean distance within a stage for 1 to 8 stages, also for the held-out similarity `outside`."""
     lines = []
     for first, _ in optimal_partitions(matrix, min(MOST_STAGES, len(nodes)), objective):
         try:
             times, sigmas = printed(schedule, measure, tuple(nodes[i] for i in first))
-        except UserError:  # not to be had in this schedule
+        except UserError:  # this schedule cannot represent the edges
             continue
         lines.append(
             {

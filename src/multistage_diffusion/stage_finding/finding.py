@@ -1,4 +1,4 @@
-"""Splitting from end to end: images and settings in, stage edges with everything that decided them out."""
+"""Stage finding end to end: from images and settings to stage edges with their full provenance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .settings import StageSettings, require
 from .sharing import Sharing
 from .similarity import Progress
 
-_FIRST = 200  # samples drawn before it is known how many a precision takes
+_FIRST = 200  # samples of the first round when `precision` is set
 
 
 def compute_stages(
@@ -44,18 +44,18 @@ def compute_stages(
 
     Args:
         images: (N, C, H, W): uint8 (a memory map larger than memory will do), mapped from 0..255 onto
-            settings.data_range, or floating point, already in it.
-        settings: how to look; None for the defaults.
-        schedule: the kernel in whose time the edges are printed; None for VP. Averages over t are uniform in its time
-            if it is a VP, else in that of the standard VP.
-        held_out: other images (M, C, H, W), on which algorithm 2's choices of n are compared.
-        fingerprint: of the data set, kept in the result.
-        codec: fingerprint of the codec whose latents the images are, kept in the result.
-        scale: what those latents were multiplied by, kept in the result.
-        device: where to compute; None: where the images are.
-        memory: bytes to stay under, roughly.
-        sharing: processes that share the work; None: alone.
-        progress: called with (samples done, samples in all).
+            settings.data_range, or floating point, already in this range.
+        settings: of stage finding; None for the defaults.
+        schedule: the kernel for the printed edges; None for VP. Averages over t are uniform in its time if it is a VP,
+            else in the time of the standard VP.
+        held_out: other images (M, C, H, W), for comparing numbers of stages in algorithm 2.
+        fingerprint: of the data set, stored in the result.
+        codec: fingerprint of the codec if the images are latents, stored in the result.
+        scale: factor by which these latents were multiplied, stored in the result.
+        device: of the computation; None: the images' device.
+        memory: approximate memory budget in bytes.
+        sharing: how several processes share the work; None: a single process.
+        progress: called with (samples done, total samples).
 
     Raises:
         UserError: if the images are unusable (see the message), or no edges exist for these settings.
@@ -101,7 +101,7 @@ def _strip(
     measure: VP,
     settings: StageSettings,
 ) -> str:
-    """Return the picture of the edges, empty for what is not pictures."""
+    """Return the picture of the edges; an empty string if the data are not images with 1 or 3 channels."""
     shape = tuple(images.shape[1:])
     if len(shape) != 3 or shape[0] not in (1, 3) or settings.data_range is None:
         return ""
@@ -109,7 +109,7 @@ def _strip(
 
 
 def _sample(search: Search, settings: StageSettings) -> list[tuple[float, float]]:
-    """Draw samples, until the edges are as precise as asked, and return their intervals."""
+    """Draw samples until the edges have the requested precision; return the edges' intervals."""
     most, precision = settings.samples, settings.precision
     assert most is not None
     if precision is None:
@@ -129,5 +129,5 @@ def _sample(search: Search, settings: StageSettings) -> list[tuple[float, float]
                 stacklevel=3,
             )
             return intervals
-        # the error falls with the square root; a first guess from few samples is not trusted beyond fourfold
+        # The error falls as 1/sqrt(samples). Estimates from few samples are unreliable, so the factor is at most 4.
         wanted = min(most, math.ceil(wanted * min(4.0, max(1.25, 1.1 * missing**2))))

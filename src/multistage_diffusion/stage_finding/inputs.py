@@ -1,4 +1,4 @@
-"""Images as stage finding takes them, checked before any long work."""
+"""Preparation of the images for stage finding, with checks before any long computation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tiled_images(
     memory: int,
     sharing: Sharing,
 ) -> TiledImages:
-    """Return images, checked."""
+    """Check the images and return them as TiledImages; raise UserError if they are unusable."""
     require(
         images.ndim >= 2 and 0 not in images.shape,
         f"images.shape={tuple(images.shape)} must be (N, C, H, W), not empty",
@@ -46,7 +46,7 @@ def tiled_images(
 
 
 def check_kind(name: str, images: Tensor | npt.NDArray[Any], settings: StageSettings) -> None:
-    """Refuse images of another type than uint8 with a range, or floats."""
+    """Raise UserError unless images are floating point, or uint8 with a data range."""
     pixels = images.dtype in (np.uint8, torch.uint8)
     floats = images.is_floating_point() if isinstance(images, Tensor) else np.issubdtype(images.dtype, np.floating)
     require(pixels or floats, f"{name}.dtype={images.dtype} must be uint8 or floating point")
@@ -54,7 +54,7 @@ def check_kind(name: str, images: Tensor | npt.NDArray[Any], settings: StageSett
 
 
 def check_values(name: str, images: Tensor | npt.NDArray[Any], settings: StageSettings) -> None:
-    """Refuse floats outside the range."""
+    """Raise UserError for floating-point values outside the data range."""
     if images.dtype in (np.uint8, torch.uint8) or settings.data_range is None:
         return
     low, high = settings.data_range
@@ -70,7 +70,7 @@ def check_values(name: str, images: Tensor | npt.NDArray[Any], settings: StageSe
 def held_out_rows(
     images: Tensor | npt.NDArray[Any], data: TiledImages, shape: tuple[int, ...], settings: StageSettings
 ) -> Tensor | None:
-    """Return some held-out images, checked, as centred rows (M, D); None if there are none."""
+    """Check a random subset of the held-out images and return it as centred rows (M, D); None if there are none."""
     if len(images) == 0:
         return None
     require(

@@ -1,4 +1,4 @@
-"""How sure an edge is: the bootstrap over samples (Efron 1979)."""
+"""Confidence intervals of edges by the bootstrap over samples (Efron 1979)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ def edge_intervals(
 ) -> list[tuple[float, float]]:
     """Return the 95 % interval of every edge: percentiles over resamples of the samples, drawn with replacement.
 
-    The intervals are of the Monte Carlo error: what the edges would be from other noisy draws of the same images.
+    The intervals cover the Monte Carlo error only: the variation over other noisy draws of the same images.
 
     Args:
-        read: returns the edges when every sample counts as often as its weight, float64 (K,), says; raises ValueError
-            where there are none.
-        samples: K; those of one image and noise at several times are one.
-        domain: (t_min, t_max), where an edge is put that a resample does not have.
+        read: returns the edges for sample weights float64 (K,); raises UserError if there are no edges.
+        samples: K. One image and noise at several times count as one sample.
+        domain: (t_min, t_max). For a resample without edges, t_min enters the lower bound and t_max the upper bound.
         seed: of the resamples.
         count: number of edges.
     """
@@ -46,5 +45,5 @@ def edge_intervals(
 
 
 def half_width(intervals: list[tuple[float, float]]) -> float:
-    """Return half the width of the widest interval, 0 if there is none."""
+    """Return half the width of the widest interval; 0 if there are no intervals."""
     return max(((high - low) / 2 for low, high in intervals), default=0.0)

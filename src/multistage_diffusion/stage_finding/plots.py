@@ -1,4 +1,4 @@
-"""Pictures of the stages found."""
+"""Plots of the found stages."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .. import files
 from .edge_preview import SIDE, decode_png
 from .result import StageResult
 
-# Okabe and Ito's colours, told apart with any colour vision
+# Okabe and Ito's colours, distinguishable with every type of colour vision
 _BLUE, _ORANGE, _INK, _GREY = "#0072B2", "#D55E00", "#222222", "#777777"
 _BANDS = ("#E8F1F8", "#FFFFFF", "#FBEDE3")  # lowest noise, between, highest noise
 
 
 def plot_stages(result: StageResult, path: Path | str) -> None:
-    """Draw what the edges were read from, as a PNG.
+    """Write a PNG of the edges and the data from which they were computed.
 
-    Algorithm 1: S0 and S1 over t with 95 % bands, alpha and the edges with their intervals; algorithm 2: the similarity
-    matrix with the stages as blocks, and the distance within stages for 1 to 8 of them; gradients: the same with their
-    cosines; the other baselines: their values over t. Below, what the optimal denoiser makes of some images on both sides
-    of every edge. The axes show the time in which averages are uniform; edges are labelled in the result's own kernel and
-    in sigma.
+    Algorithm 1: S0 and S1 over t with 95 % bands, alpha, and the edges with their intervals. Algorithm 2: the
+    similarity matrix with the stages as blocks, and the distance within stages for 1 to 8 stages. "gradient": the same
+    with the cosines of gradients. The other baselines: their values over t. The lower part shows the optimal denoiser's
+    outputs for some images on both sides of every edge. The axes show the time in which averages are uniform. Edges are
+    labelled in the result's own kernel and in sigma.
     """
     draw = {1: _draw_curves, "timestep": _draw_values, "snr": _draw_values}.get(result.settings.algorithm)
     top = (10.4, 5.4) if draw is None else (8.0, 4.8)
@@ -63,7 +63,7 @@ def _cuts(result: StageResult) -> list[float]:
 
 
 def _edge_labels(result: StageResult, separator: str) -> list[str]:
-    """Return "t = ..., σ = ..." of every edge, with the kernel's name where it is not the axes'."""
+    """Return "t = ..., σ = ..." of every edge, with the kernel's name if it differs from the kernel of the axes."""
     kernel = "" if result.schedule == result.time_measure else f" ({result.schedule.kind})"
     edges = zip(result.edges_t, result.edges_sigma, strict=True)
     return [f"t = {t:.4g}{kernel}{separator}σ = {sigma:.4g}" for t, sigma in edges]
@@ -95,7 +95,7 @@ def _draw_curves(axes: Axes, result: StageResult) -> None:
 
 
 def _draw_values(axes: Axes, result: StageResult) -> None:
-    """Draw the values that a baseline keeps close together, the edges and the stages as bands."""
+    """Draw the values that a baseline groups, the edges and the stages as bands."""
     cuts = _cuts(result)
     bounds = [0.0, *cuts, result.time_measure.t_max]
     for stage, (left, right) in enumerate(itertools.pairwise(bounds)):
@@ -115,7 +115,7 @@ def _draw_values(axes: Axes, result: StageResult) -> None:
 
 
 def _draw_similarities(axes: Axes, result: StageResult) -> None:
-    """Draw S0 and S1 and, for rule "interval-mean", the means whose crossing of alpha makes the edges."""
+    """Draw S0 and S1 and, for rule "interval-mean", the means that cross alpha at the edges."""
     t, s0, s1 = (np.asarray(result.curves[name]) for name in ("t", "s0", "s1"))
     for mean, error, color in ((s0, "s0_error", _BLUE), (s1, "s1_error", _ORANGE)):
         band = 1.96 * np.asarray(result.curves[error])
@@ -132,7 +132,7 @@ def _draw_similarities(axes: Axes, result: StageResult) -> None:
 
 
 def _draw_matrix(figure: Figure | SubFigure, axes: Axes, result: StageResult) -> None:
-    """Draw the similarity of all pairs of times, each cell from its time to the next, and the stages as blocks."""
+    """Draw the similarity of all pairs of times (a cell extends from its time to the next) and the stages as blocks."""
     t = np.asarray(result.curves["t"])
     borders = np.append(t, 2 * t[-1] - t[-2])
     gradients = result.settings.algorithm == "gradient"
@@ -175,7 +175,7 @@ def _draw_choice(axes: Axes, result: StageResult) -> None:
 
 
 def _draw_strip(axes: Axes, result: StageResult, strip: npt.NDArray[np.uint8]) -> None:
-    """Show the strip with a title over every column."""
+    """Draw the strip with a title above every column."""
     axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     cuts = _cuts(result)
     columns = 2 + 3 * len(cuts)

@@ -1,10 +1,11 @@
-"""Posterior means of noisy data points, many at once, as fast as the matrix products they consist of.
+"""Batched posterior means of noisy data points, at the speed of the underlying matrix products.
 
-The optimal denoiser at x = y_k + sigma eps is a weighted mean of all images (Proposition 1). Its weights are taken relative
-to that of y_k itself, w_i / w_k = exp(((x·y_i - |y_i|²/2) - (x·y_k - |y_k|²/2)) / sigma²): y_k is a draw from the posterior, so
-this hardly ever overflows (rows where it does are computed again), no maximum is needed, and images can be passed over
-once, a tile at a time. What a tile holds of a row decides how it is added: not at all where its weights are negligible
-(their sum is known, so the error is bounded), one by one where only few images count, else by a matrix product.
+The optimal denoiser at x = y_k + sigma eps is a weighted mean of all images (Proposition 1). The weights are taken
+relative to the weight of y_k: w_i / w_k = exp(((x·y_i - |y_i|²/2) - (x·y_k - |y_k|²/2)) / sigma²). y_k is a draw from
+the posterior, so this rarely overflows (rows that overflow are computed again). No maximum is needed, so one pass over
+the images suffices, a tile at a time. For each row, a tile is skipped if its weights are negligible (their sum is
+known, so the error is bounded). It is added image by image if only few images have relevant weights, else by a matrix
+product.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from torch import Tensor
 
 from ..errors import UserError
 
-NEGLIGIBLE = 1e-6  # share of a row's weight that may be left out: moves a mean by at most this times the data range
-_FEW = 32  # images of a tile that are added one by one
-_MOST = 0.75  # share of the rows from which on a product of all of them is cheaper than picking some
-_TILE = 4096  # columns of the score matrix: enough for fast products, few enough for the cache
+NEGLIGIBLE = 1e-6  # share of a row's weight that may be skipped; changes a mean by at most this times the data range
+_FEW = 32  # maximum number of images of a tile that are added one by one
+_MOST = 0.75  # above this share of relevant rows, a product of all rows is cheaper than selecting rows
+_TILE = 4096  # columns of the score matrix: large enough for fast products, small enough for the cache
 
 
 class TiledImages:
-    """Images as centred float32 rows, converted a tile at a time, so that an array larger than memory is never held whole.
+    """Images as centred float32 rows, converted one tile at a time; the image array may be larger than memory.
 
     Attributes:
         mean_image: (D,), float32.
@@ -47,15 +48,15 @@ class TiledImages:
         shard: tuple[int, int] = (0, 1),
         reduce: Callable[[Tensor, Literal["sum", "max"]], None] | None = None,
     ) -> None:
-        """Read all images once for their mean and squares.
+        """Compute the mean and the squares of all images.
 
         Args:
             images: (N, ...): uint8 (memory maps too), mapped from 0..255 onto data_range, or floats already in it.
             data_range: (low, high) of the pixels.
-            device: where to compute; None: where the images are.
-            budget: bytes; images are held as floats if that takes at most half of it.
-            shard: (i, n): sums are made over the i-th of n shares of the images only; `rows` still gives any image.
-            reduce: makes a tensor the sum or the largest over the n processes with the shares, in place; for n > 1.
+            device: of the computation; None: the images' device.
+            budget: bytes; the images are cached as float32 if this takes at most half of the budget.
+            shard: (i, n): posterior sums cover only the i-th of n shares of the images; `rows` still returns any image.
+            reduce: replaces a tensor in place by its sum or maximum over the n processes with the shares; for n > 1.
 
         Raises:
             UserError: if images are not finite.
@@ -87,12 +88,12 @@ class TiledImages:
         return len(self._images)
 
     def spans(self) -> Iterator[slice]:
-        """Yield the numbers of the images to sum over, in consecutive tiles."""
+        """Yield the indices of this share's images as consecutive tiles."""
         index, count = self._shard
         return self._tiles(len(self) * index // count, len(self) * (index + 1) // count)
 
     def over_all(self, values: Tensor, how: Literal["sum", "max"] = "sum") -> Tensor:
-        """Return what was computed over this share of the images added up (or the largest) over all shares, in place."""
+        """Reduce values of this share of the images in place to their sum or maximum over all shares; return them."""
         if self._reduce is not None:
             self._reduce(values, how)
         return values
@@ -101,11 +102,11 @@ class TiledImages:
         return (slice(first, min(first + _TILE, stop)) for first in range(start, stop, _TILE))
 
     def tile(self, part: slice) -> Tensor:
-        """Return consecutive images, centred, float32 (T, D)."""
+        """Return the images of a slice, centred, float32 (T, D)."""
         return self._read(part) if self._held is None else self._held[part]
 
     def rows(self, index: Tensor) -> Tensor:
-        """Return images by number, centred, float32 (B, D)."""
+        """Return the images with these indices, centred, float32 (B, D)."""
         if self._held is not None:
             return self._held[index]
         return self._floats(self._images[index.to(self._images.device)])
@@ -115,7 +116,7 @@ class TiledImages:
         return self._floats(images)
 
     def vary(self) -> bool:
-        """Tell whether any two images differ."""
+        """Return whether any two images differ."""
         return any(bool((self._images[part] != self._images[:1]).any()) for part in self._tiles(0, len(self)))
 
     def _read(self, part: slice) -> Tensor:
@@ -130,7 +131,7 @@ class TiledImages:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute products in float32 proper: TF32 is too coarse at low noise."""
+    """Compute matrix products in full float32: TF32 is too imprecise at low noise."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -142,18 +143,18 @@ def full_float32() -> Iterator[None]:
 @torch.no_grad()
 @full_float32()
 def posterior_means(data: TiledImages, own: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """Return E[y | x] - y_k for x = y_k + sigma eps, of the same (y_k, eps_k) at several sigmas.
+    """Return E[y | x] - y_k for x = y_k + sigma eps, for the same (y_k, eps_k) at several sigmas.
 
     The scores of a row at all its sigmas share the products y_k·y_i and eps·y_i.
 
     Args:
         data: the images.
-        own: numbers k of the images (B,), int64; all rows are taken at once, so B and G bound the memory.
+        own: indices k of the images (B,), int64; all rows are computed at once, so B and G determine the memory.
         noise: standard normal (B, D), float32.
         sigmas: float64 (G, B), > 0, in the units of the data.
 
     Returns:
-        float32 (G, B, D): the posterior means less y_k.
+        float32 (G, B, D): the posterior means minus y_k.
     """
     y = data.rows(own)
     sums = [_Sums(data, own, y) for _ in sigmas]
@@ -191,9 +192,10 @@ def _many_sigmas(
 @torch.no_grad()
 @full_float32()
 def posterior_means_of(data: TiledImages, x: Tensor, sigma: Tensor) -> Tensor:
-    """Return the centred E[y | x] of any centred x = y + sigma eps (B, D), y in the data or not; sigma float64 (B,) > 0.
+    """Return the centred E[y | x] for any centred x (B, D) = y + sigma eps; y need not be in the data.
 
-    Computed in x's type, float32 or float64. Weights are taken relative to the largest: a second pass over the images.
+    sigma is float64 (B,), > 0. The dtype of the computation is x's, float32 or float64. Weights are taken relative to
+    the largest weight, which needs a second pass over the images.
     """
     scale = sigma.pow(-2).to(x)[:, None]
 
@@ -215,7 +217,7 @@ def posterior_means_of(data: TiledImages, x: Tensor, sigma: Tensor) -> Tensor:
 
 
 class _Sums:
-    """Weighted sums of all images but y_k, whose weight is 1."""
+    """Weighted sums of all images except y_k, whose weight is 1."""
 
     def __init__(self, data: TiledImages, own: Tensor, y: Tensor) -> None:
         self.data, self.own, self.y = data, own, y
@@ -223,7 +225,7 @@ class _Sums:
         self.sum = torch.zeros_like(y)
 
     def add(self, weights: Tensor, tile: Tensor, span: slice) -> None:
-        """Add a tile's images (T, D) with their weights (B, T), which are overwritten."""
+        """Add the images of a tile (T, D) with weights (B, T); the weights are overwritten."""
         here = ((self.own >= span.start) & (self.own < span.stop)).nonzero().flatten()
         weights[here, self.own[here] - span.start] = 0.0
         mass = weights.sum(1)

@@ -1,4 +1,4 @@
-"""What was found: stage edges, how sure they are, and everything that decided them."""
+"""The result of stage finding: stage edges, their confidence intervals and their provenance."""
 
 from __future__ import annotations
 
@@ -33,35 +33,36 @@ _LINE = {  # of the table
     "distance": FINITE,
     "distance_held_out": maybe(FINITE),
 }
-_DERIVED = ("data_range", "rule")  # top-level copies of what the settings hold
+_DERIVED = ("data_range", "rule")  # top-level copies of settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """Stage edges and what decided them.
+    """Stage edges and their provenance.
 
     Attributes:
         edges_t: the n - 1 interior edges, ascending, in the time of `schedule`.
-        edges_sigma: the same as noise-to-signal ratios, in units of `data_range`.
-        schedule: the kernel in which `edges_t` are printed.
+        edges_sigma: the same edges as noise-to-signal ratios, in units of `data_range`.
+        schedule: the kernel of `edges_t`.
         time_measure: the kernel in whose time averages over t are uniform; `curves` are in this time.
-        settings: as used, defaults filled in.
+        settings: the settings used, with defaults filled in.
         fingerprint: of the data set, or empty.
-        intervals_t, intervals_sigma: 95 % interval (low, high) of every edge, of the Monte Carlo error alone; empty for
-            baselines.
-        samples: noisy images drawn; 0 for baselines.
-        float64_difference: largest difference of a similarity from float64's, on some of the samples.
-        curves: algorithm 1: binned "t" with the means "s0" and "s1" and their standard errors; algorithm 2: nodes "t",
-            the matrix "similarity", "objective_value" and "table": for 1 to 8 stages, their edges and the mean distance
-            within them, on held-out images too; "timestep", "snr": times "t", the "value" of each and "objective_value";
-            "gradient": as algorithm 2, "similarity" being cosines and "t" where bins begin, and the checkpoints' "steps".
-            Plain lists and numbers.
+        intervals_t, intervals_sigma: 95 % interval (low, high) of every edge; covers the Monte Carlo error only. Empty
+            for baselines.
+        samples: number of noisy images drawn; 0 for baselines.
+        float64_difference: largest difference of a similarity from its float64 value, on some of the samples.
+        curves: plain lists and numbers. Algorithm 1: binned "t" with the means "s0" and "s1" and their standard errors.
+            Algorithm 2: nodes "t", the matrix "similarity", "objective_value" and "table" (edges and mean distance
+            within a stage for 1 to 8 stages, also on held-out images). "timestep", "snr": times "t", their "value" and
+            "objective_value". "gradient": as algorithm 2, but "similarity" holds cosines and "t" the starts of bins,
+            plus the checkpoints' "steps".
         codec: fingerprint of the codec whose latents were used, empty for pixels.
-        scale: what those latents were multiplied by; None for pixels.
-        strip: a PNG, base64: the optimal denoiser's answers on both sides of every edge (`strip.edge_strip`), or empty.
+        scale: factor by which these latents were multiplied; None for pixels.
+        strip: base64 PNG of the optimal denoiser's outputs on both sides of every edge (`edge_preview.edge_strip`), or
+            empty.
 
     Raises:
-        UserError: if the parts do not fit together.
+        UserError: if the attributes are inconsistent.
     """
 
     edges_t: tuple[float, ...]
@@ -98,12 +99,12 @@ class StageResult:
 
     @property
     def data_range(self) -> tuple[float, float] | None:
-        """The range of the data in whose units the sigma edges are; None for latents."""
+        """The data range, which sets the units of the sigma edges; None for latents."""
         return self.settings.data_range
 
     @property
     def rule(self) -> str:
-        """What set the edges: the rule (algorithm 1), the objective (algorithm 2), or the baseline's name."""
+        """The criterion for the edges: the rule (algorithm 1), the objective (algorithm 2), or the baseline's name."""
         algorithm = self.settings.algorithm
         if isinstance(algorithm, str):
             return algorithm
@@ -111,7 +112,7 @@ class StageResult:
 
     @property
     def boundary_ratios(self) -> tuple[float, ...]:
-        """The edges as the time sigma/(1 + sigma) of rectified flow: `boundary_ratio` of diffusers' two-expert pipelines."""
+        """The edges as rectified-flow times sigma/(1 + sigma): `boundary_ratio` in diffusers' two-expert pipelines."""
         return tuple(sigma / (1.0 + sigma) for sigma in self.edges_sigma)
 
     def stages(self) -> Stages:
@@ -126,7 +127,7 @@ class StageResult:
         return Stages(self.edges_sigma, origin)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as JSON-able data; `data_range` and `rule` are repeated at the top level."""
+        """Return the result as JSON-serialisable data; `data_range` and `rule` are repeated at the top level."""
         data: dict[str, Any] = serialization.to_dict(self)
         return {**data, "data_range": self.data_range and list(self.data_range), "rule": self.rule}
 
@@ -139,7 +140,7 @@ class StageResult:
         """Read a saved result.
 
         Raises:
-            UserError: naming the file and the key, if it is missing, not JSON, incomplete or inconsistent.
+            UserError: if the file is missing, not JSON, incomplete or inconsistent; the message names the file and key.
         """
         data = serialization.read_json(Path(path))
         try:
@@ -165,7 +166,7 @@ class StageResult:
 
 
 def _check_curves(curves: dict[str, Any], algorithm: Algorithm) -> None:
-    """Refuse curves that a plot could not draw."""
+    """Raise UserError for curves that cannot be plotted."""
     names = _CURVES[algorithm]
     require(set(curves) == set(names), f"curves must hold {', '.join(names)}, found {', '.join(curves)}")
     arrays = {}
@@ -181,7 +182,7 @@ def _check_curves(curves: dict[str, Any], algorithm: Algorithm) -> None:
             ) from None
     count = arrays["t"].size
     shapes = {name: (count,) for name in arrays} | {"similarity": (count, count), "objective_value": ()}
-    shapes["steps"] = np.shape(curves.get("steps", ()))  # of any number
+    shapes["steps"] = np.shape(curves.get("steps", ()))  # any length
     require(all(arrays[n].shape == shapes[n] for n in arrays), "curves differ in length; find the stages again")
     table = curves.get("table", [])
     require(

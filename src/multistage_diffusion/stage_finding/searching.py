@@ -1,4 +1,4 @@
-"""Samples drawn so far, and the edges they show: one search for each algorithm."""
+"""Sampling and edge computation for algorithms 1 and 2, one Search class for each."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from .similarity import (
 )
 
 _BINS = 100  # of the stored curves
-_CHECKED = 64  # similarities computed in float64, too
-OUTSIDE = 64  # noisy held-out images
+_CHECKED = 64  # similarities of algorithm 1 that are also computed in float64
+OUTSIDE = 64  # number of noisy held-out images
 
 
 class Search(ABC):
-    """Samples drawn so far, and the edges they show."""
+    """The samples drawn so far and the edges computed from them."""
 
     def __init__(
         self, data: TiledImages, settings: StageSettings, measure: VP, sharing: Sharing, progress: Progress | None
@@ -51,10 +51,10 @@ class Search(ABC):
         }
 
     def extend(self, samples: int) -> None:
-        """Draw samples until there are so many.
+        """Draw samples until there are `samples` of them.
 
         Raises:
-            UserError: if memory cannot hold what is found of so many.
+            UserError: if memory cannot hold the results of so many samples.
         """
         require_memory(samples * self.sample_bytes(), f"samples={samples}", "draw fewer, or give --precision instead")
         numbers = range(self.samples, samples)
@@ -70,23 +70,23 @@ class Search(ABC):
 
     @abstractmethod
     def sample_bytes(self) -> int:
-        """Return the bytes kept of each sample."""
+        """Return the bytes stored per sample."""
 
     @abstractmethod
     def add(self, numbers: range, progress: Progress) -> None:
-        """Draw the samples of these numbers."""
+        """Draw the samples with these numbers."""
 
     @abstractmethod
     def edges(self, weights: Array | None = None) -> tuple[float, ...]:
-        """Return the edges in the measure's time, every sample counted as often as its weight says."""
+        """Return the edges in the measure's time for sample weights (K,); None: all weights are 1."""
 
     @abstractmethod
     def curves(self) -> dict[str, Any]:
-        """Return what the edges were read from."""
+        """Return the data from which the edges are computed."""
 
     @abstractmethod
     def float64_difference(self) -> float:
-        """Return the largest difference of some similarities from float64's."""
+        """Return the largest difference between some similarities and their float64 values."""
 
     def intervals(self) -> list[tuple[float, float]]:
         """Return the edges' 95 % intervals."""
@@ -96,17 +96,17 @@ class Search(ABC):
 
 
 class Limits(Search):
-    """Algorithm 1: similarity to the denoisers of no noise and of endless noise."""
+    """Algorithm 1: similarity to the denoisers in the limits of zero and infinite noise."""
 
     found: Similarities | None = None
     _reader: ThreeStages | None = None
 
     def sample_bytes(self) -> int:
-        """Return the bytes kept of each sample: times and two similarities, and its bins of the curves."""
+        """Return the bytes stored per sample: times, two similarities, and its bins of the curves."""
         return 3 * 8 * self.settings.times + 2 * 8 * _BINS
 
     def add(self, numbers: range, progress: Progress) -> None:
-        """Draw the samples of these numbers."""
+        """Draw the samples with these numbers."""
         mine = self.sharing.share(numbers)
         new = sample_similarities(self.data, mine, times=self.settings.times, progress=progress, **self.how)
         parts = [self.sharing.gather(values, numbers) for values in new]
@@ -124,7 +124,7 @@ class Limits(Search):
         return self._reader.edges(None if weights is None else torch.from_numpy(weights))
 
     def curves(self) -> dict[str, Any]:
-        """Return means over equal bins of t with their standard errors; bins without samples are left out."""
+        """Return means over equal bins of t with their standard errors; bins without samples are omitted."""
         assert self.found is not None
         low, high = self.measure.t_min, self.measure.t_max
         t, s0, s1 = (values.numpy() for values in self.found)
@@ -138,7 +138,7 @@ class Limits(Search):
         return {name: np.round(v, 6).tolist() for name, v in curves.items()}
 
     def float64_difference(self) -> float:
-        """Return the largest difference of some similarities from float64's."""
+        """Return the largest difference between some similarities and their float64 values."""
         assert self.found is not None
         times = self.settings.times
         rows = torch.arange(min(self.samples, max(1, _CHECKED // times)), device=self.data.device)
@@ -156,19 +156,19 @@ class Limits(Search):
 
 
 def _binned(bins: npt.NDArray[np.int64], values: Array, count: npt.NDArray[np.int64]) -> tuple[Array, Array]:
-    """Return bin means and their standard errors, the values of one sample (a row) in one bin taken as one."""
+    """Return bin means and their standard errors; the values of one sample (a row) in one bin count as one draw."""
     samples = len(values)
     cells = (np.arange(samples)[:, None] * len(count) + bins).ravel()
     sums = np.bincount(cells, values.ravel(), samples * len(count)).reshape(samples, -1)
     sizes = np.bincount(cells, minlength=samples * len(count)).reshape(samples, -1)
     total = np.maximum(count, 1)
     mean = sums.sum(0) / total
-    residual = sums - sizes * mean  # of a ratio estimate
+    residual = sums - sizes * mean  # standard error of a ratio estimator
     return mean, np.sqrt((residual**2).sum(0)) / total
 
 
 class Pairs(Search):
-    """Algorithm 2: similarity of every two times of a grid, cut into groups."""
+    """Algorithm 2: similarity of all pairs of times of a grid, which is divided into groups."""
 
     found: Tensor | None = None
 
@@ -186,34 +186,34 @@ class Pairs(Search):
         )
 
     def add(self, numbers: range, progress: Progress) -> None:
-        """Draw the samples of these numbers."""
+        """Draw the samples with these numbers."""
         mine = self.sharing.share(numbers)
         new = pair_similarities(self.data, self.nodes, mine, progress=progress, **self.how)
         new = self.sharing.gather(new, numbers)
         self.found = new if self.found is None else torch.cat((self.found, new))
 
     def sample_bytes(self) -> int:
-        """Return the bytes kept of each sample: a matrix."""
+        """Return the bytes stored per sample: a matrix (M, M)."""
         return 4 * len(self.nodes) ** 2
 
     def matrix(self, weights: Array | None = None) -> Array:
-        """Return the mean similarity of every two times, (M, M)."""
+        """Return the mean similarity of all pairs of times, (M, M)."""
         assert self.found is not None
         counts = torch.ones(self.samples) if weights is None else torch.from_numpy(weights).float()
         mean: Array = (torch.tensordot(counts, self.found, 1).double() / counts.sum()).numpy()
         return mean
 
     def edges(self, weights: Array | None = None) -> tuple[float, ...]:
-        """Return the times at which the grid is cut."""
+        """Return the times of the edges."""
         first, _ = optimal_partition(self.matrix(weights), self.settings.stages, self.settings.objective)
         return self.times(first)
 
     def times(self, first: tuple[int, ...]) -> tuple[float, ...]:
-        """Return the times of nodes."""
+        """Return the times of the nodes with these indices."""
         return tuple(float(self.nodes[i]) for i in first)
 
     def curves(self) -> dict[str, Any]:
-        """Return the grid, the mean similarity of every two of its times, and the objective's value."""
+        """Return the grid, the mean similarity of all pairs of its times, the objective's value and an empty table."""
         matrix = self.matrix()
         _, value = optimal_partition(matrix, self.settings.stages, self.settings.objective)
         return {
@@ -224,7 +224,7 @@ class Pairs(Search):
         }
 
     def table(self, schedule: NoiseSchedule, held_out: Tensor | None) -> list[dict[str, Any]]:
-        """Return, for 1 to 8 stages, the edges and the mean distance within a stage, on held-out images too."""
+        """Return edges and mean distance within a stage for 1 to 8 stages, also on held-out images."""
         matrix, outside = self.matrix(), None
         if held_out is not None:
             rows = min(OUTSIDE, self.samples)
@@ -232,7 +232,7 @@ class Pairs(Search):
         return stage_table(matrix, self.nodes.tolist(), self.settings.objective, schedule, self.measure, outside)
 
     def float64_difference(self) -> float:
-        """Return the largest difference of some similarities from float64's."""
+        """Return the largest difference between some similarities and their float64 values."""
         assert self.found is not None
         rows = torch.arange(2, device=self.data.device)
         own, _ = draw(self.data, rows, self.settings.seed)

@@ -1,4 +1,4 @@
-"""How stages are looked for."""
+"""Settings of stage finding."""
 
 from __future__ import annotations
 
@@ -12,40 +12,42 @@ from .boundaries import Objective, Rule
 from .similarity import Space
 
 Algorithm = Literal[1, 2, "timestep", "snr", "gradient"]
-BASELINES: tuple[Algorithm, ...] = ("timestep", "snr", "gradient")  # without samples of the optimal denoiser
-# Drawn at most for a precision; those of algorithm 2 are kept with all their pairs of times.
+BASELINES: tuple[Algorithm, ...] = ("timestep", "snr", "gradient")  # draw no samples of the optimal denoiser
+# Default limit of samples with `precision`; algorithm 2 stores all pairs of times of each sample.
 MOST_SAMPLES = {1: 1_000_000, 2: 20_000}
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise UserError unless a user's value is as it must be."""
+    """Raise UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(f"stages: {message}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """How stages are looked for.
+    """Settings of stage finding.
 
     Attributes:
-        algorithm: 1 (three stages, by similarity to the two limits), 2 (any number, by clustering), or a baseline: "timestep"
-            or "snr" (even in time or log-SNR, whatever the data), "gradient" (of a trained run's loss).
+        algorithm: 1 (three stages, by similarity to the two limits), 2 (any number, by clustering), or a baseline:
+            "timestep" or "snr" (even in time or log-SNR, independent of the data), "gradient" (gradients of a trained
+            run's loss).
         stages: the number n of stages; 3 for algorithm 1.
-        samples: K noisy images. None: 1,000 (with `precision`: as many as it takes). Algorithm 1 compares each at
-            `times` times, algorithm 2 at all 820 pairs of 41 times.
-        times: times of a sample (algorithm 1). 1 with 50,000 samples is the published estimator.
-        precision: half-width of the edges' 95 % intervals, in t, at which sampling stops; None: `samples` are drawn.
+        samples: number K of noisy images, with `precision` the maximum. None: 1,000; with `precision` 1,000,000
+            (algorithm 1) or 20,000 (algorithm 2). Algorithm 1 compares each sample at `times` times, algorithm 2 at all
+            820 pairs of 41 times.
+        times: times per sample (algorithm 1). 1 with 50,000 samples is the published estimator.
+        precision: half-width of the edges' 95 % intervals, in t, at which sampling stops; None: draw `samples` samples.
         eta: largest difference of a coordinate that counts as agreement, in the units of `space`.
-        alpha: similarity that the outer stages keep (algorithm 1).
+        alpha: similarity threshold of the outer stages (algorithm 1).
         rule: "interval-mean" (published) or "pointwise"; see `boundaries.ThreeStages` (algorithm 1).
-        space: what is compared: "eps" (noise predictions; blind to a common scale of data and sigma) or "x0"
+        space: quantity to compare: "eps" (noise predictions; invariant to a common scale of data and sigma) or "x0"
             (posterior means, in units of the data). None: "eps" for algorithm 1 and "x0" for algorithm 2, as published.
-        objective: "total-distance" (eq. 21) or "mean-similarity" (the published run; a group of one time scores the
-            full 1, so it may cut off single times); see `boundaries.optimal_partition` (algorithm 2).
-        data_range: (low, high) onto which images are mapped: the range the network trains on, in whose units the sigma
-            edges are. The published edges are for (0, 1). None: floats (latents) as they are.
-        seed: decides the samples.
-        grid: number of times at which algorithm 1 looks for edges.
+        objective: "total-distance" (eq. 21) or "mean-similarity" (the published run; a group of a single time has the
+            maximum score 1, so single times may become stages); see `boundaries.optimal_partition` (algorithm 2).
+        data_range: (low, high) onto which images are mapped. It is the network's training range and sets the units of
+            the sigma edges. The published edges are for (0, 1). None: floats (latents) are used unchanged.
+        seed: determines the samples.
+        grid: number of candidate times for algorithm 1's edges.
 
     Raises:
         UserError: naming the field and the value.
@@ -96,7 +98,7 @@ class StageSettings:
         require(self.grid >= 10, f"grid={self.grid} must be at least 10")
 
     def resolved(self) -> StageSettings:
-        """Return a copy with the algorithm's own defaults filled in for `samples` and `space`, which baselines lack."""
+        """Return a copy with the algorithm's defaults for `samples` and `space`; baselines have neither."""
         if self.algorithm in BASELINES:
             return dataclasses.replace(self, samples=None, precision=None, space=None)
         most = MOST_SAMPLES[2 if self.algorithm == 2 else 1]

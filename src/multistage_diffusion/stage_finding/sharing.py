@@ -1,4 +1,4 @@
-"""Several processes that find the stages of one data set together: each takes a share of the samples, or of the images."""
+"""Stage finding on several processes, which share the samples or the images of one data set."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from ..errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """What this process does of the work of a world.
+    """This process's share of the work.
 
-    Processes come in groups of `image_shards`; a group draws the same samples, each process of it sums over its share of
-    the images. Every sample is numbered, so what is found does not depend on how many there are, to rounding.
+    Processes form groups of `image_shards`. All processes of a group draw the same samples, and each of them sums over
+    its share of the images. Samples are numbered, so the result does not depend on the number of processes, except for
+    rounding.
 
     Attributes:
         world: the processes.
-        image_shards: how many of them divide the images among themselves.
+        image_shards: number of processes in a group; they share the images.
 
     Raises:
-        UserError: if the processes do not make whole groups.
+        UserError: if image_shards does not divide the number of processes.
     """
 
     world: World = ALONE
@@ -41,7 +42,7 @@ class Sharing:
 
     @property
     def groups(self) -> int:
-        """Number of groups, each of which draws samples of its own."""
+        """Number of groups; each group draws different samples."""
         return self.world.size // self.image_shards
 
     @property
@@ -54,7 +55,7 @@ class Sharing:
         return numbers[self.world.rank // self.image_shards :: self.groups]
 
     def gather(self, mine: Tensor, numbers: range) -> Tensor:
-        """Return what all groups found of their shares (K', ...), float CPU tensors, in the samples' order (K, ...)."""
+        """Gather the results of all groups (K', ...), floating-point CPU tensors, in the order of samples (K, ...)."""
         if self.world.size == 1:
             return mine
         longest = -(-len(numbers) // self.groups)
@@ -64,17 +65,17 @@ class Sharing:
         return of_groups.flatten(0, 1)[: len(numbers)]
 
     def agree(self, value: float) -> float:
-        """Return the first process's value: rounding must not let some go on where others stop."""
+        """Return rank 0's value, so that rounding does not make processes decide differently."""
         return float(self.world.broadcast_object(value))
 
     def reduce(self, values: Tensor, how: Literal["sum", "max"]) -> None:
-        """Make values the sum or largest over the processes of this group, in place."""
+        """Replace values in place by their sum or maximum over the processes of this group."""
         if self.image_shards > 1:
             self.world.all_reduce_within(values, how, self._group())
 
     def _group(self) -> dist.ProcessGroup | None:
-        """Return the processes that share the images with this one; all processes first ask for it together."""
-        if not self._made:  # all take part in making each
+        """Return the process group that shares the images; the first call is collective over all processes."""
+        if not self._made:  # creating a group is collective over all processes
             starts = range(0, self.world.size, self.image_shards)
             made = [self.world.group(range(start, start + self.image_shards)) for start in starts]
             self._made.append(made[self.world.rank // self.image_shards])

@@ -1,7 +1,7 @@
-"""How alike the optimal denoisers of different noise levels are, measured on noisy training images.
+"""Similarity of the optimal denoisers at different noise levels, measured on noisy training images.
 
 In eps space two denoisers are compared by their noise predictions eps* = (x - m)/sigma (x unscaled, m the posterior
-mean), in x0 space by the posterior means themselves; both by the share of coordinates that differ by at most eta.
+mean), in x0 space by the posterior means. Their similarity is the share of coordinates that differ by at most eta.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ..schedules import VP
 from .posterior import TiledImages, posterior_means, posterior_means_of
 
 Space = Literal["eps", "x0"]
-Progress = Callable[[int, int], None]  # (samples done, samples in all)
+Progress = Callable[[int, int], None]  # (samples done, total samples)
 
-# Rows of the score matrix: enough for the products to run at full speed; with several times for each, the sums bound them.
+# Maximum rows of the score matrix (enough for full speed), and maximum elements of the sums of all times of the rows.
 _ROWS, _NUMBERS = 1024, 2**24
 
 
@@ -27,7 +27,7 @@ class Similarities(NamedTuple):
     """Algorithm 1's samples: K noisy images (y_k, eps_k), each at G times; float64 (K, G) tensors on the CPU.
 
     Attributes:
-        t: times, uniform on the time measure's [t_min, t_max]; those of one sample are (t_max - t_min) / G apart.
+        t: times, uniform on the time measure's [t_min, t_max]; within a sample they are (t_max - t_min) / G apart.
         s0: share of coordinates in which the denoiser at t agrees with the one at t -> 0 (the clean image itself).
         s1: the same for t -> 1 (the mean image).
     """
@@ -48,22 +48,22 @@ def sample_similarities(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Similarities:
-    """Draw (y_k, eps_k), and compare the denoiser at several times with its two limits (Algorithm 1, lines 4 to 8).
+    """Draw (y_k, eps_k) and compare the denoiser at several times with its two limits (Algorithm 1, lines 4 to 8).
 
     One time per sample is the published estimator. More times share the sample (common random numbers) and most of the
-    work; they are spread evenly from a random start, so that every one is uniform and the mean over t has no bias.
+    work. They are evenly spaced from a random start, so each time is uniform and the mean over t is unbiased.
 
     Args:
-        data: the images from which y_k are drawn and over which the posterior runs.
-        numbers: which samples k; each is the same whatever the others.
-        times: G, times of each sample.
+        data: the images from which y_k are drawn and which define the posterior.
+        numbers: sample numbers k; a sample does not depend on the other numbers.
+        times: G, times per sample.
         eta: largest difference that counts as agreement, in the units of `space` (x0: the data's).
         space: "eps" compares (x - m)/sigma, "x0" compares m.
         measure: the kernel in whose time t is uniform.
-        seed: decides every draw.
-        progress: called after each chunk with (samples done, samples in all).
+        seed: determines every draw.
+        progress: called after each chunk with (samples done, total samples).
     """
-    parts, done = [torch.empty(3, 0, times, dtype=torch.float64)], 0  # a process may have no share
+    parts, done = [torch.empty(3, 0, times, dtype=torch.float64)], 0  # a process may have no samples
     for rows in _chunks(data, numbers, times):
         start = rng.uniform((seed, "similarity-t"), rows, 1)
         share = (torch.arange(times, dtype=torch.float64, device=data.device) + start) / times
@@ -82,12 +82,12 @@ def limit_similarities(
 ) -> tuple[Tensor, Tensor]:
     """Return S0 and S1 of the noisy images y_k + sigma noise, each float64 (G, B).
 
-    eps* differs from the noise by (y - m)/sigma and from (x - mean image)/sigma by (mean image - m)/sigma, so eps space
+    eps* minus the noise is (y - m)/sigma, and eps* minus (x - mean image)/sigma is (mean image - m)/sigma. So eps space
     only scales the threshold.
 
     Args:
         data: the images.
-        own: numbers k of the images (B,).
+        own: indices k of the images (B,).
         noise: standard normal (B, D).
         sigmas: float64 (G, B).
         eta: as in `sample_similarities`.
@@ -96,7 +96,7 @@ def limit_similarities(
     moved = posterior_means(data, own, noise, sigmas)
     threshold = (eta * sigmas if space == "eps" else torch.full_like(sigmas, eta)).to(moved)[:, :, None]
     s0 = agreement(moved, threshold)
-    return s0, agreement(moved.add_(data.rows(own)), threshold)  # the centred mean: its distance from the mean image
+    return s0, agreement(moved.add_(data.rows(own)), threshold)  # the centred mean is m - mean image
 
 
 def pair_similarities(
@@ -110,30 +110,30 @@ def pair_similarities(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Compare the denoisers of all pairs of times on the same (y_k, eps_k) (Algorithm 2, lines 4 to 8).
+    """Compare the denoisers at all pairs of times on the same (y_k, eps_k) (Algorithm 2, lines 4 to 8).
 
-    The published run draws one pair of times per sample; here every sample is compared at every pair, which is the
-    exact mean over pairs.
+    The published run draws one pair of times per sample. Here every sample is compared at every pair, so the mean over
+    pairs is exact.
 
     Args:
-        data: the images from which y_k are drawn and over which the posterior runs.
+        data: the images from which y_k are drawn and which define the posterior.
         nodes: times of `measure`, float64 (M,).
-        numbers: which samples k.
+        numbers: sample numbers k.
         eta: as in `sample_similarities`.
         space: as in `sample_similarities`.
         measure: the kernel of the times.
-        seed: decides every draw.
-        progress: called after each chunk with (samples done, samples in all).
+        seed: determines every draw.
+        progress: called after each chunk with (samples done, total samples).
 
     Returns:
         Similarities of every sample, in [0, 1], float32 (K, M, M) on the CPU, symmetric with ones on the diagonal.
     """
     sigmas = measure.sigma(nodes).to(data.device)
-    parts, done = [torch.empty(0, len(nodes), len(nodes))], 0  # a process may have no share
+    parts, done = [torch.empty(0, len(nodes), len(nodes))], 0  # a process may have no samples
     for rows in _chunks(data, numbers, len(nodes)):
         own, noise = draw(data, rows, seed)
         outputs = posterior_means(data, own, noise, sigmas[:, None].expand(-1, len(own)))
-        if space == "eps":  # eps* less the noise, which all have in common
+        if space == "eps":  # eps* minus the noise, which all times share
             outputs.div_(-sigmas.to(outputs)[:, None, None])
         parts.append(_pairs(outputs, eta).cpu())
         done += len(rows)
@@ -154,18 +154,18 @@ def outside_pairs(
     seed: int = 0,
     numbered: bool = False,
 ) -> Tensor:
-    """Return the similarities of `pair_similarities` for noisy images that need not be of the data.
+    """Return the similarities of `pair_similarities` for noisy images that need not be in the data.
 
     Args:
-        data: the images over which the posterior runs.
-        images: centred rows (M, D) from which y_k are drawn; computed in their type.
+        data: the images that define the posterior.
+        images: centred rows (M, D) from which y_k are drawn; their dtype is used for the computation.
         nodes: as in `pair_similarities`.
         samples: K.
         eta: as in `sample_similarities`.
         space: as in `sample_similarities`.
         measure: the kernel of the times.
-        seed: decides every draw.
-        numbered: take the images in order instead of drawing them.
+        seed: determines every draw.
+        numbered: use the images in order instead of drawing them.
     """
     sigmas = measure.sigma(nodes).to(data.device)
     parts = []
@@ -183,7 +183,7 @@ def outside_pairs(
 
 
 def _pairs(outputs: Tensor, eta: float) -> Tensor:
-    """Return the agreement of all pairs of the M outputs (M, B, D) of every row: (B, M, M)."""
+    """Return the agreement of all pairs of the M outputs for every row: (M, B, D) -> (B, M, M)."""
     nodes, rows, _ = outputs.shape
     pairs = outputs.new_zeros(rows, nodes, nodes)
     for a in range(nodes):
@@ -200,12 +200,12 @@ def agreement(difference: Tensor, threshold: Tensor) -> Tensor:
 
 
 def draw(data: TiledImages, rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Return (k, eps_k) of the samples with these numbers: data points with replacement (B,), and noise (B, D)."""
+    """Return (k, eps_k) of the samples with these numbers: data indices (B,) with replacement, and noise (B, D)."""
     u = rng.uniform((seed, "similarity-y"), rows, 1)[:, 0]
     return (u * len(data)).long(), rng.normal((seed, "similarity-noise"), rows, (data.dim,))
 
 
 def _chunks(data: TiledImages, numbers: range, times: int) -> Iterator[Tensor]:
-    """Yield sample numbers, as many at a time as the sums of all their times leave room for."""
+    """Yield chunks of sample numbers; the sums of all times bound the chunk size."""
     step = max(1, min(_ROWS, _NUMBERS // (times * data.dim)))
     return (torch.tensor(numbers[i : i + step], device=data.device) for i in range(0, len(numbers), step))

@@ -1,4 +1,4 @@
-"""What may happen beside training: the events of a trainer."""
+"""Callbacks: the events of a trainer."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """What may happen beside training; every method does nothing unless overridden.
+    """Base class of callbacks; every method does nothing unless overridden.
 
     Attributes:
-        everywhere: whether it is called on every process, or only on that which writes the run.
+        everywhere: whether it is called on every process or only on the main process.
     """
 
     everywhere = False
 
     def started(self, trainer: Trainer) -> None:
-        """Training begins (or goes on) at trainer.step."""
+        """Training starts or resumes at trainer.step."""
 
     def chosen(self, trainer: Trainer) -> None:
-        """How steps are going to be computed is known, trainer.execution; a trial may have taken a while."""
+        """trainer.execution has been chosen; autotuning may have taken minutes."""
 
     def stepped(self, trainer: Trainer) -> None:
-        """One iteration has been done."""
+        """One iteration is complete."""
 
     def logged(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """A line was added to metrics.jsonl."""
 
     def finished(self, trainer: Trainer) -> None:
-        """Training is over: at its end, stopped early with a checkpoint, or by an error."""
+        """Training has ended: complete, stopped early with a checkpoint, or after an error."""

@@ -1,4 +1,4 @@
-"""What the processes that train one run do together; alone, next to nothing."""
+"""Communication between the processes that train one run; a single process communicates nothing."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .strategies import Layout, stage_of_part
 
 
 class GradientSync:
-    """The processes of a trainer.
+    """Sums gradients and metrics over the processes of a trainer, and gathers the whole network.
 
     Args:
-        world: all of them.
-        layout: who holds what.
+        world: all processes.
+        layout: assignment of stages to processes.
         double: whether gradients are float64.
     """
 
@@ -33,19 +33,19 @@ class GradientSync:
         self.everybody = world.group(range(world.size))
         self.groups = [world.group(ranks) for ranks in layout.holders]
         self.reducer: Reducer | None = None
-        self._stages: dict[str, int | None] = {}  # of the parts held here; None: rows of all stages pass through it
-        self.stopping = False  # whether any of several was asked to stop, as all know since the last step
+        self._stages: dict[str, int | None] = {}  # stage of each part held here; None: used by all stages
+        self.stopping = False  # whether any process has requested a stop, as of the last step
 
     @property
     def alone(self) -> bool:
-        """Whether there is one process only."""
+        """Whether there is only one process."""
         return self.world.size == 1
 
     def latest(self, run: Run) -> Path | None:
-        """Return the checkpoint from which all go on.
+        """Return the checkpoint from which all processes resume: the latest on rank 0; None if there is none.
 
         Raises:
-            UserError: if one of them cannot see it.
+            UserError: if a process cannot see it.
         """
         found = ckpt.list_checkpoints(run.checkpoints)
         name = self.world.broadcast_object(found[-1].name if found else None)
@@ -61,13 +61,13 @@ class GradientSync:
         """Return this process's rows of each stage."""
         return self.layout.rows(self.world.rank, counts)
 
-    # -- gradients ------------------------------------------------------------------------------------------------------
+    # -- gradients -----------------------------------------------------------------------------------------------------
 
     def equip(self, parts: Mapping[str, Sequence[nn.Parameter]], *, shared: bool) -> None:
-        """Take charge of the gradients of parts; of new ones, when stages have parted.
+        """Register the parameters whose gradients are summed; called again after branching.
 
         Args:
-            parts: held by this process, by name.
+            parts: parameters held by this process, by part.
             shared: whether all stages share one decoder.
         """
         if self.alone:
@@ -79,7 +79,7 @@ class GradientSync:
         self.reducer = Reducer(parts, groups)
 
     def expect(self, counts: Sequence[int]) -> None:
-        """Begin to sum gradients over processes in the backward pass that follows, which completes them.
+        """Prepare to sum gradients over processes during the next backward pass, the last one of the step.
 
         Args:
             counts: rows of each stage in the whole step.
@@ -89,16 +89,16 @@ class GradientSync:
             self.reducer.start(self._passed(counts), self._passed(own))
 
     def _passed(self, counts: Sequence[int]) -> list[str]:
-        """Return the parts held here that rows of these numbers per stage pass through."""
+        """Return the parts held here that are used, given the number of rows of each stage."""
         return [name for name, k in self._stages.items() if (any(counts) if k is None else counts[k])]
 
     def sum_gradients(self) -> None:
-        """Wait until the gradients are those of all processes."""
+        """Wait until the gradients are summed over all processes."""
         if self.reducer is not None:
             self.reducer.finish()
 
     def sync_overflow(self, grads: Sequence[Tensor]) -> None:
-        """Let a gradient that has overflowed on one process count on all: either all skip the step or none."""
+        """Propagate a gradient overflow on one process to all, so that either all skip the step or none."""
         if self.alone:
             return
         overflowed = (~torch.isfinite(nn.utils.get_total_norm(grads))).to(grads[0].device, torch.float32)
@@ -108,13 +108,13 @@ class GradientSync:
     def reduce_metrics(
         self, totals: Tensor, norms: dict[str, Tensor], parts: Sequence[str], *, stopping: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss sums of all processes, and the norms of all parts, each counted once wherever it lives.
+        """Return the loss sums over all processes and the gradient norms of all parts, each part counted once.
 
         Args:
-            totals: of each stage, over this process's rows.
-            norms: scalars, of the parts held here that have a gradient, if any.
-            parts: names of the parts of the whole network.
-            stopping: whether this process was asked to stop.
+            totals: summed loss of each stage over this process's rows.
+            norms: scalar gradient norms of the parts held here that have a gradient.
+            parts: names of all parts of the whole network.
+            stopping: whether this process has requested a stop.
         """
         if self.alone:
             return totals, norms
@@ -126,24 +126,24 @@ class GradientSync:
         told = self.world.all_reduce(torch.cat([totals.to(values.dtype), values.flatten(), flag]))
         found, values = told.tolist(), told[stages:-1].reshape(len(parts), 2)
         self.stopping = found[-1] > 0
-        # the norms of fp32 gradients came from fp32: nothing is lost
+        # norms of fp32 gradients are fp32, so the cast is exact
         dtype = torch.float64 if self.double else torch.float32
         known = {name: values[i, 0].to(dtype) for i, name in enumerate(parts) if found[stages + 2 * i + 1]}
         return told[:stages].to(totals.dtype), known
 
-    # -- tensors of the whole network -------------------------------------------------------------------------------------
+    # -- tensors of the whole network ----------------------------------------------------------------------------------
 
     def gather_state(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the named tensors of the whole network on rank 0, from what each process answers for."""
+        """Gather the named tensors of the whole network on rank 0, each from its owner (`Layout.owner`)."""
         owner = {name: self.layout.owner(self.layout.stage_of(name)) for name in tensors}
         return self.world.gather_named({n: value for n, value in tensors.items() if owner[n] == self.world.rank})
 
     def gather_model(self, module: MultiStageDenoiser, build: Callable[[], MultiStageDenoiser]) -> MultiStageDenoiser:
-        """Return a denoiser with the parts of all processes; all call it.
+        """Return a denoiser of the whole network on every process; all processes call it.
 
         Args:
-            module: what this process holds; returned where that is everything.
-            build: makes one of the whole network, to be filled.
+            module: the parts of this process; returned as is if every process holds the whole network.
+            build: builds a denoiser of the whole network, whose weights are then overwritten.
         """
         if branching.tied(module.network) or self.layout.everywhere(self.world.size):
             return module

@@ -1,4 +1,4 @@
-"""What the optimiser steps have found, losses and gradient norms, on its way from the device to the log."""
+"""Losses and gradient norms of the optimiser steps: transfer from the device, finiteness checks, means for the log."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..errors import NotFiniteError
 from . import checkpoint as ckpt
 from .run import Run
 
-# Loss scales start at 2^16 and halve at every overflow; below this it is no longer the scale's fault.
+# The loss scale starts at 2^16 and halves at every overflow; below this limit the scale is not the cause.
 SMALLEST_SCALE = 2.0**-20
 
 
 class TrainingDiverged(NotFiniteError):
-    """A loss or gradient stopped being finite; the optimiser step was not taken."""
+    """A loss or gradient is not finite; the optimiser step was not taken."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class StepMetrics:
     """Losses and norms of one optimiser step.
 
     Attributes:
-        step: of the iteration, from 1.
+        step: number of the iteration, from 1.
         counts: rows of each stage.
         parts: names of the norms.
-        values: on the device: a mean loss for every stage, then the norms.
+        values: the mean loss of every stage, then the norms; on the device.
     """
 
     step: int
@@ -41,17 +41,22 @@ class StepMetrics:
 
     @property
     def unfit(self) -> Tensor:
-        """Return 1 on the device if a value is not finite, else 0: an optimiser's `found_inf`, which lets it skip a step."""
+        """A float32 scalar on the device: 1 if any value is not finite, else 0.
+
+        An optimiser skips the step if its `found_inf` is 1.
+        """
         return (~torch.isfinite(self.values).all()).to(torch.float32)
 
 
 class MetricsReporter:
-    """Hands on what each step has found: at once, or, late, one step later, so that nobody waits for a device at work.
+    """Reports the metrics of each step, immediately or one step later.
+
+    The delay avoids a synchronisation with the device.
 
     Args:
-        device: where steps are computed.
-        late: whether to hand on late.
-        hand_on: is given a step's StepMetrics, its losses and its norms by name.
+        device: device of the training step.
+        hand_on: called with the StepMetrics of a step, its losses, and its norms by name.
+        late: whether to report one step later.
     """
 
     def __init__(
@@ -61,7 +66,7 @@ class MetricsReporter:
         self._waiting: list[tuple[StepMetrics, Tensor, Any]] = []
 
     def add(self, found: StepMetrics) -> None:
-        """Take a step's, and hand on what is due."""
+        """Add the metrics of a step and report those that are due."""
         values, event = found.values, None
         if self.late and self.cuda:
             values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
@@ -71,7 +76,7 @@ class MetricsReporter:
         self._hand_on(keep=1 if self.late else 0)
 
     def settle(self) -> None:
-        """Hand on everything."""
+        """Report all pending metrics."""
         self._hand_on(keep=0)
 
     def _hand_on(self, keep: int) -> None:
@@ -88,10 +93,10 @@ def refuse(run: Run, step: int, what: str, values: Mapping[str, float]) -> None:
     """Raise TrainingDiverged if a value is not finite.
 
     Args:
-        run: whose latest checkpoint is named.
-        step: in which they were found.
-        what: they are.
-        values: by name.
+        run: the run; the message names its latest checkpoint.
+        step: step of the values, from 1.
+        what: kind of the values, for the message.
+        values: values by name.
     """
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
@@ -104,7 +109,7 @@ def refuse(run: Run, step: int, what: str, values: Mapping[str, float]) -> None:
 
 
 def refuse_scale(scale: float, step: int) -> None:
-    """Raise TrainingDiverged if fp16 gradients have overflowed at every loss scale down to this one, of this step."""
+    """Raise TrainingDiverged if the fp16 loss scale has fallen below SMALLEST_SCALE by this step."""
     if scale < SMALLEST_SCALE:
         raise TrainingDiverged(
             f"fp16 gradients overflow at any loss scale at step {step}; start a run with training.precision=fp32"
@@ -113,7 +118,7 @@ def refuse_scale(scale: float, step: int) -> None:
 
 @dataclasses.dataclass
 class MetricAccumulator:
-    """Losses and gradient norms since the last log line; part of a checkpoint, so that a resumed log is the same."""
+    """Sums of losses and gradient norms since the last log line; saved in checkpoints, so a resumed log is the same."""
 
     stages: int
     loss: list[float] = dataclasses.field(default_factory=list)
@@ -126,19 +131,19 @@ class MetricAccumulator:
         self.rows = self.rows or [0] * self.stages
 
     def add(self, losses: Sequence[float | None], norms: dict[str, float]) -> None:
-        """Add one optimiser step's mean losses (None: no rows) and gradient norms."""
+        """Add the mean losses (None: no rows) and gradient norms of one optimiser step."""
         for k, loss in enumerate(losses):
             if loss is not None:
                 self.loss[k] += loss
                 self.rows[k] += 1
         for name, value in norms.items():
-            if not math.isfinite(value):  # an fp16 step that the scaler skipped; JSON has no infinity
+            if not math.isfinite(value):  # the scaler skipped this fp16 step; JSON has no infinity
                 continue
             self.norm[name] = self.norm.get(name, 0.0) + value
             self.seen[name] = self.seen.get(name, 0) + 1
 
     def means(self) -> tuple[list[float | None], dict[str, float]]:
-        """Return the mean loss per stage (None: not seen) and the mean norm per part."""
+        """Return the mean loss per stage (None: no rows) and the mean norm per part."""
         losses = [s / n if n else None for s, n in zip(self.loss, self.rows, strict=True)]
         return losses, {name: value / self.seen[name] for name, value in self.norm.items()}
 

@@ -1,4 +1,4 @@
-"""What may happen beside training: sample grids, TensorBoard."""
+"""Callbacks of training: sample grids and TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .trainer import Trainer
 
 
 class SampleGrid(Callback):
-    """Draws the same noise through the averaged weights every training.sample_every steps: RUN/samples/step_N.png.
+    """Samples from the averaged weights and fixed noise every training.sample_every steps: RUN/samples/step_N.png.
 
     Args:
-        shape: of what the network makes, (C, H, W).
-        decode: maps that to images, where it is a latent.
+        shape: (C, H, W) of the network's output.
+        decode: maps latents to images. None: the network's output is an image.
     """
 
-    everywhere = True  # each process draws its share
+    everywhere = True  # each process samples its share of the images
 
     def __init__(self, shape: tuple[int, ...], decode: Callable[[Tensor], Tensor] | None = None) -> None:
         self.shape, self.decode = shape, decode
 
     def stepped(self, trainer: Trainer) -> None:
-        """Draw a grid when its time has come."""
+        """Draw a grid every training.sample_every steps."""
         config, training = trainer.config, trainer.config.training
         if not training.sample_every or trainer.step % training.sample_every:
             return
@@ -48,7 +48,7 @@ class SampleGrid(Callback):
                 autocast=trainer.autocast,
                 world=trainer.world,
             )
-        except FloatingPointError as error:  # a young network may sample badly; training goes on
+        except FloatingPointError as error:  # an early network may diverge in sampling; training continues
             warnings.warn(f"no sample grid at step {trainer.step}: {error}", stacklevel=2)
             return
         if trainer.world.is_main_process:
@@ -72,11 +72,11 @@ class TensorBoard(Callback):
         self._by_flops: Any = None
 
     def started(self, trainer: Trainer) -> None:
-        """Open the event file; what was logged after the resumed step is hidden."""
+        """Open the event file; records after the resumed step are hidden (purge_step)."""
         self._writer = self._make(str(trainer.run.path / "tensorboard"), purge_step=trainer.step + 1)
 
     def logged(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """Write a record's numbers."""
+        """Write the numbers of a record."""
         if record["kind"] == "quality":
             self._write_quality(trainer, record)
             return
@@ -95,7 +95,7 @@ class TensorBoard(Callback):
         self._writer.add_scalar("quality/frechet", record["frechet"], record["step"])
         teraflops = round(1000 * record["petaflops"])
         if self._by_flops is None:
-            # a folder of its own: what is hidden after a resume is counted in other steps there
+            # a separate folder: its purge_step counts tera-FLOPs, not training steps
             folder = trainer.run.path / "tensorboard" / "by-flops"
             self._by_flops = self._make(str(folder), purge_step=teraflops)
         self._by_flops.add_scalar("quality/frechet against tera-FLOPs", record["frechet"], teraflops)

@@ -1,4 +1,4 @@
-"""What of a trainer a checkpoint holds."""
+"""Conversion between a trainer and a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 
 def snapshot(trainer: Trainer, *, score: float | None, quality: float | None) -> ckpt.Checkpoint:
-    """Return a trainer's state, gathered on the process that writes: checkpoints know neither strategy nor processes.
+    """Return a trainer's state, gathered on the main process; all processes call it.
+
+    A checkpoint does not depend on the strategy or the number of processes.
 
     Args:
-        trainer: on every process.
+        trainer: trainer of this process.
         score: objective on held-out rows, if known.
         quality: Fréchet distance of the step's samples, if known.
     """
@@ -45,10 +47,10 @@ def snapshot(trainer: Trainer, *, score: float | None, quality: float | None) ->
 
 
 def restore(trainer: Trainer, path: Path) -> None:
-    """Take a checkpoint's state into a trainer.
+    """Load a checkpoint into a trainer.
 
     Raises:
-        UserError: if a file of it is damaged, naming it, or another release wrote it.
+        UserError: if a file is damaged (the message names it) or another release wrote the checkpoint.
     """
     state, config = ckpt.read_state(path), ckpt.trained_config(path)
     if state["step"] > config.training.steps:
@@ -56,7 +58,7 @@ def restore(trainer: Trainer, path: Path) -> None:
             f"{path / 'state.json'}: step={state['step']} is above its own config.training.steps={config.training.steps}; "
             "was it edited?"
         )
-    with torch.device("meta"):  # a process may hold a part of it only
+    with torch.device("meta"):  # this process may hold only a part of the network
         whole = build_denoiser(config).state_dict()
     ckpt.restore_module(trainer.denoiser, path, "model", whole)
     ckpt.restore_module(trainer.ema.module, path, "ema", whole)

@@ -1,4 +1,8 @@
-"""Parts of a batch side by side on a CPU: one thread's operations need not wait for the other's, as those of a team do."""
+"""Parallel computation of the shards of a batch on CPU threads.
+
+Each shard uses its own threads. Unlike with intra-op parallelism, threads of different shards do not synchronise after
+every operation.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +24,22 @@ T = TypeVar("T")
 
 
 class ThreadParallel:
-    """Does several things at once, each on its share of PyTorch's threads.
+    """Runs several functions in parallel, each on its share of PyTorch's threads.
 
     Args:
-        most: things at once.
+        most: number of functions that run in parallel.
     """
 
     def __init__(self, most: int) -> None:
         self._pool = ThreadPoolExecutor(max(most - 1, 1), thread_name_prefix="shard")
 
     def __call__(self, works: Sequence[Callable[[], T]]) -> list[T]:
-        """Return what each has come to, the first one done in this thread.
+        """Return the result of each function; the first one runs in the calling thread.
 
-        What PyTorch keeps for each thread (autocast, whether gradients are wanted) is as new in the others.
+        In the other threads, PyTorch's thread-local state (autocast, grad mode) has its default values.
 
         Raises:
-            Whatever one of them raises, once all have ended.
+            Exception: raised by a function, after all have ended; the first in order if several raise.
         """
         threads = torch.get_num_threads()
         each = max(1, threads // len(works))
@@ -65,15 +69,15 @@ def backward(
     passes: PassTimer,
     key: rng.Key,
 ) -> Tensor:
-    """Add gradients of several shards, computed at once, to those that parameters have.
+    """Compute the gradients of several shards in parallel and add them to the parameters' gradients.
 
     Args:
-        side_by_side: what computes them.
-        shards: rows of each.
-        parts: whose parameters have gradients.
-        forward: of a shard: stages' summed losses, and what is to be differentiated.
-        passes: times what is done in this thread.
-        key: of this draw of dropout; each shard has masks of its own.
+        side_by_side: runs the shards in parallel.
+        shards: the shards of the batch.
+        parts: parameters to differentiate, by part.
+        forward: maps a shard to (summed loss of each stage, scalar to differentiate).
+        passes: timer of the passes in the calling thread.
+        key: random key of the dropout masks; each shard has its own masks.
 
     Returns:
         The summed loss of each stage.
@@ -88,13 +92,13 @@ def backward(
 
     found = side_by_side([partial(gradients, number) for number in range(len(shards))])
     with passes.timer.part("gradients"):
-        for _, own in found:  # always in the same order
+        for _, own in found:  # fixed order, for reproducible sums
             add_gradients(parameters, own)
     return torch.stack([sums for sums, _ in found]).sum(0)
 
 
 def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    """Add gradients, None where there is none, to those that parameters have."""
+    """Add gradients (None: no gradient) to the .grad of the parameters."""
     old, new = [], []
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:

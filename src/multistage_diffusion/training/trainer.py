@@ -1,4 +1,4 @@
-"""The trainer: one run from its first step, or its last checkpoint, to its end."""
+"""The trainer: trains one run from the start or its latest checkpoint to the end."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class Trainer:
     """Trains one run.
 
     Args:
-        run: its folder, holding the configuration; with a checkpoint, training goes on from the latest.
+        run: folder of the run, with its configuration. Training resumes from the latest checkpoint, if there is one.
         data: training images.
         held_out: held-out images, or None.
-        config: instead of the configuration in the run's folder (a resumed run made longer).
-        device: where; default CUDA when there is one.
+        config: replaces the configuration in the run's folder (for example to extend a resumed run).
+        device: default: CUDA if available, else the CPU.
         callbacks: see Callback.
-        world: the processes that train it together, all of them with a trainer of their own.
-        strategy: what each of them holds, see strategies.py.
+        world: the processes that train the run together; each has its own trainer.
+        strategy: what each process holds, see strategies.py.
 
     Raises:
-        UserError: if data, run, configuration and world do not fit.
+        UserError: if data, run, configuration and world do not match.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Trainer:
         latest = self.gradient_sync.latest(run)
         torch.manual_seed(rng.fold((training.seed, "initial weights")) >> 1)
         self.denoiser = build_denoiser(config)
-        # a checkpoint of the very step at which stages part was written before they did
+        # the checkpoint of step branch_at was written before branching
         if training.branch_at and (latest is None or ckpt.checkpoint_step(latest) <= training.branch_at):
             branching.tie(self.denoiser.network)
         self.gradient_sync.layout.drop(self.denoiser.network, world.rank)
@@ -96,12 +96,12 @@ class Trainer:
         self.passes = PassTimer(self.timer)
         self.execution = settled(config.execution)
         self._equip()
-        # an fp16 step looks at its gradients before it ends, and processes tell one another: they wait for the device anyway
+        # fp16 and several processes synchronise with the device in every step anyway
         late = self.device.type == "cuda" and self.gradient_sync.alone and not self.scaler.is_enabled()
         self.metrics = MetricsReporter(self.device, self._note, late=late)
         self.step, self.stopping = 0, False
-        self.trial: dict[str, float] = {}  # seconds of a step by way of computing it, if a trial was made
-        self.ended = ""  # why training is over before its last step, see `end`
+        self.trial: dict[str, float] = {}  # seconds per step of each candidate, if autotuning ran
+        self.ended = ""  # why training ends before its last step, see `end`
         self._judged: dict[str, Any] | None = None  # the evaluation of this step
         self.sums = MetricAccumulator(len(config.stages))
         self.warm_start: WarmStart | None = None
@@ -114,7 +114,7 @@ class Trainer:
                 module.load_state_dict({**own, **{n: t for n, t in self.warm_start.tensors.items() if n in own}})
 
     def _equip(self) -> None:
-        """Make what depends on which parameters there are."""
+        """Create everything that depends on the set of parameters."""
         self.optimizer = make_optimizer(self.config.optimizer, self.denoiser)
         self.parts = parameters_by_part(self.denoiser.network)
         self.passes.watch(self.denoiser.network.encoders)
@@ -122,7 +122,7 @@ class Trainer:
         self.compute(self.execution)
 
     def compute(self, execution: Execution) -> None:
-        """Compute steps so from now on."""
+        """Use this execution for the following steps."""
         check_execution(execution, self.device, self.world.size)
         self.execution = execution
         self.side_by_side = ThreadParallel(execution.shards)
@@ -131,15 +131,17 @@ class Trainer:
 
     @property
     def images(self) -> int:
-        """Images seen so far."""
+        """Number of training images seen so far."""
         return self.step * self.config.training.batch
 
     def fit(self) -> None:
-        """Train to the end (or until `stop`), leaving a checkpoint of the last step.
+        """Train to the end (or until `stop` or `end`) and save a checkpoint of the last step.
 
         Raises:
-            TrainingDiverged: if a loss is not finite; the last good checkpoint stays.
-            OSError: if a checkpoint cannot be written; the previous one stays.
+            TrainingDiverged: if a loss or gradient is not finite; the last good checkpoint is kept.
+            OSError: if a checkpoint cannot be written; the previous one is kept.
+            UserError: if another process trains the run or has trained it further.
+            RankLost: if another process of the world is lost.
         """
         with ExitStack() as held:
             with self.world.synchronize_errors():
@@ -157,7 +159,7 @@ class Trainer:
                 self._tell("finished")
 
     def _choose_execution(self) -> None:
-        """Compute steps as is fastest here: as an earlier start has found, or by a trial."""
+        """Choose the fastest execution on this device: the stored result of an earlier start, or autotuning."""
         counts, weights = next(updates(self.config.training, self.step, self.counts, self.shares, self.weights))
 
         def passes() -> None:
@@ -173,23 +175,23 @@ class Trainer:
 
     @property
     def stopped(self) -> bool:
-        """Whether fit has ended because a process was asked to stop."""
+        """Whether a process has requested a stop, known to all processes after each step."""
         return self.stopping if self.gradient_sync.alone else self.gradient_sync.stopping
 
     def stop(self) -> None:
-        """Ask fit to end after the current step with a checkpoint."""
+        """Stop `fit` after the current step, with a checkpoint."""
         self.stopping = True
 
     def end(self, reason: str) -> None:
-        """Let fit end with the current step as if it were the last; called before the first one, no step is made."""
+        """End `fit` after the current step as if it were the last; if called before the first step, no step is made."""
         self.ended = reason
 
     def judged(self, record: dict[str, Any]) -> None:
-        """Log the evaluation of this step's averaged weights, which a checkpoint of the step is going to follow.
+        """Log the evaluation of this step's averaged weights; a checkpoint of the step follows.
 
         Args:
-            record: a line for metrics.jsonl. Its "frechet" (None: there is none) is the checkpoint's quality; its
-                "seconds" do not count in the training rate.
+            record: a line for metrics.jsonl. Its "frechet" (None: not measured) is the checkpoint's quality. Its
+                "seconds" are excluded from the training rate.
         """
         self._judged = record
         self._clock += record["seconds"]
@@ -208,9 +210,9 @@ class Trainer:
             due = bool(training.held_out_every) and (self.step % training.held_out_every == 0 or last)
             kept = bool(training.keep_every) and self.step % training.keep_every == 0
             score = self._score_held_out(log=True) if due and self.held_out else None
-            stopping = self.stopped  # read once: a stop that comes later is seen after the next step
+            stopping = self.stopped  # read once: a later request takes effect after the next step
             if self.step % training.checkpoint_every == 0 or kept or last or stopping or self._judged is not None:
-                # every checkpoint has a score, so that the best is known
+                # every checkpoint needs a score to find the best one
                 if score is None and training.held_out_every and self.held_out:
                     score = self._score_held_out(log=False)
                 self.save(score)
@@ -220,9 +222,9 @@ class Trainer:
     # -- one iteration ------------------------------------------------------------------------------------------------
 
     def _branch(self) -> None:
-        """Give every stage its own copy of what all have shared, averages and Adam's moments included."""
+        """Give every stage its own copy of the shared parts, including EMA weights and optimiser state."""
         moments = ckpt.optimizer_tensors(self.optimizer, self.denoiser)
-        self.passes.watch(())  # copies are not to be watched
+        self.passes.watch(())  # otherwise the hooks would be copied
         for module in (self.denoiser, self.ema.module):
             branching.untie(module.network)
             self.gradient_sync.layout.drop(module.network, self.world.rank)
@@ -243,7 +245,7 @@ class Trainer:
         self.step += 1
 
     def _dropout_key(self) -> tuple[int | str, ...]:
-        # ranks drop different units: their rows are different, too
+        # ranks train different rows, so their dropout masks differ, too
         rank = (self.world.rank,) if self.world.rank else ()
         return (self.config.training.seed, "dropout", self.step, *rank)
 
@@ -260,7 +262,7 @@ class Trainer:
         with self.timer.part("optimizer"):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.config.optimizer, self.step)
-            if self.metrics.late:  # what nobody has looked at yet must not spoil the weights
+            if self.metrics.late:  # values are checked one step later: skip the update now if one is not finite
                 optimizer.found_inf = found.unfit  # type: ignore[attr-defined]
             self.scaler.step(optimizer)
             self.scaler.update()
@@ -270,14 +272,14 @@ class Trainer:
             refuse_scale(self.scaler.get_scale(), self.step + 1)
 
     def _note(self, found: StepMetrics, losses: list[float], norms: dict[str, float]) -> None:
-        """Add a step's losses and gradient norms to what is logged, all finite, or else raise."""
+        """Add a step's losses and gradient norms to the running sums; raise TrainingDiverged if one is not finite."""
         refuse(self.run, found.step, "loss", {f"stage {k + 1}": loss for k, loss in enumerate(losses)})
         if not self.scaler.is_enabled():  # scaled fp16 gradients may overflow: the scaler skips that step
             refuse(self.run, found.step, "gradient", norms)
         self.sums.add([x if c else None for x, c in zip(losses, found.counts, strict=True)], norms)
 
     def _look_at_gradients(self, totals: Tensor, counts: tuple[int, ...]) -> StepMetrics:
-        """Clip gradients; return the stages' mean losses and the parts' norms."""
+        """Unscale and clip gradients; return the mean losses of the stages and the gradient norms of the parts."""
         if self.scaler.is_enabled():
             self.gradient_sync.sync_overflow([p.grad for p in self.denoiser.parameters() if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
@@ -289,7 +291,7 @@ class Trainer:
         return StepMetrics(self.step + 1, counts, tuple(norms), values)
 
     def _backward(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> Tensor:
-        """Accumulate this process's rows, sum gradients over processes; return the rows' summed loss of each stage."""
+        """Accumulate gradients, sum them over processes; return the summed loss of each stage on this process."""
         rows = self.gradient_sync.rows(counts)
         parts = min(self.config.training.accumulate, max(map(len, rows)))
         totals = torch.zeros(len(counts), device=self.device)
@@ -314,7 +316,7 @@ class Trainer:
         return totals
 
     def _forward(self, batch: Batch, counts: tuple[int, ...], weights: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-        """Return each stage's summed loss, and what is to be differentiated."""
+        """Return the summed loss of each stage (detached) and the scaled objective for the backward pass."""
         autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
         with self.passes.forward(), autocast:
             sums = stage_losses(self.denoiser, batch)
@@ -346,7 +348,7 @@ class Trainer:
 
     @torch.no_grad()
     def held_out_losses(self) -> list[float]:
-        """Return each stage's mean loss on held-out rows under the averaged weights (fixed images and noise)."""
+        """Return the mean loss of each stage on held-out rows with the averaged weights (fixed images and noise)."""
         assert self.held_out is not None
         count = self.config.training.held_out_rows
         totals = torch.zeros(len(self.shares), dtype=torch.float64, device=self.device)
@@ -358,18 +360,18 @@ class Trainer:
         return [total / count for total in self.world.all_reduce(totals).tolist()]
 
     def averaged(self) -> MultiStageDenoiser:
-        """Return the averaged weights of the whole network, to be used, not kept; all processes call it."""
+        """Return the whole network with averaged weights, for immediate use; all processes call it."""
         dtype = next(self.ema.module.parameters()).dtype
         return self.gradient_sync.gather_model(
             self.ema.module, lambda: build_denoiser(self.config).to(self.device, dtype)
         )
 
     def _score_held_out(self, *, log: bool) -> float | None:
-        """Return the objective on held-out rows, None if it is not finite."""
+        """Return the objective on held-out rows; None if it is not finite."""
         start = time.perf_counter()
         losses = self.held_out_losses()
         seconds = time.perf_counter() - start
-        self._clock += seconds  # not counted in the training rate
+        self._clock += seconds  # excluded from the training rate
         if log:
             known = [x if math.isfinite(x) else None for x in losses]  # JSON has no NaN
             self._log({"kind": "held_out", "step": self.step, "images": self.images, "loss": known, "seconds": seconds})

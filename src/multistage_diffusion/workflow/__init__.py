@@ -1,6 +1,6 @@
-"""The main job as Python functions, one module per verb; the command line is a thin layer over them.
+"""The workflow as Python functions, one module per command; the command line is a thin layer over them.
 
-result = msd.compute_stages("digits", out=Path("stages.json"))
+result = msd.find_stages("digits", out=Path("stages.json"))
 run = msd.train(msd.preset("digits"), Path("runs/digits"), result=result)
 images = msd.sample(run, count=64)
 scores = msd.evaluate(run)

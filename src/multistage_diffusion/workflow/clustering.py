@@ -1,4 +1,4 @@
-"""Finding stages from a trained run: the noise levels whose gradients agree."""
+"""Stage finding from a trained run: noise levels whose gradients agree form a stage."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def find_stages_by_gradients(
     memory: float = 2.0,
     progress: Progress | None = None,
 ) -> StageResult:
-    """Find stages by the gradients of a trained run, as `gradient_stages` does.
+    """Find stages from the gradients of a trained run, see `gradient_stages`.
 
     Args:
         run: a trained run, or its folder.
-        settings: algorithm "gradient"; its stages, objective and seed.
+        settings: algorithm "gradient", with its stages, objective and seed.
         schedule: the kernel in whose time edges are printed; None: the run's own.
         out: where to write the result as JSON, with its matrix as PNG beside it.
         device: default CUDA when there is one.
-        memory: GiB of gradients to keep, roughly.
-        progress: called with (gradients done, gradients in all).
+        memory: approximate GiB of gradients to keep.
+        progress: called with (gradients done, gradients in total).
 
     Raises:
         UserError: as `gradient_stages`.
@@ -102,30 +102,30 @@ def gradient_stages(
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
     """Cut time where the gradients of a trained run change direction, by algorithm 2's dynamic programming.
 
-    The cosine of two bins' gradients is their similarity, 1 - cosine their distance. (1 + cosine) / 2, which lies in
-    [0, 1], would cut at the same times: either objective is linear in it, and the number of groups is given.
+    The cosine of two bins' gradients is their similarity, 1 - cosine their distance. The similarity (1 + cosine) / 2,
+    which lies in [0, 1], would give the same cuts: both objectives are linear in it, and the number of groups is fixed.
 
     Args:
-        run: a trained run, or its folder; see `gradient_affinity` for the runs that suit. Held-out images are used, or
-            training images where it holds none out.
+        run: a trained run, or its folder; see `gradient_affinity` for suitable runs. Held-out images are used, or
+            training images if none are held out.
         stages: the number n of stages.
         measure: the kernel of the times; None: the run's schedule if it is a VP, else the standard VP.
         objective: as in `optimal_partition`.
-        rows: images per gradient, each at another noise level of the bin; repeated if there are not so many.
-        bins: of time; edges are among their borders.
+        rows: images per gradient, each at another noise level of the bin; images repeat if there are too few.
+        bins: number of time bins; edges are among their borders.
         batch: rows computed at once.
-        memory: bytes of gradients to keep, roughly.
-        seed: decides images and noise.
+        memory: approximate bytes of gradients to keep.
+        seed: seed of images and noise.
         device: default CUDA when there is one.
-        progress: called with (gradients done, gradients in all).
+        progress: called with (gradients done, gradients in total).
 
     Returns:
-        The n - 1 edges in the time of `measure`, and what they were read from: "t" (where each bin begins), the matrix
-        "similarity" of the bins' cosines, "objective_value", and "steps" (of the checkpoints averaged over).
+        The n - 1 edges in the time of `measure`, and the curves behind them: "t" (where each bin begins), the matrix
+        "similarity" of the bins' cosines, "objective_value", and "steps" (of the averaged checkpoints).
 
     Raises:
-        UserError: if the run has no checkpoint or no shared parameters, or fewer bins than stages or no rows are asked
-            for.
+        UserError: if the run has no checkpoint or no shared parameters, there are fewer bins than stages, or rows or
+            batch is below 1.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     for name, number in (("rows", rows), ("batch", batch)):
@@ -159,7 +159,7 @@ def gradient_stages(
 
 
 def _drawn(run: Run, rows: int, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Return images in a drawn order, uint8 (rows, C, H, W), and their labels."""
+    """Return images in a random order, uint8 (rows, C, H, W), and their labels."""
     training, held_out = run.data().split(run.config().data.held_out)
     data: ImageData = held_out if len(held_out) else training
     order = torch.randperm(len(data), generator=rng.generator((seed, "gradient-images")))
@@ -169,7 +169,7 @@ def _drawn(run: Run, rows: int, seed: int) -> tuple[Tensor, Tensor | None]:
 
 
 def _as_seen(codec: CodecConfig, images: Tensor, device: torch.device) -> Tensor:
-    """Return images, uint8 (R, C, H, W), as the network sees them: floats in [-1, 1], or scaled latents."""
+    """Return images, uint8 (R, C, H, W), as inputs of the network: floats in [-1, 1], or scaled latents."""
     if not codec.used:
         return to_float(images.to(device))
     assert codec.scale is not None

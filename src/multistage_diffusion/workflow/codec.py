@@ -23,7 +23,7 @@ from ..training.run import Run
 from .interrupts import stopped_by_signals
 from .progress import Progress
 
-SHOWN = 16  # held-out images in the picture of reconstructions
+SHOWN = 16  # held-out images in the reconstruction picture
 
 
 def train_codec(
@@ -39,27 +39,27 @@ def train_codec(
     """Train a latent codec on a data set's training images and measure it on its held-out images.
 
     Writes to OUT the codec (config.json, diffusion_pytorch_model.safetensors), training.json (what is returned),
-    reconstructions.png (held-out images above their reconstructions) and training/ (to go on from).
+    reconstructions.png (held-out images above their reconstructions) and training/ (to resume from).
 
     Args:
         data: where the images are.
         out: the codec's folder.
         settings: the codec and its training.
-        resume: go on with the training in OUT, with the same settings or more steps.
+        resume: continue the training in OUT, with the same settings or more steps.
         replace: move what is at OUT aside.
         device: default CUDA when there is one.
-        progress: called with (steps done, steps in all).
+        progress: called with (steps done, steps in total).
 
     Raises:
         UserError: if the data cannot be read, hold nothing out or do not fit the settings, or OUT is taken.
         TrainingDiverged: if a loss is not finite.
-        KeyboardInterrupt: after Ctrl-C, once the codec so far is written.
+        KeyboardInterrupt: after Ctrl-C, when the current codec has been written.
     """
     out, settings, resolved = Path(out), settings or CodecSettings(), resolve_device(device)
     config = DataConfig(source=data) if isinstance(data, str) else data
     if config.held_out == 0:
         raise UserError("data.held_out=0: a codec is measured on held-out images; hold some out, such as 0.1")
-    # a training that was killed before its first checkpoint has left its lock alone
+    # a training that was killed before its first checkpoint leaves only its lock
     taken = not resume and require_room(out, "go on with it (--resume)", replace=replace, ignored=".lock")
     images = open_configured(config)
     training, held_out = images.split(config.held_out)
@@ -86,12 +86,12 @@ def train_codec(
 
 
 def _write(trainer: CodecTrainer, data: DataConfig, held_out: ImageData) -> dict[str, Any]:
-    """Write the codec so far, what it is worth and what it does to some held-out images."""
+    """Write the current codec, its quality, and reconstructions of some held-out images."""
     from .. import __version__
 
     out, codec = trainer.folder, trainer.codec()
     quality = judge(codec, held_out, trainer.device)
-    if quality.scale is not None:  # for pipelines of diffusers; our runs measure their own
+    if quality.scale is not None:  # for pipelines of diffusers; our runs measure their own scale
         codec.module.register_to_config(scaling_factor=quality.scale)
     write_codec(out, codec)
     order = torch.randperm(len(held_out), generator=rng.generator((trainer.settings.seed, "shown images")))[:SHOWN]

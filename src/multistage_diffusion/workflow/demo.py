@@ -1,4 +1,4 @@
-"""The whole job on real handwritten digits."""
+"""The whole workflow on real handwritten digits."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def demo(
     callbacks: Sequence[Callback] = (),
     bar: Callable[[str], AbstractContextManager[Progress]],
 ) -> tuple[Path, EvaluationResult]:
-    """Do the whole job on the digits: stages, train, sample, evaluate, report; goes on where it was interrupted.
+    """Run stages, train, sample, evaluate and report on the digits; an interrupted demo continues where it stopped.
 
     Args:
         out: the run's folder.
         changes: dotted keys of the digits preset to change.
         device: default CUDA when there is one.
-        callbacks: of training.
+        callbacks: callbacks of the training.
         bar: makes a progress display from a title.
 
     Returns:
         The report's path and the evaluation.
 
     Raises:
-        UserError: if there is another run in the folder.
+        UserError: if the folder holds another run.
     """
     if Run(out).config_file.exists():
         _refuse_foreign(out, changes or {})
@@ -61,7 +61,7 @@ def demo(
         return report(run, device=device, progress=progress), scores
 
 
-# what makes a run one of the demonstration, whatever its stages and however long it is
+# keys that identify a run of the demo; its stages and its length may differ
 _OWN = ("data.source", "codec.source", "network.family", "network.encoder_width", "diffusion.", "optimizer.")
 
 

@@ -1,4 +1,4 @@
-"""Measuring a run's samples: beside held-out images, or against the statistics of a whole reference set."""
+"""Evaluation of a run's samples: beside held-out images, or against the statistics of a reference set."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from .sample import opened_run, require_writable, sample
 
 
 class NotKeptError(UserError):
-    """A result that could not be added to RUN/evaluation.json; it is not lost.
+    """A result could not be added to RUN/evaluation.json; this exception holds it.
 
     Attributes:
-        result: what was measured.
+        result: the result.
     """
 
     def __init__(self, message: str, result: EvaluationResult | ComparisonResult) -> None:
@@ -49,8 +49,8 @@ class NotKeptError(UserError):
         self.result = result
 
 
-NEIGHBOURS = 3  # of precision and recall, as published
-MOST_SAMPLES = 50_000  # of published FIDs
+NEIGHBOURS = 3  # k of precision and recall, as published
+MOST_SAMPLES = 50_000  # as in published FIDs
 KEPT = 10_000  # images whose features are kept for precision, recall and KID
 PARTS = ("all", "train", "held-out")
 
@@ -70,15 +70,15 @@ def evaluate(
 ) -> EvaluationResult:
     """Compare samples of a run with held-out images and add the result to RUN/evaluation.json.
 
-    Equally many real images are measured in the same way beside them.
+    The same number of real images is measured in the same way, for comparison.
 
     Args:
         run: a trained run, or its folder.
-        data: other data to compare with than the run's own; their training part then stands for the images trained on.
-        count: samples drawn; default as many as there are held-out images, but 500 to 5000.
+        data: data to compare with instead of the run's own; their training part replaces the run's training images.
+        count: samples drawn; default as many as held-out images, but at least 500 and at most 5000.
         features: name of a feature extractor, or a TorchScript file.
         weights: a file of the weights of "inception" or "vgg16"; default: downloaded.
-        seed: of the samples.
+        seed: seed of the samples.
         checkpoint: "best", "latest" or a step.
         sampling: another sampler than the run's own.
         device: default CUDA when there is one.
@@ -96,14 +96,14 @@ def evaluate(
         warn_of_empty(config.data.class_counts)
         train_images, held_out = (part.tensor() for part in opened.split(share))
         count = min(max(len(held_out), 500), 5000) if count is None else count
-        # samples, training and held-out images
+        # the three sets: samples, training and held-out images
         require_features(f"features={features!r}", extractor, opened.shape, count, resolved, sets=3)
         if min(count, len(train_images), len(held_out)) <= NEIGHBOURS:
             raise UserError(
                 f"{count} samples, {len(train_images)} training and {len(held_out)} held-out images are too few to compare: "
                 f"need more than {NEIGHBOURS} of each; give other images with --data, or train with a larger data.held_out"
             )
-        step = checkpoint_step(run.checkpoint(checkpoint))  # which one is best may change while a run goes on
+        step = checkpoint_step(run.checkpoint(checkpoint))  # fixed here: best may change while the run trains
         images = sample(
             run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress
         )
@@ -136,14 +136,14 @@ def compare(
 
     Args:
         run: a trained run, or its folder.
-        reference: "train" (all training images), or a file of `statistics`.
-        data: other data than the run's own, for "train".
-        count: samples drawn; default as many as the reference has images, but 500 to 50,000.
+        reference: "train" (all training images), or a file written by `statistics`.
+        data: data to use instead of the run's own, for "train".
+        count: samples drawn; default as many as the reference has images, but at least 500 and at most 50,000.
         features, weights, seed, checkpoint, sampling, device, progress: see `evaluate`.
 
     Raises:
-        UserError: if there are too few samples or images, the reference is of other images or features, or nothing can be
-            written in the run.
+        UserError: if there are too few samples or images, the reference is of other images or features, or nothing can
+            be written in the run.
         NotKeptError: with the result, if it could not be added to RUN/evaluation.json.
     """
     run, (world, resolved) = opened_run(run), joined(device, "evaluate --against")
@@ -170,7 +170,7 @@ def compare(
 
 
 def _compared_data(run: Run, data: DataConfig | None) -> tuple[ImageData, float]:
-    """Open the images that a run's samples are compared with; return them with the share held out."""
+    """Open the images that a run's samples are compared with; return them and the share held out."""
     config = run.config()
     opened = run.data() if data is None else open_configured(data)
     if opened.shape != config.data.shape:
@@ -195,7 +195,7 @@ def _keep(
     sampling: SamplingConfig,
     seed: int,
 ) -> None:
-    """Add a result to RUN/evaluation.json, by one process."""
+    """Add a result to RUN/evaluation.json on the main process."""
     if not is_main_process():
         return
     made = {"step": step, "data": data.source, "sampling": to_dict(sampling), "sampling_seed": seed}
@@ -244,7 +244,7 @@ def statistics(
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Reference:
-    """Write the statistics of a data set's features, for many evaluations to compare with.
+    """Write the statistics of a data set's features, for reuse in many evaluations.
 
     Args:
         data: where the images are, and how they are read.
@@ -252,12 +252,12 @@ def statistics(
         features: name of a feature extractor, or a TorchScript file.
         weights: a file of the weights of "inception" or "vgg16"; default: downloaded.
         part: "all", "train" or "held-out" images.
-        keep: images whose features are kept, too, for precision, recall and KID.
+        keep: number of images whose features are kept as well, for precision, recall and KID.
         device: default CUDA when there is one.
-        progress: called with (images done, in all).
+        progress: called with (images done, images in total).
 
     Raises:
-        UserError: for unknown features, missing weights, or fewer than 2 images.
+        UserError: for an unknown part or features, missing weights, a negative keep, or fewer than 2 images.
     """
     if part not in PARTS:
         raise UserError(f"part={part!r} must be one of {', '.join(PARTS)}")

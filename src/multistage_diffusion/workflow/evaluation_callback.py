@@ -1,4 +1,4 @@
-"""Quality over training: the Fréchet distance of a run's samples, logged while it trains and the measure of its best."""
+"""Evaluation during training: logs the Fréchet distance of a run's samples, by which its best checkpoint is chosen."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from ..training.callbacks import Callback
 from ..training.flops import flops_per_image
 from ..training.trainer import Trainer
 
-TRAINING_IMAGES = "training images"  # what a record calls the reference where no file was given
+TRAINING_IMAGES = "training images"  # the name of the reference in records if no file was given
 
 
 @dataclass(frozen=True, kw_only=True)
 class FidReference:
-    """What samples are measured by.
+    """The reference against which samples are measured.
 
     Attributes:
-        extractor: feature function.
+        extractor: feature extractor.
         reference: moments of real images' features, on the CPU.
-        source: where these come from: a file, or TRAINING_IMAGES.
+        source: origin of the reference: a file, or TRAINING_IMAGES.
     """
 
     extractor: FeatureExtractor
@@ -53,24 +53,24 @@ class FidReference:
 
     @classmethod
     def of(cls, config: RunConfig, data: ImageData, training: ImageData, device: torch.device) -> FidReference | None:
-        """Return what evaluation.features and evaluation.reference name, None for a run that is not evaluated.
+        """Return the reference that a configuration names in `evaluation`; None for a run without evaluation.
 
         Args:
-            config: the run's.
+            config: the run's configuration.
             data: its whole data set.
-            training: the part of it that is trained on.
+            training: the training part of the data set.
             device: where features are computed.
 
         Raises:
-            UserError: if there are no such features, they do not take such images or are too many, the reference cannot
-                be read or was made with others, or there are fewer than two training images.
+            UserError: if the features are unknown, do not accept such images or have too many dimensions; if the
+                reference cannot be read or was made with other features or data; or for fewer than two training images.
         """
         settings = config.evaluation
         if not settings.every:
             return None
         extractor = _features(settings.features)
         field = f"evaluation.features={settings.features!r}"
-        require_features(field, extractor, data.shape, EXTRACT_BATCH, device)  # moments are summed by batches
+        require_features(field, extractor, data.shape, EXTRACT_BATCH, device)  # moments are summed batch by batch
         if settings.reference:
             reference = _read(Path(settings.reference), extractor, data)
             return cls(extractor=extractor, reference=reference, source=settings.reference)
@@ -83,7 +83,7 @@ class FidReference:
         return cls(extractor=extractor, reference=reference, source=TRAINING_IMAGES)
 
     def distance(self, samples: Tensor, device: torch.device, world: World = ALONE) -> float:
-        """Return the Fréchet distance of samples, uint8 (N, C, H, W), N >= 2, to the reference; all processes call it."""
+        """Return the Fréchet distance of samples, uint8 (N, C, H, W), N >= 2, to the reference; all ranks call it."""
         moments = image_moments(sharded(self.extractor, world), samples, device=device)
         distance: float = world.broadcast_object(frechet_between(moments, self.reference))
         return distance
@@ -106,19 +106,19 @@ def _read(path: Path, extractor: FeatureExtractor, data: ImageData) -> Moments:
 
 
 class Quality(Callback):
-    """Measures samples of the averaged weights every evaluation.every steps, and ends training that gets no better.
+    """Evaluates samples of the EMA weights every evaluation.every steps, and ends training that stops improving.
 
     Args:
-        config: the run's, knowing its data.
-        yardstick: what samples are measured by.
-        decode: maps what the network makes to images, where that is a latent.
-        device: where.
+        config: the run's configuration, completed from its data.
+        yardstick: the reference.
+        decode: maps the network's latents to images; None for a run on pixels.
+        device: where samples are drawn and measured.
 
     Raises:
-        UserError: if the run's sampler cannot sample; two samples of nothing are drawn to see.
+        UserError: if the run's sampler is invalid; the check draws two samples from a denoiser that returns zeros.
     """
 
-    everywhere = True  # each process draws and measures its share
+    everywhere = True  # each rank draws and measures its share
 
     def __init__(
         self,
@@ -132,11 +132,11 @@ class Quality(Callback):
         self._draw(_nothing, config, 2)
 
     def started(self, trainer: Trainer) -> None:
-        """End a resumed run at once that has ended by patience before."""
+        """End a resumed run at once if its patience was exhausted before."""
         self._end_if_idle(trainer)
 
     def stepped(self, trainer: Trainer) -> None:
-        """Evaluate when the time has come."""
+        """Evaluate if an evaluation is due."""
         settings = trainer.config.evaluation
         if trainer.step % settings.every and trainer.step != trainer.config.training.steps:
             return
@@ -161,7 +161,7 @@ class Quality(Callback):
         try:
             samples = self._draw(trainer.averaged(), trainer.config, trainer.config.evaluation.count, trainer.world)
             return self.yardstick.distance(samples, self.device, trainer.world)
-        except FloatingPointError as error:  # a young network may sample badly; training goes on
+        except FloatingPointError as error:  # early in training, samples may not be finite; training continues
             warnings.warn(f"no Fréchet distance at step {trainer.step}: {error}", stacklevel=2)
             return None
 
@@ -181,7 +181,7 @@ class Quality(Callback):
         )
 
     def _end_if_idle(self, trainer: Trainer) -> None:
-        """End training after evaluation.patience evaluations without a new best; the log knows them after a resume."""
+        """End training after evaluation.patience evaluations without a new best, counted in the log of the run."""
         patience = trainer.config.evaluation.patience
         if not patience or trainer.step >= trainer.config.training.steps:
             return
@@ -197,13 +197,13 @@ class Quality(Callback):
 
 
 def since_best(records: Sequence[dict[str, Any]]) -> tuple[int, dict[str, Any] | None]:
-    """Return how many evaluations followed the best one, and its record.
+    """Return the number of evaluations after the best one, and the record of the best one.
 
     Args:
         records: lines of metrics.jsonl, in order. Of equal Fréchet distances the first is the best.
 
     Returns:
-        (count, record); (number of all, None) if none has a distance.
+        (count, record); (number of all evaluations, None) if none has a distance.
     """
     judged = [record for record in records if record["kind"] == "quality"]
     known = [k for k, record in enumerate(judged) if record["frechet"] is not None]
@@ -214,5 +214,5 @@ def since_best(records: Sequence[dict[str, Any]]) -> tuple[int, dict[str, Any] |
 
 
 def _nothing(x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
-    """Denoise to zeros."""
+    """Return zeros, as a denoiser."""
     return torch.zeros_like(x)

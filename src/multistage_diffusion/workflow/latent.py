@@ -1,4 +1,4 @@
-"""Runs on latents: opening their codec, encoding their data, decoding their samples."""
+"""Runs on latents: opening the codec, encoding the data, decoding the samples."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..latent.latents import LatentData, cached_latents, encode_images
 from ..stage_finding import StageResult
 from .progress import Progress
 
-PIXELS_AT_ONCE = 1 << 22  # of decoded images, so that a codec's activations fit into memory
+PIXELS_AT_ONCE = 1 << 22  # decoded values per call, so that a codec's activations fit into memory
 
 
 def located_codec(codec: CodecConfig) -> CodecConfig:
-    """Return a codec with the path of its folder made absolute: a run is used from other folders too."""
+    """Return a codec with the absolute path of its folder, because a run is used from other folders too."""
     path = Path(codec.source).expanduser()
     if not codec.source or not path.exists():
         return codec
@@ -31,10 +31,10 @@ def located_codec(codec: CodecConfig) -> CodecConfig:
 
 
 def with_codec(config: RunConfig, device: torch.device | str) -> tuple[RunConfig, Codec | None]:
-    """Open a configuration's codec and record what its latents are; (config, None) for a run on pixels.
+    """Open a configuration's codec and record the shape and fingerprint; (config, None) for a run on pixels.
 
     Raises:
-        UserError: if the codec has no source, cannot be opened, or makes no latents of such images.
+        UserError: if the codec has no source, cannot be opened, or cannot encode such images.
     """
     if not config.codec.used:
         return config, None
@@ -53,7 +53,7 @@ def encode_parts(
     device: torch.device | str,
     progress: Progress | None = None,
 ) -> tuple[RunConfig, tuple[LatentData, LatentData]]:
-    """Encode training and held-out images (or take them from the cache) and record the scale.
+    """Encode training and held-out images (or read them from the cache) and record the scale.
 
     Returns:
         (config with codec.scale, (training latents, held-out latents)), both scaled by it.
@@ -78,17 +78,17 @@ def encode_parts(
 def latents_for_stages(
     config: CodecConfig, data: ImageData, device: torch.device | str, progress: Progress | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return the scaled latents of a data set, and what finding stages in them has to record: codec and scale."""
+    """Return the scaled latents of a data set, and the codec and scale that stage finding records."""
     codec = open_codec(config, device)
     latents, scale = cached_latents(codec, data, scale=config.scale, device=device, progress=progress)
     return latents.tensor(), {"codec": codec.fingerprint, "scale": scale}
 
 
 def with_stages(config: RunConfig, result: StageResult) -> RunConfig:
-    """Return a configuration with the stages found.
+    """Return a configuration with the stages of a result.
 
     Raises:
-        UserError: if the stages are of other data than the network sees: pixels in another range, or other latents.
+        UserError: if the stages were found on other data than the network's input: another pixel range, other latents.
     """
     if not config.codec.used:
         if result.codec:
@@ -116,7 +116,7 @@ def with_stages(config: RunConfig, result: StageResult) -> RunConfig:
 
 
 def decoder(codec: Codec, scale: float) -> Callable[[Tensor], Tensor]:
-    """Return the map from scaled latents (B, c, h, w) to images (B, C, H, W) in [-1, 1], a few at a time."""
+    """Return the function that maps scaled latents (B, c, h, w) to images (B, C, H, W) in [-1, 1], a few at a time."""
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How likely a run finds held-out images: the variational bound, stage by stage."""
+"""The likelihood of held-out images under a run: the variational bound, stage by stage."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def measure_likelihood(
         run: a trained run, or its folder.
         count: held-out images, the first ones; default all of them.
         draws: noise levels per image and stage.
-        seed: of levels and noise.
-        sigma_min, sigma_max: range of the integral; default `noise_range`. Runs are comparable on the same range only.
+        seed: seed of levels and noise.
+        sigma_min, sigma_max: range of the integral; default `noise_range`. Only runs on the same range are comparable.
         checkpoint: "best", "latest" or a step; its averaged weights are measured.
         device: default CUDA when there is one.
-        progress: called with (rows done, in all).
+        progress: called with (rows done, rows in total).
 
     Returns:
-        Bits per dimension of pixels; nats per dimension of latents, without the reconstruction term.
+        Bits per dimension for pixels; nats per dimension for latents, without the reconstruction term.
 
     Raises:
         UserError: for several processes, too few held-out images, or a range beyond the training noise.
@@ -88,7 +88,7 @@ def measure_likelihood(
 
 
 def noise_range(config: RunConfig, tail: float = _TAIL) -> tuple[float, float]:
-    """Return the range of a run's training noise, but for a share `tail` of it at each end."""
+    """Return the range of a run's training noise, without a share `tail` at each end."""
     low, high = config.diffusion.prior.sample(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
 
@@ -106,7 +106,7 @@ def _range(config: RunConfig, sigma_min: float | None, sigma_max: float | None) 
 
 
 def _inputs(config: RunConfig, images: ImageData, device: torch.device) -> Tensor:
-    """Return what the network sees of clean images: pixels in [-1, 1], or latents times the run's scale."""
+    """Return the network's inputs for clean images: pixels in [-1, 1], or latents times the run's scale."""
     if not config.codec.used:
         return to_float(images.images)
     latents, _ = cached_latents(open_codec(config.codec, device), images, scale=config.codec.scale, device=device)

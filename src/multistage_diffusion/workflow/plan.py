@@ -1,4 +1,4 @@
-"""Planning a model: edges from the data, decoder widths from two short probes and a budget."""
+"""Planning a model: stage edges from the data, decoder widths from two short probes and a budget."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ from .prepare import PreparedRun, check, prepare, with_paths
 from .progress import Progress
 from .stages import find_stages as find
 
-ROWS = 1024  # held-out rows of a stage, at least: fewer leave the gains' errors large
-MEMORY = 2 << 30  # bytes of training images, as floats, of which an optimal denoiser is made at most
+ROWS = 1024  # least held-out rows of a stage; fewer give large errors of the gains
+MEMORY = 2 << 30  # most bytes of training images, as floats, for an optimal denoiser
 Bars = Callable[[str], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A plan: the configuration to train, and why it is as it is.
+    """A plan: the configuration to train, and the reasons for it.
 
     Attributes:
-        config: of the run to train.
+        config: configuration of the run to train.
         base: name of the configuration it was made from.
-        edges_from: what set the edges, e.g. "algorithm 1", or "given stages".
-        budget: mean forward FLOPs of a row that were asked for.
-        flops: those of the network planned; `flops_encoder` are its encoder's.
+        edges_from: source of the edges, e.g. "algorithm 1", or "given stages".
+        budget: mean forward FLOPs of a row that were requested.
+        flops: mean forward FLOPs of a row in the planned network; `flops_encoder` is the encoder's part.
         probe_widths: decoder widths of the two probes, narrow and wide.
-        probe_steps: training steps of each.
-        held_out_rows: rows per stage on which they were compared.
+        probe_steps: training steps of each probe.
+        held_out_rows: rows per stage on which the probes were compared.
         stages: lowest noise first.
-        sentences: the reasons in words.
+        sentences: the reasons as text.
     """
 
     config: RunConfig
@@ -79,18 +79,18 @@ class Planned:
     sentences: tuple[str, ...]
 
     def explained(self) -> dict[str, Any]:
-        """Return all but the configuration as JSON-able data."""
+        """Return everything but the configuration as JSON-compatible data."""
         data: dict[str, Any] = to_dict(self)
         return {name: value for name, value in data.items() if name != "config"}
 
     def save(self, out: Path) -> None:
-        """Write the configuration as JSON, and what explains it beside it."""
+        """Write the configuration as JSON, and the explanation beside it."""
         write_json(explained_file(out), self.explained())
         write_json(out, self.config)
 
 
 def explained_file(out: Path) -> Path:
-    """Return where the explanation of a plan lies: plan.explained.json beside plan.json."""
+    """Return the path of a plan's explanation: plan.explained.json beside plan.json."""
     return out.with_suffix(".explained.json")
 
 
@@ -108,17 +108,17 @@ def plan(
     """Propose edges and decoder widths for a data set and a budget.
 
     Args:
-        config: the base: its data, encoder, depth, noise and training are kept.
-        result: the result whose edges are taken; None finds them (Algorithm 1 for three stages, 2 for other numbers).
+        config: the base; its data, encoder, depth, noise and training are kept.
+        result: the result whose edges are used; None finds them (Algorithm 1 for three stages, 2 for other numbers).
         stages: number of stages to find.
-        budget: mean forward FLOPs of a row (2 per multiply-add, encoder included); None: those of the base's own network.
+        budget: mean forward FLOPs of a row (2 per multiply-add, encoder included); None: that of the base's network.
         probe_steps: training steps of each of the two probes.
         out: where to write the configuration as JSON, with the explanation beside it.
         device: default CUDA when there is one.
         bar: makes a progress display, called with (done, total), from a title.
 
     Raises:
-        UserError: if something does not fit, before any probe is trained; or if the probes tell nothing.
+        UserError: if something does not fit, before any probe is trained; or if both probes have the same losses.
     """
     bar = bar or _no_bar
     _check_arguments(config, budget, probe_steps)
@@ -199,7 +199,7 @@ def _shares(config: RunConfig) -> tuple[float, ...]:
 
 
 def _staged(config: RunConfig, result: StageResult) -> RunConfig:
-    """Return a configuration with the stages found, as many decoders, and shares of rows as numbers.
+    """Return a configuration with the stages found, one decoder per stage, and shares of rows as numbers.
 
     Raises:
         UserError: if they do not fit it, or a stage gets no rows.
@@ -219,22 +219,22 @@ def _staged(config: RunConfig, result: StageResult) -> RunConfig:
 
 
 class _Steps(Callback):
-    """Tells of the steps of two probes as one piece of work."""
+    """Reports the steps of two probes as one task."""
 
     def __init__(self, before: int, total: int, progress: Progress) -> None:
         self.before, self.total, self.progress = before, total, progress
 
     def stepped(self, trainer: Trainer) -> None:
-        """Tell of a step."""
+        """Report a step."""
         self.progress(self.before + trainer.step, self.total)
 
 
 def _probed(
     prepared: PreparedRun, widths: Sequence[int], steps: int, device: torch.device, progress: Progress
 ) -> list[list[Tensor]]:
-    """Train a network with all decoders of each width; return, for each, every stage's loss of every held-out row.
+    """Train one probe per width, all its decoders of that width; return each probe's held-out row losses per stage.
 
-    Rows, noise and held-out rows are the same for all: they are functions of seed, step, stage and row.
+    Rows, noise and held-out rows are the same for all probes: they are functions of seed, step, stage and row.
     """
     losses = []
     for number, width in enumerate(widths):
@@ -251,7 +251,7 @@ def _probed(
 
 
 def _probe_config(config: RunConfig, width: int, steps: int) -> RunConfig:
-    """Return the configuration of a probe: short, from scratch, and warmed up within its length."""
+    """Return the configuration of a probe: short, from scratch, with a warm-up that fits its length."""
     return dataclasses.replace(
         config,
         name=f"probe-{width}",
@@ -261,7 +261,7 @@ def _probe_config(config: RunConfig, width: int, steps: int) -> RunConfig:
             config.training,
             steps=steps,
             init_from="",
-            # without a ramp, averages over hundreds of thousands of images would still be the initial weights
+            # without a ramp, an EMA over hundreds of thousands of images would still hold the initial weights
             ema_rampup=config.training.ema_rampup or 0.05,
             log_every=steps,
             held_out_every=0,
@@ -281,12 +281,12 @@ def _held_out(config: RunConfig, data: TrainingData, stage: int, device: torch.d
 
 @torch.no_grad()
 def held_out_row_losses(denoiser: MultiStageDenoiser, batch: Batch, at_once: int) -> Tensor:
-    """Return the loss of every row of a batch of one stage, float64 (B,) on the CPU; see training.losses.
+    """Return the loss of every row of a one-stage batch, float64 (B,) on the CPU; see training.losses.
 
     Args:
         denoiser: on the batch's device.
         batch: rows of one stage.
-        at_once: rows in one pass, to bound memory.
+        at_once: rows per pass, to bound memory.
     """
     losses = []
     for start in range(0, len(batch.y), at_once):
@@ -296,14 +296,14 @@ def held_out_row_losses(denoiser: MultiStageDenoiser, batch: Batch, at_once: int
 
 
 def optimal_row_losses(config: RunConfig, optimal: OptimalDenoiser, batch: Batch) -> Tensor:
-    """Return what the optimal denoiser would have as loss of every row: its squared error times 1/c_out², float64 (B,)."""
+    """Return the optimal denoiser's loss of every row: its squared error times 1/c_out², float64 (B,)."""
     errors = (optimal(batch.noisy, batch.sigma) - batch.y).double().square().flatten(1).mean(1)
     out = make_preconditioning(config.diffusion).coefficients(batch.sigma).out
     return (errors / out.square()).cpu()
 
 
 def _optimal_losses(prepared: PreparedRun, device: torch.device) -> list[float | None]:
-    """Return every stage's mean loss of the optimal denoiser over the training images on held-out rows; None: too many."""
+    """Return the optimal denoiser's mean loss on each stage's held-out rows; None if there are too many images."""
     config, (training, held_out) = prepared.config, prepared.parts
     stages = range(len(config.stages))
     if 4 * len(training) * math.prod(training.shape) > MEMORY:
@@ -321,13 +321,13 @@ def _planned_stages(
     wide: Sequence[Tensor],
     device: torch.device,
 ) -> list[PlannedStage]:
-    """Return the stages with their gains and the decoders that these and the budget ask for.
+    """Return the stages with their gains, and with the decoders chosen for these gains and the budget.
 
     Args:
-        prepared: what the probes were trained on.
+        prepared: the data that the probes were trained on.
         limits: the budget.
-        widths: of the probes' decoders, narrow and wide.
-        narrow, wide: of each stage, the losses of the same held-out rows.
+        widths: decoder widths of the probes, narrow and wide.
+        narrow, wide: losses of the same held-out rows, per stage.
         device: where the optimal denoiser is computed.
     """
     config = prepared.config

@@ -1,4 +1,4 @@
-"""What a run is trained on: a configuration that knows its data, checked against them, and the images or latents."""
+"""Prepares a run: completes its configuration from its data, checks it, and encodes the images of a latent run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .progress import Progress
 
 
 def prepare(config: RunConfig, data: ImageData) -> RunConfig:
-    """Return a configuration that knows its data: where they are, their shape and fingerprint."""
+    """Return a configuration completed from its data: their location, shape and fingerprint."""
     network = config.network if config.codec.used else dataclasses.replace(config.network, channels=data.shape[0])
     return dataclasses.replace(
         config,
@@ -38,7 +38,7 @@ def prepare(config: RunConfig, data: ImageData) -> RunConfig:
 
 
 def warn_of_blind(network: NetworkConfig) -> None:
-    """Say so where a GroupNorm of one channel per group takes away what a block adds for noise and class."""
+    """Warn if GroupNorms of one channel per group erase what blocks add for noise and class."""
     if network.family == "ldm" and LDM_GROUPS in (w * m for w in network.decoder_widths for m in network.channel_mult):
         warnings.warn(
             f"network.family=ldm with {LDM_GROUPS} channels at a level: GroupNorm in {LDM_GROUPS} groups then erases what the "
@@ -48,8 +48,8 @@ def warn_of_blind(network: NetworkConfig) -> None:
 
 
 def warn_of_borrowed(config: RunConfig, images: ImageData) -> None:
-    """Say so where stages or sigma_data were made for other images."""
-    if config.codec.used:  # neither is known of latents before they are made
+    """Warn if the stages or sigma_data were made for other images."""
+    if config.codec.used:  # neither can be checked before the latents exist
         return
     made_for = config.stages.origin.get("data", config.data.source)
     if len(config.stages) > 1 and made_for != config.data.source:
@@ -66,24 +66,24 @@ def warn_of_borrowed(config: RunConfig, images: ImageData) -> None:
 
 
 def located(data: DataConfig) -> DataConfig:
-    """Return data with the path of its source made absolute: a run is used from other folders too."""
+    """Return data with the absolute path of their source, because a run is used from other folders too."""
     return dataclasses.replace(data, source=located_source(data.source))
 
 
 def check(
     config: RunConfig, data: ImageData, device: torch.device | None = None, processes: int = 1
 ) -> tuple[ImageData, ImageData]:
-    """Return (training, held-out) images of a data set on which a configuration can be trained.
+    """Check that a configuration can be trained on a data set; return the (training, held-out) images.
 
     Args:
-        config: complete but for latents.
+        config: complete except for latents.
         data: the images.
-        device: where it is to be trained; None: the CPU.
-        processes: that train it together.
+        device: training device; None: the CPU.
+        processes: number of processes that train together.
 
     Raises:
-        UserError: if anything would stop the training later: network, sampler, batch, labels, held-out share, memory or the
-            run to start from.
+        UserError: if anything would stop the training later: network, sampler, batch, labels, held-out share, memory or
+            the run to start from.
     """
     _require_levels_that_fit(config)
     cost = network_cost(config.network, *config.input_shape[1:])
@@ -98,7 +98,7 @@ def check(
 
 
 def _require_levels_that_fit(config: RunConfig) -> None:
-    """Refuse levels that the network would have to pad its input for to more than twice its side."""
+    """Refuse levels for which the network would pad its input to more than twice its side."""
     side, levels = max(config.input_shape[1:]), len(config.network.channel_mult)
     most = (2 * side - 1).bit_length()  # the padded side is a multiple of 2^(levels - 1)
     if levels > most:
@@ -109,7 +109,7 @@ def _require_levels_that_fit(config: RunConfig) -> None:
 
 
 def with_paths(config: RunConfig) -> RunConfig:
-    """Return a configuration with absolute paths of the run it starts from and of the reference it is evaluated by."""
+    """Return a configuration with absolute paths of the run to start from and of the evaluation reference."""
     training, evaluation = config.training, config.evaluation
     return dataclasses.replace(
         config,
@@ -124,7 +124,7 @@ def _absolute(path: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun:
-    """What a trainer is given: training and held-out images, or latents with the map that decodes them."""
+    """The input of a trainer: training and held-out images, or latents with the function that decodes them."""
 
     config: RunConfig
     parts: tuple[ImageData, ImageData] | tuple[LatentData, LatentData]
@@ -139,7 +139,7 @@ class PreparedRun:
         device: torch.device,
         progress: Progress | None,
     ) -> PreparedRun:
-        """Encode the images of a run with a codec; a run on pixels takes them as they are."""
+        """Encode the images of a run with a codec; a run on pixels uses them unchanged."""
         if codec is None:
             return cls(config=config, parts=parts)
         config, latents = encode_parts(config, codec, parts, device, progress)

@@ -1,4 +1,4 @@
-"""How long work tells of itself."""
+"""The type of progress callbacks."""
 
 from collections.abc import Callable
 

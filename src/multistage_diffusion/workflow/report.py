@@ -1,4 +1,4 @@
-"""Writing the page of a run."""
+"""Writes the HTML report of a run."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def report(
 
     Args:
         run: a trained run, or its folder.
-        checkpoint: whose samples are shown.
-        count: samples shown.
+        checkpoint: the checkpoint whose samples are shown.
+        count: number of samples shown.
         device: default CUDA when there is one.
         progress: called with (done, total).
     """

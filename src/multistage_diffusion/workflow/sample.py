@@ -25,12 +25,12 @@ from .progress import Progress
 
 
 def opened_run(run: Run | Path | str) -> Run:
-    """Return a run, opened if it is only named."""
+    """Return a run; open it if a path is given."""
     return run if isinstance(run, Run) else Run.open(Path(run))
 
 
 def require_writable(run: Run, name: str) -> Path:
-    """Return where a file of a run is; see, before the work is done, that it can be written.
+    """Return the path of a run's file, after checking that it can be written.
 
     Raises:
         UserError: if it cannot.
@@ -60,21 +60,22 @@ def sample(
     finished: Callable[[int, Tensor], object] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Draw samples of a run; several processes (see distributed.join) draw a share each and are given all.
+    """Draw samples of a run; each of several processes (see distributed.join) draws a share and receives all samples.
 
     Args:
         run: a trained run, or its folder.
         count: number of samples.
-        seed: sample i is the same whatever the count or batch.
+        seed: seed of the samples; sample i is the same for any count and batch.
         sampling: another sampler than the run's own.
         checkpoint: "best", "latest" or a step.
         label: class of all samples of a class-conditional run; None draws each sample's class, see `sample_labels`.
-        in_turn: take the classes in turn instead: to be looked at, not to be measured.
-        batch: samples drawn at once; None: as many as fit into free memory, up to a number that nothing is gained beyond.
+        in_turn: take the classes in turn instead, for viewing, not for measuring.
+        batch: samples drawn at once; None: as many as fit into free memory, up to the number beyond which speed is
+            constant.
         device: default CUDA when there is one.
-        precision: of the network; the trajectory is float32. "auto": bf16 on CUDA where it has it, else fp16; fp32 on the CPU.
-        compile: compile the network's blocks first, which takes minutes: for thousands of samples.
-        offload: keep on the device the parts of one stage only, and what all share.
+        precision: of the network; the trajectory is float32. "auto": on CUDA bf16 if supported, else fp16; on CPU fp32.
+        compile: compile the network's blocks first, which takes minutes and pays off for thousands of samples.
+        offload: keep only the parts of one stage and the shared parts on the device.
         finished: called with (number of the first, images) of each batch while the next is drawn, see sample_images.
         progress: called with (done, total).
 
@@ -128,8 +129,8 @@ def sample_labels(
     Args:
         config: the run's.
         count, seed: see `sample`; label i depends on (seed, i) alone.
-        label: of all of them; None: drawn with the frequencies of the training images.
-        in_turn: classes that have training images, in turn.
+        label: class of all samples; None: drawn with the frequencies of the training images.
+        in_turn: take the classes that have training images in turn.
 
     Raises:
         UserError: if there is no such class.
@@ -144,15 +145,15 @@ def sample_labels(
 
 
 def equip(denoiser: MultiStageDenoiser, device: torch.device, *, compile: bool = False, offload: bool = False) -> None:
-    """Let a denoiser sample as fast as it can, or in little memory: CUDA graphs, compiled blocks, one stage at a time.
+    """Set a denoiser up for fast or low-memory sampling: CUDA graphs, compiled blocks, one stage at a time.
 
     Args:
-        denoiser: on the device, or, to be offloaded, on the CPU.
-        device: where it is to sample.
+        denoiser: on the device, or on the CPU if it is to be offloaded.
+        device: the device for sampling.
         compile, offload: see `sample`.
     """
     execute(denoiser.network, Execution(compile=compile, channels_last=compile and device.type == "cuda"))
-    if offload:  # weights that come and go are in no graph
+    if offload:  # offloaded weights move, so they cannot be in a CUDA graph
         OneStageAtATime(denoiser.network, device)
     elif device.type == "cuda":
         denoiser.graphs = Graphs(denoiser.network)

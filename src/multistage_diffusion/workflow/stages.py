@@ -1,4 +1,4 @@
-"""Finding the stages of a data set."""
+"""Stage finding on a data set."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ def find_stages(
     """Find the stages of a data set's training images.
 
     Args:
-        data: an opened data set (used whole), or where it is (its held-out images are left out, and shown to algorithm 2).
+        data: an opened data set (used whole), or its source (held-out images are left out; algorithm 2 uses them as a
+            check).
         settings: algorithm and options.
         schedule: the kernel in whose time edges are printed; default VP.
         codec: use the latents of this autoencoder instead of pixels.
         out: where to write the result as JSON, with its curves as PNG beside it.
         device: default CUDA when there is one.
-        memory: GiB to stay under, roughly.
-        image_shards: processes (of torchrun) among which the images are divided; the samples are among the others. Only the
-            first process writes.
+        memory: approximate upper limit in GiB.
+        image_shards: number of processes (of torchrun) in a group that divides the images. The groups divide the
+            samples. Only the main process writes.
         progress: called with (done, total).
 
     Raises:
@@ -77,7 +78,7 @@ def find_stages(
 
 
 def _opened(data: ImageData | str | DataConfig) -> tuple[ImageData, Any, str]:
-    """Return the images to use, other ones (None: there are none), and the fingerprint of the former."""
+    """Return the images to use, the held-out ones (None: there are none), and the fingerprint of the former."""
     if isinstance(data, ImageData):
         return data, None, data.fingerprint
     config = DataConfig(source=data) if isinstance(data, str) else data
@@ -86,7 +87,7 @@ def _opened(data: ImageData | str | DataConfig) -> tuple[ImageData, Any, str]:
 
 
 def save_stages(result: StageResult, path: Path) -> None:
-    """Write the stages as JSON, and its curves as PNG beside it."""
+    """Write a result as JSON, and its curves as PNG beside it."""
     from ..stage_finding.plots import plot_stages  # matplotlib takes a while to import
 
     result.save(path)

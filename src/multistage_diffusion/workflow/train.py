@@ -34,7 +34,7 @@ from .prepare import PreparedRun, check, located, prepare, warn_of_blind, warn_o
 from .progress import Progress
 from .stages import save_stages
 
-Prepared = tuple[PreparedRun, list[Callback]]  # what a run is trained on, and what evaluates it
+Prepared = tuple[PreparedRun, list[Callback]]  # input of the trainer, and evaluation callbacks
 
 
 def train(
@@ -50,16 +50,16 @@ def train(
 ) -> Run:
     """Start a run and train it to its end.
 
-    Among several processes (see distributed.join) each calls it. There a run of the same configuration that is at `out`
-    already is gone on with, so that whatever starts the processes may start them again.
+    Each of several processes (see distributed.join) calls it. They resume a run of the same configuration that already
+    exists at `out`, so a launcher may restart the processes.
 
     Args:
         config: usually a preset, changed with `override`.
         out: the run's new folder.
-        result: what gives the stages; None keeps those of the configuration.
-        replace: move a run that is there already aside.
+        result: gives the stages; None keeps those of the configuration.
+        replace: move an existing run aside.
         device: default CUDA when there is one.
-        strategy: what each of several processes holds: "time" everything, "memory" the decoders of its own stages.
+        strategy: what each process holds: "time": the whole network; "memory": only the decoders of its own stages.
         callbacks: progress, TensorBoard, ...
         progress: called with (done, total) while images are encoded into latents.
 
@@ -69,7 +69,7 @@ def train(
     """
     world, resolved = joined(device, "train")
     with world.report_failures():
-        if world.size == 1:  # several may find there the run that they go on with
+        if world.size == 1:  # several processes may resume a run there
             Run.require_room(Path(out), replace=replace)
         prepared, judges = _in_turn(
             world, config.codec.used, lambda: _prepared(config, out, result, resolved, progress, world.size)
@@ -87,7 +87,7 @@ def train(
 
 
 def _in_turn(world: World, encodes: bool, prepare: Callable[[], Prepared]) -> Prepared:
-    """Prepare on all processes; one that encodes images does so before the others, who find them in its cache."""
+    """Prepare on all processes; if images are encoded, the main process is first, and the others read its cache."""
     found: Prepared | None = None
     for turn in ("first", "others"):
         with world.synchronize_errors():
@@ -105,7 +105,7 @@ def _prepared(
     progress: Progress | None,
     processes: int,
 ) -> Prepared:
-    """Return what a new run is trained on, and what evaluates it; nothing is written."""
+    """Return a new run's trainer input and evaluation callbacks; nothing is written to the run's folder."""
     if not config.data.source:
         raise UserError(f"data.source is empty: preset {config.name!r} has no data of its own; give --data")
     data = open_configured(dataclasses.replace(config.data, fingerprint="", shape=()))
@@ -120,7 +120,7 @@ def _prepared(
     warn_of_blind(config.network)
     if result is None:
         warn_of_borrowed(config, parts[0])
-    # the arithmetic chosen here is stored: a run resumed on another device keeps it
+    # the precision chosen here is stored: a run resumed on another device keeps it
     precision = precision_name(config.training.precision, device)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
     yardstick = FidReference.of(config, data, parts[0], device)
@@ -129,7 +129,7 @@ def _prepared(
 
 
 def _facts(config: RunConfig, device: torch.device, strategy: Strategy) -> dict[str, Any]:
-    """Return what must be the same on all processes."""
+    """Return the settings that must be equal on all processes."""
     from .. import __version__
 
     ours = {"release": __version__, "torch": torch.__version__, "device": device.type, "strategy": strategy}
@@ -138,7 +138,7 @@ def _facts(config: RunConfig, device: torch.device, strategy: Strategy) -> dict[
 
 
 def _is_run_of(path: Path, config: RunConfig) -> bool:
-    """Tell whether there is a run of this configuration; how long it is and what is written when do not count."""
+    """Return whether there is a run of this configuration; keys in CHANGEABLE may differ."""
     if not Run(path).config_file.exists():
         return False
     return all(key in CHANGEABLE for key in differences(Run(path).config(), config))
@@ -150,15 +150,15 @@ def _create(path: Path, config: RunConfig, result: StageResult | None, *, replac
 
 
 def _judges(yardstick: FidReference | None, prepared: PreparedRun, device: torch.device) -> list[Callback]:
-    """Return what evaluates a run while it trains, if anything: before the other callbacks, which tell of it."""
+    """Return the evaluation callbacks, if any; they run before the other callbacks, which print their results."""
     return [] if yardstick is None else [Quality(prepared.config, yardstick, prepared.decode, device)]
 
 
-# What may differ between machines: where things are, and the last digits of what each has measured.
+# Keys that may differ between machines: paths, and the last digits of measured values.
 PLACES = ("data.source", "codec.source", "codec.scale", "training.init_from", "evaluation.reference")
 
 
-# What may differ when a run is resumed: its length, what is written when, how steps are computed; never what is computed.
+# Keys that may change when a run is resumed: its length, output intervals, how steps are computed; never the results.
 CHANGEABLE = (
     "data.source",
     "codec.source",
@@ -180,7 +180,7 @@ CHANGEABLE = (
 )
 
 
-# What an imported run learns when it is first resumed.
+# Keys that an imported run records when it is first resumed.
 RECORDED = (
     "data.class_counts",
     "data.fingerprint",
@@ -200,18 +200,18 @@ def resume(
     callbacks: Sequence[Callback] = (),
     progress: Progress | None = None,
 ) -> Run:
-    """Go on with a run from its latest checkpoint: under any strategy, on any number of processes.
+    """Resume a run from its latest checkpoint, with any strategy and any number of processes.
 
     Args:
         path: the run's folder.
-        changes: dotted keys to change, of CHANGEABLE only: a longer training, data that have moved.
+        changes: dotted keys to change, only those in CHANGEABLE: a longer training, data that have moved.
         device: default CUDA when there is one.
         strategy: see `train`.
         callbacks: progress, TensorBoard, ...
         progress: called with (done, total) while images are encoded into latents.
 
     Raises:
-        UserError: if there is no run, a change would make it another run, or the data are not those it was started on.
+        UserError: if there is no run, a key may not change, or the data are not those the run was started on.
         RankLost: if another process is lost.
     """
     world, resolved = joined(device, "train --resume")
@@ -226,7 +226,7 @@ def resume(
 
 
 def _reopened(run: Run, changes: Mapping[str, Any], device: torch.device, progress: Progress | None) -> Prepared:
-    """Return what a run is trained on further, and what evaluates it."""
+    """Return a resumed run's trainer input and evaluation callbacks."""
     config = run.config()
     run.check_records()
     _refuse_edited(run, config)
@@ -247,7 +247,7 @@ def _reopened(run: Run, changes: Mapping[str, Any], device: torch.device, progre
             "reached; give more"
         )
     data = run.data(changed.data)
-    changed = dataclasses.replace(  # an imported run knows neither yet
+    changed = dataclasses.replace(  # an imported run has neither yet
         changed,
         data=dataclasses.replace(changed.data, fingerprint=data.fingerprint),
         training=dataclasses.replace(changed.training, precision=precision_name(changed.training.precision, device)),
@@ -261,7 +261,7 @@ def _reopened(run: Run, changes: Mapping[str, Any], device: torch.device, progre
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
-    """Return the dotted keys in which two configurations differ; where stages come from makes none."""
+    """Return the dotted keys in which two configurations differ, except the origin of the stages."""
     one, other = _flat(to_dict(a)), _flat(to_dict(b))
     keys = [key for key in one | other if one.get(key) != other.get(key)]
     return [key for key in keys if not key.startswith("stages.origin.")]
@@ -275,7 +275,7 @@ def _flat(data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def _refuse_edited(run: Run, config: RunConfig) -> None:
-    """Raise UserError if config.json is no longer what the latest checkpoint was trained with."""
+    """Raise UserError if config.json differs from the configuration that the latest checkpoint was trained with."""
     found = list_checkpoints(run.checkpoints)
     if not found:
         return
