@@ -36,11 +36,11 @@ from multistage_diffusion.distributed import World, join
 from multistage_diffusion.files import write_json
 from multistage_diffusion.performance.cost_model import Machine, step_costs
 from multistage_diffusion.training.batches import BatchSource, row_counts, stage_shares, stage_weights
+from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.ema import EMA
 from multistage_diffusion.training.losses import objective, stage_losses
 from multistage_diffusion.training.optimizer import make_optimizer
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.sample_grid import Callback
 from multistage_diffusion.training.strategies import make_layout
 from multistage_diffusion.training.trainer import Trainer
 

@@ -27,8 +27,8 @@ from multistage_diffusion.config.presets import preset
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.files import write_json
 from multistage_diffusion.performance.devices import clock, device_name, peak_memory, precision_name, resolve_device
+from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.sample_grid import Callback
 from multistage_diffusion.training.trainer import Trainer
 
 RESULT = Path(__file__).parent / "results" / "paper_step.json"

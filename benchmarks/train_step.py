@@ -33,8 +33,8 @@ from multistage_diffusion.data import ImageData
 from multistage_diffusion.nets.cost import network_cost
 from multistage_diffusion.performance.devices import clock, peak_memory, resolve_device
 from multistage_diffusion.performance.roofline import Roofline, measure_roofline
+from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.sample_grid import Callback
 from multistage_diffusion.training.trainer import Trainer
 
 RESULT = Path(__file__).parent / "results" / "train_step.json"

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -664,6 +665,38 @@ def test_a_closed_pipe_ends_quietly(arguments: str) -> None:
     program.stdout.close()
     assert program.stderr.read() == b""
     assert program.wait() in (141, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "streams", "code"),
+    [
+        ("presets", ">&-", 0),
+        ("presets", ">&- 2>&-", 0),
+        ("nonsense", "2>&-", 2),
+        ("nonsense", "2>/dev/full", 2),
+        ("presets", ">/dev/full", 2),
+    ],
+)
+def test_streams_that_cannot_be_written_change_no_exit_code(arguments: str, streams: str, code: int) -> None:
+    command = f"{shlex.join(map(str, PROGRAM))} {arguments} {streams}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.count("\n") <= 1
+    if "/dev/full" in streams and code == 2 and "2>" not in streams:
+        assert done.stderr.startswith("msdiff: standard output: cannot be written (No space left on device)")
+
+
+def test_the_same_warning_from_two_places_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: object) -> None:
+        warnings.warn("beware", stacklevel=1)
+        warnings.warn("beware", stacklevel=2)
+        warnings.warn("beware of more", stacklevel=2)
+
+    monkeypatch.setattr(COMMANDS["presets"], "run", run)
+    assert cli.main(["presets"]) == 0
+    assert capsys.readouterr().err == "msdiff: warning: beware\nmsdiff: warning: beware of more\n"
 
 
 def test_no_output_is_lost_to_a_terminal_of_few_characters(tmp_path: Path) -> None:

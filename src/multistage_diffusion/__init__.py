@@ -66,7 +66,7 @@ _HOME = {
     "report": "workflow.report",
     "resume": "workflow.train",
     "sample": "workflow.sample",
-    "stages": "workflow.stages",
+    "find_stages": "workflow.stages",
     "statistics": "workflow.evaluate",
     "train": "workflow.train",
     "train_codec": "workflow.codec",

@@ -20,7 +20,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from . import __version__
 from .errors import UserError, explained
@@ -68,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given or os.environ.get("MSDIFF_DEBUG", "") not in ("", "0")
     name, *arguments = [argument for argument in given if argument != "--debug"] or ["--help"]
-    for stream in (sys.stdout, sys.stderr):
+    for stream in _streams():
         if isinstance(stream, io.TextIOWrapper):  # characters outside the terminal's encoding are escaped
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -76,7 +76,26 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a closed pipe raises here, not at interpreter exit
     except BrokenPipeError:
         return _unread()
+    except OSError as error:
+        _drop_output()
+        return _fail(f"standard output: cannot be written ({error.strerror or error})", debug)
     return code
+
+
+def _streams() -> tuple[TextIO, TextIO]:
+    """Return standard output and standard error; where the caller has closed them, what is written goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the life of the process
+    return sys.stdout, sys.stderr
+
+
+def _drop_output() -> None:
+    """Let the interpreter end without another attempt to write what standard output cannot take."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
 
 
 def _answer(name: str, arguments: Sequence[str], debug: bool) -> int:
@@ -87,7 +106,14 @@ def _answer(name: str, arguments: Sequence[str], debug: bool) -> int:
         print(f"msdiff {__version__}")
         return 0
     with warnings.catch_warnings(), _openings_told():
-        warnings.showwarning = lambda message, *_, **__: _warn(message)
+        told: set[str] = set()  # the same from two places is one
+
+        def show(message: Warning | str, *_: object, **__: object) -> None:
+            if str(message) not in told:
+                told.add(str(message))
+                _warn(message)
+
+        warnings.showwarning = show
         return _run(name, arguments, debug)
 
 
@@ -180,8 +206,13 @@ def _say(message: object, start: str = "msdiff: ") -> None:
     if len(text) > _LONGEST:  # a key or path of thousands of characters would hide the rest of the message
         half = _LONGEST // 2
         text = f"{text[:half]} … {text[-half:]}"
-    sys.stderr.write(f"{start}{text}\n")
-    sys.stderr.flush()
+    try:
+        sys.stderr.write(f"{start}{text}\n")
+        sys.stderr.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass  # a full disk behind standard error: there is no other place to say so
 
 
 def parse(name: str, arguments: Sequence[str]) -> Any:

@@ -70,7 +70,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         mend = _MENDS.get(error.errno or 0, "choose another place")
-        raise NotWrittenError(f"{path}: cannot be written ({error.strerror or error}); {mend}", error) from error
+        parts = [match["name"] if (match := _OURS.fullmatch(part)) else part for part in path.parts]
+        raise NotWrittenError(
+            f"{Path(*parts)}: cannot be written ({error.strerror or error}); {mend}", error
+        ) from error
 
 
 def to_dict(value: Any) -> Any:
@@ -277,9 +280,27 @@ def require_place(path: Path) -> None:
     Raises:
         UserError: if not.
     """
-    above = next(p for p in path.absolute().parents if p.exists())
+    if path.name in ("", ".."):
+        raise UserError(f"--out {path}: names no file or folder of its own; give one")
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"--out {path}: is a link that leads nowhere; remove it, or choose another name")
+    above = next(p for p in path.absolute().parents if os.path.lexists(p))
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"--out {path}: nothing can be written in {above}; choose another place")
+
+
+def require_utf8(path: Path) -> None:
+    """Refuse a folder of tensors whose path safetensors cannot open.
+
+    Raises:
+        UserError: if the absolute path is not valid UTF-8.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path}: its path is not valid UTF-8, which files of tensors need; choose another name"
+        ) from None
 
 
 def require_room(path: Path, go_on: str, *, replace: bool, ignored: str = "") -> bool:
@@ -294,12 +315,15 @@ def require_room(path: Path, go_on: str, *, replace: bool, ignored: str = "") ->
     Raises:
         UserError: if what is there may not be replaced, or nothing can be written there.
     """
+    require_utf8(path)
+    require_place(path)
     taken = path.exists() and (not path.is_dir() or any(p.name != ignored for p in path.iterdir()))
     if taken and not replace:
         raise UserError(
             f"{path}: exists; {go_on}, choose another --out, or replace it (--replace; replace=True in Python)"
         )
-    require_place(path)
+    if taken and path.is_symlink():
+        raise UserError(f"{path}: is a link; name what it leads to, {path.resolve()}, to replace that")
     return taken
 
 
@@ -327,7 +351,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         UserError: if it cannot be written, or the path exists.
     """
-    path = path.resolve() if path.is_symlink() else path
+    path = _led_to(path)
     make_folder(path.parent)
     sweep(path.parent)
     with _new_held_folder(path) as temporary:
@@ -343,6 +367,16 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         except BaseException:
             remove_folder(temporary)
             raise
+
+
+def _led_to(path: Path) -> Path:
+    """Return what a link leads to; any other path as it is."""
+    if not path.is_symlink():
+        return path
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError):  # the former until Python 3.13
+        raise UserError(f"{path}: is a link that leads to itself; remove it, or choose another name") from None
 
 
 @contextmanager
@@ -430,7 +464,7 @@ def _sweep(left: Path, home: Path | None) -> None:
 
 
 def _temporary(path: Path, what: str = _WRITING) -> Path:
-    name = path.name.encode()[:200].decode(errors="ignore") if what == _WRITING else path.name  # 255 bytes at most
+    name = os.fsdecode(os.fsencode(path.name)[:200]) if what == _WRITING else path.name  # 255 bytes at most
     return path.with_name(f".{name}.{what}-{secrets.token_hex(4)}")
 
 

@@ -240,6 +240,7 @@ def fifo(name: str) -> Callable[[Path], None]:
     """Return what puts a pipe, to which nobody writes, in a file's place."""
 
     def make(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
-from adversary import TINY, Case, cases, file, folder_in_place, npz, pixels
+from adversary import TINY, Case, cases, fifo, file, folder_in_place, nothing, npz, pixels
 
 RUN, DATA = ("run",), ("data.npz",)
 HERE = file("taken", "mine")
@@ -265,4 +266,95 @@ def test_other_commands(case: Case, refuses: Callable[[Case], str]) -> None:
 
 @cases([case for case in OTHERS if not case.needs])
 def test_other_commands_alone(case: Case, refuses: Callable[[Case], str]) -> None:
+    refuses(case)
+
+
+def linked(target: str, name: str = "link") -> Callable[[Path], None]:
+    """Return what makes a link."""
+    return lambda folder: (folder / name).symlink_to(target)
+
+
+def filled_and_linked(folder: Path) -> None:
+    (folder / "kept").mkdir()
+    (folder / "kept/x").write_text("mine")
+    (folder / "link").symlink_to("kept")
+
+
+ODD_RUN = "x\udcff"  # a name that is not valid UTF-8
+
+
+def _into(place: str, make: Callable[[Path], object] = nothing, says: str = "", *more: str) -> list[Case]:
+    """Return commands that make a folder there."""
+    commands = {
+        "train": ("train", "--preset", "digits", "--data", "data.npz", *TINY),
+        "import": ("import", "exported.safetensors", "--preset", "digits", "--size", "8", "8"),
+        "demo": ("demo",),
+        "train-codec": ("train-codec", "data.npz"),
+    }
+    needs = ("data.npz", "exported.safetensors")
+    return [
+        Case(f"{name} into {place} {says} {more}", (*command, "--out", place, *more), make, says, needs)
+        for name, command in commands.items()
+        if not (name == "demo" and more)
+    ]
+
+
+PLACES = [
+    *(case for place in (".", "/", "..", "x/..") for case in _into(place, says="names no file or folder")),
+    *(case for place in (".", "/", "x/..") for case in _into(place, nothing, "names no file or folder", "--replace")),
+    *_into("link", linked("link"), "link"),
+    *_into("link", linked("absent"), "leads nowhere"),
+    *_into("link/new", linked("absent"), "link"),
+    *_into("link", filled_and_linked, "kept", "--replace"),
+    *_into(ODD_RUN, says="UTF-8"),
+    *(
+        Case(f"{name} of {out} below a link to nothing", (name, *words, "--out", f"link/{out}"), linked("absent"), "link", needs)
+        for name, words, out, needs in (
+            ("sample", ("run",), "x.png", RUN),
+            ("sample", ("run",), "x", RUN),
+            ("stages", ("data.npz",), "x.json", DATA),
+            ("stats", ("data.npz",), "x.npz", DATA),
+            ("describe", ("digits",), "x.png", ()),
+            ("export", ("run",), "x.pth", RUN),
+        )
+    ),
+    Case("stats over its data", ("stats", "data.npz", "--out", "data.npz", "--overwrite"), says="DATA", needs=DATA),
+    Case(
+        "split over a run's configuration",
+        ("stages", "data.npz", "--out", "run/config.json", "--overwrite"),
+        says="file of a run",
+        needs=("run", "data.npz"),
+    ),
+    Case(
+        "export over a checkpoint",
+        ("export", "run", "--out", "run/checkpoints/step_00000002/ema.safetensors", "--overwrite"),
+        says="file of a run",
+        needs=RUN,
+    ),
+    *(
+        Case(f"likelihood with {' '.join(words)}", ("evaluate", "run", "--likelihood", *words), needs=RUN)
+        for words in (
+            ("--solver", "heun"),
+            ("--calls", "7"),
+            ("--features", "fashion-classifier"),
+            ("--size", "3", "3"),
+            ("--count", "0"),
+            ("--count", "-5"),
+        )
+    ),
+    Case("order of ddim", ("sample", "run", "--out", "x.npz", "--solver", "ddim", "--order", "3"), needs=RUN),
+    Case("method of heun", ("sample", "run", "--out", "x.npz", "--solver", "heun", "--method", "multistep"), needs=RUN),
+    Case("interval unguided", ("sample", "run", "--out", "x.npz", "--guidance-interval", "0.1", "2"), needs=RUN),
+    Case("codec of much divergence", ("train-codec", "data.npz", "--out", "c", "--kl", "1e300"), needs=DATA),
+    Case("codec that diverges", ("train-codec", "data.npz", "--out", "c", "--lr", "1e30"), says="lower lr", needs=DATA),
+    Case(
+        "codec over a pipe", ("train-codec", "data.npz", "--out", "c", "--resume"), fifo("c/training.json"), "c", DATA
+    ),
+    Case("sizes beyond memory", ("stats", "data.npz", "--out", "x.npz", "--fit", "pad", "--size", "60000", "60000"),
+         says="data.size=60000x60000", needs=DATA),
+]  # fmt: skip
+
+
+@cases(PLACES)
+def test_places(case: Case, refuses: Callable[[Case], str]) -> None:
     refuses(case)

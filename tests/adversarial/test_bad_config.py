@@ -46,6 +46,12 @@ training.augment=-1
 training.soft_intervals=2
 training.soft_intervals=[0,1]
 training.overlap=.inf
+training.overlap=1000
+training.shares=[1e308,1e308,1e308]
+training.weights=[1e308,1e308,1e308]
+training.sample_count=0 training.sample_every=1
+diffusion.precondition=edm diffusion.sigma_data=1e300
+sampling.guidance_interval=[.nan,1]
 training.branch_at=-1
 training.precision=fp8
 training.seed=-1
@@ -247,7 +253,7 @@ EDITS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@cases([Case(setting, (*BASE, setting), needs=("data.npz",)) for setting in SETTINGS])
+@cases([Case(setting, (*BASE, *setting.split(" ")), needs=("data.npz",)) for setting in SETTINGS])
 def test_settings(case: Case, refuses: Callable[[Case], str]) -> None:
     refuses(case)
 

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import io
+import json
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from adversary import DEEP, TINY, Case, cases, cut, drop, edited, fifo, file, folder_in_place, npz, put
+from adversary import (
+    DEEP,
+    TINY,
+    Case,
+    both,
+    cases,
+    cut,
+    drop,
+    edited,
+    fifo,
+    file,
+    folder_in_place,
+    npy,
+    npz,
+    pixels,
+    put,
+)
 
 HOSTILE = b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR."
 NOTHING = {"empty": b"", "text": b"hello", "binary": bytes(range(256)), "zeros": bytes(500)}
-TRAIN = ("train", "--preset", "digits", "--data", "data.npz", "--out", "new", "--stages", "stages.json", *TINY)
+TRAIN = ("train", "--preset", "digits", "--data", "data.npz", "--out", "new", *TINY)
+STAGED = (*TRAIN[:7], "--stages", "stages.json", *TINY)
 AGAINST = ("evaluate", "run", "--count", "8", "--against", "reference.npz")
 
 DAMAGED: dict[str, Callable[[Path], Any]] = {
@@ -59,6 +80,9 @@ REFERENCES: dict[str, Callable[[Path], Any]] = {
             "of a text count": {"mu": MEAN, "sigma": COVARIANCE, "msdiff": np.array('{"count": "9"}')},
             "of a text shape": {"mu": MEAN, "sigma": COVARIANCE, "msdiff": np.array('{"shape": "9"}')},
             "of a later format": {"mu": MEAN, "sigma": COVARIANCE, "msdiff": np.array('{"format_version": 9}')},
+            "of a negative covariance": {"mu": MEAN, "sigma": -COVARIANCE},
+            "of a covariance that is not symmetric": {"mu": MEAN, "sigma": COVARIANCE + np.eye(64, k=3)},
+            "of a covariance of a negative eigenvalue": {"mu": MEAN, "sigma": COVARIANCE - np.full((64, 64), 0.1)},
             "of flat features": {"mu": MEAN, "sigma": COVARIANCE, "features": np.zeros(5)},
         }.items()
     },
@@ -69,7 +93,7 @@ FOREIGN |= {"archive.pth": npz(x=MEAN), "header.safetensors": (2**60).to_bytes(8
 FOREIGN |= {"zeros.safetensors": bytes(500), "empty.safetensors": b""}
 
 
-@cases([Case(f"stages {name}", TRAIN, make, needs=("stages.json", "data.npz")) for name, make in DAMAGED.items()])
+@cases([Case(f"stages {name}", STAGED, make, needs=("stages.json", "data.npz")) for name, make in DAMAGED.items()])
 def test_splits(case: Case, refuses: Callable[[Case], str]) -> None:
     refuses(case)
 
@@ -92,4 +116,47 @@ def test_foreign_checkpoints(case: Case, refuses: Callable[[Case], str]) -> None
     + [Case("features that are a pipe", ("evaluate", "run", "--features", "f.pt"), fifo("f.pt"), needs=("run",))]
 )
 def test_features(case: Case, refuses: Callable[[Case], str]) -> None:
+    refuses(case)
+
+
+def saved(arrays: dict[str, Any], *more: str) -> bytes:
+    """Return an .npz file that holds some members twice."""
+    buffer = io.BytesIO(npz(**arrays))
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "a") as archive:
+        warnings.simplefilter("ignore")
+        for name in more:
+            archive.writestr(name, npy(pixels()))
+    return buffer.getvalue()
+
+
+@cases(
+    [
+        Case(f"array {name}", ("stats", path, "--out", "r.npz"), file(path, data), says)
+        for name, path, data, says in (
+            ("twice", "x.npz", saved({"images": pixels()}, "images.npy"), "images is in it twice"),
+            ("with and without suffix", "x.npz", saved({"images": pixels()}, "images"), "images is in it twice"),
+            ("with more behind", "x.npy", npy(pixels()) + b"more", "more follows the first array"),
+            ("longer than its shape", "x.npz", saved({}, "images.npy").replace(b"(40, 8, 8)", b"(39, 8, 8)"), "x.npz"),
+        )
+    ]
+)
+def test_arrays(case: Case, refuses: Callable[[Case], str]) -> None:
+    refuses(case)
+
+
+def autoencoder(**changes: Any) -> Callable[[Path], None]:
+    """Return what writes a codec's folder with numbers that no autoencoder has."""
+    config = {"_class_name": "AutoencoderKL", "in_channels": 1, "block_out_channels": [8], "layers_per_block": 1}
+    return both(
+        file("cod/config.json", json.dumps(config | changes)), file("cod/diffusion_pytorch_model.safetensors", b"x")
+    )
+
+
+@cases(
+    [
+        Case(f"codec of {changes}", (*TRAIN, "--codec", "cod"), autoencoder(**changes), "more than any", ("data.npz",))
+        for changes in ({"layers_per_block": 10**7}, {"block_out_channels": [8] * 100}, {"latent_channels": 10**9})
+    ]
+)
+def test_codecs(case: Case, refuses: Callable[[Case], str]) -> None:
     refuses(case)

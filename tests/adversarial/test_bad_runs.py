@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from adversary import DEEP, TINY, Case, both, cases, cut, drop, edited, fifo, file, folder_in_place, put, removed
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.slow
@@ -85,6 +86,10 @@ def linked(folder: Path) -> None:
     (folder / "run/.lock").unlink(missing_ok=True)
     (folder / "outside").write_text("mine")
     (folder / "run/.lock.new").rename(folder / "run/.lock")
+
+
+def huge_picture(folder: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(folder / "run/stages.png")
 
 
 NOTHING = {
@@ -217,6 +222,14 @@ HERE: dict[str, Maker] = {
 }
 
 
+EDITED: dict[str, Maker] = {
+    "config.json of another shape": edited("run/config.json", put("data", "shape", value=[1, 16, 16])),
+    "config.json with a codec": edited(
+        "run/config.json", put("codec", value={"source": "identity", "scale": 1.0, "shape": [1, 8, 8]})
+    ),
+}
+
+
 def _table(makers: dict[str, Maker], **commands: tuple[str, ...]) -> list[Case]:
     needs = ("run", "reference.npz")
     return [
@@ -252,7 +265,14 @@ def test_tensors(case: Case, refuses: Callable[[Case], str]) -> None:
     refuses(case)
 
 
-@cases(_table(FOLDERS, sample=SAMPLE, resume=RESUME))
+SINGLE = [
+    Case("pixels resumed as latents", (*RESUME, "--codec", "identity"), says="trained on pixels", needs=("run",)),
+    Case("profile that is a file", (*RESUME, "--profile"), file("run/profile", "mine"), "run/profile: is no", ("run",)),
+    Case("report of a huge picture", REPORT, huge_picture, "remove it", ("run",)),
+]
+
+
+@cases([*_table(FOLDERS | EDITED, sample=SAMPLE, resume=RESUME), *SINGLE])
 def test_folders(case: Case, refuses: Callable[[Case], str]) -> None:
     refuses(case)
 

@@ -159,7 +159,7 @@ HUGE = header(b"{'descr': '|u1', 'fortran_order': False, 'shape': (10000000000, 
 
 
 def test_what_an_array_claims_is_compared_before_memory_is_taken(tmp_path):
-    refused(member(tmp_path / "a.npz", HUGE), "images of shape .* is longer than the .* bytes")
+    refused(member(tmp_path / "a.npz", HUGE), "images of shape .* has 7840000000000 bytes, but 0 are stored")
     (tmp_path / "a.npy").write_bytes(HUGE)
     refused(tmp_path / "a.npy", "")
     wide = header(b"{'descr': '|u1', 'fortran_order': False, 'shape': (" + b"9" * 30 + b",)}")

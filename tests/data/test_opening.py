@@ -2,6 +2,7 @@ import io
 import struct
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
@@ -291,3 +292,42 @@ def test_pillow_logs_nothing_beside_our_own_line():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.startswith("it is not recognised as PNG or")
     assert done.stderr == ""
+
+
+def png16(kind, samples, *chunks):
+    """A PNG of 16 bits a sample, (H, W, channels), of a colour type, with further chunks."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    samples = np.asarray(samples, ">u2")
+    lines = b"".join(b"\0" + row.tobytes() for row in samples)
+    header = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], 16, kind, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, data) for name, data in parts)
+
+
+def test_sixteen_bit_grey_with_alpha_is_grey():
+    values = [[[0, 65535], [0x8000, 65535], [0x8000, 0]]]
+    found = decode(png16(4, values), MAX_PIXELS).image
+    assert found.mode == "L"
+    assert np.asarray(found).tolist() == [[0, 128, 255]]  # what is transparent is white
+
+
+def test_the_transparent_value_of_sixteen_bit_grey_is_white():
+    values = [[[0], [0x8000], [0x8001]]]
+    assert pixels(png16(0, values, (b"tRNS", struct.pack(">H", 0x8000)))).tolist() == [[0, 255, 128]]
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_refused():
+    values = [[[0, 0, 0], [0x8000, 0x8000, 0x8000]]]
+    assert pixels(png16(2, values)).shape == (1, 2, 3)
+    with pytest.raises(UserError, match="16-bit colours of which one is transparent"):
+        decode(png16(2, values, (b"tRNS", struct.pack(">HHH", 0x8000, 0x8000, 0x8000))), MAX_PIXELS)
+
+
+def test_signed_bytes_are_refused():
+    values = np.array([[-5, 0, 5, 127], [1, 2, 3, 4]], np.int8)
+    with pytest.raises(UserError, match="signed or 32-bit whole numbers"):
+        decode(tiff(values, 8, sample_format=2), MAX_PIXELS)
+    assert pixels(tiff(values.view(np.uint8), 8)).max() == 251

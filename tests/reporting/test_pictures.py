@@ -80,7 +80,9 @@ def test_a_folder_of_images_takes_the_place_of_one_of_images_alone(tmp_path: Pat
     folder = tmp_path / "samples"
     with folder_of_images(folder) as write:
         write(1, 255 - RAMP)
-    with folder_of_images(folder) as write:
+    with pytest.raises(ValueError, match="exists"), folder_of_images(folder) as write:  # another process's, not ours
+        write(0, RAMP[:2])
+    with folder_of_images(folder, replace=True) as write:
         write(0, RAMP[:2])
         assert len(list(folder.iterdir())) == 3  # the old one is whole until the new one is
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["000000.png", "000001.png", "samples"]

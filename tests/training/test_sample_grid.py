@@ -11,8 +11,9 @@ from PIL import Image
 
 from multistage_diffusion.reporting.pictures import grid
 from multistage_diffusion.samplers.sampling import sample_images
+from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.sample_grid import Callback, SampleGrid, TensorBoard
+from multistage_diffusion.training.sample_grid import SampleGrid, TensorBoard
 from multistage_diffusion.training.trainer import Trainer
 
 

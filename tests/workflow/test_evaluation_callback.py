@@ -21,10 +21,10 @@ from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import PixelFeatures, frechet_between, frechet_distance, moments
 from multistage_diffusion.files import write_json
 from multistage_diffusion.samplers.class_labels import frequent_labels
+from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.checkpoint import checkpoint_step, list_checkpoints, load_tensors, read_state
 from multistage_diffusion.training.flops import flops_per_image
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.sample_grid import Callback
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import evaluation_callback as evaluation_callback_module
 from multistage_diffusion.workflow.evaluate import statistics

@@ -24,9 +24,9 @@ from multistage_diffusion.data import ImageData, open_data
 from multistage_diffusion.files import write_json
 from multistage_diffusion.stage_finding import StageResult, StageSettings
 from multistage_diffusion.stages import Stages
+from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.checkpoint import list_checkpoints
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.sample_grid import Callback
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import sample as sample_module
 from multistage_diffusion.workflow.evaluate import evaluate

@@ -20,7 +20,7 @@ from ..evaluation.likelihood import Estimate, LikelihoodResult
 from ..training.run import Run
 from ..workflow.evaluate import KEPT, NotKeptError, compare, evaluate, statistics
 from ..workflow.likelihood import measure_likelihood
-from .options import DataOptions, Device, RunFolder, SamplerOptions, check_out, option, print_json, say
+from .options import DataOptions, Device, RunFolder, SamplerOptions, check_out, option, print_json, refuse_own_data, say
 
 Features = Annotated[str, option("FEATURES", "pixels")]
 
@@ -118,6 +118,10 @@ class Evaluate(SamplerOptions, DataOptions):
     def _measure_likelihood(self, run: Run) -> None:
         if self.data is not None or self.against != "held-out":
             raise UserError("--likelihood is of the run's own held-out images; leave out --data and --against")
+        sampler = [f.name for f in dataclasses.fields(SamplerOptions) if getattr(self, f.name) is not None]
+        others = [name for name in ("features", "inception_weights") if getattr(self, name) != getattr(Evaluate, name)]
+        for name in (*sampler, *self.given(), *others):
+            raise UserError(f"--{name.replace('_', '-')}: --likelihood draws no samples; leave it out")
         low, high = self.sigma_range or (None, None)
         with Bar("measuring", "images") as bar:
             result = measure_likelihood(
@@ -169,6 +173,7 @@ class Stats(DataOptions):
         if self.out.suffix != ".npz":
             raise UserError(f"--out {self.out}: statistics are an .npz file; name it {self.out.with_suffix('.npz')}")
         check_out(self.out, self.overwrite)
+        refuse_own_data(self.out, self.data)
         agree(self.features)
         config = DataConfig(source=self.data, **self.given())
         with Bar("extracting", "images") as bar:

@@ -92,7 +92,13 @@ class SamplerOptions:
     def sampling_config(self, own: SamplingConfig) -> SamplingConfig:
         """Return a run's sampling configuration with these options applied."""
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplerOptions)}
-        return dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
+        found = dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
+        for name in ("order", "method"):
+            if given[name] is not None and found.solver in ("ddim", "heun"):
+                raise UserError(f"--{name} {given[name]}: has no meaning for solver {found.solver!r}; leave it out")
+        if self.guidance_interval is not None and found.guidance == 1:
+            raise UserError("--guidance-interval: nothing is guided at guidance 1; give --guidance, too")
+        return found
 
 
 def check_out(path: Path, overwrite: bool, *, folder: bool = False) -> None:
@@ -108,9 +114,30 @@ def check_out(path: Path, overwrite: bool, *, folder: bool = False) -> None:
     if path.exists():
         if not overwrite:
             raise UserError(f"--out {path}: exists; choose another name or give --overwrite")
+        if path.is_file() and _belongs_to_a_run(path):
+            raise UserError(f"--out {path}: is a file of a run, which is not replaced; choose another name")
         if path.is_dir() != folder:
             raise UserError(f"--out {path}: is a {'file' if folder else 'folder'}; choose another name")
     require_place(path)
+
+
+def _belongs_to_a_run(path: Path) -> bool:
+    """Return whether a file is one that a run cannot do without."""
+    own = ("config.json", "metrics.jsonl", "launches.jsonl", "stages.json", "imported.json", "evaluation.json")
+    folder = path.absolute().parent
+    if (folder / "config.json").exists() and (folder / "checkpoints").is_dir():
+        return path.name in own
+    return any(place.name == "checkpoints" and (place.parent / "config.json").exists() for place in folder.parents)
+
+
+def refuse_own_data(out: Path, source: str) -> None:
+    """Refuse to replace the very file that is read.
+
+    Raises:
+        UserError: if they are one.
+    """
+    if out.exists() and Path(source).exists() and out.samefile(source):
+        raise UserError(f"--out {out}: is DATA itself; choose another name")
 
 
 def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
@@ -160,9 +187,18 @@ def load_config(path: Path) -> RunConfig:
 
 def say(text: str) -> None:
     """Print text on standard output, with control characters escaped."""
-    print(shown(text, lines=True))
+    _print(shown(text, lines=True))
 
 
 def print_json(value: Any) -> None:
     """Print JSON on standard output."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+    _print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"standard output: cannot be written ({error.strerror or error}); free some space") from None

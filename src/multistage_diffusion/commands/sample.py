@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from ..config.serialization import to_dict
 from ..console import Bar
@@ -87,7 +87,9 @@ class Sample(SamplerOptions):
         labels = sample_labels(config, self.count, seed=self.seed, label=self.label, in_turn=in_turn)
         if self.label is None:
             warn_of_empty(config.data.class_counts)
-        written = folder_of_images(self.out, labels) if folder and is_main_process() else nullcontext()
+        written: AbstractContextManager[Any] = nullcontext()
+        if folder and is_main_process():
+            written = folder_of_images(self.out, labels, replace=self.overwrite)
         with Bar("sampling", "calls") as bar, written as write:
             images = sample(
                 run,

@@ -12,7 +12,7 @@ from ..config.serialization import override
 from ..console import Bar, TrainingProgress, console
 from ..distributed import is_main_process
 from ..errors import UserError
-from ..performance.profiling import Profile
+from ..performance.profiling import Profile, require_profile_place
 from ..stage_finding import StageResult
 from ..training.callbacks import Callback
 from ..training.run import Run
@@ -87,6 +87,8 @@ class Train(DataOptions):
             changes["codec.source"] = self.codec
         if self.init_from is not None:
             changes["training.init_from"] = str(self.init_from)
+        if self.profile and self.resume is not None:
+            require_profile_place(self.resume)
         with TrainingProgress() as progress, Bar("encoding", "images") as bar:
             callbacks: list[Callback] = [progress]
             if self.profile:

@@ -100,7 +100,10 @@ class DiffusionConfig:
     prior: SigmaPrior = field(default_factory=UniformTime)
 
     def __post_init__(self) -> None:
-        require(0 < self.sigma_data < math.inf, f"diffusion.sigma_data={self.sigma_data} must be positive and finite")
+        require(
+            1e-6 <= self.sigma_data <= 1e6,
+            f"diffusion.sigma_data={self.sigma_data} must be in [1e-6, 1e6]; scale the data",
+        )
         require(
             self.precondition != "vp-eps" or self.schedule.kind in ("vp", "discrete"),
             f"diffusion.schedule={self.schedule.kind!r}: precondition 'vp-eps' needs the time of 'vp' or 'discrete'; "
@@ -219,6 +222,11 @@ class TrainingConfig:
         for name in (*counts, "ema_rampup", "overlap"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"training.{name}={value} must be >= 0 and finite")
+        require(self.overlap <= 20, f"training.overlap={self.overlap} must be at most 20 (in ln sigma)")
+        require(
+            self.sample_count > 0 or not self.sample_every,
+            f"training.sample_count={self.sample_count} must be positive, or training.sample_every 0",
+        )
         require(
             0 < self.ema_halflife < math.inf, f"training.ema_halflife={self.ema_halflife} must be positive and finite"
         )
@@ -233,8 +241,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if isinstance(value, tuple):
                 require(
-                    all(v >= 0 and math.isfinite(v) for v in value) and sum(value) > 0,
-                    f"training.{name}={list(value)} must be >= 0, finite and not all zero",
+                    all(v >= 0 for v in value) and 0 < sum(value) < math.inf,
+                    f"training.{name}={list(value)} must be >= 0, finite (their sum, too) and not all zero",
                 )
 
 

@@ -81,6 +81,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             try:
                 return _convert(option, value, where)
             except UserError as error:
+                if isinstance(value, list | tuple) and not str(error).startswith(f"{where}="):
+                    raise  # of a list's element: the list itself is of the right kind
                 errors.append(str(error).removeprefix(f"{where}={brief(value)} must be "))
         raise UserError(f"{where}={brief(value)} must be {' or '.join(errors)}")
     if origin is typing.Literal:

@@ -43,9 +43,15 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
         with path.open("rb") as file:
             zipped = file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
         if not zipped:
-            return {"images": np.lib.format.open_memmap(path, mode="r")}
+            images = np.lib.format.open_memmap(path, mode="r")
+            if images.offset + images.nbytes < path.stat().st_size:
+                raise UserError("more follows the first array")
+            return {"images": images}
         with zipfile.ZipFile(path) as archive:
             members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            if len(members) < len(archive.infolist()):
+                names = [member.filename.removesuffix(".npy") for member in archive.infolist()]
+                raise UserError(f"{max(names, key=names.count)} is in it twice")
             keys = _keys(members)
             arrays = {name: _array(archive, members[key], key) for name, key in keys.items()}
     except Exception as error:  # NumPy and zipfile raise many exception types on broken files
@@ -84,8 +90,10 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> npt.N
         version = np.lib.format.read_magic(file)
         read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
         shape, _, dtype = read_header(file)
-    if math.prod(shape) * dtype.itemsize > member.file_size:
-        raise UserError(f"{key} of shape {shape} is longer than the {member.file_size} bytes it is stored in")
+        stored = member.file_size - file.tell()
+    size = math.prod(shape) * dtype.itemsize
+    if size != stored:
+        raise UserError(f"{key} of shape {shape} has {size} bytes, but {stored} are stored")
     with archive.open(member) as file:
         array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
     return array

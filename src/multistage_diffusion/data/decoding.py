@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ..config.run import MAX_PIXELS
 from ..errors import UserError
-from .fitting import Fit, fit_image, padded_content, reachable, wrong_size
+from .fitting import Fit, fit_image, padded_content, reachable, require_pixels, wrong_size
 from .opening import decode, one_line
 
 Progress = Callable[[int, int], None]
@@ -109,6 +109,9 @@ def decode_all(
                             f"such files with --skip-bad"
                         )
                     continue
+                if not loaded:
+                    height, width = result.pixels.shape[:2]
+                    require_pixels(len(names), result.pixels.size // (height * width), (height, width))
                 loaded[number] = result.pixels
                 sizes.setdefault(result.found, names[number])
                 _check_size(source, names[number], result.found, size, fit, sizes)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..errors import UserError
+from ..memory import require_memory
 
 Fit = Literal["exact", "crop", "resize", "pad"]
 
@@ -61,11 +62,22 @@ def fit_array(
         return images
     if not reachable(found, size, fit):
         raise wrong_size(name, "its images", found, size, fit)
+    require_pixels(len(images), images.shape[1], size)
     fitted = np.empty((*images.shape[:2], *size), np.uint8)
     for row, image in zip(fitted, images, strict=True):
         for plane, source in zip(row, image, strict=True):
             plane[:] = np.asarray(fit_image(Image.fromarray(np.ascontiguousarray(source)), size, fit))
     return fitted
+
+
+def require_pixels(count: int, channels: int, size: tuple[int, int]) -> None:
+    """Refuse more images of a size than memory can hold.
+
+    Raises:
+        UserError: naming the size.
+    """
+    what = f"data.size={size[0]}x{size[1]} for {count} images"
+    require_memory(count * channels * size[0] * size[1], what, "give a smaller --size, or fewer images")
 
 
 def padded_content(

@@ -52,7 +52,8 @@ SUFFIXES = {
 FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 
 _LINE = 200  # characters; zipfile, for example, quotes whole members
-_ORIENTATION, _PHOTOMETRIC = 0x0112, 0x0106  # tags of EXIF and TIFF
+_ORIENTATION, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0112, 0x0106, 0x0153  # tags of EXIF and TIFF
+_SIGNED = 2  # a value of _SAMPLE_FORMAT
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -123,8 +124,11 @@ def load_png(source: bytes | Path, name: str, mend: str) -> Image.Image:
         UserError: naming the image, if it is not a readable PNG image.
     """
     try:
-        image = open_image(source, ("PNG",))
-        image.load()
+        image = open_image(source, ("PNG",), max_pixels=1 << 62)
+        if image.width * image.height > MAX_PIXELS:
+            raise UserError(f"it has {image.width} x {image.height} pixels")
+        with _own_limit:
+            image.load()
         return _eight_bits(image)
     except Exception as error:  # Pillow raises many exception types on damaged files
         raise UserError(f"{name}: is no readable PNG picture ({one_line(error)}); {mend}") from None
@@ -169,7 +173,8 @@ def decode(content: bytes, max_pixels: int) -> Decoded:
     """
     image = open_image(content, max_pixels=max_pixels)
     several = image.format != "MPO" and bool(getattr(image, "is_animated", False))  # MPO: a photo and previews
-    deep = image.mode.startswith("I") or ";16" in repr(getattr(image, "tile", ""))
+    tiles = repr(getattr(image, "tile", ""))
+    deep, grey = image.mode.startswith("I") or ";16" in tiles, "'LA;16" in tiles  # Pillow opens the latter as colour
     with _own_limit:
         _load(image)
     _require_known_range(image)
@@ -178,9 +183,18 @@ def decode(content: bytes, max_pixels: int) -> Decoded:
     if upright.mode.startswith("I"):
         values = _sixteen_bits(upright, image)
         brightest = int(values.max())
-        eight = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        pixels = ((values * 255 + 32767) // 65535).astype(np.uint8)
+        clear = image.info.get("transparency")
+        if isinstance(clear, int):  # one value that is transparent
+            pixels[values == clear] = 255
+        eight = Image.fromarray(pixels)
     else:
+        if deep and isinstance(image.info.get("transparency"), tuple):
+            raise UserError(
+                "it has 16-bit colours of which one is transparent; convert it to 8 bits, or to an alpha channel"
+            )
         eight = _eight_bits(upright)
+        eight = eight.convert("L") if grey else eight
         if deep:  # Pillow kept only the upper byte of each value
             brightest = int(np.asarray(eight).max()) * 256 + 255
     return Decoded(eight, several, brightest)
@@ -205,9 +219,20 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _require_known_range(image: Image.Image) -> None:
     # Pillow uses mode "I" for 16-bit grey PPM, and in early releases also for 16-bit grey PNG
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+    if (
+        image.mode == "F"
+        or (image.mode == "I" and image.format not in ("PNG", "PPM"))
+        or _SIGNED in _sample_formats(image)
+    ):
         numbers = "floating-point numbers" if image.mode == "F" else "signed or 32-bit whole numbers"
         raise UserError(f"its pixels are {numbers}, whose range is a guess; convert them to 8 bits (0..255)")
+
+
+def _sample_formats(image: Image.Image) -> tuple[int, ...]:
+    """Return what a TIFF says its numbers are, of each channel; () for other formats."""
+    tags = getattr(image, "tag_v2", None)
+    found = () if tags is None else tags.get(_SAMPLE_FORMAT, ())
+    return tuple(found) if isinstance(found, tuple) else (found,)
 
 
 def _sixteen_bits(image: Image.Image, opened: Image.Image) -> npt.NDArray[np.uint32]:

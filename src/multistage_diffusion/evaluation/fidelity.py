@@ -153,6 +153,11 @@ def _built(kind: str, network: Network, package: Any, file: Path | None) -> Any:
             network.registered, [network.layer], feature_extractor_weights_path=path, verbose=False
         ).eval()
     except RuntimeError as error:  # from load_state_dict
+        if file is None:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(
+                f"features={kind!r}: its weights cannot be downloaded ({reason}); connect once, or use other features"
+            ) from None
         raise UserError(
             f"{file}: not the weights of {network.registered}: {str(error).splitlines()[-1].strip()}"
         ) from None

@@ -176,6 +176,18 @@ def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     return arrays
 
 
+def _require_covariance(matrix: Tensor, path: Path) -> None:
+    """Refuse a matrix that is not symmetric, or has eigenvalues below zero by more than rounding."""
+    size = float(matrix.abs().max()) if matrix.numel() else 0.0
+    symmetric = bool(((matrix - matrix.T).abs() <= 1e-6 * size).all())
+    if not symmetric or float(matrix.diagonal().min()) < -1e-6 * size or _least_eigenvalue(matrix) < -1e-4 * size:
+        raise UserError(f"{path}: sigma is no covariance: it must be symmetric, without eigenvalues below zero{_MEND}")
+
+
+def _least_eigenvalue(matrix: Tensor) -> float:
+    return float(torch.linalg.eigvalsh((matrix + matrix.T) / 2)[0])
+
+
 def load_reference(path: Path) -> Reference:
     """Read statistics written by `save_reference`, or EDM's (only `mu` and `sigma`).
 
@@ -203,6 +215,7 @@ def load_reference(path: Path) -> Reference:
             f"{path}: mu of shape {tuple(mean.shape)} and sigma of shape {tuple(covariance.shape)} are no mean and covariance "
             "of the same features, all finite; make one with msdiff stats"
         )
+    _require_covariance(covariance, path)
     features = None
     if "features" in arrays:
         features = torch.from_numpy(arrays["features"].astype(np.float32))

@@ -73,7 +73,7 @@ class CodecSettings:
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
         require(self.factor & (self.factor - 1) == 0, f"factor={self.factor} must be a power of 2")
         require(0 < self.lr < math.inf, f"lr={self.lr} must be positive and finite")
-        require(0 <= self.kl < math.inf, f"kl={self.kl} must be >= 0 and finite")
+        require(0 <= self.kl <= 1e6, f"kl={self.kl} must be in [0, 1e6]")
         require(self.seed >= 0, f"seed={self.seed} must be >= 0")
 
     @property

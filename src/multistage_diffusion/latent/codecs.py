@@ -17,6 +17,7 @@ from ..config import CodecConfig
 from ..config.serialization import read_json
 from ..contracts import Codec
 from ..errors import UserError
+from ..reading import brief
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # file names of diffusers' save_pretrained
 CLASSES = ("AutoencoderKL", "VQModel")
@@ -141,6 +142,7 @@ def _open_diffusers(config: CodecConfig, device: torch.device | str) -> Diffuser
     kind = settings.get("_class_name") if isinstance(settings, Mapping) else None
     if not isinstance(kind, str) or kind not in CLASSES:
         raise UserError(f"{name}: config.json names _class_name={kind!r}; a codec is one of {' or '.join(CLASSES)}")
+    _require_sizes(settings, name)
     diffusers = import_diffusers()
     try:
         # low_cpu_mem_usage=False avoids a message about an optional package; local_files_only: no download here
@@ -158,6 +160,18 @@ def _open_diffusers(config: CodecConfig, device: torch.device | str) -> Diffuser
     if lacking:
         raise UserError(f"{name}: {WEIGHTS} lacks {len(lacking)} of the tensors of its config.json ({lacking[0]})")
     return DiffusersCodec(module.to(device), codec_fingerprint(folder), name)
+
+
+def _require_sizes(settings: Mapping[str, Any], name: str) -> None:
+    """Refuse numbers in a config.json that no autoencoder has: building it would take hours and all memory."""
+    for key, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        most = 64 if key == "layers_per_block" or isinstance(value, list) else 1 << 20
+        numbers = [number for number in values if isinstance(number, int)]
+        if len(values) > 64 or (key == "layers_per_block" and max(numbers, default=0) > most):
+            raise UserError(f"{name}: {CONFIG} has {key}={brief(value)}, more than any autoencoder; is it damaged?")
+        if max(numbers, default=0) > 1 << 20:
+            raise UserError(f"{name}: {CONFIG} has {key}={brief(value)}, more than any autoencoder; is it damaged?")
 
 
 def _local(config: CodecConfig) -> Path:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..errors import UserError
 from ..files import write_json
 from ..training.callbacks import Callback
 from ..training.flops import flops_per_image
@@ -67,6 +70,17 @@ class StepProfile:
             f"{self.roofline.matrix_rate / 1e9:.1f}"
         )
         return "\n".join(lines)
+
+
+def require_profile_place(run: Path) -> None:
+    """See that RUN/profile can be written.
+
+    Raises:
+        UserError: if something other than a folder is there.
+    """
+    folder = run / "profile"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{folder}: is no folder, where a profile belongs; remove it")
 
 
 class Profile(Callback):

@@ -64,18 +64,20 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 @contextmanager
-def folder_of_images(folder: Path, labels: Tensor | None = None) -> Iterator[Callable[[int, Tensor], object]]:
+def folder_of_images(
+    folder: Path, labels: Tensor | None = None, *, replace: bool = False
+) -> Iterator[Callable[[int, Tensor], object]]:
     """Yield a function that writes images as 000000.png, 000001.png, ..., given (number of the first, images).
 
-    The folder appears complete at the end. It replaces only a folder that holds nothing but such images. After an error
-    nothing is changed.
+    The folder appears complete at the end. After an error nothing is changed.
 
     Args:
         folder: the folder to write.
         labels: class of every image, int64 (N,), written to dataset.json as EDM's tools do; None: no dataset.json.
+        replace: replace an existing folder of such images.
 
     Raises:
-        UserError: if an existing folder holds anything else.
+        UserError: if a folder exists that must not be replaced, or holds anything else.
     """
     if folder.is_dir():
         others = [
@@ -87,7 +89,7 @@ def folder_of_images(folder: Path, labels: Tensor | None = None) -> Iterator[Cal
             raise UserError(
                 f"{folder}: holds {others[0]!r}, which is no sample; it is not replaced; choose another folder"
             )
-    with new_folder(folder, replace=True) as temporary:
+    with new_folder(folder, replace=replace) as temporary:
 
         def write(first: int, images: Tensor) -> None:
             _check(images)

@@ -18,6 +18,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
+from PIL import Image
 from torch import Tensor
 
 from ..config import RunConfig
@@ -139,6 +140,15 @@ def _header(config: RunConfig, train: Sequence[Record], launches: Sequence[Recor
     return f"<p>multistage-diffusion run</p><h1>{escape(config.name)}</h1>{facts(values)}"
 
 
+def load_stages_png(path: Path) -> Image.Image:
+    """Return the picture of a run's stages.
+
+    Raises:
+        UserError: naming the file, if it is not a readable PNG image.
+    """
+    return load_png(path, str(path), "remove it, or write it again with msdiff stages")
+
+
 def _stages(config: RunConfig, stages_png: Path | None) -> str:
     """Draw the schedule's training times as a bar cut at the stage edges; below it the similarity curves."""
     schedule, stages = config.diffusion.schedule, config.stages
@@ -153,8 +163,9 @@ def _stages(config: RunConfig, stages_png: Path | None) -> str:
         key += f"<li><i {mark}></i><b>Stage {k + 1}</b> σ in {escape(interval)}</li>"
     curves = note("No similarity curves: the stages were given, not found on the data.")
     if stages_png is not None:
-        image = load_png(stages_png, str(stages_png), "remove it, or write it again with msdiff stages")
-        curves = picture(image, "Similarity curves on the data, and the stages cut from them.", smooth=True)
+        curves = picture(
+            load_stages_png(stages_png), "Similarity curves on the data, and the stages cut from them.", smooth=True
+        )
     ends = '<p class="ends"><span>clean image</span><span>pure noise</span></p>'
     return f'<div class="bar">{bar}</div>{ends}<ul class="key">{key}</ul>{curves}'
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from ..files import (
     move_aside,
     new_folder,
     require_room,
+    require_utf8,
     sweep,
     write_atomic,
     write_file,
@@ -113,6 +115,7 @@ class Run:
             UserError: if there is no run.
         """
         run = cls(Path(path))
+        require_utf8(run.path)
         if not run.config_file.exists():
             raise UserError(f"{path}: not a run (no {run.config_file.name}); train one with msdiff train --out {path}")
         return run
@@ -174,8 +177,9 @@ class Run:
         """
         folder, config = self.checkpoint(which), self.config()
         trained = trained_config(folder)
-        for name in ("network", "diffusion", "stages"):
-            if getattr(trained, name) != getattr(config, name):
+        for name in ("network", "diffusion", "stages", "data.shape", "codec.shape", "codec.scale", "codec.fingerprint"):
+            one, other = (attrgetter(name)(each) for each in (trained, config))
+            if one != other and not (name.startswith("codec.") and trained.codec.used and one in ((), "", None)):
                 raise UserError(
                     f"{self.config_file}: {name} was edited since step {checkpoint_step(folder)}; put it back (the "
                     f"checkpoint's own configuration is in {folder / 'state.json'})"

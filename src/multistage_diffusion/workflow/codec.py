@@ -15,14 +15,17 @@ from ..config.serialization import to_dict
 from ..data import ImageData, open_configured
 from ..data.sources import located
 from ..errors import UserError
-from ..files import make_folder, move_aside, require_room, write_json
+from ..files import make_folder, move_aside, refuse_special, remove_folder, require_room, write_json
 from ..latent.codec_training import CodecSettings, CodecTrainer, judge, reconstruct, write_codec
+from ..latent.codecs import CONFIG, WEIGHTS
 from ..performance.devices import device_name, resolve_device
 from ..reporting.pictures import grid, save_png
+from ..training.checkpoint import list_checkpoints
 from ..training.run import Run
 from .interrupts import stopped_by_signals
 from .progress import Progress
 
+WRITTEN = (CONFIG, WEIGHTS, "training.json", "reconstructions.png")
 SHOWN = 16  # held-out images in the reconstruction picture
 
 
@@ -64,6 +67,8 @@ def train_codec(
     images = open_configured(config)
     training, held_out = images.split(config.held_out)
     trainer = CodecTrainer(out, settings, training, resolved)
+    for name in WRITTEN:
+        refuse_special(out / name)
     if resume:
         trainer.restore()
     else:
@@ -71,8 +76,13 @@ def train_codec(
             move_aside(out)
         make_folder(out)
     with Run(out).locked():
-        with stopped_by_signals(trainer.stop):
-            trainer.fit(progress)
+        try:
+            with stopped_by_signals(trainer.stop):
+                trainer.fit(progress)
+        except Exception:
+            if not resume and not list_checkpoints(trainer.checkpoints):
+                remove_folder(out)  # nothing in it can be gone on with
+            raise
         located_config = dataclasses.replace(
             config, source=located(config.source), fingerprint=images.fingerprint, shape=images.shape
         )

@@ -60,7 +60,9 @@ def measure_likelihood(
     if world.size > 1:
         raise UserError("the likelihood is measured by one process; start it without torchrun")
     file = require_writable(run, "likelihood.json")
-    kept = read_evaluations(file)
+    read_evaluations(file)
+    if count is not None and count < 1:
+        raise UserError(f"count={count} must be at least 1")
     config = run.config()
     _, held_out = run.data().split(config.data.held_out)
     if len(held_out) < 2:
@@ -83,7 +85,7 @@ def measure_likelihood(
         device=resolved,
         progress=progress,
     ).result()
-    write_json(file, [*kept, {"step": step, "seed": seed, **to_dict(result)}])
+    write_json(file, [*read_evaluations(file), {"step": step, "seed": seed, **to_dict(result)}])
     return result
 
 

@@ -31,17 +31,19 @@ def report(
         device: default CUDA when there is one.
         progress: called with (done, total).
     """
-    from ..reporting.report import Neighbours, write_report  # matplotlib takes a while to import
+    from ..reporting.report import Neighbours, load_stages_png, write_report  # matplotlib takes a while to import
 
     run = opened_run(run)
     config = run.config()
     require_writable(run, "report.html")
+    stages_png = run.path / "stages.png"
+    if stages_png.exists():
+        load_stages_png(stages_png)  # before samples are drawn
     train_images, held_out = (part.tensor() for part in run.data().split(config.data.held_out))
     real = held_out if len(held_out) else train_images
     images = sample(run, count, checkpoint=checkpoint, in_turn=True, device=device, progress=progress)
     pixels = get_features("pixels")
     distance, index = nearest(pixels(images), pixels(train_images))
-    stages_png = run.path / "stages.png"
     return write_report(
         run.path,
         config=config,

@@ -237,6 +237,8 @@ def _reopened(run: Run, changes: Mapping[str, Any], device: torch.device, progre
             f"{', '.join(refused)}: differs from the run's own; resuming may change only {', '.join(CHANGEABLE)}; start a "
             "new run for anything else"
         )
+    if changed.codec.used and not config.codec.used:
+        raise UserError(f"codec.source: {run.path} is trained on pixels, not on latents; start a new run for those")
     changed = dataclasses.replace(changed, data=located(changed.data))
     found = list_checkpoints(run.checkpoints)
     if not found and (run.imported_file.exists() or not config.data.fingerprint):
@@ -284,7 +286,8 @@ def _refuse_edited(run: Run, config: RunConfig) -> None:
     edited = [
         key
         for key in differences(before, config)
-        if key not in CHANGEABLE and not (key in RECORDED and known[key] in ("", "auto", None, []))
+        if (key not in CHANGEABLE and not (key in RECORDED and known[key] in ("", "auto", None, [])))
+        or (key.startswith("codec.") and not before.codec.used)
     ]
     if edited:
         raise UserError(
