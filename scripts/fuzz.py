@@ -247,7 +247,7 @@ def mutate_npz(data: bytes, rng: random.Random) -> bytes:
     name = rng.choice(list(arrays))
     array = arrays[name]
     changes: tuple[Callable[[], Any], ...] = (
-        lambda: array.astype(np.float16),
+        lambda: array.astype(np.float16) if array.dtype.kind in "biuf" else array,
         lambda: array.reshape(-1)[: rng.randrange(array.size + 1)],
         lambda: array[None],
         lambda: np.full(array.shape, np.nan),

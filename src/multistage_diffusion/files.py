@@ -145,8 +145,8 @@ def write_file(path: Path, data: bytes) -> None:
 
 def _write_new(path: Path, data: bytes, mode: int | None = None, becomes: Path | None = None) -> None:
     """Create a file, locked until it has its final name, so that no other process takes it for a leftover."""
-    with os.fdopen(_new_file(path), "wb") as file:
-        handle = file.fileno()
+    handle = _new_file(path)
+    with os.fdopen(handle, "wb") as file:
         if mode is not None:
             os.fchmod(handle, mode)
         file.write(data)

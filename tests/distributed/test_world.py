@@ -60,7 +60,7 @@ def test_an_incomplete_environment_is_refused(monkeypatch):
 
 def test_a_world_without_a_store_has_no_words():
     with pytest.raises(ValueError, match=r"this world has no store .* distributed\.join"):
-        World(1, 2).agree(1)
+        World(1, 2).broadcast_object(1)
 
 
 def ends_early(world: World) -> str:

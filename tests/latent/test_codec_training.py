@@ -75,7 +75,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         ({"steps": 0}, "steps=0 must be positive"),
         ({"factor": 6}, "factor=6 must be a power of 2"),
         ({"lr": math.inf}, "lr=inf must be positive"),
-        ({"kl": -1.0}, "kl=-1.0 must be >= 0"),
+        ({"kl": -1.0}, r"kl=-1.0 must be in \[0, 1e6\]"),
         ({"seed": -1}, "seed=-1 must be >= 0"),
     ],
 )

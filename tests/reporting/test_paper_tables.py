@@ -47,7 +47,7 @@ def msdiff(
 
 
 def row_of(table: int, row: str) -> PaperRow:
-    (found,) = (paper for paper in PAPER_ROWS if (tables_module.table, tables_module.row) == (table, row))
+    (found,) = (paper for paper in PAPER_ROWS if (paper.table, paper.row) == (table, row))
     return found
 
 

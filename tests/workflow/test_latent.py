@@ -222,7 +222,7 @@ def test_what_cannot_be_trained_is_refused(config: RunConfig, tmp_path: Path, ch
 
 def test_a_split_of_pixels_is_refused(config: RunConfig, tmp_path: Path) -> None:
     result = find_stages("digits", StageSettings(samples=200))
-    with pytest.raises(ValueError, match="made on pixels, but this run trains on latents"):
+    with pytest.raises(ValueError, match="found on pixels, but this run trains on latents"):
         train(config, tmp_path / "run", result=result)
 
 
@@ -255,9 +255,9 @@ def test_a_network_blind_to_its_noise_is_warned_of(
 
 def test_a_split_of_other_latents_is_refused(config: RunConfig, codec: Path, tmp_path: Path) -> None:
     result = find_stages(config.data, StageSettings(algorithm=2, samples=100), codec=CodecConfig(source=str(codec)))
-    with pytest.raises(ValueError, match="made on latents, but this run trains on pixels"):
+    with pytest.raises(ValueError, match="found on latents, but this run trains on pixels"):
         train(preset("digits"), tmp_path / "pixels", result=result)
-    with pytest.raises(ValueError, match=r"made on latents times .* but codec.scale=3"):
+    with pytest.raises(ValueError, match=r"found on latents times .* but codec.scale=3"):
         train(override(config, {"codec.scale": 3.0}), tmp_path / "scaled", result=result)
     with pytest.raises(ValueError, match="latents of another codec"):
         train(config, tmp_path / "other", result=dataclasses.replace(result, codec="other"))

@@ -96,12 +96,12 @@ def with_stages(config: RunConfig, result: StageResult) -> RunConfig:
         if result.data_range is None or tuple(result.data_range) != (-1.0, 1.0):
             raise UserError(
                 f"stages: they were found with data_range {list(result.data_range or [])}, but networks train on "
-                "[-1, 1], where its edges mean other noise; run msdiff stages without --data-range"
+                "[-1, 1], where their edges mean other noise; run msdiff stages without --data-range"
             )
         return dataclasses.replace(config, stages=result.stages())
     if not result.codec:
         raise UserError(
-            "stages: they were found on pixels, but this run trains on latents, where its edges mean other noise; run "
+            "stages: they were found on pixels, but this run trains on latents, where their edges mean other noise; run "
             "msdiff stages with --codec"
         )
     if result.codec != config.codec.fingerprint:
