@@ -170,6 +170,48 @@ def test_the_package_keeps_its_layers() -> None:
     assert faults(SOURCE) == []
 
 
+def circles(root: Path) -> list[list[str]]:
+    """Return the groups of modules that import one another when they are loaded; late imports make no circle."""
+    modules = {
+        ".".join(f.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): f for f in root.rglob("*.py")
+    }
+    edges: dict[str, set[str]] = {}
+    for name, file in modules.items():
+        package = [PACKAGE, *file.relative_to(root).parts[:-1]]
+        found = (i.name.split(".") for i in imports(ast.parse(file.read_text()), package) if not i.late)
+        names = (
+            next((n for e in range(len(p), 1, -1) if (n := ".".join(p[1:e])) in modules), None)
+            for p in found
+            if p[0] == PACKAGE
+        )
+        edges[name] = {n for n in names if n is not None and n != name}
+    reached = {name: _reach(name, edges) for name in edges}
+    groups = {frozenset(m for m in edges if m in reached[n] and n in reached[m]) for n in edges if n in reached[n]}
+    return sorted(sorted(group) for group in groups)
+
+
+def _reach(start: str, edges: dict[str, set[str]]) -> set[str]:
+    """Return the modules that importing one loads."""
+    seen, waiting = set[str](), [start]
+    while waiting:
+        new = edges[waiting.pop()] - seen
+        seen |= new
+        waiting += new
+    return seen
+
+
+def test_no_modules_import_one_another() -> None:
+    assert circles(SOURCE) == []
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    plant(tmp_path, "data/a.py", "from .b import x\n")
+    (tmp_path / "data/b.py").write_text("from ..data import a\n")
+    (tmp_path / "data/c.py").write_text("def f():\n    from . import d\n")
+    (tmp_path / "data/d.py").write_text("from . import c\n")
+    assert circles(tmp_path) == [["data.a", "data.b"]]
+
+
 def test_every_unit_has_one_row() -> None:
     units = [unit for row in LAYERS for unit in row]
     assert len(units) == len(set(units))

@@ -88,7 +88,10 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> npt.N
         raise UserError(f"{key}: {error}") from None
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
-        read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
+        readers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+        if version[0] not in readers:
+            raise UserError(f"{key} has version {version[0]} of NumPy's format, which is of records, not of images")
+        read_header = readers[version[0]]
         shape, _, dtype = read_header(file)
         stored = member.file_size - file.tell()
     size = math.prod(shape) * dtype.itemsize

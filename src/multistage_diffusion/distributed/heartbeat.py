@@ -92,9 +92,11 @@ class Heartbeat:
 
     def explain(self) -> str:
         """Wait for the reason of a communication error and return it; "" if all others are alive."""
-        self._explaining = True
-        self.patience = min(self.patience, DOUBT * self.every)
+        usual = self.patience
+        self._explaining, self.patience = True, min(usual, DOUBT * self.every)
         self._known.wait(self.patience + 3 * self.every)
+        if not self.reason:  # the error had another cause: processes lost later are reported as before
+            self._explaining, self.patience = False, usual
         return self.reason
 
     def _key(self, rank: int) -> str:

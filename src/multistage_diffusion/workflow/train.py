@@ -219,13 +219,17 @@ def resume(
         with world.synchronize_errors():
             run = Run.open(Path(path))
             encodes = run.config().codec.used
-        prepared, judges = _in_turn(world, encodes, lambda: _reopened(run, changes or {}, resolved, progress))
+        prepared, judges = _in_turn(
+            world, encodes, lambda: _reopened(run, changes or {}, resolved, progress, world.size)
+        )
         check_execution(settled(prepared.config.execution), resolved, world.size)
         world.require_equal(_facts(prepared.config, resolved, strategy))
         return _fit(run, prepared, resolved, [*judges, *callbacks], world, strategy)
 
 
-def _reopened(run: Run, changes: Mapping[str, Any], device: torch.device, progress: Progress | None) -> Prepared:
+def _reopened(
+    run: Run, changes: Mapping[str, Any], device: torch.device, progress: Progress | None, processes: int
+) -> Prepared:
     """Return a resumed run's trainer input and evaluation callbacks."""
     config = run.config()
     run.check_records()
@@ -255,7 +259,7 @@ def _reopened(run: Run, changes: Mapping[str, Any], device: torch.device, progre
         training=dataclasses.replace(changed.training, precision=precision_name(changed.training.precision, device)),
     )
     changed, codec = with_codec(changed, device)
-    parts = check(changed, data, device)
+    parts = check(changed, data, device, processes)
     changed = with_class_counts(changed, parts[0])
     yardstick = FidReference.of(changed, data, parts[0], device)
     prepared = PreparedRun.of(changed, codec, parts, device, progress)
