@@ -19,7 +19,7 @@ SOURCE = Path(multistage_diffusion.__file__).parent
 # placed here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     # L0: what everything is_main_process
-    ("errors", "shown"),
+    ("errors", "progress", "shown"),
     ("files", "memory", "reading"),
     ("contracts", "distributed"),
     ("rng", "schedules"),

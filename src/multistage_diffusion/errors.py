@@ -54,6 +54,12 @@ class NotFiniteError(UserError, FloatingPointError):
     """A value is not finite because of unsuitable settings, weights or data; the message names the place."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless a condition on a user's value holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def explained(error: BaseException) -> str | None:
     """Return the one-line message for an error that the user can fix; None for a bug.
 

@@ -49,10 +49,6 @@ class NoiseSchedule(ABC):
         """Return the log signal-to-noise ratio at time t: -2 ln sigma(t)."""
         return -2.0 * torch.log(self.sigma(t))
 
-    def time_of_log_snr(self, log_snr: float | Tensor) -> Tensor:
-        """Return the time at which the log signal-to-noise ratio is log_snr."""
-        return self.time(torch.exp(-0.5 * as_float64(log_snr)))
-
     def start_std(self, sigma: float) -> float:
         """Return the standard deviation of the unscaled noise at the start of a trajectory at sigma; here sigma."""
         return sigma

@@ -4,7 +4,7 @@ import pytest
 
 from multistage_diffusion.config.serialization import from_dict, to_dict
 from multistage_diffusion.stage_finding import StageSettings
-from multistage_diffusion.stage_finding.settings import MOST_SAMPLES, require
+from multistage_diffusion.stage_finding.settings import MOST_SAMPLES, require_setting
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,6 @@ def test_settings_survive_json():
 
 
 def test_require_names_the_command():
-    require(True, "nothing")
+    require_setting(True, "nothing")
     with pytest.raises(ValueError, match="stages: x=1 must be 2"):
-        require(False, "x=1 must be 2")
+        require_setting(False, "x=1 must be 2")

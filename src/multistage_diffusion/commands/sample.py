@@ -17,15 +17,7 @@ from ..samplers import make_plan, shortcoming
 from ..samplers.class_labels import warn_of_empty
 from ..training.run import Run
 from ..workflow.sample import sample, sample_labels
-from .options import (
-    Device,
-    RunFolder,
-    SamplerOptions,
-    check_out,
-    option,
-    print_json,
-    say,
-)
+from .options import Device, RunFolder, SamplerOptions, check_out, option, print_json, say
 
 
 @dataclass(kw_only=True)

@@ -19,15 +19,7 @@ from ..training.run import Run
 from ..training.sample_grid import TensorBoard
 from ..training.strategies import Strategy
 from ..workflow.train import resume, train
-from .options import (
-    Changes,
-    DataOptions,
-    Device,
-    load_config,
-    option,
-    parse_changes,
-    say,
-)
+from .options import Changes, DataOptions, Device, load_config, option, parse_changes, say
 
 
 @dataclass(kw_only=True)

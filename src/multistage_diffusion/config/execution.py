@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .network import require
+from ..errors import require
 
 Choice = bool | Literal["auto"]
 

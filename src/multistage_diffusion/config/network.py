@@ -5,18 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import UserError
+from ..errors import require
 
 LDM_GROUPS = 32  # groups of every GroupNorm of the LDM U-Net
 GROUPS = 16  # most groups of a GroupNorm of the other families, unless norm_groups is set
 # Settings of one family only: (family, name, default).
 OWN_SETTINGS = (("ldm", "head_channels", 32), ("ldm", "decoder_attention", None), ("meme", "attention_shares", None))
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise UserError(message) unless a condition on a user's value holds."""
-    if not condition:
-        raise UserError(message)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..errors import require
 from ..schedules import VP, NoiseSchedule, SigmaPrior, UniformTime
 from ..stages import Stages
 from .execution import ExecutionConfig
 from .network import NetworkConfig as NetworkConfig
-from .network import require
 from .sampling import SamplingConfig as SamplingConfig
 
 FORMAT_VERSION = 1

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .network import require
+from ..errors import require
 
 MOST_CALLS = 100_000  # a plan with more calls takes too long to build and gains nothing
 

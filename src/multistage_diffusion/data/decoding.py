@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from ..config.run import MAX_PIXELS
 from ..errors import UserError
+from ..progress import Progress
 from .fitting import Fit, fit_image, padded_content, reachable, require_pixels, wrong_size
 from .opening import decode, one_line
 
-Progress = Callable[[int, int], None]
 Pixels = npt.NDArray[np.uint8]
 Size = tuple[int, int]  # height, width
 

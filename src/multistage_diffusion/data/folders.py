@@ -13,10 +13,11 @@ import numpy as np
 
 from ..config.run import MAX_PIXELS
 from ..errors import UserError
+from ..progress import Progress
 from ..reading import read_file, require_regular
 from .bounded import FILE_LIMIT, read_member
 from .dataset import ImageData
-from .decoding import Progress, decode_all
+from .decoding import decode_all
 from .fitting import Fit
 from .labels import find_labels, inner_path
 from .opening import SUFFIXES, one_line

@@ -11,10 +11,11 @@ import numpy as np
 
 from ..config.run import MAX_PIXELS
 from ..errors import UserError
+from ..progress import Progress
 from ..reading import read_file
 from .bounded import FILE_LIMIT
 from .dataset import ImageData
-from .decoding import Progress, decode_all
+from .decoding import decode_all
 from .fitting import Fit
 from .opening import one_line
 

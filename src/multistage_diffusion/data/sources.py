@@ -11,11 +11,11 @@ import numpy as np
 
 from ..config.run import MAX_PIXELS, DataConfig
 from ..errors import UserError
+from ..progress import Progress
 from ..reading import require_regular
 from .arrays import open_array
 from .cifar import open_cifar10
 from .dataset import ImageData
-from .decoding import Progress
 from .fitting import Fit, fit_array, padded_content
 from .folders import open_images
 from .hub import open_hub

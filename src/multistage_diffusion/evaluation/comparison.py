@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..contracts import FeatureExtractor
 from ..errors import UserError
+from ..progress import Progress
 from .features import check_images, extract
 from .fidelity import INCEPTION_SPLITS, KID_SUBSET_SIZE, inception_score, installed, kernel_distance
 from .metrics import precision_recall
@@ -67,7 +68,7 @@ def compare_samples(
     *,
     k: int = 3,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ComparisonResult:
     """Compare samples with a reference set.
 

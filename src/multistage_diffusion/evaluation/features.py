@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..contracts import FeatureExtractor
 from ..errors import UserError, out_of_memory
+from ..progress import Progress
 from ..reading import require_file
 from .classifier import SIZE, prepare, pretrained
 from .consent import agreed, is_script
@@ -160,7 +161,7 @@ def extract(
     images: Tensor,
     *,
     device: torch.device | str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Map uint8 images (N, C, H, W) to features (N, D), batch by batch.
 

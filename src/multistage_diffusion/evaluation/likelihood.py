@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..contracts import Conditioning, Denoiser
 from ..errors import UserError
+from ..progress import Progress
 from ..rng import normal, uniform
 from ..stages import Stages
 
@@ -130,7 +131,7 @@ def likelihood(
     seed: int = 0,
     batch: int = 256,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Likelihood:
     """Estimate all terms of the bound for each row.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..contracts import FeatureExtractor
 from ..errors import UserError
 from ..files import write_atomic
+from ..progress import Progress
 from ..reading import brief, parse_json, require_file
 from ..records import FINITE, TEXT, WHOLE, check, listed, maybe
 from ..rng import generator
@@ -103,7 +103,7 @@ def make_reference(
     held_out: float | None = None,
     keep: int = 0,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Reference:
     """Compute the statistics of real images.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..contracts import FeatureExtractor
 from ..errors import UserError
 from ..memory import require_memory
+from ..progress import Progress
 from .features import EXTRACT_BATCH, check_images
 
 MAX_DIMS = 4096  # a float64 covariance of this size takes 128 MiB and its eigenvalues about a minute
@@ -76,7 +77,7 @@ def image_moments(
     images: Tensor,
     *,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Moments:
     """Return the moments of images' features, accumulated batch by batch without keeping all features in memory.
 

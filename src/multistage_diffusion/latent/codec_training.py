@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import rng
-from ..config.network import require
 from ..config.serialization import from_dict, to_dict
 from ..contracts import Codec
 from ..data import ImageData, to_float, to_uint8
-from ..errors import UserError
+from ..errors import UserError, require
 from ..files import write_atomic
 from ..memory import require_memory
 from ..performance.offload import free_memory
+from ..progress import Progress
 from ..training import checkpoint as ckpt
 from ..training.ema import EMA
 from ..training.metrics import TrainingDiverged
@@ -39,8 +38,6 @@ CLIP = 1.0  # largest gradient norm
 SQUARED_WEIGHT = 10.0  # scales squared errors in [-1, 1] to the magnitude of absolute errors
 EMA_HALFLIFE, EMA_RAMPUP = 20_000.0, 0.05  # images; share of the images seen
 LEAST_WIDTH = 16
-
-Progress = Callable[[int, int], None]  # (done, total)
 
 
 @dataclass(frozen=True, kw_only=True)

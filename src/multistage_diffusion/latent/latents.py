@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +20,7 @@ from ..contracts import Codec
 from ..data import ImageData, to_float
 from ..errors import NotFiniteError, UserError
 from ..files import write_atomic
-
-Progress = Callable[[int, int], None]  # (done, total)
+from ..progress import Progress
 
 PIXELS_AT_ONCE = 1 << 18  # pixels per batch: 256 images of 32x32, 4 of 256x256
 

@@ -13,6 +13,7 @@ from ..contracts import Conditioning, Denoiser
 from ..data import to_uint8
 from ..distributed import ALONE, World
 from ..errors import UserError
+from ..progress import Progress
 from ..schedules import NoiseSchedule
 from . import make_plan, sample, start_noise, step_noise
 from .guidance import Guided, Thresholded
@@ -30,7 +31,7 @@ def sample_images(
     batch: int = 256,
     labels: Tensor | None = None,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
     autocast: torch.dtype | None = None,
     finished: Callable[[int, Tensor], object] | None = None,

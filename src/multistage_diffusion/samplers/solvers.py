@@ -28,6 +28,7 @@ from torch import Tensor
 from .. import rng
 from ..contracts import Conditioning, Denoiser, denoise_uniform
 from ..errors import NotFiniteError, UserError
+from ..progress import Progress
 from .plan import Plan, Step
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -65,7 +66,7 @@ def sample(
     cond: Conditioning | None = None,
     *,
     noise: Noise | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Follow a plan from noise to data.
 

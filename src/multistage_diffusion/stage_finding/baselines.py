@@ -13,7 +13,7 @@ import torch
 
 from ..schedules import VP
 from .boundaries import Array, Partition, cheapest_groups
-from .settings import require
+from .settings import require_setting
 
 Baseline = Literal["timestep", "snr"]
 
@@ -36,7 +36,7 @@ def baseline_partition(
     Raises:
         UserError: if there are fewer times than groups.
     """
-    require(1 <= stages <= times, f"stages={stages} must be between 1 and the {times} times of the grid")
+    require_setting(1 <= stages <= times, f"stages={stages} must be between 1 and the {times} times of the grid")
     measure = measure or VP()
     numbers = np.arange(1, times + 1, dtype=np.float64)
     t = numbers / times * measure.t_max

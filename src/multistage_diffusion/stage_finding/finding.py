@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..progress import Progress
 from ..schedules import VP, NoiseSchedule
 from .baselines import baseline_partition
 from .edge_preview import edge_strip
@@ -19,9 +20,8 @@ from .intervals import half_width
 from .posterior import TiledImages
 from .result import StageResult
 from .searching import Limits, Pairs, Search
-from .settings import StageSettings, require
+from .settings import StageSettings, require_setting
 from .sharing import Sharing
-from .similarity import Progress
 
 _FIRST = 200  # samples of the first round when `precision` is set
 
@@ -70,7 +70,7 @@ def compute_stages(
         times, curves = baseline_partition(settings.algorithm, settings.stages, measure=measure)
         strip = _strip(data, images, times, measure, settings)
         return made_result(times, curves, settings, schedule=schedule, measure=measure, strip=strip, **origin)
-    require(
+    require_setting(
         settings.algorithm != "gradient",
         "algorithm=gradient reads a trained run; see workflow.clustering",
     )

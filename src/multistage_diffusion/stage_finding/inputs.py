@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .posterior import TiledImages
 from .searching import OUTSIDE
-from .settings import StageSettings, require
+from .settings import StageSettings, require_setting
 from .sharing import Sharing
 
 
@@ -23,7 +23,7 @@ def tiled_images(
     sharing: Sharing,
 ) -> TiledImages:
     """Check the images and return them as TiledImages; raise UserError if they are unusable."""
-    require(
+    require_setting(
         images.ndim >= 2 and 0 not in images.shape,
         f"images.shape={tuple(images.shape)} must be (N, C, H, W), not empty",
     )
@@ -37,7 +37,7 @@ def tiled_images(
         reduce=sharing.reduce if sharing.image_shards > 1 else None,
     )
     check_values("images", images, settings)
-    require(
+    require_setting(
         data.vary(),
         f"all {len(data)} images are the same, so the optimal denoiser is the same at every noise level; give at least "
         "two different images",
@@ -49,8 +49,10 @@ def check_kind(name: str, images: Tensor | npt.NDArray[Any], settings: StageSett
     """Raise UserError unless images are floating point, or uint8 with a data range."""
     pixels = images.dtype in (np.uint8, torch.uint8)
     floats = images.is_floating_point() if isinstance(images, Tensor) else np.issubdtype(images.dtype, np.floating)
-    require(pixels or floats, f"{name}.dtype={images.dtype} must be uint8 or floating point")
-    require(not pixels or settings.data_range is not None, "data_range=None is for floats; uint8 pixels need a range")
+    require_setting(pixels or floats, f"{name}.dtype={images.dtype} must be uint8 or floating point")
+    require_setting(
+        not pixels or settings.data_range is not None, "data_range=None is for floats; uint8 pixels need a range"
+    )
 
 
 def check_values(name: str, images: Tensor | npt.NDArray[Any], settings: StageSettings) -> None:
@@ -60,7 +62,7 @@ def check_values(name: str, images: Tensor | npt.NDArray[Any], settings: StageSe
     low, high = settings.data_range
     slack = 1e-4 * (high - low)
     found = float(images.min()), float(images.max())
-    require(
+    require_setting(
         low - slack <= found[0] and found[1] <= high + slack,
         f"{name} have values from {found[0]:.4g} to {found[1]:.4g}, outside data_range=({low:g}, {high:g}); pass "
         "the range the network trains on",
@@ -73,7 +75,7 @@ def held_out_rows(
     """Check a random subset of the held-out images and return it as centred rows (M, D); None if there are none."""
     if len(images) == 0:
         return None
-    require(
+    require_setting(
         tuple(images.shape[1:]) == shape,
         f"held_out.shape={tuple(images.shape)} must be that of the images, (M, {', '.join(map(str, shape))})",
     )
@@ -82,5 +84,7 @@ def held_out_rows(
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))[:OUTSIDE]
     picked = images[order.to(images.device)] if isinstance(images, Tensor) else torch.from_numpy(images[order.numpy()])
     rows = data.as_rows(picked)
-    require(bool(torch.isfinite(rows).all()), "held_out images hold NaN or infinite values; remove those images")
+    require_setting(
+        bool(torch.isfinite(rows).all()), "held_out images hold NaN or infinite values; remove those images"
+    )
     return rows

@@ -16,7 +16,7 @@ from ..records import FINITE, WHOLE, check, listed, maybe
 from ..schedules import VP, NoiseSchedule
 from ..stages import Stages
 from .edge_preview import decode_png
-from .settings import BASELINES, Algorithm, StageSettings, require
+from .settings import BASELINES, Algorithm, StageSettings, require_setting
 
 FORMAT_VERSION = 2
 _CURVES: dict[Algorithm, tuple[str, ...]] = {
@@ -82,7 +82,7 @@ class StageResult:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        require(
+        require_setting(
             self.format_version == FORMAT_VERSION,
             f"format_version={self.format_version}: this release reads format {FORMAT_VERSION}; find the stages again",
         )
@@ -90,7 +90,7 @@ class StageResult:
             edges, wanted = getattr(self, name), self.settings.stages - 1
             if name.startswith("intervals") and self.settings.algorithm in BASELINES:
                 wanted = 0
-            require(
+            require_setting(
                 len(edges) == wanted,
                 f"{name}={list(edges)} must hold {wanted} edges for {self.settings.stages} stages",
             )
@@ -150,15 +150,17 @@ class StageResult:
 
     @classmethod
     def _from_dict(cls, data: Any) -> StageResult:
-        require(isinstance(data, dict), "not a result of msdiff stages (expected a JSON object); find the stages again")
+        require_setting(
+            isinstance(data, dict), "not a result of msdiff stages (expected a JSON object); find the stages again"
+        )
         missing = [f.name for f in dataclasses.fields(cls) if f.name not in data]
         missing += [name for name in _DERIVED if name not in data]
-        require(not missing, f"{', '.join(missing)} missing; find the stages again")
+        require_setting(not missing, f"{', '.join(missing)} missing; find the stages again")
         result = serialization.from_dict(cls, {k: v for k, v in data.items() if k not in _DERIVED})
         if result.strip:
             decode_png(result.strip)
         for name in _DERIVED:
-            require(
+            require_setting(
                 data[name] == result.to_dict()[name],
                 f"{name}={data[name]!r} contradicts the settings ({result.to_dict()[name]!r}); find the stages again",
             )
@@ -168,11 +170,13 @@ class StageResult:
 def _check_curves(curves: dict[str, Any], algorithm: Algorithm) -> None:
     """Raise UserError for curves that cannot be plotted."""
     names = _CURVES[algorithm]
-    require(set(curves) == set(names), f"curves must hold {', '.join(names)}, found {', '.join(curves)}")
+    require_setting(set(curves) == set(names), f"curves must hold {', '.join(names)}, found {', '.join(curves)}")
     arrays = {}
     for name in set(names) - {"table"}:
         try:
-            require(_numbers(curves[name]), f"curves.{name} holds other than lists of numbers; find the stages again")
+            require_setting(
+                _numbers(curves[name]), f"curves.{name} holds other than lists of numbers; find the stages again"
+            )
             arrays[name] = np.asarray(curves[name], dtype=np.float64)
         except (TypeError, ValueError) as error:
             if isinstance(error, UserError):
@@ -183,9 +187,9 @@ def _check_curves(curves: dict[str, Any], algorithm: Algorithm) -> None:
     count = arrays["t"].size
     shapes = {name: (count,) for name in arrays} | {"similarity": (count, count), "objective_value": ()}
     shapes["steps"] = np.shape(curves.get("steps", ()))  # any length
-    require(all(arrays[n].shape == shapes[n] for n in arrays), "curves differ in length; find the stages again")
+    require_setting(all(arrays[n].shape == shapes[n] for n in arrays), "curves differ in length; find the stages again")
     table = curves.get("table", [])
-    require(
+    require_setting(
         isinstance(table, list) and all(isinstance(line, dict) and set(line) == set(_LINE) for line in table),
         f"lines of the table must hold {', '.join(sorted(_LINE))}; find the stages again",
     )

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from ..memory import require_memory
+from ..progress import Progress
 from ..schedules import VP, NoiseSchedule
 from .boundaries import ThreeStages, optimal_partition
 from .edges import grid_times, stage_table
 from .intervals import Array, edge_intervals
 from .posterior import TiledImages, posterior_means_of
-from .settings import StageSettings, require
+from .settings import StageSettings, require_setting
 from .sharing import Sharing
 from .similarity import (
-    Progress,
     Similarities,
     agreement,
     draw,
@@ -175,12 +175,12 @@ class Pairs(Search):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.nodes = grid_times(self.measure)
-        require(
+        require_setting(
             self.measure.t_min > 0,
             "schedule.t_min=0: algorithm 2 compares the denoiser at t_min with others, and without noise there is none; "
             "give a t_min above 0, e.g. 0.001",
         )
-        require(
+        require_setting(
             self.settings.stages <= len(self.nodes),
             f"stages={self.settings.stages} is more than the {len(self.nodes)} times of the grid",
         )

@@ -17,7 +17,7 @@ BASELINES: tuple[Algorithm, ...] = ("timestep", "snr", "gradient")  # draw no sa
 MOST_SAMPLES = {1: 1_000_000, 2: 20_000}
 
 
-def require(condition: bool, message: str) -> None:
+def require_setting(condition: bool, message: str) -> None:
     """Raise UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(f"stages: {message}")
@@ -69,33 +69,35 @@ class StageSettings:
 
     def __post_init__(self) -> None:
         algorithms = get_args(Algorithm)
-        require(
+        require_setting(
             self.algorithm in algorithms, f"algorithm={self.algorithm} must be one of {', '.join(map(str, algorithms))}"
         )
-        require(1 <= self.stages <= 1000, f"stages={self.stages} must be at least 1 and at most 1000")
-        require(
+        require_setting(1 <= self.stages <= 1000, f"stages={self.stages} must be at least 1 and at most 1000")
+        require_setting(
             self.algorithm != 1 or self.stages == 3,
             f"stages={self.stages}: algorithm 1 finds three stages; use algorithm 2 for another number",
         )
-        require(
+        require_setting(
             self.samples is None or self.samples >= 100, f"samples={self.samples} must be at least 100, to average over"
         )
-        require(1 <= self.times <= 10**6, f"times={self.times} must be at least 1 and at most a million")
-        require(
+        require_setting(1 <= self.times <= 10**6, f"times={self.times} must be at least 1 and at most a million")
+        require_setting(
             self.precision is None or 1e-6 <= self.precision < 1, f"precision={self.precision} must be in [1e-6, 1)"
         )
-        require(0 < self.eta < math.inf, f"eta={self.eta} must be positive and finite")
-        require(0 < self.alpha <= 1, f"alpha={self.alpha} must be in (0, 1]")
+        require_setting(0 < self.eta < math.inf, f"eta={self.eta} must be positive and finite")
+        require_setting(0 < self.alpha <= 1, f"alpha={self.alpha} must be in (0, 1]")
         for name, known in (
             ("rule", ("interval-mean", "pointwise")),
             ("space", (None, "eps", "x0")),
             ("objective", ("total-distance", "mean-similarity")),
         ):
-            require(getattr(self, name) in known, f"{name}={getattr(self, name)!r} must be one of {known}")
+            require_setting(getattr(self, name) in known, f"{name}={getattr(self, name)!r} must be one of {known}")
         if self.data_range is not None:
             low, high = self.data_range
-            require(-math.inf < low < high < math.inf, f"data_range={self.data_range} must be finite and ascending")
-        require(self.grid >= 10, f"grid={self.grid} must be at least 10")
+            require_setting(
+                -math.inf < low < high < math.inf, f"data_range={self.data_range} must be finite and ascending"
+            )
+        require_setting(self.grid >= 10, f"grid={self.grid} must be at least 10")
 
     def resolved(self) -> StageSettings:
         """Return a copy with the algorithm's defaults for `samples` and `space`; baselines have neither."""

@@ -6,18 +6,18 @@ mean), in x0 space by the posterior means. Their similarity is the share of coor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import rng
+from ..progress import Progress
 from ..schedules import VP
 from .posterior import TiledImages, posterior_means, posterior_means_of
 
 Space = Literal["eps", "x0"]
-Progress = Callable[[int, int], None]  # (samples done, total samples)
 
 # Maximum rows of the score matrix (enough for full speed), and maximum elements of the sums of all times of the rows.
 _ROWS, _NUMBERS = 1024, 2**24

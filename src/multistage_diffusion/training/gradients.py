@@ -17,13 +17,12 @@ from .. import rng
 from ..contracts import Conditioning
 from ..denoisers import MultiStageDenoiser
 from ..errors import UserError
+from ..progress import Progress
 from ..schedules import VP, NoiseSchedule
 from .batches import Batch
 from .checkpoint import checkpoint_step, list_checkpoints
 from .losses import stage_losses
 from .run import Run
-
-Progress = Callable[[int, int], None]  # (gradients done, total)
 
 _NUMBERS = 1 << 22  # gradient entries per float64 dot product
 

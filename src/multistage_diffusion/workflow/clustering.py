@@ -18,13 +18,13 @@ from ..errors import UserError
 from ..latent.codecs import open_codec
 from ..latent.latents import encode_images
 from ..performance.devices import resolve_device
+from ..progress import Progress
 from ..schedules import VP, NoiseSchedule
 from ..stage_finding import StageResult, StageSettings
 from ..stage_finding.boundaries import Objective, optimal_partition
 from ..stage_finding.edges import made_result, stage_table
 from ..training.gradients import gradient_affinity
 from ..training.run import Run
-from .progress import Progress
 from .stages import GIB, save_stages
 
 

@@ -19,11 +19,11 @@ from ..files import make_folder, move_aside, refuse_special, remove_folder, requ
 from ..latent.codec_training import CodecSettings, CodecTrainer, judge, reconstruct, write_codec
 from ..latent.codecs import CONFIG, WEIGHTS
 from ..performance.devices import device_name, resolve_device
+from ..progress import Progress
 from ..reporting.pictures import grid, save_png
 from ..training.checkpoint import list_checkpoints
 from ..training.run import Run
 from .interrupts import stopped_by_signals
-from .progress import Progress
 
 WRITTEN = (CONFIG, WEIGHTS, "training.json", "reconstructions.png")
 SHOWN = 16  # held-out images in the reconstruction picture

@@ -11,11 +11,11 @@ from ..config.presets import preset
 from ..config.serialization import override
 from ..errors import UserError
 from ..evaluation import EvaluationResult
+from ..progress import Progress
 from ..reporting.pictures import grid, save_png
 from ..training.callbacks import Callback
 from ..training.run import Run
 from .evaluate import evaluate
-from .progress import Progress
 from .report import report
 from .sample import sample
 from .stages import find_stages

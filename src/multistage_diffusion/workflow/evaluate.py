@@ -28,12 +28,12 @@ from ..evaluation import (
 )
 from ..files import write_json
 from ..performance.devices import joined, resolve_device
+from ..progress import Progress
 from ..records import read_evaluations
 from ..samplers.class_labels import warn_of_empty
 from ..training.checkpoint import checkpoint_step
 from ..training.run import Run
 from .latent import reconstruct
-from .progress import Progress
 from .sample import opened_run, require_writable, sample
 
 

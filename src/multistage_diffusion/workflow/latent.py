@@ -16,8 +16,8 @@ from ..data import ImageData, to_uint8
 from ..errors import UserError
 from ..latent.codecs import open_codec
 from ..latent.latents import LatentData, cached_latents, encode_images
+from ..progress import Progress
 from ..stage_finding import StageResult
-from .progress import Progress
 
 PIXELS_AT_ONCE = 1 << 22  # decoded values per call, so that a codec's activations fit into memory
 

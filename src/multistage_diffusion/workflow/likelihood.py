@@ -16,10 +16,10 @@ from ..files import write_json
 from ..latent.codecs import open_codec
 from ..latent.latents import cached_latents
 from ..performance.devices import joined
+from ..progress import Progress
 from ..records import read_evaluations
 from ..training.checkpoint import checkpoint_step
 from ..training.run import Run
-from .progress import Progress
 from .sample import opened_run, require_writable
 
 _TAIL = 1e-3  # share of the training noise beyond each end of the default range

@@ -33,6 +33,7 @@ from ..planning import (
     probe_widths,
     reasons,
 )
+from ..progress import Progress
 from ..stage_finding import StageResult, StageSettings
 from ..training.batches import Batch, TrainingData, held_out_batch, prior_masses, stage_shares, stage_weights
 from ..training.callbacks import Callback
@@ -41,7 +42,6 @@ from ..training.run import Run
 from ..training.trainer import Trainer
 from .latent import with_codec, with_stages
 from .prepare import PreparedRun, check, prepare, with_paths
-from .progress import Progress
 from .stages import find_stages as find
 
 ROWS = 1024  # least held-out rows of a stage; fewer give large errors of the gains

@@ -20,11 +20,11 @@ from ..errors import UserError
 from ..latent.latents import LatentData
 from ..nets.cost import network_cost
 from ..performance.offload import require_training_memory
+from ..progress import Progress
 from ..samplers import make_plan
 from ..training.batches import BatchSource, row_counts, stage_shares
 from ..training.warm_start import warm_start
 from .latent import decoder, encode_parts
-from .progress import Progress
 
 
 def prepare(config: RunConfig, data: ImageData) -> RunConfig:

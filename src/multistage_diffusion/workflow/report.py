@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from ..evaluation import get_features, nearest
+from ..progress import Progress
 from ..reporting.describe import architecture_rows, describe
 from ..rng import generator
 from ..training.run import Run
-from .progress import Progress
 from .sample import opened_run, require_writable, sample
 
 

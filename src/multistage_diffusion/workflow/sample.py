@@ -17,11 +17,11 @@ from ..latent.codecs import open_codec
 from ..performance.devices import Precision, autocast_dtype, joined, keep_memory
 from ..performance.execution import Execution, Graphs, execute
 from ..performance.offload import OneStageAtATime, images_at_once, require_sampling_memory
+from ..progress import Progress
 from ..samplers.class_labels import frequent_labels, labels_in_turn
 from ..samplers.sampling import sample_images
 from ..training.run import Run
 from .latent import decoder
-from .progress import Progress
 
 
 def opened_run(run: Run | Path | str) -> Run:

@@ -10,10 +10,10 @@ from ..config import CodecConfig, DataConfig
 from ..config.serialization import to_dict
 from ..data import ImageData, open_configured
 from ..performance.devices import joined
+from ..progress import Progress
 from ..schedules import VP, NoiseSchedule
 from ..stage_finding import Sharing, StageResult, StageSettings, compute_stages
 from .latent import latents_for_stages
-from .progress import Progress
 
 GIB = 1 << 30
 

@@ -19,6 +19,7 @@ from ..errors import UserError, explained
 from ..files import NotWrittenError, write_json
 from ..performance.autotune import check_execution, settled
 from ..performance.devices import joined, precision_name
+from ..progress import Progress
 from ..samplers.class_labels import with_class_counts
 from ..stage_finding import StageResult
 from ..training.callbacks import Callback
@@ -31,7 +32,6 @@ from .evaluation_callback import FidReference, Quality
 from .interrupts import stopped_by_signals
 from .latent import with_codec, with_stages
 from .prepare import PreparedRun, check, located, prepare, warn_of_blind, warn_of_borrowed, with_paths
-from .progress import Progress
 from .stages import save_stages
 
 Prepared = tuple[PreparedRun, list[Callback]]  # input of the trainer, and evaluation callbacks
