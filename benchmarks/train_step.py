@@ -31,7 +31,7 @@ from multistage_diffusion import override
 from multistage_diffusion.config.serialization import to_dict
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.nets.cost import network_cost
-from multistage_diffusion.performance.devices import clock, peak_memory, resolve_device
+from multistage_diffusion.performance.devices import clock, keep_memory, peak_memory, resolve_device
 from multistage_diffusion.performance.roofline import Roofline, measure_roofline
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.run import Run
@@ -176,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--steps", type=int, default=2, help="steps of a round")
     args = options.parse_args(arguments)
     device = resolve_device(args.device)
+    keep_memory(device)  # as the command line does
     found = {}
     for name in args.networks:
         found[name] = measure(name, device, args.steps, args.rounds, args.compile)

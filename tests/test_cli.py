@@ -33,6 +33,7 @@ from multistage_diffusion.config.serialization import read_json, to_dict
 from multistage_diffusion.console import TrainingProgress
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.files import write_json
+from multistage_diffusion.performance import devices
 from multistage_diffusion.shown import shown
 from multistage_diffusion.stage_finding import StageSettings
 from multistage_diffusion.training.metrics import TrainingDiverged
@@ -882,3 +883,14 @@ def test_where_a_run_cannot_be_made_is_said_before_the_work(
     (tmp_path / "file").write_text("")
     refused(msdiff(*train, tmp_path / "file"), "file: exists")
     refused(msdiff(*train, tmp_path / "file" / "run"), "nothing can be written in", "file; choose another place")
+
+
+@pytest.mark.parametrize(("name", "computes"), [("report", True), ("presets", False)])
+def test_commands_that_compute_keep_the_memory_of_the_process(
+    name: str, computes: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept: list[torch.device] = []
+    monkeypatch.setattr(devices, "keep_memory", kept.append)
+    monkeypatch.setattr(COMMANDS[name], "run", lambda _: None)
+    assert cli.main([name, *(["r", "--device", "cpu"] if computes else [])]) == 0
+    assert kept == [torch.device("cpu")] * computes

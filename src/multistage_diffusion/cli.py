@@ -119,7 +119,9 @@ def _answer(name: str, arguments: Sequence[str], debug: bool) -> int:
 
 def _run(name: str, arguments: Sequence[str], debug: bool) -> int:
     try:
-        parse(name, arguments).run()
+        command = parse(name, arguments)
+        _prepare_process(command)
+        command.run()
     except KeyboardInterrupt as interrupt:
         return _fail(interrupt if interrupt.args else "interrupted", debug)
     except Exception as error:
@@ -130,6 +132,14 @@ def _run(name: str, arguments: Sequence[str], debug: bool) -> int:
             return _bug()
         return _fail(line, debug)
     return 0
+
+
+def _prepare_process(command: Any) -> None:
+    """Make settings of the whole process, which library calls must not make, for a command that computes."""
+    if hasattr(command, "device"):
+        from .performance.devices import keep_memory, resolve_device
+
+        keep_memory(resolve_device(command.device))
 
 
 def _closed() -> list[int]:

@@ -18,7 +18,7 @@ from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..distributed import ALONE, World
 from ..errors import UserError
 from ..performance.autotune import check_execution, choose, settled
-from ..performance.devices import autocast_dtype, keep_memory, resolve_device
+from ..performance.devices import autocast_dtype, resolve_device
 from ..performance.execution import Execution, Graphs, execute
 from ..performance.timing import PassTimer, Timer
 from . import branching
@@ -68,7 +68,6 @@ class Trainer:
     ) -> None:
         self.run, self.config, self.world = run, config or run.config(), world
         self.device = resolve_device(device)
-        keep_memory(self.device)
         self.callbacks = [callback for callback in callbacks if world.is_main_process or callback.everywhere]
         config, training = self.config, self.config.training
         if data.shape[0] != config.network.channels:

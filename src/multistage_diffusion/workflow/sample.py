@@ -14,7 +14,7 @@ from ..config import RunConfig, SamplingConfig
 from ..denoisers import MultiStageDenoiser
 from ..errors import UserError
 from ..latent.codecs import open_codec
-from ..performance.devices import Precision, autocast_dtype, joined, keep_memory
+from ..performance.devices import Precision, autocast_dtype, joined
 from ..performance.execution import Execution, Graphs, execute
 from ..performance.offload import OneStageAtATime, images_at_once, require_sampling_memory
 from ..progress import Progress
@@ -97,7 +97,6 @@ def sample(
     sampling = sampling or config.sampling
     rows = 1 if sampling.guidance in (0, 1) else 2
     require_sampling_memory(config.network, config.input_shape, count, batch, resolved, rows)
-    keep_memory(resolved)
     with world.report_failures():
         denoiser = run.denoiser(checkpoint, device="cpu" if offload else resolved)
         equip(denoiser, resolved, compile=compile, offload=offload)
