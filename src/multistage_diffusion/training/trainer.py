@@ -149,13 +149,15 @@ class Trainer:
                     ckpt.refuse_newer(self.run.checkpoints, self.step)
                     self.run.rewind_metrics(self.step)
                     self.run.log_launch(self.device)
-            self._tell("started")
+            for callback in self.callbacks:
+                callback.started(self)
             try:
                 if self.step < self.config.training.steps and not self.ended:
                     self._choose_execution()
                 self._loop()
             finally:
-                self._tell("finished")
+                for callback in self.callbacks:
+                    callback.finished(self)
 
     def _choose_execution(self) -> None:
         """Choose the fastest execution on this device: the stored result of an earlier start, or autotuning."""
@@ -170,7 +172,8 @@ class Trainer:
         size = sum(parameter.nbytes for parameter in self.denoiser.parameters())
         self.trial = choose(self.run, self.config, self.world, self.device, size, remaining, self.compute, passes)
         self.optimizer.zero_grad(set_to_none=True)
-        self._tell("chosen")
+        for callback in self.callbacks:
+            callback.chosen(self)
 
     @property
     def stopped(self) -> bool:
@@ -202,7 +205,8 @@ class Trainer:
         while self.step < training.steps and not self.ended:
             self._judged = None
             self._iterate()
-            self._tell("stepped")
+            for callback in self.callbacks:
+                callback.stepped(self)
             last = self.step == training.steps or bool(self.ended)
             if self.step % training.log_every == 0 or last:
                 self._log_training()
@@ -382,10 +386,6 @@ class Trainer:
             self.run.log(record)
         for callback in self.callbacks:
             callback.logged(self, record)
-
-    def _tell(self, event: str) -> None:
-        for callback in self.callbacks:
-            getattr(callback, event)(self)
 
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint of this step and prune the older ones."""
