@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multistage_diffusion import override, preset
 from multistage_diffusion.config import RunConfig
+from multistage_diffusion.config.serialization import read_json
 from multistage_diffusion.files import write_json
-from multistage_diffusion.serialization import read_json
-from multistage_diffusion.training.ceiling import Ceiling
-from multistage_diffusion.training.devices import device_name
+from multistage_diffusion.performance.devices import device_name
+from multistage_diffusion.performance.roofline import Roofline
 
 PRESETS = {"digits": "digits", "t7-1": "cifar10-dpm", "edm": "cifar10-edm", "t8-4": "celebahq-ldm"}
 NETWORKS = ("ncsnpp-32", *PRESETS)
@@ -84,8 +84,8 @@ def fitting_width(shape: Sequence[int], adds: float) -> tuple[int, float]:
     return min(counts.items(), key=lambda item: abs(item[1] - adds))
 
 
-def median_ceiling(found: Sequence[Ceiling]) -> Ceiling:
-    """Return a ceiling measured several times, at its median rates."""
+def median_roofline(found: Sequence[Roofline]) -> Roofline:
+    """Return a roofline measured several times, at its median rates."""
     conv, matrix = (median_low(getattr(c, name) for c in found) for name in ("convolution_rate", "matrix_rate"))
     return dataclasses.replace(found[0], convolution_rate=conv, matrix_rate=matrix)
 

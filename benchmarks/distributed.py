@@ -5,7 +5,7 @@ Run it as: python benchmarks/distributed.py [--preset NAME] [--processes N] [--b
 
 Every process is a real one (torchrun, gloo) with the real trainer on random images. Bytes are counted where gradients are
 handed to all-reduce: by the trainer's reducer, and by DDP's communication hook; beside them stands the formula of
-training/cluster.py. DDP is torch's, around the whole network, with the same rows, objective and optimiser. Processes of one
+performance/cost_model.py. DDP is torch's, around the whole network, with the same rows, objective and optimiser. Processes of one
 machine share its cores, so that seconds say little about a cluster: they are printed for the ratio only.
 """
 
@@ -34,10 +34,10 @@ from multistage_diffusion.data import ImageData
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.distributed import World, join
 from multistage_diffusion.files import write_json
+from multistage_diffusion.performance.cost_model import Machine, step_costs
 from multistage_diffusion.training.batches import BatchSource, row_counts, stage_shares, stage_weights
-from multistage_diffusion.training.cluster import Machine, step_costs
+from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.ema import EMA
-from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.losses import objective, stage_losses
 from multistage_diffusion.training.optimizer import make_optimizer
 from multistage_diffusion.training.run import Run
@@ -85,15 +85,15 @@ class Clock(Callback):
 
 
 def with_trainer(world: World, config: RunConfig, strategy: str, folder: Path) -> dict[str, Any]:
-    with world.together():
-        if world.chief:
+    with world.synchronize_errors():
+        if world.is_main_process:
             Run.create(folder / strategy, config)
     clock = Clock()
     data = images(config.input_shape)
     trainer = Trainer(Run(folder / strategy), data, device="cpu", callbacks=[clock], world=world, strategy=strategy)
     trainer.save = lambda *_: None  # type: ignore[method-assign]
     trainer.fit()
-    reduced = 0 if trainer.team.reducer is None else trainer.team.reducer.bytes
+    reduced = 0 if trainer.gradient_sync.reducer is None else trainer.gradient_sync.reducer.bytes
     return measured(trainer.denoiser, trainer.ema.module, trainer.optimizer, reduced, clock.seconds)
 
 
@@ -160,12 +160,13 @@ def measured(
 def worker(config: RunConfig, folder: Path) -> None:
     torch.set_num_threads(1)
     world = join(torch.device("cpu"))
-    with world.announced():
+    with world.report_failures():
         found = {
-            strategy: world.exchange(with_trainer(world, config, strategy, folder)) for strategy in ("time", "memory")
+            strategy: world.all_gather_object(with_trainer(world, config, strategy, folder))
+            for strategy in ("time", "memory")
         }
-        found["ddp"] = world.exchange(with_ddp(world, config))
-        if world.chief:
+        found["ddp"] = world.all_gather_object(with_ddp(world, config))
+        if world.is_main_process:
             write_json(folder / "result.json", found)
 
 

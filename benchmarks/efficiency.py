@@ -5,8 +5,8 @@
 
 Four networks that cost equally much per training image, within 3 %, are trained on the same images, rows and noise:
 
-    a  one network for all noise              b  a network of its own for every stage of `msdiff split`
-    c  several decoders on one encoder, stages of `msdiff split`        d  the same network, stages of even length in time
+    a  one network for all noise              b  a network of its own for every stage of `msdiff stages`
+    c  several decoders on one encoder, stages of `msdiff stages`        d  the same network, stages of even length in time
 
 and beside them, to see what comes from the decoders and what from the rows that each stage is given,
 
@@ -41,15 +41,15 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from multistage_diffusion import keyed, override, preset, resume, split, train
+from multistage_diffusion import find_stages, override, preset, resume, rng, train
 from multistage_diffusion.config import DataConfig, RunConfig
+from multistage_diffusion.config.serialization import read_json, to_dict
 from multistage_diffusion.contracts import Denoiser
 from multistage_diffusion.data import open_data, to_float
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.files import write_json
 from multistage_diffusion.optimal import OptimalDenoiser
-from multistage_diffusion.serialization import read_json, to_dict
-from multistage_diffusion.splitting import SplitSettings
+from multistage_diffusion.stage_finding import StageSettings
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import BatchSource, row_counts, stage_shares, stage_weights
 from multistage_diffusion.training.checkpoint import checkpoint_step, list_checkpoints
@@ -88,7 +88,7 @@ class Setting:
     """
 
     base: Mapping[str, Any]
-    splits: Mapping[str, SplitSettings]
+    splits: Mapping[str, StageSettings]
     variants: Mapping[str, Sequence[Mapping[str, Any]]]
     chosen: Mapping[str, int]
 
@@ -105,15 +105,17 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Cuts:
-    """Stage edges in sigma: of `msdiff split`, and of even length in the time of the VP kernel."""
+    """Stage edges in sigma: of `msdiff stages`, and of even length in the time of the VP kernel."""
 
     splits: Mapping[str, tuple[float, ...]]
     even: tuple[float, ...]
 
     @classmethod
     def of(cls, size: int, setting: Setting) -> Cuts:
-        found = {name: split(data_config(size), settings).edges_sigma for name, settings in setting.splits.items()}
-        even = split(data_config(size), SplitSettings(algorithm="timestep", stages=3))
+        found = {
+            name: find_stages(data_config(size), settings).edges_sigma for name, settings in setting.splits.items()
+        }
+        even = find_stages(data_config(size), StageSettings(algorithm="timestep", stages=3))
         return cls(splits=found, even=even.edges_sigma)
 
 
@@ -145,8 +147,8 @@ SETTINGS = {
             "evaluation.count": 5000,
         },
         splits={
-            "algorithm 1": SplitSettings(),
-            "algorithm 2": SplitSettings(algorithm=2, stages=3),
+            "algorithm 1": StageSettings(),
+            "algorithm 2": StageSettings(algorithm=2, stages=3),
         },
         variants={
             "a": (
@@ -278,7 +280,7 @@ def curve(run: Run) -> list[dict[str, float]]:
 def noisy(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (x, sigma) of the same images at every noise level, the same noise for all arms."""
     for sigma in SIGMAS:
-        noise = keyed.normal(("efficiency", round(1000 * sigma)), torch.arange(len(images)), images.shape[1:])
+        noise = rng.normal(("efficiency", round(1000 * sigma)), torch.arange(len(images)), images.shape[1:])
         yield images + sigma * noise, torch.full((len(images),), sigma, dtype=torch.float64)
 
 

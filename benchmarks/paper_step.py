@@ -23,11 +23,18 @@ import torch
 
 from multistage_diffusion import __version__
 from multistage_diffusion.config import CodecConfig, RunConfig
+from multistage_diffusion.config.presets import preset
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.files import write_json
-from multistage_diffusion.presets import preset
-from multistage_diffusion.training.devices import clock, device_name, peak_memory, precision_name, resolve_device
-from multistage_diffusion.training.events import Callback
+from multistage_diffusion.performance.devices import (
+    clock,
+    device_name,
+    keep_memory,
+    peak_memory,
+    precision_name,
+    resolve_device,
+)
+from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 
@@ -54,7 +61,7 @@ class Stopwatch(Callback):
 
     def stepped(self, trainer: Trainer) -> None:
         seconds = clock(trainer.device) - self.start
-        trainer.findings.settle()
+        trainer.metrics.settle()
         rows = trainer.sums.rows
         stages = [k for k, (old, new) in enumerate(zip(self.rows, rows, strict=True), start=1) if new > old]
         self.steps.append({"stages": stages, "seconds": seconds})
@@ -161,7 +168,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if given.out is not None and given.out.exists() and not given.overwrite:
         parser.error(f"--out {given.out}: exists; choose another name or give --overwrite")
     try:
-        result = measure(given.preset, given.batch, given.steps, resolve_device(given.device))
+        device = resolve_device(given.device)
+        keep_memory(device)  # as the command line does
+        result = measure(given.preset, given.batch, given.steps, device)
     except ValueError as error:
         parser.error(str(error))
     print(table(result))

@@ -5,10 +5,10 @@ Run it as: python benchmarks/sample.py [--networks NAME ...] [--images N] [--cal
 Networks are those of train_step.py, freshly initialised: time does not depend on the weights. Each draws `--images` images with
 DPM-Solver++ (multistep, order 2) and `--calls` calls, as `msdiff sample` does, in the batch that it chooses; in the same process
 its peer, a diffusers UNet2DModel that costs as many multiply-adds per image, draws as many with DPMSolverMultistepScheduler in
-the same batch and precision. Rounds of both and of the ceiling's layers alternate, the median of each counts.
+the same batch and precision. Rounds of both and of the roofline's layers alternate, the median of each counts.
 
 Reported: images/s, seconds for 50,000 images (projected), the ratio of multiply-adds per second to the peer's, and the share of
-the ceiling: the forward rate of the network's largest convolution in its better memory format, and of torch.mm.
+the roofline: the forward rate of the network's largest convolution in its better memory format, and of torch.mm.
 """
 
 from __future__ import annotations
@@ -19,24 +19,18 @@ from statistics import median_low
 from typing import Any
 
 import torch
-from common import configuration, fitting_width, keep, median_ceiling, parser, peer
+from common import configuration, fitting_width, keep, median_roofline, parser, peer
 
 from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.config.serialization import to_dict
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.nets.cost import network_cost
-from multistage_diffusion.residency import images_at_once
+from multistage_diffusion.performance.devices import autocast_dtype, clock, keep_memory, peak_memory, resolve_device
+from multistage_diffusion.performance.offload import images_at_once
+from multistage_diffusion.performance.roofline import measure_roofline
 from multistage_diffusion.samplers import make_plan
-from multistage_diffusion.sampling import sample_images
-from multistage_diffusion.serialization import to_dict
-from multistage_diffusion.training.ceiling import measure_ceiling
-from multistage_diffusion.training.devices import (
-    autocast_dtype,
-    clock,
-    keep_memory,
-    peak_memory,
-    resolve_device,
-)
-from multistage_diffusion.workflow.using import equip
+from multistage_diffusion.samplers.sampling import sample_images
+from multistage_diffusion.workflow.sample import equip
 
 RESULT = Path(__file__).parent / "results" / "sample.json"
 PROJECTED = 50_000
@@ -79,15 +73,15 @@ def measure(
     for warm in (draw, draw_peer):
         warm(batch)
     memory = 0
-    ours, theirs, ceilings = [], [], []
+    ours, theirs, rooflines = [], [], []
     for _ in range(rounds):
         ours.append(draw(images))
         memory = memory or peak_memory(device)
         theirs.append(draw_peer(images))
-        ceilings.append(
-            measure_ceiling(config.network, shape, counts, device, autocast or torch.float32, backward=False)
+        rooflines.append(
+            measure_roofline(config.network, shape, counts, device, autocast or torch.float32, backward=False)
         )
-    seconds, their_seconds, ceiling = median_low(ours), median_low(theirs), median_ceiling(ceilings)
+    seconds, their_seconds, roofline = median_low(ours), median_low(theirs), median_roofline(rooflines)
     rate = flops * images / seconds
     return {
         "batch": batch,
@@ -97,11 +91,11 @@ def measure(
         "images_per_s": images / seconds,
         "seconds": seconds,
         "seconds_of_50000": PROJECTED * seconds / images,
-        "share_of_convolution": rate / ceiling.convolution_rate,
-        "share_of_matrix": rate / ceiling.matrix_rate,
+        "share_of_convolution": rate / roofline.convolution_rate,
+        "share_of_matrix": rate / roofline.matrix_rate,
         "gflops_per_s": rate / 1e9,
         "memory_mib": memory / 2**20,
-        "ceiling": to_dict(ceiling),
+        "roofline": to_dict(roofline),
         "peer": {
             "width": width,
             "multiply_adds_per_image": their_adds * len(plan.calls),

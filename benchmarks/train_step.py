@@ -6,10 +6,10 @@ Networks: `ncsnpp-32` (NCSN++, encoder 32, decoders 48/32/16, 2 blocks per level
 `digits`, `t7-1`, `edm`, `t8-4` (the presets, batch cut to 12, or 4, on a CPU). Each is trained by the real trainer on random
 images; in the same process its peer, a diffusers UNet2DModel whose width is chosen so that a training image costs as many
 multiply-adds (as torch counts them), is trained by an ordinary loop: scheduler, mse_loss, AdamW, EMAModel. Rounds of both and of
-the ceiling's layers alternate, the median of each counts. How our step is computed is found by the trainer's own trial; it
+the roofline's layers alternate, the median of each counts. How our step is computed is found by the trainer's own trial; it
 compiles only with --compile.
 
-Reported: images/s, the ratio of multiply-adds per second to the peer's, and the share of the ceiling: the rate, forward and
+Reported: images/s, the ratio of multiply-adds per second to the peer's, and the share of the roofline: the rate, forward and
 backward, of the network's largest convolution in its better memory format, and of torch.mm. FLOPs are 2 per multiply-add, 3
 times forward. Memory is what the allocator (CUDA) or the process (CPU, with the peer's weights) has in use at most.
 """
@@ -25,15 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import configuration, fitting_width, keep, median_ceiling, parser, peer
+from common import configuration, fitting_width, keep, median_roofline, parser, peer
 
 from multistage_diffusion import override
+from multistage_diffusion.config.serialization import to_dict
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.nets.cost import network_cost
-from multistage_diffusion.serialization import to_dict
-from multistage_diffusion.training.ceiling import Ceiling, measure_ceiling
-from multistage_diffusion.training.devices import clock, peak_memory, resolve_device
-from multistage_diffusion.training.events import Callback
+from multistage_diffusion.performance.devices import clock, keep_memory, peak_memory, resolve_device
+from multistage_diffusion.performance.roofline import Roofline, measure_roofline
+from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 
@@ -41,13 +41,13 @@ RESULT = Path(__file__).parent / "results" / "train_step.json"
 
 
 class Rounds(Callback):
-    """Calls the peer and measures the ceiling between rounds of our steps, and times ours."""
+    """Calls the peer and measures the roofline between rounds of our steps, and times ours."""
 
-    def __init__(self, steps: int, rounds: int, peer: Callable[[int], float], ceiling: Callable[[], Ceiling]) -> None:
-        self.steps, self.rounds, self.peer, self.ceiling = steps, rounds, peer, ceiling
+    def __init__(self, steps: int, rounds: int, peer: Callable[[int], float], roofline: Callable[[], Roofline]) -> None:
+        self.steps, self.rounds, self.peer, self.roofline = steps, rounds, peer, roofline
         self.ours: list[float] = []
         self.theirs: list[float] = []
-        self.ceilings: list[Ceiling] = []
+        self.rooflines: list[Roofline] = []
         self.parts: list[dict[str, float]] = []
         self.memory = 0
 
@@ -63,7 +63,7 @@ class Rounds(Callback):
                 self.parts.append({name: seconds / self.steps for name, seconds in found.items()})
                 self.memory = self.memory or peak_memory(trainer.device)
                 self.theirs.append(self.peer(self.steps))
-                self.ceilings.append(self.ceiling())
+                self.rooflines.append(self.roofline())
                 self.count = 0
             if len(self.ours) == self.rounds:
                 trainer.end("measured")
@@ -86,14 +86,14 @@ def measure(name: str, device: torch.device, steps: int, rounds: int, compile: b
         train_peer = make_peer(shape, width, batch, device, trainer.autocast)
         dtype = trainer.autocast or torch.float32
         clock = Rounds(
-            steps, rounds, train_peer, lambda: measure_ceiling(config.network, shape, trainer.counts, device, dtype)
+            steps, rounds, train_peer, lambda: measure_roofline(config.network, shape, trainer.counts, device, dtype)
         )
         trainer.callbacks.append(clock)
         trainer.save = lambda *_: None  # type: ignore[method-assign]
         trainer.fit()
     ours, theirs = median_low(clock.ours), median_low(clock.theirs)
     typical = clock.parts[clock.ours.index(ours)]
-    ceiling = median_ceiling(clock.ceilings)
+    roofline = median_roofline(clock.rooflines)
     rate = 3 * flops * batch / ours
     return {
         "batch": batch,
@@ -105,10 +105,10 @@ def measure(name: str, device: torch.device, steps: int, rounds: int, compile: b
         "images_per_s": batch / ours,
         "seconds": ours,
         "parts": typical,
-        "share_of_convolution": rate / ceiling.convolution_rate,
-        "share_of_matrix": rate / ceiling.matrix_rate,
+        "share_of_convolution": rate / roofline.convolution_rate,
+        "share_of_matrix": rate / roofline.matrix_rate,
         "gflops_per_s": rate / 1e9,
-        "ceiling": to_dict(ceiling),
+        "roofline": to_dict(roofline),
         "peer": {
             "width": width,
             "multiply_adds_per_image": their_adds,
@@ -176,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--steps", type=int, default=2, help="steps of a round")
     args = options.parse_args(arguments)
     device = resolve_device(args.device)
+    keep_memory(device)  # as the command line does
     found = {}
     for name in args.networks:
         found[name] = measure(name, device, args.steps, args.rounds, args.compile)

@@ -36,13 +36,10 @@ import torch
 import yaml
 from PIL import Image
 
-import multistage_diffusion.commands  # every module that a command needs, once for all cases
-import multistage_diffusion.report_page
-import multistage_diffusion.splitting.plots  # noqa: F401
 from multistage_diffusion.cli import main as msdiff
+from multistage_diffusion.config.presets import preset
+from multistage_diffusion.config.serialization import override
 from multistage_diffusion.files import to_dict
-from multistage_diffusion.presets import preset
-from multistage_diffusion.serialization import override
 
 CPU_SECONDS, WALL_SECONDS, MEMORY = 10, 60, 1 << 30
 INTERRUPT_SECONDS = 4  # after which a training that has begun is interrupted, as Ctrl-C does
@@ -99,7 +96,7 @@ READ_RUN = (
     "train --resume run --set training.steps=3 --device cpu",
     "export run --out weights.safetensors",
 )
-READ_DATA = ("split {} --algorithm timestep --stages 2 --out split2.json", "stats {} --out stats2.npz")
+READ_DATA = ("stages {} --algorithm timestep --stages 2 --out stages2.json", "stats {} --out stats2.npz")
 STEP = "run/checkpoints/step_00000002"
 TARGETS = (
     *(
@@ -111,7 +108,7 @@ TARGETS = (
     *(Target(f"run/{name}.jsonl", READ_RUN, "jsonl") for name in ("metrics", "launches")),
     Target("run/evaluation.json", READ_RUN, "json"),
     *(Target(f"{STEP}/{name}.safetensors", READ_RUN, "safetensors") for name in ("model", "ema", "optimizer")),
-    Target("split.json", ("train --config c.json --stages {} --out new --device cpu",), "json"),
+    Target("stages.json", ("train --config c.json --stages {} --out new --device cpu",), "json"),
     Target("reference.npz", ("evaluate run --count 8 --calls 3 --against {}",), "npz"),
     Target("exported.safetensors", ("import {} --preset digits --size 8 8 --out imported",), "safetensors"),
     Target("data.npz", READ_DATA, "npz"),
@@ -142,7 +139,7 @@ def make_material(folder: Path) -> None:
     (folder / "c.yaml").write_text(yaml.safe_dump(config))
     run(folder, "train --config c.json --out run --device cpu")
     run(folder, "evaluate run --count 8 --calls 3")
-    run(folder, "split data.npz --algorithm timestep --stages 3 --out split.json")
+    run(folder, "stages data.npz --algorithm timestep --stages 3 --out stages.json")
     run(folder, "stats data.npz --out reference.npz")
     run(folder, "export run --out exported.safetensors")
 
@@ -250,7 +247,7 @@ def mutate_npz(data: bytes, rng: random.Random) -> bytes:
     name = rng.choice(list(arrays))
     array = arrays[name]
     changes: tuple[Callable[[], Any], ...] = (
-        lambda: array.astype(np.float16),
+        lambda: array.astype(np.float16) if array.dtype.kind in "biuf" else array,
         lambda: array.reshape(-1)[: rng.randrange(array.size + 1)],
         lambda: array[None],
         lambda: np.full(array.shape, np.nan),

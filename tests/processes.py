@@ -91,7 +91,7 @@ def _main(
     world: World | None = None
     try:
         world = join(torch.device("cpu"), patience=patience)
-        with world.announced():
+        with world.report_failures():
             send.send(work(world, *args))
     except BaseException as error:
         error.add_note(traceback.format_exc())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,12 @@ import numpy as np
 from tiny import tiny_config, tiny_data
 
 from multistage_diffusion.cli import main
-from multistage_diffusion.training import ceiling
+from multistage_diffusion.performance import autotune, roofline
+from multistage_diffusion.performance.autotune import LEAST_STEPS
 from multistage_diffusion.training.batches import BatchSource
-from multistage_diffusion.training.events import Callback
+from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
-from multistage_diffusion.training.trial import LEAST_STEPS
 
 CLASSES = {"network__num_classes": 3, "training__label_dropout": 0.2}
 AUGMENTED = {"training__augment": 0.5, "network__augment_dim": 9, "training__flip": True}
@@ -59,6 +60,7 @@ def at(device: str) -> Iterator[None]:
 def training(folder: Path) -> dict[str, Any]:
     """Return losses here and there, waits of a step there, and what a trial there has tried, of each way of training."""
     found: dict[str, Any] = {}
+    autotune.COMPILING_PAYS = math.inf  # it depends on the machine's speed
     for name, changes in CASES.items():
         data, losses, waits = tiny_data(classes=3), [], set()
         for device, budget in (("cpu", 0), (elsewhere.NAME, 1 << 30), (elsewhere.NAME, 0)):
@@ -88,7 +90,7 @@ def commands(folder: Path) -> dict[str, Any]:
             code = main(words)
             found[" ".join(words)] = (code, said.getvalue(), sorted(set(elsewhere.waits)))
 
-    ceiling.MATRIX[elsewhere.NAME] = 256  # what fills a GPU takes half an hour here
+    roofline.MATRIX[elsewhere.NAME] = 256  # what fills a GPU takes half an hour here
     sizes = ["network.encoder_width=8", "network.decoder_widths=[16,8,8]", "network.num_classes=10"]
     every = ["training.held_out_every=3", "training.checkpoint_every=3", "training.log_every=2"]
     small = [*sizes, *every, "training.batch=12"]
@@ -109,11 +111,11 @@ def commands(folder: Path) -> dict[str, Any]:
     msdiff("stats", "digits", "--out", folder / "stats.npz")
     msdiff("evaluate", run, "--count", 40, "--calls", 4, "--against", folder / "stats.npz")
     msdiff("report", run)
-    split = folder / "split.json"
-    msdiff("split", "digits", "--out", split, "--samples", 100, "--times", 3)
-    msdiff("split", "digits", "--out", folder / "two.json", "--algorithm", 2, "--samples", 100)
-    msdiff("split", "--run", run, "--out", folder / "gradient.json", "--algorithm", "gradient", "--samples", 100)
-    planned = ("--preset", "digits", "--budget", 4, "--split", split, "--probe-steps", 4)
+    split = folder / "stages.json"
+    msdiff("stages", "digits", "--out", split, "--samples", 100, "--times", 3)
+    msdiff("stages", "digits", "--out", folder / "two.json", "--algorithm", 2, "--samples", 100)
+    msdiff("stages", "--run", run, "--out", folder / "gradient.json", "--algorithm", "gradient", "--samples", 100)
+    planned = ("--preset", "digits", "--budget", 4, "--stages", split, "--probe-steps", 4)
     msdiff("plan", "digits", *planned, "--out", folder / "plan.json")
     few = ["training.steps=3", "training.batch=6", "training.held_out_every=3", "training.held_out_rows=4"]
     apart = ["network.separate=true", "network.decoder_widths=[16,8,8]"]
@@ -131,7 +133,7 @@ def commands(folder: Path) -> dict[str, Any]:
     msdiff("train", *of_latents, "--out", latent, "--set", *few, *narrow)
     msdiff("evaluate", latent, "--count", 20, "--calls", 3)
     msdiff("report", latent)
-    msdiff("split", larger, "--codec", codec, "--out", folder / "latent.json", "--samples", 100, "--times", 2)
+    msdiff("stages", larger, "--codec", codec, "--out", folder / "latent.json", "--samples", 100, "--times", 2)
     pairs = zip(list(images.values())[::2], list(images.values())[1::2], strict=True)
     return {"commands": found, "differences": [float(abs(here - there).mean()) for here, there in pairs]}
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from multistage_diffusion.serialization import read_json
+from multistage_diffusion.config.serialization import read_json
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from multistage_diffusion.config.serialization import read_json
 from multistage_diffusion.files import write_json
-from multistage_diffusion.serialization import read_json
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "efficiency.py"
 

@@ -14,8 +14,8 @@ import torch
 
 from multistage_diffusion.files import write_json
 from multistage_diffusion.nets.cost import network_cost
-from multistage_diffusion.training import trial
-from multistage_diffusion.training.ceiling import Ceiling, Convolution
+from multistage_diffusion.performance import autotune
+from multistage_diffusion.performance.roofline import Convolution, Roofline
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def test_a_peer_costs_about_as_much(load) -> None:
 def test_a_training_step_is_measured_beside_its_peer(
     load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "LEAST_STEPS", math.inf)
+    monkeypatch.setattr(autotune, "LEAST_STEPS", math.inf)
     out = tmp_path / "step.json"
     write_json(out, {"machine": "another", "networks": {"edm": {}}})
     load("train_step").main(
@@ -80,15 +80,15 @@ def test_sampling_is_measured_beside_its_peer(load, tmp_path: Path) -> None:
     assert digits["seconds_of_50000"] == pytest.approx(50_000 / digits["images_per_s"])
 
 
-def test_a_ceiling_measured_several_times_is_its_median(load) -> None:
+def test_a_roofline_measured_several_times_is_its_median(load) -> None:
     common, convolution = load("common"), Convolution(**{field.name: 1 for field in dataclasses.fields(Convolution)})
     found = [
-        Ceiling(convolution=convolution, channels_last=True, convolution_rate=rate, matrix_rate=10 - rate)
+        Roofline(convolution=convolution, channels_last=True, convolution_rate=rate, matrix_rate=10 - rate)
         for rate in (3.0, 1.0, 2.5)
     ]
-    ceiling = common.median_ceiling(found)
-    assert (ceiling.convolution_rate, ceiling.matrix_rate) == (2.5, 7.5)
-    assert ceiling.convolution == convolution
+    roofline = common.median_roofline(found)
+    assert (roofline.convolution_rate, roofline.matrix_rate) == (2.5, 7.5)
+    assert roofline.convolution == convolution
 
 
 def test_what_is_kept_of_one_network_stays_when_another_is_measured(load, tmp_path: Path) -> None:

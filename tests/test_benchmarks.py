@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from multistage_diffusion.config.presets import preset
 from multistage_diffusion.nets.cost import network_cost
-from multistage_diffusion.presets import preset
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 DIGITS = ["--preset", "digits", "--batch", "6", "--device", "cpu"]

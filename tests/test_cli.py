@@ -25,17 +25,19 @@ import yaml
 from PIL import Image
 
 import multistage_diffusion as msd
-from multistage_diffusion import cli, demo
+from multistage_diffusion import cli
 from multistage_diffusion.commands import COMMANDS
 from multistage_diffusion.commands.options import load_config, parse_changes
+from multistage_diffusion.config.presets import preset
+from multistage_diffusion.config.serialization import read_json, to_dict
 from multistage_diffusion.console import TrainingProgress
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.files import write_json
-from multistage_diffusion.presets import preset
-from multistage_diffusion.serialization import read_json, to_dict
+from multistage_diffusion.performance import devices
 from multistage_diffusion.shown import shown
-from multistage_diffusion.splitting import SplitSettings
-from multistage_diffusion.training.findings import TrainingDiverged
+from multistage_diffusion.stage_finding import StageSettings
+from multistage_diffusion.training.metrics import TrainingDiverged
+from multistage_diffusion.workflow import demo
 
 TINY = [
     "--set",
@@ -73,8 +75,8 @@ def msdiff(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyte
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a split, the run trained with it, and images."""
     folder = tmp_path_factory.mktemp("made")
-    assert cli.main(["split", "digits", "--samples", "200", "--out", str(folder / "split.json")]) == 0
-    train = ["train", "--preset", "digits", "--stages", str(folder / "split.json"), "--out", str(folder / "run")]
+    assert cli.main(["stages", "digits", "--samples", "200", "--out", str(folder / "stages.json")]) == 0
+    train = ["train", "--preset", "digits", "--stages", str(folder / "stages.json"), "--out", str(folder / "run")]
     assert cli.main([*train, *TINY]) == 0
     write_pictures(folder / "photos", 60, (12, 20, 3))
     return folder
@@ -148,20 +150,20 @@ def test_the_version(msdiff: Call) -> None:
     ("arguments", "words"),
     [
         (["trian"], ["command 'trian' is unknown; did you mean 'train'?"]),
-        (["x"], ["choose one of split, train, train-codec, sample"]),
-        (["split"], ["Missing from msdiff split: DATA"]),
-        (["split", "digits", "--algorithm", "3"], ["invalid choice '3' for argument '--algorithm'"]),
+        (["x"], ["choose one of stages, train, train-codec, sample"]),
+        (["stages"], ["Missing from msdiff stages: DATA"]),
+        (["stages", "digits", "--algorithm", "3"], ["invalid choice '3' for argument '--algorithm'"]),
         (
-            ["split", "digits", "--size", "3"],
-            ["Error parsing --size: ['3'] is not {INT INT}; for help, run msdiff split"],
+            ["stages", "digits", "--size", "3"],
+            ["Error parsing --size: ['3'] is not {INT INT}; for help, run msdiff stages"],
         ),
-        (["split", "digits", "--fit", "stretch"], ["'stretch' for argument '--fit'", "'crop'"]),
+        (["stages", "digits", "--fit", "stretch"], ["'stretch' for argument '--fit'", "'crop'"]),
         (
             ["sample", "run", "--seed", "one"],
             ["Error parsing --seed: invalid literal for int() with base 10: 'one'; for"],
         ),
         (["sample", "run", "--sizes", "3"], ["msdiff: Unrecognized options: --sizes, 3; for help"]),
-        (["split", "digits", "--eta"], ["Missing value for argument '--eta'"]),
+        (["stages", "digits", "--eta"], ["Missing value for argument '--eta'"]),
     ],
 )
 def test_wrong_arguments(msdiff: Call, arguments: list[str], words: list[str]) -> None:
@@ -172,7 +174,7 @@ def test_wrong_arguments(msdiff: Call, arguments: list[str], words: list[str]) -
 
 
 def test_negative_numbers_are_values(msdiff: Call) -> None:
-    command = cli.parse("split", ["digits", "--data-range", "-1", "0.5", "--seed", "-3"])
+    command = cli.parse("stages", ["digits", "--data-range", "-1", "0.5", "--seed", "-3"])
     assert (command.data_range, command.seed) == ((-1.0, 0.5), -3)
 
 
@@ -207,7 +209,7 @@ def test_a_configuration_file_may_be_yaml(tmp_path: Path) -> None:
 
 
 def test_split_prints_and_writes(msdiff: Call, tmp_path: Path) -> None:
-    arguments = ("split", "digits", "--samples", "200", "--data-range", "0", "1", "--out", "s.json")
+    arguments = ("stages", "digits", "--samples", "200", "--data-range", "0", "1", "--out", "s.json")
     code, out, err = msdiff(*arguments)
     assert (code, err) == (0, DIGITS)
     saved = read_json(tmp_path / "s.json")
@@ -228,8 +230,8 @@ def test_split_prints_and_writes(msdiff: Call, tmp_path: Path) -> None:
 
 
 def test_split_prints_the_table_of_all_numbers_of_stages(msdiff: Call, tmp_path: Path) -> None:
-    code, out, _ = msdiff("split", "digits", "--algorithm", "2", "--stages", "2", "--samples", "100")
-    table = read_json(tmp_path / "split.json")["curves"]["table"]
+    code, out, _ = msdiff("stages", "digits", "--algorithm", "2", "--stages", "2", "--samples", "100")
+    table = read_json(tmp_path / "stages.json")["curves"]["table"]
     assert code == 0
     edge, head, *lines, written = out.splitlines()
     assert "boundary_ratio of diffusers' two-expert pipelines: 0." in edge
@@ -237,12 +239,12 @@ def test_split_prints_the_table_of_all_numbers_of_stages(msdiff: Call, tmp_path:
     assert [line.split()[:3] for line in lines] == [
         [str(row["stages"]), f"{row['distance']:.4f}", f"({row['distance_held_out']:.4f})"] for row in table
     ]
-    assert written == "written: split.json, split.png"
+    assert written == "written: stages.json, stages.png"
 
 
 def test_split_reads_folders_and_schedules(msdiff: Call, made: Path) -> None:
     code, out, _ = msdiff(
-        *("split", made / "photos", "--size", "6", "8", "--fit", "crop", "--held-out", "0.2"),
+        *("stages", made / "photos", "--size", "6", "8", "--fit", "crop", "--held-out", "0.2"),
         *("--algorithm", "2", "--stages", "4", "--samples", "100", "--schedule", "edm", "--json"),
     )
     result = json.loads(out)
@@ -259,7 +261,7 @@ def test_train_says_what_comes_next(made: Path, msdiff: Call, tmp_path: Path) ->
     assert code == 0
     assert out == "trained: run (next: msdiff sample run, msdiff evaluate run, msdiff report run)\n"
     assert err == DIGITS + "training run on cpu: steps 2 to 3, encoder 8, decoders 8/8/8, rows per stage 2/2/2\n"
-    assert read_json(run / "config.json")["stages"]["interior"] == read_json(made / "split.json")["edges_sigma"]
+    assert read_json(run / "config.json")["stages"]["interior"] == read_json(made / "stages.json")["edges_sigma"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "npz"])
@@ -309,7 +311,7 @@ def test_train_reads_images_as_told(made: Path, msdiff: Call, tmp_path: Path) ->
 
 
 def test_a_limit_of_pixels_is_an_option(made: Path, msdiff: Call, tmp_path: Path) -> None:
-    split = ("split", made / "photos", "--samples", "100", "--out", "s.json")
+    split = ("stages", made / "photos", "--samples", "100", "--out", "s.json")
     refused(msdiff(*split, "--max-pixels", "200"), "has 240 pixels, more than data.max_pixels=200; admit it with --max")
     code, _, err = msdiff(*split, "--max-pixels", "240")
     assert code == 0
@@ -317,8 +319,8 @@ def test_a_limit_of_pixels_is_an_option(made: Path, msdiff: Call, tmp_path: Path
 
 
 def test_train_with_more_stages(made: Path, msdiff: Call, tmp_path: Path) -> None:
-    assert msdiff("split", "digits", "--algorithm", "2", "--stages", "4", "--samples", "100")[0] == 0
-    train = ("train", "--preset", "digits", "--stages", "split.json", "--out", "run", *TINY)
+    assert msdiff("stages", "digits", "--algorithm", "2", "--stages", "4", "--samples", "100")[0] == 0
+    train = ("train", "--preset", "digits", "--stages", "stages.json", "--out", "run", *TINY)
     refused(msdiff(*train), "4 intervals but network.decoder_widths=[8, 8, 8]")
     assert msdiff(*train, "network.decoder_widths=[8,8,8,8]")[0] == 0
     assert len(read_json(tmp_path / "run" / "config.json")["stages"]["interior"]) == 3
@@ -383,14 +385,14 @@ def test_sample_writes_grids_and_arrays(made: Path, msdiff: Call, tmp_path: Path
 
 
 def test_what_is_there_is_not_replaced_unasked(made: Path, msdiff: Call, tmp_path: Path) -> None:
-    mine = {"grid.png": "a picture", "a.npz": "an array", "split.json": "a split", "samples/000001.png": "mine"}
+    mine = {"grid.png": "a picture", "a.npz": "an array", "stages.json": "a split", "samples/000001.png": "mine"}
     for name, text in mine.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     for out in ("grid.png", "a.npz", "samples"):
         refused(msdiff("sample", made / "run", "--out", out), f"--out {out}: exists", "--overwrite")
-    refused(msdiff("split", "digits"), "--out split.json: exists")
-    refused(msdiff("split", "digits", "--out", "grid.json"), "--out grid.png: exists")
+    refused(msdiff("stages", "digits"), "--out stages.json: exists")
+    refused(msdiff("stages", "digits", "--out", "grid.json"), "--out grid.png: exists")
     refused(msdiff("train", "--preset", "digits", "--out", "samples", *TINY), "samples: exists", "--replace")
     assert {name: (tmp_path / name).read_text() for name in mine} == mine
     assert len(list(tmp_path.rglob("*"))) == 5
@@ -403,7 +405,7 @@ def test_what_is_there_is_not_replaced_unasked(made: Path, msdiff: Call, tmp_pat
 def test_results_need_a_place(made: Path, msdiff: Call, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     refused(msdiff("sample", made / "run", "--out", "file/grid.png"), "nothing can be written in", "file")
-    refused(msdiff("split", "digits", "--out", "split.png"), "the result is JSON; name it split.json")
+    refused(msdiff("stages", "digits", "--out", "stages.png"), "the result is JSON; name it stages.json")
 
 
 def test_evaluate_prints_words_or_json(made: Path, msdiff: Call, tmp_path: Path) -> None:
@@ -468,12 +470,12 @@ def test_report_names_the_page(made: Path, msdiff: Call) -> None:
 
 
 def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = functools.partial(demo.split, settings=SplitSettings(samples=200))
-    monkeypatch.setattr(demo, "split", quick)
+    quick = functools.partial(demo.find_stages, settings=StageSettings(samples=200))
+    monkeypatch.setattr(demo, "find_stages", quick)
     code, out, _ = msdiff("demo", "--out", "demo", *TINY)
     assert code == 0
     names = [line.split("  (")[0] for line in out.splitlines() if line.startswith("demo")]
-    assert names == ["demo/samples.png", "demo/split.png", "demo/report.html"]
+    assert names == ["demo/samples.png", "demo/stages.png", "demo/report.html"]
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
     assert "Fréchet distance" in out
     trained = (tmp_path / "demo" / "checkpoints" / "step_00000002" / "model.safetensors").read_bytes()
@@ -488,13 +490,13 @@ def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("split nowhere", "'nowhere': no such file or folder"),
-        ("split empty", "empty: holds no images"),
-        ("split digits --samples 5", "samples=5 must be at least 100"),
-        ("split digits --stages 4", "algorithm 1 finds three stages"),
-        ("split digits --data-range 1 -1", "must be finite and ascending"),
-        ("split digits --device cuda:77", "device='cuda:77'"),
-        ("split nan.npy", "nan.npy: images are float32, not uint8"),
+        ("stages nowhere", "'nowhere': no such file or folder"),
+        ("stages empty", "empty: holds no images"),
+        ("stages digits --samples 5", "samples=5 must be at least 100"),
+        ("stages digits --stages 4", "algorithm 1 finds three stages"),
+        ("stages digits --data-range 1 -1", "must be finite and ascending"),
+        ("stages digits --device cuda:77", "device='cuda:77'"),
+        ("stages nan.npy", "nan.npy: images are float32, not uint8"),
         ("train", "give one of --preset NAME, --config FILE or --resume RUN"),
         ("train --preset digits --config c.yaml --out new", "give one of --preset"),
         ("train --preset digits", "--out is missing"),
@@ -560,7 +562,7 @@ def test_a_mistake_is_one_clear_line(arguments: str, words: str, made: Path, msd
     (tmp_path / "empty.yml").write_text("")
     (tmp_path / "latin.yml").write_bytes(b"name: caf\xe9")
     np.save(tmp_path / "nan.npy", np.full((20, 8, 8), np.nan, np.float32))
-    split = read_json(made / "split.json")
+    split = read_json(made / "stages.json")
     write_json(tmp_path / "falling.json", {**split, "edges_t": [0.7, 0.2], "edges_sigma": [5.0, 1.0]})
     (tmp_path / "bare").mkdir()
     shutil.copy(made / "run" / "config.json", tmp_path / "bare")
@@ -573,7 +575,7 @@ def test_a_mistake_is_one_clear_line(arguments: str, words: str, made: Path, msd
 
 def test_a_missing_extra_is_named(msdiff: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    refused(msdiff("split", "digits"), "pip install 'multistage-diffusion[demo]'")
+    refused(msdiff("stages", "digits"), "pip install 'multistage-diffusion[demo]'")
 
 
 def raises(error: BaseException) -> Callable[..., None]:
@@ -647,7 +649,7 @@ def test_a_bug_is_not_shown_as_a_mistake(bug: Any, msdiff: Call, monkeypatch: py
 
 
 def test_a_bug_deep_inside_a_command_is_a_bug(made: Path, msdiff: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multistage_diffusion.workflow.using.sample_images", unequal)
+    monkeypatch.setattr("multistage_diffusion.workflow.sample.sample_images", unequal)
     code, _, err = msdiff("sample", made / "run", "--out", "x.png")
     assert code == 1
     assert "ValueError: zip() argument 2 is longer" in err
@@ -783,7 +785,7 @@ def test_other_image_formats_are_refused(made: Path, msdiff: Call, tmp_path: Pat
 
 
 def test_stages_come_from_one_place(made: Path, msdiff: Call) -> None:
-    both = ("--stages", "split.json", "--set", "stages.interior=[0.5,2.0]")
+    both = ("--stages", "stages.json", "--set", "stages.interior=[0.5,2.0]")
     refused(msdiff("train", "--preset", "digits", "--out", "run", *both), "give one of them")
 
 
@@ -791,7 +793,7 @@ def test_what_memory_cannot_hold_is_refused_before_the_work(
     made: Path, msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = made / "run"
-    monkeypatch.setattr("multistage_diffusion.workflow.using.sample_images", raises(AssertionError("began")))
+    monkeypatch.setattr("multistage_diffusion.workflow.sample.sample_images", raises(AssertionError("began")))
     refused(msdiff("sample", run, "--count", 10**9, "--out", "a.png"), "--count 1000000000: a grid holds at most 10000")
     refused(msdiff("sample", run, "--count", 10**15, "--out", "a.npz"), "count=1000000000000000 needs at least", "GiB")
     refused(msdiff("sample", run, "--count", 10**40, "--out", "a.npz"), "count=1")
@@ -826,8 +828,8 @@ def test_training_that_memory_cannot_hold_is_refused(change: str, words: str, ms
 
 def test_splits_that_memory_cannot_hold_are_refused(msdiff: Call, tmp_path: Path) -> None:
     for option, value in (("--samples", 10**15), ("--times", 10**12), ("--stages", 10**9)):
-        refused(msdiff("split", "digits", option, value, "--out", "s.json"), f"{option[2:]}={value}")
-    refused(msdiff("split", "digits", "--algorithm", "2", "--samples", 10**12), "samples=1000000000000 needs")
+        refused(msdiff("stages", "digits", option, value, "--out", "s.json"), f"{option[2:]}={value}")
+    refused(msdiff("stages", "digits", "--algorithm", "2", "--samples", 10**12), "samples=1000000000000 needs")
     assert not list(tmp_path.iterdir())
 
 
@@ -836,13 +838,13 @@ def test_a_run_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     run = shutil.copytree(made / "run", tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("multistage_diffusion.workflow.using.sample_images", raises(AssertionError("began")))
+        patch.setattr("multistage_diffusion.workflow.sample.sample_images", raises(AssertionError("began")))
         patch.setattr(os, "access", lambda *_, **__: False)  # root may write everywhere
         for command in ("evaluate", "report"):
             refused(msdiff(command, run), "run: ", "cannot be written in it; check its permissions")
         patch.undo()
     with monkeypatch.context() as patch:
-        patch.setattr("multistage_diffusion.workflow.using.sample_images", raises(AssertionError("began")))
+        patch.setattr("multistage_diffusion.workflow.sample.sample_images", raises(AssertionError("began")))
         (run / "evaluation.json").write_text("{}")
         refused(msdiff("evaluate", run), "evaluation.json: expected a list of results, got {}")
         (run / "evaluation.json").unlink()
@@ -853,7 +855,7 @@ def test_a_run_that_cannot_be_written_is_refused_before_the_work(
 
 def test_a_result_that_cannot_be_kept_is_printed(made: Path, msdiff: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     full = raises(OSError(errno.ENOSPC, "No space left on device", "evaluation.json"))
-    monkeypatch.setattr("multistage_diffusion.workflow.evaluating.write_json", full)
+    monkeypatch.setattr("multistage_diffusion.workflow.evaluate.write_json", full)
     code, out, err = msdiff("evaluate", made / "run", "--count", 20, "--json")
     assert code == 2
     assert json.loads(out)["frechet"] > 0
@@ -875,9 +877,20 @@ def test_names_that_hold_markup_or_control_characters(msdiff: Call, tmp_path: Pa
 def test_where_a_run_cannot_be_made_is_said_before_the_work(
     made: Path, msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multistage_diffusion.workflow.fitting._prepared", raises(AssertionError("began")))
+    monkeypatch.setattr("multistage_diffusion.workflow.train._prepared", raises(AssertionError("began")))
     train = ("train", "--preset", "digits", "--out")
     refused(msdiff(*train, made / "run"), "run: exists; resume it")
     (tmp_path / "file").write_text("")
     refused(msdiff(*train, tmp_path / "file"), "file: exists")
     refused(msdiff(*train, tmp_path / "file" / "run"), "nothing can be written in", "file; choose another place")
+
+
+@pytest.mark.parametrize(("name", "computes"), [("report", True), ("presets", False)])
+def test_commands_that_compute_keep_the_memory_of_the_process(
+    name: str, computes: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept: list[torch.device] = []
+    monkeypatch.setattr(devices, "keep_memory", kept.append)
+    monkeypatch.setattr(COMMANDS[name], "run", lambda _: None)
+    assert cli.main([name, *(["r", "--device", "cpu"] if computes else [])]) == 0
+    assert kept == [torch.device("cpu")] * computes

@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from multistage_diffusion import console as module
+from multistage_diffusion.config.presets import preset
+from multistage_diffusion.config.serialization import override
 from multistage_diffusion.console import Bar, TrainingProgress
-from multistage_diffusion.execution import Execution
-from multistage_diffusion.presets import preset
-from multistage_diffusion.serialization import override
+from multistage_diffusion.performance.execution import Execution
 
 
 class Clock:

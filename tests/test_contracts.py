@@ -5,14 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from multistage_diffusion.contracts import (
-    Codec,
-    Conditioning,
-    Denoiser,
-    FeatureExtractor,
-    as_float64,
-    denoise_uniform,
-)
+from multistage_diffusion.contracts import Codec, Conditioning, Denoiser, FeatureExtractor, as_float64, denoise_uniform
 
 
 class PixelMeans:

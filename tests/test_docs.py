@@ -16,13 +16,13 @@ from PIL import Image
 
 from multistage_diffusion import cli
 from multistage_diffusion.config import RunConfig
+from multistage_diffusion.config.serialization import to_dict
 from multistage_diffusion.data import idx
-from multistage_diffusion.serialization import to_dict
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # pages whose commands take more than ten seconds; README stands for them in quick tests
-LONG = ("evaluation", "first-run", "latent", "own-images", "performance", "planning", "splitting")
+LONG = ("evaluation", "first-run", "latent", "own-images", "performance", "planning", "stage-finding")
 TORCHRUN, MODULE = [sys.executable, "-m", "torch.distributed.run"], "-m multistage_diffusion "
 SHORT = ["training.steps=4", "training.batch=12", "training.held_out_rows=4", "training.log_every=2"]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from multistage_diffusion import files
+from multistage_diffusion.config.serialization import read_json
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.files import write_atomic, write_json
-from multistage_diffusion.serialization import read_json
 
 
 def full(*_: object) -> None:

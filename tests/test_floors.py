@@ -104,7 +104,7 @@ def test_the_lowest_allowed_versions_split_train_sample_and_report(tmp_path: Pat
     small += ["network.decoder_widths=[8,8]", "training.shares=uniform", "stages.interior=[1.0]"]
     msdiff = [python, "-m", "multistage_diffusion"]
     data, out = tmp_path / "images.npz", tmp_path / "run"
-    run(*msdiff, "split", data, "--algorithm", "timestep", "--stages", "2", "--out", tmp_path / "split.json")
+    run(*msdiff, "stages", data, "--algorithm", "timestep", "--stages", "2", "--out", tmp_path / "stages.json")
     run(*msdiff, "train", "--preset", "digits", "--data", data, "--out", out, "--set", *small)
     run(*msdiff, "sample", out, "--count", "4", "--calls", "4", "--out", tmp_path / "grid.png")
     run(*msdiff, "report", out)

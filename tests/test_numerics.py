@@ -13,7 +13,7 @@ from multistage_diffusion.data import open_data
 from multistage_diffusion.evaluation import frechet_between, get_features, image_moments
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
-from multistage_diffusion.workflow import sample
+from multistage_diffusion.workflow.sample import sample
 
 STEPS = 200
 WAYS = {

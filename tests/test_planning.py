@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from multistage_diffusion.config import NetworkConfig
+from multistage_diffusion.config.presets import preset
 from multistage_diffusion.nets.cost import network_cost
 from multistage_diffusion.planning import (
     TOLERANCE,
@@ -28,7 +29,6 @@ from multistage_diffusion.planning import (
     reasons,
     width_options,
 )
-from multistage_diffusion.presets import preset
 
 SIZE = (8, 8)
 DIGITS = preset("digits").network

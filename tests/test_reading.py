@@ -14,8 +14,9 @@ import pytest
 
 from multistage_diffusion.commands.options import load_config, parse_changes
 from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.config.presets import preset
+from multistage_diffusion.config.serialization import from_dict, override, read_json, read_lines
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.presets import preset
 from multistage_diffusion.reading import (
     DEEPEST,
     parse_json,
@@ -25,7 +26,6 @@ from multistage_diffusion.reading import (
     read_text,
     require_regular,
 )
-from multistage_diffusion.serialization import from_dict, override, read_json, read_lines
 
 LISTS = "\n".join(
     [

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from multistage_diffusion.config import RunConfig
+from multistage_diffusion.config.presets import preset
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import ComparisonResult
-from multistage_diffusion.presets import preset
 from multistage_diffusion.records import fields_of, read_evaluations, read_launches, read_metrics
-from multistage_diffusion.report_page import write_report
+from multistage_diffusion.reporting.report import write_report
 from multistage_diffusion.training.run import Run
 
 ODD: list[Any] = [None, True, -1, 10**400, 1e308, float("nan"), float("inf"), "x", [], [[None]], {"a": {}}]
@@ -73,8 +73,10 @@ def test_records_as_written_are_shown(config: RunConfig, tmp_path: Path, monkeyp
 
 def test_every_field_with_every_wrong_type(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # charts take a while; what they are given is computed all the same
-    monkeypatch.setattr("multistage_diffusion.report_page.write_atomic", lambda *_: (tmp_path / "report.html").touch())
-    monkeypatch.setattr("multistage_diffusion.report_page.chart", lambda draw, height, caption: caption)
+    monkeypatch.setattr(
+        "multistage_diffusion.reporting.report.write_atomic", lambda *_: (tmp_path / "report.html").touch()
+    )
+    monkeypatch.setattr("multistage_diffusion.reporting.report.chart", lambda draw, height, caption: caption)
     for name, records in GOOD.items():
         write(tmp_path, name, records)
     refused = 0

@@ -13,9 +13,9 @@ from multistage_diffusion.config import (
     SamplingConfig,
     TrainingConfig,
 )
+from multistage_diffusion.config.serialization import override
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.schedules import LogNormal
-from multistage_diffusion.serialization import override
 from multistage_diffusion.stages import Stages
 
 TINY = RunConfig(

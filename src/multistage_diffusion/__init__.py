@@ -2,7 +2,7 @@
 
 import multistage_diffusion as msd
 
-result = msd.split("digits")
+result = msd.find_stages("digits")
 run = msd.train(msd.preset("digits"), Path("runs/digits"), result=result)
 images = msd.sample(run, count=64)
 """
@@ -20,85 +20,83 @@ if TYPE_CHECKING:
     from .config import RunConfig as RunConfig
     from .config import SamplingConfig as SamplingConfig
     from .config import TrainingConfig as TrainingConfig
+    from .config.presets import preset as preset
+    from .config.serialization import override as override
     from .contracts import Conditioning as Conditioning
     from .contracts import Denoiser as Denoiser
     from .data import GaussianMixture as GaussianMixture
     from .data import ImageData as ImageData
     from .data import open_data as open_data
     from .denoisers import build_denoiser as build_denoiser
-    from .description import describe as describe
     from .optimal import OptimalDenoiser as OptimalDenoiser
-    from .pictures import grid as grid
-    from .presets import preset as preset
-    from .sampling import sample_images as sample_images
+    from .reporting.describe import describe as describe
+    from .reporting.pictures import grid as grid
+    from .samplers.sampling import sample_images as sample_images
     from .schedules import EDM as EDM
     from .schedules import VE as VE
     from .schedules import VP as VP
     from .schedules import Discrete as Discrete
     from .schedules import RectifiedFlow as RectifiedFlow
-    from .serialization import override as override
-    from .splitting import SplitResult as SplitResult
-    from .splitting import SplitSettings as SplitSettings
+    from .stage_finding import StageResult as StageResult
+    from .stage_finding import StageSettings as StageSettings
     from .stages import Stages as Stages
     from .training.run import Run as Run
-    from .workflow import compare as compare
-    from .workflow import evaluate as evaluate
-    from .workflow import export_published as export_published
-    from .workflow import import_published as import_published
-    from .workflow import plan as plan
-    from .workflow import report as report
-    from .workflow import resume as resume
-    from .workflow import sample as sample
-    from .workflow import split as split
-    from .workflow import statistics as statistics
-    from .workflow import train as train
-    from .workflow import train_codec as train_codec
+    from .workflow.codec import train_codec as train_codec
+    from .workflow.evaluate import compare as compare
+    from .workflow.evaluate import evaluate as evaluate
+    from .workflow.evaluate import statistics as statistics
+    from .workflow.exchange import export_published as export_published
+    from .workflow.exchange import import_published as import_published
+    from .workflow.plan import plan as plan
+    from .workflow.report import report as report
+    from .workflow.sample import sample as sample
+    from .workflow.stages import find_stages as find_stages
+    from .workflow.train import resume as resume
+    from .workflow.train import train as train
 
 __version__ = "0.1.0"
 
-# name -> module; imported when first asked for, so that `msdiff --help` need not wait for torch
+# name -> module, imported at first access: `msdiff --help` does not import torch
 _HOME = {
-    **dict.fromkeys(
-        (
-            "compare",
-            "evaluate",
-            "export_published",
-            "import_published",
-            "plan",
-            "report",
-            "resume",
-            "sample",
-            "split",
-            "statistics",
-            "train",
-            "train_codec",
-        ),
-        "workflow",
-    ),
-    **dict.fromkeys(
-        (
-            "DataConfig",
-            "DiffusionConfig",
-            "NetworkConfig",
-            "OptimizerConfig",
-            "RunConfig",
-            "SamplingConfig",
-            "TrainingConfig",
-        ),
-        "config",
-    ),
-    **dict.fromkeys(("Conditioning", "Denoiser"), "contracts"),
-    **dict.fromkeys(("GaussianMixture", "ImageData", "open_data"), "data"),
-    **dict.fromkeys(("EDM", "VE", "VP", "Discrete", "RectifiedFlow"), "schedules"),
-    **dict.fromkeys(("SplitResult", "SplitSettings"), "splitting"),
+    "compare": "workflow.evaluate",
+    "evaluate": "workflow.evaluate",
+    "export_published": "workflow.exchange",
+    "import_published": "workflow.exchange",
+    "plan": "workflow.plan",
+    "report": "workflow.report",
+    "resume": "workflow.train",
+    "sample": "workflow.sample",
+    "find_stages": "workflow.stages",
+    "statistics": "workflow.evaluate",
+    "train": "workflow.train",
+    "train_codec": "workflow.codec",
+    "DataConfig": "config",
+    "DiffusionConfig": "config",
+    "NetworkConfig": "config",
+    "OptimizerConfig": "config",
+    "RunConfig": "config",
+    "SamplingConfig": "config",
+    "TrainingConfig": "config",
+    "Conditioning": "contracts",
+    "Denoiser": "contracts",
+    "GaussianMixture": "data",
+    "ImageData": "data",
+    "open_data": "data",
+    "EDM": "schedules",
+    "VE": "schedules",
+    "VP": "schedules",
+    "Discrete": "schedules",
+    "RectifiedFlow": "schedules",
+    "StageResult": "stage_finding",
+    "StageSettings": "stage_finding",
     "build_denoiser": "denoisers",
-    "describe": "description",
-    "grid": "pictures",
+    "describe": "reporting.describe",
+    "grid": "reporting.pictures",
     "OptimalDenoiser": "optimal",
-    "override": "serialization",
-    "preset": "presets",
+    "override": "config.serialization",
+    "preset": "config.presets",
     "Run": "training.run",
-    "sample_images": "sampling",
+    "sample_images": "samplers.sampling",
     "Stages": "stages",
 }
 __all__ = ["__version__", *_HOME]

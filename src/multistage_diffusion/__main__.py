@@ -1,4 +1,4 @@
-"""python -m multistage_diffusion: the command line msdiff, for what starts processes by module (torchrun -m)."""
+"""The command line msdiff as `python -m multistage_diffusion`, for launchers that start a module (torchrun -m)."""
 
 import sys
 

@@ -1,9 +1,9 @@
 """The command line `msdiff`.
 
-Exit codes: 0; 1 for a bug, with its traceback; 2 for what ends a command early (a mistake, a full disk, Ctrl-C), in one
-line; 141, as of programs that a closed pipe ends (128 + SIGPIPE), when nobody reads the output any more.
+Exit codes: 0 for success; 1 for a bug, with its traceback; 2 for a user error, a full disk or Ctrl-C, with one line;
+141 (128 + SIGPIPE, as of programs that a closed pipe ends) if the reader of the output has closed the pipe.
 
-Nothing heavy is imported before a command is named, so that `msdiff --help` answers at once.
+Heavy modules are imported only after a command is named, so `msdiff --help` answers at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .errors import UserError, explained
 from .shown import shown
 
 SUMMARIES = {
-    "split": "Find the noise ranges (stages) of a data set from the data themselves.",
+    "stages": "Find the noise ranges (stages) of a data set from the data themselves.",
     "train": "Train a multi-decoder model, or go on with a run.",
     "train-codec": "Train a small autoencoder (a latent codec) on a data set, for runs on its latents.",
     "sample": "Draw samples of a run: a grid (.png), a folder of PNGs, or an array (.npz).",
@@ -36,7 +36,7 @@ SUMMARIES = {
     "plan": "Plan a model for a data set and a budget: stages from the data, decoder widths from two short probes.",
     "describe": "Show a run's (or preset's) stages, widths, parameters and multiply-adds; draw its network.",
     "report": "Write RUN/report.html: one file with stages, network, losses, samples, neighbours, metrics and configuration.",
-    "demo": "Do the whole job on real handwritten digits in a few minutes: split, train, sample, evaluate, report.",
+    "demo": "Do the whole job on real handwritten digits in a few minutes: stages, train, sample, evaluate, report.",
     "import": "Make a run of a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt.",
     "export": "Write a run's weights in the published layout of its family.",
     "presets": "List the presets, one line each.",
@@ -55,8 +55,8 @@ msdiff COMMAND --help shows a command's options, with examples; msdiff --version
 
 Examples
   msdiff demo
-  msdiff split photos/ --size 64 64 --fit crop --out split.json
-  msdiff train --preset digits --data digits --stages split.json --out runs/digits
+  msdiff stages photos/ --size 64 64 --fit crop --out stages.json
+  msdiff train --preset digits --data digits --stages stages.json --out runs/digits
   msdiff sample runs/digits --count 64 --out grid.png
 """
 
@@ -64,16 +64,16 @@ _LONGEST = 1000  # characters of a message
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command line; return its exit code."""
+    """Run a command line and return its exit code."""
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given or os.environ.get("MSDIFF_DEBUG", "") not in ("", "0")
     name, *arguments = [argument for argument in given if argument != "--debug"] or ["--help"]
     for stream in _streams():
-        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is escaped, not refused
+        if isinstance(stream, io.TextIOWrapper):  # characters outside the terminal's encoding are escaped
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _answer(name, arguments, debug)
-        sys.stdout.flush()  # a closed pipe is found here, not when the interpreter ends
+        sys.stdout.flush()  # a closed pipe raises here, not at interpreter exit
     except BrokenPipeError:
         return _unread()
     except OSError as error:
@@ -119,7 +119,9 @@ def _answer(name: str, arguments: Sequence[str], debug: bool) -> int:
 
 def _run(name: str, arguments: Sequence[str], debug: bool) -> int:
     try:
-        parse(name, arguments).run()
+        command = parse(name, arguments)
+        _prepare_process(command)
+        command.run()
     except KeyboardInterrupt as interrupt:
         return _fail(interrupt if interrupt.args else "interrupted", debug)
     except Exception as error:
@@ -132,11 +134,19 @@ def _run(name: str, arguments: Sequence[str], debug: bool) -> int:
     return 0
 
 
+def _prepare_process(command: Any) -> None:
+    """Make settings of the whole process, which library calls must not make, for a command that computes."""
+    if hasattr(command, "device"):
+        from .performance.devices import keep_memory, resolve_device
+
+        keep_memory(resolve_device(command.device))
+
+
 def _closed() -> list[int]:
-    """Return which of standard output and standard error nobody reads any more."""
+    """Return the descriptors of standard output and standard error whose reader has closed the pipe."""
     found = []
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a stream that is no file is not closed by another program
+        with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor is not a pipe
             poll = select.poll()
             poll.register(stream.fileno(), select.POLLOUT)
             found += [number for number, event in poll.poll(0) if event & select.POLLERR]
@@ -144,7 +154,7 @@ def _closed() -> list[int]:
 
 
 def _unread() -> int:
-    """Let the interpreter end in silence, though what waits for a closed pipe cannot be written."""
+    """Discard the buffered output for closed pipes, so that the interpreter exits silently; return the exit code."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     for number in _closed():
         os.dup2(nothing, number)
@@ -170,25 +180,25 @@ def _trace() -> None:
 
 
 def _warn(message: object) -> None:
-    from .distributed import speaks
+    from .distributed import is_main_process
 
-    if speaks():  # of several processes one is enough
+    if is_main_process():  # print the warning once, not once per process
         _say(f"warning: {message}")
 
 
 class _Teller(logging.Handler):
-    """Prints what is logged, by one of several processes."""
+    """Prints log messages on the main process."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from .distributed import speaks
+        from .distributed import is_main_process
 
-        if speaks():
+        if is_main_process():
             _say(record.getMessage(), start="")
 
 
 @contextlib.contextmanager
 def _openings_told() -> Iterator[None]:
-    """Print what data sets are opened, which the library logs."""
+    """Print the library's log messages about the data sets it opens."""
     logger, teller = logging.getLogger(f"{__package__}.data"), _Teller()
     level = logger.level
     logger.addHandler(teller)
@@ -201,9 +211,9 @@ def _openings_told() -> Iterator[None]:
 
 
 def _say(message: object, start: str = "msdiff: ") -> None:
-    # in one piece, newline included: several processes may have something to say
+    # one write, newline included: several processes may print at once
     text = shown(" ".join(str(message).split()))
-    if len(text) > _LONGEST:  # a key or path of thousands of characters hides what is said of it
+    if len(text) > _LONGEST:  # a key or path of thousands of characters would hide the rest of the message
         half = _LONGEST // 2
         text = f"{text[:half]} … {text[-half:]}"
     try:
@@ -219,7 +229,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     """Parse a command's arguments into its dataclass; --help prints and exits.
 
     Raises:
-        UserError: one line that says what is wrong with them.
+        UserError: with one line that names the fault.
     """
     if name not in SUMMARIES:
         near = difflib.get_close_matches(name, SUMMARIES, 1)
@@ -246,7 +256,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
 
 
 def _gathered(arguments: Sequence[str]) -> list[str]:
-    """Gather the values of every --set behind one, where tyro would keep those of the last."""
+    """Collect the values of all --set options into one, because tyro keeps only those of the last."""
     others, values, inside = [], [], False
     for argument in arguments:
         if argument.startswith("--set="):
@@ -264,9 +274,9 @@ def _help(command: type[Any]) -> str:
 
 
 def _one_line(box: str) -> str:
-    """Flatten tyro's boxed error; the box's title repeats what is inside, what follows repeats the help."""
+    """Flatten tyro's boxed error into one line, without the title (repeated inside) and the help text that follows."""
     inside = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:])
-    text = re.sub(r"[\u2500-\u257f]+|-{4,}", " ", inside)  # where the terminal knows no frames, rules are hyphens
+    text = re.sub(r"[\u2500-\u257f]+|-{4,}", " ", inside)  # terminals without box characters get hyphens
     text = re.split(r"Got errors:|Argument helptext:|For full helptext", " ".join(text.split()))[0]
     text = re.sub(r"no type matching \{None\}\|(.+) could be instantiated from (.+)\.", r"\2 is not \1", text)
     return text.replace("'None', ", "").replace(", 'None'", "").strip(" .")

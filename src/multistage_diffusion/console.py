@@ -1,4 +1,4 @@
-"""Progress and messages: a bar with rate and time left on a terminal, plain lines elsewhere; all on standard error."""
+"""Progress and messages on standard error: a bar with rate and time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from .distributed import speaks
+from .distributed import is_main_process
 from .shown import shown
-from .training.events import Callback
+from .training.callbacks import Callback
 from .training.trainer import Trainer
 
 
 class PlainConsole(Console):
-    """A console for which text is text: names of files and classes may hold what rich reads as markup, or control characters."""
+    """A console that prints text literally, because file and class names may hold rich markup or control characters."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print text, safe to show."""
+        """Print text with control characters escaped."""
         super().print(*(shown(o, lines=True) if isinstance(o, str) else o for o in objects), **options)
 
 
-console = PlainConsole(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=not speaks())
+console = PlainConsole(
+    stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=not is_main_process()
+)
 
 
 class Bar:
-    """Progress of one long piece of work; callable with (done, total).
+    """Progress of one long task; callable with (done, total).
 
     Args:
-        title: what is being done.
+        title: name of the task.
         unit: what is counted.
         every: seconds between plain lines where there is no terminal.
     """
@@ -37,7 +39,7 @@ class Bar:
     def __init__(self, title: str, unit: str = "", every: float = 10.0) -> None:
         self.title, self.unit, self.every = title, unit, every
         self.note = ""
-        self._start: tuple[float, int] | None = None  # when the first news came, and how much was done then
+        self._start: tuple[float, int] | None = None  # time of the first call, and the count done by then
         self._last = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -69,7 +71,7 @@ class Bar:
         left = f"{duration((total - done) / rate)} left" if rate else ""
         text = ", ".join(part for part in (f"{done}/{total}", speed, left, self.note) if part)
         if self._bar:
-            self._bar.start()  # at the first news: a bar that has none never shows, and only one can be shown at once
+            self._bar.start()  # at the first call: only one bar can be shown at a time, and some are never called
             self._bar.update(self._task, completed=done, total=total, text=text)
             if done >= total:
                 self._bar.stop()
@@ -79,7 +81,7 @@ class Bar:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in words."""
+    """Return a duration as text, such as "5 min"."""
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"{seconds:.0f} s"
@@ -90,7 +92,7 @@ def duration(seconds: float) -> str:
 
 
 class TrainingProgress(Callback):
-    """Shows steps, rate, time left and the latest losses while a run trains; `with` takes the bar away after an error."""
+    """Shows steps, rate, time left and the latest losses during training; `with` removes the bar after an error."""
 
     def __init__(self) -> None:
         self._bar = Bar("training", "steps")
@@ -102,7 +104,7 @@ class TrainingProgress(Callback):
         self._bar.__exit__()
 
     def started(self, trainer: Trainer) -> None:
-        """Say what is going to happen, unless nothing is."""
+        """Print what will be trained, unless training has already ended."""
         if trainer.ended:
             return
         config = trainer.config
@@ -122,7 +124,7 @@ class TrainingProgress(Callback):
         self._bar(trainer.step, config.training.steps)
 
     def chosen(self, trainer: Trainer) -> None:
-        """Tell of a trial."""
+        """Print the execution settings that autotuning chose and the step times it measured."""
         if trainer.trial:
             seconds = ", ".join(f"{words} {found:.3g} s" for words, found in trainer.trial.items())
             console.print(
@@ -130,11 +132,11 @@ class TrainingProgress(Callback):
             )
 
     def stepped(self, trainer: Trainer) -> None:
-        """Move the bar."""
+        """Update the bar."""
         self._bar(trainer.step, trainer.config.training.steps)
 
     def logged(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """Keep the latest losses beside the bar; tell of an evaluation in a line."""
+        """Show the latest losses beside the bar; print one line per evaluation."""
         if record["kind"] == "quality":
             distance = "unknown" if record["frechet"] is None else f"{record['frechet']:.4g}"
             console.print(
@@ -146,7 +148,7 @@ class TrainingProgress(Callback):
         self._bar.note = f"{'held-out' if record['kind'] == 'held_out' else 'loss'} {losses}"
 
     def finished(self, trainer: Trainer) -> None:
-        """Take the bar away, and say why training has ended early."""
+        """Remove the bar, and print why training ended early, if it did."""
         self._bar.__exit__()
         if trainer.ended:
             console.print(trainer.ended)

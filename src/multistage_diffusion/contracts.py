@@ -1,4 +1,4 @@
-"""The few protocols that every part of the library speaks."""
+"""The protocols that all parts of the library share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What a denoiser may know besides the noisy image.
+    """Inputs of a denoiser besides the noisy image and sigma.
 
     Attributes:
         labels: class labels, int64 (B,), -1 for "no label"; None for an unconditional call.
@@ -31,7 +31,7 @@ class Conditioning:
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """The one contract: the expected clean image given a noisy one."""
+    """The main contract: the expected clean image given a noisy one."""
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
         """Return E[y | x] for unscaled x = y + sigma * n, n standard normal.
@@ -48,16 +48,16 @@ class Denoiser(Protocol):
 
 
 class UniformDenoiser(Denoiser, Protocol):
-    """A Denoiser that has a way of its own where all rows have one sigma: told as a number, it need not be asked of a device."""
+    """A Denoiser with a method for one sigma in all rows; sigma is a float, which needs no device synchronisation."""
 
     def uniform(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
-        """Return what a call with that sigma in every row would, see `Denoiser`."""
+        """Return the result of a call with that sigma in every row, see `Denoiser`."""
         ...
 
 
 def denoise_uniform(denoiser: Denoiser, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
-    """Call a denoiser with one sigma for all rows, in float64: a stage's edge is met exactly."""
-    # asked of the class: a wrapper such as torch.compile's gives the inner denoiser's, which would go past it
+    """Call a denoiser with one sigma for all rows, in float64, so that a sigma on a stage edge is exact."""
+    # look the method up on the class: wrappers such as torch.compile's forward attributes to the inner denoiser
     if hasattr(type(denoiser), "uniform"):
         return cast(UniformDenoiser, denoiser).uniform(x, sigma, cond)
     return denoiser(x, uniform_sigma(x, sigma), cond)
@@ -73,9 +73,9 @@ class FeatureExtractor(Protocol):
     """Maps images to feature vectors; its name is part of every metric computed from it.
 
     Attributes:
-        name: what it is, with a digest of its weights where they could differ.
-        comparable_to: which figures its own may be set beside.
-        preprocessing: what it does to the images first.
+        name: name of the extractor, with a digest of its weights where these could differ.
+        comparable_to: figures that its metrics may be compared with.
+        preprocessing: how it preprocesses the images.
     """
 
     name: str
@@ -91,7 +91,7 @@ class FeatureExtractor(Protocol):
 class Codec(Protocol):
     """Maps images to smaller latents and back, deterministically and without gradients.
 
-    Latents are the codec's own, without a scale: what networks see is a latent times the run's scale.
+    Latents are unscaled: the network's input is a latent times the run's scale.
     """
 
     fingerprint: str

@@ -1,8 +1,8 @@
-"""From a network to a denoiser: preconditioning around a multi-decoder network, decoders chosen by noise level.
+"""Denoisers: a multi-decoder network with preconditioning, and a decoder chosen by noise level.
 
-Every parameterisation is D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) on unscaled x = y + sigma n (Karras et al. 2022,
-eq. 7). Trained on the plain squared error of F, which weights the denoising error by 1/c_out², this is exactly
-eps-prediction, EDM's loss and velocity matching.
+Every parameterisation is D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) on unscaled x = y + sigma n (Karras et al.
+2022, eq. 7). The loss is the plain squared error of F, i.e. the denoising error weighted by 1/c_out². Depending on the
+preconditioning, it is exactly eps-prediction, EDM's loss or velocity matching.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from .config import DiffusionConfig, RunConfig
 from .contracts import Conditioning, uniform_sigma
-from .execution import Graphs
 from .nets import build_network
 from .nets.unet import MultiDecoderUNet
+from .performance.execution import Graphs
 from .schedules import NoiseSchedule
 from .stages import Stages
 
-_LEAST = 1e-12  # sigma = 0 must not become -inf in the embedding of a logarithmic time
+_LEAST = 1e-12  # keeps the logarithmic time embedding finite at sigma = 0
 
 
 class Coefficients(NamedTuple):
@@ -43,7 +43,7 @@ class Preconditioning(ABC):
         """Return the coefficients at sigma, float64 (B,)."""
 
     def target(self, y: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """Return what F should output for x = y + sigma noise: (y - c_skip x)/c_out, without cancellation.
+        """Return the target of F for x = y + sigma noise: (y - c_skip x)/c_out, without cancellation.
 
         Args:
             y: clean data (B, ...).
@@ -58,7 +58,7 @@ class Preconditioning(ABC):
 class VPEps(Preconditioning):
     """Noise prediction on the scaled state (Ho et al. 2020; score_sde): D = x - sigma F(s x; c_noise).
 
-    c_noise is 999 t on a continuous schedule, the step itself on a discrete one.
+    c_noise is 999 t on a continuous schedule and the step itself on a discrete one.
     """
 
     schedule: NoiseSchedule
@@ -86,7 +86,10 @@ class EDMPreconditioning(Preconditioning):
 
 @dataclass(frozen=True)
 class Velocity(Preconditioning):
-    """Rectified flow (Liu et al. 2023): F predicts n - y at x_t = (1-t) y + t n, t = sigma/(1 + sigma); c_noise = 999 t."""
+    """Rectified flow (Liu et al. 2023): F predicts n - y at x_t = (1-t) y + t n, t = sigma/(1 + sigma).
+
+    c_noise is 999 t.
+    """
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """Return 1-t, -t, 1-t and 999 t."""
@@ -102,12 +105,12 @@ def make_preconditioning(config: DiffusionConfig) -> Preconditioning:
 
 
 class MultiStageDenoiser(nn.Module):
-    """A Denoiser: a multi-decoder network, its preconditioning and the stages that choose the decoder, per sample."""
+    """A Denoiser: a multi-decoder network, its preconditioning, and the stages that choose each sample's decoder."""
 
     def __init__(self, network: MultiDecoderUNet, stages: Stages, preconditioning: Preconditioning) -> None:
         super().__init__()
         self.network = network
-        self.graphs: Graphs | None = None  # through which the network is called, if any
+        self.graphs: Graphs | None = None  # the network's CUDA graphs, if it is called through them
         self.stages = stages
         self.preconditioning = preconditioning
 
@@ -120,7 +123,7 @@ class MultiStageDenoiser(nn.Module):
             x: unscaled noisy images (B, C, H, W).
             sigma: (B,), any mix of stages.
             cond: labels, or None.
-            counts: rows of each stage, where the caller has sorted the rows by stage (no device synchronisation then).
+            counts: rows per stage, if the caller has sorted the rows by stage; this avoids a device synchronisation.
 
         Raises:
             UserError: if a sigma is NaN or negative.
@@ -136,7 +139,7 @@ class MultiStageDenoiser(nn.Module):
         return torch.empty_like(rows).index_copy(0, order, rows)
 
     def uniform(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
-        """Return E[y | x] where all rows have one sigma, see contracts.UniformDenoiser: no device synchronisation.
+        """Return E[y | x] for one sigma in all rows, without device synchronisation; see contracts.UniformDenoiser.
 
         Raises:
             UserError: if sigma is NaN or negative.
@@ -146,7 +149,7 @@ class MultiStageDenoiser(nn.Module):
         return self(x, uniform_sigma(x, sigma), cond, counts)  # type: ignore[no-any-return]
 
     def output(self, x: Tensor, sigma: Tensor, counts: Sequence[int], cond: Conditioning | None = None) -> Tensor:
-        """Return the network's own output F(c_in x; c_noise) for rows sorted by stage."""
+        """Return the raw network output F(c_in x; c_noise) for rows sorted by stage."""
         c = self.preconditioning.coefficients(sigma.to(torch.float64))
         dtype = next(self.network.parameters()).dtype
         call = self.graphs or self.network

@@ -1,4 +1,4 @@
-"""The errors that a user can mend; any other exception is a bug of this package."""
+"""Errors that a user can fix; any other exception is a bug of this package."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MENDS = {
     errno.EBUSY: "try again later",
     errno.ETXTBSY: "try again later",
 }
-# these tell of the machine, whatever file they were found at
+# errors of the machine, not of the file at which they occurred
 _MACHINE = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -44,20 +44,26 @@ _MEMORY_MEND = "take a smaller batch, count or network, or a machine with more m
 
 
 class UserError(ValueError):
-    """What a user can mend: the message names the field or file, the value, and the mend, in one line.
+    """An error that a user can fix: the message names the field or file, the value and the fix, in one line.
 
-    The command line prints the message and exits with code 2. Every other exception is a bug: it shows its traceback.
+    The command line prints the message and exits with code 2. Any other exception is a bug and shows its traceback.
     """
 
 
 class NotFiniteError(UserError, FloatingPointError):
-    """Values stopped being finite: settings, weights or data do not suit; the message says where."""
+    """A value is not finite because of unsuitable settings, weights or data; the message names the place."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless a condition on a user's value holds."""
+    if not condition:
+        raise UserError(message)
 
 
 def explained(error: BaseException) -> str | None:
-    """Return what to tell the user of an error that the user can mend, without its traceback; None for a bug.
+    """Return the one-line message for an error that the user can fix; None for a bug.
 
-    These are UserError, errors of files, devices and connections, and memory that ran out.
+    Such errors are UserError, errors of files, devices and connections, and out-of-memory errors.
     """
     if isinstance(error, UserError):
         return str(error)
@@ -71,8 +77,8 @@ def explained(error: BaseException) -> str | None:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error is torch's for memory that ran out, on a GPU or on the CPU."""
-    torch = sys.modules.get("torch")  # an error of torch has imported it
+    """Return whether an error is torch's out-of-memory error, on a GPU or on the CPU."""
+    torch = sys.modules.get("torch")  # a torch error implies that torch is imported
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
     return any(words in str(error) for words in _CPU_ALLOCATOR)
@@ -89,5 +95,5 @@ def _explained_system(error: OSError) -> str | None:
         return f"{reason}{mend}" if error.errno in _MACHINE else None
     name = error.filename.decode(errors="replace") if isinstance(error.filename, bytes) else str(error.filename)
     if name.startswith(_PACKAGE) and error.errno == errno.ENOENT:
-        return None  # a file of this package is missing: no name that a user gave
+        return None  # a file of this package is missing: a bug, not a name that the user gave
     return f"{name}: {reason}{mend}"

@@ -1,7 +1,7 @@
-"""All writing to disk: a file or folder is wholly there or as it was before, whatever stops the process.
+"""All writing to disk: a file or folder is either complete or unchanged, however the process is stopped.
 
-Nothing is written through a link, new files follow the user's umask, and what a killed process has left is removed by the
-next command that writes to the same folder. An error of the disk names the file and what to do.
+Nothing is written through a link. New files follow the user's umask. The next command that writes to the same folder
+removes what a killed process has left. A disk error names the file and the fix.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any
 from .errors import UserError
 
 _WRITING, _REPLACED = "writing", "replaced"
-# .NAME.writing-1a2b3c4d: being made, to be called NAME; .NAME.replaced-1a2b3c4d: was NAME until its successor was there
+# .NAME.writing-1a2b3c4d: the new NAME; .NAME.replaced-1a2b3c4d: the old NAME until the new one is in place
 _OURS = re.compile(rf"\.(?P<name>.+)\.(?P<what>{_WRITING}|{_REPLACED})-[0-9a-f]{{8}}")
-_OPEN = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO in a file's place is seen, not waited for
+_OPEN = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: opening a FIFO does not block
 
 _FULL = "free some space, or choose another place"
 _SHUT = "choose another place, or ask its owner for the right to write there"
@@ -44,7 +44,7 @@ _MENDS = {
 
 
 class NotWrittenError(UserError, OSError):
-    """The disk refuses to take a file: it is full, read-only, another user's."""
+    """A file cannot be written: the disk is full or read-only, or the place belongs to another user."""
 
     def __init__(self, message: str, error: OSError) -> None:
         super().__init__(message)
@@ -53,13 +53,13 @@ class NotWrittenError(UserError, OSError):
     def __str__(self) -> str:
         return str(self.args[0])
 
-    def __reduce__(self) -> tuple[Any, ...]:  # to be told to other processes
+    def __reduce__(self) -> tuple[Any, ...]:  # to send it to other processes
         return type(self), (str(self), OSError(self.errno, self.strerror))
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an error of the disk into one line that names the file and what to do.
+    """Turn a disk error into one line that names the file and the fix.
 
     Raises:
         NotWrittenError: in place of any OSError of the block.
@@ -77,7 +77,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def to_dict(value: Any) -> Any:
-    """Return value as JSON-able data; a schedule or prior carries its `kind`."""
+    """Return value as JSON-compatible data; a schedule or prior includes its `kind`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         data = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
         kind = getattr(value, "kind", None)
@@ -90,10 +90,10 @@ def to_dict(value: Any) -> Any:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, as far as they are missing, so that they survive a power cut.
+    """Create a folder and its missing parents so that they survive a power cut.
 
     Raises:
-        UserError: if it cannot be made.
+        UserError: if it cannot be created.
     """
     with disk_errors(path):
         missing = [p for p in (path, *path.parents) if not p.exists()]
@@ -103,7 +103,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in a folder survive a power cut."""
+    """Flush a folder (or file) to disk, so that renames in the folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -112,12 +112,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is either wholly there or as it was before: temporary name, fsync, rename.
+    """Write a file so that it is either complete or unchanged: temporary name, fsync, rename.
 
-    A link at its place is replaced; what it points to stays as it is. A file that is replaced keeps its mode.
+    A link at the path is replaced; its target stays unchanged. A replaced file keeps its mode.
 
     Raises:
-        UserError: if it cannot be written, or something other than a file is at its place.
+        UserError: if it cannot be written, or the path is something other than a file.
     """
     refuse_special(path)
     make_folder(path.parent)
@@ -134,7 +134,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a new file into a folder that `new_folder` is making.
+    """Write a new file into a folder that `new_folder` is building.
 
     Raises:
         UserError: if it cannot be written.
@@ -144,7 +144,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def _write_new(path: Path, data: bytes, mode: int | None = None, becomes: Path | None = None) -> None:
-    """Write a file that is not there, held until it has the name it becomes: a held file is no leftover to others."""
+    """Create a file, locked until it has its final name, so that no other process takes it for a leftover."""
     handle = _new_file(path)
     with os.fdopen(handle, "wb") as file:
         if mode is not None:
@@ -157,17 +157,17 @@ def _write_new(path: Path, data: bytes, mode: int | None = None, becomes: Path |
 
 
 def _new_file(path: Path) -> int:
-    """Return the handle of a file that is new and held."""
+    """Return the descriptor of a new, locked file."""
     while True:
         handle = os.open(path, os.O_WRONLY | os.O_EXCL | _OPEN, 0o666)
         _lock(handle)
         if os.fstat(handle).st_nlink:
             return handle
-        os.close(handle)  # another process's sweep took it before it was held
+        os.close(handle)  # another process's sweep removed the file before it was locked
 
 
 def _mode(path: Path) -> int | None:
-    """Return the mode of a file that is going to be replaced, None if there is none."""
+    """Return the mode of a regular file that will be replaced; None if there is none."""
     with suppress(FileNotFoundError):
         found = path.lstat()
         return stat.S_IMODE(found.st_mode) if stat.S_ISREG(found.st_mode) else None
@@ -175,7 +175,7 @@ def _mode(path: Path) -> int | None:
 
 
 def refuse_special(path: Path) -> None:
-    """Refuse to write where there is something other than a file.
+    """Refuse to write to a path that is something other than a file.
 
     Raises:
         UserError: for a folder, a device, a pipe or a socket, or a link to one.
@@ -192,13 +192,13 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically.
 
     Raises:
-        UserError: for a NaN or an infinity, naming its key: JSON has neither. Nothing is written then.
+        UserError: for a NaN or an infinity, which JSON lacks, naming its key. Nothing is written then.
     """
     write_atomic(path, json_bytes(path, value))
 
 
 def json_bytes(path: Path, value: Any) -> bytes:
-    """Return a value as the JSON of a file.
+    """Return a value as the JSON bytes of a file.
 
     Raises:
         UserError: for a NaN or an infinity, naming its key.
@@ -217,10 +217,10 @@ def _require_finite(data: Any, path: Path, where: str = "") -> None:
 
 
 def append_line(path: Path, record: Any) -> None:
-    """Append one JSON object as a line: all of it or, after an error, nothing.
+    """Append one JSON object as a line: completely or, after an error, not at all.
 
     Raises:
-        UserError: if it cannot be written, or a link or anything other than a file is at its place.
+        UserError: if it cannot be written, or the path is a link or something other than a file.
     """
     line = (json.dumps(to_dict(record)) + "\n").encode()
     with disk_errors(path), _opened(path, os.O_WRONLY | os.O_APPEND) as handle:
@@ -240,14 +240,14 @@ def append_line(path: Path, record: Any) -> None:
 
 @contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
-    """Hold a lock file, which is made if missing and never written.
+    """Hold a lock file, which is created if missing and never written.
 
     Args:
-        path: of the lock file.
-        busy: what is said if another process holds it.
+        path: the lock file.
+        busy: the error message if another process holds it.
 
     Raises:
-        UserError: saying `busy`; or if the file cannot be opened, or is a link or anything other than a file.
+        UserError: with `busy`; or if the file cannot be opened, or is a link or something other than a file.
     """
     with disk_errors(path):
         opened = _opened(path, os.O_RDWR)
@@ -264,7 +264,7 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
-    """Open a regular file, made if missing, neither truncated nor followed if it is a link."""
+    """Open a regular file, created if missing, without truncating it or following a link."""
     handle = os.open(path, flags | _OPEN, 0o666)
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -275,7 +275,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def require_place(path: Path) -> None:
-    """See, before the work is done, that something can be written at a path.
+    """Check, before the work starts, that a path can be written.
 
     Raises:
         UserError: if not.
@@ -304,16 +304,16 @@ def require_utf8(path: Path) -> None:
 
 
 def require_room(path: Path, go_on: str, *, replace: bool, ignored: str = "") -> bool:
-    """See, before the work is done, that a folder can be made at a path; return whether one must be moved aside first.
+    """Check before the work starts that a folder can be created; return whether one there must be moved aside first.
 
     Args:
-        path: where.
-        go_on: how to go on with what may be there, for the message.
+        path: the folder.
+        go_on: how to continue with an existing one, for the message.
         replace: whether what is there may be moved aside.
-        ignored: name of a file that does not count.
+        ignored: name of a file that does not count as content.
 
     Raises:
-        UserError: if there is something that is not to be replaced, or nothing can be written there.
+        UserError: if what is there may not be replaced, or nothing can be written there.
     """
     require_utf8(path)
     require_place(path)
@@ -328,10 +328,10 @@ def require_room(path: Path, go_on: str, *, replace: bool, ignored: str = "") ->
 
 
 def move_aside(path: Path) -> None:
-    """Rename what is at a path to PATH.replaced-TIME.
+    """Rename a file or folder to PATH.replaced-TIME.
 
     Raises:
-        UserError: if it cannot be.
+        UserError: if that fails.
     """
     with disk_errors(path):
         path.rename(path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
@@ -339,17 +339,17 @@ def move_aside(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Make a folder that appears at once with all that is in it: temporary name, fsync, rename.
+    """Create a folder that appears with all its content at once: temporary name, fsync, rename.
 
     Args:
-        path: where; nothing or an empty folder is there, unless `replace`.
-        replace: let it take the place of a folder, which is removed only after that.
+        path: the final place: missing or an empty folder, unless `replace`.
+        replace: replace an existing folder, which is removed only after the new one is in place.
 
     Yields:
-        The folder under its temporary name, beside its place; to be filled by the block. After an error it is removed.
+        The folder under its temporary name, beside its final place; the block fills it. After an error it is removed.
 
     Raises:
-        UserError: if it cannot be written, or something is at its place.
+        UserError: if it cannot be written, or the path exists.
     """
     path = _led_to(path)
     make_folder(path.parent)
@@ -381,12 +381,12 @@ def _led_to(path: Path) -> Path:
 
 @contextmanager
 def _new_held_folder(path: Path) -> Iterator[Path]:
-    """Make the folder that is to be called path, and hold it."""
+    """Create the temporary folder for a path, and lock it."""
     while True:
         temporary = _temporary(path)
         with disk_errors(path):
             temporary.mkdir()
-        with suppress(FileNotFoundError):  # another process's sweep took it before it was held
+        with suppress(FileNotFoundError):  # another process's sweep removed the folder before it was locked
             holding = _held(temporary)
             holding.__enter__()
             break
@@ -406,7 +406,7 @@ def _rename_new(temporary: Path, path: Path) -> None:
 
 
 def _exchange(temporary: Path, path: Path) -> None:
-    """Let a folder take another's place; a process killed between the renames leaves what `sweep` puts back."""
+    """Replace one folder by another; if the process is killed between the renames, `sweep` restores the old one."""
     old = _temporary(path, _REPLACED)
     with _held(path):
         os.rename(path, old)
@@ -420,7 +420,7 @@ def _exchange(temporary: Path, path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and what is in it, renamed first: a half-removed one is never taken for a whole one."""
+    """Remove a folder and its content; it is renamed first, so a half-removed folder never looks complete."""
     if not _OURS.fullmatch(path.name):
         with disk_errors(path):
             doomed = _temporary(path)
@@ -430,7 +430,7 @@ def remove_folder(path: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Make all folders below one, and files that were not written here, survive a power cut."""
+    """Flush a folder, its subfolders and their files to disk, so that they survive a power cut."""
     for root, _, names in os.walk(folder):
         for name in names:
             sync_folder(Path(root, name))
@@ -438,9 +438,9 @@ def _sync_tree(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes have left in a folder: names of ours that no process holds.
+    """Remove what killed processes have left in a folder: our temporary names that no process has locked.
 
-    A folder whose successor never came is put back.
+    A replaced folder whose successor never arrived gets its name back.
     """
     with suppress(OSError):
         found = [(entry.name, match) for entry in os.scandir(folder) if (match := _OURS.fullmatch(entry.name))]
@@ -470,7 +470,7 @@ def _temporary(path: Path, what: str = _WRITING) -> Path:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Hold a folder, so that no other process takes it for a leftover; by its inode, whatever its name."""
+    """Lock a folder, so that no other process takes it for a leftover; the lock follows its inode through renames."""
     handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         _lock(handle)
@@ -482,6 +482,6 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _lock(handle: int) -> None:
-    """Lock what is this process's own: nobody but a sweep, which is soon over, can hold it."""
-    with suppress(OSError):  # a file system without locks: leftovers stay there, too
+    """Lock a file or folder of this process; only a sweep, which is short, may hold it before."""
+    with suppress(OSError):  # a file system without locks: sweep leaves everything there
         fcntl.flock(handle, fcntl.LOCK_EX)

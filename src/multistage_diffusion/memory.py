@@ -1,4 +1,4 @@
-"""How much memory there is, and a refusal of what would need more, before any is taken."""
+"""Available memory, and an early refusal of work that would need more."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int:
-    """Return the bytes of main memory that could be taken now: of the machine, and within this process's control groups."""
-    if MEMINFO.exists():  # what the system keeps of files is given up when memory is asked for
+    """Return the bytes of main memory available now, within the limits of this process's control groups."""
+    if MEMINFO.exists():  # MemAvailable counts the file cache, which is freed on demand
         machine = 1024 * int(re.findall(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(), re.MULTILINE)[0])
     else:
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
@@ -24,16 +24,16 @@ def available_memory() -> int:
 
 
 def require_memory(needed: float, what: str, mend: str, available: int | None = None) -> None:
-    """Refuse what would need more memory than there is.
+    """Refuse work that would need more memory than is available.
 
     Args:
-        needed: bytes that it takes at least.
-        what: the field or option, with its value, that needs them.
-        mend: what to do instead.
-        available: bytes there are; None: `available_memory()`.
+        needed: least number of bytes that the work takes.
+        what: the field or option that needs them, with its value.
+        mend: how to fix it.
+        available: bytes available; None: `available_memory()`.
 
     Raises:
-        UserError: naming the three.
+        UserError: naming `what`, both amounts and `mend`.
     """
     there = available_memory() if available is None else available
     if needed > there:
@@ -45,7 +45,7 @@ def _gib(size: float) -> str:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """Yield what each control group with a limit leaves: that of the process and those around it, of both versions."""
+    """Yield the free bytes of each limited control group: the process's own and its parents, of both versions."""
     if not OWN_GROUPS.exists():
         return
     for line in OWN_GROUPS.read_text().splitlines():
@@ -57,7 +57,7 @@ def _left_in_groups() -> Iterator[int]:
             ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
         )
         folder = root / place.strip("/")
-        if not folder.exists():  # inside a container the root is its own group
+        if not folder.exists():  # in a container the root is its own group
             folder = root
         for group in (folder, *folder.parents):
             left = _left(group, limit, usage)
@@ -68,11 +68,11 @@ def _left_in_groups() -> Iterator[int]:
 
 
 def _left(group: Path, limit: str, usage: str) -> int | None:
-    """Return what a group leaves, None where it has no limit."""
+    """Return the free bytes of a group; None without a limit."""
     try:
         most, used = (group / limit).read_text().strip(), int((group / usage).read_text())
         files = re.findall(r"^(?:total_)?inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
-    except (OSError, ValueError):  # no such file, or an unknown kernel's
+    except (OSError, ValueError):  # no such file, or an unknown format
         return None
     if not most.isdigit():
         return None  # "max"

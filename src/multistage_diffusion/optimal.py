@@ -1,8 +1,8 @@
 """The optimal denoiser of a finite data set, in closed form.
 
 For data y_1..y_N and x = y + sigma n the posterior over the data is w_i ∝ exp(-||x - y_i||² / 2 sigma²), so that
-E[y | x] = Σ w_i y_i (Proposition 1, eq. 20). With the square expanded, ||x||² is the same for all i and drops out: what
-remains is two matrix products around a softmax.
+E[y | x] = Σ w_i y_i (Proposition 1, eq. 20). In the expanded square, ||x||² is the same for all i and cancels. Two
+matrix products around a softmax remain.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CPU_ROWS = 512
 
 
 class OptimalDenoiser:
-    """The Denoiser that no network can beat on its own training set.
+    """The Denoiser with the lowest possible loss on a finite training set.
 
     Scores are chunked over rows only: one row needs 2 N numbers (480 kB in fp32 for N = 60,000), so a row always fits.
     Autocast is switched off inside; under `torch.set_float32_matmul_precision("high")` a GPU would use TF32, which is
@@ -40,10 +40,10 @@ class OptimalDenoiser:
         Args:
             data: (N, ...) floating point, N >= 1, in any units; sigma is in the same units.
             dtype: torch.float32 or torch.float64, for the arithmetic.
-            memory_budget: bytes a call may use for its scores and weights.
+            memory_budget: bytes that a call may use for its scores and weights.
 
         Raises:
-            UserError: if the data are empty, not floating point or not finite, or dtype is another one.
+            UserError: if the data are empty, not floating point or not finite, or dtype is neither of the two.
         """
         if dtype not in (torch.float32, torch.float64):
             raise UserError(f"optimal denoiser: dtype={dtype} must be torch.float32 or torch.float64")
@@ -124,8 +124,8 @@ class OptimalDenoiser:
     def _nearest(self, x: Tensor) -> Tensor:
         """Return the mean of the data points nearest to centred x, (D,) -> (D,).
 
-        Expanded squares tell near candidates from far ones; the candidates' distances are then taken directly, so that
-        only ties to the rounding of x itself remain.
+        Expanded squares select the near candidates. The candidates' distances are then computed directly, so only ties
+        within the rounding of x itself remain.
         """
         eps = torch.finfo(x.dtype).eps
         scale = float(x.norm()) + self._radius

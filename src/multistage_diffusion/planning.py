@@ -1,12 +1,12 @@
-"""How wide should each stage's decoder be? The arithmetic of a plan, from measured gains to widths; nothing is trained here.
+"""Decoder widths of a plan, computed from measured gains and a budget; nothing is trained here.
 
-The model: within the widths that matter, the loss of stage k falls by gain_k for each factor e of its decoder's arithmetic,
+The model: within the relevant widths, the loss of stage k falls by gain_k when its decoder's FLOPs c_k grow e-fold,
 
     loss_k(c_k) = const - gain_k ln c_k,
 
-with gain_k measured (workflow.planning). The objective's loss sum_k p_k loss_k under a budget B of mean arithmetic per row,
-sum_k s_k c_k = B - encoder, is then least (Lagrange) where c_k is proportional to p_k gain_k / s_k. The logarithm is a model;
-its slope is measured.
+with gain_k measured (workflow.plan). The objective's loss is sum_k p_k loss_k, and the budget B of mean FLOPs per row
+requires sum_k s_k c_k = B - encoder. The loss is then least (Lagrange) where c_k is proportional to p_k gain_k / s_k.
+The logarithm is a model; its slope is measured.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .config import NetworkConfig
+from .config.network import LDM_GROUPS
 from .errors import UserError
 from .nets.cost import network_cost
-from .network_config import LDM_GROUPS
 
-TOLERANCE = 0.03  # of the budget, within which a network's cost must lie: widths are few
-STEP = 4  # widths tried are its multiples, and the base's own
+TOLERANCE = 0.03  # relative distance of a network's cost from the budget; widths are discrete
+STEP = 4  # candidate widths are its multiples, and the base's own
 WIDEST = 4096
 
 
 @dataclass(frozen=True)
 class WidthOption:
-    """A width a decoder could have, and its forward FLOPs of one row (2 per multiply-add)."""
+    """A candidate width of a decoder, and its forward FLOPs for one row (2 per multiply-add)."""
 
     width: int
     flops: int
 
 
 def decoder_flops(network: NetworkConfig, stage: int, width: int, size: tuple[int, int]) -> int | None:
-    """Return the forward FLOPs of one stage's decoder for one row (with its encoder where nothing is shared).
+    """Return the forward FLOPs of one stage's decoder for one row (including its encoder if nothing is shared).
 
     Args:
-        network: whose encoder and depth are kept.
+        network: its encoder and depth are kept.
         stage: index, 0 for the lowest noise.
-        width: of the decoder.
-        size: (height, width) of what the network sees.
+        width: width of the decoder.
+        size: (height, width) of the network's input.
 
     Returns:
-        None if a decoder of that width is not valid there, or would not hear of its noise (a GroupNorm of single channels).
+        None if that width is not valid there, or its GroupNorms of single channels would erase the noise embedding.
     """
     alone = _alone(network, stage, width)
     if alone is None:
@@ -57,7 +57,7 @@ def decoder_flops(network: NetworkConfig, stage: int, width: int, size: tuple[in
 
 
 def _alone(network: NetworkConfig, stage: int, width: int) -> NetworkConfig | None:
-    """Return a network of one stage's decoder alone, of another width; None if that is not valid."""
+    """Return a network with one stage's decoder alone, at another width; None if that is not valid."""
     if network.family == "ldm" and LDM_GROUPS in (width * mult for mult in network.channel_mult):
         return None
     attention, shares = network.decoder_attention, network.attention_shares
@@ -73,29 +73,29 @@ def _alone(network: NetworkConfig, stage: int, width: int) -> NetworkConfig | No
 
 
 def encoder_flops(network: NetworkConfig, size: tuple[int, int]) -> int:
-    """Return the forward FLOPs of the shared encoder for one row; 0 where nothing is shared."""
+    """Return the forward FLOPs of the shared encoder for one row; 0 if nothing is shared."""
     return _cost(network, size)[1]
 
 
 def mean_flops(network: NetworkConfig, shares: Sequence[float], size: tuple[int, int]) -> float:
-    """Return the mean forward FLOPs of a row, given each stage's share of the rows (of sum 1)."""
+    """Return the mean forward FLOPs of a row, given each stage's share of the rows (the shares sum to 1)."""
     stages = network_cost(network, *size).stages
     return sum(share * stage.true_flops for share, stage in zip(shares, stages, strict=True))
 
 
 def _cost(network: NetworkConfig, size: tuple[int, int]) -> tuple[int, int]:
-    """Return the FLOPs of the first stage and, of them, those of the shared encoder."""
+    """Return the FLOPs of the first stage, and the shared encoder's part of them."""
     cost = network_cost(network, *size)
     return cost.stages[0].true_flops, cost.shared_true_flops
 
 
 def width_options(network: NetworkConfig, stage: int, size: tuple[int, int], most: float) -> list[WidthOption]:
-    """Return every valid width of one stage's decoder, ascending, up to the first that takes more than `most` FLOPs.
+    """Return the valid widths of one stage's decoder, ascending, up to the first that takes more than `most` FLOPs.
 
     Args:
-        network: the base, with as many decoders as there are stages.
+        network: the base, with one decoder per stage.
         stage: index, 0 for the lowest noise.
-        size: (height, width) of what the network sees.
+        size: (height, width) of the network's input.
         most: FLOPs of one row.
     """
     options = []
@@ -110,10 +110,12 @@ def width_options(network: NetworkConfig, stage: int, size: tuple[int, int], mos
 
 
 def probe_widths(network: NetworkConfig) -> tuple[int, int]:
-    """Return the (narrow, wide) decoder widths to be compared: the base's largest, and the valid one nearest to its half.
+    """Return the (narrow, wide) decoder widths of the two probes.
+
+    Wide is the largest valid width up to the base's largest, narrow the valid width nearest to half of it.
 
     Raises:
-        UserError: if no two are valid for every stage.
+        UserError: if fewer than two widths are valid for every stage.
     """
     largest, stages = max(network.decoder_widths), range(len(network.decoder_widths))
     valid = [w for w in range(2, largest + 1) if all(_alone(network, k, w) is not None for k in stages)]
@@ -127,12 +129,12 @@ def probe_widths(network: NetworkConfig) -> tuple[int, int]:
 
 
 def halfway_shares(masses: Sequence[float]) -> tuple[float, ...]:
-    """Return shares of rows halfway between the prior's masses (which add up to 1) and equal ones."""
+    """Return each stage's share of rows: the mean of the prior's mass (the masses sum to 1) and an equal share."""
     return tuple((mass + 1 / len(masses)) / 2 for mass in masses)
 
 
 def counted_gain(gain: float, error: float) -> float:
-    """Return the gain a plan counts with: at least its standard error, below which nothing is known of it."""
+    """Return the gain that a plan uses: at least its standard error, because smaller gains are not resolved."""
     return max(gain, error)
 
 
@@ -141,7 +143,7 @@ def ideal_flops(worth: Sequence[float], shares: Sequence[float], budget: float) 
 
     Args:
         worth: p_k gain_k of each stage, >= 0, not all zero.
-        shares: of the rows, positive.
+        shares: each stage's share of the rows, positive.
         budget: mean FLOPs of a row that the decoders may take.
     """
     return [budget * w / sum(worth) / share for w, share in zip(worth, shares, strict=True)]
@@ -154,16 +156,16 @@ def best_widths(
     low: float,
     high: float,
 ) -> tuple[WidthOption, ...] | None:
-    """Return the combination, one option for each stage, that maximises sum_k worth_k ln(flops_k) within a budget, exactly;
-    of equals the cheapest.
+    """Return the best combination within a budget, exactly, with one option for each stage.
 
-    Combinations of either half of the stages are listed, and the best partner of each is followed through the sorted other
-    list (a sliding maximum): all combinations are considered, but only the square root of their number is listed.
+    It maximises sum_k worth_k ln(flops_k); of equal combinations the cheapest is returned. The combinations of each
+    half of the stages are listed and sorted by cost. A sliding maximum over one list gives the best partner of each
+    entry of the other. So all combinations are considered, but only about the square root of their number is listed.
 
     Args:
-        options: of each stage.
+        options: candidate widths of each stage.
         worth: p_k gain_k of each stage, >= 0.
-        shares: of the rows.
+        shares: each stage's share of the rows.
         low, high: bounds of the mean FLOPs of a row, sum_k share_k flops_k.
 
     Returns:
@@ -173,7 +175,7 @@ def best_widths(
     left = _combinations(options[:half], worth[:half], shares[:half])
     right = _combinations(options[half:], worth[half:], shares[half:])
     best: tuple[float, float, tuple[WidthOption, ...]] | None = None
-    window: deque[int] = deque()  # of right: costs ascend, values descend
+    window: deque[int] = deque()  # indices into right: costs ascend, values descend
     entering = 0
     for cost, value, chosen in reversed(left):
         while entering < len(right) and right[entering][0] <= high - cost:
@@ -193,7 +195,7 @@ def best_widths(
 def nearest_costs(
     options: Sequence[Sequence[WidthOption]], shares: Sequence[float], budget: float
 ) -> tuple[float | None, float | None]:
-    """Return the largest mean FLOPs below a budget, and the smallest above, of all combinations of options (None: none)."""
+    """Return the largest mean FLOPs below a budget and the smallest from it on, over all combinations (None: none)."""
     half = len(options) // 2
     nothing = [0.0] * len(options)
     left = [c for c, _, _ in _combinations(options[:half], nothing[:half], shares[:half])]
@@ -211,7 +213,7 @@ def nearest_costs(
 def _combinations(
     options: Sequence[Sequence[WidthOption]], worth: Sequence[float], shares: Sequence[float]
 ) -> list[tuple[float, float, tuple[WidthOption, ...]]]:
-    """Return (mean FLOPs, value, options) of every combination, by ascending FLOPs."""
+    """Return (mean FLOPs, value, options) of every combination, sorted by FLOPs."""
     found = []
     for chosen in itertools.product(*options):
         cost = sum(share * option.flops for share, option in zip(shares, chosen, strict=True))
@@ -222,16 +224,16 @@ def _combinations(
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What the decoders of a network may take.
+    """The compute budget of a network's decoders.
 
     Attributes:
         flops: mean forward FLOPs of a row, encoder included.
-        encoder: of them, the shared encoder's.
-        shares: of the rows.
-        options: widths of each stage.
+        encoder: the shared encoder's part of them.
+        shares: each stage's share of the rows.
+        options: candidate widths of each stage.
 
     Raises:
-        UserError: if no combination of the options is within TOLERANCE of it, naming the nearest budgets that would do.
+        UserError: if no combination of the options is within TOLERANCE of it, naming the nearest possible budgets.
     """
 
     flops: float
@@ -241,7 +243,7 @@ class Budget:
 
     @classmethod
     def of(cls, flops: float, network: NetworkConfig, shares: Sequence[float], size: tuple[int, int]) -> Budget:
-        """Return a budget with all the widths that could meet it."""
+        """Return a budget with all the widths that can meet it."""
         encoder = encoder_flops(network, size)
         room = max(0.0, (1 + TOLERANCE) * flops - encoder)
         options = (tuple(width_options(network, k, size, room / share)) for k, share in enumerate(shares))
@@ -265,20 +267,20 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedStage:
-    """What a plan found of one stage and gives to it.
+    """The results of a plan for one stage.
 
     Attributes:
         stage: 1 for the lowest noise.
         sigma: (low, high) of its noise; None for infinity.
-        share: of the rows in training.
+        share: share of the training rows.
         weight: lambda_k in the objective.
-        loss_narrow, loss_wide: held-out loss of the two probes.
-        loss_optimal: the optimal denoiser's over the training images, on the same rows; None where they are too many.
+        loss_narrow, loss_wide: held-out losses of the two probes.
+        loss_optimal: loss of the optimal denoiser of the training images on the same rows; None if they are too many.
         flops_narrow, flops_wide: forward FLOPs of the probes' decoders for one row.
-        gain: how much the loss falls when the decoder's FLOPs grow e-fold; `gain_error` is its standard error over rows.
-        gain_counted: what the plan counted with, see `counted_gain`.
-        flops_ideal: of the decoder, if any width were possible.
-        width, flops: of the decoder chosen.
+        gain: decrease of the loss when the decoder's FLOPs grow e-fold; `gain_error` is its standard error over rows.
+        gain_counted: the gain that the plan uses, see `counted_gain`.
+        flops_ideal: FLOPs of the decoder if any width were possible.
+        width, flops: of the chosen decoder.
     """
 
     stage: int
@@ -299,11 +301,11 @@ class PlannedStage:
 
 
 def reasons(stages: Sequence[PlannedStage], budget: float, flops: float) -> list[str]:
-    """Return in sentences why a plan is as it is.
+    """Return sentences that explain a plan.
 
     Args:
-        stages: of the plan.
-        budget, flops: mean forward FLOPs of a row, asked for and planned.
+        stages: the stages of the plan.
+        budget, flops: mean forward FLOPs of a row, requested and planned.
     """
     worth = [s.weight * s.gain_counted for s in stages]
     first = max(stages, key=lambda s: s.gain_counted)

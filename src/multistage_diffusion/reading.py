@@ -1,4 +1,4 @@
-"""Text files of others, read within bounds: regular files of a stated size, JSON and YAML of a stated depth and extent."""
+"""Bounded reading of foreign text files: regular files of limited size, JSON and YAML of limited depth and extent."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from .errors import UserError
 
 JSON_LIMIT = 256 << 20  # bytes
-LINES_LIMIT = 1 << 30  # bytes of a log of a long run
+LINES_LIMIT = 1 << 30  # bytes; for the log of a long run
 YAML_LIMIT = 256 << 10  # bytes; PyYAML reads about 100 KiB/s
 DEEPEST = 64  # levels of lists and mappings
-MOST_NODES = 100_000  # values of a YAML text, aliases written out
+MOST_NODES = 100_000  # values of a YAML text with aliases expanded
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -26,10 +26,10 @@ _KINDS = {
 
 
 def require_regular(path: Path) -> int:
-    """Return the length in bytes of a regular file; nothing is opened.
+    """Return the length in bytes of a regular file, without opening it.
 
     Raises:
-        UserError: what is there instead, or why it cannot be told; the caller names the file.
+        UserError: if the path is something else or cannot be examined; the caller names the file.
     """
     try:
         found = path.stat()
@@ -47,27 +47,27 @@ def read_file(path: Path, limit: int) -> bytes:
     """Return the content of a regular file of at most `limit` bytes; links are followed.
 
     Raises:
-        UserError: why it cannot be read; the caller names the file.
+        UserError: with the reason why it cannot be read; the caller names the file.
     """
     require_length(require_regular(path), limit)
     try:
-        # without waiting: a named pipe may have taken the file's place since
+        # O_NONBLOCK: a named pipe may have replaced the file since the check
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             content = file.read(limit + 1)
     except OSError as error:
         raise UserError(error.strerror or str(error)) from None
-    require_length(len(content), limit)  # some files grow, and those of /proc have no length
+    require_length(len(content), limit)  # some files grow, and files in /proc report length 0
     return content
 
 
 def require_length(length: int, limit: int) -> None:
-    """Raise UserError if there are more bytes than are read; the caller names the file."""
+    """Raise UserError if a length exceeds the limit; the caller names the file."""
     if length > limit:
         raise UserError(f"it holds {length} bytes, more than the {limit} that are read")
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """Read a regular file, see `read_file`; here the error names it."""
+    """Read a regular file, see `read_file`; here the error names the file."""
     try:
         return read_file(path, limit)
     except UserError as error:
@@ -75,7 +75,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def require_file(path: Path) -> None:
-    """Refuse what is no regular file, for readers that open it themselves and would wait for a named pipe.
+    """Refuse anything but a regular file, for readers that open it themselves and would block on a named pipe.
 
     Raises:
         UserError: naming it.
@@ -87,7 +87,7 @@ def require_file(path: Path) -> None:
 
 
 def read_text(path: Path, limit: int, kind: str = "text") -> str:
-    """Read a regular file of UTF-8 text, see `read_bytes`; `kind` is what it should be, for messages.
+    """Read a regular file of UTF-8 text, see `read_bytes`; `kind` names the expected format in messages.
 
     Raises:
         UserError: as `read_bytes`, or if it is not UTF-8.
@@ -104,10 +104,10 @@ def parse_json(text: str, where: object, fault: str = ": not valid JSON") -> Any
     Args:
         text: JSON.
         where: the file, for messages.
-        fault: what follows it in the message.
+        fault: what follows `where` in the message.
 
     Raises:
-        UserError: naming where, if it is not JSON or nested more than DEEPEST deep.
+        UserError: naming `where`, if it is not JSON or is nested more than DEEPEST levels deep.
     """
     try:
         data = json.loads(text)
@@ -120,11 +120,11 @@ def parse_json(text: str, where: object, fault: str = ": not valid JSON") -> Any
 
 
 def parse_yaml(text: str, where: object, fault: str = ": not valid YAML") -> Any:
-    """Parse YAML into what JSON could hold, too; `fault` follows `where` in the message for what is not YAML.
+    """Parse YAML into values that JSON can hold; `fault` follows `where` in the message for invalid YAML.
 
     Raises:
-        UserError: naming where, for what is not YAML, for more than MOST_NODES values with aliases written out, cycles, more
-            than DEEPEST levels, keys that are not text, and dates, sets and binary values.
+        UserError: naming `where`, for invalid YAML, more than YAML_LIMIT characters, more than MOST_NODES values with
+            aliases expanded, cycles, more than DEEPEST levels, keys that are not text, dates, sets and binary values.
     """
     import yaml
 
@@ -142,14 +142,14 @@ def parse_yaml(text: str, where: object, fault: str = ": not valid YAML") -> Any
         raise UserError(f"{where}: nested too deep, more than {DEEPEST} levels") from None
     except MemoryError:
         raise
-    except Exception as error:  # PyYAML's constructors raise nearly every kind, e.g. for the date 2001-99-99
+    except Exception as error:  # PyYAML's constructors raise nearly any type, e.g. for the date 2001-99-99
         raise UserError(f"{where}{fault}: {error}") from None
     _check(data, where)
     return data
 
 
 def _check_nodes(node: Any, where: object) -> None:
-    """Refuse a YAML graph that is cyclic, deep, or large once its aliases are written out; each node is visited once."""
+    """Refuse a YAML graph that is cyclic, too deep, or too large with its aliases expanded; visit each node once."""
     sizes: dict[int, int] = {}
     inside: set[int] = set()
 
@@ -172,7 +172,7 @@ def _check_nodes(node: Any, where: object) -> None:
 
 
 def _check(data: Any, where: object) -> None:
-    """Refuse what is deep, or what JSON does not hold."""
+    """Refuse data that are too deep or hold values that JSON lacks."""
     waiting = [(data, 0)]
     while waiting:
         value, depth = waiting.pop()
@@ -190,6 +190,6 @@ def _check(data: Any, where: object) -> None:
 
 
 def brief(value: Any) -> str:
-    """Return repr(value), cut where it is long: a message is one line that can be read."""
+    """Return repr(value), shortened if it is long, for messages of one line."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:160]} … ({len(text)} characters)"

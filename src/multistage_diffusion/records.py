@@ -1,4 +1,4 @@
-"""What a run's files of records hold, checked when they are read: every field that anything reads has its type."""
+"""Reads the record files of a run and checks the type of every field that is used."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .config.serialization import read_json, read_lines
 from .errors import UserError
 from .reading import brief
-from .serialization import read_json, read_lines
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of value: in words, and as a test."""
+    """A kind of value: its description and its test."""
 
     words: str
     fits: Callable[[Any], bool]
@@ -38,21 +38,21 @@ WHOLE = Kind("a whole number from 0 to 2^63", lambda value: type(value) is int a
 FINITE = Kind("a finite number", _finite)
 FOUND = Kind(
     "a number", lambda value: _number(value) or value in (float("inf"), float("-inf"))
-)  # NaN and inf may be found
+)  # a measured value may be NaN or inf
 
 
 def maybe(kind: Kind) -> Kind:
-    """Return a kind or null."""
+    """Return a kind that also accepts null."""
     return Kind(f"{kind.words}, or null", lambda value: value is None or kind.fits(value))
 
 
 def listed(kind: Kind) -> Kind:
-    """Return a list of a kind."""
+    """Return the kind of lists whose items are of a kind."""
     return Kind(f"a list, each {kind.words}", lambda value: isinstance(value, list) and all(map(kind.fits, value)))
 
 
 def named(kind: Kind) -> Kind:
-    """Return a mapping from names to a kind."""
+    """Return the kind of mappings from names to values of a kind."""
     return Kind(
         f"a mapping to values, each {kind.words}",
         lambda value: isinstance(value, dict) and all(map(kind.fits, value.values())),
@@ -86,14 +86,14 @@ _LAUNCH_MORE: Fields = {"version": TEXT, "torch": TEXT}
 
 
 def read_metrics(path: Path, stages: int | None = None) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a missing file is empty, a last line torn by a kill is left out.
+    """Read metrics.jsonl; a missing file is empty, and a last line cut off by a kill is left out.
 
     Args:
-        path: of the file.
-        stages: of the run, each of which has a loss; None: only what a trainer reads of its own log is checked.
+        path: the file.
+        stages: number of stages of the run, each with a loss; None: check only what a trainer reads of its own log.
 
     Raises:
-        UserError: naming file, line, field and value, if a field has another type than it was written with.
+        UserError: naming file, line, field and value, if a field has another type than when it was written.
     """
     records = read_lines(path)
     for number, record in enumerate(records, start=1):
@@ -110,7 +110,7 @@ def read_metrics(path: Path, stages: int | None = None) -> list[dict[str, Any]]:
 
 
 def read_launches(path: Path) -> list[dict[str, Any]]:
-    """Read launches.jsonl; a missing file is empty, a last line torn by a kill is left out.
+    """Read launches.jsonl; a missing file is empty, and a last line cut off by a kill is left out.
 
     Raises:
         UserError: as `read_metrics`.
@@ -123,10 +123,12 @@ def read_launches(path: Path) -> list[dict[str, Any]]:
 
 
 def read_evaluations(path: Path) -> list[Any]:
-    """Read evaluation.json, a list of JSON objects; a missing file is empty. What they hold is checked by who shows them.
+    """Read evaluation.json, a list of JSON objects; a missing file is empty.
+
+    The code that shows the objects checks their content.
 
     Raises:
-        UserError: naming the file, if it is something else.
+        UserError: naming the file, if it holds something else.
     """
     data = read_json(path) if path.exists() else []
     if not isinstance(data, list) or not all(isinstance(entry, dict) for entry in data):
@@ -135,17 +137,17 @@ def read_evaluations(path: Path) -> list[Any]:
 
 
 def check(record: Mapping[str, Any], fields: Fields, where: str, *, optional: bool = False, mend: str = "") -> None:
-    """Refuse a record that lacks a field or holds another kind of value in it.
+    """Refuse a record in which a field is missing or of the wrong kind.
 
     Args:
         record: a JSON object.
-        fields: by name.
+        fields: kinds by field name.
         where: file and line, for messages.
         optional: whether fields may be missing.
-        mend: said at the end of messages.
+        mend: text at the end of messages.
 
     Raises:
-        UserError: naming where, field and value.
+        UserError: naming `where`, field and value.
     """
     for name, kind in fields.items():
         if name not in record:
@@ -156,7 +158,7 @@ def check(record: Mapping[str, Any], fields: Fields, where: str, *, optional: bo
 
 
 def fields_of(cls: type, without: Sequence[str] = ()) -> tuple[dict[str, Kind], dict[str, Kind]]:
-    """Return the fields of a dataclass of plain values: those that must be there, and those that have a default."""
+    """Return the kinds of a dataclass's plain fields: those that are required, and those that have a default."""
     hints = typing.get_type_hints(cls)
     needed: dict[str, Kind] = {}
     more: dict[str, Kind] = {}

@@ -1,7 +1,7 @@
 """Noise schedules and training densities: the only place where a time becomes a sigma.
 
-Everywhere else noise is spoken of by sigma, the noise-to-signal ratio of x = s(t) (y + sigma n); log-SNR is
--2 ln sigma. All formulas work in float64 and use expm1 / log1p, so they are exact near both ends.
+All other code describes noise by sigma, the noise-to-signal ratio of x = s(t) (y + sigma n); log-SNR is -2 ln sigma.
+All formulas use float64 and expm1 / log1p, so they are accurate near both ends.
 """
 
 from __future__ import annotations
@@ -42,19 +42,15 @@ class NoiseSchedule(ABC):
         """Return the time at which the noise-to-signal ratio is sigma, float64, same shape."""
 
     def scale(self, sigma: float | Tensor) -> Tensor:
-        """Return s in x = s (y + sigma n), float64, same shape; 1 unless the kernel shrinks its data."""
+        """Return s in x = s (y + sigma n), float64, same shape; 1 unless the kernel scales its data down."""
         return torch.ones_like(as_float64(sigma))
 
     def log_snr(self, t: float | Tensor) -> Tensor:
         """Return the log signal-to-noise ratio at time t: -2 ln sigma(t)."""
         return -2.0 * torch.log(self.sigma(t))
 
-    def time_of_log_snr(self, log_snr: float | Tensor) -> Tensor:
-        """Return the time at which the log signal-to-noise ratio is log_snr."""
-        return self.time(torch.exp(-0.5 * as_float64(log_snr)))
-
     def start_std(self, sigma: float) -> float:
-        """Return the standard deviation of unscaled noise from which a trajectory starts at sigma: sigma itself."""
+        """Return the standard deviation of the unscaled noise at the start of a trajectory at sigma; here sigma."""
         return sigma
 
     def edge_sigma(self, t: float) -> float:
@@ -186,7 +182,7 @@ class RectifiedFlow(NoiseSchedule):
 class Discrete(NoiseSchedule):
     """Steps 0 .. steps-1 with betas spaced linearly in their square root (LDM) or linearly (DDPM).
 
-    Between steps ln sigma is interpolated linearly; outside, times are held at the ends. A stage edge is an integer k,
+    Between steps ln sigma is interpolated linearly; outside, times are clamped. A stage edge is an integer k,
     "steps below k | steps from k on"; its sigma is the geometric mean of the two neighbours'.
     """
 
@@ -297,7 +293,7 @@ class SigmaPrior(ABC):
 
 
 def _clamp_half_open(sigma: Tensor, low: float, high: float) -> Tensor:
-    """Undo rounding that carried a draw onto or over an edge."""
+    """Clamp draws that rounding moved onto or past an edge back into [low, high)."""
     return sigma.clamp(low, math.nextafter(high, 0.0) if math.isfinite(high) else torch.finfo(sigma.dtype).max)
 
 

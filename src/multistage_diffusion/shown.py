@@ -1,4 +1,4 @@
-"""Foreign text made safe to show on a terminal or a page: control, bidirectional and invisible characters are escaped."""
+"""Escapes control, bidirectional and invisible characters of foreign text for terminals and pages."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _HIDDEN = {
 
 
 def shown(text: object, *, lines: bool = False) -> str:
-    r"""Return str(text) with every character that a reader cannot see written as an escape, e.g. \x1b or \u202e.
+    r"""Return str(text) with every invisible character written as an escape, e.g. \x1b or \u202e.
 
     File names, class names and messages of other programs may hold characters that colour, move or reorder what a
     terminal or a browser shows.
 
     Args:
-        text: anything.
+        text: any object.
         lines: keep newlines and tabs.
     """
     found = str(text)

@@ -16,7 +16,7 @@ from .errors import UserError
 
 @dataclass(frozen=True)
 class Stages:
-    """Half-open intervals [edge_k, edge_k+1) of sigma; stage index 0 ("stage 1" in print) is the lowest noise.
+    """Half-open intervals [edge_k, edge_k+1) of sigma; stage index 0 ("stage 1" in print) has the lowest noise.
 
     Attributes:
         interior: the ascending sigma edges between stages; 0 and inf are added. Empty for one stage.

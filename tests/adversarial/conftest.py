@@ -22,13 +22,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data.npz, split.json, run, reference.npz and exported.safetensors, made once."""
+    """A folder with data.npz, stages.json, run, reference.npz and exported.safetensors, made once."""
     folder = tmp_path_factory.mktemp("material")
-    data, stages, run = folder / "data.npz", folder / "split.json", folder / "run"
+    data, stages, run = folder / "data.npz", folder / "stages.json", folder / "run"
     np.savez(data, images=pixels(), labels=np.arange(40) % 4)
     source = ("--data", str(data), "--held-out", "0.3")
     for command in (
-        ("split", str(data), "--samples", "200", "--out", str(stages)),
+        ("stages", str(data), "--samples", "200", "--out", str(stages)),
         ("train", "--preset", "digits", *source, "--stages", str(stages), "--out", str(run), *TINY),
         ("stats", str(data), "--out", str(folder / "reference.npz")),
         ("evaluate", str(run), "--against", str(folder / "reference.npz"), "--count", "20"),

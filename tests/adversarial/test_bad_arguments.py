@@ -22,7 +22,7 @@ def _train(option: str, *values: str) -> list[Case]:
 
 def _split(option: str, *values: str) -> list[Case]:
     return [
-        Case(f"split {option} {value}", ("split", "data.npz", option, *value.split()), needs=DATA) for value in values
+        Case(f"stages {option} {value}", ("stages", "data.npz", option, *value.split()), needs=DATA) for value in values
     ]
 
 
@@ -56,7 +56,7 @@ COMMANDS = [
             ("describe",),
             ("export", "--out", "x.pth"),
             ("import", "--out", "x"),
-            ("split",),
+            ("stages",),
             ("stats", "--out", "x.npz"),
             ("plan", "--preset", "digits"),
             ("train-codec", "--out", "x"),
@@ -178,14 +178,14 @@ OTHERS = [
     *_split("--out", "x.png", "absent.json/x.json/../", "/proc/x.json"),
     Case(
         "split into more stages than can be",
-        ("split", "data.npz", "--algorithm", "2", "--stages", "100000"),
+        ("stages", "data.npz", "--algorithm", "2", "--stages", "100000"),
         needs=DATA,
     ),
-    Case("split over a file", ("split", "data.npz", "--out", "s.json"), file("s.json", "mine"), "overwrite", DATA),
-    Case("split over a picture", ("split", "data.npz", "--out", "s.json"), file("s.png", "mine"), "overwrite", DATA),
+    Case("split over a file", ("stages", "data.npz", "--out", "s.json"), file("s.json", "mine"), "overwrite", DATA),
+    Case("split over a picture", ("stages", "data.npz", "--out", "s.json"), file("s.png", "mine"), "overwrite", DATA),
     Case(
         "split of data and a run",
-        ("split", "data.npz", "--algorithm", "gradient", "--run", "run"),
+        ("stages", "data.npz", "--algorithm", "gradient", "--run", "run"),
         needs=("run", "data.npz"),
     ),
     *_values("--count", "0", "1", "-1", "x", "1000000000000", command=("evaluate", "run")),
@@ -214,7 +214,7 @@ OTHERS = [
             ("--budget", "1e-9"),
             ("--stages", "0"),
             ("--probe-steps", "0"),
-            ("--split", "absent.json"),
+            ("--stages", "absent.json"),
         )
     ),
     *(
@@ -312,7 +312,7 @@ PLACES = [
         for name, words, out, needs in (
             ("sample", ("run",), "x.png", RUN),
             ("sample", ("run",), "x", RUN),
-            ("split", ("data.npz",), "x.json", DATA),
+            ("stages", ("data.npz",), "x.json", DATA),
             ("stats", ("data.npz",), "x.npz", DATA),
             ("describe", ("digits",), "x.png", ()),
             ("export", ("run",), "x.pth", RUN),
@@ -321,7 +321,7 @@ PLACES = [
     Case("stats over its data", ("stats", "data.npz", "--out", "data.npz", "--overwrite"), says="DATA", needs=DATA),
     Case(
         "split over a run's configuration",
-        ("split", "data.npz", "--out", "run/config.json", "--overwrite"),
+        ("stages", "data.npz", "--out", "run/config.json", "--overwrite"),
         says="file of a run",
         needs=("run", "data.npz"),
     ),

@@ -32,30 +32,30 @@ from adversary import (
 HOSTILE = b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR."
 NOTHING = {"empty": b"", "text": b"hello", "binary": bytes(range(256)), "zeros": bytes(500)}
 TRAIN = ("train", "--preset", "digits", "--data", "data.npz", "--out", "new", *TINY)
-SPLIT = ("train", "--preset", "digits", "--data", "data.npz", "--out", "new", "--stages", "split.json", *TINY)
+STAGED = (*TRAIN[:7], "--stages", "stages.json", *TINY)
 AGAINST = ("evaluate", "run", "--count", "8", "--against", "reference.npz")
 
-SPLITS: dict[str, Callable[[Path], Any]] = {
-    **{name: file("split.json", content) for name, content in NOTHING.items()},
-    "deep": file("split.json", DEEP),
-    "a list": file("split.json", "[]"),
-    "an object": file("split.json", "{}"),
-    "a pipe": fifo("split.json"),
-    "a folder": folder_in_place("split.json"),
-    "cut": cut("split.json", 0.5),
-    "without edges": edited("split.json", drop("edges_t")),
-    "of text edges": edited("split.json", put("edges_sigma", value=["1", "2"])),
-    "of falling edges": edited("split.json", put("edges_sigma", value=[2.0, 1.0])),
-    "of one edge": edited("split.json", put("edges_sigma", value=[1.0])),
-    "of NaN": edited("split.json", put("edges_sigma", 0, value=float("nan"))),
-    "of null settings": edited("split.json", put("settings", value=None)),
-    "of no curves": edited("split.json", put("curves", value={})),
-    "of text curves": edited("split.json", put("curves", "t", value="x")),
-    "of ragged curves": edited("split.json", put("curves", "s0", value=[[1.0], 2.0])),
-    "of a later format": edited("split.json", put("format_version", value=99)),
-    "of another rule": edited("split.json", put("rule", value="pointwise")),
-    "of a strip that is no picture": edited("split.json", put("strip", value="aGVsbG8=")),
-    "of a strip that is no base64": edited("split.json", put("strip", value="\u202e")),
+DAMAGED: dict[str, Callable[[Path], Any]] = {
+    **{name: file("stages.json", content) for name, content in NOTHING.items()},
+    "deep": file("stages.json", DEEP),
+    "a list": file("stages.json", "[]"),
+    "an object": file("stages.json", "{}"),
+    "a pipe": fifo("stages.json"),
+    "a folder": folder_in_place("stages.json"),
+    "cut": cut("stages.json", 0.5),
+    "without edges": edited("stages.json", drop("edges_t")),
+    "of text edges": edited("stages.json", put("edges_sigma", value=["1", "2"])),
+    "of falling edges": edited("stages.json", put("edges_sigma", value=[2.0, 1.0])),
+    "of one edge": edited("stages.json", put("edges_sigma", value=[1.0])),
+    "of NaN": edited("stages.json", put("edges_sigma", 0, value=float("nan"))),
+    "of null settings": edited("stages.json", put("settings", value=None)),
+    "of no curves": edited("stages.json", put("curves", value={})),
+    "of text curves": edited("stages.json", put("curves", "t", value="x")),
+    "of ragged curves": edited("stages.json", put("curves", "s0", value=[[1.0], 2.0])),
+    "of a later format": edited("stages.json", put("format_version", value=99)),
+    "of another rule": edited("stages.json", put("rule", value="pointwise")),
+    "of a strip that is no picture": edited("stages.json", put("strip", value="aGVsbG8=")),
+    "of a strip that is no base64": edited("stages.json", put("strip", value="\u202e")),
 }
 MEAN, COVARIANCE = np.zeros(64), np.eye(64)
 REFERENCES: dict[str, Callable[[Path], Any]] = {
@@ -93,7 +93,7 @@ FOREIGN |= {"archive.pth": npz(x=MEAN), "header.safetensors": (2**60).to_bytes(8
 FOREIGN |= {"zeros.safetensors": bytes(500), "empty.safetensors": b""}
 
 
-@cases([Case(f"split {name}", SPLIT, make, needs=("split.json", "data.npz")) for name, make in SPLITS.items()])
+@cases([Case(f"stages {name}", STAGED, make, needs=("stages.json", "data.npz")) for name, make in DAMAGED.items()])
 def test_splits(case: Case, refuses: Callable[[Case], str]) -> None:
     refuses(case)
 

@@ -25,7 +25,7 @@ STATE, EMA, MODEL, MOMENTS = (
 RESUME = ("train", "--resume", "run", "--set", "training.steps=3")
 SAMPLE = ("sample", "run", "--count", "2", "--checkpoint", "latest", "--out", "new.npz")
 REPORT = ("report", "run", "--count", "4")
-TRAIN = ("train", "--preset", "digits", "--data", "digits", "--stages", "run/split.json", "--out", "new", *TINY)
+TRAIN = ("train", "--preset", "digits", "--data", "digits", "--stages", "run/stages.json", "--out", "new", *TINY)
 EVALUATE = ("evaluate", "run", "--against", "reference.npz", "--count", "8")
 
 Maker = Callable[[Path], Any]
@@ -89,7 +89,7 @@ def linked(folder: Path) -> None:
 
 
 def huge_picture(folder: Path) -> None:
-    Image.new("1", (20_000, 20_000)).save(folder / "run/split.png")
+    Image.new("1", (20_000, 20_000)).save(folder / "run/stages.png")
 
 
 NOTHING = {
@@ -202,10 +202,10 @@ SHOWN: dict[str, Maker] = {
     "evaluation.json of text": edited("run/evaluation.json", put(0, "frechet", value="low")),
     "evaluation.json is a pipe": fifo("run/evaluation.json"),
 }
-# no command reads a run's split.json on its own; it is handed to another run
-SPLITS: dict[str, Maker] = {
-    **{f"split.json is {name}": file("run/split.json", text) for name, text in NOTHING.items()},
-    "split.json is a pipe": fifo("run/split.json"),
+# no command reads a run's stages.json on its own; it is handed to another run
+CASES_OF_STAGES: dict[str, Maker] = {
+    **{f"stages.json is {name}": file("run/stages.json", text) for name, text in NOTHING.items()},
+    "stages.json is a pipe": fifo("run/stages.json"),
 }
 EVALUATED: dict[str, Maker] = {
     f"evaluation.json is {name}": file("run/evaluation.json", text)
@@ -277,7 +277,9 @@ def test_folders(case: Case, refuses: Callable[[Case], str]) -> None:
     refuses(case)
 
 
-@cases(_table(LOGGED, resume=RESUME, report=REPORT) + _table(SHOWN, report=REPORT) + _table(SPLITS, train=TRAIN))
+@cases(
+    _table(LOGGED, resume=RESUME, report=REPORT) + _table(SHOWN, report=REPORT) + _table(CASES_OF_STAGES, train=TRAIN)
+)
 def test_records(case: Case, refuses: Callable[[Case], str]) -> None:
     refuses(case)
 

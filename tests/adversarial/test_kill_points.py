@@ -23,7 +23,7 @@ from multistage_diffusion.files import write_json
 from multistage_diffusion.training.checkpoint import list_checkpoints
 from multistage_diffusion.training.run import Run
 
-SLOW = ("split", "report", "describe", "import", "tables")  # seconds at every point
+SLOW = ("stages", "report", "describe", "import", "tables")  # seconds at every point
 MOST = 400  # points; no command here has as many
 
 
@@ -47,7 +47,7 @@ class Case:
 
 
 CASES = [
-    Case("split", "split {data} --algorithm timestep --stages 2 --out {out}", "split.json", "--overwrite"),
+    Case("stages", "stages {data} --algorithm timestep --stages 2 --out {out}", "stages.json", "--overwrite"),
     Case("stats", "stats {data} --out {out}", "stats.npz", "--overwrite"),
     Case("grid", "sample {run} --count 4 --calls 3 --out {out}", "grid.png", "--overwrite"),
     Case("array", "sample {run} --count 4 --calls 3 --out {out}", "images.npz", "--overwrite"),
@@ -161,7 +161,7 @@ def _die_at(point: int, arguments: list[str]) -> None:
 )  # a process counts the tables' networks for a minute
 def test_a_process_killed_with_9_leaves_the_result_whole(case: Case, template: Path, tmp_path: Path, capsys) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["multistage_diffusion.commands", "multistage_diffusion.report_page"])
+    context.set_forkserver_preload(["multistage_diffusion.commands", "multistage_diffusion.reporting.report"])
     point = 0
     while True:
         folder = tmp_path / str(point)

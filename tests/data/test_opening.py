@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from multistage_diffusion.config import MAX_PIXELS
+from multistage_diffusion.config.run import MAX_PIXELS
 from multistage_diffusion.data import opening
 from multistage_diffusion.data.opening import decode, load_png, one_line, open_image, supported
 from multistage_diffusion.errors import UserError
@@ -259,10 +259,10 @@ def test_the_default_limit_is_pillows_own():
 
 def test_pictures_of_the_package_are_read_as_png_only():
     grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    assert np.asarray(load_png(file(grey), "split.png", "mend")).tolist() == grey.tolist()
+    assert np.asarray(load_png(file(grey), "stages.png", "mend")).tolist() == grey.tolist()
     for content in (EPS, file(grey, "jpeg"), file(grey)[:40]):
-        with pytest.raises(UserError, match=r"^split\.png: is no readable PNG picture \(.*\); find it again$"):
-            load_png(content, "split.png", "find it again")
+        with pytest.raises(UserError, match=r"^stages\.png: is no readable PNG picture \(.*\); find it again$"):
+            load_png(content, "stages.png", "find it again")
 
 
 def test_formats_are_those_of_the_suffixes():

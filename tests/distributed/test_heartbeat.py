@@ -77,6 +77,16 @@ def test_the_main_thread_that_asks_is_told_instead(pair, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_an_error_of_another_cause_changes_nothing(pair):
+    a, b, ends = pair()
+    assert a.explain() == ""
+    assert a.patience == 0.5
+    b._stop.set()  # dies
+    a.waiting = time.monotonic()
+    assert until(lambda: bool(ends))
+    assert a.reason.startswith(f"{NAMES[1]} is dead or hangs")
+
+
 def test_who_leaves_is_not_missed(pair):
     a, b, ends = pair()
     b.leave()
@@ -124,7 +134,7 @@ def waits(world: World) -> str:
     """Sum with the others for ever."""
     try:
         while True:
-            world.sum(torch.ones(2))
+            world.all_reduce(torch.ones(2))
     except RankLost as error:
         return str(error)
 

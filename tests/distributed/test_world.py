@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from multistage_diffusion.distributed import ALONE, World, join, speaks
+from multistage_diffusion.distributed import ALONE, World, is_main_process, join
 from multistage_diffusion.distributed import world as world_module
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -22,17 +22,17 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def test_a_lone_process_is_a_world_of_one():
-    assert (ALONE.rank, ALONE.size, ALONE.chief) == (0, 1, True)
-    assert ALONE.exchange({"a": 1}) == [{"a": 1}]
-    assert ALONE.agree([1, 2]) == [1, 2]
+    assert (ALONE.rank, ALONE.size, ALONE.is_main_process) == (0, 1, True)
+    assert ALONE.all_gather_object({"a": 1}) == [{"a": 1}]
+    assert ALONE.broadcast_object([1, 2]) == [1, 2]
     assert ALONE.share(5) == range(5)
     assert ALONE.group((0,)) is None
     x = torch.randn(3)
-    assert ALONE.sum(x) is x
-    assert ALONE.collect({"x": x}) == {"x": x}
-    assert torch.equal(ALONE.gather_rows(x), x)
+    assert ALONE.all_reduce(x) is x
+    assert ALONE.gather_named({"x": x}) == {"x": x}
+    assert torch.equal(ALONE.all_gather_rows(x), x)
     ALONE.require_equal({"a": 1})
-    with pytest.raises(ValueError, match=r"^what went wrong$"), ALONE.together():
+    with pytest.raises(ValueError, match=r"^what went wrong$"), ALONE.synchronize_errors():
         raise ValueError("what went wrong")
 
 
@@ -50,23 +50,23 @@ def test_an_incomplete_environment_is_refused(monkeypatch):
     assert join(torch.device("cpu")) is ALONE
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert join(torch.device("cpu")) is ALONE
-    assert speaks()
+    assert is_main_process()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ValueError, match="WORLD_SIZE=2 but MASTER_ADDR, MASTER_PORT is not set; start with torchrun"):
         join(torch.device("cpu"))
-    assert not speaks()
+    assert not is_main_process()
 
 
 def test_a_world_without_a_store_has_no_words():
     with pytest.raises(ValueError, match=r"this world has no store .* distributed\.join"):
-        World(1, 2).agree(1)
+        World(1, 2).broadcast_object(1)
 
 
 def ends_early(world: World) -> str:
     if world.rank == 0:
         return ""
-    return raised(lambda: world.exchange("anybody there?"))
+    return raised(lambda: world.all_gather_object("anybody there?"))
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def raised(work) -> str:
 def exchanges(world: World) -> dict[str, object]:
     rank = world.rank
     mine = {0: {"a": torch.arange(3.0)}, 1: {"b": torch.full((2, 2), 7, dtype=torch.int64)}, 2: {}}[rank]
-    collected = world.collect(mine)
+    collected = world.gather_named(mine)
     few = torch.full((rank, 2), rank, dtype=torch.uint8)  # rank 0 has none
     pair = world.group((1, 2))
     within = torch.tensor([float(rank)])
@@ -114,19 +114,19 @@ def exchanges(world: World) -> dict[str, object]:
         torch.distributed.all_reduce(within, group=pair)
 
     def fails_on(rank: int, kind: type[Exception]) -> None:
-        with world.together():
+        with world.synchronize_errors():
             if world.rank == rank:
                 raise kind("a full disk")
 
     return {
-        "exchange": world.exchange([rank, "x" * rank]),
-        "agree": world.agree({"rank": rank}),
-        "sum": world.sum(torch.tensor([1.0, rank], dtype=torch.float64)).tolist(),
-        "spread": world.spread(torch.full((2,), float(rank)), 1).tolist(),
+        "exchange": world.all_gather_object([rank, "x" * rank]),
+        "agree": world.broadcast_object({"rank": rank}),
+        "sum": world.all_reduce(torch.tensor([1.0, rank], dtype=torch.float64)).tolist(),
+        "spread": world.broadcast(torch.full((2,), float(rank)), 1).tolist(),
         "collected": {name: tensor.tolist() for name, tensor in collected.items()},
         "types": [str(t.dtype) for t in collected.values()],
-        "rows": world.gather_rows(few).tolist(),
-        "nothing": world.gather_rows(torch.empty(0)).tolist(),
+        "rows": world.all_gather_rows(few).tolist(),
+        "nothing": world.all_gather_rows(torch.empty(0)).tolist(),
         "pair": within.tolist(),
         "value": raised(lambda: fails_on(2, ValueError)),
         "os": raised(lambda: fails_on(0, OSError)),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from multistage_diffusion.config.serialization import to_dict
 from multistage_diffusion.evaluation import metrics
 from multistage_diffusion.evaluation.features import PixelFeatures
 from multistage_diffusion.evaluation.metrics import (
@@ -16,7 +17,6 @@ from multistage_diffusion.evaluation.metrics import (
     precision_recall,
 )
 from multistage_diffusion.evaluation.statistics import MAX_DIMS
-from multistage_diffusion.serialization import to_dict
 
 
 def gauss(rows: int, dims: int, seed: int) -> Tensor:

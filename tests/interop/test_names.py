@@ -5,13 +5,7 @@ import torch
 from foreign_files import FAMILIES, golden, one_stage
 
 from multistage_diffusion.config import NetworkConfig
-from multistage_diffusion.interop.names import (
-    convert_published,
-    dotless,
-    is_buffer,
-    published_names,
-    restore_published,
-)
+from multistage_diffusion.interop.names import convert_published, dotless, is_buffer, published_names, restore_published
 from multistage_diffusion.interop.shapes import network_of
 from multistage_diffusion.nets import build_network
 

@@ -7,10 +7,10 @@ import torch
 from foreign_files import FAMILIES, Weights, golden, one_stage
 
 from multistage_diffusion.config import NetworkConfig
+from multistage_diffusion.config.presets import preset
 from multistage_diffusion.interop.names import is_buffer, published_names, restore_published
 from multistage_diffusion.interop.shapes import network_of, our_state, published_state, resolution_of
 from multistage_diffusion.nets import build_network
-from multistage_diffusion.presets import preset
 
 SIZES = {"ncsnpp": (16, 16), "edm": (16, 16), "ldm": (8, 8)}
 

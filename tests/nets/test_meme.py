@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_unet import awake, batch, gradients
+from nets.test_unet import awake, batch, gradients
 from torch import Tensor, nn
 
 from multistage_diffusion.config import NetworkConfig

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from multistage_diffusion.config import SamplingConfig
-from multistage_diffusion.presets import PRESETS, preset
+from multistage_diffusion.config.presets import PRESETS, preset
 from multistage_diffusion.samplers import make_plan, sample, shortcoming, start_noise
 from multistage_diffusion.schedules import EDM, SCHEDULES, VP, Discrete
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from multistage_diffusion import keyed
+from multistage_diffusion import rng
 from multistage_diffusion.config import TrainingConfig
 from multistage_diffusion.data import ImageData, to_float
 from multistage_diffusion.denoisers import build_denoiser
@@ -254,7 +254,7 @@ def test_hard_intervals_use_one_number_per_row_and_no_coin(tiny_config):
     for soft in ({}, {"training__soft_intervals": 0.0}):
         batch = BatchSource(tiny_config(**soft), numbered(17), CPU).draw(3, (4, 5, 3))
         for stage, count in enumerate((4, 5, 3)):
-            u = keyed.uniform((0, "sigma", 3), (stage << 32) + torch.arange(count), 1)[:, 0]
+            u = rng.uniform((0, "sigma", 3), (stage << 32) + torch.arange(count), 1)[:, 0]
             assert torch.equal(batch.sigma[rows_of(batch, stage)], PRIOR.sample_within(u, *STAGES.interval(stage)))
 
 

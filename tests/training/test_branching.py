@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from multistage_diffusion.config import RunConfig
+from multistage_diffusion.config.serialization import override
 from multistage_diffusion.denoisers import build_denoiser
-from multistage_diffusion.serialization import override
 from multistage_diffusion.training import checkpoint as ckpt
 from multistage_diffusion.training.branching import grown, of_first_stage, tie, tied, untie
-from multistage_diffusion.training.clipping import clip, part_norms
 from multistage_diffusion.training.losses import objective, stage_losses
+from multistage_diffusion.training.optimizer import clip, part_norms
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 

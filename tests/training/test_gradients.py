@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from multistage_diffusion import keyed
+from multistage_diffusion import rng
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.data import to_float
@@ -73,8 +73,8 @@ def brute_force(
     denoiser = random_denoiser(config, seed).double().eval()
     module = denoiser.network if len(config.stages) == 1 else denoiser.network.encoders[0]
     rows = torch.arange(len(y))
-    noise = keyed.normal((noise_seed, "gradient-noise"), rows, y.shape[1:]).double()
-    place = (rows + keyed.uniform((noise_seed, "gradient-time"), rows, 1)[:, 0]) / len(y)
+    noise = rng.normal((noise_seed, "gradient-noise"), rows, y.shape[1:]).double()
+    place = (rows + rng.uniform((noise_seed, "gradient-time"), rows, 1)[:, 0]) / len(y)
     found = []
     for low, high in itertools.pairwise([0.001 + 0.999 * k / BINS for k in range(BINS + 1)]):
         denoiser.zero_grad()

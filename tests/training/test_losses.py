@@ -3,16 +3,18 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from multistage_diffusion.config import TrainingConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.denoisers import MultiStageDenoiser, VPEps, build_denoiser
 from multistage_diffusion.schedules import VP, UniformTime
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batch, BatchSource, allocate, prior_masses
-from multistage_diffusion.training.losses import objective, row_losses, stage_losses
+from multistage_diffusion.training.losses import objective, row_losses, stage_losses, updates
 
 
 @pytest.fixture
@@ -155,3 +157,28 @@ def test_losses_are_as_precise_as_the_network(tiny_config, tiny_data):
     c = denoiser.preconditioning.coefficients(batch.sigma)
     errors = (denoiser(x, batch.sigma, batch.cond, batch.counts) - y).square().flatten(1).mean(1)
     torch.testing.assert_close(losses, errors / c.out.square(), rtol=1e-10, atol=0)
+
+
+COUNTS, SHARES, WEIGHTS = (6, 3, 3), (0.5, 0.25, 0.25), (0.2, 0.2, 0.6)
+
+
+def test_a_mixed_step_trains_all_rows():
+    assert list(updates(TrainingConfig(), 7, COUNTS, SHARES, WEIGHTS)) == [(COUNTS, WEIGHTS)]
+
+
+def test_sequential_steps_see_the_rows_of_the_mixed_step():
+    training = TrainingConfig(update_mode="sequential")
+    found = list(updates(training, 0, (6, 0, 3), SHARES, WEIGHTS))
+    assert found == [((6, 0, 0), WEIGHTS), ((0, 0, 3), WEIGHTS)]
+    assert [counts for counts, _ in updates(training, 0, COUNTS, SHARES, WEIGHTS)] == [(6, 0, 0), (0, 3, 0), (0, 0, 3)]
+
+
+def test_one_stage_mode_draws_stages_by_share_and_weighs_them_back():
+    training, drawn = TrainingConfig(update_mode="one-stage"), []
+    for step in range(2000):
+        ((counts, weights),) = updates(training, step, (12, 12, 12), (0.6, 0.3, 0.1), WEIGHTS)
+        (stage,) = (k for k in range(3) if counts[k])
+        assert counts[stage] == 12
+        assert weights[stage] == pytest.approx((0.2 / 0.6, 0.2 / 0.3, 6.0)[stage])
+        drawn.append(stage)
+    assert (np.bincount(drawn) / 2000).tolist() == pytest.approx([0.6, 0.3, 0.1], abs=0.035)

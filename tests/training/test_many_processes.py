@@ -18,14 +18,14 @@ from tiny import tiny_config, tiny_data
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.distributed import ALONE, World
 from multistage_diffusion.nets.cost import network_cost
+from multistage_diffusion.performance.cost_model import step_costs
+from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.checkpoint import list_checkpoints, load_tensors, read_state
-from multistage_diffusion.training.cluster import step_costs
-from multistage_diffusion.training.events import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.strategies import Strategy
 from multistage_diffusion.training.trainer import Trainer
-from multistage_diffusion.workflow import sample, train
-from multistage_diffusion.workflow.fitting import _in_turn
+from multistage_diffusion.workflow.sample import sample
+from multistage_diffusion.workflow.train import _in_turn, train
 
 UNEVEN = (0.6, 0.3, 0.1)
 
@@ -38,8 +38,8 @@ def config(**changes: object) -> RunConfig:
 
 def fit(world: World, path: Path, settings: RunConfig, strategy: Strategy, *callbacks: Callback) -> Trainer:
     """Train a run that is there to its end, or begin it."""
-    with world.together():
-        if world.chief and not (path / "config.json").exists():
+    with world.synchronize_errors():
+        if world.is_main_process and not (path / "config.json").exists():
             Run.create(path, settings)
     trainer = Trainer(
         Run(path),
@@ -142,7 +142,7 @@ def held(world: World, path: Path, settings: RunConfig, strategy: Strategy) -> d
         "gradients": sum(p.grad.nbytes for p in trainer.denoiser.parameters()),
         "average": sum(p.nbytes for p in trainer.ema.module.parameters()),
         "moments": sum(t.nbytes for t in moments),
-        "sent": trainer.team.reducer.bytes,
+        "sent": trainer.gradient_sync.reducer.bytes,
     }
 
 
@@ -250,8 +250,8 @@ from pathlib import Path
 import torch
 sys.path.insert(0, TESTS)
 from tiny import tiny_config
-from multistage_diffusion.distributed import speaks
-from multistage_diffusion.training.events import Callback
+from multistage_diffusion.distributed import is_main_process
+from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.workflow import train
 
 torch.set_num_threads(1)
@@ -319,7 +319,7 @@ def took_turns(world: World, folder: Path, encodes: bool) -> bool:
 
     def prepare() -> bool:
         done = (folder / "cache").exists()
-        if world.chief:
+        if world.is_main_process:
             time.sleep(0.5)
             (folder / "cache").touch()
         return done

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from multistage_diffusion.config import OptimizerConfig
-from multistage_diffusion.training.optimizer import learning_rate, make_optimizer
+from multistage_diffusion.nets import build_network
+from multistage_diffusion.training import branching
+from multistage_diffusion.training.optimizer import clip, learning_rate, make_optimizer, parameters_by_part, part_norms
 
 
 def test_the_learning_rate_rises_stays_and_falls():
@@ -25,3 +28,54 @@ def test_the_optimiser_takes_every_parameter_and_every_number(kind, made):
     (group,) = optimizer.param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in module.parameters()]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.3, (0.5, 0.6), 1e-3, 0.2)
+
+
+@pytest.fixture
+def parts():
+    """Two parts with gradients of norm 3 and 4, and one without."""
+    made = {name: [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))] for name in ("a", "b", "c")}
+    for name, norm in (("a", 3.0), ("b", 4.0)):
+        made[name][0].grad = torch.tensor([norm, 0.0])
+    return made
+
+
+def norms_of(parts):
+    return {name: float(norm) for name, norm in part_norms(parts).items()}
+
+
+def test_norms_are_of_the_parts_that_have_gradients(parts):
+    assert norms_of(parts) == {"a": 3.0, "b": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("scope", "limit", "after"),
+    [
+        ("model", 1.0, {"a": 0.6, "b": 0.8}),
+        ("part", 3.5, {"a": 3.0, "b": 3.5}),
+        ("model", 6.0, {"a": 3.0, "b": 4.0}),
+        ("model", None, {"a": 3.0, "b": 4.0}),
+    ],
+)
+def test_gradients_are_clipped_by_the_norm_of_the_model_or_of_the_part(parts, scope, limit, after):
+    clip(OptimizerConfig(clip=limit, clip_scope=scope), parts, part_norms(parts))
+    assert norms_of(parts) == pytest.approx(after, rel=1e-5)
+
+
+def test_norms_of_parts_that_live_elsewhere_count(parts):
+    norms = {**part_norms(parts), "elsewhere": torch.tensor(12.0)}
+    clip(OptimizerConfig(clip=1.0), parts, norms)
+    assert norms_of(parts) == pytest.approx({"a": 3 / 13, "b": 4 / 13}, rel=1e-5)
+    assert math.sqrt(3**2 + 4**2 + 12**2) == 13
+
+
+def test_a_parameter_that_stages_share_is_in_one_part_only(tiny_config):
+    network = build_network(tiny_config(network__decoder_widths=(8, 8, 8)).network)
+    apart = parameters_by_part(network)
+    assert list(apart) == ["encoder", "decoder.1", "decoder.2", "decoder.3"]
+    branching.tie(network)
+    shared = parameters_by_part(network)
+    assert list(shared) == ["encoder", "decoder.1"]
+    for found in (apart, shared):
+        ids = [id(p) for part in found.values() for p in part]
+        assert len(ids) == len(set(ids))
+    assert {id(p) for part in shared.values() for p in part} == {id(p) for p in network.parameters()}

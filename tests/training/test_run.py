@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from multistage_diffusion.config.serialization import override
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.files import write_json
-from multistage_diffusion.serialization import override
 from multistage_diffusion.training.checkpoint import Checkpoint, save_checkpoint
 from multistage_diffusion.training.run import Run, device_name
 

@@ -11,18 +11,13 @@ import torch
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.nets import blocks
 from multistage_diffusion.nets.blocks import dropout
+from multistage_diffusion.performance import autotune
 from multistage_diffusion.training import checkpoint as ckpt
-from multistage_diffusion.training import trial
 from multistage_diffusion.training.batches import BatchSource
-from multistage_diffusion.training.findings import TrainingDiverged
 from multistage_diffusion.training.losses import objective, stage_losses
+from multistage_diffusion.training.metrics import TrainingDiverged
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.trainer import (
-    Callback,
-    Trainer,
-    autocast_dtype,
-    resolve_device,
-)
+from multistage_diffusion.training.trainer import Callback, Trainer, autocast_dtype, resolve_device
 
 MODES = ("mixed", "one-stage", "sequential")
 
@@ -456,7 +451,7 @@ def test_what_is_read_late_comes_to_the_same(new_trainer):
     found = []
     for late in (False, True):
         trainer = new_trainer(f"late {late}", training__steps=7, training__log_every=3, training__checkpoint_every=4)
-        trainer.findings.late = late
+        trainer.metrics.late = late
         trainer.fit()
         timed = ("images_per_s", "seconds")
         found.append([{k: v for k, v in r.items() if k not in timed} for r in trainer.run.records()])
@@ -472,7 +467,7 @@ def test_what_is_read_late_comes_to_the_same(new_trainer):
 def test_a_gradient_read_late_spoils_no_weights(new_trainer):
     """A GPU goes on while the numbers of its last step are on their way."""
     trainer = new_trainer(training__steps=6, optimizer__clip=None, stepped=lambda t: weights.append(parameters(t)))
-    trainer.findings.late, weights = True, []
+    trainer.metrics.late, weights = True, []
     weight = trainer.denoiser.network.decoders[2].conv_out.weight
     weight.register_hook(lambda g: g * math.inf if trainer.step == 2 else g)
     with pytest.raises(TrainingDiverged, match=r"the gradient of decoder\.3 is not finite at step 3"):
@@ -566,8 +561,8 @@ def test_a_trial_changes_no_run_and_is_made_once(new_trainer, tiny_data, monkeyp
     plain = new_trainer("plain", execution__channels_last=False, training__steps=6, **one)
     plain.fit()
     assert not plain.run.execution_file.exists()
-    monkeypatch.setattr(trial, "LEAST_STEPS", 1)
-    monkeypatch.setattr(trial, "GAIN", 0.0)  # whatever was faster
+    monkeypatch.setattr(autotune, "LEAST_STEPS", 1)
+    monkeypatch.setattr(autotune, "GAIN", 0.0)  # whatever was faster
     tried = new_trainer("tried", **one, training__steps=6, stepped=lambda t: t.step == 3 and t.stop())
     tried.fit()
     assert tried.trial.keys() == {"plain", "channels last"}
@@ -585,7 +580,7 @@ def test_graphs_are_refused_where_there_are_none(new_trainer):
 
 
 def test_a_trial_may_choose_shards(new_trainer, monkeypatch):
-    monkeypatch.setattr(trial, "LEAST_STEPS", 1)
+    monkeypatch.setattr(autotune, "LEAST_STEPS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     trainer = new_trainer(training__steps=2)
     trainer.fit()
@@ -602,7 +597,7 @@ def test_a_gpu_trains_as_the_cpu_does(tmp_path, tiny_config, tiny_data, graphs):
         config = tiny_config(**changes, execution__cuda_graphs=graphs and device == "cuda")
         trainer = Trainer(Run.create(tmp_path / device, config), tiny_data(), device=device)
         trainer.fit()
-        assert trainer.findings.late == (device == "cuda")
+        assert trainer.metrics.late == (device == "cuda")
         found[device] = [r["loss"] for r in trainer.run.records()]
     np.testing.assert_allclose(found["cuda"], found["cpu"], rtol=1e-3)
 

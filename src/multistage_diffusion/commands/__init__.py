@@ -5,17 +5,20 @@ Results go to standard output (JSON with --json), progress and notes to standard
 
 from typing import Any
 
-from .coding import TrainCodec
-from .evaluating import Evaluate, Stats
+from .codec import TrainCodec
+from .demo import Demo
+from .describe import Describe
+from .evaluate import Evaluate, Stats
 from .exchange import Export, Import
-from .judging import Demo, Describe, Report
-from .making import Sample, Train
-from .paper import Presets, Tables
-from .planning import Plan
-from .splitting import Split
+from .plan import Plan
+from .report import Report
+from .sample import Sample
+from .stages import FindStages
+from .tables import Presets, Tables
+from .train import Train
 
 COMMANDS: dict[str, type[Any]] = {
-    "split": Split,
+    "stages": FindStages,
     "train": Train,
     "train-codec": TrainCodec,
     "sample": Sample,

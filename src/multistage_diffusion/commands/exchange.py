@@ -1,4 +1,4 @@
-"""Commands that exchange networks with other code: published checkpoints in, runs out."""
+"""Commands that exchange networks with other code: import of published checkpoints, export of runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from ..presets import preset
-from ..splitting import SplitResult
+from ..config.presets import preset
+from ..stage_finding import StageResult
 from ..workflow.exchange import export_published, import_published
 from .options import RunFolder, check_out, option, print_json, say
 
@@ -37,7 +37,7 @@ class Import:
     size: Annotated[tuple[int, int] | None, option("H W", "the preset's")] = None
     """Height and width of what the network sees: images, or latents of LDM."""
     stages: Annotated[Path | None, option("FILE", "the preset's")] = None
-    """A split.json with the noise ranges that the decoders were trained on."""
+    """A stages.json with the noise ranges that the decoders were trained on."""
     head_channels: Annotated[int | None, option("INT", "32")] = None
     """Channels of an attention head (LDM)."""
     replace: bool = False
@@ -52,7 +52,7 @@ class Import:
             self.out,
             base=None if self.preset is None else preset(self.preset),
             size=self.size,
-            result=None if self.stages is None else SplitResult.load(self.stages),
+            result=None if self.stages is None else StageResult.load(self.stages),
             head_channels=self.head_channels,
             replace=self.replace,
         )

@@ -1,4 +1,4 @@
-"""What commands share: options, reading settings and configurations, printing."""
+"""Shared parts of the commands: options, reading settings and configurations, printing."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..config import RunConfig, SamplingConfig
+from ..config.serialization import from_dict, read_json
 from ..errors import UserError
 from ..evaluation import agree
 from ..files import refuse_special, require_place
 from ..reading import YAML_LIMIT, parse_yaml, read_text
-from ..serialization import from_dict, read_json
 from ..shown import shown
 
 
 def option(metavar: str, default: str = "") -> Any:
-    """Return how help shows an option that has no default, or one that is decided elsewhere."""
+    """Return the display, in help, of an option that has no default or whose default is set elsewhere."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})" if default else "")
 
 
@@ -102,10 +102,10 @@ class SamplerOptions:
 
 
 def check_out(path: Path, overwrite: bool, *, folder: bool = False) -> None:
-    """See, before the work is done, that its result can be written.
+    """Check, before the work starts, that its result can be written.
 
     Raises:
-        UserError: if path exists and may not be replaced, or lies where nothing can be written.
+        UserError: if path exists and may not be replaced, or nothing can be written there.
     """
     if path.name in ("", ".."):
         raise UserError(f"--out {path}: names no {'folder' if folder else 'file'} of its own; give one")
@@ -123,7 +123,7 @@ def check_out(path: Path, overwrite: bool, *, folder: bool = False) -> None:
 
 def _belongs_to_a_run(path: Path) -> bool:
     """Return whether a file is one that a run cannot do without."""
-    own = ("config.json", "metrics.jsonl", "launches.jsonl", "split.json", "imported.json", "evaluation.json")
+    own = ("config.json", "metrics.jsonl", "launches.jsonl", "stages.json", "imported.json", "evaluation.json")
     folder = path.absolute().parent
     if (folder / "config.json").exists() and (folder / "checkpoints").is_dir():
         return path.name in own
@@ -159,7 +159,7 @@ def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def plain_numbers(value: Any) -> Any:
-    """Read 1e-4, which YAML takes for a word, as the number everyone means, in lists and mappings too."""
+    """Convert text such as 1e-4, which YAML does not read as a number, to numbers, also in lists and mappings."""
     if isinstance(value, dict):
         return {key: plain_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -186,7 +186,7 @@ def load_config(path: Path) -> RunConfig:
 
 
 def say(text: str) -> None:
-    """Print text on standard output, safe to show on a terminal."""
+    """Print text on standard output, with control characters escaped."""
     _print(shown(text, lines=True))
 
 

@@ -1,4 +1,4 @@
-"""Data sets: images at rest as uint8, opened from many places, and an analytic mixture for exact tests."""
+"""Data sets: uint8 images from several kinds of sources, and an analytic Gaussian mixture for exact tests."""
 
 from .dataset import ImageData, to_float, to_uint8
 from .mixture import GaussianMixture

@@ -25,11 +25,11 @@ _LABEL_KEYS = ("labels", "label", "arr_1")
 def open_array(path: Path) -> ImageData:
     """Open uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3.
 
-    A .npy file is memory-mapped. A .npz file holds the images as `images` or `arr_0` and, if it has labels, whole
-    numbers (N,) as `labels`, `label` or `arr_1`. Nothing pickled is ever loaded.
+    A .npy file is memory-mapped. A .npz file holds the images as `images` or `arr_0` and optional integer labels (N,)
+    as `labels`, `label` or `arr_1`. Pickled content is never loaded.
 
     Raises:
-        UserError: naming the file, for anything else.
+        UserError: naming the file, for any other content.
     """
     arrays = _read(path)
     images = _channels_first(_checked_pixels(arrays["images"], path), path)
@@ -37,7 +37,7 @@ def open_array(path: Path) -> ImageData:
 
 
 def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Return `images` and, where there are any, `labels`."""
+    """Return `images` and, if present, `labels`."""
     try:
         require_regular(path)
         with path.open("rb") as file:
@@ -54,7 +54,7 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
                 raise UserError(f"{max(names, key=names.count)} is in it twice")
             keys = _keys(members)
             arrays = {name: _array(archive, members[key], key) for name, key in keys.items()}
-    except Exception as error:  # NumPy and zipfile raise nearly every kind on broken files
+    except Exception as error:  # NumPy and zipfile raise many exception types on broken files
         reason = one_line(error)
         raise UserError(
             f"{path}: cannot be read as plain NumPy arrays ({reason}); save uint8 images with np.save or np.savez"
@@ -68,7 +68,7 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
 
 
 def _keys(members: Collection[str]) -> dict[str, str]:
-    """Return the key of `images` and, where there are any, of `labels`."""
+    """Return the key of `images` and, if present, of `labels`."""
     images = [key for key in _IMAGE_KEYS if key in members]
     labels = [key for key in _LABEL_KEYS if key in members]
     if not images:
@@ -77,7 +77,7 @@ def _keys(members: Collection[str]) -> dict[str, str]:
 
 
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> npt.NDArray[Any]:
-    """Read an array whose length, before memory is taken for it, agrees with what is said and stored."""
+    """Read an array; before allocating memory, check its claimed length against the stored bytes."""
     if member.flag_bits & 1:
         raise UserError(f"{key} is encrypted")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -88,7 +88,10 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> npt.N
         raise UserError(f"{key}: {error}") from None
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
-        read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
+        readers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+        if version[0] not in readers:
+            raise UserError(f"{key} has version {version[0]} of NumPy's format, which is of records, not of images")
+        read_header = readers[version[0]]
         shape, _, dtype = read_header(file)
         stored = member.file_size - file.tell()
     size = math.prod(shape) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""CIFAR-10 in its binary files (Krizhevsky 2009, "Learning multiple layers of features from tiny images")."""
+"""CIFAR-10, read from its binary files (Krizhevsky 2009, "Learning multiple layers of features from tiny images")."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .dataset import ImageData
 from .opening import one_line
 
 ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar.html"
-RECORDS = 10_000  # images in a file
+RECORDS = 10_000  # images per file
 PIXELS = (3, 32, 32)  # red, green and blue plane, each row by row
 RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the pixels
 
 BATCHES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-META = "batches.meta.txt"  # the names of the classes, one a line
+META = "batches.meta.txt"  # the class names, one per line
 
 _FOLDER, _PYTHON = "cifar-10-batches-bin", "cifar-10-batches-py"
-_ARCHIVE_BYTES = 1 << 29  # the real one unpacks to 184 MB
+_ARCHIVE_BYTES = 1 << 29  # limit of the unpacked archive; the original has 184 MB
 _META_BYTES = 10_000  # far more than ten names need
 
 
@@ -37,11 +37,12 @@ def open_cifar10(path: Path | None) -> ImageData:
     """Open the 50,000 training images, uint8 (N, 3, 32, 32), of the binary version.
 
     Args:
-        path: the folder that holds the files, the folder that holds cifar-10-batches-bin/, or the archive
-            cifar-10-binary.tar.gz as downloaded, which is not unpacked to disk. None is an error that says so.
+        path: the folder with the files, its parent folder (of cifar-10-batches-bin/), or the downloaded archive
+            cifar-10-binary.tar.gz, which is not unpacked to disk. None raises.
 
     Raises:
-        UserError: if it is the Python version, if files are missing (saying where they come from) or damaged.
+        UserError: if path is None, for the Python version, or if files are missing (the message gives the address) or
+            damaged.
     """
     if path is None:
         raise UserError(f"data.source='cifar10': needs its files; {_mend()}")
@@ -65,7 +66,7 @@ def open_cifar10(path: Path | None) -> ImageData:
 
 
 def _records(content: bytes, where: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Return the images and labels of a file."""
+    """Return the images (RECORDS, 3, 32, 32) and labels (RECORDS,) of a file."""
     if len(content) != RECORDS * RECORD:
         raise UserError(f"{where} holds {len(content)} bytes instead of {RECORDS} x {RECORD}; fetch the archive again")
     rows = np.frombuffer(content, np.uint8).reshape(RECORDS, RECORD)
@@ -77,7 +78,7 @@ def _records(content: bytes, where: str) -> tuple[npt.NDArray[np.uint8], npt.NDA
 
 
 def _in_folder(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield the files that are there, by name."""
+    """Yield (name, content) of each existing file."""
     folder = path / _FOLDER if (path / _FOLDER).is_dir() else path
     wanted = [name for name in (META, *BATCHES) if (folder / name).is_file()]
     if not wanted and any((path / name).exists() for name in (_PYTHON, "data_batch_1")):
@@ -90,7 +91,7 @@ def _in_folder(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield the wanted members of the archive, by name: read into memory, and only where their length is right."""
+    """Yield (name, content) of each needed archive member; raise if a member is longer than expected."""
     try:
         with _unpacked(path) as content, tarfile.open(fileobj=content, mode="r:") as archive:
             for member in archive:
@@ -107,12 +108,12 @@ def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield name, file.read()
     except UserError:
         raise
-    except Exception as error:  # tarfile and the decompressors raise nearly every kind on broken files
+    except Exception as error:  # tarfile and the decompressors raise many exception types on broken files
         raise UserError(f"{path}: not a readable archive ({one_line(error)}); {_mend()}") from None
 
 
 def _unpacked(path: Path) -> _Bounded:
-    """Open an archive's content as it is decompressed; which compression is told by the first bytes."""
+    """Open an archive for reading its decompressed content; the first bytes determine the compression."""
     with path.open("rb") as file:
         start = file.read(6)
     opened: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
@@ -121,7 +122,7 @@ def _unpacked(path: Path) -> _Bounded:
 
 
 class _Bounded(io.RawIOBase):
-    """A file that is never read beyond _ARCHIVE_BYTES: a few compressed bytes can become any number."""
+    """A file that is never read beyond _ARCHIVE_BYTES, as protection against decompression bombs."""
 
     def __init__(self, file: IO[bytes], name: str) -> None:
         self._file, self._name = file, name

@@ -1,4 +1,4 @@
-"""Images at rest: uint8 pixels and class labels, with a fingerprint and a split that depend on content alone."""
+"""Data sets of uint8 images and class labels. Fingerprint and held-out split depend only on the content."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _MAX_CLASSES = 1 << 16
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A data set of equally large images.
+    """A data set of images of one size.
 
     Attributes:
         images: uint8 (N, C, H, W); may be a memory map.
         labels: class numbers from 0, int64 (N,), or None.
-        name: what it was opened as; starts every error message.
-        class_names: one name per class; the numbers themselves if not given.
-        content: (height, width) of the centred part that is image, where all were padded from one size; else None.
-        passed_over: numbers of files that were found where the images are but not used, by reason.
+        name: the source it was opened from; starts every error message.
+        class_names: one name per class; default: the class numbers.
+        content: (height, width) of the centred unpadded part, if all images were padded from one size; else None.
+        passed_over: number of unused files beside the images, by reason.
 
     Raises:
-        UserError: for pixels or labels of another type, shape or range.
+        UserError: if pixels or labels have another type, shape or range.
     """
 
     images: npt.NDArray[np.uint8]
@@ -69,11 +69,11 @@ class ImageData:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, 0 without labels; a subset has as many as the whole."""
+        """Number of classes, 0 without labels; a subset keeps the number of the full data set."""
         return len(self.class_names)
 
     def describe(self) -> str:
-        """Return in one line how many images, classes and pixels there are, grey or colour, and what was passed over."""
+        """Return one line with the image count, class count, size, grey or colour, and the unused files."""
         channels, height, width = self.shape
         parts = [
             f"{len(self)} images",
@@ -88,7 +88,7 @@ class ImageData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of the shape, the pixels and the labels (not of names or content)."""
+        """SHA-256, in hex, of the shape, the pixels and the labels (without `name`, `class_names` and `content`)."""
         digest = hashlib.sha256(repr(self.images.shape).encode())
         rows = max(1, _CHUNK_BYTES // max(1, int(np.prod(self.shape))))
         for start in range(0, len(self), rows):
@@ -98,13 +98,13 @@ class ImageData:
         return digest.hexdigest()
 
     def tensor(self) -> Tensor:
-        """Return the images as a uint8 tensor that shares their memory: to be read, not written."""
+        """Return the images as a uint8 tensor that shares their memory; do not write to it."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             return torch.from_numpy(self.images)
 
     def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> ImageData:
-        """Return the images of the given numbers, in that order, copied into memory."""
+        """Return the images at the given indices, in that order, copied into memory."""
         index = np.asarray(indices, dtype=np.int64)
         labels = None if self.labels is None else self.labels[index]
         return ImageData(np.asarray(self.images[index]), labels, self.name, self.class_names, self.content)
@@ -112,14 +112,14 @@ class ImageData:
     def split(self, held_out: float) -> tuple[ImageData, ImageData]:
         """Return (train, held-out) data.
 
-        An image is held out when the hash of its pixels and shape, mapped to [0, 1), lies below held_out: equal images
-        fall on one side, and neither order nor file names nor the other images matter.
+        An image is held out if the hash of its pixels and shape, mapped to [0, 1), is below held_out. Equal images are
+        therefore on the same side. Order, file names and other images have no effect.
 
         Args:
-            held_out: the expected share held out, in [0, 1); 0 holds nothing out.
+            held_out: expected held-out share in [0, 1); 0 holds nothing out.
 
         Raises:
-            UserError: if held_out is out of range, or positive and one side is empty.
+            UserError: if held_out is out of range, or if it is positive and one side is empty.
         """
         if not 0 <= held_out < 1:
             raise UserError(f"data.held_out={held_out} must be in [0, 1)")
@@ -163,5 +163,5 @@ def to_float(images: Tensor | npt.NDArray[np.uint8]) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Map floats in [-1, 1] to uint8 pixels, same shape and device: rounded to the nearest level, clamped outside."""
+    """Map floats in [-1, 1] to uint8 pixels, same shape and device; round to the nearest level and clamp."""
     return ((x.to(torch.float32) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)

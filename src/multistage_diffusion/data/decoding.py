@@ -1,4 +1,4 @@
-"""Many image files to one array: decoded in parallel, brought to one size, bad ones named or left out."""
+"""Decoding of many image files in parallel into one array of one image size."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..config import MAX_PIXELS
+from ..config.run import MAX_PIXELS
 from ..errors import UserError
+from ..progress import Progress
 from .fitting import Fit, fit_image, padded_content, reachable, require_pixels, wrong_size
 from .opening import decode, one_line
 
-Progress = Callable[[int, int], None]
 Pixels = npt.NDArray[np.uint8]
 Size = tuple[int, int]  # height, width
 
 UNREADABLE = "unreadable"
 
 _FEWER_BITS = 14  # cameras and scanners give 10, 12 or 14 bits
-_BLOCK = 256  # files handed to the threads at a time, so that an error stops soon
+_BLOCK = 256  # files per submission to the thread pool; an error stops the decoding after at most one block
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Images that could be read.
+    """The images that could be decoded.
 
     Attributes:
         images: uint8 (N, C, H, W), C = 1 if all are grey, else 3.
-        kept: numbers of the files they come from, int64 (N,), ascending.
+        kept: indices of their files, int64 (N,), ascending.
         content: as in `ImageData`.
-        passed_over: numbers of the other files, by reason.
+        passed_over: number of the other files, by reason.
     """
 
     images: Pixels
@@ -44,7 +44,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """One image brought to size, and what its file was like (see `opening.Decoded`)."""
+    """One image at the target size, its original size and the properties of its file (see `opening.Decoded`)."""
 
     pixels: Pixels
     found: Size
@@ -66,33 +66,34 @@ def decode_all(
     """Decode image files and bring them to one size.
 
     Args:
-        source: what they belong to; starts every error message.
-        names: what each file is called in messages.
-        read: returns the bytes of a file, given its number; called from several threads.
-        size: (height, width) wanted, or None for the images' own, which must then be equal.
+        source: data set of the files; starts every error message.
+        names: name of each file in messages.
+        read: returns the bytes of the file with a given index; called from several threads.
+        size: target (height, width); None keeps the original size, which must then be the same for all images.
         fit: how to reach size, see `fit_image`.
-        skip_bad: leave out files that cannot be read, with one warning, instead of raising.
-        max_pixels: larger images are refused as unreadable.
-        progress: called with (files read, files in all).
+        skip_bad: skip unreadable files with one warning instead of raising.
+        max_pixels: images with more pixels count as unreadable.
+        progress: called with (files read, total files).
 
     Raises:
-        UserError: naming the file, for images that are unreadable, unequal or not to be brought to size.
+        UserError: if an image is unreadable, differs in size or cannot reach the size (naming the file), or if no image
+            is readable.
     """
 
     def load(number: int) -> _Loaded | str:
         try:
             decoded = decode(read(number), max_pixels)
             image, found = decoded.image, (decoded.image.height, decoded.image.width)
-            # an image that cannot reach the size is no bad file: it is refused below, never skipped
+            # an image that cannot reach the size is not a bad file: _check_size raises, skip_bad never skips it
             fitted = image if size is None or not reachable(found, size, fit) else fit_image(image, size, fit)
             return _Loaded(np.asarray(fitted), found, decoded.several, decoded.brightest)
         except MemoryError:
             raise
-        except Exception as error:  # Pillow and zipfile raise nearly every kind on broken files
+        except Exception as error:  # Pillow and zipfile raise many exception types on broken files
             return one_line(error)
 
     loaded: dict[int, Pixels] = {}
-    sizes: dict[Size, str] = {}  # every size met, with the first file that has it
+    sizes: dict[Size, str] = {}  # each original size, with the first file that has it
     bad: list[str] = []
     several: list[str] = []
     brightest: list[int] = []
@@ -139,7 +140,7 @@ def _warn_of_several(source: str, names: Sequence[str]) -> None:
 
 
 def _warn_of_dark(source: str, brightest: Sequence[int]) -> None:
-    """Warn where no image fills its 16 bits to a quarter: values of 10, 12 or 14 bits, not scaled, come out dark."""
+    """Warn if all 16-bit images stay below a quarter of the range: unscaled 10-, 12- or 14-bit values become dark."""
     bits = max(brightest, default=1 << 16).bit_length()
     if bits <= _FEWER_BITS:
         warnings.warn(
@@ -164,7 +165,7 @@ def _check_size(source: str, name: str, found: Size, size: Size | None, fit: Fit
 
 
 def _stack(loaded: dict[int, Pixels]) -> Pixels:
-    """Gather (H, W) and (H, W, 3) images into (N, C, H, W), freeing them on the way."""
+    """Stack (H, W) and (H, W, 3) images into (N, C, H, W); each image is freed once it is copied."""
     channels = 3 if any(pixels.ndim == 3 for pixels in loaded.values()) else 1
     height, width = next(iter(loaded.values())).shape[:2]
     images = np.empty((len(loaded), channels, height, width), np.uint8)

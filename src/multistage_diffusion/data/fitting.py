@@ -1,4 +1,4 @@
-"""Bringing images to one size: exactly as they are, centre-cropped, resized or padded with black."""
+"""Conversion of images to one size: unchanged, centre-cropped, resized or padded with black."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ Fit = Literal["exact", "crop", "resize", "pad"]
 
 
 def reachable(found: tuple[int, int], size: tuple[int, int], fit: Fit) -> bool:
-    """Say whether an image of (height, width) = found can be brought to size: exactly it, or small enough to pad."""
+    """Return whether fit can bring an image of (height, width) = found to size.
+
+    "exact" needs the same size, "pad" an image that is not larger; "crop" and "resize" always work.
+    """
     if fit == "exact":
         return found == tuple(size)
     return fit != "pad" or (found[0] <= size[0] and found[1] <= size[1])
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
-    """Bring an 8-bit grey or RGB image that is `reachable` to size = (height, width).
+    """Convert an 8-bit grey or RGB image that is `reachable` to size = (height, width).
 
-    "crop" scales the image (Lanczos) until its shorter side fits and keeps the centre, in one resampling; "resize"
-    scales it and changes the aspect ratio; "pad" puts it unscaled in the middle of black (an odd rest: one pixel more
-    below and to the right); "exact" returns the image as it is.
+    "crop" scales the image (Lanczos) to cover the size and keeps the centre, in one resampling. "resize" scales it
+    (Lanczos) and changes the aspect ratio. "pad" centres it unscaled on black; an odd remainder adds one pixel below or
+    to the right. "exact" returns the image unchanged.
     """
     height, width = size
     assert reachable((image.height, image.width), size, fit)
@@ -49,7 +52,7 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Imag
 def fit_array(
     images: npt.NDArray[np.uint8], size: tuple[int, int] | None, fit: Fit, name: str
 ) -> npt.NDArray[np.uint8]:
-    """Bring images (N, C, H, W), C = 1 or 3, to size; returned as they are (memory maps too) where the size agrees.
+    """Convert images (N, C, H, W), C = 1 or 3, to size; return them unchanged (memory maps, too) if they have it.
 
     Raises:
         UserError: if fit is "exact" and the size differs, or "pad" and the images are larger.
@@ -80,7 +83,7 @@ def require_pixels(count: int, channels: int, size: tuple[int, int]) -> None:
 def padded_content(
     sizes: Collection[tuple[int, int]], size: tuple[int, int] | None, fit: Fit
 ) -> tuple[int, int] | None:
-    """Return the one (height, width) that all images had before they were padded; None if nothing was, or from several."""
+    """Return the common (height, width) before padding; None without padding or if the sizes differed."""
     if fit != "pad" or size is None or len(sizes) != 1:
         return None
     (found,) = sizes
@@ -88,7 +91,7 @@ def padded_content(
 
 
 def wrong_size(name: str, what: str, found: tuple[int, int], size: tuple[int, int], fit: Fit) -> UserError:
-    """Return the error for images that cannot be brought to the size asked for."""
+    """Return the error for images that cannot be converted to the requested size."""
     sizes = f"{name}: {what}: height x width {found[0]}x{found[1]}"
     if fit == "pad":
         return UserError(

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import MAX_PIXELS
+from ..config.run import MAX_PIXELS
 from ..errors import UserError
+from ..progress import Progress
 from ..reading import read_file, require_regular
 from .bounded import FILE_LIMIT, read_member
 from .dataset import ImageData
-from .decoding import Progress, decode_all
+from .decoding import decode_all
 from .fitting import Fit
 from .labels import find_labels, inner_path
 from .opening import SUFFIXES, one_line
@@ -32,18 +33,19 @@ def open_images(
     max_pixels: int = MAX_PIXELS,
     progress: Progress | None = None,
 ) -> ImageData:
-    """Open all images below a folder or in a zip file, sorted by path, of every format of `opening.SUFFIXES`.
+    """Open all images in a folder (with sub-folders) or a zip file, sorted by path.
 
-    Grey images (those with a grey palette, too) give one channel; where any is in colour, all become RGB. Transparent
-    parts become white. EXIF orientation is applied. Of animations and pages the first is used, with a warning. Hidden
-    files and those of the system (Thumbs.db, __MACOSX, @eaDir, ...) are passed over; other files, too, with a warning.
+    All formats of `opening.SUFFIXES` are read. Grey images, including those with a grey palette, have one channel. If
+    any image is in colour, all become RGB. Transparent parts become white. EXIF orientation is applied. Of several
+    frames or pages the first is used, with a warning. Hidden files and system files (Thumbs.db, __MACOSX, @eaDir, ...)
+    are skipped. Other files that are not images are skipped with a warning.
 
     Args:
         path: an existing folder or zip file (never unpacked to disk).
         size, fit, skip_bad, max_pixels, progress: as for `decode_all`.
 
     Raises:
-        UserError: naming the file, for missing labels and as `decode_all`; if there are no images.
+        UserError: if there are no images, if labels are missing or wrong (see `find_labels`), and as `decode_all`.
     """
     with _files(path) as (names, read):
         found = sort_out(str(path), names)
@@ -67,14 +69,14 @@ def open_images(
 
 @contextmanager
 def _files(path: Path) -> Iterator[tuple[list[str], Callable[[str, int], bytes]]]:
-    """Yield the names of files, relative with forward slashes, and a function that reads one of at most so many bytes."""
+    """Yield the relative file names (forward slashes) and a function that reads one file up to a byte limit."""
     if path.is_dir():
         yield list(_walk(path)), lambda name, limit: read_file(path / name, limit)
         return
     try:
         require_regular(path)
         archive = zipfile.ZipFile(path)
-    except Exception as error:  # zipfile raises nearly every kind on broken files
+    except Exception as error:  # zipfile raises many exception types on broken files
         raise UserError(f"{path}: not a readable zip file ({one_line(error)})") from None
     with archive:
         members = _members(path, archive)
@@ -82,7 +84,7 @@ def _files(path: Path) -> Iterator[tuple[list[str], Callable[[str, int], bytes]]
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Return an archive's files by their paths; some tools for Windows write backslashes between folders."""
+    """Return an archive's files by normalised path; some Windows tools write backslashes as separators."""
     files = [(inner_path(m.filename), m) for m in archive.infolist() if not m.filename.endswith(("/", "\\"))]
     names = Counter(name for name, _ in files)
     for name, count in names.items():
@@ -93,7 +95,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Yield the files below a folder, links followed; of a hidden folder, or one of the system, its own name only."""
+    """Yield the files below a folder, following links; a hidden or system folder yields only its own name."""
     waiting: list[tuple[str, tuple[str, ...]]] = [(str(root), (os.path.realpath(root),))]
     while waiting:
         folder, way = waiting.pop()
@@ -107,6 +109,6 @@ def _walk(root: Path) -> Iterator[str]:
                 yield Path(path).relative_to(root).as_posix()
                 continue
             real = os.path.realpath(path) if is_link else os.path.join(way[-1], name)
-            # a link to a folder that one has come through, or that holds one, would be followed for ever
+            # a link to a folder on the current path, or to a parent of one, would cause an endless loop
             if not (is_link and any(Path(passed).is_relative_to(real) for passed in way)):
                 waiting.append((path, (*way, real)))

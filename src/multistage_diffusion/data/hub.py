@@ -1,4 +1,4 @@
-"""Image data sets of Hugging Face's library `datasets`, from its hub or from a folder."""
+"""Image data sets of Hugging Face's library `datasets`, from the hub or a folder."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ..config import MAX_PIXELS
+from ..config.run import MAX_PIXELS
 from ..errors import UserError
+from ..progress import Progress
 from ..reading import read_file
 from .bounded import FILE_LIMIT
 from .dataset import ImageData
-from .decoding import Progress, decode_all
+from .decoding import decode_all
 from .fitting import Fit
 from .opening import one_line
 
@@ -29,26 +30,26 @@ def open_hub(
     max_pixels: int = MAX_PIXELS,
     progress: Progress | None = None,
 ) -> ImageData:
-    """Open a split of a data set: its images and, where it has some, its class labels.
+    """Open a split of a data set: its images and, if present, its class labels.
 
-    The images are the first column of type Image, the labels the first of type ClassLabel; images are decoded as those of
-    a folder are.
+    The images are the first column of type Image, the labels the first of type ClassLabel. Images are decoded like
+    those of a folder.
 
     Args:
-        name: of a data set on the hub (OWNER/NAME), or a folder: one written by save_to_disk, or whatever load_dataset
-            reads (Parquet files, images).
-        split: empty for "train"; slices such as "train[:1000]" work too, but for folders written by save_to_disk.
+        name: a data set on the hub (OWNER/NAME), or a folder written by save_to_disk or readable by load_dataset
+            (Parquet files, images).
+        split: empty for "train"; slices such as "train[:1000]" work, except for folders written by save_to_disk.
         size, fit, skip_bad, max_pixels, progress: as for `decode_all`.
 
     Raises:
-        UserError: without the library `datasets`, if there is no such data set, split or image column, and as
+        UserError: if the library `datasets` is missing, if the data set, split or image column does not exist, and as
             `decode_all`.
     """
     title = f"hf:{name}" + (f":{split}" if split else "")
     try:
         path = Path(name).expanduser()
         path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name; no such user's home
+    except (OSError, RuntimeError, ValueError) as error:  # name too long; unknown user's home
         raise UserError(f"data.source='{title[:80]}': is no path ({one_line(error)}); give hf:FOLDER[:SPLIT]") from None
     if not name or (name[0] in "./~" and not path.is_dir()):
         raise UserError(f"data.source='{title}': no such folder; give hf:FOLDER[:SPLIT] or hf:OWNER/NAME[:SPLIT]")
@@ -77,7 +78,7 @@ def open_hub(
 
 
 def _load(title: str, path: Path, split: str) -> Any:
-    """Return the rows of a split; `path` is a folder or else a name on the hub."""
+    """Return the rows of a split; `path` is a folder or a name on the hub."""
     try:
         import datasets
     except ImportError:
@@ -92,14 +93,14 @@ def _load(title: str, path: Path, split: str) -> Any:
         return datasets.load_dataset(str(path), split=split or "train")
     except MemoryError:
         raise
-    except Exception as error:  # the library, its readers and the network raise nearly every kind
+    except Exception as error:  # the library, its readers and the network raise many exception types
         raise UserError(
             f"{title}: cannot be loaded ({one_line(error)}); give hf:OWNER/NAME[:SPLIT], reachable from here, or hf:FOLDER"
         ) from None
 
 
 def _column(title: str, rows: Any, kind: str) -> str | None:
-    """Return the first column whose feature is of this kind, warning where there are several."""
+    """Return the first column with a feature of this type; warn if there are several."""
     names = [name for name, feature in rows.features.items() if type(feature).__name__ == kind]
     if len(names) > 1:
         warnings.warn(f"{title}: of the {kind} columns {', '.join(names)} the first is used", stacklevel=4)
@@ -107,7 +108,7 @@ def _column(title: str, rows: Any, kind: str) -> str | None:
 
 
 def _warn_of_untyped(title: str, rows: Any) -> None:
-    """Warn of a column that its name calls labels, but not its type."""
+    """Warn of a column whose name suggests labels but whose type is not ClassLabel."""
     names = [name for name in ("label", "labels", "fine_label", "class") if name in rows.features]
     if names:
         warnings.warn(

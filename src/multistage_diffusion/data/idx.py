@@ -1,4 +1,4 @@
-"""Fashion-MNIST in its idx files."""
+"""Fashion-MNIST, read from its idx files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .bounded import require_inflatable
 from .dataset import ImageData
 from .opening import one_line
 
-DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts its files
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
 
 CLASS_NAMES = (
     "T-shirt/top",
@@ -33,17 +33,17 @@ CLASS_NAMES = (
 )
 
 _IMAGES, _LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
-_MORE = 1024  # bytes read beyond what there should be: enough to see that there are more, however many
+_MORE = 1024  # bytes read beyond the expected length, to detect a file that is too long
 
 
 def open_fashion_mnist(folder: Path | None = None) -> ImageData:
     """Open the 60,000 training images, uint8 (N, 1, 28, 28), from idx files, compressed (.gz) or not.
 
     Args:
-        folder: where the files are; None looks where Debian's package puts them.
+        folder: folder of the files; None: the folder of Debian's package.
 
     Raises:
-        UserError: if files are missing (saying how to get them) or damaged (naming them).
+        UserError: if files are missing (the message explains how to get them) or damaged (it names the file).
     """
     where = DEBIAN_FOLDER if folder is None else folder
     images, labels = read_idx(_find(where, _IMAGES), 3), read_idx(_find(where, _LABELS), 1)
@@ -62,12 +62,12 @@ def _find(folder: Path, stem: str) -> Path:
 
 
 def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
-    """Read an idx file of bytes.
+    """Read an idx file of uint8 values.
 
     The format: two zero bytes, the type (8: uint8), the number of dimensions, their sizes as big-endian uint32, data.
 
     Raises:
-        UserError: naming the file, if it is not such a file or its length is wrong.
+        UserError: naming the file, if it has another format or a wrong length.
     """
     start = 4 + 4 * dimensions
     try:

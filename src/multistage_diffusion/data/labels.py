@@ -1,4 +1,4 @@
-"""Class labels of image files: from EDM's dataset.json, or from the folders they lie in."""
+"""Class labels of image files, from EDM's dataset.json or from sub-folders."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from ..errors import UserError
 from .bounded import LISTING_LIMIT
 from .opening import one_line
 
-_LABEL_LIMIT = 1 << 31  # far above the classes that a data set may have; those are counted where all labels are known
+_LABEL_LIMIT = 1 << 31  # rejects absurd numbers only; ImageData checks the range of the labels
 
 
 def find_labels(
     source: str, images: Sequence[str], listings: Sequence[str], read: Callable[[str, int], bytes]
 ) -> tuple[list[int] | None, tuple[str, ...]]:
-    """Return a label per image (or None) and class names, from dataset.json if there is one, else from sub-folders.
+    """Return a label per image (or None) and class names, from dataset.json if present, else from sub-folders.
 
     Args:
         source: the folder or archive; starts every error message.
-        images: paths of the images in it.
-        listings: paths of all files in it called dataset.json.
-        read: returns the bytes of a file, of no more than so many.
+        images: paths of its images.
+        listings: paths of all its files named dataset.json.
+        read: returns the bytes of a file, given its path and a byte limit.
 
     Raises:
-        UserError: if there is a dataset.json below or beside the images' common folder, several, or a wrong one.
+        UserError: if there are several dataset.json files, one is in a folder that does not hold all images, or one is
+            invalid or lacks an image.
     """
     if not listings:
         return _folder_labels(images)
     listing = _one_above_all(source, images, listings)
     try:
         content = read(listing, LISTING_LIMIT)
-    except Exception as error:  # zipfile raises nearly every kind on broken files
+    except Exception as error:  # zipfile raises many exception types on broken files
         raise UserError(
             f"{source}: {listing} cannot be read ({one_line(error)}); mend it, or remove it to take classes from sub-folders"
         ) from None
@@ -41,7 +42,7 @@ def find_labels(
 
 
 def _one_above_all(source: str, images: Sequence[str], listings: Sequence[str]) -> str:
-    """Return the one dataset.json, whose folder must hold all images."""
+    """Return the only dataset.json; its folder must hold all images."""
     for listing in listings:
         folder = posixpath.dirname(listing)
         outside = next((name for name in images if folder and not name.startswith(f"{folder}/")), None)
@@ -56,7 +57,7 @@ def _one_above_all(source: str, images: Sequence[str], listings: Sequence[str]) 
 
 
 def _folder_labels(images: Sequence[str]) -> tuple[list[int] | None, tuple[str, ...]]:
-    # a folder that wraps everything (as in many zip files) is no class
+    # a single folder around all images (as in many zip files) is not a class
     common = posixpath.commonpath([posixpath.dirname(p) for p in images]) if all("/" in p for p in images) else ""
     inner = [posixpath.relpath(p, common) if common else p for p in images]
     classes = sorted({p.split("/")[0] for p in inner})
@@ -67,7 +68,7 @@ def _folder_labels(images: Sequence[str]) -> tuple[list[int] | None, tuple[str, 
 
 
 def _listed_labels(where: str, folder: str, images: Sequence[str], content: bytes) -> list[int] | None:
-    """Read {"labels": [[path, class], ...]}, paths relative to the file's own folder, or null for no labels."""
+    """Read {"labels": [[path, class], ...]} with paths relative to the listing's folder; null means no labels."""
     try:
         entries = json.loads(content, object_pairs_hook=_no_key_twice)["labels"]
         if entries is None:
@@ -93,7 +94,7 @@ def _listed_labels(where: str, folder: str, images: Sequence[str], content: byte
 
 
 def inner_path(name: str) -> str:
-    """Return a path inside a folder or archive in its one form: forward slashes, no `.`, never out of it by `..`."""
+    """Return the normalised path inside a folder or archive: forward slashes, no `.`; `..` never leaves the root."""
     return posixpath.normpath(f"/{name}".replace("\\", "/")).lstrip("/")
 
 

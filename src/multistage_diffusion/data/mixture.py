@@ -1,4 +1,4 @@
-"""A mixture of isotropic Gaussians: data whose optimal denoiser and density are known in closed form."""
+"""A mixture of isotropic Gaussians, with its optimal denoiser and density in closed form."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ..contracts import Conditioning, as_float64
 from ..errors import UserError
-from ..keyed import normal, uniform
+from ..rng import normal, uniform
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianMixture:
-    """The density sum_j w_j N(mu_j, sd_j² I), a `Denoiser` that is exact.
+    """The density sum_j w_j N(mu_j, sd_j² I) and its exact `Denoiser`.
 
-    With noise of standard deviation sigma, component j has variance v_j = sd_j² + sigma², so
-    E[y | x] = sum_j r_j (mu_j + (sd_j² / v_j) (x - mu_j)) with r_j ~ w_j N(x; mu_j, v_j I). All in float64.
+    With noise of standard deviation sigma, component j has variance v_j = sd_j² + sigma². Therefore
+    E[y | x] = sum_j r_j (mu_j + (sd_j² / v_j) (x - mu_j)) with r_j ~ w_j N(x; mu_j, v_j I). Computed in float64.
 
     Attributes:
         weights: (J,), positive; scaled to sum to 1.
@@ -26,7 +26,7 @@ class GaussianMixture:
         stds: (J,), positive.
 
     Raises:
-        UserError: for shapes that disagree and values that are not positive.
+        UserError: if shapes disagree, or weights or stds are not positive and finite.
     """
 
     weights: Tensor
@@ -52,7 +52,7 @@ class GaussianMixture:
         Args:
             x: (B, D), or (B, C, H, W) with C·H·W = D.
             sigma: (B,), >= 0.
-            cond: ignored: the mixture has no classes.
+            cond: ignored; the mixture has no classes.
 
         Returns:
             The posterior mean, same shape, dtype and device as x.
@@ -65,11 +65,11 @@ class GaussianMixture:
         return torch.einsum("bj,bjd->bd", responsibility, shrunk).reshape(x.shape).to(x.dtype)
 
     def log_density(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Return the log density of y + sigma n at x, float64 (B,); arguments as in a call."""
+        """Return the log density of y + sigma n at x, float64 (B,); arguments as in `__call__`."""
         return torch.logsumexp(self._log_joint(x, sigma)[1], dim=1)
 
     def sample(self, n: int, seed: int) -> Tensor:
-        """Draw n points, float64 (n, D); point i depends on (seed, i) alone."""
+        """Draw n points, float64 (n, D); point i depends only on (seed, i)."""
         rows = torch.arange(n, device=self.means.device)
         u = uniform(("mixture", "component", seed), rows, 1)[:, 0]
         cumulative = torch.cumsum(self.weights, 0)

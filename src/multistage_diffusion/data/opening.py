@@ -1,4 +1,4 @@
-"""One image file to 8-bit pixels: which formats are opened, and how each kind of pixel is converted."""
+"""Decoding of one image file to 8-bit pixels: supported formats and pixel conversions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from ..config import MAX_PIXELS
+from ..config.run import MAX_PIXELS
 from ..errors import UserError
 from ..reading import read_file
 from .bounded import FILE_LIMIT
 
-# Those that Pillow decodes in this process and recognises by their first bytes. EPS is not among them: Pillow
-# hands it to Ghostscript, whatever the file's name.
+# The formats that Pillow decodes in this process and recognises by their first bytes. EPS is excluded because Pillow
+# runs Ghostscript for it, whatever the file name.
 SUFFIXES = {
     ".png": "PNG",
     ".apng": "PNG",
@@ -51,9 +51,9 @@ SUFFIXES = {
 }
 FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 
-_LINE = 200  # characters; zipfile, for one, quotes whole members
+_LINE = 200  # characters; zipfile, for example, quotes whole members
 _ORIENTATION, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0112, 0x0106, 0x0153  # tags of EXIF and TIFF
-_SIGNED = 2  # of _SAMPLE_FORMAT
+_SIGNED = 2  # a value of _SAMPLE_FORMAT
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -64,19 +64,19 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What Pillow logs about a damaged file would be printed where nobody has set up logging, beside our own line about it.
+# Without a handler, Python would print Pillow's log messages about a damaged file beside our own message.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image file's first image.
+    """The first image of a file.
 
     Attributes:
         image: 8-bit grey ("L") or colour ("RGB"), upright, transparent parts white.
         several: whether the file holds further images (frames of an animation, pages).
-        brightest: the largest of the values stored in 16 bits (of a colour: no smaller, and less than 256 larger); None
-            if they are stored in fewer.
+        brightest: the largest value of a 16-bit image; None for fewer bits. If Pillow keeps only the upper bytes (as
+            for colour), it is 256 * byte + 255 for the largest byte, after transparent parts became white.
     """
 
     image: Image.Image
@@ -86,16 +86,16 @@ class Decoded:
 
 @cache
 def supported() -> frozenset[str]:
-    """Return those of FORMATS that the installed Pillow can open."""
+    """Return the FORMATS that the installed Pillow can open."""
     Image.init()
     return frozenset(FORMATS) & frozenset(Image.OPEN)
 
 
 def open_image(source: bytes | Path, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open an image, not yet decoded, of one of some formats, whatever its name.
+    """Open an image in one of the given formats, whatever its name, without decoding it.
 
     Raises:
-        UserError: why it cannot be opened; the caller names the file.
+        UserError: the reason why it cannot be opened; the caller adds the file name.
     """
     content = source if isinstance(source, bytes) else read_file(source, FILE_LIMIT)
     known = [name for name in formats if name in supported()]
@@ -113,15 +113,15 @@ def open_image(source: bytes | Path, formats: Sequence[str] = FORMATS, max_pixel
 
 
 def load_png(source: bytes | Path, name: str, mend: str) -> Image.Image:
-    """Return a decoded PNG picture, grey or RGB, that this package has written, or should have.
+    """Return a decoded PNG image, grey or RGB, from a file that this package is expected to have written.
 
     Args:
         source: its bytes or its file.
-        name: what it is called in the message.
-        mend: what to do about it if it cannot be read.
+        name: its name in the error message.
+        mend: advice for the error message.
 
     Raises:
-        UserError: naming it, if it is no such picture.
+        UserError: naming the image, if it is not a readable PNG image.
     """
     try:
         image = open_image(source, ("PNG",), max_pixels=1 << 62)
@@ -130,20 +130,20 @@ def load_png(source: bytes | Path, name: str, mend: str) -> Image.Image:
         with _own_limit:
             image.load()
         return _eight_bits(image)
-    except Exception as error:  # Pillow raises nearly every kind on damaged files
+    except Exception as error:  # Pillow raises many exception types on damaged files
         raise UserError(f"{name}: is no readable PNG picture ({one_line(error)}); {mend}") from None
 
 
 def one_line(error: Exception) -> str:
-    """Return the first line of what an exception says, or else its kind; not more than a line's length."""
+    """Return the first line of an exception's message (its class name if empty), cut after 200 characters."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     line = (text.splitlines() or [""])[0].strip() or type(error).__name__
-    line = re.sub(r"<(?:\w+\.)*(\w+) object at 0x[0-9a-f]+>", r"a \1", line)  # an address tells a user nothing
+    line = re.sub(r"<(?:\w+\.)*(\w+) object at 0x[0-9a-f]+>", r"a \1", line)  # a memory address is of no use
     return line if len(line) <= _LINE else f"{line[:_LINE]} ..."
 
 
 class _OwnLimit:
-    """While used, by however many threads, Pillow's limit of pixels, one for the whole process, is off."""
+    """Disables Pillow's process-wide pixel limit while at least one thread uses it."""
 
     def __init__(self) -> None:
         self._lock, self._users, self._before = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
@@ -168,13 +168,13 @@ def decode(content: bytes, max_pixels: int) -> Decoded:
     """Decode the first image of a file of one of FORMATS.
 
     Raises:
-        UserError: for another format, more pixels than max_pixels, or pixels whose range is not known (floating point,
-            32-bit). Pillow raises nearly every kind on damaged files.
+        UserError: for another format, more pixels than max_pixels, or pixels of unknown range (floating point, 32-bit).
+        Exception: of many types, from Pillow, for damaged files.
     """
     image = open_image(content, max_pixels=max_pixels)
-    several = image.format != "MPO" and bool(getattr(image, "is_animated", False))  # MPO: a photo with its previews
+    several = image.format != "MPO" and bool(getattr(image, "is_animated", False))  # MPO: a photo and previews
     tiles = repr(getattr(image, "tile", ""))
-    deep, grey = image.mode.startswith("I") or ";16" in tiles, "'LA;16" in tiles  # which Pillow opens as colour
+    deep, grey = image.mode.startswith("I") or ";16" in tiles, "'LA;16" in tiles  # Pillow opens the latter as colour
     with _own_limit:
         _load(image)
     _require_known_range(image)
@@ -195,7 +195,7 @@ def decode(content: bytes, max_pixels: int) -> Decoded:
             )
         eight = _eight_bits(upright)
         eight = eight.convert("L") if grey else eight
-        if deep:  # Pillow has kept the upper byte of each
+        if deep:  # Pillow kept only the upper byte of each value
             brightest = int(np.asarray(eight).max()) * 256 + 255
     return Decoded(eight, several, brightest)
 
@@ -204,21 +204,21 @@ def _load(image: Image.Image) -> None:
     try:
         image.load()
     except ZeroDivisionError:
-        # Pillow turns a TIFF when its pixels are there, and fails on an EXIF fraction n/0; the pixels stay
+        # Pillow rotates a TIFF after decoding and fails on an EXIF fraction n/0; the decoded pixels stay
         image.load()
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF orientation says; where EXIF cannot be read, it stays as it is."""
+    """Apply the EXIF orientation; leave the image unchanged if its EXIF data are unreadable."""
     try:
         turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a photo is good without its EXIF, on which Pillow raises many kinds
+    except Exception:  # Pillow raises many exception types on bad EXIF data; the pixels are still good
         return image
     return image if turn is None else image.transpose(turn)
 
 
 def _require_known_range(image: Image.Image) -> None:
-    # Pillow has no other mode for the 16-bit grey of PPM, and its early releases none for that of PNG
+    # Pillow uses mode "I" for 16-bit grey PPM, and in early releases also for 16-bit grey PNG
     if (
         image.mode == "F"
         or (image.mode == "I" and image.format not in ("PNG", "PPM"))
@@ -238,7 +238,7 @@ def _sample_formats(image: Image.Image) -> tuple[int, ...]:
 def _sixteen_bits(image: Image.Image, opened: Image.Image) -> npt.NDArray[np.uint32]:
     values = np.asarray(image).astype(np.uint32)
     tags = getattr(opened, "tag_v2", None)
-    if tags is not None and tags.get(_PHOTOMETRIC) == 0:  # 0 is white, which Pillow heeds in 8 bits only
+    if tags is not None and tags.get(_PHOTOMETRIC) == 0:  # 0 is white; Pillow inverts only 8 bits
         values = 65535 - values
     return values
 
@@ -250,7 +250,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if grey else "RGB")
-    if palette:  # of grey colours alone, as pngquant and GIF tools write grey images
+    if palette:  # pngquant and GIF tools write grey images with a palette of grey colours
         red, green, blue = (np.asarray(band) for band in image.split())
         if np.array_equal(red, green) and np.array_equal(red, blue):
             return image.getchannel(0)

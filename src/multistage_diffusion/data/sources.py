@@ -1,4 +1,4 @@
-"""Opening a data set by one word or path."""
+"""Opening of a data set by name or path."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import get_args
 
 import numpy as np
 
-from ..config import MAX_PIXELS, DataConfig
+from ..config.run import MAX_PIXELS, DataConfig
 from ..errors import UserError
+from ..progress import Progress
 from ..reading import require_regular
 from .arrays import open_array
 from .cifar import open_cifar10
 from .dataset import ImageData
-from .decoding import Progress
 from .fitting import Fit, fit_array, padded_content
 from .folders import open_images
 from .hub import open_hub
@@ -43,20 +43,20 @@ def open_data(
         source: "digits" (scikit-learn's 1797 scans, 8x8), "fashion-mnist" or "fashion-mnist:FOLDER" (idx files; without
             a folder those of Debian's package), "cifar10:FOLDER" (the binary version, unpacked or its .tar.gz),
             "hf:NAME" or "hf:NAME:SPLIT" (the library `datasets`; NAME may be a folder), a folder or .zip of images, a
-            .npy or .npz file. A word means the data set even where a folder has its name; write "./digits" (or a Path)
-            for the folder.
-        size: (height, width) the images must have or be brought to; None: their own.
+            .npy or .npz file. A known name takes precedence over a folder of the same name; write "./digits" (or a
+            Path) for the folder.
+        size: (height, width) that the images must have or are converted to; None: their own.
         fit: "exact" (raise if an image has another size), "crop" (scale, then keep the centre), "resize", or "pad"
             (unscaled on black).
-        skip_bad: leave out image files that cannot be read, with one warning, instead of raising.
-        max_pixels: images with more pixels are refused as unreadable.
-        progress: called with (files read, files in all) while a folder or zip file is read.
+        skip_bad: skip unreadable image files with one warning instead of raising.
+        max_pixels: images with more pixels count as unreadable.
+        progress: called with (files read, total files) while a folder, zip file or "hf:" data set is read.
 
     Returns:
-        The images, uint8 (N, C, H, W) with C = 1 or 3 and N > 0, and labels where the source has them.
+        The images, uint8 (N, C, H, W) with C = 1 or 3 and N > 0, and labels if the source has them.
 
     Raises:
-        UserError: one line naming the source (and file), what is wrong and the mend.
+        UserError: one line with the source (and file), the fault and how to fix it.
     """
     if size is not None and min(size) <= 0:
         raise UserError(f"data.size={size} must be positive")
@@ -80,12 +80,12 @@ def open_data(
 
 
 def open_configured(config: DataConfig, progress: Progress | None = None) -> ImageData:
-    """Open the data set a configuration names, and see that it is still the one recorded there.
+    """Open the data set of a configuration and check it against the recorded shape and fingerprint.
 
-    What was opened is logged in one line (`ImageData.describe`), which commands print.
+    Logs one line about the data (`ImageData.describe`), which commands print.
 
     Raises:
-        UserError: as `open_data`, and if the fingerprint or shape is recorded and differs.
+        UserError: as `open_data`, and if a recorded fingerprint or shape differs.
     """
     data = open_data(
         config.source,
@@ -110,7 +110,7 @@ def open_configured(config: DataConfig, progress: Progress | None = None) -> Ima
 
 
 def located(source: str) -> str:
-    """Return a source with its path, where it has one that exists, made absolute: a run is used from other folders too."""
+    """Return a source with its path made absolute if it exists, because a run may be used from other folders."""
     word, colon, rest = source.partition(":")
     if source in KNOWN:
         return source
@@ -122,7 +122,7 @@ def located(source: str) -> str:
 
 
 def _open_known(source: str) -> ImageData | None:
-    """Open a data set that has a name of its own."""
+    """Open a data set of KNOWN; return None for any other source."""
     word, colon, folder = source.partition(":")
     if source == "digits":
         return _open_digits()
@@ -137,7 +137,7 @@ def _open_known(source: str) -> ImageData | None:
 
 
 def _open_digits() -> ImageData:
-    """Scale scikit-learn's digits from 0..16 to 0..255."""
+    """Open scikit-learn's digits, scaled from 0..16 to 0..255."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -163,11 +163,11 @@ def _existing(source: str | Path) -> Path:
 
 
 def _path(source: str | Path) -> Path:
-    """Return a path with a home folder (~) expanded, of which one may ask whether it exists."""
+    """Return a valid path with a home folder (~) expanded; `exists` does not raise on it."""
     try:
         path = Path(source).expanduser()
         path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name; no such user's home
+    except (OSError, RuntimeError, ValueError) as error:  # name too long; unknown user's home
         raise UserError(f"data.source='{source}': is no path ({one_line(error)}); known: {_FORMS}") from None
     return path
 

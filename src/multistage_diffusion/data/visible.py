@@ -1,4 +1,4 @@
-"""Which files of a folder or archive are images, and what is passed over, and why."""
+"""Selection of the image files in a folder or archive, with a reason for each unused file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LISTING = "dataset.json"
 
 HIDDEN, OTHERS, UNSUPPORTED = "hidden or of the system", "not images", "of formats that this Pillow lacks"
 
-# What systems and storage boxes leave beside files, in lower case.
+# Files and folders that operating systems and network storage create, in lower case.
 _SYSTEM = frozenset(
     {
         "__macosx",
@@ -42,8 +42,8 @@ class Sorted:
 
     Attributes:
         images: paths of image files, sorted.
-        listings: paths of files called dataset.json, sorted.
-        passed_over: numbers of the others, by reason.
+        listings: paths of files named dataset.json, sorted.
+        passed_over: number of the other files, by reason.
     """
 
     images: list[str]
@@ -52,16 +52,16 @@ class Sorted:
 
 
 def of_the_system(name: str) -> bool:
-    """Tell whether a file or folder of this name is hidden, or left there by a system: none of the data."""
+    """Return whether a file or folder of this name is hidden or created by an operating system."""
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
 def sort_out(source: str, names: Iterable[str]) -> Sorted:
-    """Find the images among files, warning where others are passed over.
+    """Select the images among files; warn about unused files that are not hidden.
 
     Args:
-        source: what the files belong to; starts the warning.
-        names: their paths with forward slashes. A hidden folder counts as one, and so does what is in it.
+        source: folder or archive of the files; starts the warning.
+        names: their paths with forward slashes. A hidden folder and all its content count as one file.
     """
     images, listings, hidden = [], [], set()
     others: dict[str, list[str]] = {OTHERS: [], UNSUPPORTED: []}

@@ -1,8 +1,8 @@
-"""Processes that train or sample together, whoever started them."""
+"""Communication between processes that train or sample together, independent of the launcher."""
 
 from __future__ import annotations
 
 from .heartbeat import RankLost
-from .world import ALONE, World, join, share, speaks
+from .world import ALONE, World, is_main_process, join, share
 
-__all__ = ["ALONE", "RankLost", "World", "join", "share", "speaks"]
+__all__ = ["ALONE", "RankLost", "World", "is_main_process", "join", "share"]

@@ -1,7 +1,8 @@
-"""A sign of life from every process, through the store: a process that dies, hangs or fails is named by all others.
+"""Heartbeats of all processes through the store, to detect a process that is dead, hangs or has failed.
 
-A collective's own timeout names nobody, takes half an hour, and cannot tell a dead process from one that writes a large
-checkpoint. Here a thread of each process counts up in the store once a second and reads the others' counts.
+The timeout of a collective does not name the lost process, takes half an hour, and does not distinguish a dead process
+from one that writes a large checkpoint. Here, a thread in each process increments a counter in the store once a second
+and reads the counters of the others.
 """
 
 from __future__ import annotations
@@ -15,27 +16,27 @@ from datetime import timedelta
 
 from torch._C._distributed_c10d import Store
 
-EVERY = 1.0  # seconds between signs of life
-PATIENCE = 20.0  # seconds without one after which a process is lost; torchrun kills what outlives a failure by 30 s
-DOUBT = 5  # signs of life missed after which one is lost where an exchange has failed already
-GRACE = 5.0  # seconds of waiting in which the main thread may still tell the reason itself
-LAST = 35.0  # seconds in which it may finish what needs nobody, such as a checkpoint
+EVERY = 1.0  # seconds between heartbeats
+PATIENCE = 20.0  # seconds without a heartbeat before a process is lost; torchrun kills survivors 30 s after a failure
+DOUBT = 5  # missed heartbeats before a process is lost if communication has already failed
+GRACE = 5.0  # seconds the main thread may wait in communication before the heartbeat thread ends the process
+LAST = 35.0  # seconds the main thread may continue local work, such as a checkpoint, after a process is lost
 _LEFT, _FAILED = "left", "failed "
 
 
 class RankLost(ConnectionError):
-    """Another process of the world has died, hangs or has failed."""
+    """Another process of the world is dead, hangs or has failed."""
 
 
 class Heartbeat:
-    """Signs of life of this process, and what is known of the others.
+    """Sends the heartbeats of this process and monitors those of the others.
 
     Args:
-        store: a client of its own (one that waits for a key lets nobody else speak).
-        rank: of this process.
-        names: of all processes, as messages call them.
+        store: a separate client (a client that waits for a key blocks its other requests).
+        rank: rank of this process.
+        names: names of all processes in messages, by rank.
         every, patience: seconds, see EVERY and PATIENCE.
-        end: what ends a process that waits in vain; it is given the exit code.
+        end: ends this process when another is lost; called with the exit code.
     """
 
     def __init__(
@@ -50,22 +51,22 @@ class Heartbeat:
     ) -> None:
         self.store, self.rank, self.names = store, rank, names
         self.every, self.patience, self._end = every, patience, end
-        self.reason = ""  # why the others can no longer be waited for
-        self.waiting: float | None = None  # since when (time.monotonic) this process has needed the others
+        self.reason = ""  # why communication can no longer succeed; "" if it can
+        self.waiting: float | None = None  # start time (time.monotonic) of the communication in progress
         self._known = threading.Event()
         self._explaining = False
-        self._word = ""  # the last one: that this process has left, or why it failed
+        self._word = ""  # final status: this process has left, or why it failed
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the heartbeat thread."""
         self.store.set_timeout(timedelta(seconds=self.patience))
         self.store.set(self._key(self.rank), "0")
         self._thread.start()
 
     def leave(self, failure: str = "") -> None:
-        """Say that this process is done, or why it fails; nobody waits for further signs of it then."""
+        """Stop the heartbeats and publish that this process has finished, or why it failed."""
         if self._word:
             return
         self._word = _FAILED + failure if failure else _LEFT
@@ -73,11 +74,11 @@ class Heartbeat:
         self._thread.join(self.patience)
         try:
             self.store.set(self._key(self.rank), self._word)
-        except RuntimeError:  # the store has gone with the process that kept it
+        except RuntimeError:  # the process that hosts the store has ended
             return
 
     def outlast(self, seconds: float) -> None:
-        """Wait until all others have left, failed or died, at most so many seconds: the store may be this process's."""
+        """Wait until all others have left, failed or died, at most `seconds`: this process may host the store."""
         start = time.monotonic()
         heard = {self._key(rank): (b"", start) for rank in range(len(self.names)) if rank != self.rank}
         try:
@@ -86,14 +87,16 @@ class Heartbeat:
                 heard = {key: (words[key], now if words[key] != last else when) for key, (last, when) in heard.items()}
                 heard = {k: (w, when) for k, (w, when) in heard.items() if w.isdigit() and now - when < self.patience}
                 time.sleep(0.05)
-        except RuntimeError:  # the store has gone
+        except RuntimeError:  # the store is closed
             return
 
     def explain(self) -> str:
-        """Return why an exchange has failed, waiting until it is known; "" if all others are alive."""
-        self._explaining = True
-        self.patience = min(self.patience, DOUBT * self.every)
+        """Wait for the reason of a communication error and return it; "" if all others are alive."""
+        usual = self.patience
+        self._explaining, self.patience = True, min(usual, DOUBT * self.every)
         self._known.wait(self.patience + 3 * self.every)
+        if not self.reason:  # the error had another cause: processes lost later are reported as before
+            self._explaining, self.patience = False, usual
         return self.reason
 
     def _key(self, rank: int) -> str:
@@ -132,14 +135,14 @@ class Heartbeat:
         return ""
 
     def _tell(self, reason: str) -> None:
-        """Leave the reason to the main thread; where that waits in vain, or works on for long, end the process."""
+        """Pass the reason to the main thread; end the process if it is not reported in time (GRACE, LAST)."""
         self.reason = reason
         self._known.set()
         deadline = time.monotonic() + LAST
         while (now := time.monotonic()) < deadline and not (self.waiting is not None and now - self.waiting > GRACE):
             if self._stop.wait(self.every / 5) or self._explaining:
                 return
-        # in one piece, newline included: others tell the same at the same moment
+        # one write with the newline: other processes write the same message at the same time
         sys.stderr.write(f"msdiff: {reason}; rerun the same command to go on from the last checkpoint\n")
         sys.stderr.flush()
         self._end(2)

@@ -1,7 +1,8 @@
-"""The processes of a job, as one of them sees them, and what they tell one another.
+"""The processes of a job and the communication between them.
 
-torchrun starts them and sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; whatever else sets these will do.
-Numbers go through process groups (gloo for the CPU, NCCL for CUDA), words through the store as JSON: nothing is pickled.
+torchrun starts the processes and sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; another launcher can
+set them, too. Tensors go through process groups (gloo for the CPU, NCCL for CUDA). JSON objects go through the store.
+Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ from ..errors import NotFiniteError, UserError
 from .heartbeat import PATIENCE, Heartbeat, RankLost
 
 _LOG = logging.getLogger(__name__)
-_FOREVER = timedelta(days=7)  # of waiting for another process that is alive
-NOTICE = 20.0  # seconds after which whoever waits for processes that do not come says so
-GOODBYE = 30.0  # seconds for which rank 0, which may keep the store, stays for those that have not left yet
+_FOREVER = timedelta(days=7)  # timeout when waiting for a live process
+NOTICE = 20.0  # seconds of waiting for other processes to join before a warning is logged
+GOODBYE = 30.0  # seconds that rank 0, which may host the store, waits at exit for the other processes to leave
 ErrorType = TypeVar("ErrorType", bound=BaseException)
-_MENDABLE = (NotFiniteError, UserError, ValueError, OSError, FloatingPointError)  # of two that fit the first is told
+_MENDABLE = (NotFiniteError, UserError, ValueError, OSError, FloatingPointError)  # the first match is reported
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def share(count: int, place: int, places: int) -> range:
-    """Return one of several almost equal parts of count things dealt in order, without overlap."""
+    """Return part `place` of range(count) divided into `places` consecutive, almost equal parts."""
     return range(count * place // places, count * (place + 1) // places)
 
 
 class World:
-    """The processes of a job; a lone process is a world of one, in which nothing is exchanged.
+    """The processes of a job; a single process communicates nothing.
 
     Attributes:
-        rank: of this process.
+        rank: rank of this process.
         size: number of processes.
     """
 
@@ -54,48 +55,50 @@ class World:
         self.rank, self.size = rank, size
         self._store, self._turn = store, 0
         self._heart: Heartbeat | None = None
-        self._shared: BaseException | None = None  # an error that all know of
+        self._shared: BaseException | None = None  # an error that the others need not be informed of
         self._failed = False
 
     @property
-    def chief(self) -> bool:
-        """Whether this process writes files and talks to the user."""
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0, which writes files and prints messages."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Return this process's part of count things dealt to all, in order and without overlap."""
+        """Return this process's part of range(count); see the function `share`."""
         return share(count, self.rank, self.size)
 
-    # -- words ----------------------------------------------------------------------------------------------------------
+    # -- JSON objects --------------------------------------------------------------------------------------------------
 
-    def exchange(self, value: Any) -> list[Any]:
-        """Return the JSON values of all processes, by rank."""
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Return the JSON-serialisable values of all processes, by rank."""
         if self._store is None:
             if self.size > 1:
                 raise UserError("this world has no store to exchange words through; make it with distributed.join")
             return [value]
         self._turn += 1
-        with self.explained():
+        with self.translate_errors():
             self._store.set(f"word/{self._turn}/{self.rank}", json.dumps(value))
             keys = [f"word/{self._turn}/{rank}" for rank in range(self.size)]
             self._store.wait(keys, _FOREVER)
             values = [json.loads(self._store.get(key)) for key in keys]
-            # whoever speaks now has read all words of the turn before
+            # every process has reached this turn, so all have read the values of the previous turn
             if self._turn > 1:
                 self._store.delete_key(f"word/{self._turn - 1}/{self.rank}")
         return values
 
-    def agree(self, value: Any) -> Any:
-        """Return the JSON value of rank 0."""
-        return self.exchange(value if self.chief else None)[0]
+    def broadcast_object(self, value: Any) -> Any:
+        """Return the JSON-serialisable value of rank 0."""
+        return self.all_gather_object(value if self.is_main_process else None)[0]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Wait for all at the end; where one has raised what a user can mend, all raise it. Nothing is exchanged inside.
+    def synchronize_errors(self) -> Iterator[None]:
+        """Wait for all processes at the end of the block; if one raised a user-fixable error, all raise an error.
+
+        The block must not communicate.
 
         Raises:
-            UserError, ValueError, OSError, FloatingPointError: of the first process that has failed, named by its rank on the
-                others, where an error of the system is a UserError.
+            UserError, ValueError, OSError, FloatingPointError: the process's own error, or else that of the first rank
+                that failed, prefixed with this rank; there, an OSError with an errno becomes a UserError.
         """
         error: Exception | None = None
         try:
@@ -108,19 +111,19 @@ class World:
             raise error
         kinds = [isinstance(error, kind) for kind in _MENDABLE]
         number = error.errno if isinstance(error, OSError) else None
-        told = self.exchange(None if error is None else [kinds.index(True), number, str(error)])
+        told = self.all_gather_object(None if error is None else [kinds.index(True), number, str(error)])
         if error is not None:
-            raise self.shared(error)
+            raise self.known_to_all(error)
         for rank, failure in enumerate(told):
             if failure is not None:
                 kind, number, text = failure
                 words = f"rank {rank}: {text}"
-                # an error with the system's number is no bug, here either
-                raise self.shared(_MENDABLE[kind](words) if number is None else UserError(words))
+                # an OSError with an errno is not a bug of this package, so raise a UserError
+                raise self.known_to_all(_MENDABLE[kind](words) if number is None else UserError(words))
 
     def require_equal(self, facts: dict[str, Any]) -> None:
-        """Raise UserError on all processes unless facts (JSON) are the same on all, naming the first that differs."""
-        told = self.exchange(facts)
+        """Raise UserError on all processes if facts (JSON) differ; the message names the first difference."""
+        told = self.all_gather_object(facts)
         names = list(dict.fromkeys(name for theirs in told for name in theirs))
         for rank, theirs in enumerate(told):
             for name in names:
@@ -129,97 +132,100 @@ class World:
                         f"rank {rank} has {name} {theirs.get(name)!r}, rank 0 {told[0].get(name)!r}; all processes must run "
                         "the same release on the same data with the same configuration"
                     )
-                    raise self.shared(error)
+                    raise self.known_to_all(error)
 
-    def shared(self, error: ErrorType) -> ErrorType:
-        """Return an error that all processes raise, so that none need be told of it."""
+    def known_to_all(self, error: ErrorType) -> ErrorType:
+        """Mark an error as raised on all processes, so that `report_failures` does not report it; return it."""
         self._shared = error
         return error
 
-    # -- numbers --------------------------------------------------------------------------------------------------------
+    # -- tensors -------------------------------------------------------------------------------------------------------
 
     def group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
-        """Return a group of processes, None if there is nobody to exchange with; all must call it, in the same order."""
+        """Return a process group, None for fewer than two ranks; all processes must call this in the same order."""
         if len(ranks) < 2:
             return None
         if len(ranks) == self.size:
             return dist.group.WORLD
-        with self.explained():
+        with self.translate_errors():
             made = dist.new_group(list(ranks))
         return made if isinstance(made, dist.ProcessGroup) else None
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor over all processes; the same bits on each."""
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all processes in place and return it; the result is bit-identical on all."""
         if self.size > 1:
-            with self.explained():
+            with self.translate_errors():
                 dist.all_reduce(values)
         return values
 
-    def gather(self, values: Tensor) -> list[Tensor]:
-        """Return the tensors of all processes, by rank; they have one shape, type and kind of device."""
+    def all_gather(self, values: Tensor) -> list[Tensor]:
+        """Return the tensors of all processes, by rank; all must have the same shape, dtype and device type."""
         if self.size == 1:
             return [values]
         parts = [torch.empty_like(values) for _ in range(self.size)]
-        with self.explained():
+        with self.translate_errors():
             dist.all_gather(parts, values.contiguous())
         return parts
 
-    def reduce(self, values: Tensor, how: Literal["sum", "max"], group: dist.ProcessGroup | None) -> None:
-        """Make values the sum or largest over the processes of a group (see `group`), in place; None: of this one alone."""
+    def all_reduce_within(self, values: Tensor, how: Literal["sum", "max"], group: dist.ProcessGroup | None) -> None:
+        """Reduce values in place to the sum or maximum over a group (see `group`); None: leave them unchanged."""
         if group is not None:
-            with self.explained():
+            with self.translate_errors():
                 dist.all_reduce(values, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=group)
 
-    def spread(self, values: Tensor, source: int) -> Tensor:
-        """Fill a tensor with that of one process."""
+    def broadcast(self, values: Tensor, source: int) -> Tensor:
+        """Overwrite a tensor with that of rank `source` and return it."""
         if self.size > 1:
-            with self.explained():
+            with self.translate_errors():
                 dist.broadcast(values, source)
         return values
 
-    def collect(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the named tensors of all processes on rank 0, on the CPU; an empty dict on the others."""
+    def gather_named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the named tensors of all processes on rank 0, on the CPU; an empty dict on the others.
+
+        A single process returns its own tensors unchanged.
+        """
         if self.size == 1:
             return tensors
-        lists = self.exchange(
+        lists = self.all_gather_object(
             [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
         )
-        found = {name: t.detach().cpu() for name, t in tensors.items()} if self.chief else {}
-        with self.explained():
+        found = {name: t.detach().cpu() for name, t in tensors.items()} if self.is_main_process else {}
+        with self.translate_errors():
             for rank, names in enumerate(lists[1:], start=1):
                 for name, dtype, shape in names:
-                    if self.chief:
+                    if self.is_main_process:
                         found[name] = torch.empty(shape, dtype=getattr(torch, dtype))
                         dist.recv(found[name], rank)
                     elif self.rank == rank:
                         dist.send(tensors[name].detach().cpu().contiguous(), 0)
         return found
 
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """Return the rows of all processes, in the order of ranks, on the CPU of each.
+    def all_gather_rows(self, rows: Tensor) -> Tensor:
+        """Return the concatenated rows of all processes in rank order, on the CPU, on every process.
 
         Args:
-            rows: (N, ...) of this process, any device; of any shape and type where N is 0.
+            rows: (N, ...) of this process, on any device; if N is 0, the other dimensions and the dtype are ignored.
         """
         rows = rows.cpu().contiguous()
         if self.size == 1:
             return rows
-        told = self.exchange([list(rows.shape), str(rows.dtype).removeprefix("torch.")])
+        told = self.all_gather_object([list(rows.shape), str(rows.dtype).removeprefix("torch.")])
         parts = [
-            self.spread(rows if rank == self.rank else torch.empty(shape, dtype=getattr(torch, dtype)), rank)
+            self.broadcast(rows if rank == self.rank else torch.empty(shape, dtype=getattr(torch, dtype)), rank)
             for rank, (shape, dtype) in enumerate(told)
             if shape[0]
         ]
         return torch.cat(parts) if parts else rows
 
-    # -- failure --------------------------------------------------------------------------------------------------------
+    # -- failures ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Turn an exchange that fails into an error that names the process it failed for.
+    def translate_errors(self) -> Iterator[None]:
+        """Convert a communication error into an error that names the lost process.
 
         Raises:
-            RankLost: if one is dead, hangs or has failed.
+            RankLost: if another process is dead, hangs or has failed.
         """
         if self._heart is None:
             yield
@@ -235,13 +241,13 @@ class World:
                 raise
             self._failed = True
             lost = RankLost(f"{reason}; rerun the same command to go on from the last checkpoint")
-            raise self.shared(lost) from error
+            raise self.known_to_all(lost) from error
         finally:
             self._heart.waiting = None
 
     @contextmanager
-    def announced(self) -> Iterator[None]:
-        """Tell the others why this process fails, so that they need not wait for it."""
+    def report_failures(self) -> Iterator[None]:
+        """Report an error of this process to the other processes, so that they do not wait for it."""
         try:
             yield
         except BaseException as error:
@@ -251,18 +257,18 @@ class World:
             raise
 
     def leave(self, failure: str = "") -> None:
-        """Say that this process needs nobody any more, or why it fails."""
+        """Report through the heartbeat that this process has finished, or why it failed."""
         if self._heart is not None:
             self._heart.leave(failure)
 
     def close(self) -> None:
-        """Leave for good; called at the end of the process."""
+        """Leave the world and destroy the process groups; called at exit."""
         if self._heart is None:
             return
         self.leave()
-        if self.chief:
+        if self.is_main_process:
             self._heart.outlast(GOODBYE)
-        if dist.is_initialized() and not self._failed:  # with a dead peer that may wait for ever
+        if dist.is_initialized() and not self._failed:  # can hang if a peer is dead
             dist.destroy_process_group()
 
 
@@ -270,20 +276,22 @@ ALONE = World()
 _joined: World | None = None
 
 
-def speaks() -> bool:
-    """Tell whether this process talks to the user and writes files: of those that the environment describes, the first."""
+def is_main_process() -> bool:
+    """Tell whether this process is rank 0 by the environment variables; usable before `join`."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def join(device: torch.device, *, patience: float = PATIENCE) -> World:
-    """Join the world that the environment describes: once per process; a world of one without such variables.
+    """Join the world described by the environment variables; without WORLD_SIZE, or if it is 1, return ALONE.
+
+    Later calls return the same world.
 
     Args:
-        device: where this process computes; decides between gloo and NCCL.
-        patience: seconds without a sign of life after which another process counts as lost.
+        device: device of this process; CUDA tensors use NCCL, CPU tensors gloo.
+        patience: seconds without a heartbeat after which another process counts as lost.
 
     Raises:
-        UserError: if the variables are incomplete or contradict one another.
+        UserError: if the variables are incomplete.
     """
     global _joined
     if _joined is None:
@@ -298,9 +306,9 @@ def join(device: torch.device, *, patience: float = PATIENCE) -> World:
 
 
 def _meet(store: Store, rank: int, size: int) -> str:
-    """Return a name for this meeting of processes: a store may still hold the words of those that died before.
+    """Return a unique name for this rendezvous; the store may still hold keys of an earlier group that died.
 
-    Each says hello with a number of its own; rank 0 shows the list it has seen until all have found themselves in it.
+    Each process writes a random id. Rank 0 publishes the list of ids until every process has found its own id in it.
     """
     mine = uuid.uuid4().hex
     store.set(f"msdiff/hello/{rank}", mine)
@@ -321,7 +329,7 @@ def _meet(store: Store, rank: int, size: int) -> str:
 
 
 def _wait_for(store: Store, others: Iterable[int]) -> None:
-    """Wait until other ranks have said hello; say after NOTICE seconds which have not."""
+    """Wait until other ranks have written their ids; after NOTICE seconds, log which have not."""
     start, told = time.monotonic(), False
     while missing := [str(other) for other in others if not store.check([f"msdiff/hello/{other}"])]:
         if not told and time.monotonic() - start > NOTICE:
@@ -334,7 +342,7 @@ def _wait_for(store: Store, others: Iterable[int]) -> None:
 
 @contextmanager
 def _noticed(text: str) -> Iterator[None]:
-    """Log a line if the block takes more than NOTICE seconds."""
+    """Log a warning if the block takes more than NOTICE seconds."""
     timer = threading.Timer(NOTICE, _LOG.warning, (text,))
     timer.daemon = True
     timer.start()
@@ -354,8 +362,8 @@ def _enter(device: torch.device, patience: float) -> World:
     if not dist.is_initialized():
         dist.init_process_group(backend, store=PrefixStore(f"{prefix}/groups", store), rank=rank, world_size=size)
     world = World(rank, size, words)
-    names = world.exchange(f"rank {rank} (process {os.getpid()} on {socket.gethostname()})")
-    # a client of its own: words are waited for, and a client that waits does not speak
+    names = world.all_gather_object(f"rank {rank} (process {os.getpid()} on {socket.gethostname()})")
+    # a separate client: a client that waits for a key blocks its other requests
     line = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     world._heart = Heartbeat(PrefixStore(f"{prefix}/life", line), rank, names, patience=patience)
     world._heart.start()

@@ -1,4 +1,4 @@
-"""Metrics on feature functions."""
+"""Evaluation metrics on image features."""
 
 from .comparison import ComparisonResult, check_count, compare_samples
 from .consent import agree

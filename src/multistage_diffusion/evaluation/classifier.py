@@ -1,6 +1,6 @@
-"""A small convolutional classifier of Fashion-MNIST, shipped with its weights: features that work without a network.
+"""A small convolutional classifier of Fashion-MNIST, shipped with its weights, for features without a download.
 
-It sees what kind of garment an image shows and in which shape, where pixels see brightness at fixed places. Its Fréchet
+Its features depend on the kind and shape of a garment; pixels depend only on brightness at fixed positions. Its Fréchet
 distances compare models of Fashion-MNIST with each other and are not Inception FID.
 """
 
@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from safetensors.torch import load
 from torch import Tensor, nn
 
-SIZE = 28  # height and width at which images are looked at
+SIZE = 28  # height and width of the classifier's input
 CLASSES = 10
 _WEIGHTS = "weights/fashion_classifier.safetensors"
 
 
 class FashionClassifier(nn.Module):
-    """Five 3x3 convolutions with BatchNorm and ReLU, two of them with stride 2, averaged over space; 279,000 weights."""
+    """Five 3x3 convolutions (two with stride 2) with BatchNorm and ReLU, spatial average, Linear; 279,000 weights."""
 
     widths = (32, 64, 64, 128, 128)
     strides = (1, 2, 1, 2, 1)
@@ -49,7 +49,7 @@ class FashionClassifier(nn.Module):
 
 
 def prepare(images: Tensor) -> Tensor:
-    """Map uint8 images (N, 1 or 3, H, W) to what the classifier sees: grey in [-1, 1], (N, 1, 28, 28), antialiased."""
+    """Map uint8 images (N, 1 or 3, H, W) to the classifier's input: grey in [-1, 1], (N, 1, 28, 28), antialiased."""
     x = images.to(torch.float32).mean(dim=1, keepdim=True) / 127.5 - 1.0
     if x.shape[2:] != (SIZE, SIZE):
         x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", antialias=True)
@@ -57,7 +57,7 @@ def prepare(images: Tensor) -> Tensor:
 
 
 def pretrained() -> tuple[FashionClassifier, str]:
-    """Return the classifier with the weights that ship with the package, and the first digits of their SHA-256."""
+    """Return the classifier with its shipped weights, and the first 12 hex digits of their SHA-256."""
     data = resources.files(__package__).joinpath(_WEIGHTS).read_bytes()
     model = FashionClassifier()
     model.load_state_dict({name: value.to(torch.float32) for name, value in load(data).items()})

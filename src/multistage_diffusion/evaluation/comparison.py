@@ -1,4 +1,4 @@
-"""The field's protocol: all samples against the statistics of a reference set, as published FIDs are computed."""
+"""Comparison of all samples with reference statistics, the protocol of published FIDs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..contracts import FeatureExtractor
 from ..errors import UserError
+from ..progress import Progress
 from .features import check_images, extract
 from .fidelity import INCEPTION_SPLITS, KID_SUBSET_SIZE, inception_score, installed, kernel_distance
 from .metrics import precision_recall
@@ -20,21 +21,23 @@ from .statistics import frechet_between, moments
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonResult:
-    """Numbers of samples beside a reference set, and all that is needed to know what they mean.
+    """Metrics of samples against a reference set, with the settings needed to interpret them.
 
     Attributes:
-        extractor, comparable_to, preprocessing: the features of all of them.
-        reference: what the samples are compared with; `reference_count` its images (0: the file does not tell).
+        extractor, comparable_to, preprocessing: the features of all metrics.
+        reference: source of the reference statistics.
+        reference_count: number of its images; 0 if unknown.
         samples: number of samples.
-        dims: feature dimensions; `rank_deficient` says that there are no more samples than these: the covariance is
-            singular, and the distance comparable at equal counts only.
-        frechet: with Inception features, the FID.
-        kid, kid_deviation, kid_subset: kernel distance, its deviation over 100 subsets and their size; None without
-            torch-fidelity or kept features of the reference.
-        inception_score, inception_deviation, inception_splits: None without torch-fidelity, or for features of no
-            classifier. With other features than Inception's it is that classifier's score.
-        precision, recall, k, neighbour_count: improved precision and recall with k neighbours, on as many samples as
-            kept features of the reference; None where none were kept.
+        dims: feature dimensions.
+        rank_deficient: samples <= dims, so the covariance is singular; compare `frechet` only at equal counts.
+        frechet: Fréchet distance; with Inception features, the FID.
+        kid, kid_deviation, kid_subset: kernel distance, its standard deviation over 100 subsets, and the subset size;
+            None without torch-fidelity or without kept features of the reference.
+        inception_score, inception_deviation, inception_splits: score of the classifier of the features (with Inception
+            features, the Inception score), its standard deviation and number of parts; None without torch-fidelity,
+            for features without a classifier, or for fewer than 10 samples.
+        precision, recall, k, neighbour_count: improved precision and recall with k neighbours, on neighbour_count
+            samples and as many kept features of the reference; None if no features were kept.
     """
 
     extractor: str
@@ -65,20 +68,20 @@ def compare_samples(
     *,
     k: int = 3,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ComparisonResult:
-    """Measure samples against a reference set.
+    """Compare samples with a reference set.
 
     Args:
         samples: uint8 (N, C, H, W), N >= 2.
-        reference: statistics of real images' features (`Reference.require` tells whether they fit).
-        extractor: the same feature function.
+        reference: statistics of real images' features (`Reference.require` checks that they fit).
+        extractor: the feature function of the reference.
         k: neighbours of precision and recall.
         device: where features are computed.
         progress: called with (samples done, N).
 
     Raises:
-        UserError: for too few samples, other features than the reference's, or what the metrics refuse.
+        UserError: for too few samples, or features that do not match the reference or that the metrics do not accept.
     """
     check_images("samples", samples)
     check_count(len(samples), reference, k)
@@ -122,10 +125,10 @@ def compare_samples(
 
 
 def check_count(samples: int, reference: Reference, k: int) -> None:
-    """Refuse fewer samples than the metrics need.
+    """Check that there are enough samples and kept reference features for the metrics.
 
     Raises:
-        UserError: naming the least count.
+        UserError: naming the smallest count.
     """
     kept = reference.features
     least = 2 if kept is None else k + 1

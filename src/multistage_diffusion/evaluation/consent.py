@@ -1,4 +1,4 @@
-"""TorchScript files are code: one that a configuration names runs only after the user has named it on this machine."""
+"""Consent to TorchScript files, which are code: a configuration's file runs only after the user has named it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from ..config.serialization import read_lines
 from ..errors import UserError
 from ..files import append_line, make_folder
-from ..serialization import read_lines
 
 SCRIPTS = (".pt", ".pth", ".ts")
-_here: set[str] = set()  # digests that this process was told of
+_here: set[str] = set()  # digests of the files named in this process
 
 
 def is_script(name: str) -> bool:
@@ -21,19 +21,19 @@ def is_script(name: str) -> bool:
 
 
 def agree(name: str) -> None:
-    """Remember that the user has named a TorchScript file: from now on a run's configuration may name it, too.
+    """Record that the user has named a TorchScript file, so that a run's configuration may name it, too.
 
-    The digest is kept in $MSDIFF_CACHE/agreed.jsonl, by default ~/.cache/multistage-diffusion/agreed.jsonl. Another name, or
-    a file that cannot be read, is passed over.
+    The SHA-256 is stored in $MSDIFF_CACHE/agreed.jsonl, by default ~/.cache/multistage-diffusion/agreed.jsonl. Other
+    names and unreadable files are ignored.
     """
     file = Path(name).expanduser()
-    if not is_script(name) or not file.is_file():  # a FIFO would be waited for
+    if not is_script(name) or not file.is_file():  # reading a FIFO would block
         return
     with suppress(OSError):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         if not agreed(digest):
             _here.add(digest)
-            with suppress(UserError):  # nowhere to remember it: this process knows it
+            with suppress(UserError):  # if it cannot be stored, it still holds for this process
                 make_folder(_file().parent)
                 append_line(_file(), {"sha256": digest, "file": str(file.resolve())})
 

@@ -1,4 +1,4 @@
-"""Feature functions: what a metric looks at. Each is named in every number computed from it."""
+"""Feature functions of the metrics. Every result records the name of its feature function."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from ..contracts import FeatureExtractor
 from ..errors import UserError, out_of_memory
+from ..progress import Progress
 from ..reading import require_file
 from .classifier import SIZE, prepare, pretrained
 from .consent import agreed, is_script
 
-EXTRACT_BATCH = 256  # images per call of an extractor, so that a network's activations fit into memory
+EXTRACT_BATCH = 256  # images per extractor call; bounds the memory of a network's activations
 
 
 class PixelFeatures:
-    """The pixels themselves: needs no download, and sees no more than brightness at fixed places."""
+    """The pixels as features: no download, but sensitive only to brightness at fixed positions."""
 
     name: str = "pixels"
     comparable_to: str = "pixel distances of the same data set only; not comparable with Inception FID"
@@ -38,7 +39,7 @@ class PixelFeatures:
 
 
 class ClassifierFeatures:
-    """What a small classifier of Fashion-MNIST that ships with the package sees, before its last layer."""
+    """Features before the last layer of a small Fashion-MNIST classifier that ships with the package."""
 
     comparable_to: str = "other figures of these features; not comparable with Inception FID"
     preprocessing: str = f"grey in [-1, 1], scaled to {SIZE}x{SIZE} (bilinear, antialiased)"
@@ -60,14 +61,14 @@ class ClassifierFeatures:
 
 
 class ScriptFeatures:
-    """A TorchScript module of the user's, which maps uint8 images (N, C, H, W) to features (N, D).
+    """A user's TorchScript module that maps uint8 images (N, C, H, W) to features (N, D).
 
     Args:
-        file: the module; such a file is code, which may read and write files.
-        named: by the user in this call. False: by a configuration, which may be another's.
+        file: the module; it is code, which may read and write files.
+        named: True if the user named the file in this call; False if a configuration, perhaps another user's, names it.
 
     Raises:
-        UserError: if the file is none, or the user has not named it yet on this machine.
+        UserError: if it is not a TorchScript file, or `named` is False and the user has not named it on this machine.
     """
 
     comparable_to: str = "other figures of the same file only"
@@ -85,7 +86,7 @@ class ScriptFeatures:
                     f"yourself once: --set evaluation.features={file}"
                 )
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # the format is old, but the one that needs no class
+                warnings.simplefilter("ignore", FutureWarning)  # deprecated format, but it needs no Python class
                 self._module = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()  # type: ignore[no-untyped-call]
         except OSError as error:
             raise UserError(f"features={str(file)!r}: {error.strerror or error}; name a TorchScript file") from None
@@ -99,7 +100,7 @@ class ScriptFeatures:
         """Map uint8 images (N, C, H, W) to features (N, D).
 
         Raises:
-            UserError: if the module refuses them, or answers with anything but finite floats (N, D).
+            UserError: if the module raises, or returns anything but finite floats (N, D).
         """
         check_images("images", images)
         try:
@@ -120,7 +121,7 @@ class ScriptFeatures:
         return features
 
 
-# What works without a network; published networks are in fidelity.py.
+# Features that need no download; published networks are in fidelity.py.
 FEATURES: dict[str, Callable[[], FeatureExtractor]] = {
     "pixels": PixelFeatures,
     "fashion-classifier": ClassifierFeatures,
@@ -133,12 +134,12 @@ def get_features(name: str, weights: Path | None = None, *, named: bool = True) 
 
     Args:
         name: "pixels", "fashion-classifier", "inception", "vgg16", "dinov2", or a TorchScript file (.pt, .pth, .ts).
-        weights: a file of the weights of "inception" or "vgg16"; None: downloaded at the first use.
-        named: by the user in this call. False: by a configuration; then a TorchScript file, which is code, is loaded
-            only if the user has named it before on this machine (see `consent.agree`).
+        weights: a file with weights of "inception" or "vgg16"; None: downloaded at the first use.
+        named: True if the user chose the name in this call; False if a configuration did. If False, a TorchScript file,
+            which is code, is loaded only if the user has named it before on this machine (see `consent.agree`).
 
     Raises:
-        UserError: for an unknown name, listing the known ones, or if weights or the package they need are missing.
+        UserError: for an unknown name (listing the known ones), or if weights or a required package are missing.
     """
     if name in PUBLISHED:
         from .fidelity import FidelityFeatures
@@ -160,14 +161,14 @@ def extract(
     images: Tensor,
     *,
     device: torch.device | str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
-    """Map uint8 images (N, C, H, W) to features (N, D), a batch at a time.
+    """Map uint8 images (N, C, H, W) to features (N, D), batch by batch.
 
     Args:
         extractor: feature function.
-        images: anywhere.
-        device: where features are computed and left; None: where the images are.
+        images: on any device.
+        device: device of the computation and the result; None: the images' device.
         progress: called with (images done, N).
     """
     features = []
@@ -179,7 +180,7 @@ def extract(
 
 
 def check_images(name: str, images: Tensor) -> None:
-    """Refuse what is not a non-empty uint8 (N, C, H, W) tensor.
+    """Check that images are a non-empty uint8 (N, C, H, W) tensor.
 
     Raises:
         UserError: naming the argument, its dtype and its shape.

@@ -1,7 +1,7 @@
-"""Published feature networks and scores, through torch-fidelity (extra `eval`).
+"""Published feature networks and scores, computed by torch-fidelity (extra `eval`).
 
-torch-fidelity unpickles whatever file of weights it is given. Every file is therefore first read here with
-torch.load(weights_only=True), which refuses anything but tensors; only then is it handed over.
+torch-fidelity unpickles weight files without restrictions. Each file is therefore first checked here with
+torch.load(weights_only=True) before it is passed on. DINOv2's weights are loaded by torch-fidelity itself, unchecked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..files import make_folder
 from ..reading import require_file
 from .features import check_images
 
-INCEPTION_SPLITS = 10  # of the Inception score, as published
+INCEPTION_SPLITS = 10  # parts of the Inception score, as published
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as published
 
 
@@ -31,10 +31,10 @@ class Network:
     """One of torch-fidelity's feature extractors.
 
     Attributes:
-        registered: its name there.
-        layer: whose output is taken.
+        registered: its name in torch-fidelity.
+        layer: layer whose output is the feature.
         size: height and width to which images are scaled.
-        url: where its weights are; empty if torch-fidelity alone can fetch them.
+        url: address of its weights; empty if only torch-fidelity can download them.
     """
 
     registered: str
@@ -60,10 +60,11 @@ class FidelityFeatures:
 
     Args:
         kind: a key of NETWORKS.
-        weights: a file of its weights; None: downloaded once into torch.hub's folder of checkpoints.
+        weights: a file of its weights; None: downloaded once into torch.hub's checkpoints folder (DINOv2: by
+            torch-fidelity).
 
     Raises:
-        UserError: if torch-fidelity is not installed, or the weights cannot be had or are of another network.
+        UserError: if torch-fidelity is not installed, or the weights cannot be obtained or are of another network.
     """
 
     def __init__(self, kind: str, weights: Path | None = None) -> None:
@@ -84,7 +85,7 @@ class FidelityFeatures:
         self.comparable_to = f"figures of {network.registered} features at equal counts, such as torch-fidelity's own"
         self.preprocessing = f"RGB (grey repeated), scaled to {network.size}x{network.size} as TensorFlow 1 does"
         if kind == "inception":
-            self.logits = self._logits  # what has classes has a score
+            self.logits = self._logits  # compare_samples computes a score only if there are logits
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map uint8 images (N, 1 or 3, H, W) to float32 features (N, D)."""
@@ -103,7 +104,7 @@ class FidelityFeatures:
 def _package() -> Any:
     try:
         import torch_fidelity
-    except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises the latter
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision does not match torch
         reason = "" if isinstance(error, ModuleNotFoundError) else f" ({str(error).splitlines()[0]})"
         raise UserError(
             f"these features and scores need torch-fidelity{reason}: pip install 'multistage-diffusion[eval]'"
@@ -112,13 +113,13 @@ def _package() -> Any:
 
 
 def _downloaded(kind: str, url: str) -> Path:
-    """Return the file of published weights, fetched at the first use."""
+    """Return the file of published weights; download it at the first use."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     file = folder / url.rpartition("/")[2]
     if not file.exists():
         make_folder(folder)
         try:
-            prefix = file.stem.rpartition("-")[2]  # of the SHA-256: published names end in it
+            prefix = file.stem.rpartition("-")[2]  # published names end in a prefix of the SHA-256
             torch.hub.download_url_to_file(url, str(file), hash_prefix=prefix, progress=False)
         except (urllib.error.URLError, OSError, RuntimeError) as error:
             reason = getattr(error, "reason", None) or error
@@ -130,14 +131,14 @@ def _downloaded(kind: str, url: str) -> Path:
 
 
 def _check_weights(file: Path) -> None:
-    """Refuse a file that holds anything but tensors."""
+    """Raise UserError unless the file holds a state dict of tensors only."""
     if file.exists():
         require_file(file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}; name a file of weights") from None
-    except Exception:  # whatever a damaged or hostile file makes of the reader
+    except Exception:  # a damaged or hostile file can raise any exception type
         raise UserError(f"{file}: not a file of weights alone (torch.save of a state_dict); fetch it again") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file}: holds no state_dict; fetch it again")
@@ -151,7 +152,7 @@ def _built(kind: str, network: Network, package: Any, file: Path | None) -> Any:
         return FEATURE_EXTRACTORS_REGISTRY[network.registered](
             network.registered, [network.layer], feature_extractor_weights_path=path, verbose=False
         ).eval()
-    except RuntimeError as error:  # load_state_dict's
+    except RuntimeError as error:  # from load_state_dict
         if file is None:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(
@@ -165,12 +166,12 @@ def _built(kind: str, network: Network, package: Any, file: Path | None) -> Any:
 
 
 def kernel_distance(samples: Tensor, real: Tensor, subset: int = KID_SUBSET_SIZE) -> tuple[float, float]:
-    """Return the kernel distance (KID, Binkowski et al. 2018) of features: mean and deviation over 100 random subsets.
+    """Return the kernel distance (KID, Binkowski et al. 2018): mean and standard deviation over 100 random subsets.
 
     Args:
         samples: features (N, D).
         real: features (M, D).
-        subset: features drawn of each, at most N and M.
+        subset: features per subset drawn from each set; at least 2, at most N and M.
 
     Raises:
         UserError: if torch-fidelity is not installed, or a set is smaller than the subset.
@@ -190,10 +191,10 @@ def kernel_distance(samples: Tensor, real: Tensor, subset: int = KID_SUBSET_SIZE
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:
-    """Return the Inception score (Salimans et al. 2016): mean and deviation over 10 parts.
+    """Return the Inception score (Salimans et al. 2016): mean and standard deviation over 10 parts.
 
     Args:
-        logits: of a classifier, (N, classes), N >= 10.
+        logits: classifier logits (N, classes), N >= 10.
 
     Raises:
         UserError: if torch-fidelity is not installed, or there are fewer than 10 rows.
@@ -210,7 +211,7 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
 
 
 def installed() -> bool:
-    """Tell whether torch-fidelity is there."""
+    """Return whether torch-fidelity can be imported."""
     try:
         _package()
     except UserError:

@@ -1,19 +1,19 @@
-"""The variational bound on the likelihood of images, stage by stage, in bits per dimension.
+"""The variational bound on the likelihood of images, per stage, in bits per dimension.
 
-In continuous time the bound's diffusion term is an integral over the noise (Kingma et al. 2021, "Variational diffusion models",
-eq. 15): with unscaled x = y + sigma n and log-SNR -2 ln sigma it is, per dimension and in nats,
+In continuous time the diffusion term of the bound is an integral over the noise level (Kingma et al. 2021, "Variational
+diffusion models", eq. 15). With unscaled x = y + sigma n and log-SNR -2 ln sigma it is, per dimension and in nats,
 
     integral of MSE(sigma) / sigma² d(ln sigma),   MSE(sigma) = E |y - D(x; sigma)|² / d,
 
-so that it adds up over stages. Beside it stand the prior term E |y|² / (2 d sigma_max²) and the reconstruction term, the
-log-probability of a pixel's level given z = y + sigma_min n.
+so it is a sum over stages. The other terms are the prior term E |y|² / (2 d sigma_max²) and the reconstruction term,
+the negative log-probability of a pixel's level given z = y + sigma_min n.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,15 +21,16 @@ from torch import Tensor
 
 from ..contracts import Conditioning, Denoiser
 from ..errors import UserError
-from ..keyed import normal, uniform
+from ..progress import Progress
+from ..rng import normal, uniform
 from ..stages import Stages
 
-LEVELS = 256  # of a pixel: uint8 at rest, [-1, 1] here
+LEVELS = 256  # levels of a uint8 pixel, mapped to [-1, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over rows with its standard error; both of `unit`'s per dimension."""
+    """A mean over rows and its standard error, in the `unit` of the result."""
 
     mean: float
     error: float
@@ -45,13 +46,13 @@ class LikelihoodResult:
     """The bound and its terms.
 
     Attributes:
-        unit: "bits/dim" for pixels, "nats/dim" for latents, which have no levels and so no reconstruction term.
+        unit: "bits/dim" for pixels; "nats/dim" for latents, which have no levels and thus no reconstruction term.
         sigma_min, sigma_max: range of the integral.
-        rows, draws: images, and noise levels per image and stage.
-        numbers: of the stages, 1 the lowest noise; those outside the range are left out.
-        intervals: [low, high] in sigma of each of their parts of the range.
-        stages: diffusion term of each of them.
-        diffusion: their sum.
+        rows, draws: number of images, and of noise levels per image and stage.
+        numbers: stage numbers, starting at 1 for the lowest noise; stages outside the range are omitted.
+        intervals: [low, high] in sigma of each stage, clipped to the range.
+        stages: diffusion term of each stage.
+        diffusion: sum over the stages.
         prior, reconstruction: the other terms.
         total: sum of all terms.
     """
@@ -72,7 +73,7 @@ class LikelihoodResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """Every term for every row, in nats per dimension, float64: what two runs are compared by, row by row.
+    """All terms for each row, in nats per dimension, float64; used to compare two runs row by row.
 
     Attributes:
         sigma_min, sigma_max, draws, numbers, intervals: as in LikelihoodResult.
@@ -97,7 +98,7 @@ class Likelihood:
         return whole if self.reconstruction is None else whole + self.reconstruction
 
     def result(self) -> LikelihoodResult:
-        """Return means over rows with standard errors, in bits for pixels and in nats for latents."""
+        """Return means over rows with standard errors, in bits for pixels, in nats for latents."""
         pixels = self.reconstruction is not None
         unit = 1 / math.log(2) if pixels else 1.0
         return LikelihoodResult(
@@ -130,25 +131,26 @@ def likelihood(
     seed: int = 0,
     batch: int = 256,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Likelihood:
-    """Estimate every term of the bound for every row.
+    """Estimate all terms of the bound for each row.
 
-    ln sigma is stratified: each row draws one level in each of `draws` equal parts of each stage's interval. Noise and levels
-    depend on (seed, stage, row, draw) alone, so two denoisers of the same stages are compared on the same ones.
+    ln sigma is stratified: each stage's interval has `draws` equal parts, and each row draws one level in each part.
+    Noise and levels depend only on (seed, stage, row, draw), so denoisers with the same stages are compared on the same
+    noise and levels.
 
     Args:
         denoiser: any Denoiser.
         data: (N, ...) floating point, N >= 2: pixels in [-1, 1], or latents times the run's scale.
-        stages: into which the integral is divided.
+        stages: the stages into which the integral is divided.
         sigma_min, sigma_max: range of the integral, inside the range of training noise.
-        pixels: whether data are uint8 pixels brought to [-1, 1]; else there is no reconstruction term.
+        pixels: whether data are uint8 pixels mapped to [-1, 1]; if not, there is no reconstruction term.
         labels: class labels int64 (N,) for the denoiser, or None.
         draws: noise levels per row and stage.
-        seed: of levels and noise.
-        batch: rows per call.
-        device: where the denoiser computes.
-        progress: called with (denoiser calls times rows done, in all).
+        seed: seed of levels and noise.
+        batch: rows per denoiser call.
+        device: where the denoiser runs.
+        progress: called with (denoiser evaluations done, total), where one evaluation is one row at one level.
 
     Raises:
         UserError: if the range is empty or not finite, or there are too few rows or draws.
@@ -185,7 +187,7 @@ def likelihood(
 
 
 def clipped_intervals(stages: Stages, sigma_min: float, sigma_max: float) -> dict[int, tuple[float, float]]:
-    """Return each stage's part of [sigma_min, sigma_max] by the stage's index, without empty ones."""
+    """Return each stage's interval clipped to [sigma_min, sigma_max], by stage index, without empty intervals."""
     parts = {k: stages.interval(k) for k in range(len(stages))}
     clipped = {k: (max(low, sigma_min), min(high, sigma_max)) for k, (low, high) in parts.items()}
     return {k: (low, high) for k, (low, high) in clipped.items() if low < high}
@@ -201,7 +203,7 @@ def _integrand(
     rows: Tensor,
     cond: Conditioning | None,
 ) -> Tensor:
-    """Return MSE / sigma² times the length of the interval in ln sigma, at one level per row: float64 (B,), on the CPU."""
+    """Return MSE / sigma² times the interval's length in ln sigma, at one level per row, float64 (B,), on the CPU."""
     low, length = math.log(interval[0]), math.log(interval[1] / interval[0])
     u = uniform((*key, "level"), rows, 1)[:, 0]
     sigma = torch.exp(low + length * (draw + u) / draws).clamp(*interval)
@@ -212,7 +214,7 @@ def _integrand(
 
 
 def _reconstruction(data: Tensor, sigma_min: float, seed: int, batch: int) -> Tensor:
-    """Return -log p(pixel | z) per dimension, the levels' probabilities a softmax of -(z - v)² / (2 sigma_min²)."""
+    """Return -log p(pixel | z) per dimension, where p is the softmax over levels v of -(z - v)² / (2 sigma_min²)."""
     values = torch.arange(LEVELS, dtype=torch.float64) / ((LEVELS - 1) / 2) - 1
     parts = []
     for rows in torch.split(torch.arange(len(data)), max(1, batch // 16)):

@@ -1,4 +1,4 @@
-"""How far samples are from real images: Fréchet distance, precision and recall, memorisation. All in float64."""
+"""Comparison of samples with real images: Fréchet distance, precision and recall, memorisation, in float64."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ..contracts import FeatureExtractor
 from ..errors import UserError
-from ..keyed import generator
+from ..rng import generator
 from .features import PixelFeatures, check_images, extract
 from .statistics import frechet_between, moments
 
 PERCENTILE = 5.0  # of held-out images counted as "near a training image"
-CHUNK = 256  # rows compared at a time: their distances to thousands of others stay in the cache
-_ROUGH = 1e-5  # relative error of |b|² - 2 a·b in float32, with room for thousands of dimensions
+CHUNK = 256  # rows compared at a time: their distances to thousands of others fit into the CPU cache
+_ROUGH = 1e-5  # bound of the relative error of |b|² - 2 a·b in float32, valid for thousands of dimensions
 _PAIRS = 1 << 16  # pairs of rows compared at a time in float64
-_ROUNDING = 1e-12  # relative error of |a|² + |b|² - 2 a·b in float64, with room for thousands of dimensions
+_ROUNDING = 1e-12  # bound of the relative error of |a|² + |b|² - 2 a·b in float64, valid for thousands of dimensions
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -41,13 +41,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = CHUNK) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, eqs. 1 and 2).
 
-    A set's manifold is the union of closed balls around its points, each reaching to the point's k-th nearest other
-    point. Precision is the share of fake features in the real manifold, recall that of real features in the fake one.
+    The manifold of a set is the union of closed balls around its points. The radius of a ball is the distance to the
+    point's k-th nearest other point. Precision is the share of fake features in the real manifold. Recall is the share
+    of real features in the fake manifold.
 
     Args:
         real: features (N, D), N > k.
         fake: features (M, D), M > k.
-        k: neighbours.
+        k: number of neighbours.
         chunk: rows compared at a time; bounds the memory.
 
     Returns:
@@ -65,12 +66,12 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = CHUNK)
 
 
 def nearest(a: Tensor, b: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """Find the nearest row of b (Euclidean) for every row of a; of equally near rows the first.
+    """Find the nearest row of b (Euclidean) for every row of a; ties give the first row.
 
     Args:
         a: features (N, D).
         b: features (M, D), M >= 1.
-        chunk: rows of a, and sixteen times as many of b, compared at a time; bounds the memory.
+        chunk: rows of a compared at a time with 16 * chunk rows of b; bounds the memory.
 
     Returns:
         (distance, index): float64 (N,) and int64 (N,).
@@ -93,9 +94,9 @@ def nearest(a: Tensor, b: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_of(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the least squared distance of every row of a to a row of b, float64, and the first row that has it.
+    """Return for every row of a the smallest squared distance to b, float64, and the first row of b that has it.
 
-    Products in float32 tell which rows could be nearest, up to their rounding; those few are compared in float64.
+    Float32 products select the candidate rows within rounding error. Only the candidates are compared in float64.
     """
     norms_a, norms_b = (x.to(torch.float32).square().sum(dim=1) for x in (a, b))
     rough = torch.addmm(norms_b[None], a.to(torch.float32), b.to(torch.float32).T, alpha=-2)
@@ -117,14 +118,14 @@ def _nearest_of(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Memorisation:
-    """How many samples look copied from the training images.
+    """The share of samples that are close to a training image.
 
     Attributes:
-        share: samples at most `threshold` from a training image, in [0, 1].
-        held_out_share: the same for held-out images: about 0.05, by construction of the threshold.
-        threshold: 5th percentile of the held-out images' distances.
-        distance: every sample's distance to its nearest training image, float64 (N,): Euclidean, pixels in [-1, 1].
-        index: which training image that is, int64 (N,).
+        share: share of samples within `threshold` of a training image, in [0, 1].
+        held_out_share: the same for held-out images; about 0.05 by definition of the threshold.
+        threshold: 5th percentile of the held-out images' distances to their nearest training images.
+        distance: distance of each sample to its nearest training image, float64 (N,); Euclidean, pixels in [-1, 1].
+        index: index of that training image, int64 (N,).
     """
 
     share: float
@@ -135,7 +136,7 @@ class Memorisation:
 
 
 def memorisation(samples: Tensor, train: Tensor, held_out: Tensor) -> Memorisation:
-    """Compare the samples' distances to the training images with those of held-out images, in pixels.
+    """Compare the pixel distances of samples to training images with those of held-out images.
 
     Args:
         samples: uint8 (N, C, H, W).
@@ -162,22 +163,22 @@ def memorisation(samples: Tensor, train: Tensor, held_out: Tensor) -> Memorisati
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """Numbers of one evaluation and all that is needed to know what they mean.
+    """Metrics of one evaluation, with the settings needed to interpret them.
 
-    `*_real` is what real images reach: training images stand in for samples, at the same count.
+    `*_real` is the value for real images: training images replace the samples, at the same count.
 
     Attributes:
-        extractor, comparable_to: the features of the Fréchet distance, precision and recall.
-        preprocessing: what was done to the images before the extractor.
-        samples, train, held_out: images given.
-        count: images on each side of the Fréchet distance, precision and recall.
-        splits: random draws of `count` images over which these are averaged.
+        extractor, comparable_to: features of the Fréchet distance, precision and recall.
+        preprocessing: processing of the images before the extractor.
+        samples, train, held_out: number of images given.
+        count: images per set for the Fréchet distance, precision and recall.
+        splits: number of random draws of `count` images over which these are averaged.
         dims: feature dimensions.
-        rank_deficient: count <= dims: covariances are singular; the distance is valid only beside `frechet_real`.
+        rank_deficient: count <= dims, so covariances are singular; interpret `frechet` only beside `frechet_real`.
         k: neighbours of precision and recall.
         memorised, memorised_held_out, memorised_threshold: see `Memorisation`.
-        frechet_reconstructed: of held-out images through a latent run's codec, beside training images: what its samples
-            could reach at best; None for a run on pixels.
+        frechet_reconstructed: Fréchet distance between held-out images passed through a latent run's codec and training
+            images, the best that its samples could reach; None for a run on pixels.
     """
 
     extractor: str
@@ -217,10 +218,10 @@ def evaluate_samples(
     reconstructed: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> EvaluationResult:
-    """Measure samples against held-out images, and real training images in the same way beside them.
+    """Compare samples with held-out images, and training images with held-out images in the same way.
 
-    The Fréchet distance shrinks with the number of images, so each split draws equally many of all three sets; the
-    training and held-out draws are two disjoint sets of real images and say what a perfect model would reach.
+    The Fréchet distance decreases with the number of images, so each split draws the same number from all three sets.
+    The training and held-out draws are disjoint sets of real images; their values are those of a perfect model.
 
     Args:
         samples: uint8 (N, C, H, W).
@@ -228,14 +229,14 @@ def evaluate_samples(
         held_out: uint8 (K, C, H, W), real images not trained on.
         extractor: feature function.
         k: neighbours of precision and recall.
-        count: images drawn of each set; default: the size of the smallest.
-        splits: draws to average over.
-        seed: of the draws.
-        reconstructed: uint8 (K, C, H, W), the held-out images through a codec, if the samples came through one.
+        count: images drawn from each set; default: the size of the smallest set.
+        splits: number of draws to average over.
+        seed: seed of the draws.
+        reconstructed: uint8 (K, C, H, W), the held-out images encoded and decoded by the samples' codec, if any.
         device: where features are computed.
 
     Raises:
-        UserError: for unequal shapes, too few images, or what the metrics refuse.
+        UserError: for unequal shapes, too few images, or features that the metrics do not accept.
     """
     _check_sets(samples, train, held_out)
     smallest = min(len(samples), len(train), len(held_out))
@@ -291,7 +292,7 @@ def evaluate_samples(
 
 
 def _scores(fake: Tensor, real: Tensor, reference: Tensor, k: int) -> tuple[float, ...]:
-    """Score one draw: Fréchet distance of samples and of real images, then precision and recall of both."""
+    """Score one draw: Fréchet distances of fake and real, then precision and recall of fake, then of real."""
     for drawn in (fake, real):
         _check_pair(drawn, reference, rows=2)
     known = moments(reference)
@@ -305,7 +306,7 @@ def _scores(fake: Tensor, real: Tensor, reference: Tensor, k: int) -> tuple[floa
 
 
 def _drawn(sizes: Sequence[int], count: int, seed: int, split: int) -> list[Tensor]:
-    """Draw the numbers of equally many samples, training and held-out images."""
+    """Draw the indices of `count` samples, training images and held-out images each."""
     order = [generator((seed, "evaluation", split, which)) for which in ("samples", "train", "held-out")]
     return [torch.randperm(size, generator=g)[:count] for size, g in zip(sizes, order, strict=True)]
 
@@ -313,14 +314,14 @@ def _drawn(sizes: Sequence[int], count: int, seed: int, split: int) -> list[Tens
 def _extract_drawn(
     extractor: FeatureExtractor, images: Tensor, draws: Sequence[Tensor], *, device: torch.device | str
 ) -> list[Tensor]:
-    """Return the features of every draw, on the CPU; images that no draw has are not looked at, others once."""
+    """Return the features of every draw, on the CPU; each drawn image is processed once, others never."""
     used, where = torch.unique(torch.cat(list(draws)), return_inverse=True)
     features = extract(extractor, images[used.to(images.device)], device=device).cpu()
     return [features[rows] for rows in where.split([len(draw) for draw in draws])]
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Return |a_i - b_j|², float64 (N, M), exactly 0 where the rows are equal up to rounding."""
+    """Return |a_i - b_j|², float64 (N, M), exactly 0 for rows that are equal up to rounding."""
     a, b = a.to(torch.float64), b.to(torch.float64)
     norms = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
     squared = norms - 2 * (a @ b.T)
@@ -329,15 +330,15 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 def _reach(centres: Tensor, k: int, chunk: int) -> Tensor:
     """Return the squared distance of every row to its k-th nearest other row, float64 (N,)."""
-    # k + 1: every centre is its own nearest
+    # k + 1 because every centre is its own nearest row
     radii = [
         _squared_distances(c, centres).topk(k + 1, largest=False).values[:, -1] for c in torch.split(centres, chunk)
     ]
-    return torch.cat(radii) * (1 + 1e-9)  # balls are closed: rounding must not put a point on the rim outside
+    return torch.cat(radii) * (1 + 1e-9)  # balls are closed: rounding must not exclude boundary points
 
 
 def _covered(real: Tensor, fake: Tensor, reach_real: Tensor, reach_fake: Tensor, chunk: int) -> tuple[float, float]:
-    """Return the share of fake features in a real one's ball, and of real ones in a fake one's."""
+    """Return the share of fake features in a ball of a real one, and of real features in a ball of a fake one."""
     precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
     recalled = []
     for rows, reach in zip(torch.split(real, chunk), torch.split(reach_real, chunk), strict=True):

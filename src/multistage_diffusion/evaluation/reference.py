@@ -1,10 +1,9 @@
-"""Reference statistics: what is known of a set of real images' features, saved once and compared with many times."""
+"""Reference statistics: feature statistics of a set of real images, saved once and reused for many comparisons."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,15 @@ from torch import Tensor
 from ..contracts import FeatureExtractor
 from ..errors import UserError
 from ..files import write_atomic
-from ..keyed import generator
+from ..progress import Progress
 from ..reading import brief, parse_json, require_file
 from ..records import FINITE, TEXT, WHOLE, check, listed, maybe
+from ..rng import generator
 from .features import extract
 from .statistics import Moments, image_moments
 
 FORMAT_VERSION = 1
-_ABOUT = "msdiff"  # name of the array that holds, as JSON, what the others are
+_ABOUT = "msdiff"  # name of the array that describes the others, as JSON
 _TOLD = ("extractor", "preprocessing", "data", "part", "fingerprint", "shape", "held_out")
 _MEND = "; make one with msdiff stats"
 _ABOUT_FIELDS = {
@@ -41,13 +41,13 @@ class Reference:
     """Statistics of real images.
 
     Attributes:
-        moments: mean and covariance of their features; their count is 0 where a file does not tell it.
-        source: the file, or what else the statistics are of.
-        extractor, preprocessing: the features, None where a file does not tell them (EDM's).
-        data, part, fingerprint, shape: the data set, which part of it ("all", "train", "held-out"), the fingerprint of
-            the whole and the (C, H, W) of an image; None where a file does not tell them.
-        held_out: share of the data set kept from training, where `part` is not "all".
-        features: of some of the images, float32 (M, D), for precision, recall and KID; None if none were kept.
+        moments: mean and covariance of the features; its count is 0 if the file does not contain it.
+        source: the file, or a description of the images.
+        extractor, preprocessing: the features; None if the file does not contain them (EDM's).
+        data, part, fingerprint, shape: name of the data set, part of it ("all", "train", "held-out"), fingerprint of
+            the full data set and (C, H, W) of an image; None if the file does not contain them.
+        held_out: held-out share of the data set, if `part` is not "all".
+        features: features of some of the images, float32 (M, D), for precision, recall and KID; None if not kept.
     """
 
     moments: Moments
@@ -62,15 +62,17 @@ class Reference:
     features: Tensor | None = None
 
     def require(self, extractor: FeatureExtractor, fingerprint: str, shape: tuple[int, ...]) -> None:
-        """Refuse to be compared with samples of other images, or through other features.
+        """Check that samples can be compared with these statistics.
+
+        Values that the file does not contain are not compared. The number of feature dimensions is always compared.
 
         Args:
-            extractor: of the samples' features.
-            fingerprint: of the whole data set that the samples imitate.
+            extractor: extractor of the samples' features.
+            fingerprint: fingerprint of the full data set that the samples imitate.
             shape: (C, H, W) of the samples.
 
         Raises:
-            UserError: naming what differs; what a file does not tell is not compared, but its dimensions always are.
+            UserError: naming the value that differs.
         """
         for name, own, other in (
             ("features", self.extractor, extractor.name),
@@ -101,23 +103,23 @@ def make_reference(
     held_out: float | None = None,
     keep: int = 0,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Reference:
     """Compute the statistics of real images.
 
     Args:
         extractor: feature function.
         images: uint8 (N, C, H, W), N >= 2.
-        data: what the data set is called.
-        fingerprint: of the whole data set.
-        part: which part of it the images are.
-        held_out: share of the data set kept from training, where the images are a part.
-        keep: images, drawn at random, whose features are kept, too; at most N.
+        data: name of the data set.
+        fingerprint: fingerprint of the full data set.
+        part: part of the data set that the images are.
+        held_out: held-out share of the data set, if the images are a part of it.
+        keep: number of images, drawn at random, whose features are kept; at most N.
         device: where features are computed.
         progress: called with (images done, N).
 
     Raises:
-        UserError: for fewer than 2 images, or images or features that are not as they must be.
+        UserError: for fewer than 2 images, or images that the extractor does not accept.
     """
     if len(images) < 2:
         raise UserError(f"{data}: {len(images)} images have no covariance; statistics need at least 2")
@@ -141,9 +143,9 @@ def make_reference(
 
 
 def save_reference(reference: Reference, path: Path) -> None:
-    """Write statistics as .npz: `mu`, `sigma`, perhaps `features`, and what they are.
+    """Write statistics as .npz: `mu`, `sigma`, optional `features`, and a JSON description.
 
-    `mu` and `sigma` are named as in EDM's files, so that its scripts can read them.
+    `mu` and `sigma` have the same names as in EDM's files, so EDM's scripts can read them.
     """
     about = {name: getattr(reference, name) for name in _TOLD} | {
         "format_version": FORMAT_VERSION,
@@ -159,12 +161,12 @@ def save_reference(reference: Reference, path: Path) -> None:
 
 
 def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Return the arrays of a file of statistics: numbers, and text for what they are."""
+    """Return the arrays of a statistics file: numeric arrays and the JSON description."""
     require_file(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("mu", "sigma", "features", _ABOUT) if name in file.files}
-    except Exception as error:  # whatever a damaged or hostile file may do to the reader, claims of any size included
+    except Exception as error:  # a damaged or hostile file can raise any exception type, also by claiming a huge size
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an .npz file of statistics"
         raise UserError(f"{path}: {reason}{_MEND}") from None
     for name, array in arrays.items():
@@ -187,10 +189,10 @@ def _least_eigenvalue(matrix: Tensor) -> float:
 
 
 def load_reference(path: Path) -> Reference:
-    """Read statistics written by `save_reference`, or EDM's (`mu` and `sigma` alone).
+    """Read statistics written by `save_reference`, or EDM's (only `mu` and `sigma`).
 
     Raises:
-        UserError: naming the file and what is wrong with it.
+        UserError: naming the file and its fault.
     """
     arrays = _arrays(path)
     about = (

@@ -1,4 +1,4 @@
-"""Features of images, computed by several processes."""
+"""Feature extraction distributed over several processes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..distributed import World
 
 
 class Sharded:
-    """A feature extractor that all processes of a world call with the same images: each computes its share.
+    """A feature extractor that splits the images over ranks; all ranks must call it with the same images.
 
     Args:
-        extractor: what is shared out.
+        extractor: feature function that each rank calls on its part.
         world: the processes.
     """
 
@@ -23,12 +23,12 @@ class Sharded:
         self.comparable_to = extractor.comparable_to
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the features of all images, on their device; see contracts.FeatureExtractor."""
+        """Return the features of all images on every rank, on the images' device; see contracts.FeatureExtractor."""
         share = self.world.share(len(images))
         own = self.extractor(images[share.start : share.stop]) if len(share) else torch.empty(0)
-        return self.world.gather_rows(own).to(images.device)
+        return self.world.all_gather_rows(own).to(images.device)
 
 
 def sharded(extractor: FeatureExtractor, world: World) -> FeatureExtractor:
-    """Return an extractor shared out to all processes; itself, for one."""
+    """Return an extractor distributed over all ranks; for a single process the extractor itself."""
     return extractor if world.size == 1 else Sharded(extractor, world)

@@ -1,8 +1,8 @@
-"""Mean and covariance of features: all that a Fréchet distance needs to know of a set of images."""
+"""Mean and covariance of features, and the Fréchet distance between them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..contracts import FeatureExtractor
 from ..errors import UserError
 from ..memory import require_memory
+from ..progress import Progress
 from .features import EXTRACT_BATCH, check_images
 
 MAX_DIMS = 4096  # a float64 covariance of this size takes 128 MiB and its eigenvalues about a minute
@@ -23,7 +24,7 @@ class Moments:
     Attributes:
         mean: float64 (D,).
         covariance: float64 (D, D), possibly singular.
-        count: images.
+        count: number of images.
     """
 
     mean: Tensor
@@ -39,18 +40,18 @@ def require_features(
     device: torch.device | str = "cpu",
     sets: int = 1,
 ) -> None:
-    """Refuse, before the work, features of images that a Fréchet distance or the memory cannot hold.
+    """Raise before the computation if features have too many dimensions or do not fit into memory.
 
     Args:
-        field: that named the features, with its value, for the message.
-        extractor: feature function; it is called with one black image.
+        field: the setting that chose the features, with its value, for the message.
+        extractor: feature function; called with one black image.
         shape: (C, H, W) of the images.
-        count: images of a set.
+        count: images per set.
         device: where features are computed.
-        sets: sets of so many images whose features are held at once.
+        sets: number of sets whose features are in memory at the same time.
 
     Raises:
-        UserError: for images that the extractor refuses, D > 4096, or more than the free memory.
+        UserError: if the extractor does not accept the images, D > 4096, or the free memory is too small.
     """
     images = " x ".join(map(str, shape))
     try:
@@ -59,7 +60,7 @@ def require_features(
         raise UserError(f"{field}: {error}") from None
     if dims > MAX_DIMS:
         raise UserError(f"{field}: {dims} dimensions of images of {images} exceed {MAX_DIMS}; use other features")
-    held = sets * 20 * count * dims + 5 * 8 * dims * dims  # features in float32, float64, centred; covariances, roots
+    held = sets * 20 * count * dims + 5 * 8 * dims * dims  # float32, float64 and centred features; covariances, roots
     require_memory(held, f"count={count}, {field} of {dims} dimensions,", "take a smaller count, or other features")
 
 
@@ -76,13 +77,13 @@ def image_moments(
     images: Tensor,
     *,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Moments:
-    """Return the moments of images' features, a batch at a time: the features of all are never held at once.
+    """Return the moments of images' features, accumulated batch by batch without keeping all features in memory.
 
     Args:
         extractor: feature function.
-        images: uint8 (N, C, H, W), N >= 2, anywhere.
+        images: uint8 (N, C, H, W), N >= 2, on any device.
         device: where features are computed.
         progress: called with (images done, N).
 
@@ -94,7 +95,7 @@ def image_moments(
     done, count = 0, len(images)
     for batch in torch.split(images, EXTRACT_BATCH):
         features = extractor(batch.to(device)).to(torch.float64)
-        if shift is None:  # sums of what is left of the first batch's mean cancel less
+        if shift is None:  # subtracting the first batch's mean reduces cancellation
             shift = features.mean(dim=0)
             total, products = torch.zeros_like(shift), torch.zeros_like(torch.outer(shift, shift))
         centred = features - shift
@@ -112,7 +113,7 @@ def image_moments(
 def frechet_between(a: Moments, b: Moments) -> float:
     """Return the Fréchet distance between two Gaussians (Dowson & Landau 1982; FID, Heusel et al. 2017).
 
-    |mean_a - mean_b|² + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), by symmetric eigenvalues in float64.
+    |mean_a - mean_b|² + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), with symmetric eigenvalues in float64.
 
     Returns:
         The distance (a squared length), >= 0, in squared units of the features.

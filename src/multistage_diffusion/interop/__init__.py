@@ -1,1 +1,1 @@
-"""Other people's checkpoints: read without running anything in them, and written in their layouts."""
+"""Published checkpoints: safe reading (without running code from the file) and writing in their layouts."""

@@ -1,4 +1,4 @@
-"""The VQ autoencoder inside a latent diffusion checkpoint (`first_stage_model.*`), as a diffusers VQModel."""
+"""Conversion of the VQ autoencoder in a latent diffusion checkpoint (`first_stage_model.*`) to a diffusers VQModel."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..codecs import import_diffusers
 from ..errors import UserError
+from ..latent.codecs import import_diffusers
 
-_GROUPS = 32  # of every GroupNorm in CompVis' autoencoders
+_GROUPS = 32  # groups of every GroupNorm in CompVis' autoencoders
 _CODEBOOK = "quantize.embedding.weight"
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _RENAMED = (
@@ -30,10 +30,10 @@ def vq_model(tensors: Mapping[str, Tensor]) -> Any:
     """Return a first stage as a diffusers VQModel.
 
     Args:
-        tensors: by CompVis' names, without `first_stage_model.`; those of its training loss are left out.
+        tensors: by CompVis' names, without `first_stage_model.`; those of its training loss are ignored.
 
     Raises:
-        UserError: if it is no VQ autoencoder, a tensor does not fit, or diffusers is not installed.
+        UserError: if it is not a VQ autoencoder, a tensor does not fit, or diffusers is not installed.
     """
     diffusers = import_diffusers()
     tensors = {name: value for name, value in tensors.items() if not name.startswith("loss.")}
@@ -47,7 +47,7 @@ def vq_model(tensors: Mapping[str, Tensor]) -> Any:
     levels = len(settings["block_out_channels"])
     state = {diffusers_name(name, levels): value for name, value in tensors.items()}
     needed = dict(model.state_dict())
-    # an attention's maps are 1x1 convolutions there, linear layers in diffusers
+    # attention projections are 1x1 convolutions in CompVis' code and linear layers in diffusers
     fitted = {
         name: value.reshape(needed[name].shape).float()
         for name, value in state.items()
@@ -61,7 +61,7 @@ def vq_model(tensors: Mapping[str, Tensor]) -> Any:
 
 
 def diffusers_name(name: str, levels: int) -> str:
-    """Return diffusers' name of a tensor of CompVis' autoencoder; upward levels are numbered from the other end."""
+    """Return diffusers' name of a tensor of CompVis' autoencoder; diffusers numbers `up` levels in reverse order."""
     name = re.sub(r"^encoder\.down\.(\d+)", r"encoder.down_blocks.\1", name)
     name = re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", name)
     for pattern, new in _RENAMED:
@@ -70,7 +70,7 @@ def diffusers_name(name: str, levels: int) -> str:
 
 
 def _settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read the constructor's arguments off the shapes."""
+    """Derive the arguments of VQModel from the tensors' names and shapes."""
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     down, up = (
         [any(name.startswith(f"{half}.{i}.attn.") for name in tensors) for i in range(levels)]

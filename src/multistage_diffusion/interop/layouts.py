@@ -1,11 +1,12 @@
-"""The three published layouts: what is where in a file, read into one plain value and written from it.
+"""The three published checkpoint layouts, read into and written from one dataclass (`Published`).
 
 score_sde, DPM-Solver (.pth)   {optimizer, model: {name: weight}, ema: {shadow_params: [weight]}, step}
 EDM (.pkl)                     {ema: a persistent module}; written as .safetensors: `net.NAME`, `ema.NAME`
-latent diffusion (.ckpt)       {state_dict: {model.diffusion_model.NAME, model_ema.NAMEWITHOUTDOTS, first_stage_model.NAME}}
+latent diffusion (.ckpt)       {state_dict: {model.diffusion_model.NAME, model_ema.NAMEWITHOUTDOTS,
+                               first_stage_model.NAME}}
 
-EDM's own files carry source code, which this library neither runs nor writes. Files written here say besides what shapes
-do not (`arguments`): stage edges, channels of an attention head.
+EDM's own files contain source code, which this library neither runs nor writes. Files written here also contain
+settings that shapes do not determine (`arguments`), such as stage edges and channels of an attention head.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..config.network import GROUPS
 from ..errors import UserError
-from ..network_config import GROUPS
 from ..reading import parse_json
 from .names import dotless, is_buffer
 from .published import Record, kind_of, read_pickle, read_torch, torch_bytes
 
-ORIGINAL = 32  # most groups of a GroupNorm in score_sde's and EDM's own code; GROUPS in the multi-stage code
+ORIGINAL = 32  # largest number of GroupNorm groups in score_sde's and EDM's own code; GROUPS in the multi-stage code
 
 Family = Literal["ncsnpp", "ddpmpp", "ldm"]
 Tensors = dict[str, Tensor]
@@ -44,9 +45,9 @@ _FIRST = {
     "ddpmpp": ("model.map_layer", "model.enc."),
     "ldm": ("time_embed.", "input_blocks."),
 }
-_GROUPS = "norm_groups"  # among the arguments of files written here
+_GROUPS = "norm_groups"  # key in the arguments of files written here
 _UNET, _AVERAGE, _CODEC = "model.diffusion_model.", "model_ema.", "first_stage_model."
-# Arguments of EDM's classes that change what equal weights compute, and the values of DDPM++.
+# Arguments of EDM's classes that change the output for equal weights, with the values of DDPM++.
 DDPMPP = {
     "embedding_type": "positional",
     "encoder_type": "standard",
@@ -54,7 +55,7 @@ DDPMPP = {
     "channel_mult_noise": 1,
     "resample_filter": [1, 1],
 }
-_DEPTH = 20  # of modules within modules
+_DEPTH = 20  # largest nesting depth of modules
 _OTHER_PRECONDITIONING = ("VPPrecond", "VEPrecond", "iDDPMPrecond")
 
 
@@ -63,13 +64,13 @@ class Published:
     """A published checkpoint as plain values.
 
     Attributes:
-        family: of the network.
-        model: {published name: weight}, without a wrapper's prefix; None if the file holds only the average.
-        ema: the averaged weights by the same names; None if there are none.
-        codec: a latent diffusion file's first stage, CompVis' names.
-        buffers: a latent diffusion file's numbers beside the networks: betas, scale_factor.
-        arguments: what the file says of the network beside its shapes.
-        norm_groups: most groups of a GroupNorm, min(channels // 4, norm_groups); those of LDM have 32 throughout.
+        family: family of the network.
+        model: {published name: weight}, without a wrapper's prefix; None if the file holds only the EMA.
+        ema: the EMA weights by the same names; None if there are none.
+        codec: first stage of a latent diffusion file, by CompVis' names.
+        buffers: other tensors of a latent diffusion file: betas, scale_factor, ...
+        arguments: settings of the network in the file.
+        norm_groups: a GroupNorm has min(channels // 4, norm_groups) groups; in LDM always 32.
         step: training steps done; written, not read.
     """
 
@@ -84,10 +85,10 @@ class Published:
 
 
 def read_published(path: Path) -> Published:
-    """Read a published checkpoint, on the CPU; nothing in it is run.
+    """Read a published checkpoint to the CPU without running code from it.
 
     Raises:
-        UserError: one line naming the file and what is wrong: damaged, hostile, of another layout.
+        UserError: one line naming the file and its fault: damaged, hostile, of another layout.
     """
     kind = kind_of(path)
     try:
@@ -107,7 +108,7 @@ def read_published(path: Path) -> Published:
 
 
 def published_bytes(published: Published) -> bytes:
-    """Return the file of a checkpoint that has both model and average, in the layout of its family."""
+    """Return the file content of a checkpoint that has both model and EMA, in the layout of its family."""
     assert published.model is not None
     assert published.ema is not None
     if published.family == "ncsnpp":
@@ -147,7 +148,7 @@ def _from_score_sde(content: Mapping[Any, Any]) -> Published:
 
 
 def _listed_average(ema: Any, model: Tensors) -> Tensors:
-    """Name the averaged weights, which are a list in the order of the module's parameters: that of its state dict."""
+    """Return the EMA weights by name; the file lists them in the order of the module's state dict."""
     shadow = _mapping(ema, "ema").get("shadow_params")
     if not isinstance(shadow, list) or len(shadow) != len(model):
         count = len(shadow) if isinstance(shadow, list) else "no"
@@ -163,7 +164,7 @@ def _listed_average(ema: Any, model: Tensors) -> Tensors:
 
 
 def _to_score_sde(published: Published, model: Tensors, ema: Tensors) -> dict[str, Any]:
-    # score_sde restores an optimizer, too: Adam as new, for as many parameters
+    # score_sde also restores an optimizer, so write a new Adam state for the same number of parameters
     group = {"lr": 2e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "amsgrad": False}
     return {
         "optimizer": {"state": {}, "param_groups": [{**group, "params": list(range(len(model)))}]},
@@ -175,7 +176,7 @@ def _to_score_sde(published: Published, model: Tensors, ema: Tensors) -> dict[st
 
 
 def _score_sde_sigmas() -> Tensor:
-    """Return the noise levels that score_sde's networks carry as a buffer; those of VP do not use them."""
+    """Return the noise levels in the buffer of score_sde's networks; VP networks do not use them."""
     return torch.linspace(math.log(50.0), math.log(0.01), 1000, dtype=torch.float64).exp()
 
 
@@ -192,7 +193,7 @@ def _from_edm(content: Mapping[Any, Any]) -> Published:
     tensors = _learnt(dict(_module_tensors(record, "", set(), groups)))
     _require_family("ddpmpp", tensors)
     widths = {name: len(tensors[f"{name}.weight"]) for name in groups if f"{name}.weight" in tensors}
-    most = max((GROUPS, *(groups[name] for name in widths)))  # a small network may have less throughout
+    most = max((GROUPS, *(groups[name] for name in widths)))  # a small network may have fewer in all layers
     odd = [name for name, width in widths.items() if groups[name] != min(width // 4, most)]
     if odd:
         raise UserError(
@@ -202,7 +203,7 @@ def _from_edm(content: Mapping[Any, Any]) -> Published:
 
 
 def _edm_arguments(record: Record) -> dict[str, Any]:
-    """Return the arguments that a network and the module that preconditions it were made with."""
+    """Return the constructor arguments of a network and of its preconditioning module."""
     state = _mapping(record.state, "ema")
     inner = _mapping(state.get("_modules", {}), "ema._modules").get("model")
     parts = [_mapping(inner.state, "ema.model") if isinstance(inner, Record) else {}, state]
@@ -211,7 +212,7 @@ def _edm_arguments(record: Record) -> dict[str, Any]:
 
 
 def _module_tensors(record: Any, where: str, seen: set[int], groups: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and buffers of a module by their dotted names; note its groups if it is a GroupNorm."""
+    """Yield a module's parameters and buffers by dotted name; store the group counts of GroupNorms in `groups`."""
     if not isinstance(record, Record) or id(record) in seen or where.count(".") > _DEPTH:
         raise UserError(f"ema.{where[:80]}: is no module, one found twice, or one too deep inside others")
     seen.add(id(record))
@@ -237,7 +238,7 @@ def _checked(given: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _resample_filters(model: Tensors) -> Tensors:
-    """Return the filters, [1, 1] outer itself of sum 1, that EDM's resampling convolutions carry as buffers."""
+    """Return the filter buffers of EDM's resampling convolutions: the outer product of [1, 1] with sum 1."""
     resampling = (n for n in model if n.split(".")[-3].endswith(("_up", "_down")))
     names = (n.removesuffix("weight") for n in resampling if n.endswith(("conv0.weight", "skip.weight")))
     return {f"{name}resample_filter": torch.full((1, 1, 2, 2), 0.25) for name in names}
@@ -334,7 +335,7 @@ def _mapping(value: Any, what: str) -> Mapping[Any, Any]:
 
 
 def _tensors(value: Any, what: str, prefix: str = "") -> Tensors:
-    """Return a dictionary of tensors, each name with a prefix before it."""
+    """Check and return a dictionary of tensors, with a prefix added to each name."""
     tensors = _mapping(value, what)
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
@@ -345,7 +346,7 @@ def _tensors(value: Any, what: str, prefix: str = "") -> Tensors:
 
 
 def _said_groups(arguments: dict[str, Any], default: int) -> int:
-    """Take the most groups of a GroupNorm out of what a file says."""
+    """Remove the largest number of GroupNorm groups from a file's arguments and return it."""
     said = arguments.pop(_GROUPS, default)
     return said if type(said) is int and said > 0 else default
 
@@ -355,7 +356,7 @@ def _learnt(tensors: Tensors) -> Tensors:
 
 
 def _require_family(family: Family, names: Mapping[str, Tensor]) -> None:
-    """Raise UserError unless there are tensors of a family, saying whose they are if of another's."""
+    """Raise UserError unless there are tensors of the family; the message names the family found."""
     found = [f for f, first in _FIRST.items() if any(name.startswith(first) for name in names)]
     if family not in found:
         first = next(iter(names), "nothing")
@@ -364,7 +365,7 @@ def _require_family(family: Family, names: Mapping[str, Tensor]) -> None:
 
 
 def _plain(value: Any) -> dict[str, Any]:
-    """Return the entries of a dictionary that are numbers, words or lists of such; {} if it is none."""
+    """Return the entries of a dictionary that are None, numbers, text or lists of these; {} for any other value."""
     plain: dict[str, Any] = {}
     for key, entry in value.items() if isinstance(value, dict) else ():
         entry = list(entry) if isinstance(entry, tuple) else entry

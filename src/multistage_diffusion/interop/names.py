@@ -1,8 +1,8 @@
-"""Published parameter names of every family, as functions of the network's configuration, to and from ours.
+"""Mapping between published parameter names of each family and ours, from the network's configuration.
 
 A multi-decoder network has the names of the multi-stage code (`en_modules`, `de_modules.STAGE`, `model.decs.STAGE`,
-`outs.STAGE`), a network of one decoder those of the family's own code (`all_modules`, `model.dec`, `output_blocks`). The
-order of the names is that of the published module's parameters.
+`outs.STAGE`). A network with one decoder has those of the family's own code (`all_modules`, `model.dec`,
+`output_blocks`). The names are in the order of the published module's parameters.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Target:
-    """Where a published tensor goes.
+    """Our parameter for a published tensor, and the conversion between them.
 
     Attributes:
         name: our parameter.
         transposed: published (in, out), ours (out, in).
-        ones: a published 1x1 convolution, ours linear: it ends in so many dimensions of size 1.
+        ones: trailing dimensions of size 1 of a published 1x1 convolution; ours is linear.
         interleaved: published rows in the order (channel, qkv), ours (qkv, channel).
-        third: 0, 1, 2 if the tensor is only the q, k or v rows of ours.
+        third: 0, 1, 2 if the published tensor holds only the q, k or v rows of ours.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Target:
 
 
 def convert_published(published: Mapping[str, Tensor], names: Mapping[str, Target]) -> dict[str, Tensor]:
-    """Return our state dict; every name of the mapping must be among the published tensors."""
+    """Return our state dict; `published` must contain every name of the mapping."""
     state: dict[str, Tensor] = {}
     thirds: dict[str, list[Tensor]] = {}
     for theirs, target in names.items():
@@ -69,15 +69,15 @@ def convert_published(published: Mapping[str, Tensor], names: Mapping[str, Targe
 
 
 def restore_published(state: Mapping[str, Tensor], names: Mapping[str, Target]) -> dict[str, Tensor]:
-    """Return the published tensors of our state dict: the inverse of `convert_published`."""
+    """Return the published tensors for our state dict: the inverse of `convert_published`."""
     return {theirs: target.restore(state[target.name]).contiguous() for theirs, target in names.items()}
 
 
 def published_names(config: NetworkConfig, size: tuple[int, int]) -> dict[str, Target]:
-    """Return {published name: ours} of a network for images (or latents) of this (height, width).
+    """Return {published name: ours} of a network for images (or latents) of size (height, width).
 
     Raises:
-        UserError: if no published layout has a place for such a network.
+        UserError: if no published layout can represent the network.
     """
     for name in ("separate", *(() if config.family == "ddpmpp" else ("num_classes", "augment_dim"))):
         if getattr(config, name):
@@ -101,12 +101,12 @@ def published_names(config: NetworkConfig, size: tuple[int, int]) -> dict[str, T
 
 
 def is_buffer(name: str) -> bool:
-    """Tell whether a published tensor holds nothing learnt and nothing that a configuration does not say."""
+    """Return whether a published tensor is a constant buffer: not learnt and determined by the configuration."""
     return name == "sigmas" or name.endswith("resample_filter")
 
 
 def dotless(name: str) -> str:
-    """Return the name under which latent diffusion's average (LitEma) keeps a U-Net's parameter."""
+    """Return the name of a U-Net parameter in latent diffusion's EMA (LitEma)."""
     return f"diffusion_model.{name}".replace(".", "")
 
 
@@ -116,9 +116,9 @@ def _weight_and_bias(theirs: str, ours: str) -> Iterator[tuple[str, Target]]:
 
 
 def _widens(config: NetworkConfig, stage: int, i: int, j: int) -> bool:
-    """Tell whether the input of a decoder's block, [h, skip], differs from its output in width: then it has a 1x1 skip.
+    """Return whether a decoder block's input [h, skip] and output differ in width; then the block has a 1x1 skip.
 
-    They are equal at the bottom of a decoder twice as wide as the encoder.
+    At the bottom of a decoder twice as wide as the encoder, the widths are equal.
     """
     width, encoder = config.decoder_widths[stage], config.encoder_width
     mults = config.channel_mult[::-1]
@@ -127,7 +127,7 @@ def _widens(config: NetworkConfig, stage: int, i: int, j: int) -> bool:
     return (width * mults[i] if j else above) + skip != width * mults[i]
 
 
-# --- NCSN++: `en_modules.i`, `de_modules.stage.i`, or all of them as `all_modules.i`, in the order of the forward pass.
+# --- NCSN++: `en_modules.i` and `de_modules.stage.i`, or `all_modules.i` for both, in the order of the forward pass.
 
 Module = tuple[str, Literal["plain", "block", "block+skip", "attention", "pyramid"]]
 
@@ -203,11 +203,11 @@ def _ncsnpp_attention(theirs: str, ours: str) -> Iterator[tuple[str, Target]]:
     yield f"{theirs}.NIN_3.b", Target(f"{ours}.proj.bias")
 
 
-# --- EDM's DDPM++: names carry the resolution; decoders are `model.decs.stage`, the only one is `model.dec`.
+# --- EDM's DDPM++: names contain the resolution; decoders are `model.decs.stage`, a single decoder is `model.dec`.
 
 
 def edm_names(config: NetworkConfig, resolution: int) -> dict[str, Target]:
-    """Return {published name: ours} of an EDM network for square images of this resolution."""
+    """Return {published name: ours} of an EDM network for square images of the given resolution."""
     names: dict[str, Target] = {}
     if config.num_classes:
         names |= dict(_weight_and_bias("model.map_label", "encoders.0.embedding.label"))
@@ -267,8 +267,8 @@ def _edm_block(theirs: str, ours: str, *, skip: bool = False, attention: bool = 
         yield f"{theirs}.proj.bias", Target(f"{ours}.attention.proj.bias")
 
 
-# --- LDM: `input_blocks.i`, `middle_block.i`, `de_modules.stage.i` (the only decoder: `output_blocks.i`), each entry a
-# list: block, attention, resampling.
+# --- LDM: `input_blocks.i`, `middle_block.i`, `de_modules.stage.i` (single decoder: `output_blocks.i`); each entry is a
+# list of block, attention, resampling.
 
 
 def ldm_names(config: NetworkConfig) -> dict[str, Target]:

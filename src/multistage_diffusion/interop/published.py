@@ -1,8 +1,9 @@
-"""The only file that unpickles: other people's checkpoints, read without importing or running anything they name.
+"""Safe reading of published checkpoints: no code that they name is imported or run. Only this module unpickles.
 
-Torch archives go through torch's own restricted reader (`weights_only=True`); classes of a few training frameworks come
-in as placeholders. Pickles of EDM's persistent objects go through a reader that knows a dozen harmless names. Any other
-name ends the reading with one line that says which; what it stands for is never looked up.
+Torch archives are read by torch's restricted reader (`weights_only=True`); classes of a few training frameworks become
+placeholders. Pickles of EDM's persistent objects are read by an unpickler that knows a dozen harmless names and torch's
+module classes, which become placeholders. Any other name raises an error of one line that contains the name. Such names
+are never resolved.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # torch's magic number, pickled
 _PICKLE = b"\x80"  # protocol 2 and later
 
-# Lightning checkpoints name these beside their weights. None is imported: placeholders stand for them.
+# Names in Lightning checkpoints beside the weights. None is imported; placeholders replace them.
 _FRAMEWORKS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.")
 _BESIDES = (
     *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")),
@@ -40,18 +41,18 @@ _MAPPINGS = (".defaultdict", ".AttributeDict")
 
 
 class Record:
-    """What stands for an object whose class is not run.
+    """A placeholder for an object whose class is not imported.
 
     Attributes:
-        name: of its class, where the file tells it.
-        state: what the object would have been given; for a module its `__dict__`.
+        name: name of its class, if known.
+        state: the pickled state of the object; for a module its `__dict__`.
     """
 
     name: str = ""
     state: Any = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Record:
-        """Take any arguments."""
+        """Accept and ignore any arguments."""
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
@@ -59,7 +60,7 @@ class Record:
 
 
 class _Mapping:
-    """What stands for a class of dictionaries: a plain one is made instead."""
+    """A placeholder for dictionary classes; calling it returns a plain dict."""
 
     def __new__(cls, *args: Any) -> Any:
         return {}
@@ -70,10 +71,10 @@ class _Dict(dict[Any, Any]):
 
 
 def kind_of(path: Path) -> Literal["torch", "pickle", "safetensors"]:
-    """Return what a checkpoint file is, by its content; safetensors have no mark and are told by their name.
+    """Return the format of a checkpoint file, from its first bytes or, for safetensors, from its suffix.
 
     Raises:
-        UserError: if it cannot be read or is none of these.
+        UserError: if it cannot be read or has another format.
     """
     if path.exists():
         require_file(path)
@@ -94,28 +95,31 @@ def kind_of(path: Path) -> Literal["torch", "pickle", "safetensors"]:
 
 
 def read_torch(path: Path) -> Any:
-    """Read a file of torch.save, tensors on the CPU.
+    """Read a file of torch.save, with tensors on the CPU.
 
-    Objects of Lightning, OmegaConf and the like become empty placeholders.
+    Objects of Lightning, OmegaConf, NumPy and a few standard classes become placeholders.
 
     Raises:
-        UserError: one line: the file is damaged, or names something that is neither a tensor nor one of those.
+        UserError: one line, if the file is damaged or names something that is neither a tensor nor one of those.
     """
     try:
         stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
             (_Mapping if name.endswith(_MAPPINGS) else Record, name) for name in _strangers(path)
         ]
         with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
-            warnings.simplefilter("ignore")  # of unusual pickles; they are refused if they cannot be read
+            warnings.simplefilter("ignore")  # about unusual pickles; unreadable ones raise
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file may do to the reader
+    except Exception as error:  # a damaged or hostile file can raise any exception type
         raise UserError(f"{path}: {_reason(error)}") from None
 
 
 def _strangers(path: Path) -> list[str]:
-    """Return the names in a torch archive that torch's reader does not know, all of them harmless as placeholders.
+    """Return the names in a torch archive that torch's reader does not know and that placeholders may replace.
 
-    In an archive of the old format, which Lightning never wrote, there may be none.
+    For the old format, which Lightning never wrote, it returns none, so torch's reader raises on such names.
+
+    Raises:
+        Refused: for any other unknown name.
     """
     with path.open("rb") as file:
         if file.read(len(_ZIP)) != _ZIP:
@@ -132,7 +136,7 @@ def _refusal(name: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return in one line why a checkpoint could not be read."""
+    """Return one line with the reason why a checkpoint could not be read."""
     text = str(error)
     named = re.search(r"GLOBAL (\w[\w.]+)", text)
     if isinstance(error, Refused):
@@ -149,30 +153,30 @@ def _first_line(text: str) -> str:
 
 
 class Refused(pickle.UnpicklingError):
-    """A pickle names, or does, what no checkpoint needs."""
+    """A pickle contains something that no checkpoint needs."""
 
 
 def read_pickle(path: Path) -> Any:
-    """Read a pickle of EDM's persistent objects: tensors, plain values, and Records in the place of all objects.
+    """Read a pickle of EDM's persistent objects: tensors, plain values, and Records in place of other objects.
 
-    The source code that such a pickle carries is not run and not kept.
+    The source code in such a pickle is neither run nor kept.
 
     Raises:
-        UserError: one line: the file is damaged, or names something that such a pickle does not hold.
+        UserError: one line, if the file is damaged or contains a name that is not allowed.
     """
     try:
         with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch about its own old storages
+            warnings.simplefilter("ignore")  # torch's warnings about its old storages
             return _Unpickler(file).load()
-    except Exception as error:  # whatever a damaged or hostile file may do to the reader
+    except Exception as error:  # a damaged or hostile file can raise any exception type
         raise UserError(f"{path}: {_reason(error)}") from None
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds nothing but the names below and torch's module classes; none is imported."""
+    """Accepts only the names of _KNOWN and torch's module classes; imports none of them."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name."""
+        """Return the replacement of an allowed name; raise Refused for any other."""
         full = f"{module}.{name}"
         if full in _KNOWN:
             return _KNOWN[full]
@@ -182,7 +186,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _persistent(meta: Any) -> Record:
-    """Stand for torch_utils.persistence: keep the state of the object, not its source."""
+    """Replace torch_utils.persistence._reconstruct_persistent_obj: keep the object's state, not its source."""
     if not isinstance(meta, dict) or not isinstance(meta.get("class_name"), str):
         raise Refused("refused: a persistent object without a class")
     record = Record()
@@ -191,7 +195,7 @@ def _persistent(meta: Any) -> Record:
 
 
 def _storage(data: Any) -> torch.storage.TypedStorage:
-    """Stand for torch.storage._load_from_bytes: a storage in a torch archive of the old format within the pickle."""
+    """Replace torch.storage._load_from_bytes: read a storage from a torch archive of the old format in the pickle."""
     if not isinstance(data, bytes) or not data.startswith(_LEGACY):
         raise Refused("refused: a tensor's storage is no torch archive")
     storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -201,7 +205,7 @@ def _storage(data: Any) -> torch.storage.TypedStorage:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """Stand for torch._utils._rebuild_tensor_v2: a view of a storage, wholly inside it."""
+    """Replace torch._utils._rebuild_tensor_v2: return a view of a storage; raise if it exceeds the storage."""
     numbers = (offset, *size, *stride)
     if not isinstance(storage, torch.storage.TypedStorage) or not all(type(n) is int and n >= 0 for n in numbers):
         raise Refused("refused: a tensor without a storage, or of impossible shape")
@@ -214,7 +218,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
 
 
 def _parameter(value: Any, *_: Any) -> Any:
-    """Stand for torch._utils._rebuild_parameter: the tensor itself."""
+    """Replace torch._utils._rebuild_parameter: return the tensor itself."""
     return value
 
 
@@ -226,7 +230,7 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch.storage._load_from_bytes": _storage,
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
-    # values of augmentation and loss objects; no weight is made of them
+    # used in augmentation and loss objects only, never for weights
     **dict.fromkeys(("numpy.ndarray", "numpy.dtype"), Record),
     **{
         f"{package}.multiarray.{name}": Record
@@ -237,7 +241,7 @@ _KNOWN: dict[str, Callable[..., Any]] = {
 
 
 def torch_bytes(content: Any) -> bytes:
-    """Return the file that torch.save makes of tensors and plain values."""
+    """Return the bytes that torch.save writes for tensors and plain values."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()

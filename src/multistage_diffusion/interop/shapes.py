@@ -1,4 +1,4 @@
-"""A published network's configuration, read off the names and shapes of its tensors, and its weights in our layout."""
+"""Conversion of published networks: the configuration from tensor names and shapes, the weights in our layout."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.network import GROUPS, NetworkConfig
 from ..errors import UserError
 from ..nets import build_network
-from ..network_config import GROUPS, NetworkConfig
 from .layouts import Family, Tensors
 from .names import convert_published, published_names, restore_published
 
@@ -20,16 +20,18 @@ from .names import convert_published, published_names, restore_published
 def network_of(
     family: Family, tensors: Mapping[str, Tensor], *, norm_groups: int = GROUPS, head_channels: int = 32
 ) -> NetworkConfig:
-    """Return the configuration of a published network, all but its dropout, which is training's.
+    """Return the configuration of a published network, without dropout, which is a training setting.
+
+    norm_groups and head_channels cannot be derived from shapes.
 
     Args:
-        family: whose names they are.
-        tensors: the network's weights by their published names.
-        norm_groups: most groups of a GroupNorm of NCSN++ or DDPM++.
-        head_channels: of an LDM U-Net's attention; shapes show neither.
+        family: family of the network and its names.
+        tensors: the network's weights by published name.
+        norm_groups: largest number of GroupNorm groups of NCSN++ or DDPM++.
+        head_channels: channels per attention head of an LDM U-Net.
 
     Raises:
-        UserError: naming the first tensor that is missing or whose shape fits no such network.
+        UserError: naming the first tensor that is missing or has an impossible shape.
     """
     read = {"ncsnpp": _ncsnpp, "ddpmpp": _ddpmpp, "ldm": _ldm}[family]
     settings = read(_Shapes(tensors))
@@ -41,20 +43,20 @@ def network_of(
 
 
 def resolution_of(tensors: Mapping[str, Tensor]) -> int:
-    """Return the resolution of an EDM network's images, which its names carry."""
+    """Return the image resolution of an EDM network, from its tensor names."""
     return max(_edm_resolutions(_Shapes(tensors)))
 
 
 def our_state(tensors: Mapping[str, Tensor], config: NetworkConfig, size: tuple[int, int]) -> Tensors:
-    """Return a published network's weights as the state dict of ours, fp32.
+    """Return a published network's weights as a state dict of our network, fp32.
 
     Args:
-        tensors: by published name.
-        config: of the network.
+        tensors: weights by published name.
+        config: configuration of the network.
         size: (height, width) of its images.
 
     Raises:
-        UserError: naming the first tensor that is missing, unexpected or of another shape, and how many are.
+        UserError: with the first missing, unexpected and wrongly shaped tensors and their counts.
     """
     names = published_names(config, size)
     needed = _needed(config, size)
@@ -77,22 +79,22 @@ def our_state(tensors: Mapping[str, Tensor], config: NetworkConfig, size: tuple[
 
 
 def published_state(state: Mapping[str, Tensor], config: NetworkConfig, size: tuple[int, int]) -> Tensors:
-    """Return the published tensors of a network's state dict: the inverse of `our_state`.
+    """Return the published tensors of our network's state dict: the inverse of `our_state`.
 
     Raises:
-        UserError: if no published layout has a place for such a network.
+        UserError: if no published layout can represent the network.
     """
     return restore_published(state, published_names(config, size))
 
 
-@lru_cache(maxsize=1)  # asked for the model and for its average
+@lru_cache(maxsize=1)  # called for the model and for its EMA
 def _needed(config: NetworkConfig, size: tuple[int, int]) -> Tensors:
     with torch.device("meta"):
         return published_state(build_network(config).state_dict(), config, size)
 
 
 class _Shapes:
-    """Shapes by name; one that is asked for and is not there, or not of so many dimensions, is an error."""
+    """Shapes by name; a call raises UserError for a missing tensor or another number of dimensions."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
@@ -106,11 +108,11 @@ class _Shapes:
         return shape
 
     def any(self, pattern: str) -> bool:
-        """Tell whether a name begins so."""
+        """Return whether the beginning of any name matches a pattern."""
         return any(re.match(pattern, name) for name in self.tensors)
 
     def numbers(self, pattern: str) -> list[int]:
-        """Return the distinct numbers that a pattern's group takes at the beginning of names, ascending."""
+        """Return the distinct numbers in the first group of a pattern matched at the beginning of names, ascending."""
         return sorted({int(m[1]) for name in self.tensors if (m := re.match(pattern, name))})
 
 
@@ -131,18 +133,16 @@ def _ncsnpp(shape: _Shapes) -> dict[str, Any]:
     stages = shape.numbers(r"de_modules\.(\d+)\.")
     encoder = "en_modules" if stages else "all_modules"
     width = shape(f"{encoder}.0.weight", 2)[1]
-    levels = (
-        len(shape.numbers(rf"{encoder}\.(\d+)\.Conv2d_0\.weight")) + 1
-    )  # each but the last ends in a pyramid's step
+    levels = len(shape.numbers(rf"{encoder}\.(\d+)\.Conv2d_0\.weight")) + 1  # each but the last ends in a pyramid step
     blocks = shape.numbers(rf"{encoder}\.(\d+)\.Conv_0\.weight")
     projections = [f"{encoder}.{i}.Conv_2.weight" for i in blocks]
-    # only blocks that resample have a 1x1 skip between equal widths
+    # only resampling blocks have a 1x1 skip between equal widths
     if levels == 1 and any(len({*shape(n, 4)[:2]}) == 1 for n in projections if n in shape.tensors):
         raise UserError(
             f"resamples without an input pyramid ({encoder}.I.Conv2d_0), as score_sde's DDPM++ does; only its NCSN++ is read"
         )
-    # per level its blocks and, but for the last, a down block; two at the bottom; with the decoder, per level one more
-    # and an up block
+    # encoder: each level's blocks, a down block except at the last level, and two bottom blocks; decoder: one more
+    # block per level than the encoder, and an up block except at the last level
     if stages:
         per_level = _blocks(len(blocks) - levels - 1, levels, "encoder blocks")
     else:

@@ -1,4 +1,4 @@
-"""Networks: a shared encoder with a tailored decoder for every stage."""
+"""Networks with a shared encoder and one decoder per stage."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ __all__ = ["MultiDecoderUNet", "build_network"]
 
 
 def build_network(config: NetworkConfig) -> MultiDecoderUNet:
-    """Return a freshly initialised network (torch's global generator; wrap in `torch.device("meta")` to only count).
+    """Return a newly initialised network.
 
-    One decoder width gives the ordinary network of the family; `config.separate` gives one ordinary network per stage.
+    Weights are drawn from torch's global generator. To only count parameters or FLOPs, call it inside
+    `torch.device("meta")`. One decoder width gives the ordinary network of the family. `config.separate` gives one
+    ordinary network per stage.
     """
     if config.family == "ncsnpp":
         return MultiDecoderUNet(config, NCSNppEncoder, NCSNppDecoder)

@@ -1,4 +1,4 @@
-"""The pieces of the pixel families, NCSN++ and DDPM++; the latent family shares convolutions and the embedding."""
+"""Building blocks of the NCSN++ and DDPM++ families; the LDM and MEME families reuse some of them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config.network import GROUPS, group_count
 from ..contracts import Conditioning
 from ..errors import UserError
-from ..network_config import GROUPS, group_count
 
 SQRT_HALF = math.sqrt(0.5)
-TINY = 1e-5  # gain of layers that start near zero: the last convolutions and attention's output
-ATTENTION_GAIN = math.sqrt(0.2)  # fused (C -> 3C): the same bounds as sqrt(0.1) on three separate C -> C maps
+TINY = 1e-5  # gain of layers that start near zero: the last convolutions and the attention output
+ATTENTION_GAIN = math.sqrt(0.2)  # for the fused C -> 3C layer: same bounds as gain sqrt(0.1) on three C -> C layers
 
 
 class ImageConv(nn.Conv2d):
-    """A convolution of the image, or of its pyramid: from here on maps lie in memory as asked, since what follows keeps that."""
+    """A convolution of the image or its pyramid.
+
+    It sets the memory format of its output. All later layers keep this format.
+    """
 
     memory_format = torch.contiguous_format
 
@@ -33,13 +36,17 @@ class ImageConv(nn.Conv2d):
 
 
 class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution. On a CPU it is a matrix product: torch's convolution turns maps into another layout and back."""
+    """A 1x1 convolution.
+
+    On the CPU it is computed as a matrix product, because torch's convolution converts the maps to another layout and
+    back.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same maps as nn.Conv2d."""
         if x.device.type != "cpu":
             return super().forward(x)
-        assert self.bias is not None  # `conv` gives one
+        assert self.bias is not None  # `conv` creates it
         weight = self.weight.flatten(1)
         if x.is_contiguous():
             product = torch.baddbmm(self.bias[:, None], weight.expand(len(x), *weight.shape), x.flatten(2))
@@ -57,7 +64,7 @@ def conv(
     pad: bool = True,
     kind: type[nn.Conv2d] | None = None,
 ) -> nn.Conv2d:
-    """Return a convolution with Xavier-uniform weights times gain and zero biases; padded by kernel // 2, or not."""
+    """Return a convolution with Xavier-uniform weights times gain and zero biases; `pad` pads by kernel // 2."""
     kind = kind or (PointwiseConv if kernel == 1 else nn.Conv2d)
     layer = kind(channels_in, channels_out, kernel, stride, padding=kernel // 2 if pad else 0)
     _initialise(layer.weight, layer.bias, gain)
@@ -72,21 +79,22 @@ def linear(features_in: int, features_out: int, gain: float = 1.0, *, bias: bool
 
 
 def _initialise(weight: Tensor, bias: Tensor | None, gain: float) -> None:
-    # Xavier-uniform is variance scaling "fan average, uniform" with scale gain^2, as NCSN++ calls it.
+    # NCSN++ calls this variance scaling "fan average, uniform" with scale gain^2.
     nn.init.xavier_uniform_(weight, gain)
     if bias is not None:
         nn.init.zeros_(bias)
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm that keeps its input's type under autocast, where PyTorch's own makes float32 maps of half as precise ones.
+    """GroupNorm that keeps the dtype of its input under autocast.
 
-    What is normalised was computed in that type, and goes on in it; means and variances are float32 inside.
+    PyTorch's GroupNorm returns float32 maps for half-precision input. The layers before and after it compute in the
+    input's dtype. Means and variances are float32 internally.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, ...) to the same."""
-        if x.is_meta:  # where costs are counted; PyTorch takes milliseconds to find this shape
+        """Map (B, C, ...) to the same shape."""
+        if x.is_meta:  # FLOPs are counted on meta; PyTorch takes milliseconds to infer this shape
             return torch.empty_like(x)
         if x.dtype == self.weight.dtype:
             return super().forward(x)
@@ -104,7 +112,10 @@ _masks: ContextVar[torch.Generator | None] = ContextVar("masks", default=None)
 
 @contextmanager
 def masks_from(generator: torch.Generator) -> Iterator[None]:
-    """Draw a CPU's dropout masks from a generator, in this thread: threads that share torch's own draw in no certain order."""
+    """Draw CPU dropout masks in this thread from `generator`.
+
+    Threads that share torch's global generator draw from it in an undefined order.
+    """
     before = _masks.set(generator)
     try:
         yield
@@ -113,15 +124,15 @@ def masks_from(generator: torch.Generator) -> Iterator[None]:
 
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Zero entries while training and scale the others up, so that the mean stays.
+    """Zero random entries during training and scale the others up to keep the mean.
 
-    torch draws a CPU mask with a 64-bit word per entry, on one thread: in a step that is as much as a tenth of the time. 16 bits
-    do, for a probability that is then a multiple of 2^-16.
+    torch draws a CPU mask on one thread with 64 random bits per entry, which takes up to a tenth of a training step.
+    This function draws 16 bits per entry, so the probability is rounded to a multiple of 2^-16.
 
     Args:
         x: any shape.
         probability: in [0, 1).
-        training: else x is returned.
+        training: if false, x is returned unchanged.
     """
     if not training or probability == 0:
         return x
@@ -143,9 +154,9 @@ def sinusoids(noise: Tensor, width: int) -> Tensor:
 
 
 class NoiseEmbedding(nn.Module):
-    """Noise level, class and augmentation labels to the vector that every block receives.
+    """Embeds noise level, class labels and augmentation labels into one vector per row, the input of every block.
 
-    `features` turns noise (B,) and the width into (B, width).
+    `features` maps noise (B,) and the width to (B, width).
     """
 
     def __init__(
@@ -164,15 +175,15 @@ class NoiseEmbedding(nn.Module):
         self.linear1 = linear(4 * width, 4 * width)
 
     def forward(self, noise: Tensor, cond: Conditioning) -> Tensor:
-        """Return (B, 4 width) after the final SiLU, in fp32 (fp64 in a float64 network) even under autocast.
+        """Return the embedding (B, 4 width) after the final SiLU, in the network's dtype even under autocast.
 
         Args:
             noise: (B,), the family's c_noise; any float dtype.
-            cond: labels (B,) int64 in [-1, num_classes), -1 for none; augment (B, augment_dim).
+            cond: labels (B,) int64 in [-1, num_classes), -1 for no label; augment (B, augment_dim).
 
         Raises:
-            UserError: if a label is given that the network has no input for, has the wrong shape, or is out of range
-                (looked at on the CPU only: on a GPU it would cost a synchronisation).
+            UserError: if labels are given to a network without this input, have the wrong shape, or class labels are
+                out of range. The range is checked on the CPU only; on a GPU the check would cost a synchronisation.
         """
         dtype = self.linear0.weight.dtype
         with _no_autocast(noise.device):
@@ -197,7 +208,7 @@ class NoiseEmbedding(nn.Module):
 
 
 def _scaled_one_hot(labels: Tensor | None, rows: int, weight: Tensor) -> Tensor:
-    """One-hot times sqrt(classes); zeros for label -1 (and for no labels at all)."""
+    """Return one-hot labels times sqrt(classes); rows are zero for label -1 or if labels is None."""
     classes = weight.shape[1]
     if labels is None:
         return weight.new_zeros(rows, classes)
@@ -219,13 +230,13 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
 
 
 def _fir_kernel(channels: int) -> Tensor:
-    """[1, 3, 3, 1] outer itself, of sum 1, once per channel: (C, 1, 4, 4)."""
+    """Return the outer product of [1, 3, 3, 1] with itself, normalised to sum 1, once per channel: (C, 1, 4, 4)."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
     return torch.outer(taps, taps).repeat(channels, 1, 1, 1)
 
 
 class FIRDown(nn.Module):
-    """Depthwise [1, 3, 3, 1] filter of sum 1; as it stands it halves the size."""
+    """Depthwise [1, 3, 3, 1] filter with sum 1; with the default stride and padding it halves the size."""
 
     kernel: Tensor
 
@@ -240,7 +251,7 @@ class FIRDown(nn.Module):
 
 
 class FIRUp(nn.Module):
-    """Zero-stuff by 2, pad (2, 1), depthwise [1, 3, 3, 1] filter of sum 4: doubles the size."""
+    """Doubles the size: inserts zeros (factor 2), pads (2, 1), applies a depthwise [1, 3, 3, 1] filter with sum 4."""
 
     kernel: Tensor
 
@@ -254,7 +265,7 @@ class FIRUp(nn.Module):
 
 
 class BoxDown(nn.Module):
-    """2x2 averaging."""
+    """Halves the size by 2x2 averaging."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -265,7 +276,7 @@ class BoxDown(nn.Module):
 
 
 class BoxUp(nn.Module):
-    """Nearest-neighbour doubling."""
+    """Doubles the size by nearest-neighbour interpolation."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -276,7 +287,7 @@ class BoxUp(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all pixels, scale C^-1/2, then (x + h) / sqrt(2)."""
+    """Self-attention with one head over all pixels, scale C^-1/2, then (x + h) / sqrt(2)."""
 
     def __init__(self, channels: int, groups: int = GROUPS) -> None:
         super().__init__()
@@ -294,9 +305,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A block (x, emb) -> h whose inside need not be kept for the backward pass."""
+    """A block (x, emb) -> h that supports gradient checkpointing."""
 
-    recompute = False  # whether it is computed again there instead
+    recompute = False  # whether the backward pass recomputes the block instead of storing its activations
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map features (B, C, H, W) and the activated embedding (B, emb) to features."""
@@ -307,14 +318,15 @@ class Block(nn.Module):
 
     @abstractmethod
     def compute(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Do what forward says."""
+        """Compute what `forward` returns."""
 
 
 class ResidualBlock(Block):
-    """Two 3x3 convolutions after GroupNorm and SiLU, the embedding between them; (skip + h) / sqrt(2); then attention.
+    """Residual block with two 3x3 convolutions, each after GroupNorm and SiLU, and optional attention at the end.
 
-    `resample` (a module halving or doubling the size) acts on both branches before any convolution; `groups` is the largest
-    number of groups of a GroupNorm.
+    The embedding is added between the convolutions. The residual sum is (skip + h) / sqrt(2). `resample` (a module that
+    halves or doubles the size) acts on both branches before any convolution. `groups` is the maximum number of groups
+    of a GroupNorm.
     """
 
     def __init__(
@@ -356,7 +368,7 @@ class ResidualBlock(Block):
 
 
 class Bottom(nn.Module):
-    """Two blocks at the lowest resolution, the first with attention whatever the resolution."""
+    """Two blocks at the lowest resolution; the first one always has attention."""
 
     def __init__(self, channels: int, emb: int, dropout: float, groups: int = GROUPS) -> None:
         super().__init__()

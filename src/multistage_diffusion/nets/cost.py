@@ -1,4 +1,4 @@
-"""Parameters and arithmetic of a network, counted on the meta device: no weights, no real computation."""
+"""Parameter and FLOP counts of a network, computed on the meta device without weights or real computation."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from . import MultiDecoderUNet, build_network
 from .blocks import Attention
 from .ncsnpp import PyramidStep
 
+BACKWARD = 2  # backward FLOPs over forward FLOPs: a layer computes gradients of its input and of its weights
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """One stage: the encoder it uses and its decoder together, for one image.
+    """Cost of one stage for one image: its encoder and decoder together.
 
     Attributes:
         stage: 1 for the lowest noise.
-        parameters: encoder and decoder.
-        multiply_adds: in the paper's convention, 2-d convolutions only. NCSN++: without the attention's 1x1
-            projections and the pyramid's convolutions; DDPM++: all, projections included; LDM: without projections;
-            MEME, for which no rule is printed: all, the 1x1 ones of mixers and of their attention included.
-        true_flops: 2 per multiply-add, of everything: convolutions, FIR filters, linear layers, attention products.
+        parameters: of encoder and decoder.
+        multiply_adds: in the paper's convention, which counts 2-d convolutions only. NCSN++: without the 1x1
+            projections of attention and without the pyramid's convolutions. DDPM++: all, including projections. LDM:
+            without projections. MEME (the paper gives no rule): all, including the 1x1 convolutions of mixers and of
+            their attention.
+        true_flops: 2 per multiply-add, for convolutions, FIR filters, linear layers and attention products.
     """
 
     stage: int
@@ -39,7 +42,7 @@ class StageCost:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkCost:
-    """The whole network. Shared is what all stages use (the encoder); 0 for separate networks."""
+    """Cost of the whole network; the shared values are those of the shared encoder, 0 for separate networks."""
 
     shared_parameters: int
     shared_multiply_adds: int
@@ -48,11 +51,11 @@ class NetworkCost:
     stages: tuple[StageCost, ...]
 
 
-@functools.lru_cache(maxsize=512)  # a run asks three times, a plan for hundreds of widths; a count takes up to a second
+@functools.lru_cache(maxsize=512)  # a run calls it three times, a plan for hundreds of widths; a call takes up to 1 s
 def network_cost(config: NetworkConfig, height: int, width: int) -> NetworkCost:
-    """Count parameters and arithmetic of one image of height x width pixels per stage.
+    """Return parameters, multiply-adds and FLOPs per stage for one image of height x width pixels.
 
-    Sizes that the network would pad are counted as padded.
+    If the network pads this size, the padded size is counted.
     """
     with torch.device("meta"):
         network = build_network(config).eval()
@@ -78,14 +81,14 @@ def network_cost(config: NetworkConfig, height: int, width: int) -> NetworkCost:
 
 
 def weighted_multiply_adds(cost: NetworkCost, weights: Sequence[float]) -> float:
-    """Return the mean multiply-adds of a denoiser call, given how often each stage is called.
+    """Return the mean multiply-adds of a denoiser call, weighted by how often each stage is called.
 
     Args:
-        cost: what `network_cost` returned.
+        cost: the result of `network_cost`.
         weights: calls (or interval lengths) per stage, lowest noise first; only their ratios matter.
 
     Raises:
-        UserError: if there is not one weight >= 0 per stage, or all are zero.
+        UserError: if weights are not one number >= 0 per stage, or all are zero.
     """
     if len(weights) != len(cost.stages) or min(weights) < 0 or sum(weights) <= 0:
         raise UserError(
@@ -100,7 +103,10 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _count_stage(network: MultiDecoderUNet, stage: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """Return true FLOPs (all, encoder's) and multiply-adds in the paper's convention (encoder's, decoder's) of one image."""
+    """Return (total true FLOPs, encoder's true FLOPs, encoder's multiply-adds, decoder's multiply-adds) of one image.
+
+    Multiply-adds follow the paper's convention.
+    """
     x = torch.empty(1, network.config.channels, height, width, device="meta")
     noise = torch.empty(1, device="meta")
     counts = [int(k == stage) for k in range(len(network.decoders))]
@@ -115,12 +121,12 @@ def _count_stage(network: MultiDecoderUNet, stage: int, height: int, width: int)
 
 @contextmanager
 def _counted(part: nn.Module, family: str) -> Iterator[list[int]]:
-    """Collect the multiply-adds of the counted layers of a part while it runs."""
+    """Yield a list that collects the multiply-adds of the counted layers of `part` as they run."""
     counted: list[int] = []
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(layer.weight, Tensor)
-        # One multiply-add per output element and weight that reaches it (a convolution's kernel, a linear map's row).
+        # Each output element takes one multiply-add per weight of its output channel.
         counted.append(output.numel() * layer.weight[0].numel())
 
     hooks = [layer.register_forward_hook(note) for layer in _counted_layers(part, family)]
@@ -132,7 +138,7 @@ def _counted(part: nn.Module, family: str) -> Iterator[list[int]]:
 
 
 def _counted_layers(part: nn.Module, family: str) -> Iterator[nn.Module]:
-    """Yield the layers that the paper's convention counts (an attention's linear layers are 1x1 convolutions)."""
+    """Yield the layers that the paper's convention counts (the linear layers of attention are 1x1 convolutions)."""
     for child in part.children():
         if isinstance(child, Attention):
             yield from (child.qkv, child.proj) if family == "ddpmpp" else ()

@@ -1,4 +1,4 @@
-"""DDPM++ in the form of EDM (Karras et al. 2022): box resampling, no pyramid, the bottom blocks in the decoders."""
+"""DDPM++ as in EDM (Karras et al. 2022): box resampling, no pyramid, bottom blocks in the decoders."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .unet import Decoder, Encoded, Encoder
 
 
 class DDPMppEncoder(Encoder):
-    """Levels of blocks joined by down blocks."""
+    """Levels of blocks, connected by down blocks."""
 
     def __init__(self, config: NetworkConfig, stage: int, width: int) -> None:
         super().__init__(config, width, down=BoxDown)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Encoded:
-        """Encode x (B, C, H, W), already times c_in, at noise = c_noise = ln(sigma) / 4 (B,)."""
+        """Encode x (B, C, H, W), already multiplied by c_in, at noise = c_noise = ln(sigma) / 4 (B,)."""
         emb = self.embedding(noise, cond)
         skips: list[Tensor] = [self.conv_in(x)]
         for i, level in enumerate(self.levels):
@@ -30,7 +30,7 @@ class DDPMppEncoder(Encoder):
 
 
 class DDPMppDecoder(Decoder):
-    """Two blocks of the encoder's width at the bottom, then the plain decoder."""
+    """Two bottom blocks with the encoder's width, then the plain decoder."""
 
     def __init__(self, config: NetworkConfig, stage: int, encoder_width: int) -> None:
         super().__init__(config, stage, encoder_width, up=BoxUp)

@@ -1,4 +1,7 @@
-"""The U-Net of latent diffusion (Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models")."""
+"""The U-Net of latent diffusion.
+
+Source: Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models".
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config.network import LDM_GROUPS, NetworkConfig
 from ..contracts import Conditioning
-from ..network_config import LDM_GROUPS, NetworkConfig
 from .blocks import Block, BoxUp, GroupNorm, ImageConv, NoiseEmbedding, conv, dropout, linear
 from .unet import Encoded, attends, skip_widths
 
@@ -28,7 +31,10 @@ def cosines_first(noise: Tensor, width: int) -> Tensor:
 
 
 class HeadedAttention(nn.Module):
-    """Heads of `head_channels` over all pixels, scale head_channels^-1/2, then x + h; the last layer starts at zero."""
+    """Multi-head self-attention over all pixels, then x + h.
+
+    Each head has `head_channels` channels and scale head_channels^-1/2. The last layer is initialised to zero.
+    """
 
     def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()
@@ -40,7 +46,7 @@ class HeadedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)
-        heads = self.qkv(tokens).unflatten(2, (-1, 3, self.head_channels))  # the rows of a head: q, k, v
+        heads = self.qkv(tokens).unflatten(2, (-1, 3, self.head_channels))  # per head: q, k, v
         q, k, v = heads.permute(3, 0, 2, 1, 4)
         h = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         out: Tensor = x + h.transpose(1, 2).view_as(x)
@@ -48,9 +54,10 @@ class HeadedAttention(nn.Module):
 
 
 class LDMBlock(Block):
-    """Two 3x3 convolutions after GroupNorm and SiLU, the embedding between them; skip + h; then attention.
+    """Residual block with two 3x3 convolutions, each after GroupNorm and SiLU, and optional attention at the end.
 
-    The second convolution starts at zero. `head_channels`: channels of an attention head, None for no attention.
+    The embedding is added between the convolutions. The residual sum is skip + h. The second convolution is
+    initialised to zero. `head_channels` is the number of channels of an attention head, None for no attention.
     """
 
     def __init__(
@@ -79,7 +86,7 @@ class LDMBlock(Block):
 
 
 class Middle(nn.Module):
-    """Block, attention, block at the lowest resolution."""
+    """A block, attention and a block at the lowest resolution."""
 
     def __init__(self, config: NetworkConfig, channels: int, emb: int) -> None:
         super().__init__()
@@ -93,7 +100,7 @@ class Middle(nn.Module):
 
 
 class LDMEncoder(nn.Module):
-    """Embedding, input convolution, blocks per level, a stride-2 convolution between levels, and the middle."""
+    """Embedding, input convolution, blocks per level, stride-2 convolutions between levels, and the middle."""
 
     def __init__(self, config: NetworkConfig, stage: int, width: int) -> None:
         super().__init__()
@@ -109,7 +116,7 @@ class LDMEncoder(nn.Module):
         self.middle = Middle(config, widths[-1], emb)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Encoded:
-        """Encode x (B, C, H, W) at noise = the step of the discrete schedule (B,); any real number will do."""
+        """Encode x (B, C, H, W) at noise = the step of the discrete schedule (B,), which may be any real number."""
         emb = self.embedding(noise, cond)
         skips: list[Tensor] = [self.conv_in(x)]
         for i, level in enumerate(self.levels):
@@ -122,9 +129,10 @@ class LDMEncoder(nn.Module):
 
 
 class LDMDecoder(nn.Module):
-    """Blocks on [h, skip] per level, nearest doubling and a 3x3 convolution between levels; GroupNorm, SiLU, conv.
+    """Blocks on [h, skip] per level, then GroupNorm, SiLU and a convolution.
 
-    Attention, where asked, follows every block of a level, unless `config.decoder_attention` denies it to this stage.
+    Between levels, nearest-neighbour interpolation doubles the size, followed by a 3x3 convolution. At the levels of
+    `config.attention_factors` every block has attention, unless `config.decoder_attention` disables it for this stage.
     """
 
     def __init__(self, config: NetworkConfig, stage: int, encoder_width: int) -> None:

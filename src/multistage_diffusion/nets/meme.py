@@ -1,15 +1,15 @@
 """The iU-Net of MEME (Lee et al., AAAI 2024, "Multi-architecture multi-expert diffusion models").
 
-From the paper: experts on equal intervals of time, four of them, that share nothing; every expert is a U-Net that mixes
-positions as the Inception Transformer does (Si et al. 2022): channels are divided between a high-frequency mixer
-(max-pooling, depthwise convolution) and a low-frequency one (self-attention on an average-pooled map) and then fused;
-the noisier an expert's interval, the larger its low-frequency share.
+From the paper: four experts on equal time intervals share no weights. Every expert is a U-Net that mixes positions as
+the Inception Transformer does (Si et al. 2022): channels are divided between a high-frequency mixer (max-pooling,
+depthwise convolution) and a low-frequency mixer (self-attention on an average-pooled map) and then fused. The noisier
+an expert's interval, the larger its low-frequency share.
 
-Chosen here, since no configuration for CIFAR-10 is published: the U-Net around the mixers is that of DDPM++ (its
-embedding, residual blocks, 2x2 resampling, GroupNorm and initialisation); a mixer stands where DDPM++ attends, after the
-two convolutions of a block, but in every block of the asked levels and in the decoder too; an expert's share is the same
-at every level (the paper's also grows with depth); attention has one head, on a map pooled 2x2 at full resolution
-and not pooled below.
+Chosen here, because no configuration for CIFAR-10 is published: the U-Net around the mixers is that of DDPM++
+(embedding, residual blocks, 2x2 resampling, GroupNorm, initialisation). A mixer replaces the attention of DDPM++ after
+the two convolutions of a block, and is present in every block of the configured levels, including the decoder's. The
+share of an expert is the same at every level (in the paper it also grows with depth). Attention has one head. It acts
+on a map pooled 2x2 at full resolution, and on the unpooled map at lower resolutions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .unet import Encoded, attends, skip_widths
 
 
 def depthwise(channels: int) -> nn.Conv2d:
-    """Return a 3x3 convolution of every channel by itself: Xavier-uniform weights (fans of 9), zero biases."""
+    """Return a depthwise 3x3 convolution with Xavier-uniform weights (fan-in and fan-out 9) and zero biases."""
     layer = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
     nn.init.uniform_(layer.weight, -(3**-0.5), 3**-0.5)
     assert layer.bias is not None
@@ -34,7 +34,7 @@ def depthwise(channels: int) -> nn.Conv2d:
 
 
 class PooledAttention(nn.Module):
-    """Low-frequency mixer: pool x pool averages, one head over all of them, nearest-neighbour enlargement."""
+    """Low-frequency mixer: pool x pool average pooling, one attention head, nearest-neighbour upsampling."""
 
     def __init__(self, channels: int, pool: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class PooledAttention(nn.Module):
         self.proj = conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape; what remains of an odd size is averaged by itself."""
+        """Map (B, C, H, W) to the same shape; incomplete pooling windows at the border average what they contain."""
         pooled = self.down(x)
         q, k, v = self.qkv(pooled).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
         tokens = F.scaled_dot_product_attention(q, k, v).squeeze(1)
@@ -53,16 +53,17 @@ class PooledAttention(nn.Module):
 
 
 class InceptionMixer(nn.Module):
-    """Mix positions: max-pooling, convolution and attention each on their own channels, then fused (Si et al. 2022).
+    """Mixes positions by max-pooling, convolution and attention on separate channels, then fuses (Si et al. 2022).
 
-    With x = [a, b, c] along the channels: y = [FC(max-pool(a)), depthwise(FC(b)), attention(c)] and the result is
-    FC(y + depthwise(y)), FC being a 1x1 convolution; the last starts near zero.
+    With x = [a, b, c] along the channels, y = [FC(max-pool(a)), depthwise(FC(b)), attention(c)] and the result is
+    FC(y + depthwise(y)). FC is a 1x1 convolution; the last one is initialised near zero.
 
     Args:
         channels: even.
-        share: of the channels in c, in [0, 1], rounded to an even number; a and b have equal halves of the others. At 0
-            all mixing is within two pixels, at 1 there is no high-frequency mixer.
-        pool: side of the averages between which attention acts.
+        share: share of the channels in c, in [0, 1]; the channel number is rounded to an even number. a and b have half
+            of the other channels each. At 0 positions mix within two pixels only; at 1 there is no high-frequency
+            mixer.
+        pool: side of the average-pooling windows before attention.
     """
 
     def __init__(self, channels: int, share: float, pool: int) -> None:
@@ -90,7 +91,7 @@ class InceptionMixer(nn.Module):
 
 
 class MEMEBlock(nn.Module):
-    """A residual block, then, with a share, GroupNorm and a mixer, (x + h) / sqrt(2)."""
+    """A residual block, followed by GroupNorm, a mixer and (x + h) / sqrt(2) if `share` is given."""
 
     def __init__(
         self, channels_in: int, channels: int, emb: int, dropout: float, share: float | None = None, pool: int = 1
@@ -110,21 +111,21 @@ class MEMEBlock(nn.Module):
 def level_blocks(
     config: NetworkConfig, stage: int, level: int, inputs: list[int], width: int, emb: int
 ) -> nn.ModuleList:
-    """Return an expert's blocks at a level, each taking so many channels and making `width`."""
+    """Return an expert's blocks at a level: one per entry of `inputs` (input channels), with `width` outputs."""
     assert config.attention_shares is not None
     share = config.attention_shares[stage] if attends(config, level) else None
     return nn.ModuleList(MEMEBlock(w, width, emb, config.dropout, share, pool_size(level)) for w in inputs)
 
 
 def pool_size(level: int) -> int:
-    """Attention sees a quarter of the positions at full resolution (at 32x32: 16x16 of them), below all."""
+    """Return the pooling size of attention: 2 at full resolution (16x16 positions for 32x32 images), else 1."""
     return 2 if level == 0 else 1
 
 
 class MEMEEncoder(nn.Module):
-    """Embedding, input convolution, blocks per level, a down block between levels, and two blocks at the bottom.
+    """Embedding, input convolution, blocks per level, down blocks between levels, and two blocks at the bottom.
 
-    The first block of the bottom has a mixer whatever the resolution.
+    The first bottom block always has a mixer.
     """
 
     def __init__(self, config: NetworkConfig, stage: int, width: int) -> None:
@@ -143,7 +144,7 @@ class MEMEEncoder(nn.Module):
         self.bottom1 = MEMEBlock(widths[-1], widths[-1], emb, config.dropout)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Encoded:
-        """Encode x (B, C, H, W) at noise = 999 t (B,), or whatever the preconditioning tells."""
+        """Encode x (B, C, H, W) at noise (B,): 999 t, or the c_noise of another preconditioning."""
         emb = self.embedding(noise, cond)
         skips: list[Tensor] = [self.conv_in(x)]
         for i, level in enumerate(self.levels):
@@ -157,7 +158,7 @@ class MEMEEncoder(nn.Module):
 
 
 class MEMEDecoder(nn.Module):
-    """Blocks on [h, skip] per level, an up block between levels; GroupNorm, SiLU, conv."""
+    """Blocks on [h, skip] per level, up blocks between levels, then GroupNorm, SiLU and a convolution."""
 
     def __init__(self, config: NetworkConfig, stage: int, encoder_width: int) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from .unet import Decoder, Encoded, Encoder
 
 
 class NCSNppEncoder(Encoder):
-    """After each down block the filtered image joins; two blocks and attention at the bottom belong to the encoder."""
+    """Adds the filtered image after each down block; includes the two bottom blocks with attention."""
 
     def __init__(self, config: NetworkConfig, stage: int, width: int) -> None:
         super().__init__(config, width, down=FIRDown)

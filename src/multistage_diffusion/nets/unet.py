@@ -17,11 +17,11 @@ from .blocks import TINY, ImageConv, NoiseEmbedding, ResidualBlock, conv, group_
 
 @dataclass(frozen=True)
 class Encoded:
-    """What an encoder hands to a decoder, for the same rows.
+    """The encoder output that a decoder receives for the same rows.
 
     Attributes:
         h: lowest-resolution features (B, C, h, w).
-        skips: feature maps in the order made; a decoder takes them from the end.
+        skips: feature maps in the order of computation; a decoder consumes them from the end.
         emb: activated embedding (B, 4 encoder_width).
     """
 
@@ -30,7 +30,7 @@ class Encoded:
     emb: Tensor
 
     def split(self, counts: Sequence[int]) -> list[Encoded]:
-        """Return consecutive groups of rows (one split per map: its backward is one concatenation)."""
+        """Return consecutive groups of rows; each map is split once, so its backward pass is one concatenation."""
         if len(counts) == 1:
             return [self]
         groups = zip(*(part.split_with_sizes(list(counts)) for part in (self.h, self.emb, *self.skips)), strict=True)
@@ -38,7 +38,7 @@ class Encoded:
 
 
 class Encoder(nn.Module):
-    """Embedding, input convolution, blocks per level, a down block between levels; families define `forward`."""
+    """Embedding, input convolution, blocks per level and down blocks between levels; families define `forward`."""
 
     def __init__(self, config: NetworkConfig, width: int, down: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class EncoderLevel(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the lowest resolution: blocks on [h, skip] per level, an up block between levels; GroupNorm, SiLU, conv."""
+    """Blocks on [h, skip] per level, up blocks between levels, then GroupNorm, SiLU and a convolution."""
 
     def __init__(self, config: NetworkConfig, stage: int, encoder_width: int, up: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
 
 
 class DecoderLevel(nn.Module):
-    """The blocks of one decoder resolution; attention, where asked, follows the last."""
+    """The blocks of one decoder resolution; with `attention`, the last block has attention."""
 
     def __init__(
         self, config: NetworkConfig, before: int, width: int, skips: list[int], emb: int, *, attention: bool
@@ -126,19 +126,19 @@ class DecoderLevel(nn.Module):
         )
 
     def forward(self, h: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
-        """Run the blocks, each taking one map off the end of skips."""
+        """Run the blocks; each block removes one map from the end of `skips`."""
         for block in self.blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return h
 
 
 def attends(config: NetworkConfig, level: int) -> bool:
-    """Tell whether the blocks of a level (0 is full resolution) are asked to attend."""
+    """Return whether the blocks of a level have attention; level 0 is full resolution."""
     return 2**level in config.attention_factors
 
 
 def skip_widths(config: NetworkConfig, width: int) -> list[int]:
-    """Return the widths of an encoder's skips, in the order made: input convolution, then per level [down,] blocks."""
+    """Return the widths of an encoder's skips in order: input convolution, then for each level [down block,] blocks."""
     widths = [width]
     for level, mult in enumerate(config.channel_mult):
         down = [width * config.channel_mult[level - 1]] if level else []
@@ -149,13 +149,13 @@ def skip_widths(config: NetworkConfig, width: int) -> list[int]:
 class MultiDecoderUNet(nn.Module):
     """One shared encoder (or, with `config.separate`, one per stage) and one decoder per stage.
 
-    It knows neither schedules nor stages: it is told how many rows belong to each decoder.
+    It does not depend on schedules or stage edges: the caller passes the number of rows for each decoder.
 
     Args:
         config: widths and depth.
-        encoder: makes an encoder, (x, noise, cond) -> Encoded, from (config, stage index, width); the shared one is
-            made as stage 0's.
-        decoder: makes a stage's decoder, Encoded -> output, from (config, stage index, encoder width).
+        encoder: builds an encoder, (x, noise, cond) -> Encoded, from (config, stage index, width); the shared encoder
+            gets stage index 0.
+        decoder: builds the decoder of a stage, Encoded -> output, from (config, stage index, encoder width).
     """
 
     def __init__(
@@ -172,22 +172,24 @@ class MultiDecoderUNet(nn.Module):
         self.decoders = nn.ModuleList(decoder(config, k, widths[k if config.separate else 0]) for k in stages)
 
     def forward(self, x: Tensor, noise: Tensor, counts: Sequence[int], cond: Conditioning | None = None) -> Tensor:
-        """Run the encoder once on all rows and each decoder on its own.
+        """Run the encoder on all rows and each decoder on the rows of its stage.
+
+        A shared encoder runs once. Separate encoders run on the rows of their stage.
 
         Args:
-            x: (B, C, H, W), already times c_in, rows sorted by stage. H and W are free: the network pads them (by
-                replication) to a multiple of 2^(levels - 1) and crops its output.
-            noise: (B,), c_noise as the family takes it: 999 t for NCSN++, ln(sigma) / 4 for DDPM++ in the EDM form, the
-                step for the LDM U-Net.
-            counts: rows of each stage, lowest noise first, sum B. A decoder without rows is not called, so it gets
+            x: (B, C, H, W), already multiplied by c_in, rows sorted by stage. H and W are arbitrary: the network pads
+                them (by replication) to a multiple of 2^(levels - 1) and crops its output.
+            noise: (B,), the family's c_noise: 999 t for NCSN++, ln(sigma) / 4 for DDPM++ as in EDM, the step for the
+                LDM U-Net.
+            counts: rows of each stage, lowest noise first, with sum B. A decoder without rows is not called, so it gets
                 no gradient.
-            cond: class and augmentation labels, row by row, or None.
+            cond: class and augmentation labels of each row, or None.
 
         Returns:
             (B, C, H, W), the raw network output; reduced precision under autocast.
 
         Raises:
-            UserError: if shapes or counts disagree, or a label has no input (see NoiseEmbedding).
+            UserError: if shapes or counts disagree, or labels are invalid (see NoiseEmbedding).
         """
         self._check(x, noise, counts)
         cond = cond or Conditioning()

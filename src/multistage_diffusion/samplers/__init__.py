@@ -1,4 +1,4 @@
-"""Samplers: a plan of steps made on the host, and the solvers that follow it."""
+"""Samplers: a plan of steps computed on the host, and the solvers that execute it."""
 
 from .advice import shortcoming
 from .orders import multistep_orders, singlestep_orders

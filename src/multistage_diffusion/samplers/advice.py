@@ -1,4 +1,4 @@
-"""Which samplers are likely to be worse than DDIM at the same calls: a rule that the study in docs/sampling.md bears out."""
+"""A rule for samplers that are likely to be worse than DDIM at the same NFE; the study is in docs/sampling.md."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import math
 from .orders import LONGEST_HEUN_STEP, LONGEST_LAST_STEP, LONGEST_STEP
 from .plan import Plan, Step
 
-SLACK = 1.05  # a step may exceed a length by this factor before it is spoken of
-LONGEST_UNCORRECTED = 6.0  # of Heun: DDIM, whose calls are all steps, divides such a step in two
+SLACK = 1.05  # a step may exceed the maximum length by this factor without a warning
+LONGEST_UNCORRECTED = 6.0  # of Heun's steps; DDIM has one step per call, so it divides a longer step into two
 FEW_FOR_HEUN = 20
 
 
 def shortcoming(plan: Plan) -> str | None:
-    """Return why a plan is likely to be more than a tenth worse than DDIM with as many calls, in one line; None if it is not.
+    """Return one line on why a plan is likely to be over 10 % worse than DDIM at the same NFE; None if it is not.
 
-    Against the study, the rule names all but one of the settings that are worse (by 1.11), and none that is better among those
-    with lower_final="always"; of those with "published" it also names some that are no worse.
+    In the study, the rule detects all worse settings but one (ratio 1.11). With lower_final="always" it has no false
+    positives; with "published" it also reports some settings that are no worse.
     """
     if plan.solver == "ddim":
         return None
@@ -46,7 +46,7 @@ def _of_heun(plan: Plan) -> str | None:
                 f"heun: the step from sigma {step.calls[0]:.3g} to {step.end:.3g} is long, so that ddim may be better at {calls} "
                 f"calls; consider {mend} more calls"
             )
-    if calls < FEW_FOR_HEUN - 1:  # calls are a ceiling: 19 are made of 20
+    if calls < FEW_FOR_HEUN - 1:  # config.calls is an upper limit for Heun: 20 can give a plan of 19 calls
         return f"heun: {calls} calls are few for it, so that ddim may be better; consider {FEW_FOR_HEUN} or more"
     return None
 

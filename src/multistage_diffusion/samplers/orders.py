@@ -1,8 +1,8 @@
-"""The order of each step of a sampler: as published, or lowered where a step is too long for its order.
+"""The order of each step of a sampler: as published, or lowered for steps that are too long for their order.
 
-A step of order 2 or 3 extrapolates the denoiser's answers over the step's whole length h = ln(sigma_s / sigma_t). The result
-is better than DDIM's, of order 1, only while h is not too long, and the end of a trajectory, where a data set's images part,
-allows the least. docs/sampling.md has the study behind the lengths below; benchmarks/samplers.py repeats it.
+A step of order 2 or 3 extrapolates the denoiser's outputs over the whole step length h = ln(sigma_s / sigma_t). It is
+better than DDIM (order 1) only if h is small enough. The limit is lowest at the end of a trajectory, where the images
+of a data set separate. docs/sampling.md has the study behind the lengths below; benchmarks/samplers.py repeats it.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-# (solver, method): the longest step in ln sigma at each order; orders that are not named are good at any length.
-# Singlestep noise prediction weights the second answer at order 2 by (sigma_s - sigma_t) / 2 r1 whatever h is; the exact weight
-# falls as 1/h, so that long steps overshoot, by errors as large as sigma_s. Multistep data prediction of order 3 continues a
-# parabola over steps that grow towards low noise.
+# (solver, method): maximum step length in ln sigma for each order; orders that are not listed have no limit.
+# At order 2, singlestep noise prediction weights the second output by (sigma_s - sigma_t) / 2 r1 for every h. The exact
+# weight falls as 1/h, so long steps overshoot, with errors up to sigma_s. Order 3 of multistep data prediction
+# extrapolates a parabola over steps that grow towards low noise.
 LONGEST_STEP: Mapping[tuple[str, str], Mapping[int, float]] = {
     ("dpm", "singlestep"): {2: 1.5, 3: 2.0},
     ("dpm++", "multistep"): {3: 1.0},
 }
-LONGEST_LAST_STEP = 1.5  # of a last step whose order is not 1
-LONGEST_HEUN_STEP = 1.5  # Heun's trapezium is in sigma: over a longer step the slope at its end has too much weight
+LONGEST_LAST_STEP = 1.5  # for a last step of order 2 or 3
+LONGEST_HEUN_STEP = 1.5  # Heun's trapezoidal rule is in sigma: in a longer step the end slope has too much weight
 
 
 def singlestep_orders(calls: int, order: int) -> list[int]:
-    """Return the published orders of singlestep DPM-Solver's steps; they sum to `calls` (Lu et al. 2022a, "DPM-Solver-fast").
+    """Return the published orders of the steps of singlestep DPM-Solver (Lu et al. 2022a, "DPM-Solver-fast").
 
-    As many steps of the order asked for as fit, the rest at the end; order 3 never ends on 3 but on 2, 1.
+    The orders sum to `calls`: as many steps of order `order` as fit, then one step with the remaining calls. If `order`
+    is 3 and divides `calls`, the last orders are 2, 1.
     """
     if order == 3 and calls % 3 == 0:
         return [3] * (calls // 3 - 1) + [2, 1]
@@ -34,15 +35,15 @@ def singlestep_orders(calls: int, order: int) -> list[int]:
 
 
 def multistep_orders(calls: int, order: int) -> list[int]:
-    """Return the published orders of multistep steps: 1, 2, .. as history grows; below 10 steps falling to 1 at the end."""
+    """Return the published orders of multistep steps: 1, 2, .. up to `order`, then back to 1 if below 10 calls."""
     rising = [min(order, i + 1) for i in range(calls)]
     return [min(o, calls - i) for i, o in enumerate(rising)] if calls < 10 else rising
 
 
 def lowered_singlestep_orders(sigmas: Sequence[float], order: int, solver: str) -> list[int]:
-    """Return orders of singlestep steps along sigmas, one per call and the end; a step of order o spans o of them.
+    """Return lowered orders of singlestep steps; the last has order 1, and no step is longer than LONGEST_STEP.
 
-    The last step is of order 1, and none is longer than LONGEST_STEP.
+    `sigmas` holds one sigma per call and the end. A step of order o spans o intervals of it.
     """
     longest, orders, first = LONGEST_STEP.get((solver, "singlestep"), {}), list[int](), 0
     calls = len(sigmas) - 1
@@ -56,7 +57,10 @@ def lowered_singlestep_orders(sigmas: Sequence[float], order: int, solver: str) 
 
 
 def lowered_multistep_orders(sigmas: Sequence[float], order: int, solver: str) -> list[int]:
-    """Return orders of multistep steps along sigmas: as history grows, falling to 1 at the end, none over LONGEST_STEP."""
+    """Return lowered orders of multistep steps along sigmas: rising with the history, falling to 1 at the end.
+
+    No step is longer than LONGEST_STEP allows for its order.
+    """
     longest, orders, calls = LONGEST_STEP.get((solver, "multistep"), {}), list[int](), len(sigmas) - 1
     for i, (start, end) in enumerate(pairwise(sigmas)):
         found = min(order, i + 1, calls - i)
@@ -67,10 +71,10 @@ def lowered_multistep_orders(sigmas: Sequence[float], order: int, solver: str) -
 
 
 def corrected_heun_steps(sigmas: Sequence[float], calls: int) -> set[int] | None:
-    """Return which of Heun's steps along sigmas (and on to 0) are corrected, or None if more sigmas are affordable.
+    """Return the indices of Heun's corrected steps along sigmas (and on to 0); None if `calls` allows more sigmas.
 
-    No step longer than LONGEST_HEUN_STEP is, nor the one to 0. If there are calls for some of the others only, the last are:
-    that is where the correction tells.
+    The step to 0 and steps longer than LONGEST_HEUN_STEP are not corrected. If the calls suffice for only some of the
+    other steps, the last ones are corrected, because the correction has the largest effect there.
     """
     fit = [i for i, (start, end) in enumerate(pairwise(sigmas)) if math.log(start / end) <= LONGEST_HEUN_STEP]
     unused = calls - len(sigmas)

@@ -1,4 +1,4 @@
-"""What a sampler will do, decided on the host before it sees data: steps, their orders and every sigma in float64."""
+"""The plan of a sampler, computed on the host before sampling: steps, their orders and every sigma in float64."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .orders import (
     singlestep_orders,
 )
 
-VISIBLE = 1 / 127.5  # sigma of noise of one grey level, data being in [-1, 1]
-VP_T_END = 1e-4  # where the paper's VP trajectories end: below the training times, which start at 1e-3
+VISIBLE = 1 / 127.5  # sigma of one grey level for data in [-1, 1]
+VP_T_END = 1e-4  # end time of the paper's VP trajectories; training times start at 1e-3
 
 Points = Callable[[float, float, int], list[float]]  # (start, end, count): the count + 1 sigmas from start to end
 
@@ -29,11 +29,11 @@ class Step:
     """One outer step.
 
     Attributes:
-        calls: the sigmas at which the denoiser is called, in order; the first is where the step starts.
-        end: the sigma where the step arrives; 0 for a last call whose answer is the result.
+        calls: the sigmas of the denoiser calls, in order; the step starts at the first one.
+        end: the sigma at which the step ends; 0 for Heun's last step and for a final call whose output is the result.
         order: order of the update.
-        noise_std: standard deviation of fresh noise: added before the step by Heun (churn, which lifted calls[0]),
-            after it by DDIM (eta); 0 for none.
+        noise_std: standard deviation of the added noise: Heun adds it before the step (churn; calls[0] includes it),
+            DDIM after the step (eta); 0 for none.
     """
 
     calls: tuple[float, ...]
@@ -44,12 +44,12 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that a trajectory decides before it sees data: float64 numbers on the host.
+    """The steps of a trajectory, as float64 numbers on the host.
 
     Attributes:
         solver, method: as in SamplingConfig.
         steps: the outer steps, sigma descending.
-        start_std: standard deviation of the unscaled noise from which the trajectory starts.
+        start_std: standard deviation of the unscaled starting noise.
     """
 
     solver: str
@@ -59,30 +59,30 @@ class Plan:
 
     @property
     def calls(self) -> tuple[float, ...]:
-        """Every sigma at which the denoiser will be called, in order."""
+        """The sigmas of all denoiser calls, in order."""
         return tuple(sigma for step in self.steps for sigma in step.calls)
 
     @property
     def stochastic(self) -> bool:
-        """Whether a step adds noise."""
+        """Whether any step adds noise."""
         return any(step.noise_std > 0 for step in self.steps)
 
 
 def make_plan(config: SamplingConfig, schedule: NoiseSchedule) -> Plan:
-    """Lay out the steps of a sampler.
+    """Return the plan of a sampler.
 
-    DPM solvers and DDIM make exactly `calls` calls, the last of them at sigma_min if config.denoise_last asks for it. Heun's n
-    sigmas cost 2n - 1, so there `calls` is a ceiling and n = (calls + 1) // 2, unless steps are too long to be corrected: then
-    there are more sigmas. DDIM and Heun have one method and order, so `method` and `order` do not touch them.
-    sigma_max None is sigma(t_max) of the schedule; sigma_min None is sigma(t_min), but sigma(1e-4) for VP.
+    DPM solvers and DDIM make exactly `calls` calls. With config.denoise_last the last one is at sigma_min. Heun with n
+    sigmas makes 2n - 1 calls, so `calls` is an upper limit and n = (calls + 1) // 2. If some steps are too long to be
+    corrected, Heun gets more sigmas instead. DDIM and Heun ignore `method` and `order`. sigma_max None is sigma(t_max)
+    of the schedule; sigma_min None is sigma(t_min), or sigma(1e-4) for VP.
 
     Args:
-        config: solver, order, calls, spacing, range and what happens at the end.
-        schedule: gives the default range, the time of spacing "time", and the width of the starting noise.
+        config: solver, order, calls, spacing, range and treatment of the last step.
+        schedule: gives the default range, the time of spacing "time", and the standard deviation of the starting noise.
 
     Raises:
-        UserError: for unknown names, too few calls, an empty or impossible range, churn or eta without a solver that
-            uses it.
+        UserError: for unknown names, too few calls, an empty or impossible range, or churn or eta with a solver that
+            does not use it.
     """
     _check(config)
     low, high = _sigma_range(config, schedule)
@@ -143,7 +143,7 @@ def _sigma_range(config: SamplingConfig, schedule: NoiseSchedule) -> tuple[float
 
 
 def _spacing(config: SamplingConfig, schedule: NoiseSchedule, low: float, high: float) -> Points:
-    """Return the function that splits [start, end] evenly in the coordinate of the spacing."""
+    """Return the function that divides [start, end] evenly in the coordinate of the spacing."""
     to: Callable[[float], float]
     back: Callable[[float], float]
     if config.spacing == "log-snr":
@@ -168,7 +168,7 @@ def _spacing(config: SamplingConfig, schedule: NoiseSchedule, low: float, high: 
 
 
 def _denoises_last(config: SamplingConfig, low: float) -> bool:
-    """Whether the last call is at the end, its answer the result. Heun needs none: it goes on to sigma = 0."""
+    """Return whether the output of a last call at sigma_min is the result; Heun ends at sigma 0 without one."""
     if config.solver == "heun" or config.denoise_last == "never":
         return False
     return config.denoise_last == "always" or (low >= VISIBLE and config.calls > _fewest_calls(config))
@@ -179,10 +179,10 @@ def _fewest_calls(config: SamplingConfig) -> int:
 
 
 def _singlestep_steps(config: SamplingConfig, calls: int, points: Points, low: float, high: float) -> list[Step]:
-    """Lay out singlestep DPM-Solver.
+    """Return the steps of singlestep DPM-Solver.
 
-    All calls are equally far apart in the spacing, but for the published solver in log-SNR, where all steps are equally long.
-    Inner points split their step evenly in the same spacing.
+    Calls are equidistant in the spacing's coordinate. Exception: with lower_final="published" and log-SNR spacing,
+    steps have equal length. Inner points divide their step evenly in the same coordinate.
     """
     grid = points(high, low, calls)
     if config.lower_final == "published":
@@ -208,7 +208,7 @@ def _multistep_steps(config: SamplingConfig, sigmas: list[float]) -> list[Step]:
 
 
 def _heun_steps(config: SamplingConfig, points: Points, low: float, high: float) -> list[Step]:
-    """Lay out EDM's Algorithm 2 (S_min = 0, S_max = inf, S_noise = 1); without churn it is Algorithm 1."""
+    """Return the steps of EDM's Algorithm 2 (S_min = 0, S_max = inf, S_noise = 1); without churn it is Algorithm 1."""
     count = (config.calls + 1) // 2
     sigmas = points(high, low, count - 1)
     corrected = set(range(count - 1))
@@ -227,7 +227,10 @@ def _heun_steps(config: SamplingConfig, points: Points, low: float, high: float)
 
 
 def _ddim_steps(sigmas: list[float], eta: float) -> list[Step]:
-    """Lay out DDIM; eq. (16) of Song et al. 2021 divided by sqrt(alpha) is eta sigma_t sqrt(1 - sigma_t²/sigma_s²)."""
+    """Return the steps of DDIM; the noise is eq. (16) of Song et al. 2021 divided by sqrt(alpha).
+
+    noise_std = eta sigma_t sqrt(1 - sigma_t²/sigma_s²).
+    """
     return [
         Step(calls=(s,), end=t, order=1, noise_std=eta * t * math.sqrt(1.0 - (t / s) ** 2)) for s, t in pairwise(sigmas)
     ]

@@ -1,6 +1,6 @@
-"""From noise to images: DPM-Solver and DPM-Solver++, DDIM and EDM's Heun follow a plan.
+"""Solvers that follow a plan from noise to images: DPM-Solver, DPM-Solver++, DDIM and EDM's Heun.
 
-Everything is in unscaled coordinates x = y + sigma n, where every schedule has the same probability-flow ODE,
+All states are in unscaled coordinates x = y + sigma n. There every schedule has the same probability-flow ODE,
 dx/dsigma = (x - D(x; sigma))/sigma (Karras et al. 2022, eq. 1 and 3), and DPM-Solver's updates are those of the scaled
 state divided by s(t). With lambda = -ln sigma and a step of length h in lambda from sigma_s to sigma_t, the two
 exponential integrators (Lu et al. 2022a, "DPM-Solver"; 2022b, "DPM-Solver++") are
@@ -10,9 +10,10 @@ exponential integrators (Lu et al. 2022a, "DPM-Solver"; 2022b, "DPM-Solver++") a
 
 where phi_1(z) = (e^z - 1)/z, phi_2 = (phi_1 - 1)/z, phi_3 = (phi_2 - 1/2)/z. Solvers differ in how they estimate the
 derivatives f^(k) in lambda: from inner points (singlestep) or from earlier steps (multistep). At order 2 both papers
-put phi_1/2 for phi_2, which is as good at that order.
+replace phi_2 by phi_1/2, which has the same order of accuracy.
 
-Trajectories end at sigma_min, or at 0: Heun's always, others by a last denoiser call at sigma_min whose answer is the result.
+Trajectories end at sigma_min or at 0. Heun always ends at 0. The other solvers end at 0 if the output of a last
+denoiser call at sigma_min is the result.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import keyed
+from .. import rng
 from ..contracts import Conditioning, Denoiser, denoise_uniform
 from ..errors import NotFiniteError, UserError
+from ..progress import Progress
 from .plan import Plan, Step
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -46,14 +48,14 @@ def start_noise(
         dtype: of the result.
 
     Returns:
-        (B, *shape); the row of sample i depends on (seed, i) alone, whatever batch it is drawn in.
+        (B, *shape); the row of sample i depends only on (seed, i) and the plan, not on its batch.
     """
-    return keyed.normal((seed, "sampling", "start"), indices, shape, torch.float64).mul_(plan.start_std).to(dtype)
+    return rng.normal((seed, "sampling", "start"), indices, shape, torch.float64).mul_(plan.start_std).to(dtype)
 
 
 def step_noise(seed: int, indices: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Noise:
-    """Return the unit noise of each step for `sample`, keyed by (seed, step, sample number) like `start_noise`."""
-    return lambda step: keyed.normal((seed, "sampling", "step", step), indices, shape, dtype)
+    """Return a function that draws the unit noise of a step for `sample`, keyed by (seed, step, sample number)."""
+    return lambda step: rng.normal((seed, "sampling", "step", step), indices, shape, dtype)
 
 
 @torch.no_grad()
@@ -64,23 +66,23 @@ def sample(
     cond: Conditioning | None = None,
     *,
     noise: Noise | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Follow a plan from noise to data.
 
     Args:
-        denoiser: any Denoiser; called with sigma (B,) in float64, so that a stage's edge is met exactly.
-        start: unscaled starting states (B, ...), e.g. of `start_noise`.
-        plan: of `make_plan`.
-        cond: labels, handed to every call.
-        noise: maps a step's number to unit noise of start's shape, e.g. `step_noise`; for plans with churn or eta.
-        progress: called after each denoiser call with (calls made, calls in all).
+        denoiser: any Denoiser; called with sigma in float64, so stage edges are compared exactly.
+        start: unscaled starting states (B, ...), e.g. from `start_noise`.
+        plan: from `make_plan`.
+        cond: labels, passed to every call.
+        noise: maps a step index to unit noise of start's shape, e.g. from `step_noise`; needed for churn or eta.
+        progress: called after each denoiser call with (calls made, total calls).
 
     Returns:
-        The unscaled states where the plan ends, shaped like start: float64 if start is, else float32.
+        The unscaled states at the end of the plan, shaped like start: float64 if start is float64, else float32.
 
     Raises:
-        UserError: if the plan is stochastic and no noise is given.
+        UserError: if the plan is stochastic and `noise` is None.
         NotFiniteError: if the result is not finite.
     """
     if plan.stochastic and noise is None:
@@ -142,9 +144,9 @@ def _predict(denoise: Denoise, x: Tensor, sigma: float, data: bool) -> Tensor:
 
 
 def _singlestep(denoise: Denoise, x: Tensor, steps: Sequence[Step], *, data: bool) -> Tensor:
-    """Follow DPM-Solver-1, -2, -3 (Lu et al. 2022a, algorithms 1 and 2) or 2S, 3S, with r1, r2 as the inner points lie.
+    """Run DPM-Solver-1, -2, -3 (Lu et al. 2022a, algorithms 1 and 2) or 2S, 3S; r1, r2 follow from the inner points.
 
-    Order 3 needs r2 = 2/3 up to O(h): true of every smooth spacing, exact in log-SNR spacing.
+    Order 3 needs r2 = 2/3 up to O(h). This holds for every smooth spacing, and exactly for log-SNR spacing.
     """
     for step in steps:
         start, *inner = step.calls
@@ -168,9 +170,10 @@ def _singlestep(denoise: Denoise, x: Tensor, steps: Sequence[Step], *, data: boo
 
 
 def _multistep(denoise: Denoise, x: Tensor, steps: Sequence[Step], *, data: bool) -> Tensor:
-    """Follow Adams-Bashforth in lambda: derivatives from earlier predictions (Lu et al. 2022b, Algorithm 2).
+    """Run Adams-Bashforth in lambda: derivatives come from earlier predictions (Lu et al. 2022b, Algorithm 2).
 
-    Order 3 takes f' and f'' from divided differences; f'' is twice the second one, without which the order is lost.
+    Order 3 estimates f' and f'' by divided differences. f'' is twice the second difference; without the factor 2 the
+    order is lost.
     """
     past: list[tuple[float, Tensor]] = []  # (lambda, prediction), newest first
     for step in steps:
@@ -195,12 +198,12 @@ def _multistep(denoise: Denoise, x: Tensor, steps: Sequence[Step], *, data: bool
 def _add_noise(x: Tensor, std: float, noise: Noise | None, step: int) -> Tensor:
     if std == 0:
         return x
-    assert noise is not None  # sample() refuses a stochastic plan without it
+    assert noise is not None  # `sample` raises for a stochastic plan without noise
     return x + std * noise(step).to(x)
 
 
 def _ddim(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise | None) -> Tensor:
-    """Follow DDIM with eta (Song et al. 2021, eq. 12, divided by sqrt(alpha))."""
+    """Run DDIM with eta (Song et al. 2021, eq. 12, divided by sqrt(alpha))."""
     for i, step in enumerate(steps):
         denoised = denoise(x, step.calls[0])
         direction = math.sqrt(step.end**2 - step.noise_std**2) / step.calls[0]
@@ -210,7 +213,10 @@ def _ddim(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise | Non
 
 
 def _heun(denoise: Denoise, x: Tensor, steps: Sequence[Step], noise: Noise | None) -> Tensor:
-    """Follow Heun's method in sigma with churn (Karras et al. 2022, algorithms 1 and 2); the last step is Euler's."""
+    """Run Heun's method in sigma with churn (Karras et al. 2022, algorithms 1 and 2); the last step is an Euler step.
+
+    Steps with one call only are not corrected.
+    """
     for i, step in enumerate(steps):
         start, *corrected = step.calls
         x = _add_noise(x, step.noise_std, noise, i)

@@ -1,4 +1,4 @@
-"""Training rows as pure functions of (seed, step, stage, row): which images, how noisy, flipped or not, labelled or not."""
+"""Training batches: image, noise level, flip and label of each row are pure functions of (seed, step, stage, row)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .. import keyed
+from .. import rng
 from ..config import RunConfig, TrainingConfig
 from ..contracts import Conditioning
 from ..data import to_float
@@ -25,14 +25,14 @@ from .augment import LABELS, augment
 
 
 class TrainingData(Protocol):
-    """Images or latents at rest (data.ImageData is one).
+    """A data set of images or latents (for example data.ImageData).
 
-    Where `tensor` is floats, an attribute `mirrored` holds the same of the mirrored images, for training.flip, or None.
+    For float data, an attribute `mirrored` holds the latents of the mirrored images (for training.flip), or None.
     """
 
     @property
     def name(self) -> str:
-        """What the data are called in messages."""
+        """Name of the data in messages."""
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
@@ -49,7 +49,7 @@ class TrainingData(Protocol):
     def __len__(self) -> int: ...
 
     def tensor(self) -> Tensor:
-        """Return all rows (N, C, H, W): uint8 pixels, or float32 latents as the network is to see them."""
+        """Return all rows (N, C, H, W): uint8 pixels, or float32 latents as the network's input."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Batch:
 
     @property
     def noisy(self) -> Tensor:
-        """y + sigma noise, in y's type."""
+        """y + sigma noise, in y's dtype."""
         return self.y + self.sigma.to(self.y.dtype)[:, None, None, None] * self.noise
 
     def to(self, dtype: torch.dtype) -> Batch:
-        """Return the batch with images and noise of another type; sigma stays float64."""
+        """Return the batch with images and noise of another dtype; sigma stays float64."""
         return dataclasses.replace(self, y=self.y.to(dtype), noise=self.noise.to(dtype))
 
     def part(self, rows: range) -> Batch:
@@ -87,11 +87,11 @@ class Batch:
         return Batch(self.y[s], self.noise[s], self.sigma[s], counts, cond)
 
     def shards(self, most: int) -> list[Batch]:
-        """Return the batch in at most so many parts, each with its share of every stage's rows, none without any."""
+        """Split the batch into at most `most` non-empty parts, each with its share of every stage's rows."""
         parts, found = min(most, max(self.counts)), []
         stages = torch.split(torch.arange(len(self.y)), list(self.counts))
         for part in range(parts):
-            # each stage begins with another part, so that what does not divide evenly does not pile up on one
+            # each stage starts with a different part, so that remainders do not accumulate in one part
             own = [share(len(rows), (part + k) % parts, parts) for k, rows in enumerate(stages)]
             rows = torch.cat([rows[s.start : s.stop] for rows, s in zip(stages, own, strict=True)])
             cond = None if self.cond is None else self.cond.rows(rows)
@@ -100,7 +100,7 @@ class Batch:
 
 
 def stage_shares(training: TrainingConfig, stages: Stages, prior: SigmaPrior) -> tuple[float, ...]:
-    """Return the share of rows (or of steps) that each stage gets; they add up to 1."""
+    """Return the share of rows (or of steps) of each stage; the shares sum to 1."""
     if training.shares == "prior":
         return prior_masses(stages, prior)
     raw = (1.0,) * len(stages) if training.shares == "uniform" else training.shares
@@ -108,7 +108,7 @@ def stage_shares(training: TrainingConfig, stages: Stages, prior: SigmaPrior) ->
 
 
 def stage_weights(training: TrainingConfig, stages: Stages, prior: SigmaPrior) -> tuple[float, ...]:
-    """Return lambda_k of the objective sum_k lambda_k (mean loss of stage k), scaled to add up to 1."""
+    """Return lambda_k of the objective sum_k lambda_k (mean loss of stage k); the lambda_k sum to 1."""
     if training.weights == "prior":
         return prior_masses(stages, prior)
     if training.weights == "shares":
@@ -117,17 +117,17 @@ def stage_weights(training: TrainingConfig, stages: Stages, prior: SigmaPrior) -
 
 
 def prior_masses(stages: Stages, prior: SigmaPrior) -> tuple[float, ...]:
-    """Return the training density's mass on each stage."""
+    """Return the probability mass of the sigma prior on each stage."""
     return tuple(prior.mass(*stages.interval(k)) for k in range(len(stages)))
 
 
 def allocate(batch: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Divide a batch over the stages by largest remainder, at least one row for each stage with a share.
+    """Divide a batch among the stages by largest remainder, with at least one row for each stage with a share > 0.
 
-    The counts are the same at every step: shapes stay static, and the objective's weights never depend on them.
+    The counts are the same in every step: shapes stay static, and the objective's weights do not depend on them.
 
     Raises:
-        UserError: if there are fewer rows than stages.
+        UserError: if there are fewer rows than stages with a share > 0.
     """
     active = [s > 0 for s in shares]
     if batch < sum(active):
@@ -142,28 +142,28 @@ def allocate(batch: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 
 def row_counts(training: TrainingConfig, shares: Sequence[float]) -> tuple[int, ...]:
-    """Return the rows of each stage in a step that trains it: the whole batch where a step trains one stage only."""
+    """Return the rows of each stage in a step that trains it; with "one-stage", the whole batch."""
     if training.update_mode == "one-stage":
         return (training.batch,) * len(shares)
     return allocate(training.batch, shares)
 
 
 class BatchSource:
-    """Draws training rows from a data set, kept as it is at rest, on the device when it fits there.
+    """Draws training batches from a data set, which is kept in its stored dtype, on the device if it fits.
 
     Raises:
-        UserError: if the data have no labels or too many classes for the network, cannot be flipped, or the network has
-            no input for what was augmented.
+        UserError: if the data have no labels or too many classes for the network, or cannot be flipped, or the network
+            has no input for augmentation labels.
     """
 
-    device_budget = 4 << 30  # bytes of images kept on an accelerator
+    device_budget = 4 << 30  # largest data set, in bytes, kept on an accelerator
 
     def __init__(self, config: RunConfig, data: TrainingData, device: torch.device) -> None:
         self.training, self.stages, self.prior = config.training, config.stages, config.diffusion.prior
         self.device = device
         self._check(config, data)
         self.images = data.tensor()
-        # the latents of mirrored images; pixels are mirrored as they are drawn
+        # latents of the mirrored images; pixels are mirrored when drawn
         self.mirrored: Tensor | None = getattr(data, "mirrored", None) if self.training.flip else None
         if self.training.flip and self.images.is_floating_point() and self.mirrored is None:
             raise UserError(
@@ -197,22 +197,23 @@ class BatchSource:
     def draw(
         self, step: int, counts: Sequence[int], of: Sequence[range] | None = None, part: int = 0, parts: int = 1
     ) -> Batch:
-        """Draw the rows of one step, or one of several equal parts of them (gradient accumulation).
+        """Draw the rows of one step, or one of several almost equal parts (micro-batches) for gradient accumulation.
 
-        Row r of stage k is the same whatever the other stages' counts, the parts or the number of processes.
+        Row r of stage k does not depend on the other stages' counts, on the parts or on the number of processes.
 
         Args:
-            step: from 0.
+            step: iteration, from 0.
             counts: rows of each stage in the whole step.
-            of: this process's rows among them; None: all.
-            part, parts: which part of these.
+            of: rows of each stage for this process. None: all.
+            part: index of the part to draw.
+            parts: number of parts.
         """
         whole = of or [range(count) for count in counts]
         dealt = [share(len(rows), part, parts) for rows in whole]
         own = [rows.start + torch.arange(s.start, s.stop) for rows, s in zip(whole, dealt, strict=True)]
         sizes = [len(row) for row in own]
         rows = torch.cat([(stage << 32) + row for stage, row in enumerate(own)])
-        uniforms = torch.split(keyed.uniform((self.training.seed, "sigma", step), rows, 1)[:, 0], sizes)
+        uniforms = torch.split(rng.uniform((self.training.seed, "sigma", step), rows, 1)[:, 0], sizes)
         picks, sigmas = [], []
         for stage, (row, u) in enumerate(zip(own, uniforms, strict=True)):
             if len(row):
@@ -221,9 +222,10 @@ class BatchSource:
         return self._assemble(step, torch.cat(picks), torch.cat(sigmas), rows, tuple(sizes))
 
     def _sigma(self, step: int, stage: int, u: Tensor, rows: Tensor) -> Tensor:
-        """Map uniforms to the stage's interval, widened by the overlap, or, where a coin says so, to the whole prior.
+        """Map uniforms to the stage's interval, widened by training.overlap, or at random to the whole prior.
 
-        Those are the soft intervals of Lee et al. 2024, "Multi-architecture multi-expert diffusion models".
+        The latter are the soft intervals of Lee et al. 2024, "Multi-architecture multi-expert diffusion models": a row
+        uses the whole prior with probability training.soft_intervals.
         """
         low, high = self.stages.interval(stage)
         widening = math.exp(self.training.overlap)
@@ -231,14 +233,14 @@ class BatchSource:
         soft = self.training.soft_intervals
         share = soft[stage] if isinstance(soft, tuple) else soft
         if share:
-            coins = keyed.uniform((self.training.seed, "soft intervals", step), rows, 1)[:, 0]
+            coins = rng.uniform((self.training.seed, "soft intervals", step), rows, 1)[:, 0]
             sigma = torch.where(coins < share, self.prior.sample(u), sigma)
         return sigma
 
     def _pick(self, stage: int, position: Tensor) -> Tensor:
-        """Return the images at positions of a stage's endless stream, a fresh permutation for every epoch.
+        """Return the image indices at positions of a stage's infinite stream, with a new permutation in every epoch.
 
-        Where steps train one stage each, a stage skips the positions of the steps that were not its own.
+        With "one-stage", a stage skips the positions of the steps that train other stages.
         """
         size = len(self.images)
         picked = torch.empty_like(position)
@@ -251,7 +253,7 @@ class BatchSource:
         known = self._orders.get(stage)
         if known is None or known[0] != epoch:
             order = torch.randperm(
-                len(self.images), generator=keyed.generator((self.training.seed, "order", stage, epoch))
+                len(self.images), generator=rng.generator((self.training.seed, "order", stage, epoch))
             )
             known = self._orders[stage] = (epoch, order)
         return known[1]
@@ -260,17 +262,17 @@ class BatchSource:
         seed, training = self.training.seed, self.training
         rows, sigma = self._sent(rows), self._sent(sigma)
         y = self._rows(self.images, pick)
-        noise = keyed.normal((seed, "noise", step), rows, y.shape[1:])
+        noise = rng.normal((seed, "noise", step), rows, y.shape[1:])
         labels = done = None
         if training.augment:
             y, done = augment(y, training.augment, (seed, "augment", step), rows, flip=training.flip)
         elif training.flip:
-            coins = keyed.uniform((seed, "flips", step), rows, 1)
+            coins = rng.uniform((seed, "flips", step), rows, 1)
             mirrored = y.flip(-1) if self.mirrored is None else self._rows(self.mirrored, pick)
             y = torch.where((coins[:, 0] < 0.5)[:, None, None, None], mirrored, y)
         if self.labels is not None:
             labels = self.labels[self._sent(pick)]
-            coins = keyed.uniform((seed, "labels", step), rows, 1)
+            coins = rng.uniform((seed, "labels", step), rows, 1)
             labels = torch.where(coins[:, 0] < training.label_dropout, -1, labels)
         cond = None if labels is None and done is None else Conditioning(labels=labels, augment=done)
         return Batch(y, noise, sigma, counts, cond)
@@ -281,7 +283,10 @@ class BatchSource:
         return _as_float(at_rest)
 
     def _sent(self, tensor: Tensor) -> Tensor:
-        """Return a tensor on the device. A GPU is not waited for: it gets the rows of a step while at work on the one before."""
+        """Return a tensor on the device.
+
+        On CUDA the copy is asynchronous and overlaps with the computation of the previous step.
+        """
         if self._transfers is None:
             return tensor
         with torch.cuda.stream(self._transfers):
@@ -293,28 +298,28 @@ class BatchSource:
 
 
 def _as_float(rows: Tensor) -> Tensor:
-    """Map pixels to [-1, 1]; latents are what the network is to see."""
+    """Map uint8 pixels to [-1, 1]; return float latents unchanged."""
     return rows if rows.is_floating_point() else to_float(rows)
 
 
 def held_out_batch(config: RunConfig, data: TrainingData, stage: int, device: torch.device) -> Batch:
-    """Return one stage's held-out rows: the same images and noise at every evaluation, labels kept.
+    """Return the held-out rows of one stage, with the same images and noise in every evaluation.
 
-    Nothing is flipped, augmented or drawn from beyond the stage's own interval.
+    There is no flip, no augmentation and no label dropout; sigma stays in the stage's own interval.
     """
     count = config.training.held_out_rows
     row = torch.arange(count)
     key = (config.training.seed, "held-out", stage)
-    # evenly spread noise levels: a stratified draw has far less variance than an independent one
-    u = (row + keyed.uniform(key, row, 1)[:, 0]) / count
-    # in a drawn order: files come sorted by class, and rows by noise level
-    order = torch.randperm(len(data), generator=keyed.generator((config.training.seed, "held-out images")))
+    # stratified noise levels have far less variance than independent ones
+    u = (row + rng.uniform(key, row, 1)[:, 0]) / count
+    # shuffled: files are sorted by class, and rows by noise level
+    order = torch.randperm(len(data), generator=rng.generator((config.training.seed, "held-out images")))
     pick = order[row % len(data)]
     y = _as_float(data.tensor()[pick]).to(device)
     labels = torch.from_numpy(data.labels[pick.numpy()]).to(device) if data.labels is not None else None
     return Batch(
         y=y,
-        noise=keyed.normal(key, row.to(device), y.shape[1:]),
+        noise=rng.normal(key, row.to(device), y.shape[1:]),
         sigma=config.diffusion.prior.sample_within(u, *config.stages.interval(stage)).to(device),
         counts=tuple(count if k == stage else 0 for k in range(len(config.stages))),
         cond=Conditioning(labels=labels) if config.network.num_classes else None,

@@ -1,8 +1,8 @@
-"""One decoder for all stages at first, and later a copy of it for each (training.branch_at).
+"""Branching: all stages share one decoder until step training.branch_at, then each stage gets its own copy.
 
-Early on every noise level teaches the same things, and a decoder learns sooner from all rows than from its own stage's
-alone; later what one stage learns is in the others' way. While they are one, the decoders are the same module: whatever
-samples or saves the network need not know.
+Early in training all noise levels need similar features, so a decoder learns faster from the rows of all stages. Later
+the stages interfere with one another. Until branching, all decoders are the same module object, so sampling and saving
+work unchanged.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ STAGE = re.compile(r"\b(encoders|decoders)\.(\d+)\.")
 
 
 def tie(network: MultiDecoderUNet) -> None:
-    """Make all stages share the first stage's decoder (and encoder, where each has its own)."""
+    """Make all stages share the first stage's decoder (and its encoder, if each stage has one)."""
     for parts in _lists(network):
         for stage in range(1, len(parts)):
             parts[stage] = parts[0]
 
 
 def untie(network: MultiDecoderUNet) -> None:
-    """Give every stage a copy of what all have shared."""
+    """Give every other stage its own copy of the shared decoder (and encoder)."""
     for parts in _lists(network):
         for stage in range(1, len(parts)):
             parts[stage] = copy.deepcopy(parts[0])
@@ -38,16 +38,19 @@ def tied(network: MultiDecoderUNet) -> bool:
 
 
 def of_first_stage(name: str) -> str:
-    """Return the name of the first stage's tensor to which another stage's corresponds."""
+    """Return the name of the first stage's tensor that corresponds to a tensor of any stage."""
     return STAGE.sub(r"\1.0.", name)
 
 
 def grown(tensors: dict[str, Tensor], names: Iterator[str]) -> dict[str, Tensor]:
-    """Return an optimiser's tensors of the first stage for every parameter name of all stages.
+    """Copy the optimiser's tensors of the first stage to the corresponding parameters of all stages.
 
     Args:
         tensors: {"PARAMETER.FIELD": value} of the shared parameters.
-        names: of all parameters, once the stages have their own.
+        names: names of all parameters after branching.
+
+    Returns:
+        {"PARAMETER.FIELD": copy} for the parameters in names.
     """
     fields: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():

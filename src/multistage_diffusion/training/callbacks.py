@@ -1,107 +1,33 @@
-"""What may happen beside training: sample grids, TensorBoard."""
+"""Callbacks: the events of a trainer."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from ..class_labels import labels_in_turn
-from ..errors import UserError
-from ..pictures import grid, save_png
-from ..sampling import sample_images
-from .events import Callback
-from .trainer import Trainer
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 
-class SampleGrid(Callback):
-    """Draws the same noise through the averaged weights every training.sample_every steps: RUN/samples/step_N.png.
+class Callback:
+    """Base class of callbacks; every method does nothing unless overridden.
 
-    Args:
-        shape: of what the network makes, (C, H, W).
-        decode: maps that to images, where it is a latent.
+    Attributes:
+        everywhere: whether it is called on every process or only on the main process.
     """
 
-    everywhere = True  # each process draws its share
-
-    def __init__(self, shape: tuple[int, ...], decode: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.shape, self.decode = shape, decode
-
-    def stepped(self, trainer: Trainer) -> None:
-        """Draw a grid when its time has come."""
-        config, training = trainer.config, trainer.config.training
-        if not training.sample_every or trainer.step % training.sample_every:
-            return
-        try:
-            images = sample_images(
-                trainer.averaged(),
-                self.shape,
-                training.sample_count,
-                config=config.sampling,
-                schedule=config.diffusion.schedule,
-                seed=training.seed,
-                labels=labels_in_turn(config, training.sample_count),
-                device=trainer.device,
-                decode=self.decode,
-                autocast=trainer.autocast,
-                world=trainer.world,
-            )
-        except FloatingPointError as error:  # a young network may sample badly; training goes on
-            warnings.warn(f"no sample grid at step {trainer.step}: {error}", stacklevel=2)
-            return
-        if trainer.world.chief:
-            save_png(grid(images), trainer.run.path / "samples" / f"step_{trainer.step:08d}.png")
-
-
-class TensorBoard(Callback):
-    """Writes every logged number to RUN/tensorboard (extra `track`).
-
-    Raises:
-        UserError: if tensorboard is not installed.
-    """
-
-    def __init__(self) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("tensorboard is not installed: pip install 'multistage-diffusion[track]'") from None
-        self._make = SummaryWriter
-        self._writer: Any = None
-        self._by_flops: Any = None
+    everywhere = False
 
     def started(self, trainer: Trainer) -> None:
-        """Open the event file; what was logged after the resumed step is hidden."""
-        self._writer = self._make(str(trainer.run.path / "tensorboard"), purge_step=trainer.step + 1)
+        """Training starts or resumes at trainer.step."""
+
+    def chosen(self, trainer: Trainer) -> None:
+        """trainer.execution has been chosen; autotuning may have taken minutes."""
+
+    def stepped(self, trainer: Trainer) -> None:
+        """One iteration is complete."""
 
     def logged(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """Write a record's numbers."""
-        if record["kind"] == "quality":
-            self._write_quality(trainer, record)
-            return
-        for stage, loss in enumerate(record["loss"], start=1):
-            if loss is not None:
-                self._writer.add_scalar(f"loss/{record['kind']}/stage {stage}", loss, record["step"])
-        for name, norm in record.get("grad_norm", {}).items():
-            self._writer.add_scalar(f"gradient norm/{name}", norm, record["step"])
-        for name in ("lr", "images_per_s"):
-            if name in record:
-                self._writer.add_scalar(name, record[name], record["step"])
-
-    def _write_quality(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        if record["frechet"] is None:
-            return
-        self._writer.add_scalar("quality/frechet", record["frechet"], record["step"])
-        teraflops = round(1000 * record["petaflops"])
-        if self._by_flops is None:
-            # a folder of its own: what is hidden after a resume is counted in other steps there
-            folder = trainer.run.path / "tensorboard" / "by-flops"
-            self._by_flops = self._make(str(folder), purge_step=teraflops)
-        self._by_flops.add_scalar("quality/frechet against tera-FLOPs", record["frechet"], teraflops)
+        """A line was added to metrics.jsonl."""
 
     def finished(self, trainer: Trainer) -> None:
-        """Close the event files."""
-        self._writer.close()
-        if self._by_flops is not None:
-            self._by_flops.close()
+        """Training has ended: complete, stopped early with a checkpoint, or after an error."""

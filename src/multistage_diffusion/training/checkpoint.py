@@ -1,11 +1,11 @@
-"""Checkpoints: a folder that is either wholly there or not at all, holding safetensors and JSON only.
+"""Checkpoints: folders written atomically, with safetensors and JSON files only.
 
 checkpoints/step_00001000/model.safetensors      weights
                           ema.safetensors        averaged weights
-                          optimizer.safetensors  the optimiser's state, named after its parameters
-                          state.json             step, images, held-out score, quality (the Fréchet distance, where the
-                                                 step was evaluated), running sums, the whole run configuration;
-                                                 bytes and sha256 of the other files
+                          optimizer.safetensors  the optimiser's state, keyed by parameter name
+                          state.json             step, images, held-out score, quality (the Fréchet distance, if the
+                                                 step was evaluated), running sums, loss scaler, the whole run
+                                                 configuration, size and sha256 of the other files
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..config import RunConfig
+from ..config.serialization import from_dict, read_json, to_dict
 from ..errors import UserError
 from ..files import json_bytes, make_folder, new_folder, remove_folder, write_file
-from ..serialization import from_dict, read_json, to_dict
 from .optimizer_state import optimizer_tensors as optimizer_tensors
 from .optimizer_state import restore_optimizer as restore_optimizer
 from .optimizer_state import state_of
 
 _PREFIX, _TEMPORARY = "step_", ".writing-"
-_MOST_STAGES = 1000  # of a network
-_DIGESTS = "files"  # in state.json: bytes and sha256 of the other files
+_MOST_STAGES = 1000  # upper bound of the stages of a network
+_DIGESTS = "files"  # key in state.json: bytes and sha256 of the other files
 FILES = ("model", "ema", "optimizer")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is saved: tensors by file, and JSON-able state (holding at least `step`)."""
+    """Content of a checkpoint: tensors by file, and JSON-serialisable state (with at least `step`)."""
 
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
@@ -48,13 +48,13 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint under a temporary name, fsync every file, then rename: an older one is never touched.
+    """Write a checkpoint atomically: temporary name, fsync of every file, rename. Older checkpoints are not touched.
 
     Raises:
-        OSError: if it cannot be written (a full disk); what was there before is intact.
+        OSError: if it cannot be written (for example, the disk is full); existing checkpoints stay intact.
     """
     make_folder(folder)
-    for leftover in folder.glob(f"{_TEMPORARY}*"):  # of earlier releases
+    for leftover in folder.glob(f"{_TEMPORARY}*"):  # from earlier releases
         shutil.rmtree(leftover, ignore_errors=True)
     final = folder / f"{_PREFIX}{checkpoint.state['step']:08d}"
     with new_folder(final, replace=True) as temporary:  # the same step may be saved again
@@ -69,7 +69,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors as they are stored: on the CPU, each in memory of its own (stages may share their decoders)."""
+    """Return contiguous CPU tensors, each with its own memory (stages may share their decoders)."""
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in tensors.items():
@@ -80,7 +80,7 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first; a folder of another name (a user's copy) is none."""
+    """Return the complete checkpoints, oldest first; folders with other names (a user's copy) are ignored."""
     named = [p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdecimal()]
     return sorted((p for p in named if (p / "state.json").exists()), key=checkpoint_step)
 
@@ -91,7 +91,7 @@ def checkpoint_step(path: Path) -> int:
 
 
 def refuse_newer(folder: Path, step: int) -> None:
-    """Raise UserError if another process has trained the run since it was opened at this step."""
+    """Raise UserError if a checkpoint is newer than this step: another process has trained the run meanwhile."""
     found = list_checkpoints(folder)
     if found and checkpoint_step(found[-1]) > step:
         raise UserError(
@@ -100,10 +100,10 @@ def refuse_newer(folder: Path, step: int) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's state.json, without what it says of the other files.
+    """Return a checkpoint's state.json without the digests of the other files.
 
     Raises:
-        UserError: if it cannot be read or a field has a wrong type, naming both.
+        UserError: if the file cannot be read or a field is invalid; the message names the file and the field.
     """
     state = _read_state(path)
     state.pop(_DIGESTS, None)
@@ -142,7 +142,7 @@ def _is_digests(value: Any) -> bool:
 
 
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # of torch.amp.GradScaler
-# field of state.json -> what is right, and that in words
+# field of state.json -> (test of the value, description of valid values)
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "step": (_is_count, "a number of steps"),
     "images": (_is_count, "a number of images"),
@@ -165,7 +165,7 @@ def trained_config(path: Path) -> RunConfig:
     """Return the configuration of the run that wrote a checkpoint.
 
     Raises:
-        UserError: if state.json is damaged, naming it.
+        UserError: if state.json is damaged; the message names it.
     """
     state = read_state(path)
     try:
@@ -176,7 +176,7 @@ def trained_config(path: Path) -> RunConfig:
 
 
 def _mend(path: Path) -> str:
-    """Say which older checkpoint to go on from, and how."""
+    """Return advice for a damaged checkpoint: how to resume from the one before it."""
     older = [p for p in list_checkpoints(path.parent) if checkpoint_step(p) < checkpoint_step(path)]
     if not older:
         return f"{path} is damaged and there is none before it: train the run anew"
@@ -190,17 +190,17 @@ def load_tensors(
 
     Args:
         path: the checkpoint's folder.
-        name: of the file.
-        wanted: names of tensors (of "optimizer": of parameters); others are not read. None: all.
-        whole: all names that there may be. None: any.
+        name: file name without suffix.
+        wanted: names of the tensors to read (for "optimizer": of the parameters). None: all.
+        whole: all names that the file may hold. None: any.
 
     Raises:
-        UserError: if the file is missing, damaged or not the one that was written, or holds more, naming it.
+        UserError: if the file is missing, damaged or replaced, or holds other names than `whole`; the message names it.
     """
     file = path / f"{name}.safetensors"
     known = _read_state(path).get(_DIGESTS)
     try:
-        if file.exists() and not file.is_file():  # a FIFO would be waited for
+        if file.exists() and not file.is_file():  # opening a FIFO would block
             raise _Damaged("it is a folder, a FIFO or a device")
         if known is not None:
             _check_digest(file, known.get(file.name, {}))
@@ -218,7 +218,7 @@ def load_tensors(
 
 
 class _Damaged(Exception):
-    """A file is not what its checkpoint says of it."""
+    """A file does not match the description in its checkpoint."""
 
 
 def _check_digest(file: Path, said: dict[str, Any]) -> None:
@@ -231,16 +231,17 @@ def _check_digest(file: Path, said: dict[str, Any]) -> None:
 
 
 def restore_module(module: nn.Module, path: Path, name: str, whole: Collection[str] | None = None) -> None:
-    """Take the weights of "model" or "ema" into a network.
+    """Load the weights of "model" or "ema" into a network.
 
     Args:
-        module: the network.
+        module: the network, or a part of it.
         path: the checkpoint's folder.
-        name: of the file.
-        whole: names of all tensors of the network that was saved, where the module is a part of it. None: it is all of it.
+        name: file name without suffix.
+        whole: names of all tensors of the saved network, if module is a part of it. None: module is the whole network.
 
     Raises:
-        UserError: if the file is damaged, lacks a tensor or has more, or one has another shape or dtype or is not finite.
+        UserError: if the file is damaged or has missing or unknown tensors, or a tensor has another shape or dtype or
+            is not finite.
     """
     own = module.state_dict()
     tensors = load_tensors(path, name, own, own if whole is None else whole)
@@ -262,25 +263,25 @@ def _fault(given: Tensor | None, wanted: Tensor) -> str:
 def restore_moments(
     optimizer: torch.optim.Optimizer, module: nn.Module, path: Path, whole: Collection[str] | None = None
 ) -> None:
-    """Take a checkpoint's "optimizer" file into an optimiser over a network's parameters; see `restore_module`.
+    """Load the "optimizer" file of a checkpoint into an optimiser over a network's parameters; see `restore_module`.
 
     Raises:
-        UserError: if the file is damaged, empty after steps were done, or not what the optimiser keeps.
+        UserError: if the file is damaged, empty although steps were made, or does not match the optimiser.
     """
     state = read_state(path)
     own = {name for name, _ in module.named_parameters()}
     tensors = load_tensors(path, "optimizer", own, own if whole is None else whole)
     try:
-        if state["step"] and not tensors and not state.get("scaler"):  # a scaler may have skipped every step
+        if state["step"] and not tensors and not state.get("scaler"):  # an fp16 scaler may have skipped every step
             raise UserError("holds nothing of any parameter")
-        # update_mode "sequential" steps once for each stage
+        # update_mode "sequential" makes one optimiser step per stage
         restore_optimizer(optimizer, module, tensors, state["step"] * _MOST_STAGES)
     except UserError as error:
         raise UserError(f"{path / 'optimizer.safetensors'}: {error}; {_mend(path)}") from None
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """Return the kept checkpoint with the lowest `quality`, or else the lowest `score`; None if none has either."""
+    """Return the checkpoint with the lowest `quality`, or else the lowest `score`; None if no checkpoint has either."""
     states = [(read_state(p), p) for p in list_checkpoints(folder)]
     for name in ("quality", "score"):
         known = [(state[name], p) for state, p in states if state.get(name) is not None]
@@ -290,7 +291,7 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all checkpoints but the newest ones, the best, and every keep_every steps."""
+    """Delete all checkpoints except the newest `keep_last`, the best, and those every `keep_every` steps."""
     found = list_checkpoints(folder)
     best = best_checkpoint(folder)
     for path in found[:-keep_last]:

@@ -17,9 +17,9 @@ def ema_decay(batch: int, images: int, halflife: float, rampup: float) -> float:
 
     Args:
         batch: images in the iteration.
-        images: images seen before it.
-        halflife: images after which an old weight counts half.
-        rampup: the half-life is at most rampup * images; 0 turns this off.
+        images: images seen before the iteration.
+        halflife: images after which the contribution of old weights halves.
+        rampup: the half-life is at most rampup * images; 0: no limit.
     """
     if rampup > 0:
         halflife = min(halflife, rampup * images)
@@ -27,7 +27,7 @@ def ema_decay(batch: int, images: int, halflife: float, rampup: float) -> float:
 
 
 class EMA(Generic[Module]):
-    """A copy of a module whose parameters follow it; buffers are copied."""
+    """A copy of a module whose parameters are the EMA of the module's; buffers are copied."""
 
     def __init__(self, module: Module, halflife: float, rampup: float) -> None:
         self.halflife, self.rampup = halflife, rampup
@@ -35,14 +35,14 @@ class EMA(Generic[Module]):
         self.follow(module)
 
     def follow(self, module: Module) -> None:
-        """Follow a module's parameters from now on: the same module's, once its parts have been exchanged."""
+        """Track the parameters of a module from now on; called again after parts of the module were replaced."""
         self._average: list[Tensor] = list(self.module.parameters())
         self._weights: list[Tensor] = list(module.parameters())
         self._buffers = (list(self.module.buffers()), list(module.buffers()))
 
     @torch.no_grad()
     def update(self, batch: int, images: int) -> None:
-        """Move towards the module's weights after an iteration of `batch` images, `images` seen before it."""
+        """Update the average after an iteration of `batch` images; `images` were seen before it."""
         torch._foreach_lerp_(self._average, self._weights, 1.0 - ema_decay(batch, images, self.halflife, self.rampup))
         for mine, theirs in zip(*self._buffers, strict=True):
             mine.copy_(theirs)

@@ -1,27 +1,25 @@
-"""What training costs in floating-point operations, by count: the same on every machine."""
+"""Analytic count of the floating-point operations of training; it does not depend on the machine."""
 
 from __future__ import annotations
 
 from ..config import RunConfig
 from ..errors import UserError
-from ..nets.cost import network_cost
+from ..nets.cost import BACKWARD, network_cost
 from .batches import row_counts, stage_shares
-
-BACKWARD = 2  # a layer's backward pass makes two products of its forward's size: for its input and for its weights
 
 
 def flops_per_image(config: RunConfig) -> float:
-    """Return the floating-point operations, 2 per multiply-add, of one image in a training step.
+    """Return the FLOPs per image of a training step, 2 per multiply-add.
 
-    Three times those of the forward pass (Kaplan et al. 2020, "Scaling laws for neural language models", 2.1), averaged
-    over the stages with the rows that each gets, or, where a step trains one stage, with the share of the steps. The
-    optimiser, the averaged weights, and what is not a convolution, linear layer or attention product are left out.
+    This is three times the forward pass (Kaplan et al. 2020, "Scaling laws for neural language models", 2.1), averaged
+    over the stages. The weights of this average are each stage's rows, or its share of the steps if a step trains one
+    stage. Only convolutions, linear layers and attention products count; the optimiser and the EMA do not.
 
     Args:
-        config: a run's; it knows the shape of what the network sees.
+        config: of the run; `codec.shape` or `data.shape` is the input shape of the network.
 
     Raises:
-        UserError: if it does not.
+        UserError: if that shape is not [channels, height, width].
     """
     shape, field = config.input_shape, "codec.shape" if config.codec.used else "data.shape"
     if len(shape) != 3:

@@ -1,7 +1,7 @@
-"""How alike the gradients of a run's loss are at different noise levels: the affinity of gradient clustering.
+"""Cosine similarity between loss gradients at different noise levels: the affinity for gradient clustering.
 
-The baseline of the paper's Table 4 (B.7), after Go et al. 2023, "Addressing negative transfer in diffusion models": noise
-levels whose gradients point the same way belong to one stage.
+This is the baseline of the paper's Table 4 (B.7), after Go et al. 2023, "Addressing negative transfer in diffusion
+models": noise levels with similar gradient directions belong to one stage.
 """
 
 from __future__ import annotations
@@ -13,28 +13,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import keyed
+from .. import rng
 from ..contracts import Conditioning
 from ..denoisers import MultiStageDenoiser
 from ..errors import UserError
+from ..progress import Progress
 from ..schedules import VP, NoiseSchedule
 from .batches import Batch
 from .checkpoint import checkpoint_step, list_checkpoints
 from .losses import stage_losses
 from .run import Run
 
-Progress = Callable[[int, int], None]  # (gradients done, gradients in all)
-
-_NUMBERS = 1 << 22  # of a gradient that are summed in float64 at once
+_NUMBERS = 1 << 22  # gradient entries per float64 dot product
 
 
 class Affinity(NamedTuple):
     """Cosines between the gradients of M bins of time.
 
     Attributes:
-        borders: of the bins, ascending, M + 1 times.
+        borders: borders of the bins, M + 1 times, ascending.
         matrix: cosines in [-1, 1], float64 (M, M), on the CPU; symmetric, ones on the diagonal.
-        steps: of the checkpoints over which they are averaged.
+        steps: steps of the checkpoints over which the cosines are averaged.
     """
 
     borders: tuple[float, ...]
@@ -56,33 +55,34 @@ def gradient_affinity(
 ) -> Affinity:
     """Compare a run's gradients at different noise levels, averaged over all its kept checkpoints.
 
-    A bin's gradient is that of the mean loss (the squared error of F, see `stage_losses`) over R rows whose times are
-    uniform in the bin: the same images and unit noise for every bin, the weights in training (not the averaged ones), no
-    dropout, no autocast. It is taken over the parameters that all noise levels share (`shared_parameters`). A run of
-    several stages also shows its own edges, where its decoders change; the paper takes a run of one stage, and its
-    checkpoints of every 50,000 steps (training.keep_every) up to 450,000.
+    The gradient of a bin is the gradient of the mean loss (squared error of F, see `stage_losses`) over R rows whose
+    times are spread uniformly over the bin. All bins use the same images and unit noise. The weights are the training
+    weights, not the averaged ones, without dropout and autocast. The gradient is taken with respect to the parameters
+    that all noise levels share (`shared_parameters`). With a run of several stages, the result also reflects the run's
+    own stage edges, where its decoders change. The paper uses a run of one stage and its checkpoints of every 50,000
+    steps (training.keep_every) up to 450,000.
 
-    Cost: M gradients of R rows for each checkpoint where M of them, of P parameters, fit into `memory` (4 M P bytes);
-    where only b do, the others are made again for every b: about M (M / b + 1) / 2 in all.
+    Cost per checkpoint: M gradients of R rows if M gradients of P parameters (4 M P bytes) fit into `memory`. If only b
+    fit, gradients are recomputed for every block of b: about M (M / b + 1) / 2 in total.
 
     Args:
-        run: its kept checkpoints are used.
-        y: clean images in [-1, 1], or latents as the network sees them, float32 (R, C, H, W), where to compute.
-        labels: their classes, int64 (R,); None for a run without classes.
-        measure: the kernel of the times; the bins divide evenly what its domain has in common with the run's schedule.
+        run: all its kept checkpoints are used.
+        y: clean images in [-1, 1], or latents as the network's input, float32 (R, C, H, W); its device is used.
+        labels: classes of the images, int64 (R,); None for a run without classes.
+        measure: kernel that defines time; equal bins divide the times it has in common with the run's schedule.
         bins: M.
-        batch: rows computed at once.
-        memory: bytes of gradients to keep, roughly; one is kept in any case.
-        seed: decides the noise.
-        progress: called with (gradients done, gradients in all).
+        batch: rows per forward and backward pass.
+        memory: approximate bytes of gradients to keep; at least one gradient is kept.
+        seed: seed of the noise and the times.
+        progress: called with (gradients done, total).
 
     Raises:
-        UserError: if the run has no checkpoint, or several stages that share nothing; if there is no bin, or no time
-            in common; or if a gradient is zero or not finite.
+        UserError: if the run has no checkpoint, or its stages share no parameters; if bins < 1; if schedule and measure
+            have no time in common; or if a gradient is zero or not finite.
     """
     if bins < 1:
         raise UserError(f"bins={bins} must be at least 1")
-    run.checkpoint("latest")  # refuses a run without any
+    run.checkpoint("latest")  # raises if there is no checkpoint
     borders = common_borders(measure, run.config().diffusion.schedule, bins)
     rows = Rows(y, labels, seed)
     steps = tuple(checkpoint_step(path) for path in list_checkpoints(run.checkpoints))
@@ -104,10 +104,10 @@ def gradient_affinity(
 
 
 def common_borders(measure: VP, schedule: NoiseSchedule, bins: int) -> tuple[float, ...]:
-    """Return the borders of equal bins of the times of `measure` whose sigmas a schedule has, too.
+    """Return the borders of equal bins over the times of `measure` whose sigmas the schedule also covers.
 
     Raises:
-        UserError: if there are none.
+        UserError: if there are no such times.
     """
     ends = [float(measure.time(schedule.sigma(t))) for t in (schedule.t_min, schedule.t_max)]
     low, high = max(measure.t_min, ends[0]), min(measure.t_max, ends[1])
@@ -117,10 +117,10 @@ def common_borders(measure: VP, schedule: NoiseSchedule, bins: int) -> tuple[flo
 
 
 def shared_parameters(denoiser: MultiStageDenoiser) -> list[nn.Parameter]:
-    """Return the parameters that work at every noise level: all of one stage's, else those of the shared encoder.
+    """Return the parameters used at every noise level: all for a single stage, else those of the shared encoder.
 
     Raises:
-        UserError: if there are several stages, each with an encoder of its own.
+        UserError: if there are several stages, each with its own encoder.
     """
     parts = denoiser.network.parts()
     if len(denoiser.stages) == 1:
@@ -131,17 +131,17 @@ def shared_parameters(denoiser: MultiStageDenoiser) -> list[nn.Parameter]:
 
 
 class Rows:
-    """Images, and the unit noise and place inside a bin that they have in every bin (common random numbers)."""
+    """Images with their unit noise and relative time in a bin, the same in every bin (common random numbers)."""
 
     def __init__(self, y: Tensor, labels: Tensor | None, seed: int) -> None:
         row = torch.arange(len(y), device=y.device)
         self.y, self.labels = y, labels
-        self.noise = keyed.normal((seed, "gradient-noise"), row, y.shape[1:])
-        # spread evenly, as held-out rows are; ascending, so that rows of a bin across an edge are sorted by stage
-        self.place = (row + keyed.uniform((seed, "gradient-time"), row, 1)[:, 0]) / len(y)
+        self.noise = rng.normal((seed, "gradient-noise"), row, y.shape[1:])
+        # stratified, as for held-out rows; ascending, so that the rows of a bin across a stage edge are sorted by stage
+        self.place = (row + rng.uniform((seed, "gradient-time"), row, 1)[:, 0]) / len(y)
 
     def batches(self, denoiser: MultiStageDenoiser, low: float, high: float, measure: VP, size: int) -> Iterator[Batch]:
-        """Yield the rows at times between low and high, some at a time."""
+        """Yield the rows at times between low and high, `size` rows per batch."""
         sigma = measure.sigma(low + (high - low) * self.place)
         stage = denoiser.stages.index(sigma)
         for start in range(0, len(self.y), size):
@@ -152,7 +152,7 @@ class Rows:
 
 
 class BinGradients:
-    """Computes the gradient of any bin's mean loss, as one vector (P,)."""
+    """Computes the gradient of a bin's mean loss as one vector (P,)."""
 
     def __init__(
         self, denoiser: MultiStageDenoiser, rows: Rows, borders: Sequence[float], measure: VP, batch: int
@@ -175,10 +175,10 @@ def inner_products(vector: Callable[[int], Tensor], count: int, fit: int, report
     """Return the inner products of all pairs of vectors, summed in float64.
 
     Args:
-        vector: makes vector k, again and again if need be.
+        vector: computes vector k; may be called several times for the same k.
         count: number of vectors.
-        fit: how many are kept at a time, beside the one just made.
-        report: called with (vectors made, vectors to make).
+        fit: number of vectors kept in memory, in addition to the newest one.
+        report: called with (vectors computed, total).
 
     Returns:
         float64 (count, count), symmetric, on the CPU.
@@ -193,7 +193,7 @@ def inner_products(vector: Callable[[int], Tensor], count: int, fit: int, report
                 kept.append(new)
             column = torch.stack([_inner(old, new) for old in kept]).cpu()
             products[start : start + len(kept), k] = products[k, start : start + len(kept)] = column
-            del new  # before the next is made, if it is not kept
+            del new  # frees its memory before the next vector is computed, unless it is kept
             made += 1
             report(made, total)
     return products
@@ -205,7 +205,7 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cosines(products: Tensor) -> Tensor:
-    """Return the cosines of vectors, given all their inner products, float64 (M, M).
+    """Return the cosines between vectors from their inner products, float64 (M, M).
 
     Raises:
         UserError: if a vector is zero or not finite.

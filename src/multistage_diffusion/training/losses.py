@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from .. import rng
+from ..config import TrainingConfig
 from ..denoisers import MultiStageDenoiser
 from .batches import Batch
 
 
 def row_losses(denoiser: MultiStageDenoiser, batch: Batch) -> Tensor:
-    """Return every row's loss, float32 (float64 of a float64 network) (B,): the mean squared error of F.
+    """Return the loss of each row, (B,), float32 (float64 for a float64 network): the mean squared error of F.
 
-    That is the denoising error weighted by 1/c_out²: eps-prediction's plain loss, EDM's lambda(sigma), velocity matching.
+    This equals the denoising error weighted by 1/c_out²: the simple loss of eps-prediction, EDM's lambda(sigma), or
+    velocity matching.
     """
-    # float32, or as precise as the network
+    # the higher precision of images and network
     batch = batch.to(torch.promote_types(batch.y.dtype, next(denoiser.parameters()).dtype))
     target = denoiser.preconditioning.target(batch.y, batch.noise, batch.sigma)
     output = denoiser.output(batch.noisy, batch.sigma, batch.counts, batch.cond).to(target.dtype)
@@ -24,7 +27,7 @@ def row_losses(denoiser: MultiStageDenoiser, batch: Batch) -> Tensor:
 
 
 def stage_losses(denoiser: MultiStageDenoiser, batch: Batch) -> list[Tensor]:
-    """Return each stage's summed row losses, float32 scalars."""
+    """Return the sum of the row losses of each stage, scalars of the dtype of `row_losses`."""
     return [part.sum() for part in torch.split(row_losses(denoiser, batch), list(batch.counts))]
 
 
@@ -34,6 +37,35 @@ def objective(sums: Sequence[Tensor], weights: Sequence[float], counts: Sequence
     Args:
         sums: summed row losses of each stage in this pass.
         weights: lambda_k.
-        counts: rows of each stage in the whole step, so that accumulated passes add up to the same objective.
+        counts: rows of each stage in the whole step, so that accumulated micro-batches sum to the same objective.
     """
     return torch.stack([w / c * s for s, w, c in zip(sums, weights, counts, strict=True) if c > 0]).sum()
+
+
+def updates(
+    training: TrainingConfig, step: int, counts: Sequence[int], shares: Sequence[float], weights: Sequence[float]
+) -> Iterator[tuple[tuple[int, ...], tuple[float, ...]]]:
+    """Yield (rows of each stage, objective weights) for every optimiser step of an iteration; see training.update_mode.
+
+    Args:
+        training: configuration of the run.
+        step: iteration, from 0.
+        counts: rows of each stage in a step that trains it.
+        shares: share of rows (for "one-stage": of steps) of each stage.
+        weights: lambda_k.
+    """
+    stages = range(len(counts))
+
+    def only(k: int) -> tuple[int, ...]:
+        return tuple(counts[k] if j == k else 0 for j in stages)
+
+    if training.update_mode == "mixed":
+        yield tuple(counts), tuple(weights)
+    elif training.update_mode == "sequential":
+        yield from ((only(k), tuple(weights)) for k in stages if counts[k])
+    else:
+        u = rng.uniform((training.seed, "stage"), torch.tensor([step]), 1).item()
+        bounds = torch.tensor(shares, dtype=torch.float64).cumsum(0)
+        k = min(int(torch.searchsorted(bounds, u, right=True)), len(bounds) - 1)
+        # a stage has probability share, so its weight is weight/share: the expected objective is the same
+        yield only(k), tuple(weights[j] / shares[j] if j == k else 0.0 for j in stages)

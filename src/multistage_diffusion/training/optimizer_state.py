@@ -1,4 +1,4 @@
-"""An optimiser's state as named tensors, whatever the optimiser: what its own state_dict holds, by parameter and key."""
+"""The state of any PyTorch optimiser as named tensors, keyed by parameter name and state key."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-_NUMBER = ":number"  # ends the name of what is no tensor in the optimiser, but a Python number
+_NUMBER = ":number"  # suffix for state values that are Python numbers, not tensors
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """Return an optimiser's state as {"PARAMETER.KEY": tensor}; parameters never stepped have none.
+    """Return an optimiser's state as {"PARAMETER.KEY": tensor}; parameters that were never updated have no state.
 
     Raises:
-        TypeError: if the optimiser keeps anything but tensors, numbers and None.
+        TypeError: if the state holds anything but tensors, numbers and None.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
@@ -36,23 +36,23 @@ def _dtype(value: float) -> torch.dtype:
 
 
 def state_of(name: str) -> str:
-    """Return the parameter that a tensor of `optimizer_tensors` belongs to."""
+    """Return the parameter name of a key of `optimizer_tensors`."""
     return name.rsplit(".", 1)[0]
 
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor], most: int | None = None
 ) -> None:
-    """Put named tensors back into an optimiser, bit for bit; those of parameters that the module lacks are left out.
+    """Restore an optimiser's state from named tensors, bit for bit; tensors of unknown parameters are ignored.
 
     Args:
-        optimizer: over the module's parameters.
+        optimizer: optimiser over the module's parameters.
         module: the network.
-        tensors: of `optimizer_tensors`.
-        most: steps that have been done; no count may be higher. None: not known.
+        tensors: result of `optimizer_tensors`.
+        most: upper bound of the step counts. None: no bound.
 
     Raises:
-        UserError: if a parameter has not what this optimiser keeps of one: keys, dtypes, shapes, finite values.
+        UserError: if the state of a parameter does not match this optimiser: keys, dtypes, shapes, or invalid values.
     """
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -68,11 +68,11 @@ def restore_optimizer(
 
 
 _PROBE = (2, 3)
-_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"}  # of torch's optimisers
+_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"}  # non-negative state
 
 
 def _made(optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what an optimiser of this class and these settings keeps of a parameter after a step."""
+    """Return the state per parameter of an optimiser of this class and settings after one step, from a small probe."""
     accepted = inspect.signature(type(optimizer).__init__).parameters
     settings = {key: value for key, value in optimizer.defaults.items() if key in accepted}
     probe = nn.Parameter(torch.zeros(_PROBE, device=device, dtype=dtype))
@@ -107,6 +107,6 @@ def _checked(
         if key.endswith(_NUMBER):
             state[key.removesuffix(_NUMBER)] = value.item()
         else:
-            # some optimisers keep counts on the CPU
+            # some optimisers keep step counts on the CPU
             state[key] = value.to(model.device)
     return state

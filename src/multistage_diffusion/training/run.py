@@ -1,10 +1,13 @@
-"""A run's folder: where everything is, how it is opened, locked and logged.
+"""The folder of a run: its files, opening, locking and logging.
 
-RUN/config.json      the run configuration        RUN/checkpoints/   see checkpoint.py
-RUN/split.json       the split its stages come from (if any)
-RUN/metrics.jsonl    losses, evaluations          RUN/samples/       grids drawn during training
-RUN/launches.jsonl   every command that trained it   RUN/execution.json   how steps are computed (if a trial was made)
-RUN/imported.json    the file it was imported from (if any)
+RUN/config.json      the run configuration
+RUN/stages.json      the stage-finding result of its stages (if any)
+RUN/metrics.jsonl    losses and evaluations
+RUN/launches.jsonl   every command that trained the run
+RUN/imported.json    the file from which the run was imported (if any)
+RUN/execution.json   the autotuning result (if autotuning ran)
+RUN/checkpoints/     see checkpoint.py
+RUN/samples/         sample grids from training
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ from typing import Any, Literal
 import torch
 
 from ..config import DataConfig, RunConfig
+from ..config.serialization import from_dict, read_json
 from ..data import ImageData, open_configured
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..errors import UserError
-from ..execution import Execution
 from ..files import (
     append_line,
     json_bytes,
@@ -41,32 +44,32 @@ from ..files import (
     write_file,
     write_json,
 )
+from ..performance.devices import device_name
+from ..performance.execution import Execution
 from ..reading import brief
 from ..records import read_launches, read_metrics
-from ..serialization import from_dict, read_json
 from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, restore_module, trained_config
-from .devices import device_name
 
 
 @dataclass(frozen=True)
 class Run:
-    """A folder that holds a run."""
+    """The folder of a run."""
 
     path: Path
 
     @property
     def config_file(self) -> Path:
-        """The run configuration."""
+        """File of the run configuration."""
         return self.path / "config.json"
 
     @property
     def imported_file(self) -> Path:
-        """What an imported run was made of: without a checkpoint such a run is none."""
+        """Record of the imported file; an imported run without a checkpoint is incomplete."""
         return self.path / "imported.json"
 
     @property
     def metrics_file(self) -> Path:
-        """Losses and evaluations, one JSON object a line."""
+        """File of losses and evaluations, one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -78,30 +81,30 @@ class Run:
     def create(
         cls, path: Path, config: RunConfig, *, replace: bool = False, fill: Callable[[Run], object] | None = None
     ) -> Run:
-        """Make a run's folder.
+        """Create the folder of a run.
 
         Args:
-            path: where.
-            config: what it is going to train.
-            replace: move an existing run aside (to PATH.replaced-TIME) instead of refusing.
-            fill: writes what else belongs to the run, before its folder gets its name.
+            path: the new folder.
+            config: the run configuration.
+            replace: move an existing run to PATH.replaced-TIME instead of raising.
+            fill: writes further files of the run, before the folder gets its final name.
 
         Raises:
-            UserError: if there is a run, or anything else, at path.
+            UserError: if path holds something that is not to be replaced, or cannot be written.
         """
         taken = cls.require_room(path, replace=replace)
         with new_folder(path) as folder:
             write_file(folder / "config.json", json_bytes(path / "config.json", config))
             if fill is not None:
                 fill(cls(folder))
-            if taken:  # last, so that an error before leaves it where it was
+            if taken:  # last, so that an earlier error leaves the existing run in place
                 with cls(path).locked() if cls(path).config_file.exists() else nullcontext():
                     move_aside(path)
         return cls(path)
 
     @staticmethod
     def require_room(path: Path, *, replace: bool) -> bool:
-        """See, before the work is done, that a run can be made at a path, see `files.require_room`."""
+        """Check in advance that a run can be created at a path, see `files.require_room`."""
         return require_room(path, f"resume it (--resume {path})", replace=replace)
 
     @classmethod
@@ -109,7 +112,7 @@ class Run:
         """Open an existing run.
 
         Raises:
-            UserError: if there is none.
+            UserError: if there is no run.
         """
         run = cls(Path(path))
         require_utf8(run.path)
@@ -128,10 +131,10 @@ class Run:
         """Open the run's whole data set.
 
         Args:
-            config: where the data are now, if they have moved; default: where they were at the start.
+            config: the data's new location, if they have moved; default: the run's own data configuration.
 
         Raises:
-            UserError: if the data are not those that the run was started on.
+            UserError: if the data differ from those of the run, or the run was imported and has no data.
         """
         config = config or self.config().data
         if not config.source:
@@ -146,7 +149,7 @@ class Run:
                 step.
 
         Raises:
-            UserError: if there is no such checkpoint, listing those there are.
+            UserError: if there is no such checkpoint; the message lists the existing ones.
         """
         found = list_checkpoints(self.checkpoints)
         if not found:
@@ -170,7 +173,7 @@ class Run:
         """Load a checkpoint's denoiser, ready for sampling.
 
         Raises:
-            UserError: if there is no such checkpoint, or config.json no longer names its network, noise or stages.
+            UserError: if there is no such checkpoint, or its network, diffusion or stages differ from config.json.
         """
         folder, config = self.checkpoint(which), self.config()
         trained = trained_config(folder)
@@ -186,14 +189,14 @@ class Run:
         return denoiser.to(device).eval().requires_grad_(False)
 
     def records(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl; a last line torn by a kill is ignored."""
+        """Read metrics.jsonl; an incomplete last line (killed process) is ignored."""
         return read_metrics(self.metrics_file)
 
     def check_records(self) -> None:
-        """See, before the work is done, that what a run goes on with can be read.
+        """Check in advance that the files needed to resume the run can be read.
 
         Raises:
-            UserError: naming the file that cannot, or if checkpoints were written and are gone.
+            UserError: if a file cannot be read (the message names it), or the checkpoints have been removed.
         """
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise UserError(f"{self.checkpoints}: is a file, not the folder of checkpoints; move it away")
@@ -209,7 +212,7 @@ class Run:
             )
 
     def rewind_metrics(self, step: int) -> None:
-        """Drop what was logged after a checkpoint's step: those steps are going to be run again."""
+        """Drop the records after a checkpoint's step; these steps will run again."""
         kept = [r for r in self.records() if r["step"] <= step]
         write_atomic(self.metrics_file, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
@@ -231,16 +234,20 @@ class Run:
         file = self.path / "launches.jsonl"
         lines = [
             json.dumps(record) + "\n" for record in (*read_launches(file), launch)
-        ]  # without a line torn by a kill
+        ]  # without an incomplete last line
         write_atomic(file, "".join(lines).encode())
 
     @property
     def execution_file(self) -> Path:
-        """How steps are computed, as a trial has found."""
+        """File of the autotuning result."""
         return self.path / "execution.json"
 
     def known_execution(self, here: dict[str, Any]) -> dict[str, bool] | None:
-        """Return what a trial has found, if it was made here: on the same device, with the same settings."""
+        """Return the stored autotuning result if it is from the same device and settings, else None.
+
+        Raises:
+            UserError: if the file is damaged.
+        """
         if not self.execution_file.exists():
             return None
         known = read_json(self.execution_file)
@@ -258,15 +265,15 @@ class Run:
         return asdict(found)
 
     def remember_execution(self, here: dict[str, Any], execution: Execution, seconds: dict[str, float]) -> None:
-        """Keep what a trial has found, with the seconds of a step of each candidate."""
+        """Store the autotuning result, with the seconds per step of each candidate."""
         write_json(self.execution_file, {**here, "execution": execution, "seconds": seconds})
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run: two processes must not train it at once.
+        """Lock the run, so that only one process trains it.
 
         Raises:
-            UserError: if another process holds it.
+            UserError: if another process holds the lock.
         """
         with locked(self.path / ".lock", f"{self.path}: another process is training this run; wait for it or stop it"):
             sweep(self.path)

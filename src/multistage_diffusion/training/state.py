@@ -1,4 +1,4 @@
-"""What of a trainer a checkpoint holds."""
+"""Conversion between a trainer and a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ import torch
 from ..denoisers import build_denoiser
 from ..errors import UserError
 from . import checkpoint as ckpt
-from .sums import RunningSums
+from .metrics import MetricAccumulator
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
 
 def snapshot(trainer: Trainer, *, score: float | None, quality: float | None) -> ckpt.Checkpoint:
-    """Return a trainer's state, gathered on the process that writes: checkpoints know neither strategy nor processes.
+    """Return a trainer's state, gathered on the main process; all processes call it.
+
+    A checkpoint does not depend on the strategy or the number of processes.
 
     Args:
-        trainer: on every process.
+        trainer: trainer of this process.
         score: objective on held-out rows, if known.
         quality: Fréchet distance of the step's samples, if known.
     """
@@ -35,7 +37,7 @@ def snapshot(trainer: Trainer, *, score: float | None, quality: float | None) ->
         "scaler": trainer.scaler.state_dict(),
         "config": trainer.config,
     }
-    collect = trainer.team.collect
+    collect = trainer.gradient_sync.gather_state
     return ckpt.Checkpoint(
         model=collect(trainer.denoiser.state_dict()),
         ema=collect(trainer.ema.module.state_dict()),
@@ -45,10 +47,10 @@ def snapshot(trainer: Trainer, *, score: float | None, quality: float | None) ->
 
 
 def restore(trainer: Trainer, path: Path) -> None:
-    """Take a checkpoint's state into a trainer.
+    """Load a checkpoint into a trainer.
 
     Raises:
-        UserError: if a file of it is damaged, naming it, or another release wrote it.
+        UserError: if a file is damaged (the message names it) or another release wrote the checkpoint.
     """
     state, config = ckpt.read_state(path), ckpt.trained_config(path)
     if state["step"] > config.training.steps:
@@ -56,7 +58,7 @@ def restore(trainer: Trainer, path: Path) -> None:
             f"{path / 'state.json'}: step={state['step']} is above its own config.training.steps={config.training.steps}; "
             "was it edited?"
         )
-    with torch.device("meta"):  # a process may hold a part of it only
+    with torch.device("meta"):  # this process may hold only a part of the network
         whole = build_denoiser(config).state_dict()
     ckpt.restore_module(trainer.denoiser, path, "model", whole)
     ckpt.restore_module(trainer.ema.module, path, "ema", whole)
@@ -69,8 +71,8 @@ def restore(trainer: Trainer, path: Path) -> None:
     trainer.step = state["step"]
 
 
-def _sums(data: Any, stages: int, path: Path) -> RunningSums:
-    known = {field.name for field in dataclasses.fields(RunningSums)}
+def _sums(data: Any, stages: int, path: Path) -> MetricAccumulator:
+    known = {field.name for field in dataclasses.fields(MetricAccumulator)}
     if not isinstance(data, dict) or data.keys() != known:
         raise UserError(f"{path}: was written by another release, which alone can resume it")
     lists, tables = (data["loss"], data["rows"]), (data["norm"], data["seen"])
@@ -84,7 +86,7 @@ def _sums(data: Any, stages: int, path: Path) -> RunningSums:
     )
     if not right:
         raise UserError(f"{path / 'state.json'}: sums are not finite numbers for {stages} stages; was it edited?")
-    return RunningSums(**data)
+    return MetricAccumulator(**data)
 
 
 def _is_finite(value: Any) -> bool:

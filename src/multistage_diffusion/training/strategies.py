@@ -1,9 +1,9 @@
-"""Which process holds which stage and trains which rows: the paper's Algorithms 3 and 4, on any number of processes.
+"""Assignment of stages and rows to processes: the paper's Algorithms 3 and 4, on any number of processes.
 
-"time" (Algorithm 4, time-efficient): every process holds the whole network and trains rows of all stages; one encoder pass
-over them. "memory" (Algorithm 3, memory-efficient): a process holds the encoder and the decoders of its own stages only,
-with their gradients, averages and optimiser state; processes are dealt to stages by what the stages cost. Both train the
-same rows towards the same objective, so that a run may change between them, and between numbers of processes.
+"time" (Algorithm 4, time-efficient): every process holds the whole network and trains rows of all stages in one encoder
+pass. "memory" (Algorithm 3, memory-efficient): a process holds only the encoder and the decoders of its own stages,
+with their gradients, EMA and optimiser state. Processes are assigned to stages by the cost of the stages. Both train
+the same rows with the same objective, so a run can change the strategy and the number of processes.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
 class Absent(nn.Module):
-    """Stands where other processes hold a part of the network."""
+    """Placeholder for a part of the network that this process does not hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Who holds what.
+    """Assignment of stages to processes.
 
     Attributes:
-        holders: ranks that hold each stage's decoder (and its encoder, where each has its own), ascending.
-        separate: whether each stage has an encoder of its own.
+        holders: ranks that hold each stage's decoder (and its encoder, if each stage has one), ascending.
+        separate: whether each stage has its own encoder.
     """
 
     holders: tuple[tuple[int, ...], ...]
@@ -47,13 +47,13 @@ class Layout:
         return tuple(k for k, ranks in enumerate(self.holders) if rank in ranks)
 
     def everywhere(self, size: int) -> bool:
-        """Tell whether each of `size` processes holds everything."""
+        """Tell whether each of `size` processes holds the whole network."""
         return all(len(ranks) == size for ranks in self.holders)
 
     def rows(self, rank: int, counts: Sequence[int]) -> tuple[range, ...]:
-        """Return the rows of each stage that a process trains; those of all make the whole, without overlap.
+        """Return the rows of each stage that a process trains; the ranges of all processes partition each stage's rows.
 
-        Each stage begins with another of its holders, so that what does not divide evenly does not pile up on one.
+        Each stage starts with a different holder, so that remainders do not accumulate on one process.
         """
         found = []
         for stage, (count, ranks) in enumerate(zip(counts, self.holders, strict=True)):
@@ -65,16 +65,16 @@ class Layout:
         return tuple(found)
 
     def owner(self, stage: int | None) -> int:
-        """Return the process that answers for a stage's tensors, or for those of all stages: the first that holds them."""
+        """Return the first rank that holds a stage's tensors; 0 for the tensors of all stages (None)."""
         return 0 if stage is None else self.holders[stage][0]
 
     def stage_of(self, name: str) -> int | None:
-        """Return the stage to which a tensor (named as in the denoiser) belongs, None for that of all stages."""
+        """Return the stage of a tensor (named as in the denoiser), None for a tensor that all stages share."""
         found = STAGE.search(name)
         return None if found is None or (found[1] == "encoders" and not self.separate) else int(found[2])
 
     def drop(self, network: MultiDecoderUNet, rank: int) -> None:
-        """Take away what a process does not hold, unless the stages still share one decoder (training.branch_at)."""
+        """Remove the parts that a process does not hold, unless the stages still share a decoder (branch_at)."""
         if tied(network):
             return
         for stage in set(range(len(self.holders))) - set(self.held(rank)):
@@ -90,16 +90,17 @@ def stage_of_part(name: str) -> int | None:
 
 
 def make_layout(strategy: Strategy, config: RunConfig, shape: Sequence[int], size: int) -> Layout:
-    """Return who holds what among `size` processes.
+    """Assign the stages to `size` processes.
 
     Args:
         strategy: see above.
         config: of the run.
-        shape: (C, H, W) of what the network sees.
+        shape: (C, H, W) of the network's input.
         size: number of processes.
 
     Raises:
-        UserError: for an unknown strategy, or more processes than rows of a batch, or of a stage's with "memory".
+        UserError: for an unknown strategy, for "memory" with fp16 and separate networks on several processes, or if
+            there are more processes than rows of a batch, or (with "memory") more holders of a stage than its rows.
     """
     if strategy not in STRATEGIES:
         raise UserError(f"strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
@@ -118,7 +119,7 @@ def make_layout(strategy: Strategy, config: RunConfig, shape: Sequence[int], siz
     if strategy == "time" or size == 1:
         return Layout(holders=(tuple(range(size)),) * stages, separate=config.network.separate)
     per_row = [stage.true_flops for stage in network_cost(config.network, *shape[1:]).stages]
-    # where a step trains one stage, a stage's rows come as often as its share says
+    # with "one-stage", a stage trains the whole batch in its share of the steps
     rows = [share * training.batch for share in shares] if training.update_mode == "one-stage" else counts
     holders = deal([n * cost for n, cost in zip(rows, per_row, strict=True)], size)
     for stage, (count, ranks) in enumerate(zip(counts, holders, strict=True)):
@@ -131,18 +132,18 @@ def make_layout(strategy: Strategy, config: RunConfig, shape: Sequence[int], siz
 
 
 def deal(costs: Sequence[float], size: int) -> list[tuple[int, ...]]:
-    """Deal processes to stages so that the busiest has as little to do as possible.
+    """Assign processes to stages, minimising the largest load of a process.
 
-    With at least as many processes as stages, each further one joins the stage whose holders have most to do: no other
-    dealing has a lower maximum. With fewer, stages go, dearest first, to the process with least to do (Graham 1969, at
-    most 4/3 of the best).
+    With at least as many processes as stages, each stage gets one process; each further process joins the stage with
+    the largest load per process. This is optimal. With fewer processes, stages are assigned in order of decreasing
+    cost, each to the process with the smallest load (Graham 1969; at most 4/3 of the optimum).
 
     Args:
-        costs: of each stage, in any unit; 0 for a stage that is not trained.
+        costs: cost of each stage, in any unit; 0 for a stage that is not trained.
         size: number of processes.
 
     Returns:
-        The ranks of each stage; a stage's are consecutive, so that its decoder is reduced within a machine.
+        The ranks of each stage. They are consecutive, to keep a decoder's all_reduce within a machine where possible.
     """
     stages = range(len(costs))
     if size >= len(costs):

@@ -1,4 +1,4 @@
-"""Warm start: an ordinary trained model's encoder and decoder cloned into a multi-decoder network."""
+"""Warm start: copies the encoder and decoders of a trained run into a new multi-decoder network."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _LABELS = ("embedding.label.", "embedding.augment.")
 
 @dataclass(frozen=True, kw_only=True)
 class WarmStart:
-    """What a warm start takes over.
+    """Result of a warm start.
 
     Attributes:
         tensors: {name in the new denoiser: trained tensor}.
-        cloned, fresh: names of the parts taken over, and of those that start from scratch.
+        cloned: names of the parts copied from the trained run.
+        fresh: names of the parts that start from scratch.
     """
 
     tensors: dict[str, Tensor]
@@ -31,17 +32,19 @@ class WarmStart:
 
 
 def warm_start(path: Path | str, config: RunConfig) -> WarmStart:
-    """Read a trained run's averaged weights (its best checkpoint) for a new network.
+    """Load the averaged weights of a trained run's best checkpoint for a new network.
 
-    The encoder is taken over whole. A decoder of the new network is cloned from the run's only decoder, or, where the run
-    has as many, from the one of the same stage, if their shapes are equal; wider or narrower ones start from scratch.
+    The shared encoder is copied as a whole. A decoder of the new network is copied from the run's only decoder, or from
+    the decoder of the same stage if both have the same number of stages. Parts with different shapes start from
+    scratch.
 
     Args:
         path: the trained run.
-        config: of the new run.
+        config: configuration of the new run.
 
     Raises:
-        UserError: if there is no such run, its network output means something else, or the encoders differ.
+        UserError: if there is no such run, its network output has another meaning, the shared encoders differ, or no
+            part fits.
     """
     run = Run.open(path)
     own, trained = _meanings(config), _meanings(run.config())
@@ -56,7 +59,7 @@ def warm_start(path: Path | str, config: RunConfig) -> WarmStart:
 
 
 def _meanings(config: RunConfig) -> dict[str, object]:
-    """Return what decides the meaning of equal weights."""
+    """Return the settings that must be equal for weights to have the same meaning."""
     network, diffusion = config.network, config.diffusion
     meanings: dict[str, object] = {
         "network.family": network.family,
@@ -66,7 +69,7 @@ def _meanings(config: RunConfig) -> dict[str, object]:
     }
     if diffusion.precondition == "edm":
         meanings["diffusion.sigma_data"] = diffusion.sigma_data
-    if diffusion.precondition == "vp-eps":  # in whose time the network is told its noise
+    if diffusion.precondition == "vp-eps":  # the network's noise input is the time of this schedule
         meanings["diffusion.schedule"] = diffusion.schedule
     return meanings
 
@@ -90,7 +93,7 @@ def _matched(path: Path | str, source: MultiStageDenoiser, target: MultiStageDen
 
 
 def _counterpart(name: str, source: MultiStageDenoiser, target: MultiStageDenoiser) -> nn.Module | None:
-    """Return the trained part that a new one may be cloned from."""
+    """Return the trained part from which a new part can be copied, or None."""
     kind, _, stage = name.partition(".")
     parts = source.network.parts()
     trained = [part for key, part in parts.items() if key.partition(".")[0] == kind]
@@ -104,12 +107,12 @@ def _fits(given: nn.Module, part: nn.Module) -> bool:
 
 
 def _shapes(part: nn.Module) -> dict[str, torch.Size]:
-    """Return the shapes of a part's tensors, those of label layers left out: not every network has them."""
+    """Return the shapes of a part's tensors, without label layers, which not every network has."""
     return {key: value.shape for key, value in part.state_dict().items() if not key.startswith(_LABELS)}
 
 
 def _tensors(given: nn.Module, prefix: str, part: nn.Module) -> dict[str, Tensor]:
-    """Return a part's tensors; labels that the trained network did not know start without effect."""
+    """Return a part's tensors; label layers that the trained network lacks are zero, so labels start without effect."""
     theirs = given.state_dict()
     return {
         f"{prefix}.{key}": theirs[key].clone()
@@ -120,7 +123,7 @@ def _tensors(given: nn.Module, prefix: str, part: nn.Module) -> dict[str, Tensor
 
 
 def _difference(given: nn.Module | None, part: nn.Module) -> str:
-    """Name the first tensor in which two encoders differ."""
+    """Describe the first tensor in which two encoders differ."""
     if given is None:
         return "it has an encoder for every stage"
     theirs, ours = _shapes(given), _shapes(part)

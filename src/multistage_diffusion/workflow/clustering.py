@@ -1,4 +1,4 @@
-"""Finding stages from a trained run: the noise levels whose gradients agree."""
+"""Stage finding from a trained run: noise levels whose gradients agree form a stage."""
 
 from __future__ import annotations
 
@@ -11,56 +11,56 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import keyed
-from ..codecs import open_codec
+from .. import rng
 from ..config import CodecConfig
 from ..data import ImageData, to_float
 from ..errors import UserError
-from ..latents import encode_images
+from ..latent.codecs import open_codec
+from ..latent.latents import encode_images
+from ..performance.devices import resolve_device
+from ..progress import Progress
 from ..schedules import VP, NoiseSchedule
-from ..splitting import SplitResult, SplitSettings
-from ..splitting.boundaries import Objective, optimal_partition
-from ..splitting.edges import made_result, stage_table
-from ..training.devices import resolve_device
+from ..stage_finding import StageResult, StageSettings
+from ..stage_finding.boundaries import Objective, optimal_partition
+from ..stage_finding.edges import made_result, stage_table
 from ..training.gradients import gradient_affinity
 from ..training.run import Run
-from .finding import GIB, save_split
-from .progress import Progress
+from .stages import GIB, save_stages
 
 
-def split_run(
+def find_stages_by_gradients(
     run: Run | Path | str,
-    settings: SplitSettings,
+    settings: StageSettings,
     *,
     schedule: NoiseSchedule | None = None,
     out: Path | str | None = None,
     device: str | None = None,
     memory: float = 2.0,
     progress: Progress | None = None,
-) -> SplitResult:
-    """Find stages by the gradients of a trained run, as `gradient_split` does.
+) -> StageResult:
+    """Find stages from the gradients of a trained run, see `gradient_stages`.
 
     Args:
         run: a trained run, or its folder.
-        settings: algorithm "gradient"; its stages, objective and seed.
+        settings: algorithm "gradient", with its stages, objective and seed.
         schedule: the kernel in whose time edges are printed; None: the run's own.
         out: where to write the result as JSON, with its matrix as PNG beside it.
         device: default CUDA when there is one.
-        memory: GiB of gradients to keep, roughly.
-        progress: called with (gradients done, gradients in all).
+        memory: approximate GiB of gradients to keep.
+        progress: called with (gradients done, gradients in total).
 
     Raises:
-        UserError: as `gradient_split`.
+        UserError: as `gradient_stages`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("algorithm 'gradient' is for one process; start msdiff split without torchrun")
+        raise UserError("algorithm 'gradient' is for one process; start msdiff stages without torchrun")
     run = run if isinstance(run, Run) else Run.open(run)
     config = run.config()
     schedule = schedule or config.diffusion.schedule
     measure = schedule if isinstance(schedule, VP) else VP()
     codec, objective = config.codec, settings.objective
     settings = dataclasses.replace(settings.resolved(), data_range=None if codec.used else (-1.0, 1.0))
-    times, curves = gradient_split(
+    times, curves = gradient_stages(
         run,
         settings.stages,
         measure=measure,
@@ -82,11 +82,11 @@ def split_run(
         scale=codec.scale if codec.used else None,
     )
     if out is not None:
-        save_split(result, Path(out))
+        save_stages(result, Path(out))
     return result
 
 
-def gradient_split(
+def gradient_stages(
     run: Run | Path | str,
     stages: int,
     *,
@@ -102,30 +102,30 @@ def gradient_split(
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
     """Cut time where the gradients of a trained run change direction, by algorithm 2's dynamic programming.
 
-    The cosine of two bins' gradients is their similarity, 1 - cosine their distance. (1 + cosine) / 2, which lies in
-    [0, 1], would cut at the same times: either objective is linear in it, and the number of groups is given.
+    The cosine of two bins' gradients is their similarity, 1 - cosine their distance. The similarity (1 + cosine) / 2,
+    which lies in [0, 1], would give the same cuts: both objectives are linear in it, and the number of groups is fixed.
 
     Args:
-        run: a trained run, or its folder; see `gradient_affinity` for the runs that suit. Held-out images are used, or
-            training images where it holds none out.
+        run: a trained run, or its folder; see `gradient_affinity` for suitable runs. Held-out images are used, or
+            training images if none are held out.
         stages: the number n of stages.
         measure: the kernel of the times; None: the run's schedule if it is a VP, else the standard VP.
         objective: as in `optimal_partition`.
-        rows: images per gradient, each at another noise level of the bin; repeated if there are not so many.
-        bins: of time; edges are among their borders.
+        rows: images per gradient, each at another noise level of the bin; images repeat if there are too few.
+        bins: number of time bins; edges are among their borders.
         batch: rows computed at once.
-        memory: bytes of gradients to keep, roughly.
-        seed: decides images and noise.
+        memory: approximate bytes of gradients to keep.
+        seed: seed of images and noise.
         device: default CUDA when there is one.
-        progress: called with (gradients done, gradients in all).
+        progress: called with (gradients done, gradients in total).
 
     Returns:
-        The n - 1 edges in the time of `measure`, and what they were read from: "t" (where each bin begins), the matrix
-        "similarity" of the bins' cosines, "objective_value", and "steps" (of the checkpoints averaged over).
+        The n - 1 edges in the time of `measure`, and the curves behind them: "t" (where each bin begins), the matrix
+        "similarity" of the bins' cosines, "objective_value", and "steps" (of the averaged checkpoints).
 
     Raises:
-        UserError: if the run has no checkpoint or no shared parameters, or fewer bins than stages or no rows are asked
-            for.
+        UserError: if the run has no checkpoint or no shared parameters, there are fewer bins than stages, or rows or
+            batch is below 1.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     for name, number in (("rows", rows), ("batch", batch)):
@@ -159,17 +159,17 @@ def gradient_split(
 
 
 def _drawn(run: Run, rows: int, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Return images in a drawn order, uint8 (rows, C, H, W), and their labels."""
+    """Return images in a random order, uint8 (rows, C, H, W), and their labels."""
     training, held_out = run.data().split(run.config().data.held_out)
     data: ImageData = held_out if len(held_out) else training
-    order = torch.randperm(len(data), generator=keyed.generator((seed, "gradient-images")))
+    order = torch.randperm(len(data), generator=rng.generator((seed, "gradient-images")))
     pick = order[torch.arange(rows) % len(data)]
     labels = None if data.labels is None else torch.from_numpy(data.labels)[pick]
     return data.tensor()[pick], labels
 
 
 def _as_seen(codec: CodecConfig, images: Tensor, device: torch.device) -> Tensor:
-    """Return images, uint8 (R, C, H, W), as the network sees them: floats in [-1, 1], or scaled latents."""
+    """Return images, uint8 (R, C, H, W), as inputs of the network: floats in [-1, 1], or scaled latents."""
     if not codec.used:
         return to_float(images.to(device))
     assert codec.scale is not None

@@ -1,4 +1,4 @@
-"""Published checkpoints into runs, and runs into published layouts."""
+"""Import of published checkpoints as runs, and export of runs to published layouts."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from ..config import CodecConfig, DataConfig, DiffusionConfig, NetworkConfig, RunConfig, TrainingConfig
+from ..config.paper_presets import PAPER_PRESETS
+from ..config.serialization import from_dict
 from ..errors import UserError
 from ..files import disk_errors, write_atomic, write_json
 from ..interop.autoencoder import vq_model
 from ..interop.layouts import DDPMPP, SUFFIXES, Published, Tensors, published_bytes, read_published
 from ..interop.shapes import network_of, our_state, published_state, resolution_of
-from ..paper_presets import PAPER_PRESETS
 from ..schedules import VP, Discrete, UniformSteps
-from ..serialization import from_dict
-from ..splitting import SplitResult
+from ..stage_finding import StageResult
 from ..stages import Stages
 from ..training.checkpoint import Checkpoint, checkpoint_step, load_tensors, save_checkpoint, trained_config
+from ..training.metrics import MetricAccumulator
 from ..training.run import Run
-from ..training.sums import RunningSums
 
-_EDGES, _HEADS = "sigma_edges", "num_head_channels"  # what files written here say besides their layout's own
-_PREFIX = "network."  # of a denoiser's tensors
+_EDGES, _HEADS = "sigma_edges", "num_head_channels"  # arguments that exports add to their layout's own
+_PREFIX = "network."  # of the tensor names of a denoiser
 
 
 def import_published(
@@ -35,30 +35,30 @@ def import_published(
     *,
     base: RunConfig | None = None,
     size: tuple[int, int] | None = None,
-    result: SplitResult | None = None,
+    result: StageResult | None = None,
     head_channels: int | None = None,
     replace: bool = False,
 ) -> Run:
-    """Make a run of a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt, or an exported run.
+    """Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt, or an export.
 
-    Nothing in the file is run. The network is read off names and shapes. The run has one checkpoint, at step 0, and no
-    data; resume it with some.
+    No code in the file is executed. The network is derived from tensor names and shapes. The run has one checkpoint, at
+    step 0, and no data; resume it with some.
 
     Args:
         file: the checkpoint.
         out: the run's new folder.
-        base: gives training, sampling and, if as many, the stages; default the paper's preset of the same family and
-            number of stages.
-        size: (height, width) of what the network sees; default that of base (EDM's files say it).
+        base: gives training, sampling and, if their number fits, the stages; default: the paper's preset of the same
+            family and number of stages.
+        size: (height, width) of the network's input; default: that of base (EDM's files contain it).
         result: gives the stages, with the edges that the network was trained on.
-        head_channels: of an LDM U-Net's attention; default 32, or what an exported run says.
-        replace: move a run that is there already aside.
+        head_channels: channels per attention head of an LDM U-Net; default: the value in an exported run, else 32.
+        replace: move an existing run aside.
 
     Returns:
         The run.
 
     Raises:
-        UserError: one line: the file is damaged, hostile or does not fit, or its stages are not known.
+        UserError: in one line: the file is damaged, hostile or does not fit, or its stages are unknown.
     """
     file, published = Path(file), read_published(Path(file))
     weights = published.model or published.ema
@@ -88,14 +88,14 @@ def import_published(
 
 
 def _heads(published: Published, given: int | None) -> int:
-    """Return the channels of an attention head: those given, those of the file, or latent diffusion's usual 32."""
+    """Return the channels of an attention head: the given value, the file's value, or latent diffusion's usual 32."""
     if given is not None and published.family != "ldm":
         raise UserError(f"head_channels={given}: a network of family {published.family!r} has one head; leave it out")
     return int(_number(published, _HEADS, 32)) if given is None else given
 
 
 def _number(published: Published, name: str, default: float) -> float:
-    """Return a number that a file says of its network."""
+    """Return a number from the arguments of a file."""
     said = published.arguments.get(name, default)
     if not isinstance(said, int | float):
         raise UserError(f"{name}={said!r} is no number")
@@ -103,14 +103,14 @@ def _number(published: Published, name: str, default: float) -> float:
 
 
 def _paper_preset(network: NetworkConfig) -> RunConfig:
-    """Return the paper's first preset of a network's family and number of stages, or else of its family."""
+    """Return the first paper preset of a network's family and number of stages, else the first of its family."""
     known = [config for config in (make() for make in PAPER_PRESETS.values()) if _layout(config) == network.family]
     alike = [config for config in known if len(config.stages) == len(network.decoder_widths)]
     return (alike or known)[0]
 
 
 def _layout(config: RunConfig) -> str:
-    """Return the family in whose published layout a run's weights mean what they mean in the run; "" if in none."""
+    """Return the family in whose published layout a run's weights keep their meaning; "" if there is none."""
     family, diffusion = config.network.family, config.diffusion
     schedule = diffusion.schedule
     if config.network.separate or (config.codec.used and family != "ldm"):
@@ -137,9 +137,9 @@ def _size(published: Published, weights: Tensors, size: tuple[int, int] | None, 
 
 
 def _config(
-    published: Published, network: NetworkConfig, base: RunConfig, size: tuple[int, int], result: SplitResult | None
+    published: Published, network: NetworkConfig, base: RunConfig, size: tuple[int, int], result: StageResult | None
 ) -> RunConfig:
-    """Return the configuration of the run, all but its codec and name."""
+    """Return the configuration of the run, without its codec and name."""
     if _layout(base) != network.family:
         raise UserError(
             f"holds a network of family {network.family!r} with its published preconditioning, but the preset "
@@ -160,14 +160,14 @@ def _config(
 
 
 def _data(data: DataConfig, shape: tuple[int, int, int]) -> DataConfig:
-    """Return how data are read that are not known yet."""
+    """Return the data configuration of a run whose data are not known yet."""
     if data.size not in (None, shape[1:]):
         data = dataclasses.replace(data, size=None, fit="exact")
     return dataclasses.replace(data, source="", fingerprint="", shape=shape)
 
 
 def _training(training: TrainingConfig, network: NetworkConfig) -> TrainingConfig:
-    """Return training settings for as many stages, which go on from an average that is there."""
+    """Return training settings that fit the network's number of stages and continue an existing EMA."""
     stages = len(network.decoder_widths)
     fitting: dict[str, Any] = {
         name: default
@@ -180,7 +180,7 @@ def _training(training: TrainingConfig, network: NetworkConfig) -> TrainingConfi
 
 
 def _diffusion(published: Published, base: DiffusionConfig) -> DiffusionConfig:
-    """Return the noise that a network was trained on, as far as its file says it."""
+    """Return the noise settings that a network was trained with, as far as its file contains them."""
     if published.family == "ddpmpp":
         return dataclasses.replace(base, sigma_data=float(_number(published, "sigma_data", 0.5)))
     betas = published.buffers.get("betas")
@@ -215,9 +215,9 @@ def _stages(
     network: NetworkConfig,
     base: RunConfig,
     diffusion: DiffusionConfig,
-    result: SplitResult | None,
+    result: StageResult | None,
 ) -> Stages:
-    """Return the stages on which a network was trained: those given, those of the file, or base's."""
+    """Return the stages that a network was trained on: the given ones, those of the file, or base's."""
     decoders, said = len(network.decoder_widths), published.arguments.get(_EDGES)
     if result is not None:
         stages = result.stages()
@@ -230,13 +230,13 @@ def _stages(
     if len(stages) != decoders:
         raise UserError(
             f"holds {decoders} decoders, but {len(stages)} stages are known for it; give those it was trained on "
-            "(--stages split.json, or a --preset that has them)"
+            "(--stages stages.json, or a --preset that has them)"
         )
     return stages
 
 
 def _moved(stages: Stages, before: DiffusionConfig, after: DiffusionConfig) -> Stages:
-    """Return stages cut at the same steps of another discrete schedule; the same stages if it is none other."""
+    """Return stages cut at the same steps of another discrete schedule; the same stages if the schedule is the same."""
     if after.schedule == before.schedule:
         return stages
     steps = [before.schedule.edge_time(edge) for edge in stages.interior]
@@ -244,8 +244,8 @@ def _moved(stages: Stages, before: DiffusionConfig, after: DiffusionConfig) -> S
 
 
 def _first_stage(file: Path, published: Published) -> Any:
-    """Return the autoencoder of a latent diffusion file, None if it has none that can be used."""
-    strangers = [name for name in published.buffers if "." in name]  # a schedule's numbers have names without dots
+    """Return the autoencoder of a latent diffusion file; None if it has none that can be used."""
+    strangers = [name for name in published.buffers if "." in name]  # buffers of a schedule have names without dots
     if strangers:
         warnings.warn(f"{file}: {len(strangers)} tensors of other networks are left out ({strangers[0]})", stacklevel=3)
     if not published.codec:
@@ -258,7 +258,7 @@ def _first_stage(file: Path, published: Published) -> Any:
 
 
 def _on_latents(config: RunConfig, base: RunConfig, published: Published, codec: Any, folder: Path) -> RunConfig:
-    """Return a configuration whose images are the latents of an autoencoder: the file's own, or base's."""
+    """Return a configuration on the latents of an autoencoder: the file's own, or base's."""
     if codec is None and not base.codec.used:
         return config
     channels, height, width = config.data.shape
@@ -281,12 +281,12 @@ def _on_latents(config: RunConfig, base: RunConfig, published: Published, codec:
 
 
 def _save(run: Run, config: RunConfig, *, model: Tensors, ema: Tensors) -> None:
-    """Write the checkpoint from which a trainer goes on: no step done, a new optimizer."""
+    """Write the checkpoint that a trainer resumes from: step 0, a new optimizer."""
     state = {
         "step": 0,
         "images": 0,
         "score": None,
-        "sums": dataclasses.asdict(RunningSums(len(config.stages))),
+        "sums": dataclasses.asdict(MetricAccumulator(len(config.stages))),
         "scaler": {},
         "config": config,
     }
@@ -297,23 +297,24 @@ def _save(run: Run, config: RunConfig, *, model: Tensors, ema: Tensors) -> None:
 def export_published(
     run: Run | Path | str, file: Path | str, *, checkpoint: str = "best", overwrite: bool = False
 ) -> Path:
-    """Write a run's weights and their average in the published layout of its family.
+    """Write a run's weights and their EMA in the published layout of its family.
 
-    NCSN++ makes a .pth as score_sde writes, the LDM U-Net a .ckpt as latent diffusion does; DDPM++, whose pickles would
-    have to carry EDM's source code, a .safetensors with EDM's names and arguments. What shapes do not show (stage edges,
-    channels of an attention head) is written beside, so that `import_published` gives the same network back.
+    NCSN++ is written as score_sde's .pth, the LDM U-Net as latent diffusion's .ckpt. DDPM++ is written as .safetensors
+    with EDM's names and arguments, because EDM's pickles would have to contain EDM's source code. The file also holds
+    what shapes do not show (stage edges, channels of an attention head), so that `import_published` restores the same
+    network.
 
     Args:
         run: a run, or its folder.
-        file: where.
+        file: the file to write.
         checkpoint: "best", "latest" or a step.
-        overwrite: replace a file that is there.
+        overwrite: replace an existing file.
 
     Returns:
         The file.
 
     Raises:
-        UserError: if the layout has no place for the run's network or noise, or the file may not be written.
+        UserError: if the layout cannot represent the run's network or noise, or the file may not be written.
     """
     run, file = run if isinstance(run, Run) else Run.open(Path(run)), Path(file)
     folder = run.checkpoint(checkpoint)
@@ -350,7 +351,7 @@ def _published_part(folder: Path, part: str, config: RunConfig, size: tuple[int,
 
 
 def _buffers(config: RunConfig) -> Tensors:
-    """Return what latent diffusion keeps beside its networks."""
+    """Return the buffers that latent diffusion stores beside its networks."""
     schedule = config.diffusion.schedule
     if config.network.family != "ldm" or not isinstance(schedule, Discrete):
         return {}
@@ -361,7 +362,7 @@ def _buffers(config: RunConfig) -> Tensors:
 
 
 def _arguments(config: RunConfig, size: tuple[int, int]) -> dict[str, Any]:
-    """Return what a file says beside its tensors: stage edges, and the family's own arguments."""
+    """Return the arguments that a file stores beside its tensors: stage edges, and the family's own arguments."""
     network, arguments = config.network, {_EDGES: list(config.stages.interior)}
     if network.family == "ldm":
         return {**arguments, _HEADS: network.head_channels}

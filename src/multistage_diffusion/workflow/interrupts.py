@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Let Ctrl-C (or SIGTERM) call stop, which ends the work soon and in order; a second one ends it at once."""
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+    """Make Ctrl-C (or SIGTERM) call stop, which ends the work soon and in order; a second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return
 

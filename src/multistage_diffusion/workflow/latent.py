@@ -1,4 +1,4 @@
-"""Runs on latents: opening their codec, encoding their data, decoding their samples."""
+"""Runs on latents: opening the codec, encoding the data, decoding the samples."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codecs import open_codec
 from ..config import CodecConfig, RunConfig
 from ..contracts import Codec
 from ..data import ImageData, to_uint8
 from ..errors import UserError
-from ..latents import LatentData, cached_latents, encode_images
-from ..splitting import SplitResult
-from .progress import Progress
+from ..latent.codecs import open_codec
+from ..latent.latents import LatentData, cached_latents, encode_images
+from ..progress import Progress
+from ..stage_finding import StageResult
 
-PIXELS_AT_ONCE = 1 << 22  # of decoded images, so that a codec's activations fit into memory
+PIXELS_AT_ONCE = 1 << 22  # decoded values per call, so that a codec's activations fit into memory
 
 
 def located_codec(codec: CodecConfig) -> CodecConfig:
-    """Return a codec with the path of its folder made absolute: a run is used from other folders too."""
+    """Return a codec with the absolute path of its folder, because a run is used from other folders too."""
     path = Path(codec.source).expanduser()
     if not codec.source or not path.exists():
         return codec
@@ -31,10 +31,10 @@ def located_codec(codec: CodecConfig) -> CodecConfig:
 
 
 def with_codec(config: RunConfig, device: torch.device | str) -> tuple[RunConfig, Codec | None]:
-    """Open a configuration's codec and record what its latents are; (config, None) for a run on pixels.
+    """Open a configuration's codec and record the shape and fingerprint; (config, None) for a run on pixels.
 
     Raises:
-        UserError: if the codec has no source, cannot be opened, or makes no latents of such images.
+        UserError: if the codec has no source, cannot be opened, or cannot encode such images.
     """
     if not config.codec.used:
         return config, None
@@ -53,7 +53,7 @@ def encode_parts(
     device: torch.device | str,
     progress: Progress | None = None,
 ) -> tuple[RunConfig, tuple[LatentData, LatentData]]:
-    """Encode training and held-out images (or take them from the cache) and record the scale.
+    """Encode training and held-out images (or read them from the cache) and record the scale.
 
     Returns:
         (config with codec.scale, (training latents, held-out latents)), both scaled by it.
@@ -75,48 +75,48 @@ def encode_parts(
     return recorded, (latents, others)
 
 
-def latents_to_split(
+def latents_for_stages(
     config: CodecConfig, data: ImageData, device: torch.device | str, progress: Progress | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return the scaled latents of a data set, and what a split of them has to record: codec and scale."""
+    """Return the scaled latents of a data set, and the codec and scale that stage finding records."""
     codec = open_codec(config, device)
     latents, scale = cached_latents(codec, data, scale=config.scale, device=device, progress=progress)
     return latents.tensor(), {"codec": codec.fingerprint, "scale": scale}
 
 
-def with_split(config: RunConfig, result: SplitResult) -> RunConfig:
-    """Return a configuration with the stages of a split.
+def with_stages(config: RunConfig, result: StageResult) -> RunConfig:
+    """Return a configuration with the stages of a result.
 
     Raises:
-        UserError: if the split is of other data than the network sees: pixels in another range, or other latents.
+        UserError: if the stages were found on other data than the network's input: another pixel range, other latents.
     """
     if not config.codec.used:
         if result.codec:
-            raise UserError("stages: the split was made on latents, but this run trains on pixels; give --codec, too")
+            raise UserError("stages: they were found on latents, but this run trains on pixels; give --codec, too")
         if result.data_range is None or tuple(result.data_range) != (-1.0, 1.0):
             raise UserError(
-                f"stages: the split was made with data_range {list(result.data_range or [])}, but networks train on "
-                "[-1, 1], where its edges mean other noise; run msdiff split without --data-range"
+                f"stages: they were found with data_range {list(result.data_range or [])}, but networks train on "
+                "[-1, 1], where their edges mean other noise; run msdiff stages without --data-range"
             )
         return dataclasses.replace(config, stages=result.stages())
     if not result.codec:
         raise UserError(
-            "stages: the split was made on pixels, but this run trains on latents, where its edges mean other noise; run "
-            "msdiff split with --codec"
+            "stages: they were found on pixels, but this run trains on latents, where their edges mean other noise; run "
+            "msdiff stages with --codec"
         )
     if result.codec != config.codec.fingerprint:
-        raise UserError("stages: the split was made on the latents of another codec; run msdiff split with this one")
+        raise UserError("stages: they were found on the latents of another codec; run msdiff stages with this one")
     scale = config.codec.scale
     if scale is not None and result.scale is not None and abs(scale / result.scale - 1) > 1e-3:
         raise UserError(
-            f"stages: the split was made on latents times {result.scale:.6g}, but codec.scale={scale:.6g}; leave it out"
+            f"stages: they were found on latents times {result.scale:.6g}, but codec.scale={scale:.6g}; leave it out"
         )
     codec = dataclasses.replace(config.codec, scale=result.scale)
     return dataclasses.replace(config, codec=codec, stages=result.stages())
 
 
 def decoder(codec: Codec, scale: float) -> Callable[[Tensor], Tensor]:
-    """Return the map from scaled latents (B, c, h, w) to images (B, C, H, W) in [-1, 1], a few at a time."""
+    """Return the function that maps scaled latents (B, c, h, w) to images (B, C, H, W) in [-1, 1], a few at a time."""
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:

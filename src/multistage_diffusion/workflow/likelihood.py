@@ -1,4 +1,4 @@
-"""How likely a run finds held-out images: the variational bound, stage by stage."""
+"""The likelihood of held-out images under a run: the variational bound, stage by stage."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..codecs import open_codec
 from ..config import RunConfig
+from ..config.serialization import to_dict
 from ..data import ImageData, to_float
 from ..errors import UserError
 from ..evaluation.likelihood import LikelihoodResult, likelihood
 from ..files import write_json
-from ..latents import cached_latents
+from ..latent.codecs import open_codec
+from ..latent.latents import cached_latents
+from ..performance.devices import joined
+from ..progress import Progress
 from ..records import read_evaluations
-from ..serialization import to_dict
 from ..training.checkpoint import checkpoint_step
-from ..training.devices import joined
 from ..training.run import Run
-from .progress import Progress
-from .using import opened_run, require_writable
+from .sample import opened_run, require_writable
 
 _TAIL = 1e-3  # share of the training noise beyond each end of the default range
 _ROUNDING = 1e-4
@@ -44,14 +44,14 @@ def measure_likelihood(
         run: a trained run, or its folder.
         count: held-out images, the first ones; default all of them.
         draws: noise levels per image and stage.
-        seed: of levels and noise.
-        sigma_min, sigma_max: range of the integral; default `noise_range`. Runs are comparable on the same range only.
+        seed: seed of levels and noise.
+        sigma_min, sigma_max: range of the integral; default `noise_range`. Only runs on the same range are comparable.
         checkpoint: "best", "latest" or a step; its averaged weights are measured.
         device: default CUDA when there is one.
-        progress: called with (rows done, in all).
+        progress: called with (rows done, rows in total).
 
     Returns:
-        Bits per dimension of pixels; nats per dimension of latents, without the reconstruction term.
+        Bits per dimension for pixels; nats per dimension for latents, without the reconstruction term.
 
     Raises:
         UserError: for several processes, too few held-out images, or a range beyond the training noise.
@@ -90,7 +90,7 @@ def measure_likelihood(
 
 
 def noise_range(config: RunConfig, tail: float = _TAIL) -> tuple[float, float]:
-    """Return the range of a run's training noise, but for a share `tail` of it at each end."""
+    """Return the range of a run's training noise, without a share `tail` at each end."""
     low, high = config.diffusion.prior.sample(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
 
@@ -108,7 +108,7 @@ def _range(config: RunConfig, sigma_min: float | None, sigma_max: float | None) 
 
 
 def _inputs(config: RunConfig, images: ImageData, device: torch.device) -> Tensor:
-    """Return what the network sees of clean images: pixels in [-1, 1], or latents times the run's scale."""
+    """Return the network's inputs for clean images: pixels in [-1, 1], or latents times the run's scale."""
     if not config.codec.used:
         return to_float(images.images)
     latents, _ = cached_latents(open_codec(config.codec, device), images, scale=config.codec.scale, device=device)

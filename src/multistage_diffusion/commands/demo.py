@@ -1,0 +1,45 @@
+"""msdiff demo: the whole workflow on the digits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config.serialization import to_dict
+from ..console import Bar, TrainingProgress
+from ..workflow.demo import demo
+from .evaluate import evaluation_text
+from .options import Changes, Device, parse_changes, print_json, say
+
+
+@dataclass(kw_only=True)
+class Demo:
+    """Do the whole job on real handwritten digits in a few minutes: stages, train, sample, evaluate, report.
+
+    Examples
+      msdiff demo --out runs/demo
+    """
+
+    out: Path = Path("runs/demo")
+    """The run's folder; an interrupted demo goes on where it stopped."""
+    set: Changes = ()
+    """Changes to the digits preset, e.g. training.steps=2000."""
+    device: Device = None
+    """cpu, cuda or cuda:N"""
+    json: bool = False
+    """Print the evaluation as JSON."""
+
+    def run(self) -> None:
+        """Run the command."""
+        with TrainingProgress() as progress:
+            page, result = demo(self.out, parse_changes(self.set), device=self.device, callbacks=[progress], bar=Bar)
+        if self.json:
+            print_json({**to_dict(result), "report": str(page)})
+            return
+        say(evaluation_text(result))
+        for name, what in (
+            ("samples.png", "samples"),
+            ("stages.png", "stages"),
+            (page.name, "report: open in a browser"),
+        ):
+            say(f"{self.out / name}  ({what})")

@@ -1,0 +1,144 @@
+"""The command that finds stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from ..config import CodecConfig, DataConfig
+from ..console import Bar
+from ..distributed import is_main_process
+from ..errors import UserError
+from ..schedules import SCHEDULES
+from ..stage_finding import StageResult, StageSettings
+from ..workflow.clustering import find_stages_by_gradients
+from ..workflow.stages import find_stages
+from .options import DataOptions, Device, check_out, option, print_json, say
+
+
+@dataclass(kw_only=True)
+class FindStages(DataOptions):
+    """Find the noise ranges (stages) of a data set from the data themselves.
+
+    Writes OUT (JSON) and the curves that the stages are read from beside it (PNG). Under torchrun (with -m
+    multistage_diffusion.cli stages ...) the processes share the work; what they find does not depend on how many there are.
+
+    Examples
+      msdiff stages digits --out stages.json
+      msdiff stages digits --precision 0.005 --out precise.json
+      msdiff stages photos/ --size 64 64 --fit crop --algorithm 2 --stages 4 --out stages.json
+      msdiff stages digits --data-range 0 1 --json
+      msdiff stages --algorithm gradient --run runs/one-stage --stages 3 --out gradient.json
+    """
+
+    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")] = ""
+    """digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy or .npz"""
+    out: Path = Path("stages.json")
+    """Where to write the result."""
+    algorithm: Literal[1, 2, "timestep", "snr", "gradient"] = 1
+    """1: three stages by similarity to the limits; 2: any number by clustering; timestep, snr, gradient: baselines."""
+    trained: Annotated[Path | None, tyro.conf.arg(name="run", metavar="RUN")] = None
+    """The run whose gradients are compared (algorithm gradient), instead of DATA."""
+    stages: int = 3
+    """Number of stages (all but algorithm 1)."""
+    samples: Annotated[int | None, option("INT", "1000; with --precision as many as it takes")] = None
+    """Noisy images compared."""
+    times: int = 32
+    """Times at which each is looked at (algorithm 1); 1 with 50000 samples is the paper's estimator."""
+    precision: Annotated[float | None, option("FLOAT", "whatever the samples give")] = None
+    """Draw samples until the edges' 95 % intervals are at most this far from them, in t."""
+    eta: float = 2 / 256
+    """Largest difference of a coordinate that counts as agreement."""
+    alpha: float = 0.9
+    """Similarity that the outer stages keep (algorithm 1)."""
+    rule: Literal["interval-mean", "pointwise"] = "interval-mean"
+    """How edges are read from the curves (algorithm 1)."""
+    space: Annotated[Literal["eps", "x0"] | None, option("{eps,x0}", "eps, or x0 for algorithm 2")] = None
+    """What is compared: noise predictions or posterior means."""
+    objective: Literal["total-distance", "mean-similarity"] = "total-distance"
+    """What algorithm 2 optimises."""
+    data_range: Annotated[tuple[float, float], tyro.conf.arg(metavar="LOW HIGH")] = (-1.0, 1.0)
+    """Range of the pixels: that of training; 0 1 reproduces the paper."""
+    codec: Annotated[str | None, option("CODEC", "pixels are used")] = None
+    """Find the stages in the latents of this autoencoder: a folder or hf:NAME."""
+    schedule: Literal["vp", "ve", "edm", "rectified-flow", "discrete"] = "vp"
+    """Kernel in whose time edges are printed."""
+    seed: int = 0
+    """Seed of the samples."""
+    memory: float = 2.0
+    """GiB to stay under, roughly; images that do not fit are read again and again."""
+    image_shards: int = 1
+    """Under torchrun: processes among which the images are divided; the samples are among the others."""
+    device: Device = None
+    """cpu, cuda or cuda:N"""
+    overwrite: bool = False
+    """Replace OUT if it exists."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> None:
+        """Run the command."""
+        names = [f.name for f in dataclasses.fields(StageSettings)]
+        settings = StageSettings(**{name: getattr(self, name) for name in names if hasattr(self, name)})
+        picture = self.out.with_suffix(".png")
+        if self.out == picture:
+            raise UserError(f"--out {self.out}: the result is JSON; name it {self.out.with_suffix('.json')}")
+        for path in (self.out, picture):
+            check_out(path, self.overwrite)
+        if (self.trained is None) == (self.algorithm == "gradient"):
+            raise UserError("--algorithm gradient and --run RUN go together; give both or neither")
+        if bool(self.data) == (self.trained is not None):
+            raise UserError(
+                "Missing from msdiff stages: DATA, the images"
+                if not self.data
+                else "DATA: the run knows its own; leave it out"
+            )
+        if not 0 < self.memory < math.inf:
+            raise UserError(f"--memory {self.memory}: must be positive and finite, in GiB")
+        with Bar("finding stages", "samples" if self.trained is None else "gradients") as bar:
+            where: dict[str, Any] = {
+                "schedule": SCHEDULES[self.schedule](),
+                "out": self.out,
+                "device": self.device,
+                "memory": self.memory,
+                "progress": bar if is_main_process() else None,
+            }
+            if self.trained is not None:
+                result = find_stages_by_gradients(self.trained, settings, **where)
+            else:
+                codec = None if self.codec is None else CodecConfig(source=self.codec)
+                config = DataConfig(source=self.data, **self.given())
+                result = find_stages(config, settings, codec=codec, image_shards=self.image_shards, **where)
+        if not is_main_process():
+            return
+        if self.json:
+            print_json(result.to_dict())
+        else:
+            say(f"{edges_text(result)}\nwritten: {self.out}, {picture}")
+
+
+def edges_text(result: StageResult) -> str:
+    """Return the edges found as text."""
+    lines = []
+    for k, (t, sigma) in enumerate(zip(result.edges_t, result.edges_sigma, strict=True)):
+        line = f"stage {k + 1} | {k + 2}: t = {t:.4f}, sigma = {sigma:.4f}"
+        if result.intervals_t:
+            (low, high), (least, most) = result.intervals_t[k], result.intervals_sigma[k]
+            line += f" (95 %: t {low:.4f} to {high:.4f}, sigma {least:.4f} to {most:.4f})"
+        if len(result.edges_t) == 1:
+            line += f"; boundary_ratio of diffusers' two-expert pipelines: {result.boundary_ratios[0]:.4f}"
+        lines.append(line)
+    table = result.curves.get("table", [])
+    if table:
+        lines.append("stages  mean distance within a stage (held-out images)  edges in t")
+    for row in table:
+        outside = row["distance_held_out"]
+        distance = f"{row['distance']:.4f}" + ("" if outside is None else f" ({outside:.4f})")
+        lines.append(f"{row['stages']:6d}  {distance:<44}  {', '.join(f'{t:.4g}' for t in row['edges_t'])}".rstrip())
+    return "\n".join(lines)

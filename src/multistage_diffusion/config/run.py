@@ -1,0 +1,355 @@
+"""The configuration of a run in one frozen, validated value: what is trained, on which data, and how."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..errors import require
+from ..schedules import VP, NoiseSchedule, SigmaPrior, UniformTime
+from ..stages import Stages
+from .execution import ExecutionConfig
+from .network import NetworkConfig as NetworkConfig
+from .sampling import SamplingConfig as SamplingConfig
+
+FORMAT_VERSION = 1
+
+
+MAX_PIXELS = 178_956_970  # pixels of an image; the default, and Pillow's own limit against decompression bombs
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The training data.
+
+    `fingerprint` and `shape` are filled in when a run starts and checked when it is resumed. `class_counts`, the number
+    of training images of each class, is also filled in if the network is class-conditional: samples for evaluation have
+    the same frequencies.
+    """
+
+    source: str = "digits"
+    held_out: float = 0.1
+    size: tuple[int, int] | None = None
+    fit: Literal["exact", "crop", "resize", "pad"] = "exact"
+    skip_bad: bool = False
+    max_pixels: int = MAX_PIXELS
+    fingerprint: str = ""
+    shape: tuple[int, ...] = ()
+    class_counts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(0 <= self.held_out < 1, f"data.held_out={self.held_out} must be in [0, 1)")
+        if self.size is not None:
+            require(min(self.size) > 0, f"data.size={self.size} must be positive")
+        require(self.max_pixels > 0, f"data.max_pixels={self.max_pixels} must be positive")
+        require(
+            not self.class_counts or (min(self.class_counts) >= 0 and sum(self.class_counts) > 0),
+            f"data.class_counts={list(self.class_counts)} must be >= 0 and not all zero",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecConfig:
+    """The autoencoder of a run on latents; with neither source nor shape, the run is on pixels.
+
+    Attributes:
+        source: a folder with a diffusers AutoencoderKL or VQModel (such as msdiff train-codec writes), or hf:NAME.
+        subfolder: subfolder of the autoencoder ("vae" in a whole pipeline).
+        scale: factor of the latents in the network's input; None: 1 / their standard deviation, recorded when a run
+            starts.
+        shape: (channels, height, width) of a latent, recorded when a run starts.
+        fingerprint: hash of the autoencoder's weights, recorded when a run starts and checked at every use.
+    """
+
+    source: str = ""
+    subfolder: str = ""
+    scale: float | None = None
+    shape: tuple[int, ...] = ()
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        require(
+            self.scale is None or 0 < self.scale < math.inf, f"codec.scale={self.scale} must be positive and finite"
+        )
+        require(
+            not self.shape or (len(self.shape) == 3 and min(self.shape) > 0),
+            f"codec.shape={list(self.shape)} must be [channels, height, width]",
+        )
+
+    @property
+    def used(self) -> bool:
+        """Whether the run is trained on latents."""
+        return bool(self.source or self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """Preconditioning, noise schedule and training noise of a denoiser.
+
+    Attributes:
+        precondition: "vp-eps", "edm" or "velocity".
+        sigma_data: standard deviation of the data, for "edm".
+        schedule: the kernel whose time defines the embedding, edges and sampling times.
+        prior: density of training noise.
+    """
+
+    precondition: Literal["vp-eps", "edm", "velocity"] = "vp-eps"
+    sigma_data: float = 0.5
+    schedule: NoiseSchedule = field(default_factory=VP)
+    prior: SigmaPrior = field(default_factory=UniformTime)
+
+    def __post_init__(self) -> None:
+        require(
+            1e-6 <= self.sigma_data <= 1e6,
+            f"diffusion.sigma_data={self.sigma_data} must be in [1e-6, 1e6]; scale the data",
+        )
+        require(
+            self.precondition != "vp-eps" or self.schedule.kind in ("vp", "discrete"),
+            f"diffusion.schedule={self.schedule.kind!r}: precondition 'vp-eps' needs the time of 'vp' or 'discrete'; "
+            "use precondition 'edm' or 'velocity' for the others",
+        )
+        own = getattr(self.prior, "schedule", self.schedule)
+        require(
+            self.precondition != "vp-eps" or own == self.schedule,
+            "diffusion.prior.schedule differs from diffusion.schedule, in whose time the network is told its noise; set both",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam(W), warm-up and clipping.
+
+    Attributes:
+        warmup_steps: steps in which the learning rate rises from 0 to `lr`.
+        decay_after: steps after which the learning rate is lr sqrt(decay_after / step) (Karras et al. 2024, Analyzing
+            and improving the training dynamics of diffusion models, equation 67); 0: no decay.
+        clip: bound of the gradient norm of the whole model or of each part (`clip_scope`); None: no clipping.
+    """
+
+    kind: Literal["adam", "adamw"] = "adam"
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 5000
+    decay_after: int = 0
+    clip: float | None = 1.0
+    clip_scope: Literal["model", "part"] = "model"
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"optimizer.{name}={value} must be positive and finite")
+        require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas={self.betas} must be in [0, 1)")
+        for name in ("warmup_steps", "decay_after"):
+            require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must be >= 0")
+        require(
+            0 <= self.weight_decay < math.inf, f"optimizer.weight_decay={self.weight_decay} must be >= 0 and finite"
+        )
+        require(
+            self.clip is None or 0 < self.clip < math.inf,
+            f"optimizer.clip={self.clip} must be positive and finite, or null for no clipping",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, batches, objective, EMA and output intervals.
+
+    Attributes:
+        steps: optimiser iterations in total.
+        batch: images per iteration (all stages and micro-batches together).
+        accumulate: gradient accumulation: micro-batches into which an iteration's rows are divided to save memory.
+        update_mode: "mixed" (all stages in one pass), "one-stage" (a stage drawn per step), "sequential" (a step after
+            each stage).
+        shares: share of rows (or of steps) per stage: "uniform", "prior" (the prior's mass) or numbers. Unless weights
+            is "shares", they affect only the gradients' variance.
+        weights: the objective's lambda_k: "prior" (the ordinary loss), "shares" or numbers.
+        ema_halflife: half-life of the EMA in images.
+        ema_rampup: the half-life is at most this share of the images seen so far; 0: no limit.
+        flip: random horizontal flips.
+        label_dropout: probability of hiding a class label.
+        augment: probability of each transformation of EDM's augmentation (non-leaky: the network receives its label);
+            needs network.augment_dim=9.
+        soft_intervals: probability that a row of a stage draws its noise from the whole prior instead of the stage's
+            own interval (MEME's soft assignment): one number, or one for each stage.
+        overlap: distance in ln sigma by which a stage's noise range extends beyond its inner edges, so that its decoder
+            learns both sides of its edges.
+        branch_at: steps in which all stages train one common decoder; afterwards each stage continues with its own copy
+            (0: own decoders from the start). Decoders must be alike.
+        init_from: a trained run from whose encoder and fitting decoders the network starts; empty: from scratch.
+        precision: "auto" (on CUDA bf16 if supported, else fp16; on the CPU fp32), "fp32", "bf16", "fp16" (with loss
+            scaling) or "fp64" (slow; for checking that two ways of training are the same).
+        keep_last, keep_every: checkpoints kept: the newest ones, and one every so many steps (0: none).
+        held_out_rows: held-out images per stage in each held-out loss (noise fixed).
+    """
+
+    steps: int = 250_000
+    batch: int = 128
+    accumulate: int = 1
+    update_mode: Literal["mixed", "one-stage", "sequential"] = "mixed"
+    shares: Literal["uniform", "prior"] | tuple[float, ...] = "uniform"
+    weights: Literal["prior", "shares"] | tuple[float, ...] = "prior"
+    ema_halflife: float = 500_000.0
+    ema_rampup: float = 0.05
+    flip: bool = True
+    label_dropout: float = 0.1
+    augment: float = 0.0
+    soft_intervals: float | tuple[float, ...] = 0.0
+    overlap: float = 0.0
+    branch_at: int = 0
+    init_from: str = ""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    seed: int = 0
+    log_every: int = 50
+    held_out_every: int = 1000
+    held_out_rows: int = 256
+    checkpoint_every: int = 1000
+    keep_last: int = 2
+    keep_every: int = 0
+    sample_every: int = 0
+    sample_count: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "keep_last", "held_out_rows"):
+            require(getattr(self, name) > 0, f"training.{name}={getattr(self, name)} must be positive")
+        require(
+            self.accumulate <= self.batch,
+            f"training.accumulate={self.accumulate} must not exceed training.batch={self.batch}",
+        )
+        counts = ("held_out_every", "keep_every", "sample_every", "sample_count", "seed", "branch_at")
+        for name in (*counts, "ema_rampup", "overlap"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"training.{name}={value} must be >= 0 and finite")
+        require(self.overlap <= 20, f"training.overlap={self.overlap} must be at most 20 (in ln sigma)")
+        require(
+            self.sample_count > 0 or not self.sample_every,
+            f"training.sample_count={self.sample_count} must be positive, or training.sample_every 0",
+        )
+        require(
+            0 < self.ema_halflife < math.inf, f"training.ema_halflife={self.ema_halflife} must be positive and finite"
+        )
+        for name in ("label_dropout", "augment"):
+            require(0 <= getattr(self, name) <= 1, f"training.{name}={getattr(self, name)} must be in [0, 1]")
+        soft = self.soft_intervals
+        require(
+            all(0 <= share <= 1 for share in (soft if isinstance(soft, tuple) else (soft,))),
+            f"training.soft_intervals={list(soft) if isinstance(soft, tuple) else soft} must be in [0, 1]",
+        )
+        for name in ("shares", "weights"):
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                require(
+                    all(v >= 0 for v in value) and 0 < sum(value) < math.inf,
+                    f"training.{name}={list(value)} must be >= 0, finite (their sum, too) and not all zero",
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluation during training: the Fréchet distance of samples to a reference.
+
+    Attributes:
+        every: steps between evaluations; the last step is always evaluated; 0: no evaluations.
+        features: name of the feature extractor.
+        count: samples per evaluation, always from the same noise.
+        seed: seed of that noise.
+        reference: statistics of images (an .npz file of msdiff stats); empty: the run's own training images.
+        patience: evaluations without a new best after which training ends; 0: never.
+    """
+
+    every: int = 0
+    features: str = "pixels"
+    count: int = 1000
+    seed: int = 0
+    reference: str = ""
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("every", "seed", "patience"):
+            require(getattr(self, name) >= 0, f"evaluation.{name}={getattr(self, name)} must be >= 0")
+        require(self.count >= 2, f"evaluation.count={self.count} must be at least 2: one sample has no covariance")
+        require(bool(self.features), "evaluation.features is empty; name a feature extractor, such as pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The complete configuration of a run; written beside each checkpoint.
+
+    Raises:
+        UserError: if the numbers of stages and decoders differ, or settings do not fit each other.
+    """
+
+    format_version: int = FORMAT_VERSION
+    name: str = "custom"
+    data: DataConfig = field(default_factory=DataConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    stages: Stages = field(default_factory=Stages)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of the network's input: a latent, or else an image; () if not yet known."""
+        return self.codec.shape if self.codec.used else self.data.shape
+
+    def __post_init__(self) -> None:
+        require(
+            self.format_version == FORMAT_VERSION,
+            f"format_version={self.format_version}: this release reads format {FORMAT_VERSION}",
+        )
+        decoders = len(self.network.decoder_widths)
+        require(
+            len(self.stages) == decoders,
+            f"stages: {len(self.stages)} intervals but network.decoder_widths={list(self.network.decoder_widths)} has "
+            f"{decoders}; give one width per stage",
+        )
+        for name, else_one in (("shares", "uniform"), ("weights", "prior"), ("soft_intervals", "0.5")):
+            value = getattr(self.training, name)
+            if isinstance(value, tuple):
+                require(
+                    len(value) == decoders,
+                    f"training.{name}={list(value)} needs one number for each of the {decoders} stages, or one value for "
+                    f"all, such as training.{name}={else_one}",
+                )
+        require(
+            not self.training.augment or not self.codec.used,
+            f"training.augment={self.training.augment}: EDM's augmentation is of pixels, not of latents; set it to 0",
+        )
+        require(
+            self.sampling.threshold is None or not self.codec.used,
+            f"sampling.threshold={self.sampling.threshold}: dynamic thresholding is of pixels, not of latents; set it to null",
+        )
+        if self.training.branch_at:
+            alike = (self.network.decoder_widths, self.network.decoder_attention, self.network.attention_shares)
+            require(
+                all(len(set(values)) == 1 for values in alike if values is not None),
+                f"training.branch_at={self.training.branch_at} needs decoders that are alike, not of "
+                f"network.decoder_widths={list(self.network.decoder_widths)} (and attention); make them equal, or set it to 0",
+            )
+            require(
+                not self.training.init_from,
+                f"training.branch_at={self.training.branch_at} and training.init_from={self.training.init_from!r} both say how "
+                "decoders begin; give one of them",
+            )
+        shares, weights = self.training.shares, self.training.weights
+        for stage in range(decoders):
+            require(
+                not isinstance(shares, tuple)
+                or shares[stage] > 0
+                or weights == "shares"
+                or (isinstance(weights, tuple) and weights[stage] == 0),
+                f"training.shares={list(shares)}: stage {stage + 1} gets no rows but counts in the objective; give it a "
+                "share, or training.weights with 0 for it",
+            )
+            low, high = self.stages.interval(stage)
+            require(
+                self.diffusion.prior.mass(low, high) > 0,
+                f"stages: [{low:.6g}, {high:.6g}) holds no mass of the {self.diffusion.prior.kind} prior; move it",
+            )

@@ -1,0 +1,80 @@
+"""How a run is sampled: solver, order, calls, range, guidance and the last step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import require
+
+MOST_CALLS = 100_000  # a plan with more calls takes too long to build and gains nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """The sampler of a run, unless another one is given.
+
+    Attributes:
+        solver: "dpm" (DPM-Solver), "dpm++", "ddim" or "heun".
+        method: "singlestep" or "multistep" (DPM-Solver families).
+        order: 1 to 3 (DPM-Solver families).
+        calls: denoiser calls per image.
+        spacing: "log-snr", "time" (of the run's schedule) or "edm" (rho).
+        sigma_min, sigma_max: where trajectories end and start; None: the schedule's own range.
+        rho: for EDM spacing.
+        churn: S_churn of Heun (Karras et al. 2022, Algorithm 2); 0 is deterministic.
+        eta: stochasticity of DDIM.
+        lower_final: which steps have a lower order than `order`. "always": the last step has order 1, and every step
+            that is too long for its order has a lower one. "published": as in the solvers' papers; multistep then
+            lowers its last orders only below 10 calls.
+        denoise_last: whether the last call is at sigma_min and its output is the result, without the noise left at
+            sigma_min. "auto": if that noise is visible (sigma_min of a grey level or more) and calls exceed the order.
+        guidance: classifier-free guidance w of a class-conditional run, D = D_none + w (D_label - D_none): 0 is
+            unconditional, 1 conditional; other values evaluate the network twice, in one batch.
+        guidance_interval: (low, high); guidance acts only for low < sigma <= high. Elsewhere w is 1 and the network is
+            evaluated once (Kynkäänniemi et al. 2024). None: everywhere.
+        threshold: dynamic thresholding (Saharia et al. 2022) of pixels: each denoised image is clipped at the quantile
+            `threshold` of its absolute values, at least 1, and divided by it. None: no thresholding.
+    """
+
+    solver: Literal["dpm", "dpm++", "ddim", "heun"] = "dpm"
+    method: Literal["singlestep", "multistep"] = "singlestep"
+    order: int = 3
+    calls: int = 20
+    spacing: Literal["log-snr", "time", "edm"] = "log-snr"
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    rho: float = 7.0
+    churn: float = 0.0
+    eta: float = 0.0
+    lower_final: Literal["always", "published"] = "always"
+    denoise_last: Literal["auto", "always", "never"] = "auto"
+    guidance: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.order in (1, 2, 3), f"sampling.order={self.order} must be 1, 2 or 3")
+        require(0 < self.calls <= MOST_CALLS, f"sampling.calls={self.calls} must be positive, and at most {MOST_CALLS}")
+        for name in ("sigma_min", "sigma_max"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, f"sampling.{name}={value} must be positive and finite")
+        require(
+            self.sigma_min is None or self.sigma_max is None or self.sigma_min < self.sigma_max,
+            f"sampling.sigma_min={self.sigma_min} must be below sampling.sigma_max={self.sigma_max}",
+        )
+        require(0 < self.rho < math.inf, f"sampling.rho={self.rho} must be positive and finite")
+        require(0 <= self.churn < math.inf, f"sampling.churn={self.churn} must be >= 0 and finite")
+        require(0 <= self.eta <= 1, f"sampling.eta={self.eta} must be in [0, 1]")
+        require(0 <= self.guidance < math.inf, f"sampling.guidance={self.guidance} must be >= 0 and finite")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            require(
+                0 <= low < high < math.inf,
+                f"sampling.guidance_interval={list(self.guidance_interval)} must be [low, high], 0 <= low < high, finite",
+            )
+        require(
+            self.threshold is None or 0 < self.threshold <= 1,
+            f"sampling.threshold={self.threshold} must be in (0, 1], e.g. 0.995",
+        )

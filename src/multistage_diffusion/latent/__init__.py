@@ -1,0 +1,1 @@
+"""Autoencoders (codecs) and data sets of latents."""

@@ -1,0 +1,1 @@
+"""Execution of networks: devices, autotuning, speed and memory."""

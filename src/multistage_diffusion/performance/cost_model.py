@@ -1,0 +1,103 @@
+"""Memory, communication and time of a training step on several processes: exact bytes, modelled seconds.
+
+The encoder has P_0 parameters, decoder k has P_k. A process holds 20 bytes per parameter of its parts: 4 for the
+weight, 4 for the gradient, 8 for Adam's moments, 4 for the EMA. Gradients of a part with P parameters on n processes
+take 4 P bytes on each process. A ring all_reduce sends ring(n, P) = 2 (n - 1) / n times these bytes (Patarasuk & Yuan
+2009). W is the number of processes, n_k the number of processes with decoder k. Per strategy:
+
+    time:   20 (P_0 + sum_k P_k) bytes held, ring(W, P_0 + sum_k P_k) sent
+    memory: 20 (P_0 + P_k) bytes held,      ring(W, P_0) + ring(n_k, P_k) sent
+
+The time of a step is a model, not a measurement: rows times FLOPs per row divided by the device's rate, plus the part
+of the all_reduce that does not overlap with the backward pass. The backward pass is two thirds of the compute time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import RunConfig
+from ..nets.cost import BACKWARD, network_cost
+from ..training.batches import row_counts, stage_shares
+from ..training.strategies import Strategy, make_layout
+
+WEIGHT, GRADIENT, MOMENTS, AVERAGE = 4, 4, 8, 4  # bytes per parameter in fp32, also with bf16 autocast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Speed of a device and its network connection.
+
+    Attributes:
+        flops: floating-point operations per second in training.
+        bandwidth: bytes per second that a process sends in an all_reduce.
+        latency: seconds per hop of the ring.
+    """
+
+    flops: float
+    bandwidth: float
+    latency: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """Cost of a step on one process.
+
+    Attributes:
+        held: bytes of weights, gradients, moments and EMA, without activations.
+        reduced: bytes of gradients in all_reduce.
+        sent: bytes that this process sends in ring all_reduce.
+        flops: floating-point operations for its rows.
+        seconds: modelled time; None without a machine.
+    """
+
+    held: int
+    reduced: int
+    sent: float
+    flops: float
+    seconds: float | None
+
+
+def step_costs(
+    config: RunConfig, shape: tuple[int, ...], strategy: Strategy, size: int, machine: Machine | None = None
+) -> list[StepCost]:
+    """Return the cost of a "mixed" step for each of `size` processes.
+
+    Args:
+        config: of a run; its batch is the total over all processes.
+        shape: (C, H, W) of the network's input.
+        strategy: determines which parts a process holds.
+        size: number of processes.
+        machine: speeds for the time model; None: no times.
+
+    Raises:
+        UserError: if the batch cannot be assigned to `size` processes, see `make_layout`.
+    """
+    layout = make_layout(strategy, config, shape, size)
+    counts = row_counts(config.training, stage_shares(config.training, config.stages, config.diffusion.prior))
+    cost = network_cost(config.network, *shape[1:])
+    shared = cost.shared_parameters
+    own = [stage.parameters - shared for stage in cost.stages]
+    found = []
+    for rank in range(size):
+        held = layout.held(rank)
+        parts = [(size, shared)] + [(len(layout.holders[k]), own[k]) for k in held]
+        exchanged = [(n, GRADIENT * p) for n, p in parts if n > 1]
+        sent = sum(2 * (n - 1) / n * bytes_ for n, bytes_ in exchanged)
+        rows = layout.rows(rank, counts)
+        flops = (1 + BACKWARD) * sum(len(r) * s.true_flops for r, s in zip(rows, cost.stages, strict=True))
+        seconds = None
+        if machine is not None:
+            computing = flops / machine.flops
+            exchange = sent / machine.bandwidth + sum(2 * (n - 1) * machine.latency for n, _ in exchanged)
+            seconds = computing + max(0.0, exchange - computing * BACKWARD / (1 + BACKWARD))
+        found.append(
+            StepCost(
+                held=(WEIGHT + GRADIENT + MOMENTS + AVERAGE) * sum(p for _, p in parts),
+                reduced=sum(bytes_ for _, bytes_ in exchanged),
+                sent=sent,
+                flops=flops,
+                seconds=seconds,
+            )
+        )
+    return found

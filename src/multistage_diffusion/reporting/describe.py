@@ -1,0 +1,175 @@
+"""Describes a run's network, stage by stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..config import RunConfig, SamplingConfig
+from ..errors import UserError
+from ..nets.cost import network_cost, weighted_multiply_adds
+from ..samplers import make_plan
+from ..schedules import NoiseSchedule
+
+if TYPE_CHECKING:
+    from .report import ArchitectureRow
+
+
+def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[str, Any]:
+    """Return a description of a run's network, per stage, as JSON-compatible data.
+
+    Parameters are those of the network that a stage uses (shared encoder and its own decoder). Multiply-adds count
+    convolutions in the paper's convention; FLOPs are twice all multiply-adds; both are for one image and one call.
+    Means over the stages are given twice. `by_length` weights each stage by `length`, the share of the schedule's time
+    range in its interval (as the totals of the paper's Tables 7 and 9). `by_calls` weights it by `calls`, the number of
+    calls by the sampler of `sampling` (default: the run's).
+
+    Raises:
+        UserError: if the configuration has no image or latent shape yet.
+    """
+    shape, field = config.input_shape, "codec.shape" if config.codec.used else "data.shape"
+    if len(shape) != 3:
+        raise UserError(f"{field}={list(shape)} must be [channels, height, width]")
+    cost = network_cost(config.network, *shape[1:])
+    schedule, stages = config.diffusion.schedule, config.stages
+    calls = calls_per_stage(config, sampling)
+    times = [
+        (edge_time(schedule, low), edge_time(schedule, high)) for low, high in map(stages.interval, range(len(stages)))
+    ]
+    lengths = [(end - start) / schedule.t_max for start, end in times]
+    flops = [stage.true_flops for stage in cost.stages]
+    return {
+        "name": config.name,
+        "family": config.network.family,
+        "input": "latents" if config.codec.used else "images",
+        "shape": list(shape),
+        "encoder_width": None if config.network.separate else config.network.encoder_width,
+        "parameters": cost.total_parameters,
+        "shared_parameters": cost.shared_parameters,
+        "shared_multiply_adds": cost.shared_multiply_adds,
+        "shared_flops": cost.shared_true_flops,
+        "multiply_adds_by_length": weighted_multiply_adds(cost, lengths),
+        "multiply_adds_by_calls": weighted_multiply_adds(cost, calls),
+        "flops_by_length": _weighted_mean(flops, lengths),
+        "flops_by_calls": _weighted_mean(flops, calls),
+        "sampler": sampler_settings(sampling or config.sampling, sum(calls)),
+        "schedule": schedule.kind,
+        "stages": [
+            {
+                "stage": k + 1,
+                "decoder_width": config.network.decoder_widths[k],
+                "sigma": [low, high if math.isfinite(high) else None],
+                "t": list(times[k]),
+                "length": lengths[k],
+                "parameters": cost.stages[k].parameters,
+                "multiply_adds": cost.stages[k].multiply_adds,
+                "flops": cost.stages[k].true_flops,
+                "calls": calls[k],
+            }
+            for k in range(len(stages))
+            for low, high in [stages.interval(k)]
+        ],
+    }
+
+
+def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Return the mean of one value per stage; only the ratios of the weights matter."""
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def sampler_settings(sampling: SamplingConfig, calls: int) -> dict[str, Any]:
+    """Return a sampler's settings as JSON-compatible data; method and order are None for solvers without a choice."""
+    chosen = sampling.solver in ("dpm", "dpm++")
+    return {
+        "solver": sampling.solver,
+        "method": sampling.method if chosen else None,
+        "order": sampling.order if chosen else None,
+        "calls": calls,
+        "spacing": sampling.spacing,
+    }
+
+
+def sampler_words(settings: dict[str, Any]) -> str:
+    """Return a sampler's settings as text, e.g. "20 calls of dpm, singlestep, order 3, log-snr spacing"."""
+    kind = f", {settings['method']}, order {settings['order']}" if settings["method"] else ""
+    return f"{settings['calls']} calls of {settings['solver']}{kind}, {settings['spacing']} spacing"
+
+
+def calls_per_stage(config: RunConfig, sampling: SamplingConfig | None = None) -> list[int]:
+    """Return the number of calls of each stage by a sampler (default: the run's), lowest noise first."""
+    calls = [0] * len(config.stages)
+    for sigma in make_plan(sampling or config.sampling, config.diffusion.schedule).calls:
+        calls[config.stages.index_of(sigma)] += 1
+    return calls
+
+
+def edge_time(schedule: NoiseSchedule, sigma: float) -> float:
+    """Return the time of a stage edge; sigma = 0 gives 0, and sigma = inf the schedule's t_max."""
+    if sigma <= 0:
+        return 0.0
+    return schedule.edge_time(sigma) if math.isfinite(sigma) else schedule.t_max
+
+
+def architecture_rows(described: dict[str, Any]) -> list[ArchitectureRow]:
+    """Return a description as the rows of a report's table."""
+    from .report import ArchitectureRow  # matplotlib takes a while to import
+
+    rows = [
+        ArchitectureRow(
+            name=f"stage {s['stage']}",
+            parameters=s["parameters"],
+            multiply_adds=s["multiply_adds"],
+            width=s["decoder_width"],
+            sigma=(s["sigma"][0], math.inf if s["sigma"][1] is None else s["sigma"][1]),
+            t=tuple(s["t"]),
+        )
+        for s in described["stages"]
+    ]
+    if described["shared_parameters"] and len(rows) > 1:
+        rows.append(
+            ArchitectureRow(
+                name="shared encoder",
+                parameters=described["shared_parameters"],
+                multiply_adds=described["shared_multiply_adds"],
+                width=described["encoder_width"],
+            )
+        )
+    return [*rows, ArchitectureRow(name="whole network", parameters=described["parameters"])]
+
+
+def description_table(described: dict[str, Any]) -> str:
+    """Return a description as a text table, at most 80 columns wide."""
+    stages = described["stages"]
+    rows = [["", "sigma", "t", "width", "params, M", "mult-adds, M", "calls"]]
+    for stage in stages:
+        low, high = stage["sigma"]
+        interval = f"[{low:.3g}, {'inf' if high is None else format(high, '.3g')})"
+        times = f"[{stage['t'][0]:.3g}, {stage['t'][1]:.3g})"
+        size = [f"{stage['parameters'] / 1e6:.4g}", f"{stage['multiply_adds'] / 1e6:.5g}"]
+        rows.append(
+            [f"stage {stage['stage']}", interval, times, str(stage["decoder_width"]), *size, str(stage["calls"])]
+        )
+    if described["shared_parameters"] and len(stages) > 1:
+        size = [f"{described['shared_parameters'] / 1e6:.4g}", f"{described['shared_multiply_adds'] / 1e6:.5g}"]
+        rows.append(["encoder", "", "", str(described["encoder_width"]), *size, ""])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    by_calls, by_length = (described[f"multiply_adds_by_{weights}"] / 1e6 for weights in ("calls", "length"))
+    return "\n".join(
+        [
+            f"{described['name']}: {described['family']}, {described['input']} {' x '.join(map(str, described['shape']))}",
+            "",
+            *(line.rstrip() for line in lines),
+            "",
+            f"whole network: {described['parameters'] / 1e6:.4g} M parameters; multiply-adds of a call, mean over",
+            f"  {sampler_words(described['sampler'])}: {by_calls:.5g} M",
+            f"  the lengths of the intervals in t: {by_length:.5g} M",
+            "(a stage's figures include its encoder)",
+        ]
+    )

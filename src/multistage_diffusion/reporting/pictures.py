@@ -1,0 +1,140 @@
+"""Image output: grids, PNG files, npz archives."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import new_folder, write_atomic, write_file
+
+CELL = 64  # default side of a grid's cells in pixels; small images are enlarged up to it
+LINE = 128  # grey of the lines between cells, visible beside black and white images
+
+MOST_IN_GRID = 10_000  # most images in a picture for viewing
+
+
+def grid(images: Tensor, columns: int | None = None, scale: int | None = None, pad: int = 1) -> Image.Image:
+    """Lay images out row by row, each enlarged by repeating its pixels, with grey lines around them.
+
+    Args:
+        images: uint8 (N, C, H, W), C = 1 (grey) or 3 (RGB), N >= 1.
+        columns: images per row; default: as square as possible.
+        scale: whole enlargement factor; default: the largest that keeps an image's longer side within 64 pixels.
+        pad: width of the lines in pixels of the result.
+
+    Returns:
+        An image of mode "L" or "RGB"; unused cells at the end are line grey.
+
+    Raises:
+        UserError: for another type or shape, or columns or scale below 1, or pad below 0.
+    """
+    _check(images)
+    count, channels, height, width = images.shape
+    columns = math.ceil(math.sqrt(count)) if columns is None else columns
+    scale = max(1, CELL // max(height, width)) if scale is None else scale
+    for name, value, least in (("columns", columns, 1), ("scale", scale, 1), ("pad", pad, 0)):
+        if value < least:
+            raise UserError(f"{name}={value} must be at least {least}")
+    rows = math.ceil(count / columns)
+    step_y, step_x = height * scale + pad, width * scale + pad
+    canvas = torch.full((channels, rows * step_y + pad, columns * step_x + pad), LINE, dtype=torch.uint8)
+    large = images.cpu().repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    for i, image in enumerate(large):
+        top, left = pad + i // columns * step_y, pad + i % columns * step_x
+        canvas[:, top : top + height * scale, left : left + width * scale] = image
+    return _to_pil(canvas)
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG atomically."""
+    write_atomic(path, _png(image))
+
+
+@contextmanager
+def folder_of_images(
+    folder: Path, labels: Tensor | None = None, *, replace: bool = False
+) -> Iterator[Callable[[int, Tensor], object]]:
+    """Yield a function that writes images as 000000.png, 000001.png, ..., given (number of the first, images).
+
+    The folder appears complete at the end. After an error nothing is changed.
+
+    Args:
+        folder: the folder to write.
+        labels: class of every image, int64 (N,), written to dataset.json as EDM's tools do; None: no dataset.json.
+        replace: replace an existing folder of such images.
+
+    Raises:
+        UserError: if a folder exists that must not be replaced, or holds anything else.
+    """
+    if folder.is_dir():
+        others = [
+            p.name
+            for p in sorted(folder.iterdir())
+            if not re.fullmatch(r"\d{6,}\.png|dataset\.json", p.name) or p.is_dir()
+        ]
+        if others:
+            raise UserError(
+                f"{folder}: holds {others[0]!r}, which is no sample; it is not replaced; choose another folder"
+            )
+    with new_folder(folder, replace=replace) as temporary:
+
+        def write(first: int, images: Tensor) -> None:
+            _check(images)
+            for i, image in enumerate(images.cpu()):
+                write_file(temporary / f"{first + i:06d}.png", _png(_to_pil(image)))
+
+        yield write
+        if labels is not None:
+            listing = {"labels": [[f"{i:06d}.png", label] for i, label in enumerate(labels.tolist())]}
+            write_file(temporary / "dataset.json", json.dumps(listing).encode())
+
+
+def save_npz(images: Tensor, path: Path, labels: Tensor | None = None) -> None:
+    """Write images, uint8 (N, C, H, W), as the array `images` of a compressed .npz archive, atomically.
+
+    If there are labels, int64 (N,), they are its array `labels`.
+    """
+    _check(images)
+    arrays: dict[str, Any] = {"images": images.cpu().numpy()}
+    if labels is not None:
+        arrays["labels"] = labels.cpu().numpy()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomic(path, buffer.getvalue())
+
+
+def data_uri(image: Image.Image) -> str:
+    """Return a PNG as a data: URL, for self-contained HTML."""
+    return "data:image/png;base64," + base64.b64encode(_png(image)).decode("ascii")
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _to_pil(image: Tensor) -> Image.Image:
+    """Convert uint8 (C, H, W) on the CPU, C = 1 or 3, to a PIL image."""
+    array = image.numpy()
+    return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
+
+
+def _check(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.numel() == 0 or images.shape[1] not in (1, 3):
+        raise UserError(
+            f"images: expected uint8 (N, C, H, W) with C = 1 or 3, got {images.dtype} {tuple(images.shape)}"
+        )

@@ -1,0 +1,400 @@
+"""The report of a run in one HTML file: stages, network, losses, samples, metrics, and the command that made it.
+
+The file opens from disk without a network: it contains its style, charts (SVG) and pictures (PNG data URLs).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
+from PIL import Image
+from torch import Tensor
+
+from ..config import RunConfig
+from ..config.serialization import to_dict
+from ..data.opening import load_png
+from ..errors import UserError
+from ..evaluation import ComparisonResult, EvaluationResult
+from ..files import write_atomic
+from ..records import check, fields_of, read_evaluations, read_launches, read_metrics
+from .html import INK, chart, colour, escape, facts, label, note, page, picture, table, tidy
+from .pictures import data_uri, grid
+
+Record = Mapping[str, Any]
+
+POINTS = 300  # most points per curve; beyond that, neighbouring log lines are averaged
+PANELS = 3  # loss charts in a row
+GAP = 3  # pixels between images
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureRow:
+    """A row of the architecture table: a stage, the shared encoder, or the whole network.
+
+    Attributes:
+        name: e.g. "stage 1".
+        parameters: number of parameters; a stage's include its encoder's.
+        multiply_adds: per image and call; None where it makes no sense.
+        width: channels at full resolution; None for the whole network.
+        sigma: [low, high) of a stage; None for other rows.
+        t: the same edges in the schedule's time.
+    """
+
+    name: str
+    parameters: int
+    multiply_adds: int | None = None
+    width: int | None = None
+    sigma: tuple[float, float] | None = None
+    t: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """Samples, uint8 (N, C, H, W), beside their nearest training images (same shape) and the N distances."""
+
+    samples: Tensor
+    nearest: Tensor
+    distances: Sequence[float]
+
+    def __post_init__(self) -> None:
+        if self.samples.shape != self.nearest.shape or len(self.distances) != len(self.samples):
+            raise UserError(
+                f"neighbours: {tuple(self.samples.shape)} samples, {tuple(self.nearest.shape)} nearest images and "
+                f"{len(self.distances)} distances; give as many of each"
+            )
+
+
+def write_report(
+    run: Path,
+    *,
+    config: RunConfig,
+    architecture: Sequence[ArchitectureRow],
+    samples: Tensor,
+    real: Tensor,
+    neighbours: Neighbours | None = None,
+    stages_png: Path | None = None,
+    evaluation: Sequence[Any] | None = None,
+) -> Path:
+    """Write RUN/report.html and return its path.
+
+    Args:
+        run: folder of the run; its metrics.jsonl, launches.jsonl and evaluation.json are shown if present.
+        config: the run's configuration.
+        architecture: lines of the network table, stages first.
+        samples: uint8 (N, C, H, W), generated images.
+        real: uint8 (M, C, H, W), held-out or training images to show beside them.
+        neighbours: samples with their nearest training images.
+        stages_png: picture of the similarity curves from which the stages were found.
+        evaluation: evaluation results (dataclasses or plain dictionaries); default: those of RUN/evaluation.json.
+
+    Raises:
+        UserError: for images of another type or shape, or a file of the run that cannot be read.
+    """
+    if evaluation is None:
+        evaluation = read_evaluations(run / "evaluation.json")
+    records = read_metrics(run / "metrics.jsonl", len(config.stages))
+    launches = read_launches(run / "launches.jsonl")
+    train = [r for r in records if r["kind"] == "train"]
+    held_out = [r for r in records if r["kind"] == "held_out"]
+    quality = [r for r in records if r["kind"] == "quality"]
+    metrics = "".join(_metrics(to_dict(result)) for result in evaluation)
+    sections = [
+        ("stages", "Stages", _stages(config, stages_png)),
+        ("network", "Network", _network(architecture)),
+        ("training", "Training", _training(train, held_out, len(config.stages)) + _quality(quality)),
+        ("samples", "Samples", _samples(config, samples, real)),
+        ("neighbours", "Nearest training images", _neighbours(neighbours)),
+        ("metrics", "Metrics", metrics or note("Not evaluated yet.")),
+        ("origin", "Command and configuration", _origin(config, launches)),
+    ]
+    path = run / "report.html"
+    text = page(f"{config.name} · multistage-diffusion", _header(config, train, launches), sections)
+    write_atomic(path, text.encode())
+    return path
+
+
+def _header(config: RunConfig, train: Sequence[Record], launches: Sequence[Record]) -> str:
+    last = launches[-1] if launches else {}
+    release = last.get("version", version("multistage-diffusion"))
+    values = {
+        "Data": config.data.source,
+        "Stages": len(config.stages),
+        "Images seen": f"{train[-1]['images']:,}" if train else "none logged",
+        "Steps": f"{train[-1]['step']:,}" if train else "none logged",
+        "Training time": _duration(sum(r["seconds"] for r in train)) if train else "none logged",
+        "Device": last.get("device", "not recorded"),
+        "Version": f"{release} (torch {last['torch']})" if "torch" in last else release,
+        "Report written": datetime.now().strftime("%Y-%m-%d %H:%M"),
+    }
+    return f"<p>multistage-diffusion run</p><h1>{escape(config.name)}</h1>{facts(values)}"
+
+
+def load_stages_png(path: Path) -> Image.Image:
+    """Return the picture of a run's stages.
+
+    Raises:
+        UserError: naming the file, if it is not a readable PNG image.
+    """
+    return load_png(path, str(path), "remove it, or write it again with msdiff stages")
+
+
+def _stages(config: RunConfig, stages_png: Path | None) -> str:
+    """Draw the schedule's training times as a bar cut at the stage edges; below it the similarity curves."""
+    schedule, stages = config.diffusion.schedule, config.stages
+    cuts = [min(max(schedule.edge_time(edge), schedule.t_min), schedule.t_max) for edge in stages.interior]
+    spans = list(pairwise([schedule.t_min, *cuts, schedule.t_max]))
+    whole = schedule.t_max - schedule.t_min
+    bar, key = "", ""
+    for k, (start, end) in enumerate(spans):
+        mark = f'style="flex:{(end - start) / whole:.6f};--c:{colour(k)}"'
+        interval = f"{_interval(stages.interval(k))}, {schedule.kind} time {start:.4g} to {end:.4g}"
+        bar += f"<div {mark}><b>{k + 1}</b><span>{(end - start) / whole:.0%}</span></div>"
+        key += f"<li><i {mark}></i><b>Stage {k + 1}</b> σ in {escape(interval)}</li>"
+    curves = note("No similarity curves: the stages were given, not found on the data.")
+    if stages_png is not None:
+        curves = picture(
+            load_stages_png(stages_png), "Similarity curves on the data, and the stages cut from them.", smooth=True
+        )
+    ends = '<p class="ends"><span>clean image</span><span>pure noise</span></p>'
+    return f'<div class="bar">{bar}</div>{ends}<ul class="key">{key}</ul>{curves}'
+
+
+def _network(rows: Sequence[ArchitectureRow]) -> str:
+    head = ("", "Width", "σ interval", "Time interval", "Parameters", "Multiply-adds")
+    lines = [
+        (
+            row.name,
+            row.width or "",
+            _interval(row.sigma) if row.sigma else "",
+            f"{row.t[0]:.4g} – {row.t[1]:.4g}" if row.t else "",
+            _count(row.parameters),
+            "" if row.multiply_adds is None else _count(row.multiply_adds),
+        )
+        for row in rows
+    ]
+    return table(head, lines) + note(
+        "Multiply-adds are for one image and one call. A stage's numbers include its encoder, shared or not."
+    )
+
+
+def _training(train: Sequence[Record], held_out: Sequence[Record], stages: int) -> str:
+    if not train:
+        return note("No training was logged.")
+    seconds = sum(r["seconds"] for r in train)
+    rate = sum(r["images_per_s"] * r["seconds"] for r in train) / seconds if seconds > 0 else 0.0
+    return (
+        chart(
+            lambda figure: _draw_losses(figure, train, held_out, stages),
+            2.9 * math.ceil(stages / PANELS),
+            "Loss per stage: training (line) and held-out images under the averaged weights (dots).",
+        )
+        + chart(
+            lambda figure: _draw_norms(figure, train),
+            3.0,
+            "Gradient norm of each part of the network, before clipping.",
+        )
+        + note(f"{rate:,.0f} images per second on average; last learning rate {train[-1]['lr']:.3g}.")
+    )
+
+
+def _draw_losses(figure: Figure, train: Sequence[Record], held_out: Sequence[Record], stages: int) -> None:
+    columns = min(stages, PANELS)
+    panels = figure.subplots(math.ceil(stages / columns), columns, squeeze=False).flat
+    for k, axes in enumerate(panels):
+        if k >= stages:
+            axes.set_axis_off()
+            continue
+        axes.plot(*_curve(train, lambda r, k=k: r["loss"][k]), color=colour(k), linewidth=1.4)
+        held = [(r["images"], r["loss"][k]) for r in held_out if r["loss"][k] is not None]
+        if held:
+            axes.plot(*zip(*held, strict=True), "o", color=INK, markersize=3)
+        axes.set_xlabel("images seen")
+        tidy(axes, "log", "log", f"Stage {k + 1}")
+
+
+def _draw_norms(figure: Figure, train: Sequence[Record]) -> None:
+    axes = figure.subplots()
+    for name in dict.fromkeys(name for r in train for name in r["grad_norm"]):
+        part, _, stage = name.partition(".")
+        tint = colour(int(stage) - 1) if stage.isdigit() else "#8a93a5"
+        points = _curve(train, lambda r, name=name: r["grad_norm"].get(name))
+        axes.plot(*points, color=tint, linewidth=1.2, label=label(f"{part} {stage}".strip()))
+    axes.set_xlabel("images seen")
+    tidy(axes, "linear", "log")
+    axes.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), fontsize=9)
+
+
+def _quality(quality: Sequence[Record]) -> str:
+    """Draw the Fréchet distances measured while the run trained."""
+    known = [r for r in quality if r["frechet"] is not None]
+    if not known:
+        return note("No samples could be evaluated during training.") if quality else ""
+    last = known[-1]
+    return chart(
+        lambda figure: _draw_quality(figure, known),
+        3.0,
+        f"Fréchet distance of samples during training to {Path(last['reference']).name}, by training compute. "
+        "Lower is better; figures of other features or counts are not comparable.",
+    )
+
+
+def _draw_quality(figure: Figure, known: Sequence[Record]) -> None:
+    axes = figure.subplots()
+    x, y = [r["petaflops"] for r in known], [r["frechet"] for r in known]
+    axes.plot(x, y, "o-", color=colour(0), linewidth=1.4, markersize=4)
+    best = min(range(len(y)), key=y.__getitem__)
+    axes.plot(
+        x[best], y[best], "o", color=INK, markersize=6, label=f"best: {y[best]:.4g} at step {known[best]['step']:,}"
+    )
+    axes.set_xlabel("training PFLOPs")
+    features = f"features {label(known[-1]['extractor'])}, {known[-1]['count']:,} samples"
+    tidy(axes, "linear", "log", f"Fréchet distance: {features}")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.legend(frameon=False, loc="upper right", fontsize=9)
+
+
+def _curve(records: Sequence[Record], value: Any) -> tuple[list[float], list[float]]:
+    """Return images seen and values: at most POINTS points, each the mean of as many log lines as the others."""
+    points = [(r["images"], v) for r in records if (v := value(r)) is not None and math.isfinite(v)]
+    width = max(1, math.ceil(len(points) / POINTS))
+    groups = [list(zip(*points[i : i + width], strict=True)) for i in range(0, len(points), width)]
+    return [sum(x) / len(x) for x, _ in groups], [sum(y) / len(y) for _, y in groups]
+
+
+def _samples(config: RunConfig, samples: Tensor, real: Tensor) -> str:
+    sampling = config.sampling
+    made = picture(
+        grid(samples, pad=GAP), f"{len(samples)} samples, not selected ({sampling.solver}, {sampling.calls} calls)"
+    )
+    return f'<div class="pair">{made}{picture(grid(real, pad=GAP), f"{len(real)} real images")}</div>'
+
+
+def _neighbours(neighbours: Neighbours | None) -> str:
+    if neighbours is None:
+        return note("Not compared yet.")
+    pairs = torch.stack((neighbours.samples, neighbours.nearest), dim=1)
+    figures = "".join(
+        f'<figure><img alt="a sample and its nearest training image" src="{data_uri(grid(pair, columns=2, pad=GAP))}">'
+        f"<figcaption>{distance:.3g}</figcaption></figure>"
+        for pair, distance in zip(pairs, neighbours.distances, strict=True)
+    )
+    words = (
+        "Left a sample, right the training image nearest to it; below, their Euclidean distance (pixels in [-1, 1])."
+    )
+    return f'<div class="pairs">{figures}</div>{note(words)}'
+
+
+def _metrics(result: Record) -> str:
+    """Tabulate one evaluation, explained in words; `*_real` are real images measured in the same way."""
+    kind = ComparisonResult if "reference" in result else EvaluationResult
+    needed, more = fields_of(kind)
+    check(result, needed, "evaluation", mend="; evaluate the run again")
+    check(result, more, "evaluation", optional=True, mend="; evaluate the run again")
+    if kind is ComparisonResult:
+        return _comparison(result)
+    few = "fewer images than dimensions: only the comparison with real images counts; "
+    return table(("", "Samples", "Real", "In words"), _metric_lines(result), words=3) + note(
+        f"Features: {result['extractor']} ({result['comparable_to']}). {result['count']} images on each side, mean "
+        f"of {result['splits']} draws; {few if result['rank_deficient'] else ''}k = {result['k']}; "
+        f"{result['preprocessing']}. Real: training images in the samples' place; for memorised, held-out images."
+    )
+
+
+def _comparison(result: Record) -> str:
+    """Tabulate a comparison with the statistics of a reference set."""
+    lines = [("Fréchet distance", f"{result['frechet']:.4g}", "Lower is better; with Inception features, the FID.")]
+    if None not in (result["kid"], result["kid_deviation"]):
+        words = f"Kernel distance: mean and deviation over random subsets of {result['kid_subset']}. Lower is better."
+        lines.append(("KID", f"{result['kid']:.4g} ± {result['kid_deviation']:.2g}", words))
+    if None not in (result["inception_score"], result["inception_deviation"]):
+        words = f"Inception score, by the classifier of these features, in {result['inception_splits']} parts. Higher is better."
+        lines.append(
+            ("Classifier score", f"{result['inception_score']:.4g} ± {result['inception_deviation']:.2g}", words)
+        )
+    if None not in (result["precision"], result["recall"]):
+        beside = f"{result['neighbour_count']} on each side, k = {result['k']}"
+        lines.append(
+            ("Precision", f"{result['precision']:.1%}", f"Share of samples that lie among real images; {beside}.")
+        )
+        lines.append(("Recall", f"{result['recall']:.1%}", f"Share of real images that lie among samples; {beside}."))
+    count = f"{result['reference_count']} images: " if result["reference_count"] else ""
+    few = "no more samples than dimensions: comparable at equal counts only; " if result["rank_deficient"] else ""
+    return table(("", "Samples", "In words"), lines, words=2) + note(
+        f"Features: {result['extractor']} ({result['comparable_to']}). {result['samples']} samples against {count}"
+        f"{Path(result['reference']).name}; {few}{result['preprocessing']}."
+    )
+
+
+def _metric_lines(result: Record) -> list[tuple[str, str, str, str]]:
+    ratio = result["frechet"] / result["frechet_real"] if result["frechet_real"] > 0 else math.inf
+    extra = 100 * (result["memorised"] - result["memorised_held_out"])
+    words = {
+        "precision": "Share of samples that lie among held-out images: how real they look.",
+        "recall": "Share of held-out images that lie among samples: how much of the variety they cover.",
+    }
+    return [
+        (
+            "Fréchet distance",
+            f"{result['frechet']:.4g}",
+            f"{result['frechet_real']:.4g}",
+            f"Lower is better. Samples are {ratio:.3g} times as far from held-out images as other real images are.",
+        ),
+        *_through_codec(result),
+        *((n.title(), f"{result[n]:.1%}", f"{result[f'{n}_real']:.1%}", text) for n, text in words.items()),
+        (
+            "Memorised",
+            f"{result['memorised']:.1%}",
+            f"{result['memorised_held_out']:.1%}",
+            "Share as near to a training image as the nearest 5 % of held-out images are. Samples: "
+            f"{extra:+.1f} points beside held-out images; well above them means copying.",
+        ),
+    ]
+
+
+def _through_codec(result: Record) -> list[tuple[str, str, str, str]]:
+    """Return the row with the error of a latent run's codec alone; none without a codec."""
+    distance = result.get("frechet_reconstructed")
+    if distance is None:
+        return []
+    words = "Held-out images through the codec, nothing generated: what samples of this run could reach at best."
+    return [("… of reconstructions", "", f"{distance:.4g}", words)]
+
+
+def _origin(config: RunConfig, launches: Sequence[Record]) -> str:
+    commands = "".join(
+        f"<pre>{escape(launch['command'])}</pre>" + note(f"Started {launch['time']} on {launch['device']}.")
+        for launch in launches
+    )
+    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    details = f"<details><summary>The whole configuration</summary><pre>{escape(text)}</pre></details>"
+    return (commands or note("No command was recorded.")) + details
+
+
+def _interval(sigma: tuple[float, float]) -> str:
+    high = "∞" if math.isinf(sigma[1]) else f"{sigma[1]:.4g}"
+    return f"[{sigma[0]:.4g}, {high})"
+
+
+def _count(value: int) -> str:
+    """Return a number in thousands, millions or billions, with three digits."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return str(value)
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"

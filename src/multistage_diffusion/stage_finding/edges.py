@@ -1,0 +1,112 @@
+"""Edges in the requested kernel, and the table for choosing the number of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..schedules import VP, NoiseSchedule
+from .boundaries import Objective, mean_within_distance, optimal_partitions
+from .intervals import Array
+from .result import StageResult
+from .settings import StageSettings
+
+MOST_STAGES = 8  # in the table
+_NODE_SPACING = 0.025  # of Algorithm 2's grid, as a share of t_max
+
+
+def made_result(
+    times: tuple[float, ...],
+    curves: dict[str, Any],
+    settings: StageSettings,
+    *,
+    schedule: NoiseSchedule,
+    measure: VP,
+    intervals: Sequence[tuple[float, float]] = (),
+    **other: Any,
+) -> StageResult:
+    """Return the result of stage finding.
+
+    Args:
+        times: edges in the time of `measure`.
+        curves: the data from which the edges were computed.
+        settings: the settings used.
+        schedule: the kernel for the printed edges.
+        measure: the kernel of `times` and `curves`.
+        intervals: confidence intervals of the edges, in the time of `measure`.
+        other: further attributes of the result.
+
+    Raises:
+        UserError: if an edge lies outside the schedule's steps.
+    """
+    edges, sigmas = printed(schedule, measure, times)
+    bounds = tuple((*in_time_of(schedule, measure, pair),) for pair in intervals)
+    return StageResult(
+        edges_t=edges,
+        edges_sigma=sigmas,
+        intervals_t=bounds,  # type: ignore[arg-type]
+        intervals_sigma=tuple((measure.edge_sigma(low), measure.edge_sigma(high)) for low, high in intervals),
+        schedule=schedule,
+        time_measure=measure,
+        settings=settings,
+        curves=curves,
+        **{"samples": 0, "float64_difference": 0.0, **other},
+    )
+
+
+def in_time_of(schedule: NoiseSchedule, measure: VP, times: tuple[float, ...]) -> tuple[float, ...]:
+    """Convert times of `measure` to times of `schedule` with the same sigma."""
+    return times if schedule == measure else tuple(schedule.edge_time(measure.edge_sigma(t)) for t in times)
+
+
+def printed(
+    schedule: NoiseSchedule, measure: VP, times: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return edges in the time of `schedule` and as sigmas; raise UserError for an edge outside its steps."""
+    edges = in_time_of(schedule, measure, times)
+    try:
+        return edges, tuple(schedule.edge_sigma(t) for t in edges)
+    except UserError:
+        found = ", ".join(f"{measure.edge_sigma(t):.4g}" for t in times)
+        raise UserError(
+            f"stages: edges at sigma = {found}: the {schedule.kind} schedule has steps on one side only of one of them; "
+            "print them in another schedule, or ask for other stages"
+        ) from None
+
+
+def stage_table(
+    matrix: Array,
+    nodes: list[float],
+    objective: Objective,
+    schedule: NoiseSchedule,
+    measure: VP,
+    outside: Array | None = None,
+) -> list[dict[str, Any]]:
+    """Return edges and mean distance within a stage for 1 to 8 stages, also for the held-out similarity `outside`."""
+    lines = []
+    for first, _ in optimal_partitions(matrix, min(MOST_STAGES, len(nodes)), objective):
+        try:
+            times, sigmas = printed(schedule, measure, tuple(nodes[i] for i in first))
+        except UserError:  # this schedule cannot represent the edges
+            continue
+        lines.append(
+            {
+                "stages": len(first) + 1,
+                "edges_t": list(times),
+                "edges_sigma": list(sigmas),
+                "distance": mean_within_distance(matrix, first),
+                "distance_held_out": None if outside is None else mean_within_distance(outside, first),
+            }
+        )
+    return lines
+
+
+def grid_times(measure: VP) -> Tensor:
+    """Return Algorithm 2's grid: t_min, t_min + 0.025 t_max, ... and t_max (0.001, 0.026, ..., 0.976, 1 for VP)."""
+    inner = np.arange(measure.t_min, measure.t_max, _NODE_SPACING * measure.t_max)
+    return torch.from_numpy(np.round(np.append(inner, measure.t_max), 9))

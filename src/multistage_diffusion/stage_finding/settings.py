@@ -1,0 +1,108 @@
+"""Settings of stage finding."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..errors import UserError
+from .boundaries import Objective, Rule
+from .similarity import Space
+
+Algorithm = Literal[1, 2, "timestep", "snr", "gradient"]
+BASELINES: tuple[Algorithm, ...] = ("timestep", "snr", "gradient")  # draw no samples of the optimal denoiser
+# Default limit of samples with `precision`; algorithm 2 stores all pairs of times of each sample.
+MOST_SAMPLES = {1: 1_000_000, 2: 20_000}
+
+
+def require_setting(condition: bool, message: str) -> None:
+    """Raise UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(f"stages: {message}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """Settings of stage finding.
+
+    Attributes:
+        algorithm: 1 (three stages, by similarity to the two limits), 2 (any number, by clustering), or a baseline:
+            "timestep" or "snr" (even in time or log-SNR, independent of the data), "gradient" (gradients of a trained
+            run's loss).
+        stages: the number n of stages; 3 for algorithm 1.
+        samples: number K of noisy images, with `precision` the maximum. None: 1,000; with `precision` 1,000,000
+            (algorithm 1) or 20,000 (algorithm 2). Algorithm 1 compares each sample at `times` times, algorithm 2 at all
+            820 pairs of 41 times.
+        times: times per sample (algorithm 1). 1 with 50,000 samples is the published estimator.
+        precision: half-width of the edges' 95 % intervals, in t, at which sampling stops; None: draw `samples` samples.
+        eta: largest difference of a coordinate that counts as agreement, in the units of `space`.
+        alpha: similarity threshold of the outer stages (algorithm 1).
+        rule: "interval-mean" (published) or "pointwise"; see `boundaries.ThreeStages` (algorithm 1).
+        space: quantity to compare: "eps" (noise predictions; invariant to a common scale of data and sigma) or "x0"
+            (posterior means, in units of the data). None: "eps" for algorithm 1 and "x0" for algorithm 2, as published.
+        objective: "total-distance" (eq. 21) or "mean-similarity" (the published run; a group of a single time has the
+            maximum score 1, so single times may become stages); see `boundaries.optimal_partition` (algorithm 2).
+        data_range: (low, high) onto which images are mapped. It is the network's training range and sets the units of
+            the sigma edges. The published edges are for (0, 1). None: floats (latents) are used unchanged.
+        seed: determines the samples.
+        grid: number of candidate times for algorithm 1's edges.
+
+    Raises:
+        UserError: naming the field and the value.
+    """
+
+    algorithm: Algorithm = 1
+    stages: int = 3
+    samples: int | None = None
+    times: int = 32
+    precision: float | None = None
+    eta: float = 2 / 256
+    alpha: float = 0.9
+    rule: Rule = "interval-mean"
+    space: Space | None = None
+    objective: Objective = "total-distance"
+    data_range: tuple[float, float] | None = (-1.0, 1.0)
+    seed: int = 0
+    grid: int = 10_000
+
+    def __post_init__(self) -> None:
+        algorithms = get_args(Algorithm)
+        require_setting(
+            self.algorithm in algorithms, f"algorithm={self.algorithm} must be one of {', '.join(map(str, algorithms))}"
+        )
+        require_setting(1 <= self.stages <= 1000, f"stages={self.stages} must be at least 1 and at most 1000")
+        require_setting(
+            self.algorithm != 1 or self.stages == 3,
+            f"stages={self.stages}: algorithm 1 finds three stages; use algorithm 2 for another number",
+        )
+        require_setting(
+            self.samples is None or self.samples >= 100, f"samples={self.samples} must be at least 100, to average over"
+        )
+        require_setting(1 <= self.times <= 10**6, f"times={self.times} must be at least 1 and at most a million")
+        require_setting(
+            self.precision is None or 1e-6 <= self.precision < 1, f"precision={self.precision} must be in [1e-6, 1)"
+        )
+        require_setting(0 < self.eta < math.inf, f"eta={self.eta} must be positive and finite")
+        require_setting(0 < self.alpha <= 1, f"alpha={self.alpha} must be in (0, 1]")
+        for name, known in (
+            ("rule", ("interval-mean", "pointwise")),
+            ("space", (None, "eps", "x0")),
+            ("objective", ("total-distance", "mean-similarity")),
+        ):
+            require_setting(getattr(self, name) in known, f"{name}={getattr(self, name)!r} must be one of {known}")
+        if self.data_range is not None:
+            low, high = self.data_range
+            require_setting(
+                -math.inf < low < high < math.inf, f"data_range={self.data_range} must be finite and ascending"
+            )
+        require_setting(self.grid >= 10, f"grid={self.grid} must be at least 10")
+
+    def resolved(self) -> StageSettings:
+        """Return a copy with the algorithm's defaults for `samples` and `space`; baselines have neither."""
+        if self.algorithm in BASELINES:
+            return dataclasses.replace(self, samples=None, precision=None, space=None)
+        most = MOST_SAMPLES[2 if self.algorithm == 2 else 1]
+        samples = self.samples or (most if self.precision is not None else 1000)
+        return dataclasses.replace(self, samples=samples, space=self.space or ("eps" if self.algorithm == 1 else "x0"))

@@ -1,0 +1,74 @@
+"""The whole workflow on real handwritten digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from ..config.presets import preset
+from ..config.serialization import override
+from ..errors import UserError
+from ..evaluation import EvaluationResult
+from ..progress import Progress
+from ..reporting.pictures import grid, save_png
+from ..training.callbacks import Callback
+from ..training.run import Run
+from .evaluate import evaluate
+from .report import report
+from .sample import sample
+from .stages import find_stages
+from .train import differences, resume, train
+
+
+def demo(
+    out: Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    device: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    bar: Callable[[str], AbstractContextManager[Progress]],
+) -> tuple[Path, EvaluationResult]:
+    """Run stages, train, sample, evaluate and report on the digits; an interrupted demo continues where it stopped.
+
+    Args:
+        out: the run's folder.
+        changes: dotted keys of the digits preset to change.
+        device: default CUDA when there is one.
+        callbacks: callbacks of the training.
+        bar: makes a progress display from a title.
+
+    Returns:
+        The report's path and the evaluation.
+
+    Raises:
+        UserError: if the folder holds another run.
+    """
+    if Run(out).config_file.exists():
+        _refuse_foreign(out, changes or {})
+        run = resume(out, changes, device=device, callbacks=callbacks)
+    else:
+        config = override(preset("digits"), changes or {})
+        with bar("finding stages") as progress:
+            result = find_stages(config.data, progress=progress, device=device)
+        run = train(config, out, result=result, device=device, callbacks=callbacks)
+    with bar("sampling") as progress:
+        save_png(grid(sample(run, 100, device=device, progress=progress)), out / "samples.png")
+    with bar("evaluating") as progress:
+        scores = evaluate(run, count=1000, device=device, progress=progress)
+    with bar("reporting") as progress:
+        return report(run, device=device, progress=progress), scores
+
+
+# keys that identify a run of the demo; its stages and its length may differ
+_OWN = ("data.source", "codec.source", "network.family", "network.encoder_width", "diffusion.", "optimizer.")
+
+
+def _refuse_foreign(out: Path, changes: Mapping[str, Any]) -> None:
+    found = differences(override(preset("digits"), changes), Run(out).config())
+    foreign = [key for key in found if key.startswith(_OWN)]
+    if foreign:
+        raise UserError(
+            f"{out}: is another run ({', '.join(foreign)}); choose another --out, or give the same --set again"
+        )

@@ -1,0 +1,272 @@
+"""Evaluation of a run's samples: beside held-out images, or against the statistics of a reference set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..config import DataConfig, SamplingConfig
+from ..config.serialization import to_dict
+from ..contracts import FeatureExtractor
+from ..data import ImageData, open_configured
+from ..distributed import is_main_process
+from ..errors import UserError, explained
+from ..evaluation import (
+    ComparisonResult,
+    EvaluationResult,
+    Reference,
+    check_count,
+    compare_samples,
+    evaluate_samples,
+    get_features,
+    load_reference,
+    make_reference,
+    require_features,
+    save_reference,
+    sharded,
+)
+from ..files import write_json
+from ..performance.devices import joined, resolve_device
+from ..progress import Progress
+from ..records import read_evaluations
+from ..samplers.class_labels import warn_of_empty
+from ..training.checkpoint import checkpoint_step
+from ..training.run import Run
+from .latent import reconstruct
+from .sample import opened_run, require_writable, sample
+
+
+class NotKeptError(UserError):
+    """A result could not be added to RUN/evaluation.json; this exception holds it.
+
+    Attributes:
+        result: the result.
+    """
+
+    def __init__(self, message: str, result: EvaluationResult | ComparisonResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+NEIGHBOURS = 3  # k of precision and recall, as published
+MOST_SAMPLES = 50_000  # as in published FIDs
+KEPT = 10_000  # images whose features are kept for precision, recall and KID
+PARTS = ("all", "train", "held-out")
+
+
+def evaluate(
+    run: Run | Path | str,
+    data: DataConfig | None = None,
+    *,
+    count: int | None = None,
+    features: str = "pixels",
+    weights: Path | None = None,
+    seed: int = 0,
+    checkpoint: str = "best",
+    sampling: SamplingConfig | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> EvaluationResult:
+    """Compare samples of a run with held-out images and add the result to RUN/evaluation.json.
+
+    The same number of real images is measured in the same way, for comparison.
+
+    Args:
+        run: a trained run, or its folder.
+        data: data to compare with instead of the run's own; their training part replaces the run's training images.
+        count: samples drawn; default as many as held-out images, but at least 500 and at most 5000.
+        features: name of a feature extractor, or a TorchScript file.
+        weights: a file of the weights of "inception" or "vgg16"; default: downloaded.
+        seed: seed of the samples.
+        checkpoint: "best", "latest" or a step.
+        sampling: another sampler than the run's own.
+        device: default CUDA when there is one.
+        progress: called with (done, total).
+
+    Raises:
+        UserError: if there are too few images, or data and run differ in shape, or nothing can be written in the run.
+        NotKeptError: with the result, if it could not be added to RUN/evaluation.json.
+    """
+    run, (world, resolved) = opened_run(run), joined(device, "evaluate")
+    read_evaluations(require_writable(run, "evaluation.json"))
+    with world.report_failures():
+        extractor = get_features(features, weights)
+        config, opened, share = run.config(), *_compared_data(run, data)
+        warn_of_empty(config.data.class_counts)
+        train_images, held_out = (part.tensor() for part in opened.split(share))
+        count = min(max(len(held_out), 500), 5000) if count is None else count
+        # the three sets: samples, training and held-out images
+        require_features(f"features={features!r}", extractor, opened.shape, count, resolved, sets=3)
+        if min(count, len(train_images), len(held_out)) <= NEIGHBOURS:
+            raise UserError(
+                f"{count} samples, {len(train_images)} training and {len(held_out)} held-out images are too few to compare: "
+                f"need more than {NEIGHBOURS} of each; give other images with --data, or train with a larger data.held_out"
+            )
+        step = checkpoint_step(run.checkpoint(checkpoint))  # fixed here: best may change while the run trains
+        images = sample(
+            run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress
+        )
+        extractor = sharded(extractor, world)
+        reconstructed = reconstruct(config, held_out, resolved) if config.codec.used else None
+        result = evaluate_samples(
+            images, train_images, held_out, extractor, k=NEIGHBOURS, reconstructed=reconstructed, device=resolved
+        )
+        _keep(run, result, step, data or config.data, sampling or config.sampling, seed)
+        return result
+
+
+def compare(
+    run: Run | Path | str,
+    reference: Path | str = "train",
+    data: DataConfig | None = None,
+    *,
+    count: int | None = None,
+    features: str = "pixels",
+    weights: Path | None = None,
+    seed: int = 0,
+    checkpoint: str = "best",
+    sampling: SamplingConfig | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> ComparisonResult:
+    """Compare samples of a run with the statistics of a whole reference set, as published FIDs are computed.
+
+    The result is added to RUN/evaluation.json.
+
+    Args:
+        run: a trained run, or its folder.
+        reference: "train" (all training images), or a file written by `statistics`.
+        data: data to use instead of the run's own, for "train".
+        count: samples drawn; default as many as the reference has images, but at least 500 and at most 50,000.
+        features, weights, seed, checkpoint, sampling, device, progress: see `evaluate`.
+
+    Raises:
+        UserError: if there are too few samples or images, the reference is of other images or features, or nothing can
+            be written in the run.
+        NotKeptError: with the result, if it could not be added to RUN/evaluation.json.
+    """
+    run, (world, resolved) = opened_run(run), joined(device, "evaluate --against")
+    read_evaluations(require_writable(run, "evaluation.json"))
+    with world.report_failures():
+        extractor = sharded(get_features(features, weights), world)
+        opened, share = _compared_data(run, data)
+        warn_of_empty(run.config().data.class_counts)
+        if str(reference) == "train":
+            found = part_reference(extractor, opened, "train", share, KEPT, resolved, progress)
+        else:
+            found = load_reference(Path(reference))
+            found.require(extractor, opened.fingerprint, opened.shape)
+        count = min(max(found.moments.count or MOST_SAMPLES, 500), MOST_SAMPLES) if count is None else count
+        check_count(count, found, NEIGHBOURS)
+        require_features(f"features={features!r}", extractor, opened.shape, count, resolved)
+        step = checkpoint_step(run.checkpoint(checkpoint))
+        images = sample(
+            run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress
+        )
+        result = compare_samples(images, found, extractor, k=NEIGHBOURS, device=resolved)
+        _keep(run, result, step, data or run.config().data, sampling or run.config().sampling, seed)
+        return result
+
+
+def _compared_data(run: Run, data: DataConfig | None) -> tuple[ImageData, float]:
+    """Open the images that a run's samples are compared with; return them and the share held out."""
+    config = run.config()
+    opened = run.data() if data is None else open_configured(data)
+    if opened.shape != config.data.shape:
+        found, made = (" x ".join(map(str, shape)) for shape in (opened.shape, config.data.shape))
+        raise UserError(
+            f"data: images of {found} (channels x height x width), but {run.path} makes {made}; give --size H W --fit crop "
+            "for another size, or convert them to as many channels"
+        )
+    share = (data or config.data).held_out
+    if share != config.data.held_out and opened.fingerprint == config.data.fingerprint:
+        raise UserError(
+            f"data.held_out={share}: {run.path} was trained on these data with {config.data.held_out}; use that"
+        )
+    return opened, share
+
+
+def _keep(
+    run: Run,
+    result: EvaluationResult | ComparisonResult,
+    step: int,
+    data: DataConfig,
+    sampling: SamplingConfig,
+    seed: int,
+) -> None:
+    """Add a result to RUN/evaluation.json on the main process."""
+    if not is_main_process():
+        return
+    made = {"step": step, "data": data.source, "sampling": to_dict(sampling), "sampling_seed": seed}
+    file = run.path / "evaluation.json"
+    try:
+        write_json(file, [*read_evaluations(file), {**made, **to_dict(result)}])
+    except (UserError, OSError) as error:
+        line = explained(error)
+        if line is None:
+            raise
+        raise NotKeptError(f"the result could not be kept: {line}", result) from None
+
+
+def part_reference(
+    extractor: FeatureExtractor,
+    data: ImageData,
+    part: str,
+    held_out: float,
+    keep: int,
+    device: torch.device,
+    progress: Progress | None,
+) -> Reference:
+    """Compute the statistics of a data set, or of its training or held-out images."""
+    images = data if part == "all" else data.split(held_out)[part == "held-out"]
+    return make_reference(
+        extractor,
+        images.tensor(),
+        data=data.name,
+        fingerprint=data.fingerprint,
+        part=part,
+        held_out=None if part == "all" else held_out,
+        keep=keep,
+        device=device,
+        progress=progress,
+    )
+
+
+def statistics(
+    data: DataConfig | str,
+    out: Path | str,
+    *,
+    features: str = "pixels",
+    weights: Path | None = None,
+    part: str = "train",
+    keep: int = KEPT,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Reference:
+    """Write the statistics of a data set's features, for reuse in many evaluations.
+
+    Args:
+        data: where the images are, and how they are read.
+        out: the .npz file.
+        features: name of a feature extractor, or a TorchScript file.
+        weights: a file of the weights of "inception" or "vgg16"; default: downloaded.
+        part: "all", "train" or "held-out" images.
+        keep: number of images whose features are kept as well, for precision, recall and KID.
+        device: default CUDA when there is one.
+        progress: called with (images done, images in total).
+
+    Raises:
+        UserError: for an unknown part or features, missing weights, a negative keep, or fewer than 2 images.
+    """
+    if part not in PARTS:
+        raise UserError(f"part={part!r} must be one of {', '.join(PARTS)}")
+    if keep < 0:
+        raise UserError(f"keep={keep} must be >= 0")
+    extractor = get_features(features, weights)
+    config = DataConfig(source=data) if isinstance(data, str) else data
+    opened, resolved = open_configured(config), resolve_device(device)
+    require_features(f"features={features!r}", extractor, opened.shape, min(keep, len(opened)), resolved)
+    reference = part_reference(extractor, opened, part, config.held_out, keep, resolved, progress)
+    save_reference(reference, Path(out))
+    return reference

@@ -1,0 +1,218 @@
+"""Evaluation during training: logs the Fréchet distance of a run's samples, by which its best checkpoint is chosen."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import RunConfig
+from ..contracts import Conditioning, Denoiser, FeatureExtractor
+from ..data import ImageData
+from ..distributed import ALONE, World
+from ..errors import UserError
+from ..evaluation import (
+    Moments,
+    frechet_between,
+    get_features,
+    image_moments,
+    load_reference,
+    require_features,
+    sharded,
+)
+from ..evaluation.features import EXTRACT_BATCH
+from ..performance.devices import autocast_dtype
+from ..samplers.class_labels import frequent_labels
+from ..samplers.sampling import sample_images
+from ..training.callbacks import Callback
+from ..training.flops import flops_per_image
+from ..training.trainer import Trainer
+
+TRAINING_IMAGES = "training images"  # the name of the reference in records if no file was given
+
+
+@dataclass(frozen=True, kw_only=True)
+class FidReference:
+    """The reference against which samples are measured.
+
+    Attributes:
+        extractor: feature extractor.
+        reference: moments of real images' features, on the CPU.
+        source: origin of the reference: a file, or TRAINING_IMAGES.
+    """
+
+    extractor: FeatureExtractor
+    reference: Moments
+    source: str
+
+    @classmethod
+    def of(cls, config: RunConfig, data: ImageData, training: ImageData, device: torch.device) -> FidReference | None:
+        """Return the reference that a configuration names in `evaluation`; None for a run without evaluation.
+
+        Args:
+            config: the run's configuration.
+            data: its whole data set.
+            training: the training part of the data set.
+            device: where features are computed.
+
+        Raises:
+            UserError: if the features are unknown, do not accept such images or have too many dimensions; if the
+                reference cannot be read or was made with other features or data; or for fewer than two training images.
+        """
+        settings = config.evaluation
+        if not settings.every:
+            return None
+        extractor = _features(settings.features)
+        field = f"evaluation.features={settings.features!r}"
+        require_features(field, extractor, data.shape, EXTRACT_BATCH, device)  # moments are summed batch by batch
+        if settings.reference:
+            reference = _read(Path(settings.reference), extractor, data)
+            return cls(extractor=extractor, reference=reference, source=settings.reference)
+        if len(training) < 2:
+            raise UserError(
+                f"evaluation.every={settings.every} needs at least 2 training images to measure samples by, not "
+                f"{len(training)}; set it to 0"
+            )
+        reference = image_moments(extractor, training.tensor(), device=device)
+        return cls(extractor=extractor, reference=reference, source=TRAINING_IMAGES)
+
+    def distance(self, samples: Tensor, device: torch.device, world: World = ALONE) -> float:
+        """Return the Fréchet distance of samples, uint8 (N, C, H, W), N >= 2, to the reference; all ranks call it."""
+        moments = image_moments(sharded(self.extractor, world), samples, device=device)
+        distance: float = world.broadcast_object(frechet_between(moments, self.reference))
+        return distance
+
+
+def _features(name: str) -> FeatureExtractor:
+    try:
+        return get_features(name, named=False)
+    except UserError as error:
+        raise UserError(f"evaluation.{error}") from None
+
+
+def _read(path: Path, extractor: FeatureExtractor, data: ImageData) -> Moments:
+    try:
+        reference = load_reference(path)
+        reference.require(extractor, data.fingerprint, data.shape)
+    except UserError as error:
+        raise UserError(f"evaluation.reference: {error}") from None
+    return reference.moments
+
+
+class Quality(Callback):
+    """Evaluates samples of the EMA weights every evaluation.every steps, and ends training that stops improving.
+
+    Args:
+        config: the run's configuration, completed from its data.
+        yardstick: the reference.
+        decode: maps the network's latents to images; None for a run on pixels.
+        device: where samples are drawn and measured.
+
+    Raises:
+        UserError: if the run's sampler is invalid; the check draws two samples from a denoiser that returns zeros.
+    """
+
+    everywhere = True  # each rank draws and measures its share
+
+    def __init__(
+        self,
+        config: RunConfig,
+        yardstick: FidReference,
+        decode: Callable[[Tensor], Tensor] | None,
+        device: torch.device,
+    ) -> None:
+        self.yardstick, self.decode, self.device = yardstick, decode, device
+        self.flops = flops_per_image(config)
+        self._draw(_nothing, config, 2)
+
+    def started(self, trainer: Trainer) -> None:
+        """End a resumed run at once if its patience was exhausted before."""
+        self._end_if_idle(trainer)
+
+    def stepped(self, trainer: Trainer) -> None:
+        """Evaluate if an evaluation is due."""
+        settings = trainer.config.evaluation
+        if trainer.step % settings.every and trainer.step != trainer.config.training.steps:
+            return
+        start = time.perf_counter()
+        frechet = self._measure(trainer)
+        trainer.judged(
+            {
+                "kind": "quality",
+                "step": trainer.step,
+                "images": trainer.images,
+                "petaflops": self.flops * trainer.images / 1e15,
+                "frechet": frechet,
+                "extractor": self.yardstick.extractor.name,
+                "count": settings.count,
+                "reference": self.yardstick.source,
+                "seconds": time.perf_counter() - start,
+            }
+        )
+        self._end_if_idle(trainer)
+
+    def _measure(self, trainer: Trainer) -> float | None:
+        try:
+            samples = self._draw(trainer.averaged(), trainer.config, trainer.config.evaluation.count, trainer.world)
+            return self.yardstick.distance(samples, self.device, trainer.world)
+        except FloatingPointError as error:  # early in training, samples may not be finite; training continues
+            warnings.warn(f"no Fréchet distance at step {trainer.step}: {error}", stacklevel=2)
+            return None
+
+    def _draw(self, denoiser: Denoiser, config: RunConfig, count: int, world: World = ALONE) -> Tensor:
+        return sample_images(
+            denoiser,
+            config.input_shape,
+            count,
+            config=config.sampling,
+            schedule=config.diffusion.schedule,
+            seed=config.evaluation.seed,
+            labels=frequent_labels(config, count, config.evaluation.seed),
+            device=self.device,
+            decode=self.decode,
+            autocast=autocast_dtype(config.training.precision, self.device),
+            world=world,
+        )
+
+    def _end_if_idle(self, trainer: Trainer) -> None:
+        """End training after evaluation.patience evaluations without a new best, counted in the log of the run."""
+        patience = trainer.config.evaluation.patience
+        if not patience or trainer.step >= trainer.config.training.steps:
+            return
+        idle, best = trainer.world.broadcast_object(
+            since_best(trainer.run.records()) if trainer.world.is_main_process else None
+        )
+        if idle >= patience:
+            lowest = "none" if best is None else f"none below the {best['frechet']:.4g} of step {best['step']}"
+            trainer.end(
+                f"{trainer.run.path}: ended by patience at step {trainer.step}: {lowest} in the last {idle} Fréchet "
+                "distances; a larger evaluation.patience lets it go on (--resume)"
+            )
+
+
+def since_best(records: Sequence[dict[str, Any]]) -> tuple[int, dict[str, Any] | None]:
+    """Return the number of evaluations after the best one, and the record of the best one.
+
+    Args:
+        records: lines of metrics.jsonl, in order. Of equal Fréchet distances the first is the best.
+
+    Returns:
+        (count, record); (number of all evaluations, None) if none has a distance.
+    """
+    judged = [record for record in records if record["kind"] == "quality"]
+    known = [k for k, record in enumerate(judged) if record["frechet"] is not None]
+    if not known:
+        return len(judged), None
+    best = min(known, key=lambda k: judged[k]["frechet"])
+    return len(judged) - 1 - best, judged[best]
+
+
+def _nothing(x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+    """Return zeros, as a denoiser."""
+    return torch.zeros_like(x)

@@ -1,0 +1,55 @@
+"""Writes the HTML report of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..evaluation import get_features, nearest
+from ..progress import Progress
+from ..reporting.describe import architecture_rows, describe
+from ..rng import generator
+from ..training.run import Run
+from .sample import opened_run, require_writable, sample
+
+
+def report(
+    run: Run | Path | str,
+    *,
+    checkpoint: str = "best",
+    count: int = 64,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write RUN/report.html: stages, network, losses, samples, nearest neighbours, metrics, command and configuration.
+
+    Args:
+        run: a trained run, or its folder.
+        checkpoint: the checkpoint whose samples are shown.
+        count: number of samples shown.
+        device: default CUDA when there is one.
+        progress: called with (done, total).
+    """
+    from ..reporting.report import Neighbours, load_stages_png, write_report  # matplotlib takes a while to import
+
+    run = opened_run(run)
+    config = run.config()
+    require_writable(run, "report.html")
+    stages_png = run.path / "stages.png"
+    if stages_png.exists():
+        load_stages_png(stages_png)  # before samples are drawn
+    train_images, held_out = (part.tensor() for part in run.data().split(config.data.held_out))
+    real = held_out if len(held_out) else train_images
+    images = sample(run, count, checkpoint=checkpoint, in_turn=True, device=device, progress=progress)
+    pixels = get_features("pixels")
+    distance, index = nearest(pixels(images), pixels(train_images))
+    return write_report(
+        run.path,
+        config=config,
+        architecture=architecture_rows(describe(config)),
+        samples=images,
+        real=real[torch.randperm(len(real), generator=generator(("report", "real")))[:count]],
+        neighbours=Neighbours(samples=images[:16], nearest=train_images[index[:16]], distances=distance[:16].tolist()),
+        stages_png=stages_png if stages_png.exists() else None,
+    )

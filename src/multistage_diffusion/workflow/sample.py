@@ -1,0 +1,158 @@
+"""Drawing samples of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..config import RunConfig, SamplingConfig
+from ..denoisers import MultiStageDenoiser
+from ..errors import UserError
+from ..latent.codecs import open_codec
+from ..performance.devices import Precision, autocast_dtype, joined
+from ..performance.execution import Execution, Graphs, execute
+from ..performance.offload import OneStageAtATime, images_at_once, require_sampling_memory
+from ..progress import Progress
+from ..samplers.class_labels import frequent_labels, labels_in_turn
+from ..samplers.sampling import sample_images
+from ..training.run import Run
+from .latent import decoder
+
+
+def opened_run(run: Run | Path | str) -> Run:
+    """Return a run; open it if a path is given."""
+    return run if isinstance(run, Run) else Run.open(Path(run))
+
+
+def require_writable(run: Run, name: str) -> Path:
+    """Return the path of a run's file, after checking that it can be written.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    path = run.path / name
+    if not os.access(run.path, os.W_OK | os.X_OK):
+        raise UserError(f"{run.path}: {name} cannot be written in it; check its permissions, or copy the run")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a file; move it away")
+    return path
+
+
+def sample(
+    run: Run | Path | str,
+    count: int = 64,
+    *,
+    seed: int = 0,
+    sampling: SamplingConfig | None = None,
+    checkpoint: str = "best",
+    label: int | None = None,
+    in_turn: bool = False,
+    batch: int | None = None,
+    device: str | None = None,
+    precision: Precision | Literal["auto"] = "auto",
+    compile: bool = False,
+    offload: bool = False,
+    finished: Callable[[int, Tensor], object] | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Draw samples of a run; each of several processes (see distributed.join) draws a share and receives all samples.
+
+    Args:
+        run: a trained run, or its folder.
+        count: number of samples.
+        seed: seed of the samples; sample i is the same for any count and batch.
+        sampling: another sampler than the run's own.
+        checkpoint: "best", "latest" or a step.
+        label: class of all samples of a class-conditional run; None draws each sample's class, see `sample_labels`.
+        in_turn: take the classes in turn instead, for viewing, not for measuring.
+        batch: samples drawn at once; None: as many as fit into free memory, up to the number beyond which speed is
+            constant.
+        device: default CUDA when there is one.
+        precision: of the network; the trajectory is float32. "auto": on CUDA bf16 if supported, else fp16; on CPU fp32.
+        compile: compile the network's blocks first, which takes minutes and pays off for thousands of samples.
+        offload: keep only the parts of one stage and the shared parts on the device.
+        finished: called with (number of the first, images) of each batch while the next is drawn, see sample_images.
+        progress: called with (done, total).
+
+    Returns:
+        uint8 (count, C, H, W).
+
+    Raises:
+        UserError: if there is no such checkpoint, class, sampler or precision.
+    """
+    run = opened_run(run)
+    config, (world, resolved) = run.config(), joined(device, "sample")
+    labels = sample_labels(config, count, seed=seed, label=label, in_turn=in_turn)
+    decode = None
+    if config.codec.used:
+        assert config.codec.scale is not None
+        decode = decoder(open_codec(config.codec, resolved), config.codec.scale)
+    if precision == "fp64":
+        raise UserError("precision='fp64' is for training only; take auto, fp32, bf16 or fp16")
+    sampling = sampling or config.sampling
+    rows = 1 if sampling.guidance in (0, 1) else 2
+    require_sampling_memory(config.network, config.input_shape, count, batch, resolved, rows)
+    with world.report_failures():
+        denoiser = run.denoiser(checkpoint, device="cpu" if offload else resolved)
+        equip(denoiser, resolved, compile=compile, offload=offload)
+        if batch is None:
+            batch = images_at_once(config.network, config.input_shape, count, resolved, rows)
+        return sample_images(
+            denoiser,
+            config.input_shape,
+            count,
+            config=sampling,
+            schedule=config.diffusion.schedule,
+            seed=seed,
+            batch=batch,
+            labels=labels,
+            device=resolved,
+            progress=progress,
+            decode=decode,
+            autocast=autocast_dtype(precision, resolved),
+            finished=finished,
+            world=world,
+        )
+
+
+def sample_labels(
+    config: RunConfig, count: int, *, seed: int = 0, label: int | None = None, in_turn: bool = False
+) -> Tensor | None:
+    """Return the class of every sample that `sample` draws, int64 (count,); None for an unconditional run.
+
+    Args:
+        config: the run's.
+        count, seed: see `sample`; label i depends on (seed, i) alone.
+        label: class of all samples; None: drawn with the frequencies of the training images.
+        in_turn: take the classes that have training images in turn.
+
+    Raises:
+        UserError: if there is no such class.
+    """
+    classes = config.network.num_classes
+    if label is None:
+        return labels_in_turn(config, count) if in_turn else frequent_labels(config, count, seed)
+    if not 0 <= label < classes:
+        known = f"it must be in 0..{classes - 1}" if classes else "the run knows no classes; leave it out"
+        raise UserError(f"label={label}: {known}")
+    return torch.full((count,), label)
+
+
+def equip(denoiser: MultiStageDenoiser, device: torch.device, *, compile: bool = False, offload: bool = False) -> None:
+    """Set a denoiser up for fast or low-memory sampling: CUDA graphs, compiled blocks, one stage at a time.
+
+    Args:
+        denoiser: on the device, or on the CPU if it is to be offloaded.
+        device: the device for sampling.
+        compile, offload: see `sample`.
+    """
+    execute(denoiser.network, Execution(compile=compile, channels_last=compile and device.type == "cuda"))
+    if offload:  # offloaded weights move, so they cannot be in a CUDA graph
+        OneStageAtATime(denoiser.network, device)
+    elif device.type == "cuda":
+        denoiser.graphs = Graphs(denoiser.network)

@@ -1,0 +1,94 @@
+"""Stage finding on a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ..config import CodecConfig, DataConfig
+from ..config.serialization import to_dict
+from ..data import ImageData, open_configured
+from ..performance.devices import joined
+from ..progress import Progress
+from ..schedules import VP, NoiseSchedule
+from ..stage_finding import Sharing, StageResult, StageSettings, compute_stages
+from .latent import latents_for_stages
+
+GIB = 1 << 30
+
+
+def find_stages(
+    data: ImageData | str | DataConfig,
+    settings: StageSettings | None = None,
+    *,
+    schedule: NoiseSchedule | None = None,
+    codec: CodecConfig | None = None,
+    out: Path | str | None = None,
+    device: str | None = None,
+    memory: float = 2.0,
+    image_shards: int = 1,
+    progress: Progress | None = None,
+) -> StageResult:
+    """Find the stages of a data set's training images.
+
+    Args:
+        data: an opened data set (used whole), or its source (held-out images are left out; algorithm 2 uses them as a
+            check).
+        settings: algorithm and options.
+        schedule: the kernel in whose time edges are printed; default VP.
+        codec: use the latents of this autoencoder instead of pixels.
+        out: where to write the result as JSON, with its curves as PNG beside it.
+        device: default CUDA when there is one.
+        memory: approximate upper limit in GiB.
+        image_shards: number of processes (of torchrun) in a group that divides the images. The groups divide the
+            samples. Only the main process writes.
+        progress: called with (done, total).
+
+    Raises:
+        UserError: if the data cannot be read or have no such stages, or processes differ in data or settings.
+        RankLost: if another process is lost.
+    """
+    settings, (world, resolved) = settings or StageSettings(), joined(device, "stages")
+    with world.report_failures():
+        sharing = Sharing(world=world, image_shards=image_shards)
+        with world.synchronize_errors():
+            images, held_out, fingerprint = _opened(data)
+            kept: dict[str, Any] = {}
+            found: Any = images.images
+            if codec is not None:
+                found, kept = latents_for_stages(codec, images, resolved, progress)
+                settings, held_out = dataclasses.replace(settings, data_range=None), None
+        world.require_equal({"data": fingerprint, "image_shards": image_shards, **to_dict(settings)})
+        result = compute_stages(
+            found,
+            settings,
+            schedule=schedule or VP(),
+            held_out=held_out,
+            fingerprint=fingerprint,
+            device=resolved,
+            memory=int(memory * GIB),
+            sharing=sharing,
+            progress=progress,
+            **kept,
+        )
+        if out is not None and world.is_main_process:
+            save_stages(result, Path(out))
+        return result
+
+
+def _opened(data: ImageData | str | DataConfig) -> tuple[ImageData, Any, str]:
+    """Return the images to use, the held-out ones (None: there are none), and the fingerprint of the former."""
+    if isinstance(data, ImageData):
+        return data, None, data.fingerprint
+    config = DataConfig(source=data) if isinstance(data, str) else data
+    training, others = open_configured(config).split(config.held_out)
+    return training, others.images, training.fingerprint
+
+
+def save_stages(result: StageResult, path: Path) -> None:
+    """Write a result as JSON, and its curves as PNG beside it."""
+    from ..stage_finding.plots import plot_stages  # matplotlib takes a while to import
+
+    result.save(path)
+    plot_stages(result, path.with_suffix(".png"))

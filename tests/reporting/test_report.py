@@ -1,0 +1,274 @@
+import base64
+import dataclasses
+import io
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from multistage_diffusion.config import DataConfig, NetworkConfig, RunConfig
+from multistage_diffusion.config.serialization import to_dict
+from multistage_diffusion.errors import UserError
+from multistage_diffusion.evaluation import EvaluationResult, PixelFeatures, evaluate_samples
+from multistage_diffusion.files import write_json
+from multistage_diffusion.reporting.report import POINTS, ArchitectureRow, Neighbours, _curve, write_report
+from multistage_diffusion.stages import Stages
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+SECTIONS = ["stages", "network", "training", "samples", "neighbours", "metrics", "origin"]
+
+
+class Page(HTMLParser):
+    """Checks that tags are nested and collects what a test may ask."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data + "\n"
+
+    def images(self) -> list[np.ndarray]:
+        sources = [a["src"] or "" for tag, a in self.tags if tag == "img"]
+        return [np.asarray(Image.open(io.BytesIO(base64.b64decode(s.split(",")[1])))) for s in sources]
+
+
+def pictures(count: int, seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 1, 8, 8), generator=g, dtype=torch.uint8)
+
+
+def make_config(stages: int, name: str = "try") -> RunConfig:
+    interior = (0.6, 5.3, 20.0)[: stages - 1]
+    network = NetworkConfig(channels=1, encoder_width=16, decoder_widths=(16,) * stages)
+    return RunConfig(name=name, data=DataConfig(source="my digits"), network=network, stages=Stages(interior))
+
+
+def make_run(folder: Path, stages: int) -> None:
+    records: list[dict[str, object]] = []
+    for step in range(1, 41):
+        losses: list[float | None] = [1.0 / (step + k) for k in range(stages)]
+        if step == 3:
+            losses[0] = None  # no rows of that stage
+        norms = {"encoder": 0.5, **{f"decoder.{k + 1}": 0.1 for k in range(stages)}}
+        record = {"step": step, "images": 128 * step, "loss": losses, "seconds": 2.0}
+        records.append({"kind": "train", **record, "grad_norm": norms, "lr": 1.25e-4, "images_per_s": 64.0})
+        if step % 10 == 0:
+            records.append({"kind": "held_out", **record})
+    text = "".join(json.dumps(r) + "\n" for r in records)
+    (folder / "metrics.jsonl").write_text(text + '{"kind": "train", "st')  # killed in mid-write
+    launch = {"time": "2025-01-05T10:00:00+0000", "version": "0.1.0", "torch": "2.14.0", "device": "some device"}
+    command = "msdiff train --data 'a & b' --out run"
+    (folder / "launches.jsonl").write_text(json.dumps({**launch, "command": command}) + "\n")
+
+
+def rows(config: RunConfig) -> list[ArchitectureRow]:
+    stages = [
+        ArchitectureRow(
+            name=f"stage {k + 1}",
+            width=width,
+            sigma=config.stages.interval(k),
+            t=(0.001, 1.0),
+            parameters=1_914_000,
+            multiply_adds=21_000_000_000,
+        )
+        for k, width in enumerate(config.network.decoder_widths)
+    ]
+    return [*stages, ArchitectureRow(name="all", parameters=950)]
+
+
+def evaluation() -> EvaluationResult:
+    return evaluate_samples(pictures(30, 1), pictures(40, 2), pictures(30, 3), PixelFeatures(), splits=1)
+
+
+def test_curves_that_are_no_png_are_refused_and_start_no_other_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("another program was started")
+
+    monkeypatch.setattr("subprocess.Popen", started)
+    make_run(tmp_path, 3)
+    config, curves = make_config(3), tmp_path / "stages.png"
+    curves.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(
+        UserError, match=r"stages\.png: is no readable PNG picture \(.*\); remove it, or write it again"
+    ):
+        write_report(
+            tmp_path,
+            config=config,
+            architecture=rows(config),
+            samples=pictures(9, 4),
+            real=pictures(9, 6),
+            stages_png=curves,
+        )
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("stages", [1, 3, 4])
+def test_a_full_report_stands_alone(tmp_path: Path, stages: int) -> None:
+    make_run(tmp_path, stages)
+    config = make_config(stages)
+    write_json(tmp_path / "evaluation.json", [evaluation()])
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "stages.png")
+    samples, near = pictures(9, 4), pictures(9, 5)
+    path = write_report(
+        tmp_path,
+        config=config,
+        architecture=rows(config),
+        samples=samples,
+        real=pictures(9, 6),
+        neighbours=Neighbours(samples=samples[:3], nearest=near[:3], distances=[0.5, 1.25, 3.0]),
+        stages_png=tmp_path / "stages.png",
+    )
+    assert path == tmp_path / "report.html"
+    page = Page(path)
+    assert [a["id"] for tag, a in page.tags if tag == "section"] == SECTIONS
+    assert "://" not in page.source
+    assert not any(tag in ("script", "link", "iframe", "object") for tag, _ in page.tags)
+    for tag, attributes in page.tags:
+        for key in ("src", "href", "xlink:href"):
+            assert (attributes.get(key) or "#").startswith(("#", "data:image/png;base64,")), (tag, attributes)
+    assert "url(" not in page.source.replace("url(#", "")
+    assert len(page.images()) == 1 + 2 + 3  # curves, two grids, three pairs
+    assert sum(tag == "svg" for tag, _ in page.tags) == 2
+    for words in ("5,120", "1 min 20 s", "some device", "0.000125", "64 images per second"):
+        assert words in page.text
+    for words in ("my digits", "msdiff train --data 'a & b' --out run", "1.91 M", "21 G", "950", "not comparable"):
+        assert words in page.text
+    assert f"Stage {stages}" in page.text
+    assert f"decoder {stages}" in page.text
+    assert "encoder_width: 16" in page.text
+
+
+def judged(step: int, frechet: float | None) -> dict[str, object]:
+    measured = {"extractor": "pixel <features>", "count": 2000, "reference": "/a/b/real.npz", "frechet": frechet}
+    return {"kind": "quality", "step": step, "images": 128 * step, "petaflops": 0.25 * step, "seconds": 1.0, **measured}
+
+
+def quality_section(folder: Path, distances: list[float | None]) -> Page:
+    make_run(folder, 1)
+    lines = [json.dumps(judged(10 * k, distance)) + "\n" for k, distance in enumerate(distances, start=1)]
+    (folder / "metrics.jsonl").write_text("".join(lines) + (folder / "metrics.jsonl").read_text())
+    images = pictures(1, 0)
+    return Page(write_report(folder, config=make_config(1), architecture=[], samples=images, real=images))
+
+
+def test_distances_during_training_are_drawn_against_compute(tmp_path: Path) -> None:
+    page = quality_section(tmp_path, [300.0, None, 40.0, 60.0])
+    assert sum(tag == "svg" for tag, _ in page.tags) == 3
+    for words in (
+        "Fréchet distance: features pixel <features>, 2,000 samples",
+        "Fréchet distance of samples during training to real.npz, by training compute",
+        "training PFLOPs",
+        "best: 40 at step 30",
+    ):
+        assert words in page.text
+
+
+def test_distances_that_could_not_be_measured_are_not_drawn(tmp_path: Path) -> None:
+    page = quality_section(tmp_path, [None])
+    assert sum(tag == "svg" for tag, _ in page.tags) == 2
+    assert "No samples could be evaluated during training." in page.text
+
+
+def test_a_bare_run_makes_a_report(tmp_path: Path) -> None:
+    config = make_config(1)
+    page = Page(write_report(tmp_path, config=config, architecture=[], samples=pictures(4, 0), real=pictures(4, 1)))
+    assert [a["id"] for tag, a in page.tags if tag == "section"] == SECTIONS
+    for words in ("No training was logged", "Not evaluated", "Not compared", "No command", "No similarity curves"):
+        assert words in page.text
+    assert "[0, ∞)" in page.text
+
+
+def test_images_arrive_unchanged(tmp_path: Path) -> None:
+    samples, real = pictures(4, 7), pictures(1, 8)
+    config = make_config(1)
+    page = Page(write_report(tmp_path, config=config, architecture=[], samples=samples, real=real))
+    grid, single = page.images()
+    assert single.shape == (70, 70)
+    assert np.array_equal(single[3:-3, 3:-3][::8, ::8], real[0, 0].numpy())  # enlarged 8 times, 3 pixels around
+    assert np.array_equal(grid[3 : 3 + 64, 70 : 70 + 64][::8, ::8], samples[1, 0].numpy())
+
+
+def test_names_cannot_inject_html(tmp_path: Path) -> None:
+    bad = "<script>alert('x')</script>"
+    config = dataclasses.replace(make_config(1, bad), data=DataConfig(source=bad))
+    make_run(tmp_path, 1)
+    launch = {"time": bad, "version": bad, "torch": bad, "device": bad, "command": bad}
+    (tmp_path / "launches.jsonl").write_text(json.dumps(launch) + "\n")
+    result = {**to_dict(evaluation()), "extractor": bad, "comparable_to": bad, "preprocessing": bad}
+    images = pictures(4, 9)
+    architecture = [ArchitectureRow(name=bad, parameters=1)]
+    path = write_report(
+        tmp_path, config=config, architecture=architecture, samples=images, real=images, evaluation=[result]
+    )
+    page = Page(path)
+    assert not any(tag == "script" for tag, _ in page.tags)
+    assert page.text.count("<script>alert") >= 12
+
+
+def test_stages_fill_the_schedules_time(tmp_path: Path) -> None:
+    config = make_config(3)
+    page = Page(write_report(tmp_path, config=config, architecture=[], samples=pictures(1, 0), real=pictures(1, 1)))
+    styles = [a["style"] or "" for tag, a in page.tags if tag == "div" and "style" in a]
+    shares = [float(style.split(":")[1].split(";")[0]) for style in styles]
+    vp = config.diffusion.schedule
+    low, high = float(vp.time(0.6)), float(vp.time(5.3))
+    assert shares == pytest.approx([(low - 0.001) / 0.999, (high - low) / 0.999, (1 - high) / 0.999], abs=1e-5)
+
+
+def test_metrics_are_read_in_plain_words(tmp_path: Path) -> None:
+    result = dataclasses.replace(
+        evaluation(), frechet=3.0, frechet_real=2.0, memorised=0.09, memorised_held_out=0.05, rank_deficient=True
+    )
+    images = pictures(1, 0)
+    arguments = {"config": make_config(1), "architecture": [], "samples": images, "real": images}
+    text = Page(write_report(tmp_path, **arguments, evaluation=[result])).text  # type: ignore[arg-type]
+    for words in ("1.5 times as far", "+4.0 points", "fewer images than dimensions", "9.0%"):
+        assert words in text
+    with pytest.raises(ValueError, match="evaluation: comparable_to is missing; evaluate"):
+        write_report(tmp_path, **arguments, evaluation=[{"extractor": "x", "frechet": 1.0}])  # type: ignore[arg-type]
+
+
+def test_curves_are_thinned_by_averaging() -> None:
+    records = [{"images": i, "loss": [float(i % 2), None, math.nan]} for i in range(2 * POINTS)]
+    x, y = _curve(records, lambda r: r["loss"][0])
+    assert len(x) == POINTS
+    assert x[:2] == [0.5, 2.5]
+    assert set(y) == {0.5}
+    assert _curve(records, lambda r: r["loss"][1]) == ([], [])
+    assert _curve(records, lambda r: r["loss"][2]) == ([], [])
+
+
+def test_broken_files_and_unequal_neighbours_are_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train"\n{"kind": "held_out"}\n')
+    images = pictures(2, 0)
+    with pytest.raises(ValueError, match=r"metrics.jsonl: line 1 is not JSON"):
+        write_report(tmp_path, config=make_config(1), architecture=[], samples=images, real=images)
+    assert not (tmp_path / "report.html").exists()
+    with pytest.raises(ValueError, match="give as many of each"):
+        Neighbours(samples=images, nearest=images, distances=[1.0])

@@ -1,0 +1,114 @@
+"""Samples that are measured have the training images' classes; those that are shown take turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from multistage_diffusion.config import DataConfig
+from multistage_diffusion.data import open_data
+from multistage_diffusion.errors import UserError
+from multistage_diffusion.evaluation import PixelFeatures, frechet_distance
+from multistage_diffusion.samplers.class_labels import frequent_labels, labels_in_turn, warn_of_empty, with_class_counts
+
+CASES = Path(__file__).parents[1] / "data" / "cases"
+
+
+@pytest.fixture(name="config")
+def fixture_config(tiny_config):
+    """Return a function that gives a configuration with class counts."""
+
+    def make(*counts: int):
+        config = tiny_config(network__num_classes=len(counts))
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, class_counts=counts))
+
+    return make
+
+
+def test_labels_have_the_frequencies(config):
+    labels = frequent_labels(config(60, 0, 30, 10), 20_000, seed=3)
+    shares = torch.bincount(labels, minlength=4) / len(labels)
+    assert labels.dtype == torch.int64
+    assert shares.tolist() == pytest.approx([0.6, 0.0, 0.3, 0.1], abs=0.012)  # 3.5 standard errors
+    assert shares[1] == 0
+
+
+def test_a_label_depends_on_seed_and_number_alone(config):
+    counts = config(3, 4, 5)
+    long = frequent_labels(counts, 100, seed=1)
+    assert torch.equal(frequent_labels(counts, 10, seed=1), long[:10])
+    assert not torch.equal(frequent_labels(counts, 100, seed=2), long)
+
+
+def test_classes_without_images_are_never_drawn(config):
+    counts = config(0, 5, 0, 1, 0)
+    assert set(frequent_labels(counts, 500, seed=0).tolist()) == {1, 3}
+    assert labels_in_turn(counts, 5).tolist() == [1, 3, 1, 3, 1]
+
+
+def test_unconditional_runs_have_no_labels(tiny_config, tiny_data):
+    assert frequent_labels(tiny_config(), 5, seed=0) is None
+    assert labels_in_turn(tiny_config(), 5) is None
+    assert with_class_counts(tiny_config(), tiny_data(classes=3)).data.class_counts == ()
+
+
+def test_runs_that_do_not_know_their_classes_get_equal_shares_and_say_so(tiny_config):
+    config = tiny_config(network__num_classes=4)
+    with pytest.warns(UserWarning, match="equal shares"):
+        labels = frequent_labels(config, 8000, seed=0)
+    assert (torch.bincount(labels) / 8000).tolist() == pytest.approx([0.25] * 4, abs=0.02)
+    assert labels_in_turn(config, 5).tolist() == [0, 1, 2, 3, 0]
+
+
+def test_counts_are_of_the_training_part(tiny_config, tiny_data):
+    data = tiny_data(90, classes=3)
+    training, _ = data.split(0.3)
+    config = with_class_counts(tiny_config(network__num_classes=3), training)
+    assert config.data.class_counts == tuple(np.bincount(training.labels).tolist())
+    assert sum(config.data.class_counts) == len(training)
+
+
+def test_empty_classes_are_named_once(tiny_config, tiny_data):
+    with pytest.warns(UserWarning, match=r"2 of 5 classes have no training images \(3, 4\)"):
+        with_class_counts(tiny_config(network__num_classes=5), tiny_data(30, classes=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_empty((1, 2))
+        warn_of_empty(())
+    with pytest.warns(UserWarning, match=r"0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\."):
+        warn_of_empty((0,) * 30 + (1,))
+
+
+@pytest.mark.parametrize("counts", [(-1, 2), (0, 0)])
+def test_impossible_counts_are_refused(counts):
+    with pytest.raises(UserError, match="class_counts"):
+        DataConfig(class_counts=counts)
+
+
+def test_counts_of_other_classes_are_refused(config):
+    changed = config(1, 2, 3)
+    other = dataclasses.replace(changed, network=dataclasses.replace(changed.network, num_classes=4))
+    with pytest.raises(UserError, match=r"data\.class_counts holds 3 numbers, but network\.num_classes=4"):
+        frequent_labels(other, 3, seed=0)
+
+
+def test_unequal_classes_are_measured_rightly(tiny_config):
+    """A perfect class-conditional model: for each label it gives a real image of that class."""
+    data = open_data(CASES / "imbal.npz")
+    pixels, real = PixelFeatures(), data.tensor()
+    config = with_class_counts(tiny_config(network__num_classes=data.num_classes), data)
+
+    def distance(labels: torch.Tensor) -> float:
+        draw = torch.Generator().manual_seed(0)
+        members = [torch.from_numpy(np.flatnonzero(data.labels == k)) for k in range(data.num_classes)]
+        chosen = [members[k][torch.randint(len(members[k]), (), generator=draw)] for k in labels.tolist()]
+        return frechet_distance(pixels(real[torch.stack(chosen)]), pixels(real))
+
+    frequent = distance(frequent_labels(config, 2000, seed=0))
+    in_turn = distance(labels_in_turn(config, 2000))
+    assert frequent < in_turn / 3

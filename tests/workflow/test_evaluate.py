@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from multistage_diffusion.config import DataConfig, RunConfig
+from multistage_diffusion.config.presets import preset
+from multistage_diffusion.config.serialization import override, read_json, to_dict
+from multistage_diffusion.errors import UserError
+from multistage_diffusion.evaluation import load_reference, moments
+from multistage_diffusion.evaluation.features import PixelFeatures
+from multistage_diffusion.training.run import Run
+from multistage_diffusion.workflow import evaluate as evaluate_module
+from multistage_diffusion.workflow.evaluate import compare, evaluate, statistics
+from multistage_diffusion.workflow.sample import sample
+from multistage_diffusion.workflow.train import train
+
+COUNT = 12
+
+
+def config(folder: Path, name: str = "noise", **changes: Any) -> RunConfig:
+    """A run of two steps on 60 noise images of 8x8."""
+    file = folder / f"{name}.npy"
+    seed = sum(map(ord, name))
+    np.save(file, np.random.default_rng(seed).integers(0, 256, (60, 8, 8), dtype=np.uint8))
+    return override(
+        preset("digits"),
+        {
+            "data.source": str(file),
+            "data.shape": [],
+            "network.encoder_width": 8,
+            "network.decoder_widths": [8, 8, 8],
+            "training.shares": "uniform",
+            "training.batch": 6,
+            "training.steps": 2,
+            "training.held_out_rows": 4,
+            "sampling.calls": 3,
+            **{key.replace("__", "."): value for key, value in changes.items()},
+        },
+    )
+
+
+@pytest.fixture(scope="module", name="run")
+def fixture_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("run")
+    return train(config(folder), folder / "run")
+
+
+def test_a_file_and_the_training_images_give_the_same_numbers(run: Run, tmp_path: Path) -> None:
+    made = statistics(run.config().data, tmp_path / "real.npz")
+    direct = to_dict(compare(run, "train", count=COUNT))
+    through_file = to_dict(compare(run, tmp_path / "real.npz", count=COUNT))
+    assert direct.pop("reference") == f"train of {run.config().data.source}"
+    assert through_file.pop("reference") == str(tmp_path / "real.npz")
+    assert through_file == direct
+    training = run.data().split(0.1)[0].tensor()
+    assert made.moments.count == direct["reference_count"] == len(training)
+    assert torch.allclose(made.moments.mean, moments(PixelFeatures()(training)).mean)
+    assert direct["samples"] == COUNT
+
+
+@pytest.mark.parametrize("measure", [evaluate, compare])
+def test_features_that_memory_cannot_hold_are_refused_before_samples_are_drawn(
+    measure: Any, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_module, "sample", None)
+    with pytest.raises(
+        UserError, match=r"count=1000000000, features='pixels' of 64 dimensions, needs at least .* smaller"
+    ):
+        measure(run, count=10**9)
+
+
+def test_comparisons_are_added_to_the_run(run: Run) -> None:
+    file = run.path / "evaluation.json"
+    before = len(read_json(file)) if file.exists() else 0
+    found = compare(run, "train", count=COUNT, seed=3, features="fashion-classifier")
+    evaluate(run, count=COUNT)
+    entries = read_json(file)[before:]
+    assert [("reference" in e, e["sampling_seed"], e["step"], e["data"]) for e in entries] == [
+        (True, 3, 2, run.config().data.source),
+        (False, 0, 2, run.config().data.source),
+    ]
+    assert entries[0]["frechet"] == found.frechet
+    assert found.extractor.startswith("fashion-classifier (")
+
+
+@pytest.mark.parametrize("part", ["all", "train", "held-out"])
+def test_statistics_are_of_the_part_asked_for(run: Run, tmp_path: Path, part: str) -> None:
+    data = run.data()
+    images = {"all": data, "train": data.split(0.1)[0], "held-out": data.split(0.1)[1]}[part]
+    statistics(run.config().data, tmp_path / "part.npz", part=part, keep=0)
+    found = load_reference(tmp_path / "part.npz")
+    assert torch.allclose(found.moments.mean, moments(PixelFeatures()(images.tensor())).mean)
+    assert (found.part, found.fingerprint, found.features) == (part, data.fingerprint, None)
+    assert found.held_out == (None if part == "all" else 0.1)
+
+
+def test_what_does_not_fit_is_refused_before_sampling(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multistage_diffusion.workflow.evaluate.sample", lambda *_, **__: pytest.fail("sampled"))
+    statistics(config(tmp_path, "others").data, tmp_path / "others.npz")
+    statistics(run.config().data, tmp_path / "classified.npz", features="fashion-classifier")
+    np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    for reference, count, message in (
+        ("others.npz", COUNT, "others.npz: made with data fingerprint"),
+        ("classified.npz", COUNT, "classified.npz: made with features fashion-classifier .*, but this is pixels"),
+        ("edm.npz", COUNT, "edm.npz: of 2048 feature dimensions, but pixels has 64"),
+        ("none.npz", COUNT, "none.npz: no such file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(run, tmp_path / reference, count=count)
+    with pytest.raises(ValueError, match=r"count=3: comparing with train of .* needs at least 4 samples"):
+        compare(run, count=3)
+
+
+def test_as_many_samples_are_drawn_as_the_reference_has_images(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def count_only(run: Run, count: int, **others: Any) -> torch.Tensor:
+        drawn.append(count)
+        return sample(run, 5, **others)
+
+    monkeypatch.setattr("multistage_diffusion.workflow.evaluate.sample", count_only)
+    np.savez(tmp_path / "edm.npz", mu=np.zeros(64), sigma=np.eye(64))
+    compare(run)
+    compare(run, tmp_path / "edm.npz")
+    compare(run, count=77)
+    assert drawn == [500, 50_000, 77]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"part": "test"}, "part='test' must be one of all, train, held-out"),
+        ({"keep": -1}, "keep=-1 must be >= 0"),
+        ({"features": "incepton"}, "features='incepton' is unknown"),
+    ],
+)
+def test_statistics_of_nothing_are_not_written(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        statistics(DataConfig(source="digits"), tmp_path / "new.npz", **changes)
+    assert list(tmp_path.iterdir()) == []

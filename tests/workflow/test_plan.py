@@ -1,0 +1,364 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from multistage_diffusion import cli
+from multistage_diffusion.commands.options import load_config
+from multistage_diffusion.config import RunConfig
+from multistage_diffusion.config.presets import preset
+from multistage_diffusion.config.serialization import override, read_json
+from multistage_diffusion.contracts import Conditioning
+from multistage_diffusion.data import open_configured, to_float
+from multistage_diffusion.denoisers import build_denoiser
+from multistage_diffusion.nets.cost import network_cost
+from multistage_diffusion.optimal import OptimalDenoiser
+from multistage_diffusion.planning import STEP, TOLERANCE, decoder_flops
+from multistage_diffusion.stage_finding import StageSettings
+from multistage_diffusion.training.batches import BatchSource, held_out_batch, prior_masses
+from multistage_diffusion.training.checkpoint import load_tensors
+from multistage_diffusion.training.losses import stage_losses
+from multistage_diffusion.training.trainer import Trainer
+from multistage_diffusion.workflow import plan as plan_module
+from multistage_diffusion.workflow.plan import plan
+from multistage_diffusion.workflow.prepare import PreparedRun
+from multistage_diffusion.workflow.stages import find_stages
+from multistage_diffusion.workflow.train import train
+
+TINY = {
+    "network.encoder_width": 8,
+    "network.decoder_widths": [16, 8, 8],
+    "network.channel_mult": [1],
+    "network.attention_factors": [],
+    "training.batch": 12,
+    "training.held_out_rows": 4,
+    "sampling.calls": 6,
+}
+SETTINGS = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
+
+
+def tiny(**changes: Any) -> RunConfig:
+    return override(preset("digits"), {**TINY, **{key.replace("__", "."): value for key, value in changes.items()}})
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "ROWS", 40)
+
+
+@pytest.fixture(scope="module")
+def edges(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stages") / "stages.json"
+    find_stages("digits", StageSettings(samples=100), out=out)
+    return out
+
+
+@pytest.fixture
+def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("a probe was trained")
+
+    monkeypatch.setattr(Trainer, "fit", fail)
+
+
+def run(*arguments: str | Path) -> int:
+    return cli.main(["plan", *map(str, arguments)])
+
+
+# -- a plan and what becomes of it ------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_trained_as_it_is_and_costs_what_was_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("digits", "--probe-steps", "3", "--budget", "1.5", "--out", "plan.json", "--set", *SETTINGS) == 0
+    out = capsys.readouterr().out
+    explained, config = read_json(tmp_path / "plan.explained.json"), load_config(tmp_path / "plan.json")
+    cost = network_cost(config.network, 8, 8).stages
+    assert isinstance(config.training.shares, tuple)
+    flops = sum(share * stage.true_flops for share, stage in zip(config.training.shares, cost, strict=True))
+    assert abs(flops / 1.5e6 - 1) <= TOLERANCE
+    assert explained["flops"] == pytest.approx(flops)
+    assert explained["edges_from"] == "algorithm 1"
+    assert config.network.encoder_width == 8
+    assert config.data.shape == (1, 8, 8)
+    for line, stage, width in zip(
+        out.splitlines()[1:4], explained["stages"], config.network.decoder_widths, strict=True
+    ):
+        assert stage["width"] == width
+        assert line.split()[0] == str(stage["stage"])
+        assert line.split()[-2:] == [str(width), f"{stage['flops'] / 1e6:.4g}"]
+        assert f"{stage['loss_narrow']:.4g}  " in line
+        assert f"{stage['gain']:.2g} ± {stage['gain_error']:.1g}" in line
+    assert [s["sigma"][0] for s in explained["stages"][1:]] == list(config.stages.interior)
+    assert all(sentence in out for sentence in explained["sentences"])
+    assert out.splitlines()[-1] == (
+        "written: plan.json, plan.explained.json (next: msdiff train --config plan.json --out RUN)"
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {"plan.json", "plan.explained.json"}  # no probe is left
+    short = override(config, {"training.steps": 2})
+    trained = train(short, tmp_path / "run").config()
+    for part in ("network", "stages", "diffusion"):
+        assert getattr(trained, part) == getattr(config, part)
+    assert trained.training.shares == config.training.shares
+
+
+def test_json_is_what_was_written(edges: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "p.json"
+    arguments = ("digits", "--probe-steps", "2", "--stages", edges, "--out", out, "--json")
+    assert run(*arguments, "--set", *SETTINGS) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == read_json(tmp_path / "p.explained.json")
+    assert printed["edges_from"] == "given stages"
+    assert load_config(out).stages.interior == tuple(read_json(edges)["edges_sigma"])
+    base = tiny(data__shape=[1, 8, 8])
+    cost = network_cost(base.network, 8, 8).stages
+    shares = (0.55, 0.35, 0.1)
+    assert printed["budget"] == pytest.approx(sum(s * c.true_flops for s, c in zip(shares, cost, strict=True)))
+    assert load_config(out).training.shares == shares  # the base's own
+    assert run(*arguments, "--set", *SETTINGS) == 2
+    assert "exists" in capsys.readouterr().err
+    assert run(*arguments, "--overwrite", "--set", *SETTINGS) == 0
+    assert json.loads(capsys.readouterr().out) == printed  # the same seeds, the same plan
+
+
+def test_other_numbers_of_stages_get_shares_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[StageSettings] = []
+
+    def find(data: Any, settings: StageSettings, **given: Any) -> Any:
+        asked.append(settings)
+        return find_stages(data, dataclasses.replace(settings, samples=100), **given)
+
+    monkeypatch.setattr(plan_module, "find", find)
+    planned = plan(tiny(), stages=2, probe_steps=1)
+    assert [(s.algorithm, s.stages) for s in asked] == [(2, 2)]
+    config = planned.config
+    masses = prior_masses(config.stages, config.diffusion.prior)
+    assert config.training.shares == pytest.approx([(mass + 0.5) / 2 for mass in masses])
+    assert len(planned.stages) == len(config.network.decoder_widths) == 2
+    assert [s.weight for s in planned.stages] == pytest.approx(masses)
+    assert [s.share for s in planned.stages] == pytest.approx(config.training.shares)
+
+
+def test_the_gain_is_the_paired_difference(edges: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [torch.tensor([1.0, 0.8, 0.9, 1.1]).double() for _ in range(3)]
+    many = [few[0] - torch.tensor([0.4, 0.5, 0.6, 0.5]).double(), few[1], few[2] + 1]
+    monkeypatch.setattr(plan_module, "_probed", lambda *_: [few, many])
+    planned = plan(tiny(), result=split_of(edges), probe_steps=1)
+    first, second, third = planned.stages
+    span = np.log(first.flops_wide / first.flops_narrow)
+    assert first.gain == pytest.approx(0.5 / span)
+    assert first.gain_error == pytest.approx(np.std([0.4, 0.5, 0.6, 0.5], ddof=1) / 2 / span)
+    assert (second.gain, second.gain_counted) == (0.0, 0.0)
+    assert third.gain == pytest.approx(-1 / span)
+    assert third.gain_counted == pytest.approx(0.0, abs=1e-9)  # no better than its error
+    # all the gain, all the arithmetic: with a wider first decoder even the narrowest others would cost too much
+    network, shares = planned.config.network, (0.55, 0.35, 0.1)
+    wider = [decoder_flops(network, 0, first.width + STEP, (8, 8)), *[decoder_flops(network, 0, 4, (8, 8))] * 2]
+    cost = sum(share * (flops or 0) for share, flops in zip(shares, wider, strict=True))
+    assert wider[0]
+    assert cost + planned.flops_encoder > (1 + TOLERANCE) * planned.budget
+    assert first.width > second.width
+    assert first.flops_ideal == pytest.approx((planned.budget - planned.flops_encoder) / 0.55, rel=1e-6)
+    monkeypatch.setattr(plan_module, "_probed", lambda *_: [few, few])
+    with pytest.raises(ValueError, match="both probes have the same losses; give more steps"):
+        plan(tiny(), result=split_of(edges), probe_steps=1)
+
+
+def split_of(path: Path) -> Any:
+    from multistage_diffusion.stage_finding import StageResult
+
+    return StageResult.load(path)
+
+
+def material_of(config: RunConfig) -> PreparedRun:
+    parts = open_configured(config.data).split(config.data.held_out)
+    return PreparedRun(config=config, parts=parts)
+
+
+def test_probes_see_the_same_rows_and_differ_in_width_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[RunConfig, list[torch.Tensor]]] = []
+    draw = BatchSource.draw
+
+    def spy(self: BatchSource, *arguments: Any) -> Any:
+        batch = draw(self, *arguments)
+        seen[-1][1].extend([batch.y, batch.noise, batch.sigma])
+        return batch
+
+    fit = Trainer.fit
+
+    def fitted(self: Trainer) -> None:
+        seen.append((self.config, []))
+        fit(self)
+
+    monkeypatch.setattr(BatchSource, "draw", spy)
+    monkeypatch.setattr(Trainer, "fit", fitted)
+    told: list[tuple[int, int]] = []
+    base = tiny(training__ema_rampup=0.0)
+    losses = plan_module._probed(
+        material_of(base), (8, 16), 3, torch.device("cpu"), lambda done, total: told.append((done, total))
+    )
+    (narrow, few), (wide, many) = seen
+    assert len(few) == 9
+    assert all(torch.equal(a, b) for a, b in zip(few, many, strict=True))
+    assert (narrow.network.decoder_widths, wide.network.decoder_widths) == ((8, 8, 8), (16, 16, 16))
+    assert dataclasses.replace(narrow, network=wide.network, name=wide.name) == wide
+    assert narrow.network.encoder_width == base.network.encoder_width
+    assert (narrow.training.steps, narrow.optimizer.warmup_steps) == (3, 0)
+    assert narrow.training.ema_rampup > 0
+    assert told == [(done, 6) for done in range(1, 7)]
+    assert [[len(rows) for rows in stages] for stages in losses] == [[40] * 3] * 2
+    assert not torch.equal(losses[0][0], losses[1][0])
+
+
+def test_row_losses_are_those_of_training(tiny_config: Any, tiny_data: Any) -> None:
+    config = tiny_config(network__num_classes=3, training__held_out_rows=10)
+    torch.manual_seed(0)
+    denoiser = build_denoiser(config).eval()
+    for p in denoiser.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    for stage in range(3):
+        batch = held_out_batch(config, tiny_data(7, classes=3), stage, torch.device("cpu"))
+        rows = plan_module.held_out_row_losses(denoiser, batch, 4)
+        assert rows.dtype == torch.float64
+        assert len(rows) == 10
+        with torch.no_grad():
+            assert float(rows.sum()) == pytest.approx(float(stage_losses(denoiser, batch)[stage]), rel=1e-5)
+        for i in (0, 9):
+            alone = held_row(batch, i, stage)
+            with torch.no_grad():
+                assert float(rows[i]) == pytest.approx(float(stage_losses(denoiser, alone)[stage]), rel=1e-4)
+
+
+def held_row(batch: Any, i: int, stage: int) -> Any:
+    return dataclasses.replace(
+        batch,
+        y=batch.y[i : i + 1],
+        noise=batch.noise[i : i + 1],
+        sigma=batch.sigma[i : i + 1],
+        counts=tuple(int(k == stage) for k in range(len(batch.counts))),
+        cond=Conditioning(labels=batch.cond.labels[i : i + 1]),
+    )
+
+
+@pytest.mark.parametrize("precondition", ["edm", "velocity"])
+def test_the_optimal_loss_is_in_the_units_of_the_network(tiny_config: Any, tiny_data: Any, precondition: str) -> None:
+    config = tiny_config(diffusion__precondition=precondition)
+    images = to_float(tiny_data(20).tensor())
+    optimal = OptimalDenoiser(images)
+    batch = held_out_batch(config, tiny_data(6, seed=1), 2, torch.device("cpu"))
+    denoiser = build_denoiser(config)
+    # a network whose output made D the posterior mean: F = (D - c_skip x) / c_out
+    x = batch.y + batch.sigma.float()[:, None, None, None] * batch.noise
+    c = denoiser.preconditioning.coefficients(batch.sigma)
+    column = (-1, 1, 1, 1)
+    perfect = (optimal(x, batch.sigma).double() - c.skip.reshape(column) * x) / c.out.reshape(column)
+    target = denoiser.preconditioning.target(batch.y, batch.noise, batch.sigma)
+    wanted = (perfect - target).square().flatten(1).mean(1)
+    found = plan_module.optimal_row_losses(config, optimal, batch)
+    assert torch.allclose(found, wanted, rtol=1e-3)
+
+
+def test_too_many_images_have_no_optimal_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = material_of(tiny())
+    known = plan_module._optimal_losses(prepared, torch.device("cpu"))
+    assert all(loss is not None and loss > 0 for loss in known)
+    monkeypatch.setattr(plan_module, "MEMORY", 4 * len(prepared.parts[0]) * 64 - 1)
+    assert plan_module._optimal_losses(prepared, torch.device("cpu")) == [None] * 3
+
+
+def test_trained_weights_are_compared_as_averaged(edges: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    fit = Trainer.fit
+
+    def fitted(self: Trainer) -> None:
+        fit(self)
+        kept.append(load_tensors(sorted(self.run.checkpoints.iterdir())[-1], "ema"))
+
+    monkeypatch.setattr(Trainer, "fit", fitted)
+    config = tiny()
+    prepared = material_of(config)
+    losses = plan_module._probed(prepared, (8,), 3, torch.device("cpu"), lambda *_: None)
+    denoiser = build_denoiser(plan_module._probe_config(config, 8, 3)).eval()
+    denoiser.load_state_dict(kept[0])
+    rows = dataclasses.replace(config, training=dataclasses.replace(config.training, held_out_rows=40))
+    for stage in range(3):
+        batch = held_out_batch(rows, prepared.parts[1], stage, torch.device("cpu"))
+        assert torch.allclose(plan_module.held_out_row_losses(denoiser, batch, 12), losses[0][stage])
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_probe")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("photos", "photos: has no preset of its own; give --preset NAME or --config FILE"),
+        ("digits --preset digits --config c.json", "--preset NAME and --config FILE both"),
+        ("digits --preset digit", "preset 'digit' is unknown"),
+        ("digits --out plan.yaml", "a plan is JSON; name it plan.json"),
+        ("digits --out there.json", "--out there.json: exists"),
+        ("digits --out half.json", "--out half.explained.json: exists"),
+        ("digits --stages nowhere.json", "nowhere.json: no such file"),
+        ("digits --probe-steps 0", "probe-steps=0 must be positive"),
+        ("digits --budget -1", "budget=-1 MFLOPs must be positive"),
+        ("digits --budget nan", "budget=nan MFLOPs must be positive"),
+        ("digits --budget 0.1 --stages FILE", "no valid decoder widths come within 3%"),
+        ("digits --held-out 0", "data.held_out=0: a plan compares losses on held-out images"),
+        (
+            "digits --set training.branch_at=5 network.decoder_widths=[8,8,8]",
+            "training.branch_at=5 needs decoders that are",
+        ),
+        ("digits --set network.width=3", "network.width: unknown key"),
+        ("digits --set training.shares=[1,1,0] training.weights=[1,1,0] --stages FILE", "a stage without rows"),
+        (
+            "digits --set training.weights=[1,1,0] --stages 2",
+            "training.weights=[1.0, 1.0, 0.0] needs one number for each of",
+        ),
+        ("digits --set training.batch=2", "training.batch=2 is too small for 3 stages"),
+        ("digits --set network.decoder_widths=[4,4,4] --stages FILE", "a plan compares two widths"),
+        ("digits --device gpu", "device='gpu' is unknown"),
+        ("nowhere --preset digits", "'nowhere': no such file or folder"),
+    ],
+)
+def test_a_mistake_is_found_before_any_probe(
+    arguments: str,
+    words: str,
+    edges: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.json").write_text("mine")
+    (tmp_path / "half.explained.json").write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    assert run(*(str(edges) if a == "FILE" else a for a in arguments.split())) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    said = [line for line in err.splitlines() if not line.startswith("digits: 1797 images")]
+    assert len(said) == 1
+    assert said[0].startswith("msdiff: ")
+    assert words in said[0]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.usefixtures("no_probe")
+def test_no_data_no_plan() -> None:
+    with pytest.raises(ValueError, match=r"data\.source is empty"):
+        plan(tiny(data__source=""))
+
+
+@pytest.mark.usefixtures("no_probe")
+def test_a_split_in_other_units_is_refused(tmp_path: Path) -> None:
+    result = find_stages("digits", StageSettings(samples=100, data_range=(0.0, 1.0)))
+    with pytest.raises(ValueError, match="run msdiff stages without --data-range"):
+        plan(tiny(), result=result)
