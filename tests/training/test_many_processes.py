@@ -252,7 +252,7 @@ sys.path.insert(0, TESTS)
 from tiny import tiny_config
 from multistage_diffusion.distributed import is_main_process
 from multistage_diffusion.training.callbacks import Callback
-from multistage_diffusion.workflow import train
+from multistage_diffusion.workflow.train import train
 
 torch.set_num_threads(1)
 
