@@ -127,7 +127,15 @@ def test_every_setting_is_explained() -> None:
         assert set(keys) <= explained, section
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [ROOT / "docs" / "design.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.stem)
+def test_named_files_exist(page: Path) -> None:
+    named = re.findall(r"`([a-z_/.]+(?:\.py|/))`", page.read_text())
+    assert len(named) > 5
+    places = (ROOT, ROOT / "src" / "multistage_diffusion", ROOT / "src")
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []

@@ -20,7 +20,8 @@ SOURCE = Path(multistage_diffusion.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     # L0: what everything is_main_process
     ("errors", "progress", "shown"),
-    ("files", "memory", "reading"),
+    ("leftovers", "memory", "places", "reading"),
+    ("files",),
     ("contracts", "distributed"),
     ("rng", "schedules"),
     ("stages",),

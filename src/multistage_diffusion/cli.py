@@ -19,7 +19,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from . import __version__
@@ -75,9 +75,10 @@ def main(args: Sequence[str] | None = None) -> int:
         code = _answer(name, arguments, debug)
         sys.stdout.flush()  # a closed pipe raises here, not at interpreter exit
     except BrokenPipeError:
-        return _unread()
+        _discard(_closed())
+        return 128 + signal.SIGPIPE
     except OSError as error:
-        _drop_output()
+        _discard([sys.stdout])
         return _fail(f"standard output: cannot be written ({error.strerror or error})", debug)
     return code
 
@@ -88,14 +89,6 @@ def _streams() -> tuple[TextIO, TextIO]:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the life of the process
     return sys.stdout, sys.stderr
-
-
-def _drop_output() -> None:
-    """Let the interpreter end without another attempt to write what standard output cannot take."""
-    with contextlib.suppress(OSError, ValueError):
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, sys.stdout.fileno())
-        os.close(nothing)
 
 
 def _answer(name: str, arguments: Sequence[str], debug: bool) -> int:
@@ -142,24 +135,24 @@ def _prepare_process(command: Any) -> None:
         keep_memory(resolve_device(command.device))
 
 
-def _closed() -> list[int]:
-    """Return the descriptors of standard output and standard error whose reader has closed the pipe."""
+def _closed() -> list[TextIO]:
+    """Return standard output and standard error as far as they are pipes that nobody reads."""
     found = []
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor is not a pipe
             poll = select.poll()
             poll.register(stream.fileno(), select.POLLOUT)
-            found += [number for number, event in poll.poll(0) if event & select.POLLERR]
+            found += [stream for _, event in poll.poll(0) if event & select.POLLERR]
     return found
 
 
-def _unread() -> int:
-    """Discard the buffered output for closed pipes, so that the interpreter exits silently; return the exit code."""
+def _discard(streams: Iterable[TextIO]) -> None:
+    """Discard the buffered output of streams that cannot be written, so that the interpreter exits silently."""
     nothing = os.open(os.devnull, os.O_WRONLY)
-    for number in _closed():
-        os.dup2(nothing, number)
+    for stream in streams:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(nothing, stream.fileno())
     os.close(nothing)
-    return 128 + signal.SIGPIPE
 
 
 def _fail(message: object, debug: bool) -> int:
@@ -219,10 +212,9 @@ def _say(message: object, start: str = "msdiff: ") -> None:
     try:
         sys.stderr.write(f"{start}{text}\n")
         sys.stderr.flush()
-    except BrokenPipeError:
-        raise
-    except OSError:
-        pass  # a full disk behind standard error: there is no other place to say so
+    except OSError as error:  # a full disk behind standard error is not reported: there is no other place
+        if isinstance(error, BrokenPipeError):
+            raise
 
 
 def parse(name: str, arguments: Sequence[str]) -> Any:

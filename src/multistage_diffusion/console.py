@@ -91,7 +91,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h" if hours < 72 else f"{round(hours / 24)} days"
 
 
-class TrainingProgress(Callback):
+class TrainingProgress(Callback[Trainer]):
     """Shows steps, rate, time left and the latest losses during training; `with` removes the bar after an error."""
 
     def __init__(self) -> None:

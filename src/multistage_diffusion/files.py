@@ -12,8 +12,6 @@ import fcntl
 import json
 import math
 import os
-import re
-import secrets
 import shutil
 import stat
 import time
@@ -23,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .leftovers import OURS, REPLACED, held, lock_own, sweep, temporary_name
 
-_WRITING, _REPLACED = "writing", "replaced"
-# .NAME.writing-1a2b3c4d: the new NAME; .NAME.replaced-1a2b3c4d: the old NAME until the new one is in place
-_OURS = re.compile(rf"\.(?P<name>.+)\.(?P<what>{_WRITING}|{_REPLACED})-[0-9a-f]{{8}}")
 _OPEN = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: opening a FIFO does not block
 
 _FULL = "free some space, or choose another place"
@@ -70,7 +66,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         mend = _MENDS.get(error.errno or 0, "choose another place")
-        parts = [match["name"] if (match := _OURS.fullmatch(part)) else part for part in path.parts]
+        parts = [match["name"] if (match := OURS.fullmatch(part)) else part for part in path.parts]
         raise NotWrittenError(
             f"{Path(*parts)}: cannot be written ({error.strerror or error}); {mend}", error
         ) from error
@@ -123,7 +119,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     make_folder(path.parent)
     sweep(path.parent)
     with disk_errors(path):
-        temporary = _temporary(path)
+        temporary = temporary_name(path)
         try:
             _write_new(temporary, data, _mode(path), becomes=path)
             sync_folder(path.parent)
@@ -160,7 +156,7 @@ def _new_file(path: Path) -> int:
     """Return the descriptor of a new, locked file."""
     while True:
         handle = os.open(path, os.O_WRONLY | os.O_EXCL | _OPEN, 0o666)
-        _lock(handle)
+        lock_own(handle)
         if os.fstat(handle).st_nlink:
             return handle
         os.close(handle)  # another process's sweep removed the file before it was locked
@@ -274,59 +270,6 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         os.close(handle)
 
 
-def require_place(path: Path) -> None:
-    """Check, before the work starts, that a path can be written.
-
-    Raises:
-        UserError: if not.
-    """
-    if path.name in ("", ".."):
-        raise UserError(f"--out {path}: names no file or folder of its own; give one")
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"--out {path}: is a link that leads nowhere; remove it, or choose another name")
-    above = next(p for p in path.absolute().parents if os.path.lexists(p))
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"--out {path}: nothing can be written in {above}; choose another place")
-
-
-def require_utf8(path: Path) -> None:
-    """Refuse a folder of tensors whose path safetensors cannot open.
-
-    Raises:
-        UserError: if the absolute path is not valid UTF-8.
-    """
-    try:
-        str(path.absolute()).encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{path}: its path is not valid UTF-8, which files of tensors need; choose another name"
-        ) from None
-
-
-def require_room(path: Path, go_on: str, *, replace: bool, ignored: str = "") -> bool:
-    """Check before the work starts that a folder can be created; return whether one there must be moved aside first.
-
-    Args:
-        path: the folder.
-        go_on: how to continue with an existing one, for the message.
-        replace: whether what is there may be moved aside.
-        ignored: name of a file that does not count as content.
-
-    Raises:
-        UserError: if what is there may not be replaced, or nothing can be written there.
-    """
-    require_utf8(path)
-    require_place(path)
-    taken = path.exists() and (not path.is_dir() or any(p.name != ignored for p in path.iterdir()))
-    if taken and not replace:
-        raise UserError(
-            f"{path}: exists; {go_on}, choose another --out, or replace it (--replace; replace=True in Python)"
-        )
-    if taken and path.is_symlink():
-        raise UserError(f"{path}: is a link; name what it leads to, {path.resolve()}, to replace that")
-    return taken
-
-
 def move_aside(path: Path) -> None:
     """Rename a file or folder to PATH.replaced-TIME.
 
@@ -383,11 +326,11 @@ def _led_to(path: Path) -> Path:
 def _new_held_folder(path: Path) -> Iterator[Path]:
     """Create the temporary folder for a path, and lock it."""
     while True:
-        temporary = _temporary(path)
+        temporary = temporary_name(path)
         with disk_errors(path):
             temporary.mkdir()
         with suppress(FileNotFoundError):  # another process's sweep removed the folder before it was locked
-            holding = _held(temporary)
+            holding = held(temporary)
             holding.__enter__()
             break
     try:
@@ -407,8 +350,8 @@ def _rename_new(temporary: Path, path: Path) -> None:
 
 def _exchange(temporary: Path, path: Path) -> None:
     """Replace one folder by another; if the process is killed between the renames, `sweep` restores the old one."""
-    old = _temporary(path, _REPLACED)
-    with _held(path):
+    old = temporary_name(path, REPLACED)
+    with held(path):
         os.rename(path, old)
         try:
             os.rename(temporary, path)
@@ -421,9 +364,9 @@ def _exchange(temporary: Path, path: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder and its content; it is renamed first, so a half-removed folder never looks complete."""
-    if not _OURS.fullmatch(path.name):
+    if not OURS.fullmatch(path.name):
         with disk_errors(path):
-            doomed = _temporary(path)
+            doomed = temporary_name(path)
             os.rename(path, doomed)
         path = doomed
     shutil.rmtree(path, ignore_errors=True)
@@ -435,53 +378,3 @@ def _sync_tree(folder: Path) -> None:
         for name in names:
             sync_folder(Path(root, name))
         sync_folder(Path(root))
-
-
-def sweep(folder: Path) -> None:
-    """Remove what killed processes have left in a folder: our temporary names that no process has locked.
-
-    A replaced folder whose successor never arrived gets its name back.
-    """
-    with suppress(OSError):
-        found = [(entry.name, match) for entry in os.scandir(folder) if (match := _OURS.fullmatch(entry.name))]
-        for name, match in found:
-            with suppress(OSError):
-                _sweep(folder / name, folder / match["name"] if match["what"] == _REPLACED else None)
-
-
-def _sweep(left: Path, home: Path | None) -> None:
-    handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if home is not None and not home.exists():
-            os.rename(left, home)
-        elif left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink()
-    finally:
-        os.close(handle)
-
-
-def _temporary(path: Path, what: str = _WRITING) -> Path:
-    name = os.fsdecode(os.fsencode(path.name)[:200]) if what == _WRITING else path.name  # 255 bytes at most
-    return path.with_name(f".{name}.{what}-{secrets.token_hex(4)}")
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Lock a folder, so that no other process takes it for a leftover; the lock follows its inode through renames."""
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        _lock(handle)
-        if not os.fstat(handle).st_nlink:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int) -> None:
-    """Lock a file or folder of this process; only a sweep, which is short, may hold it before."""
-    with suppress(OSError):  # a file system without locks: sweep leaves everything there
-        fcntl.flock(handle, fcntl.LOCK_EX)

@@ -319,11 +319,15 @@ PLACES = [
         )
     ),
     Case("stats over its data", ("stats", "data.npz", "--out", "data.npz", "--overwrite"), says="DATA", needs=DATA),
-    Case(
-        "split over a run's configuration",
-        ("stages", "data.npz", "--out", "run/config.json", "--overwrite"),
-        says="file of a run",
-        needs=("run", "data.npz"),
+    *(
+        Case(
+            f"stages over a run's {name}",
+            ("stages", "data.npz", "--out", f"run/{name}", "--overwrite"),
+            file(f"run/{name}", "{}"),
+            "file of a run",
+            ("run", "data.npz"),
+        )
+        for name in ("config.json", "execution.json", "evaluation.json", "likelihood.json")
     ),
     Case(
         "export over a checkpoint",

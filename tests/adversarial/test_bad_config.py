@@ -52,6 +52,7 @@ training.weights=[1e308,1e308,1e308]
 training.sample_count=0 training.sample_every=1
 diffusion.precondition=edm diffusion.sigma_data=1e300
 sampling.guidance_interval=[.nan,1]
+sampling.rho=1e300 sampling.spacing=edm
 training.branch_at=-1
 training.precision=fp8
 training.seed=-1

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from multistage_diffusion import memory
 from multistage_diffusion.data import open_data
 from multistage_diffusion.data.decoding import decode_all
+from multistage_diffusion.errors import UserError
 
 
 def png(array):
@@ -29,6 +31,13 @@ def test_bad_files_are_left_out_by_number():
         decoded = run([b"", pixels(1, 2, 3), b"x", pixels(3, 2, 3)], skip_bad=True)
     assert decoded.kept.tolist() == [1, 3]
     np.testing.assert_array_equal(decoded.images[:, 0], [pixels(1, 2, 3), pixels(3, 2, 3)])
+
+
+def test_images_that_memory_cannot_hold_are_refused_at_the_first(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 3 * 2 * 5 - 1)
+    with pytest.raises(UserError, match=r"data\.size=2x5 for 3 images needs at least"):
+        run([pixels(i, 2, 5) for i in range(3)])
+    assert len(run([pixels(i, 2, 5) for i in range(2)]).images) == 2
 
 
 def test_one_padded_size_is_the_content():

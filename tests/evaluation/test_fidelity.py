@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import fidelity
 from multistage_diffusion.evaluation.features import extract, get_features
 from multistage_diffusion.evaluation.fidelity import NETWORKS, FidelityFeatures, inception_score, kernel_distance
@@ -184,3 +185,16 @@ def test_the_score_of_rows_that_are_sure_and_varied_is_the_number_of_classes() -
     assert math.isfinite(inception_score(logits[:10])[0])
     with pytest.raises(ValueError, match="9 images cannot be divided into 10 parts"):
         inception_score(logits[:9])
+
+
+def test_weights_that_cannot_be_fetched_name_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_fidelity import registry
+
+    def offline(*_: object, **__: object) -> None:
+        raise RuntimeError("It looks like there is no internet connection")
+
+    monkeypatch.setitem(registry.FEATURE_EXTRACTORS_REGISTRY, "dinov2-vit-l-14", offline)
+    with pytest.raises(
+        UserError, match=r"^features='dinov2': its weights cannot be downloaded \(It looks .*connect once"
+    ):
+        FidelityFeatures("dinov2")

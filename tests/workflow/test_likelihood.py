@@ -15,6 +15,7 @@ from multistage_diffusion.data import open_data, to_float
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation.likelihood import likelihood
 from multistage_diffusion.schedules import Discrete, LogNormal, UniformSteps, UniformTime
+from multistage_diffusion.workflow import likelihood as likelihood_module
 from multistage_diffusion.workflow.likelihood import measure_likelihood, noise_range
 from multistage_diffusion.workflow.train import train
 
@@ -117,3 +118,16 @@ def test_latents_have_nats_and_no_reconstruction(run, monkeypatch):
     mean = float(latents[:6].square().mean())
     assert found.prior.mean == pytest.approx(mean / (2 * high**2), rel=1e-5)
     assert found.diffusion.mean == pytest.approx(mean * (low**-2 - high**-2) / 2, rel=0.5)  # zeros: MSE is E y²
+
+
+def test_what_another_process_has_written_meanwhile_stays(run, monkeypatch):
+    file, real = run.path / "likelihood.json", likelihood_module.likelihood
+
+    def meanwhile(*args, **kwargs):
+        kept = json.loads(file.read_text()) if file.exists() else []
+        file.write_text(json.dumps([*kept, {"step": 99}]))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(likelihood_module, "likelihood", meanwhile)
+    measure_likelihood(run, count=5, draws=1)
+    assert [entry["step"] for entry in json.loads(file.read_text())][-2:] == [99, 2]

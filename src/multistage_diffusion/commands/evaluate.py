@@ -120,8 +120,8 @@ class Evaluate(SamplerOptions, DataOptions):
             raise UserError("--likelihood is of the run's own held-out images; leave out --data and --against")
         sampler = [f.name for f in dataclasses.fields(SamplerOptions) if getattr(self, f.name) is not None]
         others = [name for name in ("features", "inception_weights") if getattr(self, name) != getattr(Evaluate, name)]
-        for name in (*sampler, *self.given(), *others):
-            raise UserError(f"--{name.replace('_', '-')}: --likelihood draws no samples; leave it out")
+        if idle := [*sampler, *self.given(), *others]:
+            raise UserError(f"--{idle[0].replace('_', '-')}: --likelihood draws no samples; leave it out")
         low, high = self.sigma_range or (None, None)
         with Bar("measuring", "images") as bar:
             result = measure_likelihood(

@@ -16,9 +16,11 @@ from ..config import RunConfig, SamplingConfig
 from ..config.serialization import from_dict, read_json
 from ..errors import UserError
 from ..evaluation import agree
-from ..files import refuse_special, require_place
+from ..files import refuse_special
+from ..places import require_place
 from ..reading import YAML_LIMIT, parse_yaml, read_text
 from ..shown import shown
+from ..training.run import belongs_to_a_run
 
 
 def option(metavar: str, default: str = "") -> Any:
@@ -114,20 +116,11 @@ def check_out(path: Path, overwrite: bool, *, folder: bool = False) -> None:
     if path.exists():
         if not overwrite:
             raise UserError(f"--out {path}: exists; choose another name or give --overwrite")
-        if path.is_file() and _belongs_to_a_run(path):
+        if path.is_file() and belongs_to_a_run(path):
             raise UserError(f"--out {path}: is a file of a run, which is not replaced; choose another name")
         if path.is_dir() != folder:
             raise UserError(f"--out {path}: is a {'file' if folder else 'folder'}; choose another name")
     require_place(path)
-
-
-def _belongs_to_a_run(path: Path) -> bool:
-    """Return whether a file is one that a run cannot do without."""
-    own = ("config.json", "metrics.jsonl", "launches.jsonl", "stages.json", "imported.json", "evaluation.json")
-    folder = path.absolute().parent
-    if (folder / "config.json").exists() and (folder / "checkpoints").is_dir():
-        return path.name in own
-    return any(place.name == "checkpoints" and (place.parent / "config.json").exists() for place in folder.parents)
 
 
 def refuse_own_data(out: Path, source: str) -> None:

@@ -18,6 +18,7 @@ from ..training.callbacks import Callback
 from ..training.run import Run
 from ..training.sample_grid import TensorBoard
 from ..training.strategies import Strategy
+from ..training.trainer import Trainer
 from ..workflow.train import resume, train
 from .options import Changes, DataOptions, Device, load_config, option, parse_changes, say
 
@@ -82,7 +83,7 @@ class Train(DataOptions):
         if self.profile and self.resume is not None:
             require_profile_place(self.resume)
         with TrainingProgress() as progress, Bar("encoding", "images") as bar:
-            callbacks: list[Callback] = [progress]
+            callbacks: list[Callback[Trainer]] = [progress]
             if self.profile:
                 callbacks.append(Profile(console.print))
             if self.tensorboard:
@@ -95,7 +96,7 @@ class Train(DataOptions):
             f"trained: {run.path} (next: msdiff sample {run.path}, msdiff evaluate {run.path}, msdiff report {run.path})"
         )
 
-    def go_on(self, changes: dict[str, Any], callbacks: Sequence[Callback], bar: Bar) -> Run:
+    def go_on(self, changes: dict[str, Any], callbacks: Sequence[Callback[Trainer]], bar: Bar) -> Run:
         """Resume a run."""
         for name in ("preset", "config", "stages", "init_from", "out", "replace"):
             if getattr(self, name):
@@ -107,7 +108,7 @@ class Train(DataOptions):
             self.resume, changes, device=self.device, strategy=self.strategy, callbacks=callbacks, progress=bar
         )
 
-    def start(self, changes: dict[str, Any], callbacks: Sequence[Callback], bar: Bar) -> Run:
+    def start(self, changes: dict[str, Any], callbacks: Sequence[Callback[Trainer]], bar: Bar) -> Run:
         """Start a run."""
         if (self.preset is None) == (self.config is None):
             raise UserError("give one of --preset NAME, --config FILE or --resume RUN")

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..contracts import FeatureExtractor
 from ..errors import UserError
 from ..progress import Progress
-from .features import check_images, extract
+from .features import extract
 from .fidelity import INCEPTION_SPLITS, KID_SUBSET_SIZE, inception_score, installed, kernel_distance
+from .image_check import check_images
 from .metrics import precision_recall
 from .reference import Reference
 from .statistics import frechet_between, moments

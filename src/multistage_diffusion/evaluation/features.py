@@ -17,6 +17,7 @@ from ..progress import Progress
 from ..reading import require_file
 from .classifier import SIZE, prepare, pretrained
 from .consent import agreed, is_script
+from .image_check import check_images
 
 EXTRACT_BATCH = 256  # images per extractor call; bounds the memory of a network's activations
 
@@ -177,15 +178,3 @@ def extract(
         if progress is not None:
             progress(sum(map(len, features)), len(images))
     return torch.cat(features)
-
-
-def check_images(name: str, images: Tensor) -> None:
-    """Check that images are a non-empty uint8 (N, C, H, W) tensor.
-
-    Raises:
-        UserError: naming the argument, its dtype and its shape.
-    """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.numel() == 0:
-        raise UserError(
-            f"{name}: expected non-empty uint8 images (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
-        )

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import make_folder
 from ..reading import require_file
-from .features import check_images
+from .image_check import check_images
 
 INCEPTION_SPLITS = 10  # parts of the Inception score, as published
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as published

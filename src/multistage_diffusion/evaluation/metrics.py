@@ -11,7 +11,8 @@ from torch import Tensor
 from ..contracts import FeatureExtractor
 from ..errors import UserError
 from ..rng import generator
-from .features import PixelFeatures, check_images, extract
+from .features import PixelFeatures, extract
+from .image_check import check_images
 from .statistics import frechet_between, moments
 
 PERCENTILE = 5.0  # of held-out images counted as "near a training image"

@@ -12,7 +12,8 @@ from ..contracts import FeatureExtractor
 from ..errors import UserError
 from ..memory import require_memory
 from ..progress import Progress
-from .features import EXTRACT_BATCH, check_images
+from .features import EXTRACT_BATCH
+from .image_check import check_images
 
 MAX_DIMS = 4096  # a float64 covariance of this size takes 128 MiB and its eigenvalues about a minute
 

@@ -21,6 +21,7 @@ from ..reading import brief
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # file names of diffusers' save_pretrained
 CLASSES = ("AutoencoderKL", "VQModel")
+MOST_LAYERS, MOST_CHANNELS = 64, 1 << 20  # of a codec's config.json; larger numbers are damage
 
 
 class IdentityCodec:
@@ -163,14 +164,11 @@ def _open_diffusers(config: CodecConfig, device: torch.device | str) -> Diffuser
 
 
 def _require_sizes(settings: Mapping[str, Any], name: str) -> None:
-    """Refuse numbers in a config.json that no autoencoder has: building it would take hours and all memory."""
+    """Refuse sizes in a config.json that no autoencoder has: building it would take hours and all memory."""
     for key, value in settings.items():
         values = value if isinstance(value, list) else [value]
-        most = 64 if key == "layers_per_block" or isinstance(value, list) else 1 << 20
-        numbers = [number for number in values if isinstance(number, int)]
-        if len(values) > 64 or (key == "layers_per_block" and max(numbers, default=0) > most):
-            raise UserError(f"{name}: {CONFIG} has {key}={brief(value)}, more than any autoencoder; is it damaged?")
-        if max(numbers, default=0) > 1 << 20:
+        largest = max((number for number in values if isinstance(number, int)), default=0)
+        if len(values) > MOST_LAYERS or largest > (MOST_LAYERS if key == "layers_per_block" else MOST_CHANNELS):
             raise UserError(f"{name}: {CONFIG} has {key}={brief(value)}, more than any autoencoder; is it damaged?")
 
 

@@ -83,7 +83,7 @@ def require_profile_place(run: Path) -> None:
         raise UserError(f"{folder}: is no folder, where a profile belongs; remove it")
 
 
-class Profile(Callback):
+class Profile(Callback[Trainer]):
     """Profiles some steps of a run and writes RUN/profile/parts.json and RUN/profile/trace.json.
 
     The run continues afterwards.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from ..config import SamplingConfig
-from ..errors import UserError
+from ..errors import UserError, require
 from ..schedules import VP, NoiseSchedule
 from .orders import (
     corrected_heun_steps,
@@ -155,6 +155,7 @@ def _spacing(config: SamplingConfig, schedule: NoiseSchedule, low: float, high: 
 
     for name, sigma in (("sigma_min", low), ("sigma_max", high)):
         if not math.isclose(back(to(sigma)), sigma, rel_tol=1e-6):
+            require(config.spacing != "edm", f"sampling.rho={config.rho:g} is too large for spacing 'edm'; 7 is usual")
             raise UserError(
                 f"sampling.{name}={sigma:.6g} is reached at no time of the {schedule.kind} schedule; move it inside or "
                 "use another sampling.spacing than 'time'"

@@ -6,6 +6,8 @@ RUN/metrics.jsonl    losses and evaluations
 RUN/launches.jsonl   every command that trained the run
 RUN/imported.json    the file from which the run was imported (if any)
 RUN/execution.json   the autotuning result (if autotuning ran)
+RUN/evaluation.json  results of msdiff evaluate
+RUN/likelihood.json  results of msdiff evaluate --likelihood
 RUN/checkpoints/     see checkpoint.py
 RUN/samples/         sample grids from training
 """
@@ -31,24 +33,25 @@ from ..config.serialization import from_dict, read_json
 from ..data import ImageData, open_configured
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..errors import UserError
-from ..files import (
-    append_line,
-    json_bytes,
-    locked,
-    move_aside,
-    new_folder,
-    require_room,
-    require_utf8,
-    sweep,
-    write_atomic,
-    write_file,
-    write_json,
-)
+from ..files import append_line, json_bytes, locked, move_aside, new_folder, write_atomic, write_file, write_json
+from ..leftovers import sweep
 from ..performance.devices import device_name
 from ..performance.execution import Execution
+from ..places import require_room, require_utf8
 from ..reading import brief
 from ..records import read_launches, read_metrics
 from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, restore_module, trained_config
+
+OWN_FILES = (
+    "config.json",
+    "stages.json",
+    "metrics.jsonl",
+    "launches.jsonl",
+    "imported.json",
+    "execution.json",
+    "evaluation.json",
+    "likelihood.json",
+)
 
 
 @dataclass(frozen=True)
@@ -177,9 +180,10 @@ class Run:
         """
         folder, config = self.checkpoint(which), self.config()
         trained = trained_config(folder)
-        for name in ("network", "diffusion", "stages", "data.shape", "codec.shape", "codec.scale", "codec.fingerprint"):
-            one, other = (attrgetter(name)(each) for each in (trained, config))
-            if one != other and not (name.startswith("codec.") and trained.codec.used and one in ((), "", None)):
+        # what an imported checkpoint does not record of its codec is not compared
+        recorded = [n for n in ("codec.shape", "codec.scale", "codec.fingerprint") if attrgetter(n)(trained)]
+        for name in ("network", "diffusion", "stages", "data.shape", "codec.used", *recorded):
+            if attrgetter(name)(trained) != attrgetter(name)(config):
                 raise UserError(
                     f"{self.config_file}: {name} was edited since step {checkpoint_step(folder)}; put it back (the "
                     f"checkpoint's own configuration is in {folder / 'state.json'})"
@@ -278,3 +282,13 @@ class Run:
         with locked(self.path / ".lock", f"{self.path}: another process is training this run; wait for it or stop it"):
             sweep(self.path)
             yield
+
+
+def belongs_to_a_run(path: Path) -> bool:
+    """Return whether a path is a file that a run needs or that records its results; other files in its folder are not."""
+    run = Run(path.absolute().parent)
+    if run.config_file.exists() and run.checkpoints.is_dir():
+        return path.name in OWN_FILES
+    return any(
+        place.name == "checkpoints" and Run(place.parent).config_file.exists() for place in path.absolute().parents
+    )

@@ -16,7 +16,7 @@ from .callbacks import Callback
 from .trainer import Trainer
 
 
-class SampleGrid(Callback):
+class SampleGrid(Callback[Trainer]):
     """Samples from the averaged weights and fixed noise every training.sample_every steps: RUN/samples/step_N.png.
 
     Args:
@@ -55,7 +55,7 @@ class SampleGrid(Callback):
             save_png(grid(images), trainer.run.path / "samples" / f"step_{trainer.step:08d}.png")
 
 
-class TensorBoard(Callback):
+class TensorBoard(Callback[Trainer]):
     """Writes every logged number to RUN/tensorboard (extra `track`).
 
     Raises:

@@ -5,20 +5,37 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-from ..denoisers import build_denoiser
+from ..config import RunConfig
+from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..errors import UserError
 from . import checkpoint as ckpt
+from .ema import EMA
+from .gradient_sync import GradientSync
 from .metrics import MetricAccumulator
 
-if TYPE_CHECKING:
-    from .trainer import Trainer
+
+class Checkpointed(Protocol):
+    """What a checkpoint holds of a trainer."""
+
+    config: RunConfig
+    denoiser: MultiStageDenoiser
+    ema: EMA[MultiStageDenoiser]
+    gradient_sync: GradientSync
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int
+    sums: MetricAccumulator
+
+    @property
+    def images(self) -> int:
+        """Number of training images seen so far."""
 
 
-def snapshot(trainer: Trainer, *, score: float | None, quality: float | None) -> ckpt.Checkpoint:
+def snapshot(trainer: Checkpointed, *, score: float | None, quality: float | None) -> ckpt.Checkpoint:
     """Return a trainer's state, gathered on the main process; all processes call it.
 
     A checkpoint does not depend on the strategy or the number of processes.
@@ -46,7 +63,7 @@ def snapshot(trainer: Trainer, *, score: float | None, quality: float | None) ->
     )
 
 
-def restore(trainer: Trainer, path: Path) -> None:
+def restore(trainer: Checkpointed, path: Path) -> None:
     """Load a checkpoint into a trainer.
 
     Raises:

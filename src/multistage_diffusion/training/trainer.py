@@ -62,7 +62,7 @@ class Trainer:
         *,
         config: RunConfig | None = None,
         device: str | torch.device | None = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence[Callback[Trainer]] = (),
         world: World = ALONE,
         strategy: Strategy = "time",
     ) -> None:

@@ -15,10 +15,11 @@ from ..config.serialization import to_dict
 from ..data import ImageData, open_configured
 from ..data.sources import located
 from ..errors import UserError
-from ..files import make_folder, move_aside, refuse_special, remove_folder, require_room, write_json
+from ..files import make_folder, move_aside, refuse_special, remove_folder, write_json
 from ..latent.codec_training import CodecSettings, CodecTrainer, judge, reconstruct, write_codec
 from ..latent.codecs import CONFIG, WEIGHTS
 from ..performance.devices import device_name, resolve_device
+from ..places import require_room
 from ..progress import Progress
 from ..reporting.pictures import grid, save_png
 from ..training.checkpoint import list_checkpoints

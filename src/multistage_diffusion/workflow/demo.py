@@ -15,6 +15,7 @@ from ..progress import Progress
 from ..reporting.pictures import grid, save_png
 from ..training.callbacks import Callback
 from ..training.run import Run
+from ..training.trainer import Trainer
 from .evaluate import evaluate
 from .report import report
 from .sample import sample
@@ -27,7 +28,7 @@ def demo(
     changes: Mapping[str, Any] | None = None,
     *,
     device: str | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callback[Trainer]] = (),
     bar: Callable[[str], AbstractContextManager[Progress]],
 ) -> tuple[Path, EvaluationResult]:
     """Run stages, train, sample, evaluate and report on the digits; an interrupted demo continues where it stopped.

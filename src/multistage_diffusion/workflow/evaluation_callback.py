@@ -105,7 +105,7 @@ def _read(path: Path, extractor: FeatureExtractor, data: ImageData) -> Moments:
     return reference.moments
 
 
-class Quality(Callback):
+class Quality(Callback[Trainer]):
     """Evaluates samples of the EMA weights every evaluation.every steps, and ends training that stops improving.
 
     Args:

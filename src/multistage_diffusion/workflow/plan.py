@@ -218,7 +218,7 @@ def _staged(config: RunConfig, result: StageResult) -> RunConfig:
     return with_stages(config, result)
 
 
-class _Steps(Callback):
+class _Steps(Callback[Trainer]):
     """Reports the steps of two probes as one task."""
 
     def __init__(self, before: int, total: int, progress: Progress) -> None:

@@ -34,7 +34,7 @@ from .latent import with_codec, with_stages
 from .prepare import PreparedRun, check, located, prepare, warn_of_blind, warn_of_borrowed, with_paths
 from .stages import save_stages
 
-Prepared = tuple[PreparedRun, list[Callback]]  # input of the trainer, and evaluation callbacks
+Prepared = tuple[PreparedRun, list[Callback[Trainer]]]  # input of the trainer, and evaluation callbacks
 
 
 def train(
@@ -45,7 +45,7 @@ def train(
     replace: bool = False,
     device: str | None = None,
     strategy: Strategy = "time",
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callback[Trainer]] = (),
     progress: Progress | None = None,
 ) -> Run:
     """Start a run and train it to its end.
@@ -149,7 +149,7 @@ def _create(path: Path, config: RunConfig, result: StageResult | None, *, replac
     Run.create(path, config, replace=replace, fill=fill)
 
 
-def _judges(yardstick: FidReference | None, prepared: PreparedRun, device: torch.device) -> list[Callback]:
+def _judges(yardstick: FidReference | None, prepared: PreparedRun, device: torch.device) -> list[Callback[Trainer]]:
     """Return the evaluation callbacks, if any; they run before the other callbacks, which print their results."""
     return [] if yardstick is None else [Quality(prepared.config, yardstick, prepared.decode, device)]
 
@@ -197,7 +197,7 @@ def resume(
     *,
     device: str | None = None,
     strategy: Strategy = "time",
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callback[Trainer]] = (),
     progress: Progress | None = None,
 ) -> Run:
     """Resume a run from its latest checkpoint, with any strategy and any number of processes.
@@ -304,7 +304,7 @@ def _fit(
     run: Run,
     prepared: PreparedRun,
     device: torch.device,
-    callbacks: Sequence[Callback],
+    callbacks: Sequence[Callback[Trainer]],
     world: World,
     strategy: Strategy,
 ) -> Run:
