@@ -18,9 +18,9 @@ SOURCE = Path(multistage_diffusion.__file__).parent
 # strangers. A module that is named here has a row of its own, whatever the row of its sub-package. A new file must be
 # placed here.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    # L0: what everything is_main_process
+    # L0: what everything uses
     ("errors", "progress", "shown"),
-    ("leftovers", "memory", "places", "reading"),
+    ("leftovers", "memory", "places", "reading", "registry"),
     ("files",),
     ("contracts", "distributed"),
     ("rng", "schedules"),
