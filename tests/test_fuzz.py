@@ -41,6 +41,17 @@ def test_a_few_cases_are_clear_lines() -> None:
     assert "100 cases" in done.stdout
 
 
+def test_a_large_network_that_fits_into_memory_is_no_fault(fuzz: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "said.txt").write_text("training new on cpu: steps 0 to 250000, encoder 128\n")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            (bytearray(os.urandom(1)) * (2 << 30), time.sleep(30))
+        finally:
+            os._exit(0)
+    assert fuzz.watch(pid, tmp_path) == ""
+
+
 def test_mutations_depend_on_the_seed_and_change_something(fuzz: ModuleType) -> None:
     json = b'{"a": [1, 2, {"b": "text"}], "c": 3.5}'
     for mutate in (fuzz.mutate_bytes, fuzz.mutate_json, fuzz.mutate_lines, fuzz.mutate_yaml):

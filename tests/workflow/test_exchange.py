@@ -431,6 +431,21 @@ def test_a_run_without_a_published_layout_is_not_exported(
         export_published(run, tmp_path / "x.safetensors")
 
 
+def test_a_checkpoint_that_is_not_of_its_run_s_network_is_not_exported(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = tiny_config()
+    run = Run.create(tmp_path / "run", config)
+    state = build_denoiser(config).state_dict()
+    other = tiny_config(network__blocks_per_level=2)
+    for saved_with, words in ((other, "network was edited since step 0"), (config, "model.safetensors")):
+        saved = {"step": 0, "score": None, "config": saved_with}
+        damaged = {name: value for name, value in state.items() if "conv_in" not in name}
+        save_checkpoint(run.checkpoints, Checkpoint(model=damaged, ema=damaged, optimizer={}, state=saved))
+        with pytest.raises(UserError, match=words):
+            export_published(run, tmp_path / "x.safetensors")
+
+
 def test_files_are_named_after_their_layout_and_kept(shared: Callable[..., Run], tmp_path: Path) -> None:
     run = shared("edm", 1)
     with pytest.raises(ValueError, match=r"x.pth: family 'ddpmpp' is written as .safetensors; name it so"):

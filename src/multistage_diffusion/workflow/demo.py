@@ -51,6 +51,7 @@ def demo(
         run = resume(out, changes, device=device, callbacks=callbacks)
     else:
         config = override(preset("digits"), changes or {})
+        Run.require_room(out, replace=False)
         with bar("finding stages") as progress:
             result = find_stages(config.data, progress=progress, device=device)
         run = train(config, out, result=result, device=device, callbacks=callbacks)

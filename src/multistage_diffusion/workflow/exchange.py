@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ..interop.shapes import network_of, our_state, published_state, resolution_
 from ..schedules import VP, Discrete, UniformSteps
 from ..stage_finding import StageResult
 from ..stages import Stages
-from ..training.checkpoint import Checkpoint, checkpoint_step, load_tensors, save_checkpoint, trained_config
+from ..training.checkpoint import Checkpoint, checkpoint_step, save_checkpoint, trained_config
 from ..training.metrics import MetricAccumulator
 from ..training.run import Run
 
@@ -331,7 +331,7 @@ def export_published(
     if file.exists() and not overwrite:
         raise UserError(f"--out {file}: exists; choose another name or give --overwrite")
     _, height, width = config.input_shape
-    model, ema = (_published_part(folder, part, config, (height, width)) for part in ("model", "ema"))
+    model, ema = (_published_part(run, checkpoint, part, (height, width)) for part in ("model", "ema"))
     published = Published(
         family=config.network.family,  # type: ignore[arg-type]  # those with a layout
         model=model,
@@ -345,9 +345,9 @@ def export_published(
     return file
 
 
-def _published_part(folder: Path, part: str, config: RunConfig, size: tuple[int, int]) -> Tensors:
-    tensors = {name.removeprefix(_PREFIX): value for name, value in load_tensors(folder, part).items()}
-    return published_state(tensors, config.network, size)
+def _published_part(run: Run, checkpoint: str, part: Literal["model", "ema"], size: tuple[int, int]) -> Tensors:
+    network = run.denoiser(checkpoint, part).network
+    return published_state(network.state_dict(), network.config, size)
 
 
 def _buffers(config: RunConfig) -> Tensors:
