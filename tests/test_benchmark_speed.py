@@ -34,6 +34,7 @@ def fixture_load(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_a_peer_costs_about_as_much(load) -> None:
     common = load("common")
     for adds in (3e6, 4e8):
@@ -47,6 +48,7 @@ def test_a_peer_costs_about_as_much(load) -> None:
     assert common.peer_adds((1, 8, 8), 8) > 8 * 9 * 64
 
 
+@pytest.mark.slow
 def test_a_training_step_is_measured_beside_its_peer(
     load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,6 +70,7 @@ def test_a_training_step_is_measured_beside_its_peer(
     assert "times diffusers per multiply-add" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sampling_is_measured_beside_its_peer(load, tmp_path: Path) -> None:
     out, sample = tmp_path / "sample.json", load("sample")
     arguments = ["--networks", "digits", "--images", "4", "--calls", "6", "--rounds", "1", "--device", "cpu"]

@@ -469,6 +469,7 @@ def test_report_names_the_page(made: Path, msdiff: Call) -> None:
     assert "<html" in page.read_text()
 
 
+@pytest.mark.slow
 def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = functools.partial(demo.find_stages, settings=StageSettings(samples=200))
     monkeypatch.setattr(demo, "find_stages", quick)
@@ -658,7 +659,7 @@ def test_a_bug_deep_inside_a_command_is_a_bug(made: Path, msdiff: Call, monkeypa
 PROGRAM = [sys.executable, "-m", "multistage_diffusion"]
 
 
-@pytest.mark.parametrize("arguments", ["presets", "--help"])
+@pytest.mark.parametrize("arguments", [pytest.param("presets", marks=pytest.mark.slow), "--help"])
 def test_a_closed_pipe_ends_quietly(arguments: str) -> None:
     program = subprocess.Popen([*PROGRAM, *arguments.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert program.stdout is not None
@@ -672,8 +673,8 @@ def test_a_closed_pipe_ends_quietly(arguments: str) -> None:
     ("arguments", "streams", "code"),
     [
         ("presets", ">&-", 0),
-        ("presets", ">&- 2>&-", 0),
-        ("nonsense", "2>&-", 2),
+        pytest.param("presets", ">&- 2>&-", 0, marks=pytest.mark.slow),
+        pytest.param("nonsense", "2>&-", 2, marks=pytest.mark.slow),
         ("nonsense", "2>/dev/full", 2),
         ("presets", ">/dev/full", 2),
     ],
@@ -700,6 +701,7 @@ def test_the_same_warning_from_two_places_is_told_once(
     assert capsys.readouterr().err == "msdiff: warning: beware\nmsdiff: warning: beware of more\n"
 
 
+@pytest.mark.slow
 def test_no_output_is_lost_to_a_terminal_of_few_characters(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "COLUMNS": "120"}
     done = subprocess.run(

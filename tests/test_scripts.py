@@ -22,6 +22,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
+@pytest.mark.slow
 def test_the_classifier_is_trained_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     for part, count in (("train", 512), ("t10k", 500)):

@@ -90,6 +90,7 @@ def test_separate_networks_differ_from_the_published_in_sharing_only(
     assert [s.multiply_adds / 1e9 for s in cost.stages] == pytest.approx(giga, abs=0.006)
 
 
+@pytest.mark.slow
 def test_the_meme_experts_cost_what_table_5_says() -> None:
     config = preset("cifar10-meme")
     network, training = config.network, config.training

@@ -77,6 +77,7 @@ def test_ours_agree_on_inception_s_features(weights: Path) -> None:
     agree(fake, real)
 
 
+@pytest.mark.slow
 def test_inception_is_torch_fidelity_s_own(weights: Path) -> None:
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 

@@ -37,6 +37,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a matter of glibc")
 @pytest.mark.parametrize("where", ["here", "in a thread"])
 def test_freed_memory_is_used_again_without_asking_for_it(where: str) -> None:

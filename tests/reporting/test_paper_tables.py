@@ -94,6 +94,7 @@ def test_one_altered_width_fails_its_row() -> None:
     assert flags["total"].startswith("differs: params")
 
 
+@pytest.mark.slow
 def test_a_slip_excuses_its_own_figure_only() -> None:
     printed = row_of(9, "n=3")
     network = dataclasses.replace(preset(printed.preset).network, decoder_widths=(176, 128, 16))

@@ -67,6 +67,7 @@ def test_they_are_those_of_a_real_step(small, tiny_data, family):
     assert flops_per_image(config) == pytest.approx(apart / 12, rel=0.03)
 
 
+@pytest.mark.slow
 def test_where_a_step_trains_one_stage_its_share_of_steps_counts(small, tiny_data):
     config = small(training__update_mode="one-stage")
     steps = [

@@ -89,7 +89,7 @@ def outcome(run: Run) -> tuple[dict[str, bytes], list[dict]]:
 
 RESUMES = [
     ("mixed", 12, {"execution.shards": 2, "training.accumulate": 2}),
-    ("mixed", 60, {"network.num_classes": 3}),
+    ("mixed", 20, {"network.num_classes": 3}),
     ("one-stage", 20, {"optimizer.kind": "adamw", "optimizer.weight_decay": 0.1}),
     ("sequential", 20, {"optimizer.clip_scope": "part"}),
     ("mixed", 12, {"training.precision": "bf16", "training.accumulate": 2}),

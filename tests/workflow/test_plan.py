@@ -74,6 +74,7 @@ def run(*arguments: str | Path) -> int:
 # -- a plan and what becomes of it ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_plan_is_trained_as_it_is_and_costs_what_was_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
