@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-from multistage_diffusion.contracts import Codec, Conditioning, Denoiser, FeatureExtractor, as_float64, denoise_uniform
+from multistage_diffusion.contracts import Codec, Conditioning, Denoiser, FeatureExtractor, as_float64, sigma_rows
 
 
 class PixelMeans:
@@ -30,8 +31,8 @@ class Halves:
         return shape
 
 
-def shrink(x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
-    return x / (1 + sigma[:, None] ** 2)
+def shrink(x: Tensor, sigma: float | Tensor, cond: Conditioning | None = None) -> Tensor:
+    return x / (1 + sigma_rows(x, sigma)[:, None] ** 2)
 
 
 def test_rows_select_from_every_part() -> None:
@@ -78,39 +79,20 @@ def test_as_float64() -> None:
     assert as_float64(torch.ones(1), "meta").device.type == "meta"
 
 
-def test_a_denoiser_is_told_one_sigma_as_it_knows_it() -> None:
-    class Knows:
-        def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
-            raise AssertionError
-
-        def uniform(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
-            assert cond is known
-            return x * sigma
-
-    def plain(x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
-        assert cond is known
-        assert sigma.dtype == torch.float64
-        return (x * sigma[:, None]).to(x.dtype)
-
-    known = Conditioning(labels=torch.zeros(2, dtype=torch.int64))
-    for denoiser in (Knows(), plain):
-        assert denoise_uniform(denoiser, torch.ones(2, 3), 0.7, known).tolist() == torch.full((2, 3), 0.7).tolist()
+def test_sigma_of_every_row_is_in_float64() -> None:
+    x = torch.zeros(3, 2, dtype=torch.float16)
+    for given, expected in ((0.1, [0.1] * 3), (2, [2.0] * 3), (torch.tensor([1, 2, 3]), [1.0, 2.0, 3.0])):
+        rows = sigma_rows(x, given)
+        assert rows.dtype == torch.float64
+        assert rows.tolist() == expected
+    double = torch.ones(3, dtype=torch.float64)
+    assert sigma_rows(x, double) is double
+    assert sigma_rows(x.to("meta"), 0.1).device.type == "meta"
+    assert sigma_rows(x.to("meta"), double).device.type == "meta"
+    assert sigma_rows(x[:0], 0.1).shape == (0,)
 
 
-def test_a_compiled_denoiser_is_not_gone_past() -> None:
-    class Inner(torch.nn.Module):
-        def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
-            return x * sigma[:, None].float()
-
-        def uniform(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
-            return self(x, torch.full((len(x),), sigma), cond)
-
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(Inner(), backend=backend)
-    assert denoise_uniform(compiled, torch.ones(2, 3), 0.5).tolist() == [[0.5] * 3] * 2
-    assert len(graphs) == 1
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (3, 1)])
+def test_one_sigma_per_row_is_asked_for(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"sigma\.shape=.* must be \(3,\), one per row of x"):
+        sigma_rows(torch.zeros(3, 2), torch.ones(shape))

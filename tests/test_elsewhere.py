@@ -18,7 +18,11 @@ import multistage_diffusion
 
 SOURCE = Path(multistage_diffusion.__file__).parent
 NAME = "elsewhere"  # its module cannot be imported here: that would register the device
-WAITS = ("in denoiser of run.py", "in sample of solvers.py", "in sample_images of sampling.py")  # loading, once a batch
+WAITS = (
+    "in denoiser of run.py",
+    "in sample of trajectories.py",
+    "in sample_images of sampling.py",
+)  # loading, once a batch
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),

@@ -72,6 +72,13 @@ def test_is_a_denoiser_that_keeps_shape_and_dtype_and_ignores_labels():
     assert denoiser(x[:0], sigma[:0]).shape == x[:0].shape
 
 
+@pytest.mark.parametrize("sigma", [0.0, 0.1, 1 / 3, 20.0, float("inf")])
+def test_one_sigma_as_a_number_gives_the_same_as_in_every_row(sigma):
+    data, x, _ = small(torch.float64)
+    denoiser = OptimalDenoiser(data, dtype=torch.float64)
+    assert torch.equal(denoiser(x, sigma), denoiser(x, torch.full((len(x),), sigma, dtype=torch.float64)))
+
+
 def test_autocast_does_not_coarsen_the_result():
     data, x, sigma = small()
     denoiser = OptimalDenoiser(data)
@@ -140,6 +147,7 @@ def test_unusable_data_is_refused(data, options, message):
         (torch.zeros(2, 4), torch.tensor(1.0), "one per row"),
         (torch.zeros(2, 4), torch.tensor([1.0, -1.0]), ">= 0"),
         (torch.zeros(2, 4), torch.tensor([1.0, float("nan")]), "not NaN"),
+        (torch.zeros(2, 4), -1.0, ">= 0"),
         (torch.full((2, 4), float("inf")), torch.ones(2), "infinite"),
     ],
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from .errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +33,19 @@ class Conditioning:
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """The main contract: the expected clean image given a noisy one."""
+    """The main contract: the expected clean image given a noisy one.
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+    Samplers pass sigma as a float: one noise level for all rows, in float64, without a device synchronisation. Metrics
+    such as the likelihood pass one sigma per row. A denoiser of your own that is only sampled needs to take the float
+    alone; `sigma_rows` turns both into one sigma per row.
+    """
+
+    def __call__(self, x: Tensor, sigma: float | Tensor, cond: Conditioning | None = None) -> Tensor:
         """Return E[y | x] for unscaled x = y + sigma * n, n standard normal.
 
         Args:
             x: unscaled noisy data (B, C, H, W) (or (B, D)); no factor s(t) applied.
-            sigma: noise-to-signal ratio, (B,), finite, >= 0.
+            sigma: noise-to-signal ratio, finite, >= 0: a float for all rows, or (B,).
             cond: class and augmentation labels, or None.
 
         Returns:
@@ -47,25 +54,17 @@ class Denoiser(Protocol):
         ...
 
 
-class UniformDenoiser(Denoiser, Protocol):
-    """A Denoiser with a method for one sigma in all rows; sigma is a float, which needs no device synchronisation."""
+def sigma_rows(x: Tensor, sigma: float | Tensor) -> Tensor:
+    """Return the sigma of every row of x: float64 (B,), on its device; no device synchronisation for a float.
 
-    def uniform(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
-        """Return the result of a call with that sigma in every row, see `Denoiser`."""
-        ...
-
-
-def denoise_uniform(denoiser: Denoiser, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
-    """Call a denoiser with one sigma for all rows, in float64, so that a sigma on a stage edge is exact."""
-    # look the method up on the class: wrappers such as torch.compile's forward attributes to the inner denoiser
-    if hasattr(type(denoiser), "uniform"):
-        return cast(UniformDenoiser, denoiser).uniform(x, sigma, cond)
-    return denoiser(x, uniform_sigma(x, sigma), cond)
-
-
-def uniform_sigma(x: Tensor, sigma: float) -> Tensor:
-    """Return one sigma for every row of x: float64 (B,), on its device."""
-    return torch.full((len(x),), sigma, dtype=torch.float64, device=x.device)
+    Raises:
+        UserError: if sigma is a tensor of another shape than (B,).
+    """
+    if not isinstance(sigma, Tensor):
+        return torch.full((len(x),), sigma, dtype=torch.float64, device=x.device)
+    if sigma.shape != (len(x),):
+        raise UserError(f"denoiser: sigma.shape={tuple(sigma.shape)} must be ({len(x)},), one per row of x")
+    return sigma.to(device=x.device, dtype=torch.float64)
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .contracts import Conditioning
+from .contracts import Conditioning, sigma_rows
 from .errors import UserError
 
 # Below this sigma the posterior is the limit sigma -> 0 in any precision (and 1/sigma² would overflow in fp32).
@@ -69,12 +69,12 @@ class OptimalDenoiser:
         return self.centred[index] + self.mean_image
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: float | Tensor, cond: Conditioning | None = None) -> Tensor:
         """Return the posterior mean E[y | y + sigma n = x].
 
         Args:
             x: unscaled noisy data (B, ...), of the data's shape per row, any float dtype and device.
-            sigma: (B,), >= 0, in the data's units. Zero gives the nearest data point (the mean of several at the same
+            sigma: a float or (B,), >= 0, in the data's units. Zero gives the nearest data point (the mean of several at the same
                 distance), infinity the mean image.
             cond: ignored: the posterior is over the whole data set, whatever the label.
 
@@ -84,9 +84,7 @@ class OptimalDenoiser:
         Raises:
             UserError: if x does not fit the data or is not finite, or sigma is negative, NaN or not one per row.
         """
-        flat = self._centre(x)
-        if sigma.shape != (len(x),):
-            raise UserError(f"optimal denoiser: sigma.shape={tuple(sigma.shape)} must be ({len(x)},), one per row of x")
+        flat, sigma = self._centre(x), sigma_rows(x, sigma)
         if not bool((sigma >= 0).all()):
             raise UserError("optimal denoiser: sigma must be >= 0 and not NaN")
         sigma = sigma.to(flat)

@@ -81,7 +81,7 @@ def test_no_preset_is_warned_of(name):
 def test_no_preset_and_no_default_is_worse_than_ddim(study):
     denoiser, shape = study.mixture()
     known = {(c.sampling, c.diffusion.schedule) for c in map(preset, PRESETS)}
-    for config, schedule in known | {(SamplingConfig(), kind()) for kind in SCHEDULES.values()}:
+    for config, schedule in known | {(SamplingConfig(), SCHEDULES[kind]()) for kind in SCHEDULES}:
         ddim = dataclasses.replace(
             config, solver="ddim", denoise_last="always" if config.solver == "heun" else config.denoise_last
         )
@@ -138,7 +138,7 @@ def test_a_small_study_runs_from_end_to_end(study, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", list(SCHEDULES))
 def test_the_study_is_as_recorded(study, measured, kind):
     calls = (5, 10, 20)
     found = study.errors("mixture", [SCHEDULES[kind]()], calls, 1000)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from multistage_diffusion.config import SamplingConfig
-from multistage_diffusion.contracts import Conditioning, Denoiser
+from multistage_diffusion.contracts import Conditioning, Denoiser, sigma_rows
 from multistage_diffusion.data import GaussianMixture
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.samplers import make_plan, sample, start_noise
@@ -52,6 +52,7 @@ class Classes:
 
     def __call__(self, x, sigma, cond=None):
         labels = torch.full((len(x),), -1) if cond is None else cond.labels
+        sigma = sigma_rows(x, sigma)
         rows = [self.of(int(k))(x[i : i + 1], sigma[i : i + 1]) for i, k in enumerate(labels)]
         return torch.cat(rows)
 
@@ -97,9 +98,9 @@ def test_one_sigma_as_a_number_gives_the_same_as_in_every_row(network, classes):
         ):
             guided = Guided(denoiser, weight)
             expected = guided(rows, torch.full((6,), 0.3, dtype=F64), known)
-            assert torch.equal(guided.uniform(rows, 0.3, known), expected)
+            assert torch.equal(guided(rows, 0.3, known), expected)
     with pytest.raises(ValueError, match="guidance"):
-        Guided(network, 2.0).uniform(x, 0.3)
+        Guided(network, 2.0)(x, 0.3)
 
 
 @pytest.mark.parametrize("solver", ["dpm", "heun"])
@@ -136,7 +137,7 @@ def test_guided_samples_of_equally_wide_gaussians_follow_the_closed_form():
 
     def denoiser(x, sigma, cond=None):
         mean = torch.where(cond.labels[:, None] < 0, 0.0, m)
-        gain = s**2 / (s**2 + sigma[:, None] ** 2)
+        gain = s**2 / (s**2 + sigma**2)
         return mean + gain * (x - mean)
 
     config = SamplingConfig(solver="dpm++", calls=60, order=3, sigma_min=0.01, sigma_max=20.0, denoise_last="never")
@@ -188,7 +189,7 @@ def test_outside_the_interval_the_labelled_answer_stands(network):
     torch.testing.assert_close(found[inside], strong[inside], rtol=0, atol=0)
     torch.testing.assert_close(found[~inside], plain[~inside], rtol=0, atol=0)
     for row, within in enumerate(inside.tolist()):
-        alone = Guided(network, 4.0, (0.1, 0.9)).uniform(x, float(sigma[row]), cond)[row]
+        alone = Guided(network, 4.0, (0.1, 0.9))(x, float(sigma[row]), cond)[row]
         torch.testing.assert_close(alone, (strong if within else plain)[row], rtol=1e-12, atol=1e-12)
 
 
@@ -202,7 +203,7 @@ def test_outside_the_interval_rows_are_not_doubled():
     x, _, cond = batch()
     guided = Guided(denoiser, 3.0, (0.1, 0.9))
     for sigma in (0.1, 0.11, 0.9, 0.91):
-        guided.uniform(x, sigma, cond)
+        guided(x, sigma, cond)
     assert seen == [6, 12, 12, 6]
 
 
@@ -210,7 +211,7 @@ def test_an_interval_asks_for_labels_at_every_sigma(classes):
     x, _, _ = batch()
     for sigma in (0.01, 0.5):
         with pytest.raises(ValueError, match=r"sampling\.guidance=3\.0: there are no class labels"):
-            Guided(classes, 3.0, (0.1, 0.9)).uniform(x.flatten(1)[:, :2], sigma)
+            Guided(classes, 3.0, (0.1, 0.9))(x.flatten(1)[:, :2], sigma)
 
 
 def test_an_interval_that_holds_every_sigma_changes_nothing(network):
@@ -239,7 +240,7 @@ def test_thresholding_is_the_papers(quantile):
         s = max(np.quantile(np.abs(image), quantile), 1.0)
         np.testing.assert_allclose(made, np.clip(image, -s, s) / s, rtol=1e-13)
     assert float(found.abs().max()) <= 1.0
-    uniform = Thresholded(lambda x, sigma, cond: x, quantile).uniform(x, 0.3)
+    uniform = Thresholded(lambda x, sigma, cond: x, quantile)(x, 0.3)
     assert torch.equal(uniform, found)
 
 
@@ -260,7 +261,7 @@ class Halves:
 
     def __call__(self, x, sigma, cond=None):
         mean = torch.where(cond.labels < 0, 0.0, cond.labels - 0.5).view(-1, 1, 1, 1).to(x.dtype)
-        return mean + 0.09 / (0.09 + sigma.view(-1, 1, 1, 1) ** 2) * (x - mean)
+        return mean + 0.09 / (0.09 + sigma**2) * (x - mean)
 
 
 def halves(denoiser_of, calls=30):

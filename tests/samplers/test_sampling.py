@@ -19,8 +19,7 @@ CONFIG = SamplingConfig(solver="heun", calls=9, spacing="edm", sigma_min=0.01, s
 def gaussian(x, sigma, cond=None):
     """The exact denoiser of N(0.2, 0.3²), moved by a hundredth per class."""
     mean = 0.2 if cond is None else 0.2 + 0.1 * cond.labels.to(x.dtype)[:, None, None, None]
-    s = sigma.to(x.dtype)[:, None, None, None]
-    return (0.09 * x + s**2 * mean) / (0.09 + s**2)
+    return (0.09 * x + sigma**2 * mean) / (0.09 + sigma**2)
 
 
 def draw(count=7, *, config=CONFIG, **options):
@@ -68,8 +67,7 @@ def test_guidance_moves_the_samples_as_the_closed_form_says():
             x, sigma, cond, weight=weight
         ):  # equally wide Gaussians: N(0.1, 0.3²) without a label, see `gaussian`
             mean = 0.1 + weight * 0.1 * (cond.labels.to(x.dtype)[:, None, None, None] + 1)
-            s = sigma.to(x.dtype)[:, None, None, None]
-            return (0.09 * x + s**2 * mean) / (0.09 + s**2)
+            return (0.09 * x + sigma**2 * mean) / (0.09 + sigma**2)
 
         images = draw(3, labels=labels, batch=2, config=replace(CONFIG, guidance=weight))
         expected = sample_images(guided, SHAPE, 3, config=CONFIG, schedule=EDM(), labels=labels)

@@ -41,12 +41,11 @@ class Mixture:
         self.weights, self.means, self.stds = weights, means, stds
         self.called: list[float] = []
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
-        assert sigma.shape == (len(x),)
-        assert sigma.dtype == torch.float64
+    def __call__(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
+        assert type(sigma) is float
         assert not torch.is_grad_enabled()
-        self.called.append(float(sigma[0]))
-        x64, variance = x.double(), self.stds**2 + float(sigma[0]) ** 2
+        self.called.append(sigma)
+        x64, variance = x.double(), self.stds**2 + sigma**2
         offset = x64[:, None] - self.means
         logits = self.weights.log() - 0.5 * x.shape[1] * variance.log() - 0.5 * (offset**2).sum(-1) / variance
         posterior = self.means + (self.stds**2 / variance)[:, None] * offset
@@ -133,7 +132,7 @@ def reference(golden) -> tuple[Tensor, Tensor]:
     start = x = golden[1]["noise"] * HIGH
 
     def slope(x: Tensor, u: float) -> Tensor:
-        return x - denoiser(x, x.new_full((len(x),), math.exp(u)))
+        return x - denoiser(x, math.exp(u))
 
     grid = torch.linspace(math.log(HIGH), math.log(LOW), 501, dtype=torch.float64).tolist()
     with torch.no_grad():
@@ -176,10 +175,10 @@ def test_order_three_is_exact_for_predictions_linear_in_lambda(case, spacing):
     data = case["solver"] == "dpm++"
     states: list[tuple[float, Tensor]] = []
 
-    def denoiser(x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
-        states.append((float(sigma[0]), x))
-        f = -math.log(float(sigma[0]))
-        return torch.full_like(x, f) if data else x - float(sigma[0]) * f
+    def denoiser(x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
+        states.append((sigma, x))
+        f = -math.log(sigma)
+        return torch.full_like(x, f) if data else x - sigma * f
 
     def exact(x: Tensor, s: float, t: float) -> Tensor:
         if data:
@@ -259,7 +258,7 @@ def test_lowered_trajectories_equal_step_by_step_integration(golden, mixture, ca
     lam = [-math.log(sigma) for sigma in grid]
 
     def predict(x: Tensor, sigma: float) -> Tensor:
-        denoised = mixture(x, x.new_full((len(x),), sigma, dtype=torch.float64))
+        denoised = mixture(x, sigma)
         return denoised if data else (x - denoised) / sigma
 
     x, i, past = start, 0, list[tuple[float, Tensor]]()
@@ -341,7 +340,7 @@ def test_the_last_call_s_answer_is_the_result(golden, mixture, case):
     start = golden[1]["noise"] * plan.start_std
     before = sample(mixture, start, make_plan(replace(config, calls=12, denoise_last="never"), VP()), noise=noise)
     with torch.no_grad():
-        expected = mixture(before, torch.full((16,), 0.04, dtype=torch.float64))
+        expected = mixture(before, 0.04)
     mixture.called.clear()
     seen: list[tuple[int, int]] = []
     end = sample(mixture, start, plan, noise=noise, progress=lambda *done: seen.append(done))
@@ -363,7 +362,7 @@ def test_ddim_is_the_papers_equation_in_scaled_coordinates(golden, mixture, eta)
     with torch.no_grad():
         for i, step in enumerate(plan.steps):
             a, a_prev = 1 / (1 + step.calls[0] ** 2), 1 / (1 + step.end**2)
-            x0 = mixture(x / math.sqrt(a), x.new_full((16,), step.calls[0]))
+            x0 = mixture(x / math.sqrt(a), step.calls[0])
             eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
             std = eta * math.sqrt((1 - a_prev) / (1 - a)) * math.sqrt(1 - a / a_prev)
             x = math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev - std**2) * eps + std * noise(i)
@@ -380,7 +379,7 @@ def test_heun_with_churn_is_edms_algorithm_2(golden, mixture, churn):
     t = [(80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(n)] + [0.0]
 
     def slope(x: Tensor, t: float) -> Tensor:
-        return (x - mixture(x, x.new_full((16,), t))) / t
+        return (x - mixture(x, t)) / t
 
     with torch.no_grad():
         for i in range(n):
@@ -410,9 +409,9 @@ class Points:
     def __init__(self, points: Tensor) -> None:
         self.points = points
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
         distance = torch.cdist(x, self.points, compute_mode="donot_use_mm_for_euclid_dist")
-        return torch.softmax(-0.5 * (distance / sigma[:, None]) ** 2, 1) @ self.points
+        return torch.softmax(-0.5 * (distance / sigma) ** 2, 1) @ self.points
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -454,7 +453,7 @@ def test_calls_progress_and_float32(golden, mixture, case):
 def test_conditioning_reaches_every_call():
     cond, seen = Conditioning(labels=torch.tensor([1, 2])), []
 
-    def denoiser(x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+    def denoiser(x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
         seen.append(cond)
         return torch.zeros_like(x)
 
@@ -464,7 +463,7 @@ def test_conditioning_reaches_every_call():
 
 
 def test_non_finite_samples_are_counted():
-    def denoiser(x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+    def denoiser(x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
         return torch.where(x[:, :1] > 0, x, math.nan)
 
     plan = make_plan(SamplingConfig(order=1, calls=2), EDM())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..config import RunConfig, SamplingConfig
+from ..config.sampling import SOLVERS, SPACINGS
 from ..config.serialization import from_dict, read_json
 from ..errors import UserError
 from ..evaluation import agree
@@ -26,6 +27,11 @@ from ..training.run import belongs_to_a_run
 def option(metavar: str, default: str = "") -> Any:
     """Return the display, in help, of an option that has no default or whose default is set elsewhere."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})" if default else "")
+
+
+def one_of(names: Iterable[str]) -> str:
+    """Return the metavar of an option that takes one of these names."""
+    return f"{{{','.join(names)}}}"
 
 
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="RUN", metavar="RUN")]
@@ -62,17 +68,15 @@ class DataOptions:
 class SamplerOptions:
     """Another sampler than the run's own."""
 
-    solver: Annotated[Literal["dpm", "dpm++", "ddim", "heun"] | None, option("{dpm,dpm++,ddim,heun}", "the run's")] = (
-        None
-    )
-    """DPM-Solver, DPM-Solver++ (data prediction), DDIM or Heun (EDM)."""
+    solver: Annotated[str | None, option(one_of(SOLVERS), "the run's")] = None
+    """DPM-Solver, DPM-Solver++ (data prediction), DDIM, Heun (EDM), or another."""
     method: Annotated[Literal["singlestep", "multistep"] | None, option("{singlestep,multistep}", "the run's")] = None
     """For dpm and dpm++."""
-    order: Annotated[Literal[1, 2, 3] | None, option("{1,2,3}", "the run's")] = None
-    """For dpm and dpm++."""
+    order: Annotated[int | None, option("INT", "the run's")] = None
+    """For dpm and dpm++: 1 to 3."""
     calls: Annotated[int | None, option("INT", "the run's")] = None
     """Denoiser calls per image (NFE)."""
-    spacing: Annotated[Literal["log-snr", "time", "edm"] | None, option("{log-snr,time,edm}", "the run's")] = None
+    spacing: Annotated[str | None, option(one_of(SPACINGS), "the run's")] = None
     """How noise levels are spaced."""
     churn: Annotated[float | None, option("FLOAT", "the run's")] = None
     """Stochasticity of heun (S_churn)."""
@@ -93,11 +97,16 @@ class SamplerOptions:
 
     def sampling_config(self, own: SamplingConfig) -> SamplingConfig:
         """Return a run's sampling configuration with these options applied."""
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplerOptions)}
-        found = dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
-        for name in ("order", "method"):
-            if given[name] is not None and found.solver in ("ddim", "heun"):
-                raise UserError(f"--{name} {given[name]}: has no meaning for solver {found.solver!r}; leave it out")
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplerOptions)}
+        given = {name: value for name, value in values.items() if value is not None}
+        name = given.get("solver", own.solver)
+        solver = SOLVERS[name]
+        for setting, known in (("order", solver.orders), ("method", solver.methods)):
+            if setting in given and not known:
+                raise UserError(f"--{setting} {given[setting]}: has no meaning for solver {name!r}; leave it out")
+            if setting not in given and known and getattr(own, setting) not in known:
+                given[setting] = known[0]  # the run's own is for another solver
+        found = dataclasses.replace(own, **given)
         if self.guidance_interval is not None and found.guidance == 1:
             raise UserError("--guidance-interval: nothing is guided at guidance 1; give --guidance, too")
         return found

@@ -19,7 +19,7 @@ from ..schedules import SCHEDULES
 from ..stage_finding import StageResult, StageSettings
 from ..workflow.clustering import find_stages_by_gradients
 from ..workflow.stages import find_stages
-from .options import DataOptions, Device, check_out, option, print_json, say
+from .options import DataOptions, Device, check_out, one_of, option, print_json, say
 
 
 @dataclass(kw_only=True)
@@ -67,7 +67,7 @@ class FindStages(DataOptions):
     """Range of the pixels: that of training; 0 1 reproduces the paper."""
     codec: Annotated[str | None, option("CODEC", "pixels are used")] = None
     """Find the stages in the latents of this autoencoder: a folder or hf:NAME."""
-    schedule: Literal["vp", "ve", "edm", "rectified-flow", "discrete"] = "vp"
+    schedule: Annotated[str, tyro.conf.arg(metavar=one_of(SCHEDULES))] = "vp"
     """Kernel in whose time edges are printed."""
     seed: int = 0
     """Seed of the samples."""
@@ -86,6 +86,8 @@ class FindStages(DataOptions):
         """Run the command."""
         names = [f.name for f in dataclasses.fields(StageSettings)]
         settings = StageSettings(**{name: getattr(self, name) for name in names if hasattr(self, name)})
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"--schedule {self.schedule}: must be one of {', '.join(SCHEDULES)}")
         picture = self.out.with_suffix(".png")
         if self.out == picture:
             raise UserError(f"--out {self.out}: the result is JSON; name it {self.out.with_suffix('.json')}")

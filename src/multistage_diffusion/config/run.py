@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import require
+from ..registry import Registry
 from ..schedules import VP, NoiseSchedule, SigmaPrior, UniformTime
 from ..stages import Stages
 from .execution import ExecutionConfig
@@ -15,6 +16,7 @@ from .sampling import SamplingConfig as SamplingConfig
 
 FORMAT_VERSION = 1
 
+PRECONDITIONINGS: Registry[Any] = Registry("diffusion.precondition", "multistage_diffusion.preconditioning")
 
 MAX_PIXELS = 178_956_970  # pixels of an image; the default, and Pillow's own limit against decompression bombs
 
@@ -88,13 +90,13 @@ class DiffusionConfig:
     """Preconditioning, noise schedule and training noise of a denoiser.
 
     Attributes:
-        precondition: "vp-eps", "edm" or "velocity".
+        precondition: what the network's output means: "vp-eps", "edm", "velocity" or another of PRECONDITIONINGS.
         sigma_data: standard deviation of the data, for "edm".
         schedule: the kernel whose time defines the embedding, edges and sampling times.
         prior: density of training noise.
     """
 
-    precondition: Literal["vp-eps", "edm", "velocity"] = "vp-eps"
+    precondition: str = "vp-eps"
     sigma_data: float = 0.5
     schedule: NoiseSchedule = field(default_factory=VP)
     prior: SigmaPrior = field(default_factory=UniformTime)
@@ -104,16 +106,7 @@ class DiffusionConfig:
             1e-6 <= self.sigma_data <= 1e6,
             f"diffusion.sigma_data={self.sigma_data} must be in [1e-6, 1e6]; scale the data",
         )
-        require(
-            self.precondition != "vp-eps" or self.schedule.kind in ("vp", "discrete"),
-            f"diffusion.schedule={self.schedule.kind!r}: precondition 'vp-eps' needs the time of 'vp' or 'discrete'; "
-            "use precondition 'edm' or 'velocity' for the others",
-        )
-        own = getattr(self.prior, "schedule", self.schedule)
-        require(
-            self.precondition != "vp-eps" or own == self.schedule,
-            "diffusion.prior.schedule differs from diffusion.schedule, in whose time the network is told its noise; set both",
-        )
+        PRECONDITIONINGS[self.precondition].check(self)
 
 
 @dataclass(frozen=True, kw_only=True)

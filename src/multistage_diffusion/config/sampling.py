@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import require
+from ..registry import Registry
+
+SOLVERS: Registry[Any] = Registry("sampling.solver", "multistage_diffusion.samplers.solvers")
+SPACINGS: Registry[Any] = Registry("sampling.spacing", "multistage_diffusion.samplers.spacings")
 
 MOST_CALLS = 100_000  # a plan with more calls takes too long to build and gains nothing
 
@@ -16,11 +20,11 @@ class SamplingConfig:
     """The sampler of a run, unless another one is given.
 
     Attributes:
-        solver: "dpm" (DPM-Solver), "dpm++", "ddim" or "heun".
-        method: "singlestep" or "multistep" (DPM-Solver families).
-        order: 1 to 3 (DPM-Solver families).
+        solver: "dpm" (DPM-Solver), "dpm++", "ddim", "heun" or another of SOLVERS.
+        method: "singlestep" or "multistep", for solvers that have a choice (DPM-Solver families).
+        order: for solvers that have a choice (DPM-Solver families: 1 to 3).
         calls: denoiser calls per image.
-        spacing: "log-snr", "time" (of the run's schedule) or "edm" (rho).
+        spacing: "log-snr", "time" (of the run's schedule), "edm" (rho) or another of SPACINGS.
         sigma_min, sigma_max: where trajectories end and start; None: the schedule's own range.
         rho: for EDM spacing.
         churn: S_churn of Heun (Karras et al. 2022, Algorithm 2); 0 is deterministic.
@@ -38,11 +42,11 @@ class SamplingConfig:
             `threshold` of its absolute values, at least 1, and divided by it. None: no thresholding.
     """
 
-    solver: Literal["dpm", "dpm++", "ddim", "heun"] = "dpm"
+    solver: str = "dpm"
     method: Literal["singlestep", "multistep"] = "singlestep"
     order: int = 3
     calls: int = 20
-    spacing: Literal["log-snr", "time", "edm"] = "log-snr"
+    spacing: str = "log-snr"
     sigma_min: float | None = None
     sigma_max: float | None = None
     rho: float = 7.0
@@ -55,7 +59,20 @@ class SamplingConfig:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.order in (1, 2, 3), f"sampling.order={self.order} must be 1, 2 or 3")
+        solver = SOLVERS[self.solver]
+        _ = SPACINGS[self.spacing]  # refuses an unknown name
+        choices = {
+            "order": solver.orders,
+            "method": solver.methods,
+            "lower_final": ("always", "published"),
+            "denoise_last": ("auto", "always", "never"),
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            require(
+                not known or value in known,
+                f"sampling.{name}={value!r} must be one of {', '.join(map(repr, known))} (solver {self.solver!r})",
+            )
         require(0 < self.calls <= MOST_CALLS, f"sampling.calls={self.calls} must be positive, and at most {MOST_CALLS}")
         for name in ("sigma_min", "sigma_max"):
             value = getattr(self, name)

@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 from ..errors import UserError
 from ..files import to_dict as to_dict
 from ..reading import JSON_LIMIT, LINES_LIMIT, brief, parse_json, read_bytes, read_text
+from ..registry import Registry
 from ..schedules import PRIORS, SCHEDULES, NoiseSchedule, SigmaPrior
 
 T = TypeVar("T")
 
 # abstract class -> its concrete classes by their `kind`
-_FAMILIES: dict[type, Mapping[str, type]] = {NoiseSchedule: SCHEDULES, SigmaPrior: PRIORS}
+_FAMILIES: dict[type, Registry[Any]] = {NoiseSchedule: SCHEDULES, SigmaPrior: PRIORS}
 
 
 def from_dict(cls: type[T], data: Any, where: str = "") -> T:
@@ -46,6 +47,7 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
 
 def _concrete(cls: type[T], data: dict[str, Any], where: str) -> type[T]:
     """Remove the tag `kind` from a schedule's or prior's data and return the class it names."""
+    known: Registry[Any] | dict[str, type]
     if cls in _FAMILIES:
         known = _FAMILIES[cls]
     elif issubclass(cls, tuple(_FAMILIES)):
@@ -58,7 +60,8 @@ def _concrete(cls: type[T], data: dict[str, Any], where: str) -> type[T]:
     if not isinstance(kind, str) or kind not in known:
         fault = " is missing" if kind is None else f"={brief(kind)} is unknown"
         raise UserError(f"{_join(where, 'kind')}{fault}; choose one of {', '.join(known)}")
-    return known[kind]
+    found: type[T] = known[kind]
+    return found
 
 
 def _join(where: str, key: object) -> str:
@@ -132,7 +135,7 @@ def override(config: T, changes: Mapping[str, Any]) -> T:
             node = node[part]
         if last not in node and "kind" not in node:
             raise UserError(f"{dotted}: unknown key{_suggest(last, list(node))}")
-        if last == "kind" and node["kind"] != value and node["kind"] in {**SCHEDULES, **PRIORS}:
+        if last == "kind" and node["kind"] != value and node["kind"] in (*SCHEDULES, *PRIORS):
             node.clear()
         node[last] = to_dict(value)
     return from_dict(type(config), data)

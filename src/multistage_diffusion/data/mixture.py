@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..contracts import Conditioning, as_float64
+from ..contracts import Conditioning, as_float64, sigma_rows
 from ..errors import UserError
 from ..rng import normal, uniform
 
@@ -46,12 +46,12 @@ class GaussianMixture:
                 raise UserError(f"mixture: {name}={value.tolist()} must be positive and finite")
         object.__setattr__(self, "weights", self.weights / self.weights.sum())
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: float | Tensor, cond: Conditioning | None = None) -> Tensor:
         """Return E[y | y + sigma n = x].
 
         Args:
             x: (B, D), or (B, C, H, W) with C·H·W = D.
-            sigma: (B,), >= 0.
+            sigma: a float or (B,), >= 0.
             cond: ignored; the mixture has no classes.
 
         Returns:
@@ -60,11 +60,11 @@ class GaussianMixture:
         offsets, log_joint = self._log_joint(x, sigma)
         responsibility = torch.softmax(log_joint, dim=1)
         variance = self.stds.to(x.device) ** 2
-        gain = variance / (variance + as_float64(sigma).reshape(-1, 1) ** 2)
+        gain = variance / (variance + sigma_rows(x, sigma)[:, None] ** 2)
         shrunk = self.means.to(x.device) + gain[:, :, None] * offsets
         return torch.einsum("bj,bjd->bd", responsibility, shrunk).reshape(x.shape).to(x.dtype)
 
-    def log_density(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def log_density(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """Return the log density of y + sigma n at x, float64 (B,); arguments as in `__call__`."""
         return torch.logsumexp(self._log_joint(x, sigma)[1], dim=1)
 
@@ -77,14 +77,14 @@ class GaussianMixture:
         noise = normal(("mixture", "noise", seed), rows, self.means.shape[1:], torch.float64)
         return self.means[component] + self.stds[component, None] * noise
 
-    def _log_joint(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_joint(self, x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return x - mu_j, (B, J, D), and ln w_j N(x; mu_j, v_j I), (B, J)."""
         dimensions = self.means.shape[1]
         flat = x.flatten(1).to(torch.float64)
         if flat.shape[1] != dimensions:
             raise UserError(f"mixture: x of shape {tuple(x.shape)} must have {dimensions} values per row")
         offsets = flat[:, None] - self.means.to(x.device)
-        variance = self.stds.to(x.device) ** 2 + as_float64(sigma).reshape(-1, 1) ** 2
+        variance = self.stds.to(x.device) ** 2 + sigma_rows(x, sigma)[:, None] ** 2
         squares = offsets.square().sum(dim=2)
         log_normal = -0.5 * (squares / variance + dimensions * torch.log(2.0 * math.pi * variance))
         return offsets, torch.log(self.weights.to(x.device)) + log_normal

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig, SamplingConfig
+from ..config.sampling import SOLVERS
 from ..errors import UserError
 from ..nets.cost import network_cost, weighted_multiply_adds
 from ..samplers import make_plan
@@ -80,11 +81,11 @@ def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
 
 def sampler_settings(sampling: SamplingConfig, calls: int) -> dict[str, Any]:
     """Return a sampler's settings as JSON-compatible data; method and order are None for solvers without a choice."""
-    chosen = sampling.solver in ("dpm", "dpm++")
+    solver = SOLVERS[sampling.solver]
     return {
         "solver": sampling.solver,
-        "method": sampling.method if chosen else None,
-        "order": sampling.order if chosen else None,
+        "method": sampling.method if solver.methods else None,
+        "order": sampling.order if solver.orders else None,
         "calls": calls,
         "spacing": sampling.spacing,
     }
@@ -92,8 +93,9 @@ def sampler_settings(sampling: SamplingConfig, calls: int) -> dict[str, Any]:
 
 def sampler_words(settings: dict[str, Any]) -> str:
     """Return a sampler's settings as text, e.g. "20 calls of dpm, singlestep, order 3, log-snr spacing"."""
-    kind = f", {settings['method']}, order {settings['order']}" if settings["method"] else ""
-    return f"{settings['calls']} calls of {settings['solver']}{kind}, {settings['spacing']} spacing"
+    order = settings["order"] and f"order {settings['order']}"
+    solver = ", ".join(filter(None, [settings["solver"], settings["method"], order]))
+    return f"{settings['calls']} calls of {solver}, {settings['spacing']} spacing"
 
 
 def calls_per_stage(config: RunConfig, sampling: SamplingConfig | None = None) -> list[int]:

@@ -8,13 +8,12 @@ deep language understanding", section 2.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..contracts import Conditioning, Denoiser, denoise_uniform
+from ..contracts import Conditioning, Denoiser
 from ..errors import UserError
 
 
@@ -29,50 +28,41 @@ class Guided:
     Attributes:
         denoiser: a Denoiser that was trained with and without labels (training.label_dropout > 0).
         weight: >= 0.
-        interval: (low, high): the weight applies for low < sigma <= high. Elsewhere it is 1; `uniform` does not double
-            the rows there. None: the weight applies everywhere.
+        interval: (low, high): the weight applies for low < sigma <= high. Elsewhere it is 1; one sigma for all rows does
+            not double them there. None: the weight applies everywhere.
     """
 
     denoiser: Denoiser
     weight: float
     interval: tuple[float, float] | None = None
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: float | Tensor, cond: Conditioning | None = None) -> Tensor:
         """Return the guided posterior mean, see contracts.Denoiser.
 
         Raises:
             UserError: if weight is not 1 and there are no labels.
         """
-        guided = self._guided(
-            x, cond, lambda rows, known: self.denoiser(rows, sigma.repeat(len(rows) // len(x)), known)
-        )
         if self.interval is None or self.weight == 1:
-            return guided
+            return self._guided(x, sigma, cond)
         low, high = self.interval
+        if not isinstance(sigma, Tensor):
+            self._labelled(cond)
+            return self._guided(x, sigma, cond) if low < sigma <= high else self.denoiser(x, sigma, cond)
         inside = ((sigma > low) & (sigma <= high)).view(-1, *[1] * (x.ndim - 1))
-        return torch.where(inside, guided, self.denoiser(x, sigma, cond))
+        return torch.where(inside, self._guided(x, sigma, cond), self.denoiser(x, sigma, cond))
 
-    def uniform(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
-        """Return the guided posterior mean for one sigma, see contracts.UniformDenoiser; raises like `__call__`."""
-        if self.interval is not None and not self.interval[0] < sigma <= self.interval[1]:
-            if self.weight != 1:
-                self._labelled(cond)
-            return denoise_uniform(self.denoiser, x, sigma, cond)
-        return self._guided(x, cond, lambda rows, known: denoise_uniform(self.denoiser, rows, sigma, known))
-
-    def _guided(
-        self, x: Tensor, cond: Conditioning | None, denoise: Callable[[Tensor, Conditioning | None], Tensor]
-    ) -> Tensor:
-        """Return the guided output; weights other than 0 and 1 call `denoise` on x twice, with and without labels."""
+    def _guided(self, x: Tensor, sigma: float | Tensor, cond: Conditioning | None) -> Tensor:
+        """Return the guided output; weights other than 0 and 1 denoise x twice in one call, with and without labels."""
         if self.weight == 1:
-            return denoise(x, cond)
+            return self.denoiser(x, sigma, cond)
         known, labels = self._labelled(cond)
         hidden = torch.full_like(labels, -1)
         if self.weight == 0:
-            return denoise(x, replace(known, labels=hidden))
+            return self.denoiser(x, sigma, replace(known, labels=hidden))
         augment = None if known.augment is None else known.augment.repeat(2, 1)
         twice = Conditioning(labels=torch.cat([labels, hidden]), augment=augment)
-        labelled, unlabelled = denoise(torch.cat([x, x]), twice).chunk(2)
+        both = sigma.repeat(2) if isinstance(sigma, Tensor) else sigma
+        labelled, unlabelled = self.denoiser(torch.cat([x, x]), both, twice).chunk(2)
         return unlabelled + self.weight * (labelled - unlabelled)
 
     def _labelled(self, cond: Conditioning | None) -> tuple[Conditioning, Tensor]:
@@ -99,15 +89,9 @@ class Thresholded:
     denoiser: Denoiser
     quantile: float
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: float | Tensor, cond: Conditioning | None = None) -> Tensor:
         """Return the thresholded posterior mean, see contracts.Denoiser."""
-        return self._within(self.denoiser(x, sigma, cond))
-
-    def uniform(self, x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
-        """Return the thresholded posterior mean for one sigma, see contracts.UniformDenoiser."""
-        return self._within(denoise_uniform(self.denoiser, x, sigma, cond))
-
-    def _within(self, images: Tensor) -> Tensor:
+        images = self.denoiser(x, sigma, cond)
         rows = images.flatten(1)
         ordered = rows.abs().sort(dim=1).values
         place = self.quantile * (rows.shape[1] - 1)

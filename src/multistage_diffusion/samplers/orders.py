@@ -2,7 +2,7 @@
 
 A step of order 2 or 3 extrapolates the denoiser's outputs over the whole step length h = ln(sigma_s / sigma_t). It is
 better than DDIM (order 1) only if h is small enough. The limit is lowest at the end of a trajectory, where the images
-of a data set separate. docs/sampling.md has the study behind the lengths below; benchmarks/samplers.py repeats it.
+of a data set separate. docs/sampling.md has the study behind the solvers' longest steps; benchmarks/samplers.py repeats it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-
-# (solver, method): maximum step length in ln sigma for each order; orders that are not listed have no limit.
-# At order 2, singlestep noise prediction weights the second output by (sigma_s - sigma_t) / 2 r1 for every h. The exact
-# weight falls as 1/h, so long steps overshoot, with errors up to sigma_s. Order 3 of multistep data prediction
-# extrapolates a parabola over steps that grow towards low noise.
-LONGEST_STEP: Mapping[tuple[str, str], Mapping[int, float]] = {
-    ("dpm", "singlestep"): {2: 1.5, 3: 2.0},
-    ("dpm++", "multistep"): {3: 1.0},
-}
-LONGEST_LAST_STEP = 1.5  # for a last step of order 2 or 3
-LONGEST_HEUN_STEP = 1.5  # Heun's trapezoidal rule is in sigma: in a longer step the end slope has too much weight
 
 
 def singlestep_orders(calls: int, order: int) -> list[int]:
@@ -40,12 +29,15 @@ def multistep_orders(calls: int, order: int) -> list[int]:
     return [min(o, calls - i) for i, o in enumerate(rising)] if calls < 10 else rising
 
 
-def lowered_singlestep_orders(sigmas: Sequence[float], order: int, solver: str) -> list[int]:
-    """Return lowered orders of singlestep steps; the last has order 1, and no step is longer than LONGEST_STEP.
+def lowered_singlestep_orders(sigmas: Sequence[float], order: int, longest: Mapping[int, float]) -> list[int]:
+    """Return lowered orders of singlestep steps; the last has order 1, and no step is longer than `longest`.
 
-    `sigmas` holds one sigma per call and the end. A step of order o spans o intervals of it.
+    Args:
+        sigmas: one sigma per call and the end. A step of order o spans o intervals of it.
+        order: the highest order.
+        longest: maximum step length in ln sigma for each order; orders that are not listed have no limit.
     """
-    longest, orders, first = LONGEST_STEP.get((solver, "singlestep"), {}), list[int](), 0
+    orders, first = list[int](), 0
     calls = len(sigmas) - 1
     while first < calls:
         found = min(order, max(1, calls - first - 1))
@@ -56,28 +48,16 @@ def lowered_singlestep_orders(sigmas: Sequence[float], order: int, solver: str) 
     return orders
 
 
-def lowered_multistep_orders(sigmas: Sequence[float], order: int, solver: str) -> list[int]:
+def lowered_multistep_orders(sigmas: Sequence[float], order: int, longest: Mapping[int, float]) -> list[int]:
     """Return lowered orders of multistep steps along sigmas: rising with the history, falling to 1 at the end.
 
-    No step is longer than LONGEST_STEP allows for its order.
+    No step is longer than `longest` allows for its order; arguments as in `lowered_singlestep_orders`, but a step spans
+    one interval.
     """
-    longest, orders, calls = LONGEST_STEP.get((solver, "multistep"), {}), list[int](), len(sigmas) - 1
+    orders, calls = list[int](), len(sigmas) - 1
     for i, (start, end) in enumerate(pairwise(sigmas)):
         found = min(order, i + 1, calls - i)
         while math.log(start / end) > longest.get(found, math.inf):
             found -= 1
         orders.append(found)
     return orders
-
-
-def corrected_heun_steps(sigmas: Sequence[float], calls: int) -> set[int] | None:
-    """Return the indices of Heun's corrected steps along sigmas (and on to 0); None if `calls` allows more sigmas.
-
-    The step to 0 and steps longer than LONGEST_HEUN_STEP are not corrected. If the calls suffice for only some of the
-    other steps, the last ones are corrected, because the correction has the largest effect there.
-    """
-    fit = [i for i, (start, end) in enumerate(pairwise(sigmas)) if math.log(start / end) <= LONGEST_HEUN_STEP]
-    unused = calls - len(sigmas)
-    if len(fit) < unused - (calls % 2 == 0) and len(sigmas) < calls:
-        return None
-    return set(fit[max(0, len(fit) - unused) :]) if unused > 0 else set()

@@ -15,8 +15,9 @@ from ..distributed import ALONE, World
 from ..errors import UserError
 from ..progress import Progress
 from ..schedules import NoiseSchedule
-from . import make_plan, sample, start_noise, step_noise
 from .guidance import Guided, Thresholded
+from .plan import make_plan
+from .trajectories import sample, start_noise, step_noise
 
 
 @torch.no_grad()

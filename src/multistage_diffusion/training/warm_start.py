@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from ..config import RunConfig
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..errors import UserError
+from ..preconditioning import make_preconditioning
 from .run import Run
 
 _LABELS = ("embedding.label.", "embedding.augment.")
@@ -67,10 +70,9 @@ def _meanings(config: RunConfig) -> dict[str, object]:
         "network.norm_groups": network.norm_groups,
         "diffusion.precondition": diffusion.precondition,
     }
-    if diffusion.precondition == "edm":
-        meanings["diffusion.sigma_data"] = diffusion.sigma_data
-    if diffusion.precondition == "vp-eps":  # the network's noise input is the time of this schedule
-        meanings["diffusion.schedule"] = diffusion.schedule
+    preconditioning: Any = make_preconditioning(diffusion)
+    for field in dataclasses.fields(preconditioning):  # of EDM sigma_data; of noise prediction the schedule of its time
+        meanings[f"diffusion.{field.name}"] = getattr(preconditioning, field.name)
     return meanings
 
 

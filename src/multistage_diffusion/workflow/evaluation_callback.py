@@ -213,6 +213,6 @@ def since_best(records: Sequence[dict[str, Any]]) -> tuple[int, dict[str, Any] |
     return len(judged) - 1 - best, judged[best]
 
 
-def _nothing(x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
+def _nothing(x: Tensor, sigma: float | Tensor, cond: Conditioning | None = None) -> Tensor:
     """Return zeros, as a denoiser."""
     return torch.zeros_like(x)

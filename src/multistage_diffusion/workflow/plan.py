@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import EvaluationConfig, RunConfig
 from ..config.serialization import to_dict
 from ..data import open_configured, to_float
-from ..denoisers import MultiStageDenoiser, make_preconditioning
+from ..denoisers import MultiStageDenoiser
 from ..errors import UserError
 from ..files import write_json
 from ..optimal import OptimalDenoiser
@@ -33,6 +33,7 @@ from ..planning import (
     probe_widths,
     reasons,
 )
+from ..preconditioning import make_preconditioning
 from ..progress import Progress
 from ..stage_finding import StageResult, StageSettings
 from ..training.batches import Batch, TrainingData, held_out_batch, prior_masses, stage_shares, stage_weights

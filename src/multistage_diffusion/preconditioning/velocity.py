@@ -1,0 +1,24 @@
+"""Velocity prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..config.run import PRECONDITIONINGS
+from .base import Coefficients, Preconditioning
+
+
+@PRECONDITIONINGS.add("velocity")
+@dataclass(frozen=True)
+class Velocity(Preconditioning):
+    """Rectified flow (Liu et al. 2023): F predicts n - y at x_t = (1-t) y + t n, t = sigma/(1 + sigma).
+
+    c_noise is 999 t.
+    """
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        """Return 1-t, -t, 1-t and 999 t."""
+        keep = 1.0 / (1.0 + sigma)
+        return Coefficients(keep, -sigma * keep, keep, 999.0 * sigma * keep)

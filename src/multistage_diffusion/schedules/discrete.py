@@ -1,0 +1,85 @@
+"""A schedule of integer steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..contracts import as_float64
+from ..errors import UserError
+from .base import SCHEDULES, VariancePreserving
+
+
+@SCHEDULES.add("discrete")
+@dataclass(frozen=True, kw_only=True)
+class Discrete(VariancePreserving):
+    """Steps 0 .. steps-1 with betas spaced linearly in their square root (LDM) or linearly (DDPM).
+
+    Between steps ln sigma is interpolated linearly; outside, times are clamped. A stage edge is an integer k,
+    "steps below k | steps from k on"; its sigma is the geometric mean of the two neighbours'.
+    """
+
+    integer_time: ClassVar[bool] = True
+    beta_start: float = 0.0015
+    beta_end: float = 0.0195
+    steps: int = 1000
+    spacing: str = "sqrt"
+    t_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise UserError(f"discrete schedule: steps={self.steps} must be at least 2")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise UserError(f"discrete schedule: need 0 < beta_start={self.beta_start} <= beta_end={self.beta_end} < 1")
+        if self.spacing not in ("sqrt", "linear"):
+            raise UserError(f"discrete schedule: spacing={self.spacing!r} must be 'sqrt' or 'linear'")
+        self._check_range()
+
+    @property
+    def t_max(self) -> float:  # type: ignore[override]
+        """The last step."""
+        return float(self.steps - 1)
+
+    @cached_property
+    def log_sigmas(self) -> Tensor:
+        """Ln sigma of every step, float64 (steps,)."""
+        power = 2 if self.spacing == "sqrt" else 1
+        ends = self.beta_start ** (1 / power), self.beta_end ** (1 / power)
+        betas = torch.linspace(*ends, self.steps, dtype=torch.float64) ** power
+        log_alpha_bar = torch.cumsum(torch.log1p(-betas), 0)
+        return 0.5 * torch.log(torch.expm1(-log_alpha_bar))
+
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """Sigma of every step, float64 (steps,)."""
+        return torch.exp(self.log_sigmas)
+
+    def sigma(self, t: float | Tensor) -> Tensor:
+        """Return sigma at a step or between two."""
+        t = as_float64(t)
+        table = self.log_sigmas.to(t.device)
+        t = t.clamp(0.0, self.t_max)
+        low = t.floor().long().clamp(max=self.steps - 2)
+        return torch.exp(torch.lerp(table[low], table[low + 1], t - low))
+
+    def time(self, sigma: float | Tensor) -> Tensor:
+        """Return the (fractional) step at which ln sigma is reached."""
+        log_sigma = torch.log(as_float64(sigma))
+        table = self.log_sigmas.to(log_sigma.device)
+        high = torch.searchsorted(table, log_sigma.contiguous()).clamp(1, self.steps - 1)
+        fraction = (log_sigma - table[high - 1]) / (table[high] - table[high - 1])
+        return (high - 1 + fraction).clamp(0.0, self.t_max)
+
+    def edge_sigma(self, t: float) -> float:
+        """Return the geometric mean of sigma at steps t-1 and t."""
+        if not (float(t).is_integer() and 1 <= t <= self.steps - 1):
+            raise UserError(f"edge {t} of a discrete schedule must be an integer in 1..{self.steps - 1}")
+        return float(torch.exp(self.log_sigmas[int(t) - 1 : int(t) + 1].mean()))
+
+    def edge_time(self, sigma: float) -> float:
+        """Return the first step at or above sigma (`steps` if there is none)."""
+        return float(torch.searchsorted(self.sigmas, sigma))
