@@ -56,19 +56,19 @@ def resume(
         UserError: if there is no run, a key may not change, or the data are not those the run was started on.
         RankLost: if another process is lost.
     """
-    world, resolved = joined(device, "train --resume")
+    world, place = joined(device, "train --resume")
     with world.report_failures():
         with world.synchronize_errors():
             run = Run.open(Path(path))
             encodes = run.config().codec.used
         return launch(
-            lambda: _resolved(run, changes or {}, resolved, world.size),
+            lambda: _resolved(run, changes or {}, place, world.size),
             lambda _: run,
-            world,
-            resolved,
-            strategy,
-            callbacks,
-            progress,
+            world=world,
+            device=place,
+            strategy=strategy,
+            callbacks=callbacks,
+            progress=progress,
             encodes=encodes,
         )
 

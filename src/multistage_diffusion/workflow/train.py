@@ -68,7 +68,7 @@ def train(
         UserError: if something does not fit; nothing has been written then.
         RankLost: if another process is lost.
     """
-    path, (world, resolved) = Path(out), joined(device, "train")
+    path, (world, place) = Path(out), joined(device, "train")
 
     def open_run(config: RunConfig) -> Run:
         with world.synchronize_errors():
@@ -81,13 +81,13 @@ def train(
             Run.require_room(path, replace=replace)
         given = _given(config, path, changes or {}, result)
         return launch(
-            lambda: _resolved(given, result, resolved, world.size),
+            lambda: _resolved(given, result, place, world.size),
             open_run,
-            world,
-            resolved,
-            strategy,
-            callbacks,
-            progress,
+            world=world,
+            device=place,
+            strategy=strategy,
+            callbacks=callbacks,
+            progress=progress,
             encodes=given.codec.used,
         )
 
@@ -130,12 +130,12 @@ def _create(path: Path, config: RunConfig, result: StageResult | None, *, replac
 def launch(
     resolve: Callable[[], ResolvedRun],
     open_run: Callable[[RunConfig], Run],
+    *,
     world: World,
     device: torch.device,
     strategy: Strategy,
     callbacks: Sequence[Callback[Trainer]],
     progress: Progress | None,
-    *,
     encodes: bool,
 ) -> Run:
     """Prepare a run on all processes, compare their configurations, and train it to its end.
