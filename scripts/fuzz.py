@@ -384,7 +384,9 @@ def watch(pid: int, folder: Path) -> str:
         if memory(pid) > base + MEMORY:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            return "" if "training new on" in said(folder) else "memory above 1 GiB"  # a large network that fits is no fault
+            return (
+                "" if "training new on" in said(folder) else "memory above 1 GiB"
+            )  # a large network that fits is no fault
         if passed > WALL_SECONDS:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)

@@ -529,8 +529,8 @@ def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monk
         ("train --resume empty", "empty: not a run"),
         ("train --resume RUN --preset digits", "--preset does not go with --resume"),
         ("train --resume RUN --replace", "--replace does not go with --resume"),
-        ("train --resume RUN --set optimizer.lr=1", "optimizer.lr: differs from the run's own"),
-        ("train --resume RUN --held-out 0.5", "data.held_out: differs from the run's own"),
+        ("train --resume RUN --set optimizer.lr=1", "optimizer.lr: may not change when a run is resumed"),
+        ("train --resume RUN --held-out 0.5", "data.held_out: may not change when a run is resumed"),
         ("train --resume RUN --data nan.npy", "nan.npy"),
         ("sample nowhere", "nowhere: not a run"),
         ("sample BARE", "has no checkpoint yet; continue it with msdiff train --resume"),
@@ -879,7 +879,7 @@ def test_names_that_hold_markup_or_control_characters(msdiff: Call, tmp_path: Pa
 def test_where_a_run_cannot_be_made_is_said_before_the_work(
     made: Path, msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multistage_diffusion.workflow.train._prepared", raises(AssertionError("began")))
+    monkeypatch.setattr("multistage_diffusion.workflow.train.resolve_run", raises(AssertionError("began")))
     train = ("train", "--preset", "digits", "--out")
     refused(msdiff(*train, made / "run"), "run: exists; resume it")
     (tmp_path / "file").write_text("")

@@ -45,13 +45,13 @@ if TYPE_CHECKING:
     from .workflow.evaluate import compare as compare
     from .workflow.evaluate import evaluate as evaluate
     from .workflow.evaluate import statistics as statistics
-    from .workflow.exchange import export_published as export_published
-    from .workflow.exchange import import_published as import_published
+    from .workflow.export import export_published as export_published
+    from .workflow.import_run import import_published as import_published
     from .workflow.plan import plan as plan
     from .workflow.report import report as report
+    from .workflow.resume import resume as resume
     from .workflow.sample import sample as sample
     from .workflow.stages import find_stages as find_stages
-    from .workflow.train import resume as resume
     from .workflow.train import train as train
 
 __version__ = "0.1.0"
@@ -60,11 +60,11 @@ __version__ = "0.1.0"
 _HOME = {
     "compare": "workflow.evaluate",
     "evaluate": "workflow.evaluate",
-    "export_published": "workflow.exchange",
-    "import_published": "workflow.exchange",
+    "export_published": "workflow.export",
+    "import_published": "workflow.import_run",
     "plan": "workflow.plan",
     "report": "workflow.report",
-    "resume": "workflow.train",
+    "resume": "workflow.resume",
     "sample": "workflow.sample",
     "find_stages": "workflow.stages",
     "statistics": "workflow.evaluate",

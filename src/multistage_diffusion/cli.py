@@ -28,7 +28,7 @@ from .shown import shown
 
 SUMMARIES = {
     "stages": "Find the noise ranges (stages) of a data set from the data themselves.",
-    "train": "Train a multi-decoder model, or go on with a run.",
+    "train": "Train a multi-decoder model, or resume a run.",
     "train-codec": "Train a small autoencoder (a latent codec) on a data set, for runs on its latents.",
     "sample": "Draw samples of a run: a grid (.png), a folder of PNGs, or an array (.npz).",
     "evaluate": "Compare samples of a run with real images: Fréchet distance, precision and recall, memorisation.",
@@ -36,8 +36,8 @@ SUMMARIES = {
     "plan": "Plan a model for a data set and a budget: stages from the data, decoder widths from two short probes.",
     "describe": "Show a run's (or preset's) stages, widths, parameters and multiply-adds; draw its network.",
     "report": "Write RUN/report.html: one file with stages, network, losses, samples, neighbours, metrics and configuration.",
-    "demo": "Do the whole job on real handwritten digits in a few minutes: stages, train, sample, evaluate, report.",
-    "import": "Make a run of a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt.",
+    "demo": "Run all steps on real handwritten digits in a few minutes: stages, train, sample, evaluate, report.",
+    "import": "Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt.",
     "export": "Write a run's weights in the published layout of its family.",
     "presets": "List the presets, one line each.",
     "tables": "Count the networks of the paper's tables and print them beside its figures.",

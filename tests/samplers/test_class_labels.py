@@ -14,7 +14,7 @@ from multistage_diffusion.config import DataConfig
 from multistage_diffusion.data import open_data
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import PixelFeatures, frechet_distance
-from multistage_diffusion.samplers.class_labels import frequent_labels, labels_in_turn, warn_of_empty, with_class_counts
+from multistage_diffusion.samplers.class_labels import class_counts, frequent_labels, labels_in_turn, warn_of_empty
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
 
@@ -54,7 +54,7 @@ def test_classes_without_images_are_never_drawn(config):
 def test_unconditional_runs_have_no_labels(tiny_config, tiny_data):
     assert frequent_labels(tiny_config(), 5, seed=0) is None
     assert labels_in_turn(tiny_config(), 5) is None
-    assert with_class_counts(tiny_config(), tiny_data(classes=3)).data.class_counts == ()
+    assert class_counts(tiny_data(classes=3), 0) == class_counts(tiny_data(), 3) == ()
 
 
 def test_runs_that_do_not_know_their_classes_get_equal_shares_and_say_so(tiny_config):
@@ -65,17 +65,14 @@ def test_runs_that_do_not_know_their_classes_get_equal_shares_and_say_so(tiny_co
     assert labels_in_turn(config, 5).tolist() == [0, 1, 2, 3, 0]
 
 
-def test_counts_are_of_the_training_part(tiny_config, tiny_data):
-    data = tiny_data(90, classes=3)
-    training, _ = data.split(0.3)
-    config = with_class_counts(tiny_config(network__num_classes=3), training)
-    assert config.data.class_counts == tuple(np.bincount(training.labels).tolist())
-    assert sum(config.data.class_counts) == len(training)
+def test_images_are_counted_by_class(tiny_data):
+    assert class_counts(tiny_data(31, classes=3), 3) == (11, 10, 10)
+    assert class_counts(tiny_data(30, classes=3), 5) == (10, 10, 10, 0, 0)
 
 
-def test_empty_classes_are_named_once(tiny_config, tiny_data):
+def test_empty_classes_are_named():
     with pytest.warns(UserWarning, match=r"2 of 5 classes have no training images \(3, 4\)"):
-        with_class_counts(tiny_config(network__num_classes=5), tiny_data(30, classes=3))
+        warn_of_empty((10, 10, 10, 0, 0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_empty((1, 2))
@@ -101,7 +98,8 @@ def test_unequal_classes_are_measured_rightly(tiny_config):
     """A perfect class-conditional model: for each label it gives a real image of that class."""
     data = open_data(CASES / "imbal.npz")
     pixels, real = PixelFeatures(), data.tensor()
-    config = with_class_counts(tiny_config(network__num_classes=data.num_classes), data)
+    classes = data.num_classes
+    config = tiny_config(network__num_classes=classes, data__class_counts=class_counts(data, classes))
 
     def distance(labels: torch.Tensor) -> float:
         draw = torch.Generator().manual_seed(0)

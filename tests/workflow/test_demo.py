@@ -50,7 +50,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
 def test_refuses_to_go_on_with_another_run(tmp_path: Path) -> None:
     config = override(preset("digits"), {**TINY, "optimizer.lr": 0.5})
     run = Run.create(tmp_path / "mine", config)
-    with pytest.raises(UserError, match=r"mine: is another run \(optimizer.lr\); choose another --out"):
+    with pytest.raises(UserError, match=r"mine: holds another run \(optimizer.lr differ\); choose another --out"):
         demo(run.path, TINY, bar=silent)
     assert sorted(p.name for p in run.path.iterdir()) == ["config.json"]
 

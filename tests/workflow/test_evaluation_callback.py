@@ -29,8 +29,9 @@ from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import evaluation_callback as evaluation_callback_module
 from multistage_diffusion.workflow.evaluate import statistics
 from multistage_diffusion.workflow.evaluation_callback import TRAINING_IMAGES, FidReference, since_best
+from multistage_diffusion.workflow.resume import resume
 from multistage_diffusion.workflow.sample import sample
-from multistage_diffusion.workflow.train import resume, train
+from multistage_diffusion.workflow.train import train
 
 TINY: dict[str, Any] = {
     "network.encoder_width": 8,

@@ -29,7 +29,8 @@ from foreign_files import (
 from torch import Tensor, nn
 
 from multistage_diffusion import files
-from multistage_diffusion.commands.exchange import Export, Import
+from multistage_diffusion.commands.export import Export
+from multistage_diffusion.commands.import_run import Import
 from multistage_diffusion.config import NetworkConfig, RunConfig, SamplingConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override, to_dict
@@ -43,9 +44,10 @@ from multistage_diffusion.schedules import Discrete
 from multistage_diffusion.training.checkpoint import Checkpoint, list_checkpoints, load_tensors, save_checkpoint
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
-from multistage_diffusion.workflow.exchange import export_published, import_published
+from multistage_diffusion.workflow.export import export_published
+from multistage_diffusion.workflow.import_run import import_published
+from multistage_diffusion.workflow.resume import resume
 from multistage_diffusion.workflow.sample import sample
-from multistage_diffusion.workflow.train import resume
 
 SIZES = {"ncsnpp": (16, 16), "edm": (16, 16), "ldm": (8, 8)}
 SUFFIX = {"ncsnpp": "pth", "edm": "safetensors", "ldm": "ckpt"}
@@ -211,7 +213,7 @@ def test_two_decoders_need_their_stages(tmp_path: Path) -> None:
     weights = {k: v for k, v in golden("edm")[1].items() if "decs.2." not in k}
     file, out = write_edm(tmp_path / "edm.pkl", weights), tmp_path / "run"
     assert refusal(file, out).startswith(
-        "holds 2 decoders, but 3 stages are known for it; give those it was trained on"
+        "holds 2 decoders, but the stages are 3; give the stages that the decoders were trained on"
     )
     config = preset("digits")
     base = dataclasses.replace(
@@ -230,7 +232,7 @@ def test_what_does_not_go_together_is_named(tmp_path: Path) -> None:
         "holds a network of family 'ddpmpp' with its published preconditioning, but the preset 'cifar10-dpm' is for family"
     )
     assert refusal(file, out, base=preset("cifar10-edm-separate")).startswith("holds a network of family 'ddpmpp'")
-    assert refusal(file, out, size=(32, 32)).startswith("size=(32, 32): its names say 16 x 16")
+    assert refusal(file, out, size=(32, 32)).startswith("size=(32, 32): the tensor names give 16 x 16")
     assert refusal(file, out, head_channels=16).startswith(
         "head_channels=16: a network of family 'ddpmpp' has one head"
     )
@@ -301,7 +303,7 @@ def test_an_import_that_failed_leaves_what_was_there(
 def test_an_imported_run_without_its_checkpoint_is_not_resumed(tmp_path: Path) -> None:
     run = imported("edm", tmp_path, 1)
     shutil.rmtree(run.checkpoints)
-    with pytest.raises(UserError, match="was imported, but its checkpoint is gone; import it again"):
+    with pytest.raises(UserError, match="was imported, but has no checkpoint; import it again"):
         resume(run.path, {"data.source": "digits", "training.steps": 1}, device="cpu")
 
 
@@ -310,7 +312,7 @@ def test_without_an_average_the_model_stands_for_it(name: str, tmp_path: Path) -
     weights = golden(name)[1]
     write_file = write_score_sde if name == "ncsnpp" else write_ldm
     file = write_file(tmp_path / "file", weights, None)
-    with pytest.warns(UserWarning, match="holds no averaged weights; the model's own stand for them"):
+    with pytest.warns(UserWarning, match="holds no EMA weights; the EMA starts from the model's weights"):
         run = import_published(file, tmp_path / "run", size=SIZES[name], head_channels=16 if name == "ldm" else None)
     model, average = tensors(run, "model"), tensors(run, "ema")
     assert all(torch.equal(model[key], average[key]) for key in model)
@@ -400,7 +402,7 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
         assert refusal(write_ldm(file, weights, weights, state=state), out, **ldm) == words
     assert refusal(file, out, size=(8, 8), head_channels=0) == "network.head_channels=0 must be positive"
     file = write_edm(tmp_path / "x.pkl", golden("edm")[1], kwargs={"dropout": "much"})
-    assert refusal(file, out) == "dropout='much' is no number"
+    assert refusal(file, out) == "dropout='much' must be a number"
 
 
 def test_other_betas_are_refused(tmp_path: Path) -> None:
@@ -448,7 +450,7 @@ def test_a_checkpoint_that_is_not_of_its_run_s_network_is_not_exported(
 
 def test_files_are_named_after_their_layout_and_kept(shared: Callable[..., Run], tmp_path: Path) -> None:
     run = shared("edm", 1)
-    with pytest.raises(ValueError, match=r"x.pth: family 'ddpmpp' is written as .safetensors; name it so"):
+    with pytest.raises(ValueError, match=r"x.pth: family 'ddpmpp' is written as .safetensors; give that suffix"):
         export_published(run, tmp_path / "x.pth")
     file = export_published(run, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"x.safetensors: exists; .*--overwrite"):

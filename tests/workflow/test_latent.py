@@ -22,9 +22,10 @@ from multistage_diffusion.training.run import Run
 from multistage_diffusion.workflow.evaluate import evaluate
 from multistage_diffusion.workflow.latent import decoder, reconstruct
 from multistage_diffusion.workflow.report import report
+from multistage_diffusion.workflow.resume import resume
 from multistage_diffusion.workflow.sample import sample
 from multistage_diffusion.workflow.stages import find_stages
-from multistage_diffusion.workflow.train import resume, train
+from multistage_diffusion.workflow.train import train
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -14,20 +14,14 @@ from multistage_diffusion.commands.options import load_config
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override, read_json
-from multistage_diffusion.contracts import Conditioning
-from multistage_diffusion.data import open_configured, to_float
-from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.nets.cost import network_cost
-from multistage_diffusion.optimal import OptimalDenoiser
 from multistage_diffusion.planning import STEP, TOLERANCE, decoder_flops
 from multistage_diffusion.stage_finding import StageSettings
-from multistage_diffusion.training.batches import BatchSource, held_out_batch, prior_masses
-from multistage_diffusion.training.checkpoint import load_tensors
-from multistage_diffusion.training.losses import stage_losses
+from multistage_diffusion.training.batches import prior_masses
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import plan as plan_module
+from multistage_diffusion.workflow import probes
 from multistage_diffusion.workflow.plan import plan
-from multistage_diffusion.workflow.prepare import PreparedRun
 from multistage_diffusion.workflow.stages import find_stages
 from multistage_diffusion.workflow.train import train
 
@@ -49,7 +43,7 @@ def tiny(**changes: Any) -> RunConfig:
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "ROWS", 40)
+    monkeypatch.setattr(probes, "ROWS", 40)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +145,7 @@ def test_other_numbers_of_stages_get_shares_of_their_own(monkeypatch: pytest.Mon
 def test_the_gain_is_the_paired_difference(edges: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = [torch.tensor([1.0, 0.8, 0.9, 1.1]).double() for _ in range(3)]
     many = [few[0] - torch.tensor([0.4, 0.5, 0.6, 0.5]).double(), few[1], few[2] + 1]
-    monkeypatch.setattr(plan_module, "_probed", lambda *_: [few, many])
+    monkeypatch.setattr(plan_module, "probed", lambda *_: [few, many])
     planned = plan(tiny(), result=split_of(edges), probe_steps=1)
     first, second, third = planned.stages
     span = np.log(first.flops_wide / first.flops_narrow)
@@ -168,7 +162,7 @@ def test_the_gain_is_the_paired_difference(edges: Path, monkeypatch: pytest.Monk
     assert cost + planned.flops_encoder > (1 + TOLERANCE) * planned.budget
     assert first.width > second.width
     assert first.flops_ideal == pytest.approx((planned.budget - planned.flops_encoder) / 0.55, rel=1e-6)
-    monkeypatch.setattr(plan_module, "_probed", lambda *_: [few, few])
+    monkeypatch.setattr(plan_module, "probed", lambda *_: [few, few])
     with pytest.raises(ValueError, match="both probes have the same losses; give more steps"):
         plan(tiny(), result=split_of(edges), probe_steps=1)
 
@@ -179,122 +173,6 @@ def split_of(path: Path) -> Any:
     return StageResult.load(path)
 
 
-def material_of(config: RunConfig) -> PreparedRun:
-    parts = open_configured(config.data).split(config.data.held_out)
-    return PreparedRun(config=config, parts=parts)
-
-
-def test_probes_see_the_same_rows_and_differ_in_width_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[RunConfig, list[torch.Tensor]]] = []
-    draw = BatchSource.draw
-
-    def spy(self: BatchSource, *arguments: Any) -> Any:
-        batch = draw(self, *arguments)
-        seen[-1][1].extend([batch.y, batch.noise, batch.sigma])
-        return batch
-
-    fit = Trainer.fit
-
-    def fitted(self: Trainer) -> None:
-        seen.append((self.config, []))
-        fit(self)
-
-    monkeypatch.setattr(BatchSource, "draw", spy)
-    monkeypatch.setattr(Trainer, "fit", fitted)
-    told: list[tuple[int, int]] = []
-    base = tiny(training__ema_rampup=0.0)
-    losses = plan_module._probed(
-        material_of(base), (8, 16), 3, torch.device("cpu"), lambda done, total: told.append((done, total))
-    )
-    (narrow, few), (wide, many) = seen
-    assert len(few) == 9
-    assert all(torch.equal(a, b) for a, b in zip(few, many, strict=True))
-    assert (narrow.network.decoder_widths, wide.network.decoder_widths) == ((8, 8, 8), (16, 16, 16))
-    assert dataclasses.replace(narrow, network=wide.network, name=wide.name) == wide
-    assert narrow.network.encoder_width == base.network.encoder_width
-    assert (narrow.training.steps, narrow.optimizer.warmup_steps) == (3, 0)
-    assert narrow.training.ema_rampup > 0
-    assert told == [(done, 6) for done in range(1, 7)]
-    assert [[len(rows) for rows in stages] for stages in losses] == [[40] * 3] * 2
-    assert not torch.equal(losses[0][0], losses[1][0])
-
-
-def test_row_losses_are_those_of_training(tiny_config: Any, tiny_data: Any) -> None:
-    config = tiny_config(network__num_classes=3, training__held_out_rows=10)
-    torch.manual_seed(0)
-    denoiser = build_denoiser(config).eval()
-    for p in denoiser.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    for stage in range(3):
-        batch = held_out_batch(config, tiny_data(7, classes=3), stage, torch.device("cpu"))
-        rows = plan_module.held_out_row_losses(denoiser, batch, 4)
-        assert rows.dtype == torch.float64
-        assert len(rows) == 10
-        with torch.no_grad():
-            assert float(rows.sum()) == pytest.approx(float(stage_losses(denoiser, batch)[stage]), rel=1e-5)
-        for i in (0, 9):
-            alone = held_row(batch, i, stage)
-            with torch.no_grad():
-                assert float(rows[i]) == pytest.approx(float(stage_losses(denoiser, alone)[stage]), rel=1e-4)
-
-
-def held_row(batch: Any, i: int, stage: int) -> Any:
-    return dataclasses.replace(
-        batch,
-        y=batch.y[i : i + 1],
-        noise=batch.noise[i : i + 1],
-        sigma=batch.sigma[i : i + 1],
-        counts=tuple(int(k == stage) for k in range(len(batch.counts))),
-        cond=Conditioning(labels=batch.cond.labels[i : i + 1]),
-    )
-
-
-@pytest.mark.parametrize("precondition", ["edm", "velocity"])
-def test_the_optimal_loss_is_in_the_units_of_the_network(tiny_config: Any, tiny_data: Any, precondition: str) -> None:
-    config = tiny_config(diffusion__precondition=precondition)
-    images = to_float(tiny_data(20).tensor())
-    optimal = OptimalDenoiser(images)
-    batch = held_out_batch(config, tiny_data(6, seed=1), 2, torch.device("cpu"))
-    denoiser = build_denoiser(config)
-    # a network whose output made D the posterior mean: F = (D - c_skip x) / c_out
-    x = batch.y + batch.sigma.float()[:, None, None, None] * batch.noise
-    c = denoiser.preconditioning.coefficients(batch.sigma)
-    column = (-1, 1, 1, 1)
-    perfect = (optimal(x, batch.sigma).double() - c.skip.reshape(column) * x) / c.out.reshape(column)
-    target = denoiser.preconditioning.target(batch.y, batch.noise, batch.sigma)
-    wanted = (perfect - target).square().flatten(1).mean(1)
-    found = plan_module.optimal_row_losses(config, optimal, batch)
-    assert torch.allclose(found, wanted, rtol=1e-3)
-
-
-def test_too_many_images_have_no_optimal_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = material_of(tiny())
-    known = plan_module._optimal_losses(prepared, torch.device("cpu"))
-    assert all(loss is not None and loss > 0 for loss in known)
-    monkeypatch.setattr(plan_module, "MEMORY", 4 * len(prepared.parts[0]) * 64 - 1)
-    assert plan_module._optimal_losses(prepared, torch.device("cpu")) == [None] * 3
-
-
-def test_trained_weights_are_compared_as_averaged(edges: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[Any] = []
-    fit = Trainer.fit
-
-    def fitted(self: Trainer) -> None:
-        fit(self)
-        kept.append(load_tensors(sorted(self.run.checkpoints.iterdir())[-1], "ema"))
-
-    monkeypatch.setattr(Trainer, "fit", fitted)
-    config = tiny()
-    prepared = material_of(config)
-    losses = plan_module._probed(prepared, (8,), 3, torch.device("cpu"), lambda *_: None)
-    denoiser = build_denoiser(plan_module._probe_config(config, 8, 3)).eval()
-    denoiser.load_state_dict(kept[0])
-    rows = dataclasses.replace(config, training=dataclasses.replace(config.training, held_out_rows=40))
-    for stage in range(3):
-        batch = held_out_batch(rows, prepared.parts[1], stage, torch.device("cpu"))
-        assert torch.allclose(plan_module.held_out_row_losses(denoiser, batch, 12), losses[0][stage])
-
-
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -302,7 +180,7 @@ def test_trained_weights_are_compared_as_averaged(edges: Path, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("photos", "photos: has no preset of its own; give --preset NAME or --config FILE"),
+        ("photos", "photos: there is no preset of this name; give --preset NAME or --config FILE"),
         ("digits --preset digits --config c.json", "--preset NAME and --config FILE both"),
         ("digits --preset digit", "preset 'digit' is unknown"),
         ("digits --out plan.yaml", "a plan is JSON; name it plan.json"),
@@ -319,7 +197,10 @@ def test_trained_weights_are_compared_as_averaged(edges: Path, tmp_path: Path, m
             "training.branch_at=5 needs decoders that are",
         ),
         ("digits --set network.width=3", "network.width: unknown key"),
-        ("digits --set training.shares=[1,1,0] training.weights=[1,1,0] --stages FILE", "a stage without rows"),
+        (
+            "digits --set training.shares=[1,1,0] training.weights=[1,1,0] --stages FILE",
+            "a plan needs rows of every stage",
+        ),
         (
             "digits --set training.weights=[1,1,0] --stages 2",
             "training.weights=[1.0, 1.0, 0.0] needs one number for each of",

@@ -23,19 +23,19 @@ from multistage_diffusion.config.serialization import from_dict, override, read_
 from multistage_diffusion.data import ImageData, open_data
 from multistage_diffusion.files import write_json
 from multistage_diffusion.stage_finding import StageResult, StageSettings
-from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.checkpoint import list_checkpoints
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import sample as sample_module
+from multistage_diffusion.workflow.differences import CHANGEABLE
 from multistage_diffusion.workflow.evaluate import evaluate
-from multistage_diffusion.workflow.latent import with_stages
-from multistage_diffusion.workflow.prepare import located, prepare
 from multistage_diffusion.workflow.report import report
+from multistage_diffusion.workflow.resolve import resolve_run
+from multistage_diffusion.workflow.resume import resume
 from multistage_diffusion.workflow.sample import sample, sample_labels
 from multistage_diffusion.workflow.stages import find_stages
-from multistage_diffusion.workflow.train import CHANGEABLE, differences, resume, train
+from multistage_diffusion.workflow.train import train
 
 TINY: dict[str, Any] = {
     "network.encoder_width": 8,
@@ -103,32 +103,6 @@ def test_a_split_is_written_with_its_picture(tmp_path: Path) -> None:
 # -- preparing --------------------------------------------------------------------------------------------------------
 
 
-def test_a_configuration_is_fitted_to_its_data(result: StageResult) -> None:
-    data = images(20, 3, 12, 20)
-    config = with_stages(prepare(tiny(), data), result)
-    assert config.network.channels == 3
-    assert config.data.shape == (3, 12, 20)
-    assert config.data.fingerprint == data.fingerprint
-    assert config.stages.interior == result.edges_sigma
-    assert config.stages.origin["fingerprint"] == result.fingerprint
-    assert prepare(tiny(), data).stages == tiny().stages
-
-
-def test_the_source_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "photos").mkdir()
-    monkeypatch.chdir(tmp_path)
-    data = images(20, 1, 8, 8)
-    assert prepare(tiny(data__source="photos"), data).data.source == str(tmp_path / "photos")
-    (tmp_path / "digits").mkdir()  # the word means the data set all the same
-    assert prepare(tiny(), data).data.source == "digits"
-
-
-def test_a_split_in_another_range_is_refused(result: StageResult) -> None:
-    settings = dataclasses.replace(result.settings, data_range=(0.0, 1.0))
-    with pytest.raises(ValueError, match=r"data_range \[0.0, 1.0\], but networks train on \[-1, 1\]"):
-        with_stages(prepare(tiny(), images(20, 1, 8, 8)), dataclasses.replace(result, settings=settings))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -157,9 +131,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
 
 def test_a_preset_without_data_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"data.source is empty: preset 'cifar10-dpm' has no data of its own; give --data"
-    ):
+    with pytest.raises(ValueError, match=r"data.source is empty: preset 'cifar10-dpm' names no data; give --data"):
         train(preset("cifar10-dpm"), tmp_path / "run")
 
 
@@ -173,9 +145,8 @@ def test_edges_of_other_data_are_warned_of(result: StageResult, tmp_path: Path) 
 
 def test_a_run_holds_all_that_it_came_from(run: Run, result: StageResult, digits: ImageData) -> None:
     config = run.config()
-    fitted = with_stages(prepare(tiny(), digits), result)
-    training = dataclasses.replace(fitted.training, precision=config.training.precision)
-    assert config == dataclasses.replace(fitted, name="run", training=training)
+    given = override(tiny(), {"stages": result.stages(), "name": "run"})
+    assert config == resolve_run(given, digits, result, torch.device("cpu")).config
     assert StageResult.load(run.path / "stages.json") == result
     assert (run.path / "stages.png").read_bytes().startswith(b"\x89PNG")
     assert [(r["kind"], r["step"]) for r in run.records()] == [
@@ -215,7 +186,7 @@ def test_only_length_and_records_may_change(run: Run) -> None:
         {"data.held_out": 0.2},
     ):
         with pytest.raises(
-            ValueError, match=r"differs from the run's own; resuming may change only data.source, codec.source, train"
+            ValueError, match=r"may not change when a run is resumed, only data.source, codec.source, train"
         ):
             resume(run.path, changes)
     resume(run.path, {"optimizer.lr": run.config().optimizer.lr})  # the same again is no change
@@ -232,29 +203,6 @@ def test_how_steps_are_computed_may_change(run: Run) -> None:
     ):
         resume(run.path, {"execution.cuda_graphs": True, "execution.recompute": False}, device="cpu")
     assert run.config_file.read_bytes() == before
-
-
-def test_what_may_change_exists() -> None:
-    config = tiny()
-    for key in CHANGEABLE:
-        part, name = key.split(".")
-        value = getattr(getattr(config, part), name)
-        changed = (
-            (2 if name == "shards" else True) if value == "auto" else not value if isinstance(value, bool) else None
-        )
-        if changed is None:
-            changed = "x" if isinstance(value, str) else value + 1
-        assert differences(config, override(config, {key: changed})) == [key]
-
-
-def test_differences_are_named_by_their_keys(result: StageResult) -> None:
-    config = tiny()
-    assert differences(config, config) == []
-    other = override(config, {"optimizer.lr": 0.5, "diffusion.prior.kind": "uniform-time", "network.separate": True})
-    found = differences(config, other)
-    assert {"optimizer.lr", "diffusion.prior.kind", "network.separate"} <= set(found)
-    origin = dataclasses.replace(config, stages=Stages(config.stages.interior, {"data": "elsewhere"}))
-    assert differences(config, origin) == []
 
 
 @pytest.fixture
@@ -498,11 +446,3 @@ def test_what_auto_precision_chose_is_stored_when_a_run_starts(tmp_path: Path) -
     config = tiny(training__steps=1)
     assert config.training.precision == "auto"
     assert train(config, tmp_path / "run", device="cpu").config().training.precision == "fp32"
-
-
-def test_data_behind_a_word_are_found_from_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "idx").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert located(DataConfig(source="fashion-mnist:idx")).source == f"fashion-mnist:{tmp_path / 'idx'}"
-    assert located(DataConfig(source="idx")).source == str(tmp_path / "idx")
-    assert located(DataConfig(source="digits")).source == "digits"

@@ -9,7 +9,8 @@ from .codec import TrainCodec
 from .demo import Demo
 from .describe import Describe
 from .evaluate import Evaluate, Stats
-from .exchange import Export, Import
+from .export import Export
+from .import_run import Import
 from .plan import Plan
 from .report import Report
 from .sample import Sample

@@ -24,7 +24,7 @@ _DEFAULTS = CodecSettings()
 class TrainCodec(DataOptions):
     """Train a small autoencoder (a latent codec) on a data set, for runs on its latents.
 
-    Writes the codec to OUT as diffusers lays out an AutoencoderKL, with training.json (settings and held-out PSNR) and
+    Writes the codec to OUT in the layout of diffusers' AutoencoderKL, with training.json (settings and held-out PSNR) and
     reconstructions.png (held-out images above their reconstructions).
 
     Examples
@@ -40,23 +40,23 @@ class TrainCodec(DataOptions):
     latent_channels: int = _DEFAULTS.latent_channels
     """Channels of a latent."""
     factor: int = _DEFAULTS.factor
-    """Height and width of an image over those of its latent: a power of 2."""
+    """Height and width of an image divided by those of its latent: a power of 2."""
     width: int = _DEFAULTS.width
-    """Channels of the networks at the latents' size; half as many at each doubling of it, not below 16."""
+    """Channels of the networks at the latents' size; halved at each doubling of the size, but not below 16."""
     steps: int = _DEFAULTS.steps
     """Optimiser iterations."""
     batch: int = _DEFAULTS.batch
-    """Images in each."""
+    """Images per iteration."""
     lr: float = _DEFAULTS.lr
     """Learning rate."""
     kl: float = _DEFAULTS.kl
-    """Weight of the latents' divergence from a standard normal: more makes them easier to model, and blurs."""
+    """Weight of the KL divergence of the latents from N(0, 1); more gives simpler latents and blurrier images."""
     seed: int = _DEFAULTS.seed
-    """Seed."""
+    """Seed of all random numbers."""
     resume: bool = False
-    """Go on with the training in OUT: the same command, or one with more --steps."""
+    """Continue the training in OUT, with the same options or more --steps."""
     replace: bool = False
-    """Move what is at OUT aside."""
+    """Move existing files at OUT aside."""
     device: Device = None
     """cpu, cuda or cuda:N"""
     json: bool = False
@@ -65,7 +65,9 @@ class TrainCodec(DataOptions):
     def run(self) -> None:
         """Run the command."""
         if self.resume and self.replace:
-            raise UserError("--resume and --replace exclude each other: go on with the codec in OUT, or start it anew")
+            raise UserError(
+                "--resume and --replace exclude each other; give --resume to continue the training, or --replace to start anew"
+            )
         settings = CodecSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(CodecSettings)})
         with Bar("training", "steps") as bar:
             record = train_codec(

@@ -14,14 +14,14 @@ from .options import Changes, Device, parse_changes, print_json, say
 
 @dataclass(kw_only=True)
 class Demo:
-    """Do the whole job on real handwritten digits in a few minutes: stages, train, sample, evaluate, report.
+    """Run all steps on real handwritten digits in a few minutes: stages, train, sample, evaluate, report.
 
     Examples
       msdiff demo --out runs/demo
     """
 
     out: Path = Path("runs/demo")
-    """The run's folder; an interrupted demo goes on where it stopped."""
+    """The run's folder; an interrupted demo is continued."""
     set: Changes = ()
     """Changes to the digits preset, e.g. training.steps=2000."""
     device: Device = None

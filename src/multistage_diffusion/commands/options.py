@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from ..config import RunConfig, SamplingConfig
+from ..config import DataConfig, RunConfig, SamplingConfig
 from ..config.sampling import SOLVERS, SPACINGS
-from ..config.serialization import from_dict, read_json
+from ..config.serialization import from_dict, override, read_json
 from ..errors import UserError
 from ..evaluation import agree
 from ..files import refuse_special
@@ -43,41 +43,52 @@ Device = Annotated[str | None, option("DEVICE", "CUDA when there is one")]
 Changes = Annotated[tuple[str, ...], option("KEY=VALUE ...")]
 
 
+def _else(default: object) -> str:
+    """Return the default that help shows for an option of how images are read."""
+    return f"that of the preset or run, else {default}"
+
+
 @dataclass(kw_only=True)
 class DataOptions:
     """How images are read."""
 
-    size: Annotated[tuple[int, int] | None, option("H W", "their own")] = None
-    """Height and width of the images; with --fit they are brought to it."""
-    fit: Annotated[Literal["exact", "crop", "resize", "pad"] | None, option("{exact,crop,resize,pad}", "exact")] = None
-    """Images of another size than --size: refuse, crop to the centre, resize, or pad with black."""
+    size: Annotated[tuple[int, int] | None, option("H W", _else("the images' size"))] = None
+    """Height and width of the images; --fit says what is done with images of another size."""
+    fit: Annotated[
+        Literal["exact", "crop", "resize", "pad"] | None, option("{exact,crop,resize,pad}", _else(DataConfig.fit))
+    ] = None
+    """Images of another size than --size: exact refuses them, crop keeps the centre, resize scales, pad adds black."""
     skip_bad: bool = False
-    """Leave out images that cannot be read instead of stopping."""
-    max_pixels: Annotated[int | None, option("INT", "178956970")] = None
-    """Images of more pixels than this cannot be read."""
-    held_out: Annotated[float | None, option("SHARE", "0.1")] = None
-    """Share of images never trained on, chosen by a hash of their content."""
+    """Skip images that cannot be read instead of stopping."""
+    max_pixels: Annotated[int | None, option("INT", _else(DataConfig.max_pixels))] = None
+    """Images of more pixels count as unreadable."""
+    held_out: Annotated[float | None, option("SHARE", _else(DataConfig.held_out))] = None
+    """Share of images that are not trained on; a hash of their content selects them."""
 
     def given(self) -> dict[str, Any]:
         """Return the options that were given, named as in DataConfig."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(DataOptions)}
         return {k: v for k, v in values.items() if v is not None and v is not False}
 
+    def dotted(self) -> dict[str, Any]:
+        """Return the options that were given as dotted keys of a run's configuration."""
+        return {f"data.{name}": value for name, value in self.given().items()}
+
 
 @dataclass(kw_only=True)
 class SamplerOptions:
-    """Another sampler than the run's own."""
+    """Changes to the run's sampler."""
 
     solver: Annotated[str | None, option(one_of(SOLVERS), "the run's")] = None
     """DPM-Solver, DPM-Solver++ (data prediction), DDIM, Heun (EDM), or another."""
     method: Annotated[Literal["singlestep", "multistep"] | None, option("{singlestep,multistep}", "the run's")] = None
-    """For dpm and dpm++."""
+    """Singlestep or multistep (dpm and dpm++ only)."""
     order: Annotated[int | None, option("INT", "the run's")] = None
-    """For dpm and dpm++: 1 to 3."""
+    """Order of the solver: 1 to 3 (dpm and dpm++ only)."""
     calls: Annotated[int | None, option("INT", "the run's")] = None
     """Denoiser calls per image (NFE)."""
     spacing: Annotated[str | None, option(one_of(SPACINGS), "the run's")] = None
-    """How noise levels are spaced."""
+    """Spacing of the noise levels."""
     churn: Annotated[float | None, option("FLOAT", "the run's")] = None
     """Stochasticity of heun (S_churn)."""
     eta: Annotated[float | None, option("FLOAT", "the run's")] = None
@@ -85,15 +96,15 @@ class SamplerOptions:
     guidance: Annotated[float | None, option("FLOAT", "the run's")] = None
     """Classifier-free guidance: 0 unconditional, 1 conditional."""
     guidance_interval: Annotated[tuple[float, float] | None, option("LOW HIGH", "the run's")] = None
-    """Guide where LOW < sigma <= HIGH only."""
+    """Guidance is applied where LOW < sigma <= HIGH."""
     threshold: Annotated[float | None, option("SHARE", "the run's")] = None
     """Dynamic thresholding of pixels at this quantile, e.g. 0.995."""
     lower_final: Annotated[Literal["always", "published"] | None, option("{always,published}", "the run's")] = None
-    """Lower the order of the last and of too long steps, or as published."""
+    """Steps of lower order: always for the last and for too long steps, or as published."""
     denoise_last: Annotated[Literal["auto", "always", "never"] | None, option("{auto,always,never}", "the run's")] = (
         None
     )
-    """Spend the last call on the noise left at the end: auto where it is visible."""
+    """Use the last call to remove the noise that is left; auto: if it is visible."""
 
     def sampling_config(self, own: SamplingConfig) -> SamplingConfig:
         """Return a run's sampling configuration with these options applied."""
@@ -106,9 +117,9 @@ class SamplerOptions:
                 raise UserError(f"--{setting} {given[setting]}: has no meaning for solver {name!r}; leave it out")
             if setting not in given and known and getattr(own, setting) not in known:
                 given[setting] = known[0]  # the run's own is for another solver
-        found = dataclasses.replace(own, **given)
+        found = override(own, given)
         if self.guidance_interval is not None and found.guidance == 1:
-            raise UserError("--guidance-interval: nothing is guided at guidance 1; give --guidance, too")
+            raise UserError("--guidance-interval: guidance 1 guides nothing; give another --guidance, too")
         return found
 
 
@@ -119,27 +130,44 @@ def check_out(path: Path, overwrite: bool, *, folder: bool = False) -> None:
         UserError: if path exists and may not be replaced, or nothing can be written there.
     """
     if path.name in ("", ".."):
-        raise UserError(f"--out {path}: names no {'folder' if folder else 'file'} of its own; give one")
+        raise UserError(f"--out {path}: is not the name of a {'folder' if folder else 'file'}; give one")
     if not folder:
         refuse_special(path)
     if path.exists():
         if not overwrite:
             raise UserError(f"--out {path}: exists; choose another name or give --overwrite")
         if path.is_file() and belongs_to_a_run(path):
-            raise UserError(f"--out {path}: is a file of a run, which is not replaced; choose another name")
+            raise UserError(f"--out {path}: is a file of a run; choose another name")
         if path.is_dir() != folder:
             raise UserError(f"--out {path}: is a {'file' if folder else 'folder'}; choose another name")
     require_place(path)
 
 
 def refuse_own_data(out: Path, source: str) -> None:
-    """Refuse to replace the very file that is read.
+    """Refuse to replace the file that is read.
 
     Raises:
-        UserError: if they are one.
+        UserError: if out and source are the same file.
     """
     if out.exists() and Path(source).exists() and out.samefile(source):
-        raise UserError(f"--out {out}: is DATA itself; choose another name")
+        raise UserError(f"--out {out}: is DATA; choose another name")
+
+
+def dotted_changes(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Return options and the settings of --set as one mapping of dotted keys, for `override`.
+
+    Args:
+        options: values of options by dotted key; None: not given.
+        settings: see `parse_changes`.
+
+    Raises:
+        UserError: if an option and --set give the same key, or a setting is not KEY=VALUE.
+    """
+    given, changes = {key: value for key, value in options.items() if value is not None}, parse_changes(settings)
+    twice = sorted(given.keys() & changes.keys())
+    if twice:
+        raise UserError(f"--set {twice[0]}: an option gives it, too; give one of them")
+    return given | changes
 
 
 def parse_changes(settings: Sequence[str]) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from ..errors import UserError
 from ..planning import PlannedStage
 from ..stage_finding import StageResult
 from ..workflow.plan import Planned, explained_file, plan
-from .options import Changes, DataOptions, Device, check_out, load_config, option, parse_changes, print_json, say
+from .options import Changes, DataOptions, Device, check_out, dotted_changes, load_config, option, print_json, say
 
 
 @dataclass(kw_only=True)
 class Plan(DataOptions):
     """Plan a model for a data set and a budget: stages from the data, decoder widths from two short probes.
 
-    Writes OUT, a configuration for msdiff train --config, and the reasons beside it (OUT's name with .explained.json).
+    Writes OUT, a configuration for msdiff train --config, and the reasons to OUT's name with .explained.json.
 
     Examples
       msdiff plan digits --out plan.json
@@ -36,20 +36,20 @@ class Plan(DataOptions):
 
     data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
     """digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy or .npz"""
-    preset: Annotated[str | None, option("NAME", "that of DATA, if there is one")] = None
-    """What the plan starts from: encoder, depth, noise, training; msdiff presets lists them."""
+    preset: Annotated[str | None, option("NAME", "the preset of the same name as DATA")] = None
+    """The preset that gives encoder, depth, noise and training; msdiff presets lists them."""
     config: Annotated[Path | None, option("FILE")] = None
-    """A configuration (JSON or YAML) instead of a preset."""
-    budget: Annotated[float | None, option("MFLOPS", "what the base's own network takes")] = None
+    """A configuration file (JSON or YAML) instead of a preset."""
+    budget: Annotated[float | None, option("MFLOPS", "that of the preset's network")] = None
     """Mean forward MFLOPs of a denoiser call for one image: 2 per multiply-add, encoder included."""
     stages: Annotated[str, option("N|FILE", "3")] = "3"
-    """Number of stages to find (3 by algorithm 1 of msdiff stages, others by algorithm 2), or a stages.json to take."""
+    """Number of stages to find (3: by algorithm 1 of msdiff stages; others: by algorithm 2), or a stages.json with them."""
     probe_steps: int = 300
     """Training steps of each of the two probes."""
     set: Changes = ()
-    """Changes to the base, e.g. training.batch=64."""
+    """Changes to the preset, e.g. training.batch=64."""
     out: Path = Path("plan.json")
-    """Where to write the configuration."""
+    """File of the configuration."""
     device: Device = None
     """cpu, cuda or cuda:N"""
     overwrite: bool = False
@@ -63,11 +63,10 @@ class Plan(DataOptions):
             raise UserError(f"--out {self.out}: a plan is JSON; name it {self.out.with_suffix('.json')}")
         for path in (self.out, explained_file(self.out)):
             check_out(path, self.overwrite)
-        changes = {f"data.{name}": value for name, value in self.given().items()} | parse_changes(self.set)
-        base = override(self.base(), {"data.source": self.data, **changes})
+        changes = dotted_changes({"data.source": self.data, **self.dotted()}, self.set)
         number = int(self.stages) if re.fullmatch(r"[+-]?\d+", self.stages) else None
         planned = plan(
-            base,
+            override(self.base(), changes),
             result=None if number is not None else StageResult.load(Path(self.stages)),
             stages=3 if number is None else number,
             budget=None if self.budget is None else self.budget * 1e6,
@@ -83,14 +82,14 @@ class Plan(DataOptions):
         say(f"written: {self.out}, {explained_file(self.out)} (next: msdiff train --config {self.out} --out RUN)")
 
     def base(self) -> RunConfig:
-        """Return the configuration that the plan starts from."""
+        """Return the configuration that the plan is made from."""
         if self.preset is not None and self.config is not None:
-            raise UserError("--preset NAME and --config FILE both say what to start from; give one of them")
+            raise UserError("--preset NAME and --config FILE both give the configuration; give one of them")
         if self.config is not None:
             return load_config(self.config)
         name = self.preset or self.data.partition(":")[0]
         if self.preset is None and name not in PRESETS:
-            raise UserError(f"{self.data}: has no preset of its own; give --preset NAME or --config FILE to start from")
+            raise UserError(f"{self.data}: there is no preset of this name; give --preset NAME or --config FILE")
         return preset(name)
 
 

@@ -21,13 +21,15 @@ from ..workflow.clustering import find_stages_by_gradients
 from ..workflow.stages import find_stages
 from .options import DataOptions, Device, check_out, one_of, option, print_json, say
 
+_DEFAULTS = StageSettings()
+
 
 @dataclass(kw_only=True)
 class FindStages(DataOptions):
     """Find the noise ranges (stages) of a data set from the data themselves.
 
-    Writes OUT (JSON) and the curves that the stages are read from beside it (PNG). Under torchrun (with -m
-    multistage_diffusion.cli stages ...) the processes share the work; what they find does not depend on how many there are.
+    Writes the stages to OUT (JSON) and their curves to a PNG of the same name. The processes of torchrun (with -m
+    multistage_diffusion.cli stages ...) share the work; the result does not depend on their number.
 
     Examples
       msdiff stages digits --out stages.json
@@ -40,41 +42,41 @@ class FindStages(DataOptions):
     data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")] = ""
     """digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy or .npz"""
     out: Path = Path("stages.json")
-    """Where to write the result."""
-    algorithm: Literal[1, 2, "timestep", "snr", "gradient"] = 1
+    """File of the result."""
+    algorithm: Literal[1, 2, "timestep", "snr", "gradient"] = _DEFAULTS.algorithm
     """1: three stages by similarity to the limits; 2: any number by clustering; timestep, snr, gradient: baselines."""
     trained: Annotated[Path | None, tyro.conf.arg(name="run", metavar="RUN")] = None
     """The run whose gradients are compared (algorithm gradient), instead of DATA."""
-    stages: int = 3
+    stages: int = _DEFAULTS.stages
     """Number of stages (all but algorithm 1)."""
     samples: Annotated[int | None, option("INT", "1000; with --precision as many as it takes")] = None
-    """Noisy images compared."""
-    times: int = 32
-    """Times at which each is looked at (algorithm 1); 1 with 50000 samples is the paper's estimator."""
-    precision: Annotated[float | None, option("FLOAT", "whatever the samples give")] = None
-    """Draw samples until the edges' 95 % intervals are at most this far from them, in t."""
-    eta: float = 2 / 256
+    """Noisy images that are compared."""
+    times: int = _DEFAULTS.times
+    """Times per noisy image (algorithm 1); 1 with 50000 samples is the paper's estimator."""
+    precision: Annotated[float | None, option("FLOAT", "any, of a fixed number of samples")] = None
+    """Draw samples until the 95 % intervals of the edges are this narrow: at most this distance from them, in t."""
+    eta: float = _DEFAULTS.eta
     """Largest difference of a coordinate that counts as agreement."""
-    alpha: float = 0.9
-    """Similarity that the outer stages keep (algorithm 1)."""
-    rule: Literal["interval-mean", "pointwise"] = "interval-mean"
-    """How edges are read from the curves (algorithm 1)."""
+    alpha: float = _DEFAULTS.alpha
+    """Least similarity within the outer stages (algorithm 1)."""
+    rule: Literal["interval-mean", "pointwise"] = _DEFAULTS.rule
+    """How the edges follow from the curves (algorithm 1)."""
     space: Annotated[Literal["eps", "x0"] | None, option("{eps,x0}", "eps, or x0 for algorithm 2")] = None
-    """What is compared: noise predictions or posterior means."""
-    objective: Literal["total-distance", "mean-similarity"] = "total-distance"
-    """What algorithm 2 optimises."""
+    """Compared quantity: noise predictions or posterior means."""
+    objective: Literal["total-distance", "mean-similarity"] = _DEFAULTS.objective
+    """Objective of algorithm 2."""
     data_range: Annotated[tuple[float, float], tyro.conf.arg(metavar="LOW HIGH")] = (-1.0, 1.0)
-    """Range of the pixels: that of training; 0 1 reproduces the paper."""
-    codec: Annotated[str | None, option("CODEC", "pixels are used")] = None
+    """Range of the pixels, by default that of training; 0 1 reproduces the paper."""
+    codec: Annotated[str | None, option("CODEC", "pixels")] = None
     """Find the stages in the latents of this autoencoder: a folder or hf:NAME."""
     schedule: Annotated[str, tyro.conf.arg(metavar=one_of(SCHEDULES))] = "vp"
-    """Kernel in whose time edges are printed."""
-    seed: int = 0
+    """Noise schedule in whose time the edges are printed."""
+    seed: int = _DEFAULTS.seed
     """Seed of the samples."""
     memory: float = 2.0
-    """GiB to stay under, roughly; images that do not fit are read again and again."""
+    """Approximate limit of memory in GiB; images beyond it are read several times."""
     image_shards: int = 1
-    """Under torchrun: processes among which the images are divided; the samples are among the others."""
+    """Processes of torchrun among which the images are divided; the groups of processes divide the samples."""
     device: Device = None
     """cpu, cuda or cuda:N"""
     overwrite: bool = False
@@ -99,7 +101,7 @@ class FindStages(DataOptions):
             raise UserError(
                 "Missing from msdiff stages: DATA, the images"
                 if not self.data
-                else "DATA: the run knows its own; leave it out"
+                else "DATA: the run's images are used; leave it out"
             )
         if not 0 < self.memory < math.inf:
             raise UserError(f"--memory {self.memory}: must be positive and finite, in GiB")

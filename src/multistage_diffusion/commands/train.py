@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..config.presets import preset
-from ..config.serialization import override
 from ..console import Bar, TrainingProgress, console
 from ..distributed import is_main_process
 from ..errors import UserError
@@ -19,15 +18,16 @@ from ..training.run import Run
 from ..training.sample_grid import TensorBoard
 from ..training.strategies import Strategy
 from ..training.trainer import Trainer
-from ..workflow.train import resume, train
-from .options import Changes, DataOptions, Device, load_config, option, parse_changes, say
+from ..workflow.resume import resume
+from ..workflow.train import train
+from .options import Changes, DataOptions, Device, dotted_changes, load_config, option, say
 
 
 @dataclass(kw_only=True)
 class Train(DataOptions):
-    """Train a multi-decoder model, or go on with a run.
+    """Train a multi-decoder model, or resume a run.
 
-    Settings come from a preset or a configuration file; --set changes single ones (YAML values).
+    The settings are those of a preset or a configuration file; --set changes them (YAML values).
 
     Examples
       msdiff train --preset digits --data digits --stages stages.json --out runs/digits
@@ -43,43 +43,37 @@ class Train(DataOptions):
     """
 
     preset: Annotated[str | None, option("NAME")] = None
-    """Where to start from; msdiff presets lists them, msdiff describe NAME shows one."""
+    """The preset; msdiff presets lists them, msdiff describe NAME shows one."""
     config: Annotated[Path | None, option("FILE")] = None
-    """A configuration (JSON or YAML, e.g. another run's config.json) instead of a preset."""
+    """A configuration file instead of a preset: JSON or YAML, e.g. the config.json of a run."""
     data: Annotated[str | None, option("DATA", "the preset's")] = None
     """digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy or .npz"""
     stages: Annotated[Path | None, option("FILE", "the preset's")] = None
     """The stages.json of msdiff stages."""
-    codec: Annotated[str | None, option("CODEC", "the preset's; most train on pixels")] = None
+    codec: Annotated[str | None, option("CODEC", "the preset's; most presets train on pixels")] = None
     """Train on the latents of this autoencoder: a folder (msdiff train-codec) or hf:NAME."""
     init_from: Annotated[Path | None, option("RUN")] = None
-    """Start from a trained run: its encoder, and its decoder in every stage that is as wide."""
+    """A trained run from which the weights start: of the encoder, and of every decoder of the same width."""
     out: Annotated[Path | None, option("FOLDER")] = None
     """The run's new folder."""
     resume: Annotated[Path | None, option("RUN")] = None
-    """A run to go on with, from its latest checkpoint."""
+    """A run to resume from its latest checkpoint."""
     set: Changes = ()
     """Changes to the preset, e.g. optimizer.lr=1e-4 network.decoder_widths=[64,48,16]."""
     replace: bool = False
-    """Move a run that is already at OUT aside."""
+    """Move an existing run at OUT aside."""
     strategy: Strategy = "time"
-    """Started by torchrun, what each process holds: the whole network, or (memory) the decoders of its own stages."""
+    """What each process of torchrun holds: time: the whole network; memory: only the decoders of its stages."""
     profile: bool = False
-    """Time the parts of some steps, print them, write a trace to RUN/profile, and train on."""
+    """Measure the times of the parts of some steps, print them, and write a trace to RUN/profile."""
     tensorboard: bool = False
-    """Write TensorBoard events to the run (extra: track)."""
+    """Write TensorBoard events to the run's folder (extra: track)."""
     device: Device = None
     """cpu, cuda or cuda:N"""
 
     def run(self) -> None:
         """Run the command."""
-        changes = {f"data.{name}": value for name, value in self.given().items()} | parse_changes(self.set)
-        if self.data is not None:
-            changes["data.source"] = self.data
-        if self.codec is not None:
-            changes["codec.source"] = self.codec
-        if self.init_from is not None:
-            changes["training.init_from"] = str(self.init_from)
+        changes = self.changes()
         if self.profile and self.resume is not None:
             require_profile_place(self.resume)
         with TrainingProgress() as progress, Bar("encoding", "images") as bar:
@@ -88,20 +82,33 @@ class Train(DataOptions):
                 callbacks.append(Profile(console.print))
             if self.tensorboard:
                 callbacks.append(TensorBoard())
-            trained = self.go_on if self.resume is not None else self.start
-            run = trained(changes, callbacks, bar)
+            train_run = self.start if self.resume is None else self.continue_run
+            run = train_run(changes, callbacks, bar)
         if not is_main_process():
             return
         say(
             f"trained: {run.path} (next: msdiff sample {run.path}, msdiff evaluate {run.path}, msdiff report {run.path})"
         )
 
-    def go_on(self, changes: dict[str, Any], callbacks: Sequence[Callback[Trainer]], bar: Bar) -> Run:
+    def changes(self) -> dict[str, Any]:
+        """Return the options that change the configuration as one mapping of dotted keys."""
+        options = {
+            "data.source": self.data,
+            **self.dotted(),
+            "codec.source": self.codec,
+            "training.init_from": None if self.init_from is None else str(self.init_from),
+        }
+        changes = dotted_changes(options, self.set)
+        if self.stages is not None and any(key.startswith("stages.") for key in changes):
+            raise UserError("--stages FILE and --set stages.... both give the stages; give one of them")
+        return changes
+
+    def continue_run(self, changes: dict[str, Any], callbacks: Sequence[Callback[Trainer]], bar: Bar) -> Run:
         """Resume a run."""
         for name in ("preset", "config", "stages", "init_from", "out", "replace"):
             if getattr(self, name):
                 raise UserError(
-                    f"--{name.replace('_', '-')} does not go with --resume: a run keeps its own; start a new run instead"
+                    f"--{name.replace('_', '-')} does not go with --resume: it is for new runs; leave it out"
                 )
         assert self.resume is not None
         return resume(
@@ -114,17 +121,11 @@ class Train(DataOptions):
             raise UserError("give one of --preset NAME, --config FILE or --resume RUN")
         if self.out is None:
             raise UserError("--out is missing: name the new run's folder (or --resume RUN)")
-        base = load_config(self.config) if self.config is not None else preset(self.preset or "")
-        if self.stages is not None and any(key.startswith("stages.") for key in changes):
-            raise UserError("--stages FILE and --set stages.... both name the stages; give one of them")
-        result = None if self.stages is None else StageResult.load(self.stages)
-        if result is not None:  # override stages and decoder widths together: their numbers must match
-            changes = {"stages": result.stages(), **changes}
-        config = override(base, changes)
         return train(
-            config,
+            load_config(self.config) if self.config is not None else preset(self.preset or ""),
             self.out,
-            result=result,
+            changes,
+            result=None if self.stages is None else StageResult.load(self.stages),
             replace=self.replace,
             device=self.device,
             strategy=self.strategy,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 
 import numpy as np
@@ -17,19 +16,16 @@ from ..rng import uniform
 _NAMED = 10  # classes that a warning lists
 
 
-def with_class_counts(config: RunConfig, training: ImageData) -> RunConfig:
-    """Return a run's configuration with data.class_counts set; warn about classes without training images.
+def class_counts(images: ImageData, classes: int) -> tuple[int, ...]:
+    """Return the number of images of each class; () if classes is 0 or the images have no labels.
 
     Args:
-        config: of a run; returned unchanged if network.num_classes is 0 or the images have no labels.
-        training: the training images, with labels below network.num_classes.
+        images: their labels are below `classes`.
+        classes: number of classes.
     """
-    classes = config.network.num_classes
-    if not classes or training.labels is None:
-        return config
-    counts = tuple(np.bincount(training.labels, minlength=classes).tolist())
-    warn_of_empty(counts)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, class_counts=counts))
+    if not classes or images.labels is None:
+        return ()
+    return tuple(np.bincount(images.labels, minlength=classes).tolist())
 
 
 def warn_of_empty(counts: tuple[int, ...]) -> None:

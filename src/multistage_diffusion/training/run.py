@@ -141,7 +141,7 @@ class Run:
         """
         config = config or self.config().data
         if not config.source:
-            raise UserError(f"data.source: {self.path} was imported and knows no data of its own yet; give --data")
+            raise UserError(f"data.source is empty: {self.path} was imported without data; give --data")
         return open_configured(config)
 
     def checkpoint(self, which: str = "best") -> Path:
@@ -211,8 +211,8 @@ class Run:
         reached = max((record["step"] for record in records), default=0)
         if not list_checkpoints(self.checkpoints) and reached > self.config().training.checkpoint_every:
             raise UserError(
-                f"{self.checkpoints}: holds no checkpoint, but {self.metrics_file.name} tells of step {reached}; put the "
-                f"checkpoints back, or delete {self.metrics_file} to begin anew"
+                f"{self.checkpoints}: holds no checkpoint, but {self.metrics_file.name} has records up to step {reached}; "
+                f"restore the checkpoints, or delete {self.metrics_file} to train from step 0"
             )
 
     def rewind_metrics(self, step: int) -> None:

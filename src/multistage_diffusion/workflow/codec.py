@@ -46,7 +46,7 @@ def train_codec(
     reconstructions.png (held-out images above their reconstructions) and training/ (to resume from).
 
     Args:
-        data: where the images are.
+        data: the source of the images, or their whole configuration.
         out: the codec's folder.
         settings: the codec and its training.
         resume: continue the training in OUT, with the same settings or more steps.
@@ -62,9 +62,9 @@ def train_codec(
     out, settings, resolved = Path(out), settings or CodecSettings(), resolve_device(device)
     config = DataConfig(source=data) if isinstance(data, str) else data
     if config.held_out == 0:
-        raise UserError("data.held_out=0: a codec is measured on held-out images; hold some out, such as 0.1")
+        raise UserError("data.held_out=0: a codec is measured on held-out images; give a share such as 0.1")
     # a training that was killed before its first checkpoint leaves only its lock
-    taken = not resume and require_room(out, "go on with it (--resume)", replace=replace, ignored=".lock")
+    taken = not resume and require_room(out, "continue its training (--resume)", replace=replace, ignored=".lock")
     images = open_configured(config)
     training, held_out = images.split(config.held_out)
     trainer = CodecTrainer(out, settings, training, resolved)
@@ -82,7 +82,7 @@ def train_codec(
                 trainer.fit(progress)
         except Exception:
             if not resume and not list_checkpoints(trainer.checkpoints):
-                remove_folder(out)  # nothing in it can be gone on with
+                remove_folder(out)  # no checkpoint: nothing can be resumed
             raise
         located_config = dataclasses.replace(
             config, source=located(config.source), fingerprint=images.fingerprint, shape=images.shape
@@ -90,7 +90,7 @@ def train_codec(
         record = _write(trainer, located_config, held_out)
     if trainer.stopping and trainer.step < settings.steps:
         raise KeyboardInterrupt(
-            f"{out}: stopped at step {trainer.step} and the codec so far is written; go on with the same command and "
+            f"{out}: stopped at step {trainer.step}; the codec of this step is written; continue with the same command and "
             "--resume"
         )
     return record

@@ -1,4 +1,4 @@
-"""The whole workflow on real handwritten digits."""
+"""The demo: all steps of the workflow on real handwritten digits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from ..reporting.pictures import grid, save_png
 from ..training.callbacks import Callback
 from ..training.run import Run
 from ..training.trainer import Trainer
+from .differences import differences
 from .evaluate import evaluate
 from .report import report
+from .resume import resume
 from .sample import sample
 from .stages import find_stages
-from .train import differences, resume, train
+from .train import train
 
 
 def demo(
@@ -31,7 +33,7 @@ def demo(
     callbacks: Sequence[Callback[Trainer]] = (),
     bar: Callable[[str], AbstractContextManager[Progress]],
 ) -> tuple[Path, EvaluationResult]:
-    """Run stages, train, sample, evaluate and report on the digits; an interrupted demo continues where it stopped.
+    """Run stages, train, sample, evaluate and report on the digits; an interrupted demo is continued.
 
     Args:
         out: the run's folder.
@@ -72,5 +74,5 @@ def _refuse_foreign(out: Path, changes: Mapping[str, Any]) -> None:
     foreign = [key for key in found if key.startswith(_OWN)]
     if foreign:
         raise UserError(
-            f"{out}: is another run ({', '.join(foreign)}); choose another --out, or give the same --set again"
+            f"{out}: holds another run ({', '.join(foreign)} differ); choose another --out, or give that run's --set"
         )

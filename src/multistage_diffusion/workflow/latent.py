@@ -13,66 +13,48 @@ from torch import Tensor
 from ..config import CodecConfig, RunConfig
 from ..contracts import Codec
 from ..data import ImageData, to_uint8
-from ..errors import UserError
 from ..latent.codecs import open_codec
 from ..latent.latents import LatentData, cached_latents, encode_images
 from ..progress import Progress
-from ..stage_finding import StageResult
 
 PIXELS_AT_ONCE = 1 << 22  # decoded values per call, so that a codec's activations fit into memory
 
 
-def located_codec(codec: CodecConfig) -> CodecConfig:
-    """Return a codec with the absolute path of its folder, because a run is used from other folders too."""
-    path = Path(codec.source).expanduser()
-    if not codec.source or not path.exists():
-        return codec
-    return dataclasses.replace(codec, source=str(path.resolve()))
-
-
-def with_codec(config: RunConfig, device: torch.device | str) -> tuple[RunConfig, Codec | None]:
-    """Open a configuration's codec and record the shape and fingerprint; (config, None) for a run on pixels.
-
-    Raises:
-        UserError: if the codec has no source, cannot be opened, or cannot encode such images.
-    """
-    if not config.codec.used:
-        return config, None
-    codec = open_codec(config.codec, device)
-    channels, height, width = config.data.shape
-    shape = codec.latent_shape((channels, height, width))
-    recorded = dataclasses.replace(located_codec(config.codec), shape=shape, fingerprint=codec.fingerprint)
-    network = dataclasses.replace(config.network, channels=shape[0])
-    return dataclasses.replace(config, codec=recorded, network=network), codec
+def located_codec(source: str) -> str:
+    """Return a codec's source with the absolute path of its folder, because a run is used from other folders too."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if source not in ("", "identity") and path.exists() else source
 
 
 def encode_parts(
-    config: RunConfig,
     codec: Codec,
     parts: tuple[ImageData, ImageData],
+    *,
+    scale: float | None,
+    mirrored: bool,
     device: torch.device | str,
     progress: Progress | None = None,
-) -> tuple[RunConfig, tuple[LatentData, LatentData]]:
-    """Encode training and held-out images (or read them from the cache) and record the scale.
+) -> tuple[tuple[LatentData, LatentData], float]:
+    """Encode training and held-out images, or read their latents from the cache.
+
+    Args:
+        codec: on `device`.
+        parts: training and held-out images.
+        scale: factor of the latents; None: measured on the training latents.
+        mirrored: encode the mirrored training images, too.
+        device: device of the codec.
+        progress: called with (done, total) while images are encoded.
 
     Returns:
-        (config with codec.scale, (training latents, held-out latents)), both scaled by it.
+        ((training latents, held-out latents) times the scale, the scale).
     """
     training, held_out = parts
-    latents, scale = cached_latents(
-        codec,
-        training,
-        scale=config.codec.scale,
-        mirrored=config.training.flip,
-        device=device,
-        progress=progress,
-    )
+    latents, scale = cached_latents(codec, training, scale=scale, mirrored=mirrored, device=device, progress=progress)
     if len(held_out):
         others, _ = cached_latents(codec, held_out, scale=scale, device=device, progress=progress)
     else:
         others = dataclasses.replace(latents, latents=latents.latents[:0], mirrored=None, labels=None)
-    recorded = dataclasses.replace(config, codec=dataclasses.replace(config.codec, scale=scale))
-    return recorded, (latents, others)
+    return (latents, others), scale
 
 
 def latents_for_stages(
@@ -82,37 +64,6 @@ def latents_for_stages(
     codec = open_codec(config, device)
     latents, scale = cached_latents(codec, data, scale=config.scale, device=device, progress=progress)
     return latents.tensor(), {"codec": codec.fingerprint, "scale": scale}
-
-
-def with_stages(config: RunConfig, result: StageResult) -> RunConfig:
-    """Return a configuration with the stages of a result.
-
-    Raises:
-        UserError: if the stages were found on other data than the network's input: another pixel range, other latents.
-    """
-    if not config.codec.used:
-        if result.codec:
-            raise UserError("stages: they were found on latents, but this run trains on pixels; give --codec, too")
-        if result.data_range is None or tuple(result.data_range) != (-1.0, 1.0):
-            raise UserError(
-                f"stages: they were found with data_range {list(result.data_range or [])}, but networks train on "
-                "[-1, 1], where their edges mean other noise; run msdiff stages without --data-range"
-            )
-        return dataclasses.replace(config, stages=result.stages())
-    if not result.codec:
-        raise UserError(
-            "stages: they were found on pixels, but this run trains on latents, where their edges mean other noise; run "
-            "msdiff stages with --codec"
-        )
-    if result.codec != config.codec.fingerprint:
-        raise UserError("stages: they were found on the latents of another codec; run msdiff stages with this one")
-    scale = config.codec.scale
-    if scale is not None and result.scale is not None and abs(scale / result.scale - 1) > 1e-3:
-        raise UserError(
-            f"stages: they were found on latents times {result.scale:.6g}, but codec.scale={scale:.6g}; leave it out"
-        )
-    codec = dataclasses.replace(config.codec, scale=result.scale)
-    return dataclasses.replace(config, codec=codec, stages=result.stages())
 
 
 def decoder(codec: Codec, scale: float) -> Callable[[Tensor], Tensor]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,13 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import EvaluationConfig, RunConfig
-from ..config.serialization import to_dict
-from ..data import open_configured, to_float
-from ..denoisers import MultiStageDenoiser
+from ..config import RunConfig
+from ..config.serialization import override, to_dict
 from ..errors import UserError
 from ..files import write_json
-from ..optimal import OptimalDenoiser
 from ..performance.devices import resolve_device
 from ..planning import (
     Budget,
@@ -33,20 +28,13 @@ from ..planning import (
     probe_widths,
     reasons,
 )
-from ..preconditioning import make_preconditioning
 from ..progress import Progress
 from ..stage_finding import StageResult, StageSettings
-from ..training.batches import Batch, TrainingData, held_out_batch, prior_masses, stage_shares, stage_weights
-from ..training.callbacks import Callback
-from ..training.losses import row_losses
-from ..training.run import Run
-from ..training.trainer import Trainer
-from .latent import with_codec, with_stages
-from .prepare import PreparedRun, check, prepare, with_paths
+from ..training.batches import prior_masses, stage_shares, stage_weights
+from .probes import optimal_losses, probed
+from .resolve import PreparedRun, ResolvedRun, open_new, resolve_run
 from .stages import find_stages as find
 
-ROWS = 1024  # least held-out rows of a stage; fewer give large errors of the gains
-MEMORY = 2 << 30  # most bytes of training images, as floats, for an optimal denoiser
 Bars = Callable[[str], AbstractContextManager[Progress]]
 
 
@@ -123,43 +111,33 @@ def plan(
     """
     bar = bar or _no_bar
     _check_arguments(config, budget, probe_steps)
-    resolved, base = resolve_device(device), config.name
-    data = open_configured(dataclasses.replace(config.data, fingerprint="", shape=()))
-    config, codec = with_codec(with_paths(prepare(config, data)), resolved)
-    parts = check(config, data)
-    if not len(parts[1]):
+    place, data = resolve_device(device), open_new(config.data)
+    before = resolve_run(config, data, None, place)  # refuses what does not fit before stages are found
+    if not len(before.images[1]):
         raise UserError("data.held_out=0: a plan compares losses on held-out images; give a share such as 0.1")
-    size = (config.input_shape[1], config.input_shape[2])
+    size = (before.config.input_shape[1], before.config.input_shape[2])
     if budget is None:
-        budget = mean_flops(config.network, _shares(config), size)
+        budget = mean_flops(before.config.network, _shares(before.config), size)
     edges_from = "given stages"
     if result is None:
-        settings = StageSettings(algorithm=1 if stages == 3 else 2, stages=stages)
-        edges_from = f"algorithm {settings.algorithm}"
-        codec_config = config.codec if codec is not None else None
-        with bar("finding stages") as progress:
-            result = find(
-                parts[0],
-                settings,
-                schedule=config.diffusion.schedule,
-                codec=codec_config,
-                device=device,
-                progress=progress,
-            )
-    config = _staged(config, result)
-    check(config, data)
-    limits = Budget.of(budget, config.network, _shares(config), size)
-    widths = probe_widths(config.network)
+        edges_from, result = _found(before, stages, device, bar)
+    run = resolve_run(_staged(config, result), data, result, place)
+    limits, widths = Budget.of(budget, run.config.network, _shares(run.config), size), probe_widths(run.config.network)
     with bar("encoding") as progress:
-        prepared = PreparedRun.of(config, codec, parts, resolved, progress)
+        prepared = run.encoded(place, progress)
     with bar("probing") as progress:
-        narrow, wide = _probed(prepared, widths, probe_steps, resolved, progress)
-    found = _planned_stages(prepared, limits, widths, narrow, wide, resolved)
-    network = dataclasses.replace(config.network, decoder_widths=tuple(stage.width for stage in found))
-    flops = mean_flops(network, _shares(config), size)
+        narrow, wide = probed(prepared, widths, probe_steps, place, progress)
+    found = _planned_stages(prepared, limits, widths, narrow, wide, place)
+    # "auto" stays: the precision is chosen on the device that trains
+    chosen = {
+        "network.decoder_widths": [stage.width for stage in found],
+        "training.precision": config.training.precision,
+    }
+    made = override(prepared.config, chosen)
+    flops = mean_flops(made.network, _shares(made), size)
     planned = Planned(
-        config=dataclasses.replace(prepared.config, network=network),
-        base=base,
+        config=made,
+        base=config.name,
         edges_from=edges_from,
         budget=budget,
         flops=flops,
@@ -173,6 +151,21 @@ def plan(
     if out is not None:
         planned.save(Path(out))
     return planned
+
+
+def _found(before: ResolvedRun, stages: int, device: str | None, bar: Bars) -> tuple[str, StageResult]:
+    """Find the stages of a run's training images or latents; return the name of the algorithm and the result."""
+    settings = StageSettings(algorithm=1 if stages == 3 else 2, stages=stages)
+    with bar("finding stages") as progress:
+        result = find(
+            before.images[0],
+            settings,
+            schedule=before.config.diffusion.schedule,
+            codec=before.config.codec if before.codec is not None else None,
+            device=device,
+            progress=progress,
+        )
+    return f"algorithm {settings.algorithm}", result
 
 
 def _no_bar(title: str) -> AbstractContextManager[Progress]:
@@ -205,113 +198,13 @@ def _staged(config: RunConfig, result: StageResult) -> RunConfig:
     Raises:
         UserError: if they do not fit it, or a stage gets no rows.
     """
-    stages, training = result.stages(), config.training
-    shares = training.shares
+    stages, shares = result.stages(), config.training.shares
     if not isinstance(shares, tuple) or len(shares) != len(stages):
         shares = halfway_shares(prior_masses(stages, config.diffusion.prior))
     if not all(shares):
-        raise UserError(f"training.shares={list(shares)}: a stage without rows cannot be planned; give it some")
+        raise UserError(f"training.shares={list(shares)}: a plan needs rows of every stage; give each a share above 0")
     widest = (max(config.network.decoder_widths),) * len(stages)
-    network = dataclasses.replace(config.network, decoder_widths=widest)
-    config = dataclasses.replace(
-        config, network=network, stages=stages, training=dataclasses.replace(training, shares=shares)
-    )
-    return with_stages(config, result)
-
-
-class _Steps(Callback[Trainer]):
-    """Reports the steps of two probes as one task."""
-
-    def __init__(self, before: int, total: int, progress: Progress) -> None:
-        self.before, self.total, self.progress = before, total, progress
-
-    def stepped(self, trainer: Trainer) -> None:
-        """Report a step."""
-        self.progress(self.before + trainer.step, self.total)
-
-
-def _probed(
-    prepared: PreparedRun, widths: Sequence[int], steps: int, device: torch.device, progress: Progress
-) -> list[list[Tensor]]:
-    """Train one probe per width, all its decoders of that width; return each probe's held-out row losses per stage.
-
-    Rows, noise and held-out rows are the same for all probes: they are functions of seed, step, stage and row.
-    """
-    losses = []
-    for number, width in enumerate(widths):
-        config = _probe_config(prepared.config, width, steps)
-        callback = _Steps(number * steps, len(widths) * steps, progress)
-        with tempfile.TemporaryDirectory(prefix="msdiff-plan-") as folder:
-            run = Run.create(Path(folder) / f"probe-{width}", config)
-            trainer = Trainer(run, *prepared.parts, config=config, device=device, callbacks=[callback])
-            trainer.fit()
-        stages = range(len(config.stages))
-        batches = (_held_out(config, prepared.parts[1], k, device) for k in stages)
-        losses.append([held_out_row_losses(trainer.ema.module, batch, config.training.batch) for batch in batches])
-    return losses
-
-
-def _probe_config(config: RunConfig, width: int, steps: int) -> RunConfig:
-    """Return the configuration of a probe: short, from scratch, with a warm-up that fits its length."""
-    return dataclasses.replace(
-        config,
-        name=f"probe-{width}",
-        network=dataclasses.replace(config.network, decoder_widths=(width,) * len(config.stages)),
-        optimizer=dataclasses.replace(config.optimizer, warmup_steps=min(config.optimizer.warmup_steps, steps // 4)),
-        training=dataclasses.replace(
-            config.training,
-            steps=steps,
-            init_from="",
-            # without a ramp, an EMA over hundreds of thousands of images would still hold the initial weights
-            ema_rampup=config.training.ema_rampup or 0.05,
-            log_every=steps,
-            held_out_every=0,
-            checkpoint_every=steps,
-            keep_every=0,
-            sample_every=0,
-        ),
-        evaluation=EvaluationConfig(),
-    )
-
-
-def _held_out(config: RunConfig, data: TrainingData, stage: int, device: torch.device) -> Batch:
-    """Return the held-out rows of one stage."""
-    training = dataclasses.replace(config.training, held_out_rows=max(ROWS, config.training.held_out_rows))
-    return held_out_batch(dataclasses.replace(config, training=training), data, stage, device)
-
-
-@torch.no_grad()
-def held_out_row_losses(denoiser: MultiStageDenoiser, batch: Batch, at_once: int) -> Tensor:
-    """Return the loss of every row of a one-stage batch, float64 (B,) on the CPU; see training.losses.
-
-    Args:
-        denoiser: on the batch's device.
-        batch: rows of one stage.
-        at_once: rows per pass, to bound memory.
-    """
-    losses = []
-    for start in range(0, len(batch.y), at_once):
-        rows = range(start, min(start + at_once, len(batch.y)))
-        losses.append(row_losses(denoiser, batch.part(rows)))
-    return torch.cat(losses).double().cpu()
-
-
-def optimal_row_losses(config: RunConfig, optimal: OptimalDenoiser, batch: Batch) -> Tensor:
-    """Return the optimal denoiser's loss of every row: its squared error times 1/c_out², float64 (B,)."""
-    errors = (optimal(batch.noisy, batch.sigma) - batch.y).double().square().flatten(1).mean(1)
-    out = make_preconditioning(config.diffusion).coefficients(batch.sigma).out
-    return (errors / out.square()).cpu()
-
-
-def _optimal_losses(prepared: PreparedRun, device: torch.device) -> list[float | None]:
-    """Return the optimal denoiser's mean loss on each stage's held-out rows; None if there are too many images."""
-    config, (training, held_out) = prepared.config, prepared.parts
-    stages = range(len(config.stages))
-    if 4 * len(training) * math.prod(training.shape) > MEMORY:
-        return [None for _ in stages]
-    rows = training.tensor()
-    optimal = OptimalDenoiser((rows if rows.is_floating_point() else to_float(rows)).to(device))
-    return [float(optimal_row_losses(config, optimal, _held_out(config, held_out, k, device)).mean()) for k in stages]
+    return override(config, {"stages": stages, "training.shares": shares, "network.decoder_widths": widest})
 
 
 def _planned_stages(
@@ -334,7 +227,7 @@ def _planned_stages(
     config = prepared.config
     size = (config.input_shape[1], config.input_shape[2])
     weights = stage_weights(config.training, config.stages, config.diffusion.prior)
-    optimal = _optimal_losses(prepared, device)
+    optimal = optimal_losses(prepared, device)
     known: list[dict[str, Any]] = []
     for k, (few, many) in enumerate(zip(narrow, wide, strict=True)):
         flops = [decoder_flops(config.network, k, width, size) or 0 for width in widths]

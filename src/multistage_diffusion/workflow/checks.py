@@ -1,0 +1,115 @@
+"""Checks of a run before the work: whether it can be trained, and warnings of settings that do not suit the data."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from ..config import CodecConfig, RunConfig
+from ..config.network import LDM_GROUPS, NetworkConfig
+from ..contracts import Codec
+from ..data import ImageData, to_float
+from ..errors import UserError
+from ..nets.cost import network_cost
+from ..performance.offload import require_training_memory
+from ..samplers import make_plan
+from ..stage_finding import StageResult
+from ..training.batches import BatchSource, row_counts, stage_shares
+from ..training.warm_start import warm_start
+
+
+def warn_of_blind(network: NetworkConfig) -> None:
+    """Warn if GroupNorms of one channel per group erase what blocks add for noise and class."""
+    if network.family == "ldm" and LDM_GROUPS in (w * m for w in network.decoder_widths for m in network.channel_mult):
+        warnings.warn(
+            f"network.family=ldm with {LDM_GROUPS} channels at a level: GroupNorm in {LDM_GROUPS} groups then erases what the "
+            f"network is told of noise and class; use at least {2 * LDM_GROUPS}",
+            stacklevel=3,
+        )
+
+
+def warn_of_borrowed(config: RunConfig, images: ImageData) -> None:
+    """Warn if the stages or sigma_data were made for other images."""
+    if config.codec.used:  # neither can be checked before the latents exist
+        return
+    made_for = config.stages.origin.get("data", config.data.source)
+    if len(config.stages) > 1 and made_for != config.data.source:
+        warnings.warn(
+            f"the stages are those of {made_for}; msdiff stages finds these data's own (--stages)", stacklevel=3
+        )
+    std = float(to_float(images.images[:4096]).std())
+    if config.diffusion.precondition == "edm" and not 0.5 < config.diffusion.sigma_data / max(std, 1e-9) < 2.0:
+        warnings.warn(
+            f"diffusion.sigma_data={config.diffusion.sigma_data:g}, but the images' standard deviation is {std:.2g}; "
+            f"consider --set diffusion.sigma_data={std:.2g}",
+            stacklevel=3,
+        )
+
+
+def check(config: RunConfig, images: tuple[ImageData, ImageData], device: torch.device, processes: int = 1) -> None:
+    """Check that a configuration can be trained on a data set.
+
+    Args:
+        config: complete; codec.scale may be open.
+        images: training and held-out images.
+        device: training device.
+        processes: number of processes that train together.
+
+    Raises:
+        UserError: if anything would stop the training later: network, sampler, batch, labels, memory or the run to start
+            from.
+    """
+    _require_levels_that_fit(config)
+    cost = network_cost(config.network, *config.input_shape[1:])
+    require_training_memory(config, cost.total_parameters, device, processes)
+    make_plan(config.sampling, config.diffusion.schedule)
+    row_counts(config.training, stage_shares(config.training, config.stages, config.diffusion.prior))
+    BatchSource(config, images[0], torch.device("cpu"))
+    if config.training.init_from:
+        warm_start(config.training.init_from, config)
+
+
+def require_same_input(result: StageResult, config: CodecConfig, codec: Codec | None) -> None:
+    """Check that stages were found on the input of a run's network.
+
+    Args:
+        result: the stages.
+        config: the codec's configuration.
+        codec: the opened codec; None for a run on pixels.
+
+    Raises:
+        UserError: if they were found on other data: another pixel range, other latents.
+    """
+    if codec is None:
+        if result.codec:
+            raise UserError("stages: they were found on latents, but this run trains on pixels; give --codec")
+        if result.data_range is None or tuple(result.data_range) != (-1.0, 1.0):
+            raise UserError(
+                f"stages: they were found with data_range {list(result.data_range or [])}, but networks train on "
+                "[-1, 1], where their edges mean other noise; run msdiff stages without --data-range"
+            )
+        return
+    if not result.codec:
+        raise UserError(
+            "stages: they were found on pixels, but this run trains on latents, where their edges mean other noise; run "
+            "msdiff stages with --codec"
+        )
+    if result.codec != codec.fingerprint:
+        raise UserError("stages: they were found on the latents of another codec; run msdiff stages with this codec")
+    if config.scale is not None and result.scale is not None and abs(config.scale / result.scale - 1) > 1e-3:
+        raise UserError(
+            f"stages: they were found on latents times {result.scale:.6g}, but codec.scale={config.scale:.6g}; leave "
+            "codec.scale out"
+        )
+
+
+def _require_levels_that_fit(config: RunConfig) -> None:
+    """Refuse levels for which the network would pad its input to more than twice its side."""
+    side, levels = max(config.input_shape[1:]), len(config.network.channel_mult)
+    most = (2 * side - 1).bit_length()  # the padded side is a multiple of 2^(levels - 1)
+    if levels > most:
+        raise UserError(
+            f"network.channel_mult={list(config.network.channel_mult)} has {levels} levels, each half the size of the one "
+            f"before, for sides of {side}; give at most {most} levels"
+        )
