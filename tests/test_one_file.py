@@ -16,8 +16,11 @@ import torch
 from tiny import tiny_config, tiny_data
 
 from multistage_diffusion import cli
+from multistage_diffusion.commands.options import SamplerOptions
+from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.config.run import PRECONDITIONINGS
 from multistage_diffusion.config.sampling import SOLVERS, SPACINGS
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.files import write_json
 from multistage_diffusion.registry import Registry
 from multistage_diffusion.samplers import make_plan, sample, start_noise
@@ -179,6 +182,22 @@ def test_a_solver(plant: Plant, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "{ddim,dpm,dpm++,heun,euler}" in capsys.readouterr().out
     assert cli.main(["sample", str(run), "--order", "2"]) == 2
     assert "--order 2: has no meaning for solver 'euler'" in capsys.readouterr().err
+
+
+def test_a_solver_s_own_order_and_method_are_taken_where_the_run_s_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Narrow(SOLVERS["ddim"]):  # type: ignore[misc]
+        orders, methods = (2, 1), ("multistep",)
+
+    monkeypatch.setattr(SOLVERS, "_known", {name: SOLVERS[name] for name in SOLVERS})
+    SOLVERS.add("narrow")(Narrow)
+    own = SamplingConfig(method="singlestep", order=3)
+    found = SamplerOptions(solver="narrow").sampling_config(own)
+    assert (found.method, found.order) == ("multistep", 2)
+    assert SamplerOptions(solver="narrow").sampling_config(dataclasses.replace(own, order=1)).order == 1
+    with pytest.raises(UserError, match=r"sampling\.order=3 must be one of 2, 1 \(solver 'narrow'\)"):
+        SamplerOptions(solver="narrow", order=3).sampling_config(own)
+    with pytest.raises(UserError, match=r"sampling\.method='singlestep' must be one of 'multistep'"):
+        SamplingConfig(solver="narrow", order=2)
 
 
 def test_a_spacing(plant: Plant, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,6 +137,7 @@ def test_refusals_name_field_and_value(changes, words):
 
 def test_one_call_of_order_one_is_allowed_and_few_calls_of_ddim():
     assert len(make_plan(SamplingConfig(order=1, calls=1), VP()).calls) == 1
+    assert [step.order for step in make_plan(SamplingConfig(solver="ddim", calls=2), VP()).steps] == [1, 1]
     assert len(make_plan(SamplingConfig(solver="ddim", calls=1), VP()).calls) == 1
 
 
