@@ -14,6 +14,7 @@ import tyro
 
 from ..config import RunConfig, SamplingConfig
 from ..config.serialization import from_dict, read_json
+from ..data.sources import forms
 from ..errors import UserError
 from ..evaluation import agree
 from ..files import refuse_special
@@ -26,6 +27,12 @@ from ..training.run import belongs_to_a_run
 def option(metavar: str, default: str = "") -> Any:
     """Return the display, in help, of an option that has no default or whose default is set elsewhere."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})" if default else "")
+
+
+def data_option(default: str = "") -> Any:
+    """Return the display of DATA in help: how each source is written."""
+    hint = f"(default: {default})" if default else None
+    return tyro.conf.arg(metavar="DATA", help=forms(), help_behavior_hint=hint)
 
 
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="RUN", metavar="RUN")]

@@ -20,7 +20,7 @@ from ..training.sample_grid import TensorBoard
 from ..training.strategies import Strategy
 from ..training.trainer import Trainer
 from ..workflow.train import resume, train
-from .options import Changes, DataOptions, Device, load_config, option, parse_changes, say
+from .options import Changes, DataOptions, Device, data_option, load_config, option, parse_changes, say
 
 
 @dataclass(kw_only=True)
@@ -46,8 +46,7 @@ class Train(DataOptions):
     """Where to start from; msdiff presets lists them, msdiff describe NAME shows one."""
     config: Annotated[Path | None, option("FILE")] = None
     """A configuration (JSON or YAML, e.g. another run's config.json) instead of a preset."""
-    data: Annotated[str | None, option("DATA", "the preset's")] = None
-    """digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy or .npz"""
+    data: Annotated[str | None, data_option("the preset's")] = None
     stages: Annotated[Path | None, option("FILE", "the preset's")] = None
     """The stages.json of msdiff stages."""
     codec: Annotated[str | None, option("CODEC", "the preset's; most train on pixels")] = None

@@ -141,7 +141,7 @@ class Run:
         """
         config = config or self.config().data
         if not config.source:
-            raise UserError(f"data.source: {self.path} was imported and knows no data of its own yet; give --data")
+            raise UserError(f"data.source is empty: {self.path} was imported without data; give --data")
         return open_configured(config)
 
     def checkpoint(self, which: str = "best") -> Path:
