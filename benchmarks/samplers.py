@@ -51,7 +51,7 @@ def mixture() -> tuple[Denoiser, tuple[int, ...]]:
 
 def digits() -> tuple[Denoiser, tuple[int, ...]]:
     """Return the optimal denoiser of every tenth digit, and the shape of an image."""
-    images = to_float(open_data("digits").images)[::10].double()
+    images = to_float(open_data("digits").array())[::10].double()
     return OptimalDenoiser(images, dtype=torch.float64), tuple(images.shape[1:])
 
 

@@ -38,7 +38,7 @@ ROWS = 1024
 
 
 def fashion(count: int = 60_000, device: str = "cpu") -> TiledImages:
-    return TiledImages(open_data("fashion-mnist").images[:count], device=device)
+    return TiledImages(open_data("fashion-mnist").subset(range(count)), device=device)
 
 
 def seconds(work: Callable[[], Any], device: str = "cpu") -> float:
@@ -114,7 +114,7 @@ def loop(samples: int = 40) -> dict[str, Any]:
 def precision(wanted: float = 0.01) -> dict[str, Any]:
     """Edges to +-0.01 (95 %) by the grid estimator, opening the images included."""
     start = time.perf_counter()
-    result = compute_stages(open_data("fashion-mnist").images, StageSettings(precision=wanted))
+    result = compute_stages(open_data("fashion-mnist"), StageSettings(precision=wanted))
     return {
         "precision": wanted,
         "seconds": time.perf_counter() - start,

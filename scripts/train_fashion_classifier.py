@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import multistage_diffusion
-from multistage_diffusion.data.idx import DEBIAN_FOLDER, read_idx
+from multistage_diffusion.data.sources.fashion_mnist import DEBIAN_FOLDER, read_idx
 from multistage_diffusion.evaluation.classifier import SIZE, FashionClassifier, prepare
 from multistage_diffusion.files import write_atomic
 

@@ -305,14 +305,14 @@ def test_train_reads_images_as_told(made: Path, msdiff: Call, tmp_path: Path) ->
     assert err.startswith("msdiff: warning: ")
     assert "000-torn.png" in err
     count = len(list((made / "photos").iterdir())) + 3
-    assert f"\nphotos: {count} images, no labels, 8 x 6, colour, 1 passed over (1 unreadable)\n" in err
+    assert f"\nphotos: {count} images, no labels, 8 x 6, colour, 1 files skipped (1 unreadable)\n" in err
     data = read_json(tmp_path / "run" / "config.json")["data"]
     assert (data["shape"], data["fit"], data["skip_bad"], data["held_out"]) == ([3, 8, 6], "crop", True, 0.1)
 
 
 def test_a_limit_of_pixels_is_an_option(made: Path, msdiff: Call, tmp_path: Path) -> None:
     split = ("stages", made / "photos", "--samples", "100", "--out", "s.json")
-    refused(msdiff(*split, "--max-pixels", "200"), "has 240 pixels, more than data.max_pixels=200; admit it with --max")
+    refused(msdiff(*split, "--max-pixels", "200"), "has 240 pixels, more than data.max_pixels=200; allow it with --max")
     code, _, err = msdiff(*split, "--max-pixels", "240")
     assert code == 0
     assert err.startswith(f"{made / 'photos'}: 60 images, no labels, 12 x 20, colour\n")
@@ -492,7 +492,7 @@ def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monk
     ("arguments", "words"),
     [
         ("stages nowhere", "'nowhere': no such file or folder"),
-        ("stages empty", "empty: holds no images"),
+        ("stages empty", "empty: contains no images"),
         ("stages digits --samples 5", "samples=5 must be at least 100"),
         ("stages digits --stages 4", "algorithm 1 finds three stages"),
         ("stages digits --data-range 1 -1", "must be finite and ascending"),
@@ -503,7 +503,7 @@ def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monk
         ("train --preset digits", "--out is missing"),
         ("train --preset digit --out new", "preset 'digit' is unknown; did you mean 'digits'?"),
         ("train --preset digits --out new --data nowhere", "nowhere"),
-        ("train --preset digits --out new --data empty", "empty: holds no images"),
+        ("train --preset digits --out new --data empty", "empty: contains no images"),
         (
             "train --preset digits --out new --set network.width=3",
             "network.width: unknown key; known: family, channels",

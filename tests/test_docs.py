@@ -17,7 +17,7 @@ from PIL import Image
 from multistage_diffusion import cli
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.config.serialization import to_dict
-from multistage_diffusion.data import idx
+from multistage_diffusion.data.sources import fashion_mnist
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -84,7 +84,7 @@ def small_fashion_mnist(folder: Path) -> Path:
 def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MSDIFF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(idx, "DEBIAN_FOLDER", small_fashion_mnist(tmp_path / "fashion"))
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", small_fashion_mnist(tmp_path / "fashion"))
     (tmp_path / "photos").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (60, 20, 24, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):

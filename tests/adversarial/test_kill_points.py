@@ -65,7 +65,7 @@ CASES = [
 def template(tmp_path_factory, tiny_config, tiny_data) -> Path:
     """A folder with data, a trained run and an exported file."""
     folder = tmp_path_factory.mktemp("template")
-    np.savez(folder / "data.npz", images=tiny_data(60).images[:, 0])
+    np.savez(folder / "data.npz", images=tiny_data(60).array()[:, 0])
     config = tiny_config(data__source=str(folder / "data.npz"), data__held_out=0.4, training__steps=2)
     write_json(folder / "tiny.json", config)
     assert main(["train", "--config", str(folder / "tiny.json"), "--out", str(folder / "run"), "--device", "cpu"]) == 0

@@ -25,7 +25,7 @@ def test_compression_without_a_bound_is_refused(tmp_path, compression):
         archive.writestr("a", b"1")
     with (
         zipfile.ZipFile(tmp_path / "a.zip") as archive,
-        pytest.raises(UserError, match=f"compressed by method {compression}, not deflate"),
+        pytest.raises(UserError, match=f"compressed by method {compression}; make the archive again with deflate"),
     ):
         read_member(archive, archive.infolist()[0], 10)
 
@@ -47,5 +47,5 @@ def test_a_member_that_is_longer_than_it_says_takes_no_memory(tmp_path):
 
 def test_deflate_has_a_largest_factor():
     require_inflatable(1032 * 10_000, 10_000)
-    with pytest.raises(UserError, match="claims to hold 20000000 bytes, more than its 10000"):
+    with pytest.raises(UserError, match="claims 20000000 bytes, more than its 10000"):
         require_inflatable(20_000_000, 10_000)

@@ -18,7 +18,7 @@ def test_a_wrapped_data_set_has_the_labels_of_its_listing():
     assert data.labels.tolist() == [0, 1, 2] * 4
     assert data.num_classes == 3
     with zipfile.ZipFile(CASES / "edm_wrapped.zip") as archive, archive.open("mydata/00001/img00000006.png") as file:
-        np.testing.assert_array_equal(data.images[6].transpose(1, 2, 0), np.asarray(Image.open(file).convert("RGB")))
+        np.testing.assert_array_equal(data.array()[6].transpose(1, 2, 0), np.asarray(Image.open(file).convert("RGB")))
 
 
 def test_a_wrapped_folder_reads_as_its_archive(tmp_path):
@@ -27,7 +27,7 @@ def test_a_wrapped_folder_reads_as_its_archive(tmp_path):
     archived = open_data(CASES / "edm_wrapped.zip")
     assert open_data(tmp_path).fingerprint == open_data(tmp_path / "mydata").fingerprint == archived.fingerprint
     (tmp_path / "mydata" / "dataset.json").rename(tmp_path / "mydata" / "00000" / "dataset.json")
-    with pytest.raises(UserError, match=r"mydata/00000/dataset\.json is not in a folder that holds all images"):
+    with pytest.raises(UserError, match=r"mydata/00000/dataset\.json is not in a folder that contains all images"):
         open_data(tmp_path)
 
 

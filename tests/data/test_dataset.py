@@ -1,8 +1,15 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import multistage_diffusion
 from multistage_diffusion.data import ImageData, to_float, to_uint8
+from multistage_diffusion.data.rows import ArrayRows
 
 
 @pytest.fixture
@@ -13,18 +20,18 @@ def data():
 
 
 def rows(data):
-    return {image.tobytes() for image in data.images}
+    return {image.tobytes() for image in data.array()}
 
 
 def test_shape_length_and_classes(data):
     assert (len(data), data.shape, data.num_classes) == (2000, (3, 4, 5), 7)
     assert data.class_names == tuple("0123456")
-    unlabelled = ImageData(data.images, None, "set")
+    unlabelled = ImageData(data.array(), None, "set")
     assert unlabelled.num_classes == 0
 
 
 def test_small_label_types_become_int64(data):
-    converted = ImageData(data.images, data.labels.astype(np.uint8), "set")
+    converted = ImageData(data.array(), data.labels.astype(np.uint8), "set")
     assert converted.labels.dtype == np.int64
     np.testing.assert_array_equal(converted.labels, data.labels)
 
@@ -35,11 +42,11 @@ def test_small_label_types_become_int64(data):
         ({"images": np.zeros((4, 1, 2, 2))}, r"set: images must be uint8 .*float64"),
         ({"images": np.zeros((4, 2, 2), np.uint8)}, r"set: images must be uint8 \(N, C, H, W\).*\(4, 2, 2\)"),
         ({"labels": np.zeros(3, np.int64)}, "set: 3 labels for 4 images"),
-        ({"labels": np.zeros(4)}, "set: labels must be whole numbers .*float64"),
-        ({"labels": np.zeros((4, 1), np.int64)}, r"set: labels must be whole numbers .*\(4, 1\)"),
+        ({"labels": np.zeros(4)}, "set: labels must be integers .*float64"),
+        ({"labels": np.zeros((4, 1), np.int64)}, r"set: labels must be integers .*\(4, 1\)"),
         ({"labels": np.array([0, 1, -1, 2])}, "set: label -1 is not in"),
         ({"labels": np.array([0, 1, 10**9, 2])}, "set: label 1000000000 is not in"),
-        ({"class_names": ("a", "b")}, "set: label 3 has no name among the 2"),
+        ({"class_names": ("a", "b")}, "set: label 3, but 2 class_names; labels count from 0"),
         ({"labels": None, "class_names": ("a",)}, "set: class_names=.* without labels"),
     ],
 )
@@ -51,33 +58,154 @@ def test_refuses(change, message):
 
 
 def test_fingerprint_sees_every_pixel_label_and_shape(data):
-    pixel = data.images.copy()
+    pixel = data.array().copy()
     pixel[-1, -1, -1, -1] ^= 1
     label = data.labels.copy()
     label[-1] = (label[-1] + 1) % 7
     variants = [
         data,
         ImageData(pixel, data.labels, "set"),
-        ImageData(data.images, label, "set"),
-        ImageData(data.images, None, "set"),
-        ImageData(data.images.reshape(2000, 3, 5, 4), data.labels, "set"),
+        ImageData(data.array(), label, "set"),
+        ImageData(data.array(), None, "set"),
+        ImageData(data.array().reshape(2000, 3, 5, 4), data.labels, "set"),
         data.subset(np.arange(2000)[::-1]),
     ]
     assert len({v.fingerprint for v in variants}) == len(variants)
-    assert ImageData(data.images.copy(), data.labels, "other name", tuple("abcdefg")).fingerprint == data.fingerprint
+    assert ImageData(data.array().copy(), data.labels, "other name", tuple("abcdefg")).fingerprint == data.fingerprint
 
 
 def test_fingerprint_is_the_same_for_any_chunk_size_and_memory_layout(data, monkeypatch):
     whole = data.fingerprint
     monkeypatch.setattr("multistage_diffusion.data.dataset._CHUNK_BYTES", 70)
-    assert ImageData(data.images, data.labels, "set").fingerprint == whole
-    strided = np.ascontiguousarray(data.images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    assert ImageData(data.array(), data.labels, "set").fingerprint == whole
+    strided = np.ascontiguousarray(data.array().transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     assert ImageData(strided, data.labels, "set").fingerprint == whole
+
+
+def test_fingerprints_and_held_out_images_never_change(data):
+    """A run that was begun with an earlier release goes on."""
+    assert data.fingerprint == "aaf55d6ca768a115248961d0c3d030267c2fc4d28dba55339919f5aef587e6b0"
+    unlabelled = ImageData(data.array(), None, "set")
+    assert unlabelled.fingerprint == "2cd7c7509d93f82f3953519b3c351233d33fd2a981c45b3c9360cdb0ee9acd02"
+    train, held_out = data.split(0.01)
+    assert train.fingerprint == "06c308eb965dc605e1c42103b5d8e3f88a3b81903b3c0b2601a7dd39a26b96a3"
+    assert held_out.fingerprint == "8d83bc77314fed4a5695d39eae1aa011e0de9eabced5dcc44392ba1816d39730"
+    expected = [
+        123,
+        207,
+        474,
+        591,
+        748,
+        911,
+        968,
+        1087,
+        1209,
+        1220,
+        1377,
+        1551,
+        1582,
+        1669,
+        1689,
+        1716,
+        1740,
+        1958,
+        1976,
+    ]
+    np.testing.assert_array_equal(held_out.array(), data.array()[expected])
+
+
+class Watched(ArrayRows):
+    """Notes how many rows are read."""
+
+    def __init__(self, array):
+        super().__init__(array)
+        self.read = []
+
+    def rows(self, indices):
+        self.read.append(len(indices))
+        return super().rows(indices)
+
+
+def test_subsets_and_splits_are_views_that_copy_nothing(data):
+    watched = Watched(data.array())
+    whole = ImageData(watched, data.labels, "set")
+    train, held_out = whole.split(0.1)
+    assert sum(watched.read) == 2000  # once, for the hashes
+    whole.split(0.3)
+    part = train.subset(range(5, 50)).subset([3, 3, 1])
+    assert sum(watched.read) == 2000
+    assert part.storage.source is held_out.storage.source is watched
+    np.testing.assert_array_equal(part.rows([2, 0]), train.array()[[6, 8]])
+    np.testing.assert_array_equal(part.labels, train.labels[[8, 8, 6]])
+
+
+def test_chunks_are_of_bounded_size(data, monkeypatch):
+    monkeypatch.setattr("multistage_diffusion.data.dataset._CHUNK_BYTES", 60 * 300)
+    watched = Watched(data.array())
+    whole = ImageData(watched, data.labels, "set")
+    assert whole.fingerprint == data.fingerprint
+    assert set(watched.read) == {300, 200}
+    held_out = whole.split(0.1)[1]
+    assert max(watched.read) == 300
+    np.testing.assert_array_equal(np.concatenate(list(held_out.chunks())), data.split(0.1)[1].array())
+
+
+RESIDENT = """
+import re, sys
+import numpy as np
+import torch
+from tiny import tiny_config
+from multistage_diffusion.data import open_data
+from multistage_diffusion.training.batches import BatchSource, held_out_batch
+
+def peak():
+    with open("/proc/self/status") as file:
+        return int(re.search(r"VmHWM:\\s+(\\d+) kB", file.read())[1]) / 1024
+
+small = open_data(sys.argv[1])  # what is loaded at first use
+small.fingerprint, small.split(0.1)
+cpu, config = torch.device("cpu"), tiny_config(network__channels=3, training__flip=True)
+BatchSource(config, small, cpu).draw(0, (4, 4, 4))
+before, told = peak(), []
+data = open_data(sys.argv[2])
+train, held_out = data.split(0.1)
+data.fingerprint
+source = BatchSource(config, train, cpu)
+for step in range(200):
+    source.draw(step, (4, 4, 4))
+held_out_batch(config, held_out, 0, cpu)
+print(len(data), len(train), len(held_out), peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_file_far_larger_than_memory_may_be_is_split_and_drawn_from(tmp_path):
+    """2 GiB of zeros with a few other images; the file takes little room on disk."""
+    rows, shape = np.random.default_rng(0), (3, 64, 64)
+    count = (2 << 30) // (3 * 64 * 64)
+    images = np.lib.format.open_memmap(tmp_path / "large.npy", "w+", np.uint8, (count, *shape))
+    for row in rows.integers(0, count, 100):
+        images[row] = rows.integers(0, 256, shape)
+    del images
+    np.save(tmp_path / "small.npy", rows.integers(0, 256, (100, *shape), dtype=np.uint8))
+    files = [str(tmp_path / name) for name in ("small.npy", "large.npy")]
+    done = subprocess.run([sys.executable, "-c", RESIDENT, *files], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    found, train, held_out, grown = map(float, done.stdout.split())
+    assert found == train + held_out == count
+    assert min(train, held_out) > 0
+    assert grown < 200  # MiB
+
+
+def environment():
+    places = [Path(__file__).parents[1], Path(multistage_diffusion.__file__).parents[1]]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places)), "OMP_NUM_THREADS": "1"}
 
 
 def test_subset_keeps_order_labels_and_classes(data):
     part = data.subset([5, 2, 5])
-    np.testing.assert_array_equal(part.images, data.images[[5, 2, 5]])
+    np.testing.assert_array_equal(part.array(), data.array()[[5, 2, 5]])
     np.testing.assert_array_equal(part.labels, data.labels[[5, 2, 5]])
     assert part.num_classes == 7
 
@@ -93,14 +221,14 @@ def test_split_is_disjoint_exhaustive_and_near_the_share(data, held_out):
 
 def test_split_carries_labels_along(data):
     for side in data.split(0.3):
-        label_of = {image.tobytes(): label for image, label in zip(data.images, data.labels, strict=True)}
-        assert [label_of[image.tobytes()] for image in side.images] == side.labels.tolist()
+        label_of = {image.tobytes(): label for image, label in zip(data.array(), data.labels, strict=True)}
+        assert [label_of[image.tobytes()] for image in side.array()] == side.labels.tolist()
 
 
 def test_split_does_not_depend_on_order_labels_or_other_images(data):
     held = rows(data.split(0.2)[1])
     assert rows(data.subset(np.random.default_rng(1).permutation(2000)).split(0.2)[1]) == held
-    assert rows(ImageData(data.images, None, "renamed").split(0.2)[1]) == held
+    assert rows(ImageData(data.array(), None, "renamed").split(0.2)[1]) == held
     first = data.subset(range(1000))
     assert rows(first.split(0.2)[1]) == held & rows(first)
 
@@ -117,7 +245,7 @@ def test_duplicates_go_to_one_side(data):
 
 
 def test_equal_bytes_of_another_shape_are_another_image(data):
-    turned = ImageData(data.images.reshape(2000, 3, 5, 4), None, "set")
+    turned = ImageData(data.array().reshape(2000, 3, 5, 4), None, "set")
     assert rows(turned.split(0.2)[1]) != rows(data.split(0.2)[1])
 
 
@@ -177,8 +305,8 @@ def test_content_stays_with_subsets_and_splits_and_out_of_the_fingerprint():
 def test_a_data_set_describes_itself():
     grey = np.zeros((3, 1, 4, 6), np.uint8)
     assert ImageData(grey, None, "set").describe() == "set: 3 images, no labels, 4 x 6, grey"
-    passed = {"hidden or of the system": 2, "unreadable": 1}
-    data = ImageData(np.zeros((3, 3, 4, 6), np.uint8), np.array([0, 2, 0]), "set", passed_over=passed)
+    passed = {"hidden or system files": 2, "unreadable": 1}
+    data = ImageData(np.zeros((3, 3, 4, 6), np.uint8), np.array([0, 2, 0]), "set", skipped=passed)
     assert data.describe() == (
-        "set: 3 images, 3 classes, 4 x 6, colour, 3 passed over (2 hidden or of the system, 1 unreadable)"
+        "set: 3 images, 3 classes, 4 x 6, colour, 3 files skipped (2 hidden or system files, 1 unreadable)"
     )

@@ -8,6 +8,7 @@ from PIL import Image
 from multistage_diffusion import memory
 from multistage_diffusion.data import open_data
 from multistage_diffusion.data.decoding import decode_all
+from multistage_diffusion.data.options import Options
 from multistage_diffusion.errors import UserError
 
 
@@ -22,8 +23,9 @@ def pixels(seed, *shape):
 
 
 def run(arrays, **options):
+    options = Options(**options)
     files = [array if isinstance(array, bytes) else png(array) for array in arrays]
-    return decode_all("set", [f"file {i}" for i in range(len(files))], files.__getitem__, **options)
+    return decode_all("set", [f"file {i}" for i in range(len(files))], files.__getitem__, options)
 
 
 def test_bad_files_are_left_out_by_number():
@@ -84,10 +86,10 @@ def test_values_of_fewer_bits_in_sixteen_are_warned_about():
     twelve[0, 0] = 4095
     with pytest.warns(
         UserWarning,
-        match=r"set: 2 images are stored in 16 bits, but none has a value above 4095, so .* 15 of 255; .* by 16$",
+        match=r"set: no value of its 2 16-bit images is above 4095, which is 15 of 255 in 8 bits; .* by 16$",
     ):
         run([twelve, twelve // 2])
-    with pytest.warns(UserWarning, match=r"if they are 14-bit data, save them multiplied by 4$"):
+    with pytest.warns(UserWarning, match=r"if they hold 14-bit data, multiply them by 4$"):
         run([twelve * 4])
 
 
@@ -105,7 +107,7 @@ def test_animations_are_counted_in_one_warning():
     buffer = io.BytesIO()
     frames[0].save(buffer, "tiff", save_all=True, append_images=frames[1:])
     with pytest.warns(
-        UserWarning, match=r"set: 2 files hold several images \(frames or pages\).*; the first .* file 1"
+        UserWarning, match=r"set: 2 files contain several images \(frames or pages\).*; the first such file is file 1"
     ):
         decoded = run([pixels(5, 2, 3), buffer.getvalue(), buffer.getvalue()])
     np.testing.assert_array_equal(decoded.images[1, 0], pixels(0, 2, 3))
@@ -113,8 +115,8 @@ def test_animations_are_counted_in_one_warning():
 
 def test_files_left_out_are_counted():
     with pytest.warns(UserWarning, match="skipped 2"):
-        assert run([b"", pixels(1, 2, 3), b"x"], skip_bad=True).passed_over == {"unreadable": 2}
-    assert run([pixels(1, 2, 3)]).passed_over == {}
+        assert run([b"", pixels(1, 2, 3), b"x"], skip_bad=True).skipped == {"unreadable": 2}
+    assert run([pixels(1, 2, 3)]).skipped == {}
 
 
 def test_too_many_pixels_are_a_matter_of_the_option():

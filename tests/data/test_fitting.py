@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from multistage_diffusion.data import open_data
-from multistage_diffusion.data.fitting import fit_array, fit_image, padded_content, reachable
+from multistage_diffusion.data.fitting import fit_image, fit_rows, padded_content, reachable
+from multistage_diffusion.data.rows import ArrayRows
 from multistage_diffusion.errors import UserError
 
 
@@ -23,11 +24,10 @@ def test_padding_centres_the_untouched_image_in_black(shape, colour):
 
 def test_arrays_are_padded_alike():
     images = pixels(5, 3, 3, 4)
-    padded = fit_array(images, (6, 7), "pad", "x")
+    padded = fit_rows(ArrayRows(images), (6, 7), "pad", "x")
     assert padded.shape == (5, 3, 6, 7)
     np.testing.assert_array_equal(padded[:, :, 1:4, 1:5], images)
     assert padded.astype(int).sum() == images.astype(int).sum()
-    assert fit_array(images, (3, 4), "pad", "x") is images
 
 
 @pytest.mark.parametrize("shape", [(7, 7), (6, 8), (9, 2)])
@@ -36,7 +36,7 @@ def test_larger_images_are_refused_never_scaled(shape):
         rf"x: its images: height x width {shape[0]}x{shape[1]} is larger than data\.size=6x7, and .*'pad' never scales"
     )
     with pytest.raises(ValueError, match=message):
-        fit_array(pixels(2, 1, *shape), (6, 7), "pad", "x")
+        fit_rows(ArrayRows(pixels(2, 1, *shape)), (6, 7), "pad", "x")
 
 
 @pytest.mark.parametrize(
@@ -65,5 +65,5 @@ def test_arrays_opened_with_padding_tell_their_content(tmp_path):
 
 @pytest.mark.parametrize("fit", ["exact", "pad"])
 def test_a_wrong_size_is_an_error_that_a_user_can_mend(fit):
-    with pytest.raises(UserError, match=r"set: its images: height x width 4x5 "):
-        fit_array(np.zeros((1, 1, 4, 5), np.uint8), (2, 2), fit, "set")
+    with pytest.raises(UserError, match=r"set: its images: height x width 4x5(, not| is larger)"):
+        fit_rows(ArrayRows(np.zeros((1, 1, 4, 5), np.uint8)), (2, 2), fit, "set")

@@ -117,14 +117,14 @@ def test_a_palette_of_greys_stays_grey(kind):
     ("content", "kind"),
     [
         (file(Image.fromarray(np.linspace(0, 1, 8, dtype=np.float32).reshape(2, 4)), "tiff"), "floating-point"),
-        (file(Image.fromarray(np.arange(8, dtype=np.int32).reshape(2, 4)), "tiff"), "32-bit whole"),
+        (file(Image.fromarray(np.arange(8, dtype=np.int32).reshape(2, 4)), "tiff"), "32-bit integers"),
         (tiff(np.arange(8, dtype="<i2"), 16, sample_format=2), "signed or 32-bit"),
-        (tiff(np.arange(8, dtype="<u4"), 32), "32-bit whole"),
+        (tiff(np.arange(8, dtype="<u4"), 32), "32-bit integers"),
         (b"Pf\n4 2\n-1.0\n" + np.zeros(8, "<f4").tobytes(), "floating-point"),
     ],
 )
 def test_pixels_of_unknown_range_are_refused(content, kind):
-    with pytest.raises(UserError, match=rf"its pixels are .*{kind}.*whose range is a guess; convert them to 8 bits"):
+    with pytest.raises(UserError, match=rf"its pixels are .*{kind}.*of unknown range; convert them to 8 bits"):
         decode(content, MAX_PIXELS)
 
 
@@ -261,7 +261,7 @@ def test_pictures_of_the_package_are_read_as_png_only():
     grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
     assert np.asarray(load_png(file(grey), "stages.png", "mend")).tolist() == grey.tolist()
     for content in (EPS, file(grey, "jpeg"), file(grey)[:40]):
-        with pytest.raises(UserError, match=r"^stages\.png: is no readable PNG picture \(.*\); find it again$"):
+        with pytest.raises(UserError, match=r"^stages\.png: is not a readable PNG image \(.*\); find it again$"):
             load_png(content, "stages.png", "find it again")
 
 
@@ -322,12 +322,12 @@ def test_the_transparent_value_of_sixteen_bit_grey_is_white():
 def test_a_transparent_colour_of_sixteen_bits_is_refused():
     values = [[[0, 0, 0], [0x8000, 0x8000, 0x8000]]]
     assert pixels(png16(2, values)).shape == (1, 2, 3)
-    with pytest.raises(UserError, match="16-bit colours of which one is transparent"):
+    with pytest.raises(UserError, match="16-bit colours with one transparent colour"):
         decode(png16(2, values, (b"tRNS", struct.pack(">HHH", 0x8000, 0x8000, 0x8000))), MAX_PIXELS)
 
 
 def test_signed_bytes_are_refused():
     values = np.array([[-5, 0, 5, 127], [1, 2, 3, 4]], np.int8)
-    with pytest.raises(UserError, match="signed or 32-bit whole numbers"):
+    with pytest.raises(UserError, match="signed or 32-bit integers"):
         decode(tiff(values, 8, sample_format=2), MAX_PIXELS)
     assert pixels(tiff(values.view(np.uint8), 8)).max() == 251

@@ -1,13 +1,18 @@
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import multistage_diffusion
+from multistage_diffusion import cli
 from multistage_diffusion.config import DataConfig
-from multistage_diffusion.data import open_configured, open_data
-from multistage_diffusion.data.sources import located
+from multistage_diffusion.config.serialization import read_json
+from multistage_diffusion.data import open_configured, open_data, sources
+from multistage_diffusion.data.sources import SOURCES, forms, located
 from multistage_diffusion.errors import UserError
 
 
@@ -21,8 +26,8 @@ def test_digits_are_scaled_from_sixteen_levels(digits):
     from sklearn.datasets import load_digits
 
     raw = load_digits()
-    assert digits.images.shape == (1797, 1, 8, 8)
-    assert np.abs(digits.images[:, 0] / 255 - raw.images / 16).max() <= 0.5 / 255 + 1e-12
+    assert digits.array().shape == (1797, 1, 8, 8)
+    assert np.abs(digits.array()[:, 0] / 255 - raw.images / 16).max() <= 0.5 / 255 + 1e-12
     np.testing.assert_array_equal(digits.labels, raw.target)
     assert digits.class_names == tuple("0123456789")
     train, held_out = digits.split(0.1)
@@ -37,20 +42,26 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
 
 
 def test_digits_can_be_resized(digits):
-    assert open_data("digits", size=(12, 6), fit="resize").images.shape == (1797, 1, 12, 6)
-    with pytest.raises(ValueError, match=r"digits: its images: height x width 8x8 instead of data\.size=16x16"):
+    assert open_data("digits", size=(12, 6), fit="resize").array().shape == (1797, 1, 12, 6)
+    with pytest.raises(ValueError, match=r"digits: its images: height x width 8x8, not data\.size=16x16"):
         open_data("digits", size=(16, 16))
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("digit", r"data\.source='digit': .*did you mean 'digits'\? known: digits, fashion-mnist\[:FOLDER\]"),
+        (
+            "digit",
+            r"data\.source='digit': .*did you mean 'digits'\? known: cifar10:FOLDER, digits, fashion-mnist\[:FOLDER\]",
+        ),
         ("Fashion_MNIST", "did you mean 'fashion-mnist'"),
-        ("cifar-10", r"did you mean 'cifar10'\? known: .*, cifar10:FOLDER, hf:NAME\[:SPLIT\], a folder"),
-        ("no/such/folder", r"data\.source='no/such/folder': no such file or folder, nor a known data set; known:"),
-        ("missing.zip", r"data\.source='missing\.zip': no such file"),
-        ("missing.npy", r"data\.source='missing\.npy': no such file"),
+        (
+            "cifar-10",
+            r"did you mean 'cifar10'\? known: .*, hf:NAME\[:SPLIT\], \.npy or \.npz, a folder or \.zip of images$",
+        ),
+        ("no/such/folder", r"data\.source='no/such/folder': no file, folder or data set of this name; known: cifar10"),
+        ("missing.zip", r"data\.source='missing\.zip': no file"),
+        ("missing.npy", r"data\.source='missing\.npy': no file"),
     ],
 )
 def test_unknown_sources(source, message, tmp_path, monkeypatch):
@@ -61,7 +72,7 @@ def test_unknown_sources(source, message, tmp_path, monkeypatch):
 
 def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"a\.txt' is not a data set; known: digits"):
+    with pytest.raises(ValueError, match=r"a\.txt': not a data set; known: cifar10"):
         open_data(tmp_path / "a.txt")
 
 
@@ -151,7 +162,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path, suffix):
 
 @pytest.mark.parametrize("source", ["a" * 5000, "~nobody-of-this-name/set", "a\0b"])
 def test_names_that_are_no_paths_are_one_line(source):
-    with pytest.raises(UserError, match=r"is no path \(.*\); known|no such file or folder"):
+    with pytest.raises(UserError, match=r"not a valid path \(.*\); known|no file, folder or data set"):
         open_data(source)
 
 
@@ -167,8 +178,113 @@ def test_configured_data_have_a_limit_of_pixels(tmp_path):
     Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.png")
     assert len(open_configured(DataConfig(source=str(tmp_path), max_pixels=20))) == 1
     with pytest.raises(
-        UserError, match=r"it has 20 pixels, more than data\.max_pixels=19; admit it with --max-pixels 20"
+        UserError, match=r"it has 20 pixels, more than data\.max_pixels=19; allow it with --max-pixels 20"
     ):
         open_configured(DataConfig(source=str(tmp_path), max_pixels=19))
     with pytest.raises(UserError, match=r"data\.max_pixels=0 must be positive"):
         DataConfig(max_pixels=0)
+
+
+# -- one file adds one ------------------------------------------------------------------------------------------------
+
+TOY = '''"""Squares of one grey level each, by their number."""
+
+import numpy as np
+
+from multistage_diffusion.data import ImageData
+from multistage_diffusion.data.sources import SOURCES, Named
+
+
+class Squares:
+    shape = (1, 8, 8)
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def rows(self, indices):
+        return np.repeat((indices * 7 % 256).astype(np.uint8), 64).reshape(len(indices), *self.shape)
+
+
+def open_toy(rest, options):
+    count = int(rest or 40)
+    return ImageData(Squares(count), np.arange(count) % 2, f"toy:{count}", ("even", "odd"))
+
+
+SOURCES.add("toy")(Named("toy[:COUNT]", open_toy))
+'''
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Put a file beside the package's own modules; the registry looks again at its next lookup."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "toy.py").write_text(TOY)
+    monkeypatch.setattr(sources, "__path__", [*sources.__path__, str(tmp_path / "more")])
+    monkeypatch.setattr(SOURCES, "_known", dict(SOURCES._known))
+    monkeypatch.setattr(SOURCES, "_complete", False)
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop(f"{sources.__name__}.toy", None)
+
+
+def test_one_file_adds_a_source(toy):
+    data = open_data("toy:100")
+    assert data.describe() == "toy:100: 100 images, 2 classes, 8 x 8, grey"
+    assert open_data("toy", size=(12, 10), fit="pad").shape == (1, 12, 10)
+    assert located("toy:100") == "toy:100"
+    assert "toy[:COUNT]" in forms()
+    with pytest.raises(UserError, match=r"did you mean 'toy'\? known: .*toy\[:COUNT\], \.npy"):
+        open_data("toys")
+    with pytest.raises(UserError, match=r"data\.source='toy:': nothing follows the colon; write toy\[:COUNT\]"):
+        open_data("toy:")
+
+
+@pytest.mark.slow
+def test_the_commands_know_a_source_that_one_file_adds(toy, capsys):
+    settings = [
+        "network.encoder_width=8",
+        "network.decoder_widths=[8,8,8]",
+        "network.blocks_per_level=1",
+        "network.num_classes=2",
+        "training.steps=2",
+        "training.batch=6",
+        "training.held_out_rows=4",
+        "sampling.calls=6",
+    ]
+    assert cli.main(["train", "--preset", "digits", "--data", "toy:60", "--out", "run", "--set", *settings]) == 0
+    assert "toy:60: 60 images, 2 classes, 8 x 8, grey" in capsys.readouterr().err
+    assert read_json(Path("run/config.json"))["data"]["fingerprint"] == open_data("toy:60").fingerprint
+    assert cli.main(["describe", "run"]) == 0
+    assert "8 x 8" in capsys.readouterr().out
+    assert cli.main(["sample", "run", "--count", "4", "--out", "grid.png"]) == 0
+    assert Image.open("grid.png").size[0] > 8
+    assert cli.main(["report", "run", "--count", "4"]) == 0
+    assert "toy:60" in Path("run/report.html").read_text()
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", "--help"])
+    assert not left.value.code
+    assert "toy[:COUNT]" in capsys.readouterr().out
+
+
+def test_the_trainer_loads_no_sources():
+    script = (
+        "import sys, multistage_diffusion.training.trainer\n"
+        "print([name for name in sys.modules if name.startswith('multistage_diffusion.data.')])\n"
+        "from multistage_diffusion.data import open_data\n"
+        "try: open_data('nowhere')\n"
+        "except ValueError as error: print(error)"
+    )
+    path = str(Path(multistage_diffusion.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    loaded, message = done.stdout.splitlines()
+    names = {name.strip(" '").removeprefix("multistage_diffusion.data.") for name in loaded.strip("[]").split(",")}
+    assert names == {"dataset", "mixture", "options", "rows", "sources"}
+    assert message.endswith(
+        "known: cifar10:FOLDER, digits, fashion-mnist[:FOLDER], hf:NAME[:SPLIT], .npy or .npz, "
+        "a folder or .zip of images"
+    )

@@ -28,7 +28,7 @@ def test_files_and_folders_of_the_system_are_none_of_the_data(name):
         warnings.simplefilter("error")
         found = sort_out("set", ["a/0.png", f"a/{name}", f"{name}/0.png", f"{name}/b/1.png", f"{name}/dataset.json"])
     assert (found.images, found.listings) == (["a/0.png"], [])
-    assert found.passed_over == {"hidden or of the system": 2}  # a hidden folder counts as one
+    assert found.skipped == {"hidden or system files": 2}  # a hidden folder counts as one
 
 
 def test_images_and_listings_are_found_whatever_their_case():
@@ -41,17 +41,15 @@ def test_other_files_are_counted_and_named():
     names = ["0.png", "b.txt", "a.heic", "c.heic", "README", "labels.csv", ".git/x"]
     with pytest.warns(
         UserWarning,
-        match=r"set: passed over 5 files that are not images \(2 \.heic, 1 \.txt, 1 no suffix, 1 \.csv\); the first is README",
+        match=r"set: skipped 5 files, not images \(2 \.heic, 1 \.txt, 1 no suffix, 1 \.csv\); the first is README",
     ):
         found = sort_out("set", names)
-    assert found.passed_over == {"hidden or of the system": 1, "not images": 5}
+    assert found.skipped == {"hidden or system files": 1, "not images": 5}
 
 
 def test_formats_that_this_pillow_lacks_are_named(monkeypatch):
     monkeypatch.setattr(visible, "supported", lambda: frozenset({"PNG"}))
-    with pytest.warns(
-        UserWarning, match=r"passed over 1 files that are of formats that this Pillow lacks \(1 \.avif\)"
-    ):
+    with pytest.warns(UserWarning, match=r"skipped 1 files, in formats that this Pillow cannot read \(1 \.avif\)"):
         found = sort_out("set", ["0.png", "1.avif"])
     assert found.images == ["0.png"]
-    assert found.passed_over == {"of formats that this Pillow lacks": 1}
+    assert found.skipped == {"in formats that this Pillow cannot read": 1}

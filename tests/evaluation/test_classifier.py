@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from multistage_diffusion.data import idx
+from multistage_diffusion.data.sources.fashion_mnist import DEBIAN_FOLDER, read_idx
 from multistage_diffusion.evaluation.classifier import CLASSES, SIZE, FashionClassifier, prepare, pretrained
 from multistage_diffusion.evaluation.features import get_features
 
@@ -44,10 +44,10 @@ def test_features_are_what_the_last_layer_reads() -> None:
     assert model(x).shape == (3, CLASSES)
 
 
-@pytest.mark.skipif(not idx.DEBIAN_FOLDER.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(not DEBIAN_FOLDER.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_it_finds_the_class_of_at_least_92_of_100_test_images() -> None:
-    pixels = torch.from_numpy(idx.read_idx(idx.DEBIAN_FOLDER / "t10k-images-idx3-ubyte.gz", 3)[:3000].copy())[:, None]
-    labels = torch.from_numpy(idx.read_idx(idx.DEBIAN_FOLDER / "t10k-labels-idx1-ubyte.gz", 1)[:3000].copy())
+    pixels = torch.from_numpy(read_idx(DEBIAN_FOLDER / "t10k-images-idx3-ubyte.gz", 3)[:3000].copy())[:, None]
+    labels = torch.from_numpy(read_idx(DEBIAN_FOLDER / "t10k-labels-idx1-ubyte.gz", 1)[:3000].copy())
     model, _ = pretrained()
     found = torch.cat([model(prepare(part)).argmax(dim=1) for part in pixels.split(500)])
     assert float((found == labels).float().mean()) >= 0.92

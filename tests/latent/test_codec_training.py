@@ -175,7 +175,7 @@ def test_mirrored_images_are_trained_on_and_steps_see_different_ones(tmp_path: P
     trainer.model.encode = lambda x: (seen.append(x), encode(x))[1]
     for _ in range(3):
         trainer._iterate()
-    known = {False: to_float(data.images), True: to_float(data.images).flip(-1)}
+    known = {False: to_float(data.array()), True: to_float(data.array()).flip(-1)}
     sides, numbers = [], []
     for x in torch.cat(seen):
         ((side, number),) = [(s, i) for s, every in known.items() for i in range(40) if torch.equal(every[i], x)]
@@ -264,7 +264,7 @@ def test_a_perfect_codec_has_no_psnr_and_latents_have_their_spread() -> None:
     data = noise()
     quality = judge(IdentityCodec(), data, CPU)
     assert quality.psnr is None
-    x = data.images.astype(np.float64) / 127.5 - 1
+    x = data.array().astype(np.float64) / 127.5 - 1
     assert quality.latent_std == pytest.approx(x.std((0, 2, 3)), rel=1e-6)
     assert quality.scale == pytest.approx(1 / x.std(), rel=1e-6)
 
@@ -277,14 +277,14 @@ def test_diffusers_and_open_codec_read_what_is_written(tmp_path: Path) -> None:
     write_codec(tmp_path, trainer.codec())
     model = diffusers.AutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False)
     assert_same(model.state_dict(), trainer.ema.module.state_dict())
-    x = to_float(images().images)
+    x = to_float(images().array())
     codec = open_codec(CodecConfig(source=str(tmp_path)))
     torch.testing.assert_close(codec.encode(x), trainer.codec().encode(x), rtol=0, atol=1e-6)
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> DataConfig:
-    np.save(tmp_path / "bars.npy", images(60).images[:, 0])
+    np.save(tmp_path / "bars.npy", images(60).array()[:, 0])
     return DataConfig(source=str(tmp_path / "bars.npy"), size=(10, 10), fit="pad", held_out=0.3)
 
 
@@ -313,7 +313,7 @@ def test_the_workflow_writes_codec_record_and_picture(source: DataConfig, tmp_pa
         assert picture.width == (10 * 6 + 1) * math.ceil(min(held_out["images"], 16) / 2) + 1
         assert picture.height == (10 * 6 + 1) * 4 + 1
         top = np.asarray(picture)[1:61, 1:61][::6, ::6]
-    known = [np.pad(image[0], 1) for image in images(60).images]
+    known = [np.pad(image[0], 1) for image in images(60).array()]
     assert any(np.array_equal(top, image) for image in known)
 
 

@@ -115,7 +115,7 @@ def test_curves_that_are_no_png_are_refused_and_start_no_other_program(
     config, curves = make_config(3), tmp_path / "stages.png"
     curves.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
     with pytest.raises(
-        UserError, match=r"stages\.png: is no readable PNG picture \(.*\); remove it, or write it again"
+        UserError, match=r"stages\.png: is not a readable PNG image \(.*\); remove it, or write it again"
     ):
         write_report(
             tmp_path,

@@ -30,7 +30,7 @@ OTHERS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def digits() -> torch.Tensor:
-    return to_float(open_data("digits").images)
+    return to_float(open_data("digits").array())
 
 
 @pytest.mark.parametrize("schedule", [VP(), EDM()], ids=lambda s: s.kind)

@@ -66,7 +66,7 @@ def test_a_strip_that_is_no_png_is_refused_and_starts_no_other_program(
         raise AssertionError("another program was started")
 
     monkeypatch.setattr("subprocess.Popen", started)
-    with pytest.raises(UserError, match=r"^strip: is no readable PNG picture \(.*\); find the stages again"):
+    with pytest.raises(UserError, match=r"^strip: is not a readable PNG image \(.*\); find the stages again"):
         decode_png(base64.b64encode(content).decode())
     with pytest.raises(UserError, match=r"^strip: is not in base64; find the stages again"):
         decode_png("a")

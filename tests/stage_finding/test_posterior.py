@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from multistage_diffusion.data.rows import ArrayRows
 from multistage_diffusion.schedules import VP
 from multistage_diffusion.stage_finding import posterior
 from multistage_diffusion.stage_finding.posterior import NEGLIGIBLE, TiledImages, posterior_means, posterior_means_of
@@ -212,13 +213,35 @@ def test_a_memory_map_larger_than_the_budget_gives_the_same_bit_for_bit(levels, 
         read, held = TiledImages(mapped, budget=2 * levels.size), TiledImages(levels)
     assert read._held is None
     assert held._held is not None
-    assert read._images.data_ptr() == mapped.ctypes.data  # no copy
+    assert read._images.array is mapped  # no copy
     own, noise = torch.tensor([3, 3, 299, 64]), gaussian(4, 48)
     sigmas = every_row(SIGMAS, 4)
     assert torch.equal(posterior_means(read, own, noise, sigmas), posterior_means(held, own, noise, sigmas))
     assert torch.equal(read.half_square, held.half_square)
     read.rows(own)[:] = 0  # a copy
     assert np.array_equal(mapped, levels)
+
+
+def test_a_data_set_read_by_index_gives_the_same_bit_for_bit(levels, tmp_path, monkeypatch):
+    monkeypatch.setattr(posterior, "_TILE", 64)
+    source, most = ArrayRows(levels), []
+
+    class Watched:
+        shape = source.shape
+
+        def __len__(self):
+            return len(source)
+
+        def rows(self, indices):
+            most.append(len(indices))
+            return source.rows(indices)
+
+    read, held = TiledImages(Watched(), budget=0), TiledImages(levels)
+    own, noise = torch.tensor([3, 3, 299, 64]), gaussian(4, 48)
+    sigmas = every_row(SIGMAS, 4)
+    assert torch.equal(posterior_means(read, own, noise, sigmas), posterior_means(held, own, noise, sigmas))
+    assert read.vary()
+    assert max(most) == 64
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy"])

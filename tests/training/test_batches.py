@@ -13,6 +13,7 @@ from multistage_diffusion import rng
 from multistage_diffusion.config import TrainingConfig
 from multistage_diffusion.data import ImageData, to_float
 from multistage_diffusion.denoisers import build_denoiser
+from multistage_diffusion.latent.latents import LatentData
 from multistage_diffusion.schedules import LogNormal
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.augment import augment
@@ -178,7 +179,7 @@ def test_images_labels_and_ranges_arrive_unchanged(tiny_config):
     )
     batch = source.draw(0, (4, 5, 3))
     index = numbers(batch)
-    assert torch.equal(batch.y, to_float(data.images[index]))
+    assert torch.equal(batch.y, to_float(data.array()[index]))
     assert batch.cond.labels.tolist() == [i % 3 for i in index]
     assert batch.sigma.dtype == torch.float64
     assert batch.counts == (4, 5, 3)
@@ -226,7 +227,7 @@ def test_held_out_rows_are_fixed_whole_and_in_their_stage(tiny_config):
         batch = held_out_batch(config, data, stage, CPU)
         assert same(batch, held_out_batch(config, data, stage, CPU))
         assert batch.counts == tuple(40 if k == stage else 0 for k in range(3))
-        shown = [int(np.flatnonzero([torch.equal(y, to_float(image)) for image in data.images])[0]) for y in batch.y]
+        shown = [int(np.flatnonzero([torch.equal(y, to_float(image)) for image in data.array()])[0]) for y in batch.y]
         assert shown[:17] == shown[17:34] != sorted(shown[:17])  # every image in turn, in a drawn order
         assert sorted(shown[:17]) == list(range(17))
         assert batch.cond.labels.tolist() == [i % 3 for i in shown]
@@ -392,31 +393,10 @@ def test_augmentation_needs_a_network_that_is_told(tiny_config, dim):
 # -- latents ----------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Latents:
-    """Floats at rest."""
-
-    latents: torch.Tensor
-    mirrored: torch.Tensor | None
-    labels: np.ndarray | None
-    name: str = "latents"
-    num_classes: int = 3
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.latents.shape[1:])
-
-    def tensor(self) -> torch.Tensor:
-        return self.latents
-
-
-def latents(count: int = 17, *, mirrored: bool = True) -> Latents:
+def latents(count: int = 17, *, mirrored: bool = True) -> LatentData:
     """Row i holds 10 + i everywhere, its mirror image -(10 + i): no pixel values, and no flip of the row."""
     values = torch.full((count, 1, 4, 4), 10.0) + torch.arange(count)[:, None, None, None]
-    return Latents(values, -values if mirrored else None, np.arange(count) % 3)
+    return LatentData(values, -values if mirrored else None, np.arange(count) % 3, "latents", ("0", "1", "2"))
 
 
 def test_latents_are_used_as_they_are_and_mirrored_by_their_mirror_images(tiny_config):

@@ -27,7 +27,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # one thread each: the tes
 @pytest.fixture
 def config(tmp_path, tiny_config, tiny_data) -> Path:
     """A run that writes a checkpoint after every step: most of its time is writing."""
-    np.save(tmp_path / "images.npy", tiny_data(40).images)
+    np.save(tmp_path / "images.npy", tiny_data(40).array())
     write_json(
         tmp_path / "tiny.json",
         tiny_config(

@@ -270,7 +270,7 @@ run = train(config, OUT, device="cpu", strategy="memory", callbacks=[Dies()] if 
 
 @pytest.mark.slow
 def test_torchrun_starts_again_what_has_died(tmp_path):
-    np.save(tmp_path / "data.npy", tiny_data(40).images)
+    np.save(tmp_path / "data.npy", tiny_data(40).array())
     for dies in (False, True):
         names = {"TESTS": Path(__file__).parents[1], "DATA": tmp_path / "data.npy", "OUT": tmp_path / f"dies-{dies}"}
         given = "".join(f"{name} = {str(value)!r}\n" for name, value in names.items()) + f"DIES = {dies}\n"
@@ -301,7 +301,7 @@ def judged(world: World, out: Path, data: Path) -> tuple[list[float], list[list[
 
 @pytest.mark.slow
 def test_samples_and_evaluations_are_shared_out_and_the_same(tmp_path):
-    np.save(tmp_path / "data.npy", tiny_data(40).images)
+    np.save(tmp_path / "data.npy", tiny_data(40).array())
     one = judged(ALONE, tmp_path / "one", tmp_path / "data.npy")
     many = processes.run(2, judged, tmp_path / "many", tmp_path / "data.npy")
     assert many[0] == many[1]
@@ -334,7 +334,7 @@ def test_one_process_encodes_before_the_others(tmp_path):
 
 
 def test_a_single_process_that_torchrun_starts_again_goes_on(tmp_path, monkeypatch):
-    np.save(tmp_path / "data.npy", tiny_data(40).images)
+    np.save(tmp_path / "data.npy", tiny_data(40).array())
     settings = tiny_config(data__source=str(tmp_path / "data.npy"), data__shape=(), training__steps=2)
     train(settings, tmp_path / "run", device="cpu")
     with pytest.raises(ValueError, match="exists; resume it"):
@@ -359,8 +359,8 @@ def begun(world: World, out: Path, data: Path, changes: dict[str, object]) -> st
 
 @pytest.mark.slow
 def test_processes_that_do_not_agree_are_refused_on_all(tmp_path):
-    np.save(tmp_path / "data.npy", tiny_data(40).images)
-    np.save(tmp_path / "other.npy", tiny_data(40, seed=1).images)
+    np.save(tmp_path / "data.npy", tiny_data(40).array())
+    np.save(tmp_path / "other.npy", tiny_data(40, seed=1).array())
     out, data = tmp_path / "run", tmp_path / "data.npy"
     for told in processes.run(2, begun, out, data, {"optimizer__lr": 0.5}):
         assert "rank 1 has optimizer.lr 0.5, rank 0 0.001" in told

@@ -151,14 +151,14 @@ def test_launches_name_the_command_and_the_device(run, monkeypatch):
 
 def test_data_that_have_changed_are_refused(tmp_path, tiny_config, tiny_data):
     data = tiny_data(20)
-    np.save(tmp_path / "images.npy", data.images)
+    np.save(tmp_path / "images.npy", data.array())
     config = tiny_config(data__source=str(tmp_path / "images.npy"))
     run = Run.create(tmp_path / "run", config)
     opened = run.data()
-    assert np.array_equal(opened.images, data.images)
+    assert np.array_equal(opened.array(), data.array())
     pinned = dataclasses.replace(config.data, fingerprint=opened.fingerprint)
     assert len(run.data(pinned)) == 20
-    np.save(tmp_path / "images.npy", data.images[:-1])
+    np.save(tmp_path / "images.npy", data.array()[:-1])
     with pytest.raises(ValueError, match="fingerprint"):
         run.data(pinned)
 

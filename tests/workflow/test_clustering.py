@@ -28,7 +28,7 @@ QUICK: dict[str, Any] = {"bins": BINS, "rows": 8, "device": "cpu"}
 def make_run(tmp_path: Path, tiny_config: Any, tiny_data: Any) -> Any:
     """Make runs on labelled random images, with random weights."""
     data = tiny_data(40, classes=3)
-    np.savez(tmp_path / "images.npz", images=data.images, labels=data.labels)
+    np.savez(tmp_path / "images.npz", images=data.array(), labels=data.labels)
 
     def make(**changes: Any) -> Run:
         config = tiny_config(data__source=str(tmp_path / "images.npz"), **changes)
@@ -82,7 +82,7 @@ def test_held_out_images_are_taken_with_their_labels(make_run: Any, held_out: fl
     data = others if held_out else training
     assert (len(data) < 20) == bool(held_out)
     order = torch.randperm(len(data), generator=rng.generator((7, "gradient-images")))[:8]
-    y, labels = to_float(data.images[order.numpy()]), torch.from_numpy(data.labels)[order]
+    y, labels = to_float(data.array()[order.numpy()]), torch.from_numpy(data.labels)[order]
     expected = gradient_affinity(run, y, labels if classes else None, measure=VP(), bins=BINS, seed=7)
     assert curves["similarity"] == np.round(expected.matrix.numpy(), 6).tolist()
     assert gradient_stages(run.path, 2, seed=7, **QUICK)[1] == curves
@@ -93,7 +93,7 @@ def test_latents_are_compared_as_the_network_sees_them(make_run: Any) -> None:
     plain = make_run(data__held_out=0.0)
     run = make_run(data__held_out=0.0, codec__source="identity", codec__scale=0.25, codec__shape=[1, 4, 4])
     order = torch.randperm(40, generator=rng.generator((0, "gradient-images")))[:8]
-    latents = 0.25 * to_float(run.data().images[order.numpy()])
+    latents = 0.25 * to_float(run.data().array()[order.numpy()])
     expected = gradient_affinity(run, latents, measure=VP(), bins=BINS).matrix.numpy()
     assert gradient_stages(run, 2, **QUICK)[1]["similarity"] == np.round(expected, 6).tolist()
     assert gradient_stages(plain, 2, **QUICK)[1] != gradient_stages(run, 2, **QUICK)[1]

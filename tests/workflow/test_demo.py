@@ -82,7 +82,7 @@ def test_digits_look_like_digits(tmp_path: Path) -> None:
 
     train, held_out = run.data().split(0.1)
     assert train.labels is not None
-    real, test = (part.images.reshape(len(part), -1) / 255.0 for part in (train, held_out))
+    real, test = (part.array().reshape(len(part), -1) / 255.0 for part in (train, held_out))
     classifier = SVC().fit(real, train.labels)
     assert classifier.score(test, held_out.labels) > 0.97
     usual = np.quantile(distances_to_class(test, classifier.predict(test), real, train.labels), 0.95)

@@ -13,7 +13,7 @@ import torch
 from multistage_diffusion.config import CodecConfig, RunConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override
-from multistage_diffusion.data import to_uint8
+from multistage_diffusion.data import ImageData, to_uint8
 from multistage_diffusion.evaluation import frechet_distance, get_features
 from multistage_diffusion.stage_finding import StageSettings, compute_stages
 from multistage_diffusion.training.checkpoint import load_tensors
@@ -113,7 +113,7 @@ def encoded(config: RunConfig, tmp_path: Path, part) -> torch.Tensor:
     """Encode images without our code."""
     model = diffusers.AutoencoderKL.from_pretrained(tmp_path / "codec").eval()
     with torch.no_grad():
-        return model.encode(torch.from_numpy(part.images).float() / 127.5 - 1).latent_dist.mean
+        return model.encode(torch.from_numpy(part.array()).float() / 127.5 - 1).latent_dist.mean
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(config: RunConfig, tmp_path: Path) -> None:
@@ -152,9 +152,10 @@ def test_flips_are_of_the_images(config: RunConfig, tmp_path: Path) -> None:
     train(override(config, {"training.flip": True}), tmp_path / "run", callbacks=[Watch()])  # type: ignore[list-item]
     (source,) = seen
     training, _ = Run(tmp_path / "run").data().split(0.1)
-    mirrored = dataclasses.replace(training, images=training.images[..., ::-1].copy())
+    mirrored = ImageData(training.array()[..., ::-1].copy(), None, "mirrored")
     scale = Run(tmp_path / "run").config().codec.scale
-    torch.testing.assert_close(source.mirrored, encoded(config, tmp_path, mirrored) * scale, rtol=1e-4, atol=1e-4)
+    found = torch.from_numpy(source.mirrored.rows(np.arange(len(training))))
+    torch.testing.assert_close(found, encoded(config, tmp_path, mirrored) * scale, rtol=1e-4, atol=1e-4)
 
 
 def test_samples_are_decoded_latents(config: RunConfig, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from multistage_diffusion.config import CodecConfig
 from multistage_diffusion.data import open_data, to_float
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation.likelihood import likelihood
+from multistage_diffusion.latent.latents import LatentData
 from multistage_diffusion.schedules import Discrete, LogNormal, UniformSteps, UniformTime
 from multistage_diffusion.workflow import likelihood as likelihood_module
 from multistage_diffusion.workflow.likelihood import measure_likelihood, noise_range
@@ -23,7 +24,7 @@ from multistage_diffusion.workflow.train import train
 @pytest.fixture(scope="module", name="run")
 def fixture_run(tmp_path_factory, tiny_config, tiny_data):
     folder = tmp_path_factory.mktemp("likelihood")
-    np.save(folder / "images.npy", tiny_data(40).images[:, 0])
+    np.save(folder / "images.npy", tiny_data(40).array()[:, 0])
     config = tiny_config(data__source=str(folder / "images.npy"), data__held_out=0.5, training__steps=2)
     return train(config, folder / "run", device="cpu")
 
@@ -33,7 +34,7 @@ def test_it_is_the_bound_of_the_held_out_images(run):
     config = run.config()
     _, held_out = open_data(config.data.source).split(config.data.held_out)
     low, high = noise_range(config)
-    exact = likelihood(run.denoiser(), to_float(held_out.images), config.stages, low, high, draws=2, seed=5).result()
+    exact = likelihood(run.denoiser(), to_float(held_out.array()), config.stages, low, high, draws=2, seed=5).result()
     assert found == exact
     assert found.unit == "bits/dim"
     assert found.rows == len(held_out)
@@ -96,14 +97,9 @@ def test_latents_have_nats_and_no_reconstruction(run, monkeypatch):
     latents = torch.randn(20, *config.data.shape, generator=torch.Generator().manual_seed(0))
     seen = []
 
-    class Latents:
-        pass
-
     def cached(codec, images, *, scale, device):
         seen.append((codec, len(images), scale))
-        found = Latents()
-        found.latents = latents[: len(images)]
-        return found, scale
+        return LatentData(latents[: len(images)], None, None, "latents"), scale
 
     module = "multistage_diffusion.workflow.likelihood"
     monkeypatch.setattr(f"{module}.cached_latents", cached)

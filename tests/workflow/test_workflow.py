@@ -225,9 +225,9 @@ def test_an_edited_configuration_is_refused(copy: Run) -> None:
 
 def test_other_data_are_refused_and_moved_data_are_not(tmp_path: Path) -> None:
     data = images(40, 1, 8, 8)
-    np.save(tmp_path / "old.npy", data.images)
+    np.save(tmp_path / "old.npy", data.array())
     run = train(tiny(data__source=str(tmp_path / "old.npy")), tmp_path / "run")
-    np.save(tmp_path / "other.npy", data.images[::-1])
+    np.save(tmp_path / "other.npy", data.array()[::-1])
     with pytest.raises(ValueError, match=r"data.fingerprint=.* is recorded"):
         resume(run.path, {"data.source": str(tmp_path / "other.npy")})
     (tmp_path / "old.npy").rename(tmp_path / "new.npy")
@@ -391,9 +391,9 @@ def test_what_cannot_be_compared_is_refused_before_sampling(
         raise AssertionError("sampled")
 
     monkeypatch.setattr("multistage_diffusion.workflow.evaluate.sample", refuse)
-    np.save(tmp_path / "few.npy", images(20, 1, 8, 8).images)
-    np.save(tmp_path / "colour.npy", images(20, 3, 8, 8).images)
-    np.save(tmp_path / "wide.npy", images(20, 1, 8, 16).images)
+    np.save(tmp_path / "few.npy", images(20, 1, 8, 8).array())
+    np.save(tmp_path / "colour.npy", images(20, 3, 8, 8).array())
+    np.save(tmp_path / "wide.npy", images(20, 1, 8, 16).array())
     for source, held_out, message in (
         ("few.npy", 0.1, r"\d held-out images are too few to compare: need more than 3 of each"),
         ("colour.npy", 0.3, "data: images of 3 x 8 x 8"),

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from tyro.conf import Positional
 
 from ..config import DataConfig
@@ -15,7 +14,7 @@ from ..console import Bar
 from ..errors import UserError
 from ..latent.codec_training import CodecSettings
 from ..workflow.codec import train_codec
-from .options import DataOptions, Device, option, print_json, say
+from .options import DataOptions, Device, data_option, option, print_json, say
 
 _DEFAULTS = CodecSettings()
 
@@ -33,8 +32,7 @@ class TrainCodec(DataOptions):
       msdiff train-codec photos/ --size 128 128 --fit crop --factor 8 --width 64 --out codecs/photos --resume
     """
 
-    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
-    """digits, fashion-mnist[:FOLDER], a folder or .zip of images, .npy or .npz"""
+    data: Annotated[Positional[str], data_option()]
     out: Annotated[Path, option("FOLDER")]
     """The codec's folder."""
     latent_channels: int = _DEFAULTS.latent_channels

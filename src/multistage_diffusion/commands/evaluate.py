@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from tyro.conf import Positional
 
 from ..config import DataConfig
@@ -20,7 +19,18 @@ from ..evaluation.likelihood import Estimate, LikelihoodResult
 from ..training.run import Run
 from ..workflow.evaluate import KEPT, NotKeptError, compare, evaluate, statistics
 from ..workflow.likelihood import measure_likelihood
-from .options import DataOptions, Device, RunFolder, SamplerOptions, check_out, option, print_json, refuse_own_data, say
+from .options import (
+    DataOptions,
+    Device,
+    RunFolder,
+    SamplerOptions,
+    check_out,
+    data_option,
+    option,
+    print_json,
+    refuse_own_data,
+    say,
+)
 
 Features = Annotated[str, option("FEATURES", "pixels")]
 
@@ -151,8 +161,7 @@ class Stats(DataOptions):
       msdiff stats cifar10:data/ --features inception --part all --out cifar10.npz
     """
 
-    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
-    """digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy or .npz"""
+    data: Annotated[Positional[str], data_option()]
     out: Annotated[Path, option("FILE")]
     """Where to write the statistics (.npz)."""
     features: Features = "pixels"

@@ -15,6 +15,7 @@ import tyro
 from ..config import DataConfig, RunConfig, SamplingConfig
 from ..config.sampling import SOLVERS, SPACINGS
 from ..config.serialization import from_dict, override, read_json
+from ..data.sources import forms
 from ..errors import UserError
 from ..evaluation import agree
 from ..files import refuse_special
@@ -32,6 +33,12 @@ def option(metavar: str, default: str = "") -> Any:
 def one_of(names: Iterable[str]) -> str:
     """Return the metavar of an option that takes one of these names."""
     return f"{{{','.join(names)}}}"
+
+
+def data_option(default: str = "") -> Any:
+    """Return the display of DATA in help: how each source is written."""
+    hint = f"(default: {default})" if default else None
+    return tyro.conf.arg(metavar="DATA", help=forms(), help_behavior_hint=hint)
 
 
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="RUN", metavar="RUN")]

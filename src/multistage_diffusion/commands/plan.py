@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from tyro.conf import Positional
 
 from ..config import RunConfig
@@ -18,7 +17,18 @@ from ..errors import UserError
 from ..planning import PlannedStage
 from ..stage_finding import StageResult
 from ..workflow.plan import Planned, explained_file, plan
-from .options import Changes, DataOptions, Device, check_out, dotted_changes, load_config, option, print_json, say
+from .options import (
+    Changes,
+    DataOptions,
+    Device,
+    check_out,
+    data_option,
+    dotted_changes,
+    load_config,
+    option,
+    print_json,
+    say,
+)
 
 
 @dataclass(kw_only=True)
@@ -34,8 +44,7 @@ class Plan(DataOptions):
       msdiff plan fashion-mnist --stages stages.json --set training.batch=64
     """
 
-    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
-    """digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy or .npz"""
+    data: Annotated[Positional[str], data_option()]
     preset: Annotated[str | None, option("NAME", "the preset of the same name as DATA")] = None
     """The preset that gives encoder, depth, noise and training; msdiff presets lists them."""
     config: Annotated[Path | None, option("FILE")] = None

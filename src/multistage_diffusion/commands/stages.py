@@ -19,7 +19,7 @@ from ..schedules import SCHEDULES
 from ..stage_finding import StageResult, StageSettings
 from ..workflow.clustering import find_stages_by_gradients
 from ..workflow.stages import find_stages
-from .options import DataOptions, Device, check_out, one_of, option, print_json, say
+from .options import DataOptions, Device, check_out, data_option, one_of, option, print_json, say
 
 _DEFAULTS = StageSettings()
 
@@ -39,8 +39,7 @@ class FindStages(DataOptions):
       msdiff stages --algorithm gradient --run runs/one-stage --stages 3 --out gradient.json
     """
 
-    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")] = ""
-    """digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy or .npz"""
+    data: Annotated[Positional[str], data_option()] = ""
     out: Path = Path("stages.json")
     """File of the result."""
     algorithm: Literal[1, 2, "timestep", "snr", "gradient"] = _DEFAULTS.algorithm

@@ -20,7 +20,7 @@ from ..training.strategies import Strategy
 from ..training.trainer import Trainer
 from ..workflow.resume import resume
 from ..workflow.train import train
-from .options import Changes, DataOptions, Device, dotted_changes, load_config, option, say
+from .options import Changes, DataOptions, Device, data_option, dotted_changes, load_config, option, say
 
 
 @dataclass(kw_only=True)
@@ -46,8 +46,7 @@ class Train(DataOptions):
     """The preset; msdiff presets lists them, msdiff describe NAME shows one."""
     config: Annotated[Path | None, option("FILE")] = None
     """A configuration file instead of a preset: JSON or YAML, e.g. the config.json of a run."""
-    data: Annotated[str | None, option("DATA", "the preset's")] = None
-    """digits, fashion-mnist[:FOLDER], cifar10:FOLDER, hf:NAME[:SPLIT], a folder or .zip of images, .npy or .npz"""
+    data: Annotated[str | None, data_option("the preset's")] = None
     stages: Annotated[Path | None, option("FILE", "the preset's")] = None
     """The stages.json of msdiff stages."""
     codec: Annotated[str | None, option("CODEC", "the preset's; most presets train on pixels")] = None

@@ -1,4 +1,4 @@
-"""Data sets: uint8 images from several kinds of sources, and an analytic Gaussian mixture for exact tests."""
+"""Data sets: uint8 images, read by index from several kinds of sources; an analytic Gaussian mixture."""
 
 from .dataset import ImageData, to_float, to_uint8
 from .mixture import GaussianMixture

@@ -23,9 +23,7 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -
         raise UserError("it is encrypted; unpack the archive with its password and give the folder")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         # a few hundred bytes of bzip2 can become a gigabyte, which zipfile unpacks before it checks the stated length
-        raise UserError(
-            f"it is compressed by method {member.compress_type}, not deflate; make the archive again without"
-        )
+        raise UserError(f"it is compressed by method {member.compress_type}; make the archive again with deflate")
     require_length(member.file_size, limit)
     content = bytearray()
     with archive.open(member) as file:
@@ -41,4 +39,4 @@ def require_inflatable(claimed: int, compressed: int) -> None:
         UserError: if they cannot.
     """
     if claimed > _MOST_INFLATED * compressed + 1024:
-        raise UserError(f"it claims to hold {claimed} bytes, more than its {compressed} compressed bytes can become")
+        raise UserError(f"it claims {claimed} bytes, more than its {compressed} compressed bytes can become")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,63 +14,51 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .rows import LabelledRows, Rows, View, as_rows, chunks
 
 _CHUNK_BYTES = 1 << 24
 _MAX_CLASSES = 1 << 16
 
 
-@dataclass(frozen=True, eq=False)
-class ImageData:
-    """A data set of images of one size.
+class ImageData(LabelledRows):
+    """A data set of uint8 images of one size, read by index.
 
-    Attributes:
-        images: uint8 (N, C, H, W); may be a memory map.
-        labels: class numbers from 0, int64 (N,), or None.
+    Subsets and splits are views: they read from the same storage.
+
+    Args:
+        images: an array (N, C, H, W), in memory or mapped, or any other `Rows` of uint8 images.
+        labels: class numbers from 0, any integer type, (N,), or None.
         name: the source it was opened from; starts every error message.
         class_names: one name per class; default: the class numbers.
         content: (height, width) of the centred unpadded part, if all images were padded from one size; else None.
-        passed_over: number of unused files beside the images, by reason.
+        skipped: number of unused files beside the images, by reason.
+
+    Attributes:
+        labels: int64 (N,), or None.
 
     Raises:
         UserError: if pixels or labels have another type, shape or range.
     """
 
-    images: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.int64] | None
-    name: str
-    class_names: tuple[str, ...] = ()
-    content: tuple[int, int] | None = None
-    passed_over: Mapping[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.images.dtype != np.uint8 or self.images.ndim != 4:
-            raise UserError(
-                f"{self.name}: images must be uint8 (N, C, H, W), not {self.images.dtype} of shape {self.images.shape}"
-            )
-        if self.labels is None:
-            if self.class_names:
-                raise UserError(f"{self.name}: class_names={self.class_names} without labels; give labels too")
-            return
-        object.__setattr__(self, "labels", _checked_labels(self.labels, len(self.images), self.name))
-        largest = int(self.labels.max(initial=-1))
-        if not self.class_names:
-            object.__setattr__(self, "class_names", tuple(str(label) for label in range(largest + 1)))
-        if largest >= len(self.class_names):
-            raise UserError(f"{self.name}: label {largest} has no name among the {len(self.class_names)} class_names")
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of every image."""
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, 0 without labels; a subset keeps the number of the full data set."""
-        return len(self.class_names)
+    def __init__(
+        self,
+        images: Rows | npt.NDArray[np.uint8],
+        labels: npt.NDArray[np.integer[Any]] | None,
+        name: str,
+        class_names: tuple[str, ...] = (),
+        content: tuple[int, int] | None = None,
+        skipped: Mapping[str, int] | None = None,
+    ) -> None:
+        if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4):
+            raise UserError(f"{name}: images must be uint8 (N, C, H, W), not {images.dtype} of shape {images.shape}")
+        if labels is None:
+            if class_names:
+                raise UserError(f"{name}: class_names={class_names} without labels; give labels too")
+            super().__init__(as_rows(images), None, name, ())
+        else:
+            checked = _checked_labels(labels, len(images), name)
+            super().__init__(as_rows(images), checked, name, _class_names(checked, class_names, name))
+        self.content, self.skipped = content, dict(skipped or {})
 
     def describe(self) -> str:
         """Return one line with the image count, class count, size, grey or colour, and the unused files."""
@@ -81,36 +69,33 @@ class ImageData:
             f"{height} x {width}",
             "grey" if channels == 1 else "colour",
         ]
-        if self.passed_over:
-            why = ", ".join(f"{count} {reason}" for reason, count in self.passed_over.items())
-            parts.append(f"{sum(self.passed_over.values())} passed over ({why})")
+        if self.skipped:
+            why = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+            parts.append(f"{sum(self.skipped.values())} files skipped ({why})")
         return f"{self.name}: {', '.join(parts)}"
+
+    def chunks(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """Yield all images in order, as arrays (n, C, H, W) of about 16 MiB."""
+        return chunks(self.storage, max(1, _CHUNK_BYTES // max(1, math.prod(self.shape))))
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the shape, the pixels and the labels (without `name`, `class_names` and `content`)."""
-        digest = hashlib.sha256(repr(self.images.shape).encode())
-        rows = max(1, _CHUNK_BYTES // max(1, int(np.prod(self.shape))))
-        for start in range(0, len(self), rows):
-            digest.update(self.images[start : start + rows].tobytes())
+        digest = hashlib.sha256(repr((len(self), *self.shape)).encode())
+        for images in self.chunks():
+            digest.update(images.reshape(-1).data)
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def tensor(self) -> Tensor:
-        """Return the images as a uint8 tensor that shares their memory; do not write to it."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            return torch.from_numpy(self.images)
-
     def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> ImageData:
-        """Return the images at the given indices, in that order, copied into memory."""
-        index = np.asarray(indices, dtype=np.int64)
+        """Return a view of the images at the given indices, in that order."""
+        index = self._index(indices)
         labels = None if self.labels is None else self.labels[index]
-        return ImageData(np.asarray(self.images[index]), labels, self.name, self.class_names, self.content)
+        return ImageData(View(self.storage, index), labels, self.name, self.class_names, self.content)
 
     def split(self, held_out: float) -> tuple[ImageData, ImageData]:
-        """Return (train, held-out) data.
+        """Return (train, held-out) data as views.
 
         An image is held out if the hash of its pixels and shape, mapped to [0, 1), is below held_out. Equal images are
         therefore on the same side. Order, file names and other images have no effect.
@@ -125,7 +110,7 @@ class ImageData:
             raise UserError(f"data.held_out={held_out} must be in [0, 1)")
         if held_out == 0:
             return self, self.subset([])
-        below = np.array([_position(image) < held_out for image in self.images], dtype=bool)
+        below = self._positions < held_out
         if below.all() or not below.any():
             side = "training" if len(self) and below.all() else "held-out"
             raise UserError(
@@ -134,18 +119,28 @@ class ImageData:
             )
         return self.subset(np.flatnonzero(~below)), self.subset(np.flatnonzero(below))
 
+    @cached_property
+    def _positions(self) -> npt.NDArray[np.float64]:
+        """Position of each image in [0, 1), float64 (N,)."""
+        return np.fromiter((_position(image) for part in self.chunks() for image in part), np.float64, len(self))
 
-def _checked_labels(labels: npt.NDArray[np.int64], count: int, name: str) -> npt.NDArray[np.int64]:
+
+def _checked_labels(labels: npt.NDArray[np.integer[Any]], count: int, name: str) -> npt.NDArray[np.int64]:
     if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
-        raise UserError(
-            f"{name}: labels must be whole numbers of shape (N,), not {labels.dtype} of shape {labels.shape}"
-        )
+        raise UserError(f"{name}: labels must be integers of shape (N,), not {labels.dtype} of shape {labels.shape}")
     if len(labels) != count:
         raise UserError(f"{name}: {len(labels)} labels for {count} images; give one per image")
     if count and not 0 <= labels.min() <= labels.max() < _MAX_CLASSES:
         wrong = labels.min() if labels.min() < 0 else labels.max()
         raise UserError(f"{name}: label {wrong} is not in 0..{_MAX_CLASSES - 1}; number the classes from 0")
     return labels.astype(np.int64, copy=False)
+
+
+def _class_names(labels: npt.NDArray[np.int64], names: tuple[str, ...], name: str) -> tuple[str, ...]:
+    largest = int(labels.max(initial=-1))
+    if names and largest >= len(names):
+        raise UserError(f"{name}: label {largest}, but {len(names)} class_names; labels count from 0")
+    return names or tuple(str(label) for label in range(largest + 1))
 
 
 def _position(image: npt.NDArray[np.uint8]) -> float:

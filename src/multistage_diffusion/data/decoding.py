@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..config.run import MAX_PIXELS
 from ..errors import UserError
-from ..progress import Progress
-from .fitting import Fit, fit_image, padded_content, reachable, require_pixels, wrong_size
+from .fitting import fit_image, padded_content, reachable, require_pixels, wrong_size
 from .opening import decode, one_line
+from .options import Fit, Options
 
 Pixels = npt.NDArray[np.uint8]
 Size = tuple[int, int]  # height, width
@@ -33,13 +32,13 @@ class Decoded:
         images: uint8 (N, C, H, W), C = 1 if all are grey, else 3.
         kept: indices of their files, int64 (N,), ascending.
         content: as in `ImageData`.
-        passed_over: number of the other files, by reason.
+        skipped: number of the other files, by reason.
     """
 
     images: Pixels
     kept: npt.NDArray[np.int64]
     content: Size | None
-    passed_over: dict[str, int]
+    skipped: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -52,37 +51,24 @@ class _Loaded:
     brightest: int | None
 
 
-def decode_all(
-    source: str,
-    names: Sequence[str],
-    read: Callable[[int], bytes],
-    *,
-    size: Size | None = None,
-    fit: Fit = "exact",
-    skip_bad: bool = False,
-    max_pixels: int = MAX_PIXELS,
-    progress: Progress | None = None,
-) -> Decoded:
+def decode_all(source: str, names: Sequence[str], read: Callable[[int], bytes], options: Options) -> Decoded:
     """Decode image files and bring them to one size.
 
     Args:
         source: data set of the files; starts every error message.
         names: name of each file in messages.
         read: returns the bytes of the file with a given index; called from several threads.
-        size: target (height, width); None keeps the original size, which must then be the same for all images.
-        fit: how to reach size, see `fit_image`.
-        skip_bad: skip unreadable files with one warning instead of raising.
-        max_pixels: images with more pixels count as unreadable.
-        progress: called with (files read, total files).
+        options: how images are read. Without a size, all images must have the same.
 
     Raises:
         UserError: if an image is unreadable, differs in size or cannot reach the size (naming the file), or if no image
             is readable.
     """
+    size, fit = options.size, options.fit
 
     def load(number: int) -> _Loaded | str:
         try:
-            decoded = decode(read(number), max_pixels)
+            decoded = decode(read(number), options.max_pixels)
             image, found = decoded.image, (decoded.image.height, decoded.image.width)
             # an image that cannot reach the size is not a bad file: _check_size raises, skip_bad never skips it
             fitted = image if size is None or not reachable(found, size, fit) else fit_image(image, size, fit)
@@ -103,10 +89,10 @@ def decode_all(
             for number, result in zip(block, pool.map(load, block), strict=True):
                 if isinstance(result, str):
                     bad.append(f"{names[number]} ({result})")
-                    if not skip_bad:
+                    if not options.skip_bad:
                         raise UserError(
-                            f"{source}: {names[number]} cannot be read ({result}); mend or remove it, or go on without "
-                            f"such files with --skip-bad"
+                            f"{source}: {names[number]} cannot be read ({result}); repair or remove it, or add "
+                            f"--skip-bad to skip such files"
                         )
                     continue
                 if not loaded:
@@ -117,8 +103,8 @@ def decode_all(
                 _check_size(source, names[number], result.found, size, fit, sizes)
                 several += [names[number]] if result.several else []
                 brightest += [] if result.brightest is None else [result.brightest]
-            if progress is not None:
-                progress(block.stop, len(names))
+            if options.progress is not None:
+                options.progress(block.stop, len(names))
     if not loaded:
         raise UserError(f"{source}: none of its {len(names)} images can be read; the first is {bad[0]}")
     if bad:
@@ -126,14 +112,14 @@ def decode_all(
     _warn_of_several(source, several)
     _warn_of_dark(source, brightest)
     kept = np.array(list(loaded), np.int64)
-    passed_over = {UNREADABLE: len(bad)} if bad else {}
-    return Decoded(_stack(loaded), kept, padded_content(sizes, size, fit), passed_over)
+    skipped = {UNREADABLE: len(bad)} if bad else {}
+    return Decoded(_stack(loaded), kept, padded_content(sizes, size, fit), skipped)
 
 
 def _warn_of_several(source: str, names: Sequence[str]) -> None:
     if names:
         warnings.warn(
-            f"{source}: {len(names)} files hold several images (frames or pages), of which the first is used; the first "
+            f"{source}: {len(names)} files contain several images (frames or pages); the first of each is used; the first "
             f"such file is {names[0]}",
             stacklevel=5,
         )
@@ -144,9 +130,8 @@ def _warn_of_dark(source: str, brightest: Sequence[int]) -> None:
     bits = max(brightest, default=1 << 16).bit_length()
     if bits <= _FEWER_BITS:
         warnings.warn(
-            f"{source}: {len(brightest)} images are stored in 16 bits, but none has a value above {max(brightest)}, so no "
-            f"pixel is brighter than {max(brightest) // 257} of 255; if they are {bits}-bit data, save them multiplied by "
-            f"{1 << (16 - bits)}",
+            f"{source}: no value of its {len(brightest)} 16-bit images is above {max(brightest)}, which is "
+            f"{max(brightest) // 257} of 255 in 8 bits; if they hold {bits}-bit data, multiply them by {1 << (16 - bits)}",
             stacklevel=5,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +10,10 @@ from PIL import Image
 
 from ..errors import UserError
 from ..memory import require_memory
+from .options import Fit
+from .rows import Rows, chunks
 
-Fit = Literal["exact", "crop", "resize", "pad"]
+_AT_ONCE = 64  # images read at a time
 
 
 def reachable(found: tuple[int, int], size: tuple[int, int], fit: Fit) -> bool:
@@ -49,24 +50,20 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Imag
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def fit_array(
-    images: npt.NDArray[np.uint8], size: tuple[int, int] | None, fit: Fit, name: str
-) -> npt.NDArray[np.uint8]:
-    """Convert images (N, C, H, W), C = 1 or 3, to size; return them unchanged (memory maps, too) if they have it.
+def fit_rows(images: Rows, size: tuple[int, int], fit: Fit, name: str) -> npt.NDArray[np.uint8]:
+    """Convert images with C = 1 or 3 to size = (height, width); return a new array (N, C, height, width).
 
     Raises:
-        UserError: if fit is "exact" and the size differs, or "pad" and the images are larger.
+        UserError: if fit is "exact" and the size differs, "pad" and the images are larger, or memory is too small.
     """
-    found: tuple[int, int] = (images.shape[2], images.shape[3])
-    if size is None or found == tuple(size):
-        return images
-    if not reachable(found, size, fit):
-        raise wrong_size(name, "its images", found, size, fit)
-    require_pixels(len(images), images.shape[1], size)
-    fitted = np.empty((*images.shape[:2], *size), np.uint8)
-    for row, image in zip(fitted, images, strict=True):
+    channels, height, width = images.shape
+    if not reachable((height, width), size, fit):
+        raise wrong_size(name, "its images", (height, width), size, fit)
+    require_pixels(len(images), channels, size)
+    fitted = np.empty((len(images), channels, *size), np.uint8)
+    for row, image in zip(fitted, (image for part in chunks(images, _AT_ONCE) for image in part), strict=True):
         for plane, source in zip(row, image, strict=True):
-            plane[:] = np.asarray(fit_image(Image.fromarray(np.ascontiguousarray(source)), size, fit))
+            plane[:] = np.asarray(fit_image(Image.fromarray(source), size, fit))
     return fitted
 
 
@@ -99,5 +96,5 @@ def wrong_size(name: str, what: str, found: tuple[int, int], size: tuple[int, in
             f"--size, or --fit crop or --fit resize"
         )
     return UserError(
-        f"{sizes} instead of data.size={size[0]}x{size[1]}; add --fit crop, --fit resize or (smaller images) --fit pad"
+        f"{sizes}, not data.size={size[0]}x{size[1]}; add --fit crop, --fit resize or (smaller images) --fit pad"
     )

@@ -36,7 +36,7 @@ def find_labels(
         content = read(listing, LISTING_LIMIT)
     except Exception as error:  # zipfile raises many exception types on broken files
         raise UserError(
-            f"{source}: {listing} cannot be read ({one_line(error)}); mend it, or remove it to take classes from sub-folders"
+            f"{source}: {listing} cannot be read ({one_line(error)}); repair it, or remove it to use sub-folders as classes"
         ) from None
     return _listed_labels(f"{source}: {listing}", posixpath.dirname(listing), images, content), ()
 
@@ -48,11 +48,11 @@ def _one_above_all(source: str, images: Sequence[str], listings: Sequence[str]) 
         outside = next((name for name in images if folder and not name.startswith(f"{folder}/")), None)
         if outside is not None:
             raise UserError(
-                f"{source}: {listing} is not in a folder that holds all images (not {outside}), so what it labels is "
-                "unclear; move it to the images' common folder, or remove it"
+                f"{source}: {listing} is not in a folder that contains all images ({outside} is outside); move it to the "
+                "images' common folder, or remove it"
             )
     if len(listings) > 1:
-        raise UserError(f"{source}: holds {' and '.join(listings[:3])}; keep the one that labels the images")
+        raise UserError(f"{source}: contains {' and '.join(listings[:3])}; keep the one that labels the images")
     return listings[0]
 
 
@@ -76,7 +76,7 @@ def _listed_labels(where: str, folder: str, images: Sequence[str], content: byte
         pairs = [_pair(entry) for entry in _list(entries)]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f'{where} must hold {{"labels": [["path", class], ...]}} or {{"labels": null}} ({one_line(error)})'
+            f'{where} must be {{"labels": [["path", class], ...]}} or {{"labels": null}} ({one_line(error)})'
         ) from None
     table: dict[str, Any] = {}
     for name, label in pairs:
@@ -89,7 +89,7 @@ def _listed_labels(where: str, folder: str, images: Sequence[str], content: byte
             raise UserError(f"{where} has no label for {name}; add it, or remove the image")
         label = table[name]
         if type(label) is not int or not -_LABEL_LIMIT < label < _LABEL_LIMIT:
-            raise UserError(f"{where} labels {name} {str(label)[:40]}; labels must be whole numbers from 0")
+            raise UserError(f"{where}: label of {name} is {str(label)[:40]}; labels must be integers from 0")
     return [table[name] for name in images]
 
 
@@ -102,17 +102,17 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in found if keys.count(key) > 1)!r} is there twice")
+        raise ValueError(f"duplicate key {next(key for key in found if keys.count(key) > 1)!r}")
     return found
 
 
 def _list(entries: Any) -> list[Any]:
     if not isinstance(entries, list):
-        raise TypeError(f"labels is {str(entries)[:40]}")
+        raise TypeError(f"labels is no list: {str(entries)[:40]}")
     return entries
 
 
 def _pair(entry: Any) -> tuple[str, Any]:
     if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
-        raise TypeError(f"one of the labels is {str(entry)[:40]}")
+        raise TypeError(f"no [path, class] pair: {str(entry)[:40]}")
     return entry[0], entry[1]

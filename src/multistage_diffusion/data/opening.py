@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from ..config.run import MAX_PIXELS
@@ -54,6 +53,7 @@ FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 _LINE = 200  # characters; zipfile, for example, quotes whole members
 _ORIENTATION, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0112, 0x0106, 0x0153  # tags of EXIF and TIFF
 _SIGNED = 2  # a value of _SAMPLE_FORMAT
+_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -75,8 +75,9 @@ class Decoded:
     Attributes:
         image: 8-bit grey ("L") or colour ("RGB"), upright, transparent parts white.
         several: whether the file holds further images (frames of an animation, pages).
-        brightest: the largest value of a 16-bit image; None for fewer bits. If Pillow keeps only the upper bytes (as
-            for colour), it is 256 * byte + 255 for the largest byte, after transparent parts became white.
+        brightest: the largest value, of any channel, of the visible pixels of a 16-bit image (not of those that are
+            fully transparent); None for fewer bits, or if no pixel is visible. If Pillow keeps only the upper bytes (as
+            for colour), it is 256 * byte + 255 for the largest byte.
     """
 
     image: Image.Image
@@ -107,7 +108,7 @@ def open_image(source: bytes | Path, formats: Sequence[str] = FORMATS, max_pixel
     pixels = image.width * image.height
     if pixels > max_pixels:
         raise UserError(
-            f"it has {pixels} pixels, more than data.max_pixels={max_pixels}; admit it with --max-pixels {pixels}"
+            f"it has {pixels} pixels, more than data.max_pixels={max_pixels}; allow it with --max-pixels {pixels}"
         )
     return image
 
@@ -131,7 +132,7 @@ def load_png(source: bytes | Path, name: str, mend: str) -> Image.Image:
             image.load()
         return _eight_bits(image)
     except Exception as error:  # Pillow raises many exception types on damaged files
-        raise UserError(f"{name}: is no readable PNG picture ({one_line(error)}); {mend}") from None
+        raise UserError(f"{name}: is not a readable PNG image ({one_line(error)}); {mend}") from None
 
 
 def one_line(error: Exception) -> str:
@@ -179,25 +180,17 @@ def decode(content: bytes, max_pixels: int) -> Decoded:
         _load(image)
     _require_known_range(image)
     upright = _upright(image)
-    brightest: int | None = None
     if upright.mode.startswith("I"):
-        values = _sixteen_bits(upright, image)
-        brightest = int(values.max())
-        pixels = ((values * 255 + 32767) // 65535).astype(np.uint8)
-        clear = image.info.get("transparency")
-        if isinstance(clear, int):  # one value that is transparent
-            pixels[values == clear] = 255
-        eight = Image.fromarray(pixels)
-    else:
-        if deep and isinstance(image.info.get("transparency"), tuple):
-            raise UserError(
-                "it has 16-bit colours of which one is transparent; convert it to 8 bits, or to an alpha channel"
-            )
-        eight = _eight_bits(upright)
-        eight = eight.convert("L") if grey else eight
-        if deep:  # Pillow kept only the upper byte of each value
-            brightest = int(np.asarray(eight).max()) * 256 + 255
-    return Decoded(eight, several, brightest)
+        eight, brightest = _from_sixteen_bits(upright, image)
+        return Decoded(eight, several, brightest)
+    if deep and isinstance(image.info.get("transparency"), tuple):
+        raise UserError(
+            "it has 16-bit colours with one transparent colour; convert it to 8 bits, or to an alpha channel"
+        )
+    eight = _eight_bits(upright)
+    eight = eight.convert("L") if grey else eight
+    brightest = _largest_byte(upright, eight) if deep else None  # Pillow kept only the upper byte of each value
+    return Decoded(eight, several, None if brightest is None else brightest * 256 + 255)
 
 
 def _load(image: Image.Image) -> None:
@@ -224,8 +217,8 @@ def _require_known_range(image: Image.Image) -> None:
         or (image.mode == "I" and image.format not in ("PNG", "PPM"))
         or _SIGNED in _sample_formats(image)
     ):
-        numbers = "floating-point numbers" if image.mode == "F" else "signed or 32-bit whole numbers"
-        raise UserError(f"its pixels are {numbers}, whose range is a guess; convert them to 8 bits (0..255)")
+        numbers = "floating-point numbers" if image.mode == "F" else "signed or 32-bit integers"
+        raise UserError(f"its pixels are {numbers} of unknown range; convert them to 8 bits (0..255)")
 
 
 def _sample_formats(image: Image.Image) -> tuple[int, ...]:
@@ -235,18 +228,36 @@ def _sample_formats(image: Image.Image) -> tuple[int, ...]:
     return tuple(found) if isinstance(found, tuple) else (found,)
 
 
-def _sixteen_bits(image: Image.Image, opened: Image.Image) -> npt.NDArray[np.uint32]:
+def _from_sixteen_bits(image: Image.Image, opened: Image.Image) -> tuple[Image.Image, int | None]:
+    """Return a 16-bit grey image in 8 bits, and the largest of its visible values; None if no value is visible."""
     values = np.asarray(image).astype(np.uint32)
     tags = getattr(opened, "tag_v2", None)
     if tags is not None and tags.get(_PHOTOMETRIC) == 0:  # 0 is white; Pillow inverts only 8 bits
         values = 65535 - values
-    return values
+    clear = opened.info.get("transparency")  # one value that is transparent
+    visible = values != clear if isinstance(clear, int) else np.ones(values.shape, bool)
+    pixels = np.where(visible, (values * 255 + 32767) // 65535, 255).astype(np.uint8)
+    return Image.fromarray(pixels), int(values[visible].max()) if visible.any() else None
+
+
+def _largest_byte(image: Image.Image, eight: Image.Image) -> int | None:
+    """Return the largest byte of the pixels that are not fully transparent; None if there is none.
+
+    Args:
+        image: the decoded image, perhaps with an alpha channel.
+        eight: the same without alpha.
+    """
+    if image.mode not in _WITH_ALPHA:
+        return int(np.asarray(eight).max())
+    pixels = np.asarray(image.convert("RGBA"))
+    visible = pixels[pixels[..., 3] > 0]
+    return int(visible[:, :3].max()) if len(visible) else None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     grey = image.mode in ("1", "L", "LA", "La")
     palette = image.mode in ("P", "PA")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.mode in _WITH_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if grey else "RGB")

@@ -11,7 +11,7 @@ from .opening import SUFFIXES, supported
 
 LISTING = "dataset.json"
 
-HIDDEN, OTHERS, UNSUPPORTED = "hidden or of the system", "not images", "of formats that this Pillow lacks"
+HIDDEN, OTHERS, UNSUPPORTED = "hidden or system files", "not images", "in formats that this Pillow cannot read"
 
 # Files and folders that operating systems and network storage create, in lower case.
 _SYSTEM = frozenset(
@@ -43,12 +43,12 @@ class Sorted:
     Attributes:
         images: paths of image files, sorted.
         listings: paths of files named dataset.json, sorted.
-        passed_over: number of the other files, by reason.
+        skipped: number of the other files, by reason.
     """
 
     images: list[str]
     listings: list[str]
-    passed_over: dict[str, int]
+    skipped: dict[str, int]
 
 
 def of_the_system(name: str) -> bool:
@@ -84,7 +84,7 @@ def sort_out(source: str, names: Iterable[str]) -> Sorted:
             kinds = Counter(_suffix(name) or "no suffix" for name in found).most_common(5)
             told = ", ".join(f"{count} {kind}" for kind, count in kinds)
             warnings.warn(
-                f"{source}: passed over {len(found)} files that are {reason} ({told}); the first is {min(found)}",
+                f"{source}: skipped {len(found)} files, {reason} ({told}); the first is {min(found)}",
                 stacklevel=4,
             )
     counts = {HIDDEN: len(hidden), **{reason: len(found) for reason, found in others.items()}}

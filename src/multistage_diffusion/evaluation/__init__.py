@@ -10,6 +10,7 @@ from .metrics import (
     frechet_distance,
     memorisation,
     nearest,
+    nearest_image,
     precision_recall,
 )
 from .reference import Reference, load_reference, make_reference, save_reference
@@ -39,6 +40,7 @@ __all__ = [
     "memorisation",
     "moments",
     "nearest",
+    "nearest_image",
     "precision_recall",
     "require_features",
     "save_reference",

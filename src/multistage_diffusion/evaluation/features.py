@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import FeatureExtractor
+from ..data.rows import Rows, batches
 from ..errors import UserError, out_of_memory
 from ..progress import Progress
 from ..reading import require_file
@@ -159,7 +160,7 @@ def get_features(name: str, weights: Path | None = None, *, named: bool = True) 
 
 def extract(
     extractor: FeatureExtractor,
-    images: Tensor,
+    images: Tensor | Rows,
     *,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
@@ -168,12 +169,12 @@ def extract(
 
     Args:
         extractor: feature function.
-        images: on any device.
+        images: a tensor on any device, or the rows of a data set, read batch by batch.
         device: device of the computation and the result; None: the images' device.
         progress: called with (images done, N).
     """
     features = []
-    for batch in torch.split(images, EXTRACT_BATCH):
+    for batch in batches(images, EXTRACT_BATCH):
         features.append(extractor(batch if device is None else batch.to(device)))
         if progress is not None:
             progress(sum(map(len, features)), len(images))

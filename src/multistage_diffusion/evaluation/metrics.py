@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..contracts import FeatureExtractor
+from ..data.rows import Rows, batches, taken
 from ..errors import UserError
 from ..rng import generator
 from .features import PixelFeatures, extract
-from .image_check import check_images
+from .image_check import check_images, image_shape
 from .statistics import frechet_between, moments
 
 PERCENTILE = 5.0  # of held-out images counted as "near a training image"
@@ -81,16 +82,42 @@ def nearest(a: Tensor, b: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
         UserError: for unequal D, no rows, or values that are not finite.
     """
     _check_pair(a, b, rows=1)
+    return _nearest_in(a, torch.split(b, 16 * chunk), chunk)
+
+
+def nearest_image(images: Tensor | Rows, among: Tensor | Rows) -> tuple[Tensor, Tensor]:
+    """Find the nearest image of `among` (Euclidean distance of pixels in [-1, 1]) for every image; ties give the first.
+
+    Args:
+        images: uint8 (N, C, H, W), N >= 1.
+        among: uint8 (M, C, H, W), M >= 1. Parts of both are read at a time.
+
+    Returns:
+        (distance, index): float64 (N,) and int64 (N,).
+
+    Raises:
+        UserError: for images of another type, or none.
+    """
+    for name, given in (("images", images), ("among", among)):
+        check_images(name, given)
+    pixels, rows = PixelFeatures(), 16 * CHUNK
+    found = [_nearest_in(pixels(part), map(pixels, batches(among, rows)), CHUNK) for part in batches(images, rows)]
+    return torch.cat([distance for distance, _ in found]), torch.cat([index for _, index in found])
+
+
+def _nearest_in(a: Tensor, parts: Iterable[Tensor], chunk: int) -> tuple[Tensor, Tensor]:
+    """Return what `nearest` does; `parts` are consecutive rows of b."""
     best = torch.full((len(a),), torch.inf, dtype=torch.float64, device=a.device)
     index = torch.zeros(len(a), dtype=torch.int64, device=a.device)
-    for start in range(0, len(b), 16 * chunk):
-        part = b[start : start + 16 * chunk]
+    start = 0
+    for part in parts:
         for row in range(0, len(a), chunk):
             rows = slice(row, row + chunk)
             squared, at = _nearest_of(a[rows], part)
             nearer = squared < best[rows]
             best[rows] = torch.where(nearer, squared, best[rows])
             index[rows] = torch.where(nearer, at + start, index[rows])
+        start += len(part)
     return best.sqrt(), index
 
 
@@ -136,7 +163,7 @@ class Memorisation:
     index: Tensor
 
 
-def memorisation(samples: Tensor, train: Tensor, held_out: Tensor) -> Memorisation:
+def memorisation(samples: Tensor, train: Tensor | Rows, held_out: Tensor | Rows) -> Memorisation:
     """Compare the pixel distances of samples to training images with those of held-out images.
 
     Args:
@@ -148,10 +175,8 @@ def memorisation(samples: Tensor, train: Tensor, held_out: Tensor) -> Memorisati
         UserError: for images of another type or of unequal shapes.
     """
     _check_sets(samples, train, held_out)
-    pixels = PixelFeatures()
-    real = pixels(train)
-    distance, index = nearest(pixels(samples), real)
-    own, _ = nearest(pixels(held_out), real)
+    distance, index = nearest_image(samples, train)
+    own, _ = nearest_image(held_out, train)
     threshold = torch.quantile(own, PERCENTILE / 100)
     return Memorisation(
         share=float((distance <= threshold).double().mean()),
@@ -208,8 +233,8 @@ class EvaluationResult:
 
 def evaluate_samples(
     samples: Tensor,
-    train: Tensor,
-    held_out: Tensor,
+    train: Tensor | Rows,
+    held_out: Tensor | Rows,
     extractor: FeatureExtractor,
     *,
     k: int = 3,
@@ -313,11 +338,11 @@ def _drawn(sizes: Sequence[int], count: int, seed: int, split: int) -> list[Tens
 
 
 def _extract_drawn(
-    extractor: FeatureExtractor, images: Tensor, draws: Sequence[Tensor], *, device: torch.device | str
+    extractor: FeatureExtractor, images: Tensor | Rows, draws: Sequence[Tensor], *, device: torch.device | str
 ) -> list[Tensor]:
     """Return the features of every draw, on the CPU; each drawn image is processed once, others never."""
     used, where = torch.unique(torch.cat(list(draws)), return_inverse=True)
-    features = extract(extractor, images[used.to(images.device)], device=device).cpu()
+    features = extract(extractor, taken(images, used), device=device).cpu()
     return [features[rows] for rows in where.split([len(draw) for draw in draws])]
 
 
@@ -360,8 +385,8 @@ def _check_pair(a: Tensor, b: Tensor, rows: int) -> None:
         raise UserError(f"features: {a.shape[1]} and {b.shape[1]} dimensions; both sets need the same")
 
 
-def _check_sets(samples: Tensor, train: Tensor, held_out: Tensor) -> None:
+def _check_sets(samples: Tensor, train: Tensor | Rows, held_out: Tensor | Rows) -> None:
     for name, images in (("samples", samples), ("train", train), ("held_out", held_out)):
         check_images(name, images)
-        if images.shape[1:] != train.shape[1:]:
-            raise UserError(f"{name}: images of shape {tuple(images.shape[1:])}, training {tuple(train.shape[1:])}")
+        if image_shape(images) != image_shape(train):
+            raise UserError(f"{name}: images of shape {image_shape(images)}, training {image_shape(train)}")

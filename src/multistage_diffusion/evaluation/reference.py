@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import FeatureExtractor
+from ..data.rows import Rows, taken
 from ..errors import UserError
 from ..files import write_atomic
 from ..progress import Progress
@@ -21,6 +22,7 @@ from ..reading import brief, parse_json, require_file
 from ..records import FINITE, TEXT, WHOLE, check, listed, maybe
 from ..rng import generator
 from .features import extract
+from .image_check import image_shape
 from .statistics import Moments, image_moments
 
 FORMAT_VERSION = 1
@@ -95,7 +97,7 @@ class Reference:
 
 def make_reference(
     extractor: FeatureExtractor,
-    images: Tensor,
+    images: Tensor | Rows,
     *,
     data: str,
     fingerprint: str,
@@ -109,7 +111,7 @@ def make_reference(
 
     Args:
         extractor: feature function.
-        images: uint8 (N, C, H, W), N >= 2.
+        images: uint8 (N, C, H, W), N >= 2, a tensor or the rows of a data set, read batch by batch.
         data: name of the data set.
         fingerprint: fingerprint of the full data set.
         part: part of the data set that the images are.
@@ -127,7 +129,7 @@ def make_reference(
     features = None
     if keep:
         chosen = torch.randperm(len(images), generator=generator(("reference", "kept")))[:keep]
-        features = extract(extractor, images[chosen], device=device).to("cpu", torch.float32)
+        features = extract(extractor, taken(images, chosen), device=device).to("cpu", torch.float32)
     return Reference(
         moments=moments,
         source=f"{part} of {data}",
@@ -136,7 +138,7 @@ def make_reference(
         data=data,
         part=part,
         fingerprint=fingerprint,
-        shape=tuple(images.shape[1:]),
+        shape=image_shape(images),
         held_out=held_out,
         features=features,
     )

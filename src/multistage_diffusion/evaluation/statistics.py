@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import FeatureExtractor
+from ..data.rows import Rows, batches
 from ..errors import UserError
 from ..memory import require_memory
 from ..progress import Progress
@@ -75,7 +76,7 @@ def moments(features: Tensor) -> Moments:
 
 def image_moments(
     extractor: FeatureExtractor,
-    images: Tensor,
+    images: Tensor | Rows,
     *,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -84,7 +85,7 @@ def image_moments(
 
     Args:
         extractor: feature function.
-        images: uint8 (N, C, H, W), N >= 2, on any device.
+        images: uint8 (N, C, H, W), N >= 2, a tensor on any device or the rows of a data set, read batch by batch.
         device: where features are computed.
         progress: called with (images done, N).
 
@@ -94,7 +95,7 @@ def image_moments(
     check_images("images", images)
     shift: Tensor | None = None
     done, count = 0, len(images)
-    for batch in torch.split(images, EXTRACT_BATCH):
+    for batch in batches(images, EXTRACT_BATCH):
         features = extractor(batch.to(device)).to(torch.float64)
         if shift is None:  # subtracting the first batch's mean reduces cancellation
             shift = features.mean(dim=0)

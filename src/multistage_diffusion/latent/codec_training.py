@@ -155,7 +155,6 @@ class CodecTrainer:
     def __init__(self, folder: Path, settings: CodecSettings, data: ImageData, device: torch.device) -> None:
         self.folder, self.settings, self.data, self.device = folder, settings, data, device
         require_codec_memory(settings, data.shape, device)
-        self.images = data.tensor()
         self.model = build_autoencoder(settings, data.shape).to(device)
         self.ema: EMA[Any] = EMA(self.model, EMA_HALFLIFE, EMA_RAMPUP)
         # beta2 = 0.99 (short memory) because the loss falls fast at first
@@ -214,7 +213,8 @@ class CodecTrainer:
     def _loss(self) -> Tensor:
         seed, rows = self.settings.seed, torch.arange(self.settings.batch)
         u = rng.uniform((seed, "codec images", self.step), rows, 2)
-        x = to_float(self.images[(u[:, 0] * len(self.images)).long()].to(self.device))
+        pick = (u[:, 0] * len(self.data)).long()
+        x = to_float(torch.from_numpy(self.data.rows(pick.numpy())).to(self.device))
         # mirror half of the images, because runs with flips are trained on latents of mirrored images
         x = torch.where((u[:, 1] < 0.5).to(self.device)[:, None, None, None], x.flip(-1), x)
         posterior = self.model.encode(x).latent_dist
@@ -303,7 +303,7 @@ def judge(codec: Codec, data: ImageData, device: torch.device) -> CodecQuality:
     inside = _content(data)
     errors, latents = torch.zeros(2, dtype=torch.float64), []
     for part in torch.split(order, max(1, PIXELS_AT_ONCE // math.prod(data.shape[1:]))):
-        images = data.tensor()[part]
+        images = torch.from_numpy(data.rows(part.numpy()))
         latent, output = reconstruct(codec, images, device)
         square = (output.to(torch.float64) - images.to(torch.float64)).square()
         errors += torch.stack([square.mean((1, 2, 3)).sum(), square[inside].mean((1, 2, 3)).sum()])

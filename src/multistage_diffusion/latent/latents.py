@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..contracts import Codec
 from ..data import ImageData, to_float
+from ..data.rows import LabelledRows, Rows, View, as_rows, batches
 from ..errors import NotFiniteError, UserError
 from ..files import write_atomic
 from ..progress import Progress
@@ -25,46 +26,42 @@ from ..progress import Progress
 PIXELS_AT_ONCE = 1 << 18  # pixels per batch: 256 images of 32x32, 4 of 256x256
 
 
-@dataclass(frozen=True, eq=False)
-class LatentData:
-    """A data set in the form that networks are trained on: latents times a scale.
+class LatentData(LabelledRows):
+    """A data set in the form that networks are trained on: latents times a scale, float32, read by index.
 
-    Attributes:
-        latents: float32 (N, c, h, w).
+    Args:
+        latents: a tensor (N, c, h, w) on the CPU, or any other `Rows` of float32 latents.
         mirrored: latents of the horizontally mirrored images (not equal to mirrored latents), or None.
         labels: class numbers from 0, int64 (N,), or None.
         name: the source of the images; starts every error message.
         class_names: one name per class.
+
+    Attributes:
+        mirrored: the rows of `mirrored`, or None.
     """
 
-    latents: Tensor
-    mirrored: Tensor | None
-    labels: npt.NDArray[np.int64] | None
-    name: str
-    class_names: tuple[str, ...] = ()
+    def __init__(
+        self,
+        latents: Rows | Tensor,
+        mirrored: Rows | Tensor | None,
+        labels: npt.NDArray[np.int64] | None,
+        name: str,
+        class_names: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(as_rows(latents), labels, name, class_names)
+        self.mirrored = None if mirrored is None else as_rows(mirrored)
 
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape (c, h, w) of every latent."""
-        channels, height, width = self.latents.shape[1:]
-        return channels, height, width
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, 0 without labels."""
-        return len(self.class_names)
-
-    def tensor(self) -> Tensor:
-        """Return the latents; do not write to them."""
-        return self.latents
+    def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> LatentData:
+        """Return a view of the latents at the given indices, in that order."""
+        index = self._index(indices)
+        mirrored = None if self.mirrored is None else View(self.mirrored, index)
+        labels = None if self.labels is None else self.labels[index]
+        return LatentData(View(self.storage, index), mirrored, labels, self.name, self.class_names)
 
 
 def encode_images(
     codec: Codec,
-    images: Tensor,
+    images: Tensor | Rows,
     *,
     batch: int | None = None,
     device: torch.device | str = "cpu",
@@ -75,7 +72,7 @@ def encode_images(
 
     Args:
         codec: on `device`.
-        images: uint8 (N, C, H, W), N > 0, on any device.
+        images: uint8 (N, C, H, W), N > 0, a tensor on any device or rows that are read batch by batch.
         batch: images per batch; None: PIXELS_AT_ONCE pixels per batch.
         device: device of the codec.
         mirrored: encode the horizontally mirrored images instead.
@@ -87,11 +84,12 @@ def encode_images(
     Raises:
         NotFiniteError: if a latent is not finite.
     """
-    count, channels, height, width = images.shape
+    count = len(images)
+    channels, height, width = images.shape[-3:]
     batch = batch or max(1, PIXELS_AT_ONCE // (height * width))
     latents = torch.empty(count, *codec.latent_shape((channels, height, width)))
-    for start in range(0, count, batch):
-        x = to_float(images[start : start + batch].to(device))
+    for start, pixels in zip(range(0, count, batch), batches(images, batch), strict=True):
+        x = to_float(pixels.to(device))
         part = codec.encode(x.flip(-1) if mirrored else x)
         if not part.isfinite().all():
             raise NotFiniteError(f"the codec's latents of images {start} to {start + len(x) - 1} are not finite")
@@ -146,7 +144,7 @@ def cached_latents(
 
     for number, side in enumerate(missing):
         news = told(number * len(data))
-        made = encode_images(codec, data.tensor(), batch=batch, device=device, mirrored=side, progress=news)
+        made = encode_images(codec, data, batch=batch, device=device, mirrored=side, progress=news)
         _write(paths[side], made)
         found[side] = made
     tensors = [latents for latents in found.values() if latents is not None]

@@ -140,7 +140,7 @@ class Profile(Callback[Trainer]):
     def _finish(self, trainer: Trainer) -> None:
         seconds = (clock(trainer.device) - self._start) / self.timed
         parts = {name: value / self.timed for name, value in trainer.timer.seconds().items()}
-        config, shape = trainer.config, trainer.source.images.shape[1:]
+        config, shape = trainer.config, trainer.source.shape
         rows = sum(map(len, trainer.gradient_sync.rows(trainer.counts)))
         dtype = trainer.autocast or next(trainer.denoiser.parameters()).dtype
         images = rows if config.training.update_mode != "sequential" else config.training.batch

@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from ..progress import Progress
 from ..schedules import VP, NoiseSchedule
 from .baselines import baseline_partition
 from .edge_preview import edge_strip
 from .edges import made_result
-from .inputs import held_out_rows, tiled_images
+from .inputs import held_out_rows, row_shape, tiled_images
 from .intervals import half_width
-from .posterior import TiledImages
+from .posterior import Images, TiledImages, as_images
 from .result import StageResult
 from .searching import Limits, Pairs, Search
 from .settings import StageSettings, require_setting
@@ -27,11 +26,11 @@ _FIRST = 200  # samples of the first round when `precision` is set
 
 
 def compute_stages(
-    images: Tensor | npt.NDArray[Any],
+    images: Images | npt.NDArray[Any],
     settings: StageSettings | None = None,
     *,
     schedule: NoiseSchedule | None = None,
-    held_out: Tensor | npt.NDArray[Any] | None = None,
+    held_out: Images | npt.NDArray[Any] | None = None,
     fingerprint: str = "",
     codec: str = "",
     scale: float | None = None,
@@ -43,8 +42,8 @@ def compute_stages(
     """Find the stages of a data set with its optimal denoiser (Algorithms 1 and 2).
 
     Args:
-        images: (N, C, H, W): uint8 (a memory map larger than memory will do), mapped from 0..255 onto
-            settings.data_range, or floating point, already in this range.
+        images: (N, C, H, W), a tensor, an array, or rows (which may be larger than memory, as those of an ImageData):
+            uint8, mapped from 0..255 onto settings.data_range, or floating point, already in this range.
         settings: of stage finding; None for the defaults.
         schedule: the kernel for the printed edges; None for VP. Averages over t are uniform in its time if it is a VP,
             else in the time of the standard VP.
@@ -63,12 +62,13 @@ def compute_stages(
     settings = (settings or StageSettings()).resolved()
     schedule, sharing = schedule or VP(), sharing or Sharing()
     measure = schedule if isinstance(schedule, VP) else VP()
-    data = tiled_images(images, settings, device, memory, sharing)
-    outside = None if held_out is None else held_out_rows(held_out, data, tuple(images.shape[1:]), settings)
+    images = as_images(images)
+    data, shape = tiled_images(images, settings, device, memory, sharing), row_shape(images)
+    outside = None if held_out is None else held_out_rows(as_images(held_out), data, shape, settings)
     origin: dict[str, Any] = {"fingerprint": fingerprint, "codec": codec, "scale": scale}
     if settings.algorithm in ("timestep", "snr"):
         times, curves = baseline_partition(settings.algorithm, settings.stages, measure=measure)
-        strip = _strip(data, images, times, measure, settings)
+        strip = _strip(data, shape, times, measure, settings)
         return made_result(times, curves, settings, schedule=schedule, measure=measure, strip=strip, **origin)
     require_setting(
         settings.algorithm != "gradient",
@@ -89,20 +89,19 @@ def compute_stages(
         intervals=intervals,
         samples=search.samples,
         float64_difference=search.float64_difference(),
-        strip=_strip(data, images, times, measure, settings),
+        strip=_strip(data, shape, times, measure, settings),
         **origin,
     )
 
 
 def _strip(
     data: TiledImages,
-    images: Tensor | npt.NDArray[Any],
+    shape: tuple[int, ...],
     times: tuple[float, ...],
     measure: VP,
     settings: StageSettings,
 ) -> str:
     """Return the picture of the edges; an empty string if the data are not images with 1 or 3 channels."""
-    shape = tuple(images.shape[1:])
     if len(shape) != 3 or shape[0] not in (1, 3) or settings.data_range is None:
         return ""
     return edge_strip(data, (shape[0], shape[1], shape[2]), times, measure, settings.seed)

@@ -11,10 +11,9 @@ product.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.rows import ArrayRows, Rows
 from ..errors import UserError
+
+Images = Tensor | Rows
 
 NEGLIGIBLE = 1e-6  # share of a row's weight that may be skipped; changes a mean by at most this times the data range
 _FEW = 32  # maximum number of images of a tile that are added one by one
@@ -30,8 +32,21 @@ _MOST = 0.75  # above this share of relevant rows, a product of all rows is chea
 _TILE = 4096  # columns of the score matrix: large enough for fast products, small enough for the cache
 
 
+def as_images(images: Images | npt.NDArray[Any]) -> Images:
+    """Return an array as rows; return tensors and rows unchanged."""
+    return ArrayRows(images) if isinstance(images, np.ndarray) else images
+
+
+def read(images: Images, index: slice | Tensor) -> Tensor:
+    """Return the images of a slice or with these indices: on a tensor's own device, else on the CPU."""
+    if isinstance(images, Tensor):
+        return images[index if isinstance(index, slice) else index.to(images.device)]
+    numbers = np.arange(index.start, index.stop) if isinstance(index, slice) else index.cpu().numpy()
+    return torch.from_numpy(images.rows(numbers))
+
+
 class TiledImages:
-    """Images as centred float32 rows, converted one tile at a time; the image array may be larger than memory.
+    """Images as centred float32 rows, converted one tile at a time; the images may be larger than memory.
 
     Attributes:
         mean_image: (D,), float32.
@@ -40,7 +55,7 @@ class TiledImages:
 
     def __init__(
         self,
-        images: Tensor | npt.NDArray[np.uint8],
+        images: Images | npt.NDArray[Any],
         data_range: tuple[float, float] = (-1.0, 1.0),
         *,
         device: torch.device | str | None = None,
@@ -51,7 +66,8 @@ class TiledImages:
         """Compute the mean and the squares of all images.
 
         Args:
-            images: (N, ...): uint8 (memory maps too), mapped from 0..255 onto data_range, or floats already in it.
+            images: (N, ...): uint8, mapped from 0..255 onto data_range, or floats already in it. A tensor or an array
+                is kept, other rows are read tile by tile.
             data_range: (low, high) of the pixels.
             device: of the computation; None: the images' device.
             budget: bytes; the images are cached as float32 if this takes at most half of the budget.
@@ -61,13 +77,12 @@ class TiledImages:
         Raises:
             UserError: if images are not finite.
         """
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            self._images = torch.as_tensor(images)
+        self._images = as_images(images)
         self.data_range = data_range
         self._low, self._step = data_range[0], (data_range[1] - data_range[0]) / 255.0
-        self.device = torch.device(device) if device is not None else self._images.device
-        self.dim = self._images[0].numel()
+        own = self._images.device if isinstance(self._images, Tensor) else torch.device("cpu")
+        self.device = own if device is None else torch.device(device)
+        self.dim = read(self._images, slice(0, 1)).numel()
         self._shard, self._reduce = shard, reduce
         self._held: Tensor | None = None
         self.mean_image = torch.zeros(self.dim, device=self.device)
@@ -109,7 +124,7 @@ class TiledImages:
         """Return the images with these indices, centred, float32 (B, D)."""
         if self._held is not None:
             return self._held[index]
-        return self._floats(self._images[index.to(self._images.device)])
+        return self._floats(read(self._images, index))
 
     def as_rows(self, images: Tensor) -> Tensor:
         """Return other images of the same shape as centred rows, float32 (B, D)."""
@@ -117,10 +132,11 @@ class TiledImages:
 
     def vary(self) -> bool:
         """Return whether any two images differ."""
-        return any(bool((self._images[part] != self._images[:1]).any()) for part in self._tiles(0, len(self)))
+        first = read(self._images, slice(0, 1))
+        return any(bool((read(self._images, part) != first).any()) for part in self._tiles(0, len(self)))
 
     def _read(self, part: slice) -> Tensor:
-        return self._floats(self._images[part])
+        return self._floats(read(self._images, part))
 
     def _floats(self, images: Tensor) -> Tensor:
         flat = images.to(self.device).flatten(1).to(torch.float32)

@@ -17,17 +17,21 @@ from .. import rng
 from ..config import RunConfig, TrainingConfig
 from ..contracts import Conditioning
 from ..data import to_float
+from ..data.rows import Rows, batches, row_type
 from ..distributed import share
 from ..errors import UserError
 from ..schedules import SigmaPrior
 from ..stages import Stages
 from .augment import LABELS, augment
 
+_AT_ONCE = 1024  # rows read at a time when all of them are moved to the device
 
-class TrainingData(Protocol):
+
+class TrainingData(Rows, Protocol):
     """A data set of images or latents (for example data.ImageData).
 
-    For float data, an attribute `mirrored` holds the latents of the mirrored images (for training.flip), or None.
+    Its rows are uint8 pixels, or float32 latents as the network's input. For latents, an attribute `mirrored` holds the
+    rows of the mirrored images (for training.flip), or None.
     """
 
     @property
@@ -41,15 +45,6 @@ class TrainingData(Protocol):
     @property
     def num_classes(self) -> int:
         """Number of classes, 0 without labels."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, H, W) of a row."""
-
-    def __len__(self) -> int: ...
-
-    def tensor(self) -> Tensor:
-        """Return all rows (N, C, H, W): uint8 pixels, or float32 latents as the network's input."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +144,9 @@ def row_counts(training: TrainingConfig, shares: Sequence[float]) -> tuple[int, 
 
 
 class BatchSource:
-    """Draws training batches from a data set, which is kept in its stored dtype, on the device if it fits.
+    """Draws training batches from a data set.
+
+    Each draw reads the rows it needs. An accelerator keeps all rows, in their stored type, if they fit `device_budget`.
 
     Raises:
         UserError: if the data have no labels or too many classes for the network, or cannot be flipped, or the network
@@ -162,18 +159,20 @@ class BatchSource:
         self.training, self.stages, self.prior = config.training, config.stages, config.diffusion.prior
         self.device = device
         self._check(config, data)
-        self.images = data.tensor()
+        self.shape = data.shape
+        self.data: Rows | Tensor = data
         # latents of the mirrored images; pixels are mirrored when drawn
-        self.mirrored: Tensor | None = getattr(data, "mirrored", None) if self.training.flip else None
-        if self.training.flip and self.images.is_floating_point() and self.mirrored is None:
+        self.mirrored: Rows | Tensor | None = getattr(data, "mirrored", None) if self.training.flip else None
+        kind = row_type(data)
+        if self.training.flip and kind != np.uint8 and self.mirrored is None:
             raise UserError(
                 f"training.flip=True but data {data.name!r} has no mirrored latents, and a mirrored latent is not the latent "
                 "of the mirrored image; set it to False"
             )
-        kept = self.images.nbytes + (0 if self.mirrored is None else self.mirrored.nbytes)
-        if device.type != "cpu" and kept <= self.device_budget:
-            self.images = self.images.to(device)
-            self.mirrored = None if self.mirrored is None else self.mirrored.to(device)
+        sides = 1 if self.mirrored is None else 2
+        if device.type != "cpu" and sides * len(data) * math.prod(data.shape) * kind.itemsize <= self.device_budget:
+            self.data = _on_device(data, device)
+            self.mirrored = None if self.mirrored is None else _on_device(self.mirrored, device)
         wanted = config.network.num_classes > 0 and data.labels is not None
         self.labels = torch.from_numpy(data.labels).to(device) if wanted else None
         self._orders: dict[int, tuple[int, Tensor]] = {}
@@ -242,7 +241,7 @@ class BatchSource:
 
         With "one-stage", a stage skips the positions of the steps that train other stages.
         """
-        size = len(self.images)
+        size = len(self.data)
         picked = torch.empty_like(position)
         for epoch in torch.unique(position // size).tolist():
             inside = position // size == epoch
@@ -252,16 +251,14 @@ class BatchSource:
     def _order(self, stage: int, epoch: int) -> Tensor:
         known = self._orders.get(stage)
         if known is None or known[0] != epoch:
-            order = torch.randperm(
-                len(self.images), generator=rng.generator((self.training.seed, "order", stage, epoch))
-            )
+            order = torch.randperm(len(self.data), generator=rng.generator((self.training.seed, "order", stage, epoch)))
             known = self._orders[stage] = (epoch, order)
         return known[1]
 
     def _assemble(self, step: int, pick: Tensor, sigma: Tensor, rows: Tensor, counts: tuple[int, ...]) -> Batch:
         seed, training = self.training.seed, self.training
         rows, sigma = self._sent(rows), self._sent(sigma)
-        y = self._rows(self.images, pick)
+        y = self._rows(self.data, pick)
         noise = rng.normal((seed, "noise", step), rows, y.shape[1:])
         labels = done = None
         if training.augment:
@@ -277,10 +274,9 @@ class BatchSource:
         cond = None if labels is None and done is None else Conditioning(labels=labels, augment=done)
         return Batch(y, noise, sigma, counts, cond)
 
-    def _rows(self, data: Tensor, pick: Tensor) -> Tensor:
-        there = data.device.type == self.device.type
-        at_rest = data[self._sent(pick)] if there else self._sent(data[pick])
-        return _as_float(at_rest)
+    def _rows(self, data: Rows | Tensor, pick: Tensor) -> Tensor:
+        drawn = data[self._sent(pick)] if isinstance(data, Tensor) else self._sent(_read(data, pick))
+        return _as_float(drawn)
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """Return a tensor on the device.
@@ -295,6 +291,22 @@ class BatchSource:
         now.wait_stream(self._transfers)
         sent.record_stream(now)
         return sent
+
+
+def _read(data: Rows, pick: Tensor) -> Tensor:
+    """Return the rows at `pick`, on the CPU."""
+    return torch.from_numpy(data.rows(pick.numpy()))
+
+
+def _on_device(data: Rows | Tensor, device: torch.device) -> Tensor:
+    """Return all rows on a device; the CPU holds a part of them at a time."""
+    parts = batches(data, _AT_ONCE)
+    first = next(parts).to(device)
+    rows = torch.empty(len(data), *first.shape[1:], dtype=first.dtype, device=device)
+    rows[: len(first)] = first
+    for number, part in enumerate(parts, 1):
+        rows[number * _AT_ONCE :][: len(part)] = part.to(device)
+    return rows
 
 
 def _as_float(rows: Tensor) -> Tensor:
@@ -315,7 +327,7 @@ def held_out_batch(config: RunConfig, data: TrainingData, stage: int, device: to
     # shuffled: files are sorted by class, and rows by noise level
     order = torch.randperm(len(data), generator=rng.generator((config.training.seed, "held-out images")))
     pick = order[row % len(data)]
-    y = _as_float(data.tensor()[pick]).to(device)
+    y = _as_float(_read(data, pick)).to(device)
     labels = torch.from_numpy(data.labels[pick.numpy()]).to(device) if data.labels is not None else None
     return Batch(
         y=y,

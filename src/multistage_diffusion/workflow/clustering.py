@@ -165,7 +165,7 @@ def _drawn(run: Run, rows: int, seed: int) -> tuple[Tensor, Tensor | None]:
     order = torch.randperm(len(data), generator=rng.generator((seed, "gradient-images")))
     pick = order[torch.arange(rows) % len(data)]
     labels = None if data.labels is None else torch.from_numpy(data.labels)[pick]
-    return data.tensor()[pick], labels
+    return torch.from_numpy(data.rows(pick.numpy())), labels
 
 
 def _as_seen(codec: CodecConfig, images: Tensor, device: torch.device) -> Tensor:

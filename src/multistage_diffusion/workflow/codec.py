@@ -106,7 +106,7 @@ def _write(trainer: CodecTrainer, data: DataConfig, held_out: ImageData) -> dict
         codec.module.register_to_config(scaling_factor=quality.scale)
     write_codec(out, codec)
     order = torch.randperm(len(held_out), generator=rng.generator((trainer.settings.seed, "shown images")))[:SHOWN]
-    shown = held_out.tensor()[order]
+    shown = torch.from_numpy(held_out.rows(order.numpy()))
     rows = torch.stack([shown, reconstruct(codec, shown, trainer.device)[1]])
     columns = math.ceil(len(shown) / 2)  # two bands of originals above their reconstructions
     bands = [band for part in torch.split(rows, columns, dim=1) for band in part]

@@ -94,7 +94,7 @@ def evaluate(
         extractor = get_features(features, weights)
         config, opened, share = run.config(), *_compared_data(run, data)
         warn_of_empty(config.data.class_counts)
-        train_images, held_out = (part.tensor() for part in opened.split(share))
+        train_images, held_out = opened.split(share)
         count = min(max(len(held_out), 500), 5000) if count is None else count
         # the three sets: samples, training and held-out images
         require_features(f"features={features!r}", extractor, opened.shape, count, resolved, sets=3)
@@ -222,7 +222,7 @@ def part_reference(
     images = data if part == "all" else data.split(held_out)[part == "held-out"]
     return make_reference(
         extractor,
-        images.tensor(),
+        images,
         data=data.name,
         fingerprint=data.fingerprint,
         part=part,

@@ -79,7 +79,7 @@ class FidReference:
                 f"evaluation.every={settings.every} needs at least 2 training images to measure samples by, not "
                 f"{len(training)}; set it to 0"
             )
-        reference = image_moments(extractor, training.tensor(), device=device)
+        reference = image_moments(extractor, training, device=device)
         return cls(extractor=extractor, reference=reference, source=TRAINING_IMAGES)
 
     def distance(self, samples: Tensor, device: torch.device, world: World = ALONE) -> float:

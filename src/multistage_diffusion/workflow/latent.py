@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..config import CodecConfig, RunConfig
 from ..contracts import Codec
 from ..data import ImageData, to_uint8
+from ..data.rows import Rows
 from ..latent.codecs import open_codec
 from ..latent.latents import LatentData, cached_latents, encode_images
 from ..progress import Progress
@@ -53,17 +53,17 @@ def encode_parts(
     if len(held_out):
         others, _ = cached_latents(codec, held_out, scale=scale, device=device, progress=progress)
     else:
-        others = dataclasses.replace(latents, latents=latents.latents[:0], mirrored=None, labels=None)
+        others = latents.subset([])
     return (latents, others), scale
 
 
 def latents_for_stages(
     config: CodecConfig, data: ImageData, device: torch.device | str, progress: Progress | None = None
-) -> tuple[Tensor, dict[str, Any]]:
+) -> tuple[LatentData, dict[str, Any]]:
     """Return the scaled latents of a data set, and the codec and scale that stage finding records."""
     codec = open_codec(config, device)
     latents, scale = cached_latents(codec, data, scale=config.scale, device=device, progress=progress)
-    return latents.tensor(), {"codec": codec.fingerprint, "scale": scale}
+    return latents, {"codec": codec.fingerprint, "scale": scale}
 
 
 def decoder(codec: Codec, scale: float) -> Callable[[Tensor], Tensor]:
@@ -78,8 +78,8 @@ def decoder(codec: Codec, scale: float) -> Callable[[Tensor], Tensor]:
     return decode
 
 
-def reconstruct(config: RunConfig, images: Tensor, device: torch.device | str) -> Tensor:
-    """Return images, uint8 (N, C, H, W), encoded and decoded by a run's codec."""
+def reconstruct(config: RunConfig, images: Tensor | Rows, device: torch.device | str) -> Tensor:
+    """Return images, uint8 (N, C, H, W) or the rows of a data set, encoded and decoded by a run's codec."""
     codec = open_codec(config.codec, device)
     latents = encode_images(codec, images, device=device)
     decode = decoder(codec, 1.0)

@@ -110,6 +110,6 @@ def _range(config: RunConfig, sigma_min: float | None, sigma_max: float | None) 
 def _inputs(config: RunConfig, images: ImageData, device: torch.device) -> Tensor:
     """Return the network's inputs for clean images: pixels in [-1, 1], or latents times the run's scale."""
     if not config.codec.used:
-        return to_float(images.images)
+        return to_float(images.tensor())
     latents, _ = cached_latents(open_codec(config.codec, device), images, scale=config.codec.scale, device=device)
-    return latents.latents
+    return latents.tensor()

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
-from ..evaluation import get_features, nearest
+from ..evaluation import nearest_image
 from ..progress import Progress
 from ..reporting.describe import architecture_rows, describe
 from ..rng import generator
 from ..training.run import Run
 from .sample import opened_run, require_writable, sample
+
+NEIGHBOURS = 16  # samples shown beside their nearest training images
 
 
 def report(
@@ -39,17 +41,21 @@ def report(
     stages_png = run.path / "stages.png"
     if stages_png.exists():
         load_stages_png(stages_png)  # before samples are drawn
-    train_images, held_out = (part.tensor() for part in run.data().split(config.data.held_out))
+    train_images, held_out = run.data().split(config.data.held_out)
     real = held_out if len(held_out) else train_images
     images = sample(run, count, checkpoint=checkpoint, in_turn=True, device=device, progress=progress)
-    pixels = get_features("pixels")
-    distance, index = nearest(pixels(images), pixels(train_images))
+    distance, index = nearest_image(images[:NEIGHBOURS], train_images)
+    order = torch.randperm(len(real), generator=generator(("report", "real")))
     return write_report(
         run.path,
         config=config,
         architecture=architecture_rows(describe(config)),
         samples=images,
-        real=real[torch.randperm(len(real), generator=generator(("report", "real")))[:count]],
-        neighbours=Neighbours(samples=images[:16], nearest=train_images[index[:16]], distances=distance[:16].tolist()),
+        real=torch.from_numpy(real.rows(order[:count].numpy())),
+        neighbours=Neighbours(
+            samples=images[:NEIGHBOURS],
+            nearest=torch.from_numpy(train_images.rows(index.numpy())),
+            distances=distance.tolist(),
+        ),
         stages_png=stages_png if stages_png.exists() else None,
     )

@@ -9,6 +9,7 @@ from typing import Any
 from ..config import CodecConfig, DataConfig
 from ..config.serialization import to_dict
 from ..data import ImageData, open_configured
+from ..latent.latents import LatentData
 from ..performance.devices import joined
 from ..progress import Progress
 from ..schedules import VP, NoiseSchedule
@@ -55,7 +56,7 @@ def find_stages(
         with world.synchronize_errors():
             images, held_out, fingerprint = _opened(data)
             kept: dict[str, Any] = {}
-            found: Any = images.images
+            found: ImageData | LatentData = images
             if codec is not None:
                 found, kept = latents_for_stages(codec, images, resolved, progress)
                 settings, held_out = dataclasses.replace(settings, data_range=None), None
@@ -77,13 +78,13 @@ def find_stages(
         return result
 
 
-def _opened(data: ImageData | str | DataConfig) -> tuple[ImageData, Any, str]:
+def _opened(data: ImageData | str | DataConfig) -> tuple[ImageData, ImageData | None, str]:
     """Return the images to use, the held-out ones (None: there are none), and the fingerprint of the former."""
     if isinstance(data, ImageData):
         return data, None, data.fingerprint
     config = DataConfig(source=data) if isinstance(data, str) else data
     training, others = open_configured(config).split(config.held_out)
-    return training, others.images, training.fingerprint
+    return training, others, training.fingerprint
 
 
 def save_stages(result: StageResult, path: Path) -> None:

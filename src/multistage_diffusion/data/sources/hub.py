@@ -9,48 +9,35 @@ from typing import Any
 
 import numpy as np
 
-from ..config.run import MAX_PIXELS
-from ..errors import UserError
-from ..progress import Progress
-from ..reading import read_file
-from .bounded import FILE_LIMIT
-from .dataset import ImageData
-from .decoding import decode_all
-from .fitting import Fit
-from .opening import one_line
+from ...errors import UserError
+from ...reading import read_file
+from ..bounded import FILE_LIMIT
+from ..dataset import ImageData
+from ..decoding import decode_all
+from ..opening import one_line
+from ..options import Options
+from . import SOURCES, Named, absolute, to_path
 
 
-def open_hub(
-    name: str,
-    split: str = "",
-    *,
-    size: tuple[int, int] | None = None,
-    fit: Fit = "exact",
-    skip_bad: bool = False,
-    max_pixels: int = MAX_PIXELS,
-    progress: Progress | None = None,
-) -> ImageData:
+def open_hub(rest: str, options: Options) -> ImageData:
     """Open a split of a data set: its images and, if present, its class labels.
 
     The images are the first column of type Image, the labels the first of type ClassLabel. Images are decoded like
     those of a folder.
 
     Args:
-        name: a data set on the hub (OWNER/NAME), or a folder written by save_to_disk or readable by load_dataset
-            (Parquet files, images).
-        split: empty for "train"; slices such as "train[:1000]" work, except for folders written by save_to_disk.
-        size, fit, skip_bad, max_pixels, progress: as for `decode_all`.
+        rest: NAME or NAME:SPLIT. NAME is a data set on the hub (OWNER/NAME), or a folder written by save_to_disk or
+            readable by load_dataset (Parquet files, images). SPLIT is "train" by default; slices such as
+            "train[:1000]" work, except for folders written by save_to_disk.
+        options: how images are read.
 
     Raises:
         UserError: if the library `datasets` is missing, if the data set, split or image column does not exist, and as
             `decode_all`.
     """
-    title = f"hf:{name}" + (f":{split}" if split else "")
-    try:
-        path = Path(name).expanduser()
-        path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # name too long; unknown user's home
-        raise UserError(f"data.source='{title[:80]}': is no path ({one_line(error)}); give hf:FOLDER[:SPLIT]") from None
+    title = f"hf:{rest}"
+    name, _, split = rest.partition(":")  # a split may hold colons: train[:1000]
+    path = to_path(name)
     if not name or (name[0] in "./~" and not path.is_dir()):
         raise UserError(f"data.source='{title}': no such folder; give hf:FOLDER[:SPLIT] or hf:OWNER/NAME[:SPLIT]")
     rows = _load(title, path, split)
@@ -59,22 +46,13 @@ def open_hub(
         raise UserError(
             f"{title}: {len(rows)} rows of {', '.join(rows.features)}; needs images (a column of type Image)"
         )
-    decoded = decode_all(
-        title,
-        [f"row {i}" for i in range(len(rows))],
-        _reader(rows, image),
-        size=size,
-        fit=fit,
-        skip_bad=skip_bad,
-        max_pixels=max_pixels,
-        progress=progress,
-    )
+    decoded = decode_all(title, [f"row {i}" for i in range(len(rows))], _reader(rows, image), options)
     if label is None:
         _warn_of_untyped(title, rows)
-        return ImageData(decoded.images, None, title, (), decoded.content, decoded.passed_over)
+        return ImageData(decoded.images, None, title, (), decoded.content, decoded.skipped)
     labels = np.asarray(rows[label][:])[decoded.kept]
     names = tuple(rows.features[label].names)
-    return ImageData(decoded.images, labels, title, names, decoded.content, decoded.passed_over)
+    return ImageData(decoded.images, labels, title, names, decoded.content, decoded.skipped)
 
 
 def _load(title: str, path: Path, split: str) -> Any:
@@ -95,7 +73,7 @@ def _load(title: str, path: Path, split: str) -> Any:
         raise
     except Exception as error:  # the library, its readers and the network raise many exception types
         raise UserError(
-            f"{title}: cannot be loaded ({one_line(error)}); give hf:OWNER/NAME[:SPLIT], reachable from here, or hf:FOLDER"
+            f"{title}: cannot be loaded ({one_line(error)}); check name, split and network, or give hf:FOLDER[:SPLIT]"
         ) from None
 
 
@@ -103,7 +81,7 @@ def _column(title: str, rows: Any, kind: str) -> str | None:
     """Return the first column with a feature of this type; warn if there are several."""
     names = [name for name, feature in rows.features.items() if type(feature).__name__ == kind]
     if len(names) > 1:
-        warnings.warn(f"{title}: of the {kind} columns {', '.join(names)} the first is used", stacklevel=4)
+        warnings.warn(f"{title}: the first of the {kind} columns {', '.join(names)} is used", stacklevel=4)
     return names[0] if names else None
 
 
@@ -132,3 +110,11 @@ def _reader(rows: Any, column: str) -> Callable[[int], bytes]:
         return data
 
     return read
+
+
+def _located(rest: str) -> str:
+    name, colon, split = rest.partition(":")
+    return f"{absolute(name)}{colon}{split}"
+
+
+SOURCES.add("hf")(Named("hf:NAME[:SPLIT]", open_hub, _located))

@@ -1,4 +1,4 @@
-"""Images in NumPy files: .npy (memory-mapped) and .npz."""
+"""Images in NumPy files, .npy and .npz."""
 
 from __future__ import annotations
 
@@ -12,32 +12,43 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UserError
-from ..reading import require_regular
-from .bounded import require_inflatable
-from .dataset import ImageData
-from .opening import one_line
+from ...errors import UserError
+from ...reading import require_regular
+from ..bounded import require_inflatable
+from ..dataset import ImageData
+from ..opening import one_line
+from ..options import Options
+from ..rows import ArrayRows, FileRows, Rows
+from . import SOURCES, Files
 
 _IMAGE_KEYS = ("images", "arr_0")
 _LABEL_KEYS = ("labels", "label", "arr_1")
 
 
-def open_array(path: Path) -> ImageData:
+def open_array(path: Path, options: Options) -> ImageData:
     """Open uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3.
 
-    A .npy file is memory-mapped. A .npz file holds the images as `images` or `arr_0` and optional integer labels (N,)
-    as `labels`, `label` or `arr_1`. Pickled content is never loaded.
+    The images of a .npy file are read when they are asked for. A .npz file holds the images as `images` or `arr_0` and
+    optional integer labels (N,) as `labels`, `label` or `arr_1`. Pickled content is never loaded.
 
     Raises:
         UserError: naming the file, for any other content.
     """
     arrays = _read(path)
-    images = _channels_first(_checked_pixels(arrays["images"], path), path)
-    return ImageData(images, arrays.get("labels"), str(path))
+    images = arrays["images"]
+    _require_pixels(images, path)
+    last = _channels_last(images.shape, path)
+    images = images[:, None] if images.ndim == 3 else images
+    if isinstance(images, np.memmap) and images.flags.c_contiguous:  # other orders do not store row after row
+        count, *shape = images.shape
+        rows: Rows = FileRows(path, images.offset, count, (shape[0], shape[1], shape[2]), channels_last=last)
+    else:
+        rows = ArrayRows(images.transpose(0, 3, 1, 2) if last else images)
+    return ImageData(rows, arrays.get("labels"), str(path))
 
 
 def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Return `images` and, if present, `labels`."""
+    """Return `images` and, if present, `labels`; a .npy file is mapped into memory."""
     try:
         require_regular(path)
         with path.open("rb") as file:
@@ -45,13 +56,13 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
         if not zipped:
             images = np.lib.format.open_memmap(path, mode="r")
             if images.offset + images.nbytes < path.stat().st_size:
-                raise UserError("more follows the first array")
+                raise UserError("more data follow the first array")
             return {"images": images}
         with zipfile.ZipFile(path) as archive:
             members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
             if len(members) < len(archive.infolist()):
                 names = [member.filename.removesuffix(".npy") for member in archive.infolist()]
-                raise UserError(f"{max(names, key=names.count)} is in it twice")
+                raise UserError(f"two arrays are named {max(names, key=names.count)}")
             keys = _keys(members)
             arrays = {name: _array(archive, members[key], key) for name, key in keys.items()}
     except Exception as error:  # NumPy and zipfile raise many exception types on broken files
@@ -62,7 +73,7 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
     unused = [key for key in members if key not in keys.values()]
     if unused:
         warnings.warn(
-            f"{path}: {', '.join(unused[:5])} not used; labels are looked for as {', '.join(_LABEL_KEYS)}", stacklevel=4
+            f"{path}: {', '.join(unused[:5])} not used; labels are read from {', '.join(_LABEL_KEYS)}", stacklevel=4
         )
     return arrays
 
@@ -72,7 +83,7 @@ def _keys(members: Collection[str]) -> dict[str, str]:
     images = [key for key in _IMAGE_KEYS if key in members]
     labels = [key for key in _LABEL_KEYS if key in members]
     if not images:
-        raise UserError(f"no key {' or '.join(_IMAGE_KEYS)} among {', '.join(members)}")
+        raise UserError(f"no array {' or '.join(_IMAGE_KEYS)} among {', '.join(members)}")
     return {"images": images[0], **({"labels": labels[0]} if labels else {})}
 
 
@@ -81,7 +92,7 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> npt.N
     if member.flag_bits & 1:
         raise UserError(f"{key} is encrypted")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UserError(f"{key} is not compressed as NumPy does")
+        raise UserError(f"{key} is compressed by method {member.compress_type}, not deflate")
     try:
         require_inflatable(member.file_size, member.compress_size)
     except UserError as error:
@@ -90,7 +101,7 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> npt.N
         version = np.lib.format.read_magic(file)
         readers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
         if version[0] not in readers:
-            raise UserError(f"{key} has version {version[0]} of NumPy's format, which is of records, not of images")
+            raise UserError(f"{key} has version {version[0]} of the .npy format, which is not supported")
         read_header = readers[version[0]]
         shape, _, dtype = read_header(file)
         stored = member.file_size - file.tell()
@@ -102,9 +113,9 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> npt.N
     return array
 
 
-def _checked_pixels(images: npt.NDArray[Any], path: Path) -> npt.NDArray[np.uint8]:
+def _require_pixels(images: npt.NDArray[Any], path: Path) -> None:
     if images.dtype == np.uint8:
-        return images
+        return
     mend = "convert them to uint8 (0..255)"
     if np.issubdtype(images.dtype, np.floating) and images.size:
         part = images[:256]
@@ -115,12 +126,12 @@ def _checked_pixels(images: npt.NDArray[Any], path: Path) -> npt.NDArray[np.uint
     raise UserError(f"{path}: images are {images.dtype}, not uint8: {mend}")
 
 
-def _channels_first(images: npt.NDArray[np.uint8], path: Path) -> npt.NDArray[np.uint8]:
-    shape = images.shape
-    if images.size == 0 or images.ndim not in (3, 4):
-        raise UserError(f"{path}: images of shape {shape}; give (N, H, W), (N, H, W, C) or (N, C, H, W), none zero")
-    if images.ndim == 3:
-        return images[:, None]
+def _channels_last(shape: tuple[int, ...], path: Path) -> bool:
+    """Return whether images of this shape are (N, H, W, C); else they are (N, C, H, W) or (N, H, W)."""
+    if 0 in shape or len(shape) not in (3, 4):
+        raise UserError(f"{path}: images of shape {shape}; give (N, H, W), (N, H, W, C) or (N, C, H, W), not empty")
+    if len(shape) == 3:
+        return False
     first, last = shape[1] in (1, 3), shape[3] in (1, 3)
     if first and last:
         raise UserError(
@@ -132,4 +143,7 @@ def _channels_first(images: npt.NDArray[np.uint8], path: Path) -> npt.NDArray[np
             f"{path}: images of shape {shape} have neither 1 nor 3 channels, first or last; "
             f"{'drop the alpha channel' if 4 in (shape[1], shape[3]) else 'convert them to grey or RGB'}"
         )
-    return images if first else images.transpose(0, 3, 1, 2)
+    return last
+
+
+SOURCES.add("arrays")(Files(".npy or .npz", lambda path: path.suffix.lower() in (".npy", ".npz"), open_array))

@@ -41,7 +41,7 @@ SORTED = [3, 1, 4, 0, 2]  # a/0, a/1, a/2, b/0, b/deep/2
 
 def test_grey_images_sorted_by_path_with_sub_folder_labels(grey):
     data = open_data(grey)
-    np.testing.assert_array_equal(data.images[:, 0], [pixels(i, 4, 6) for i in SORTED])
+    np.testing.assert_array_equal(data.array()[:, 0], [pixels(i, 4, 6) for i in SORTED])
     assert data.shape == (1, 4, 6)
     assert data.labels.tolist() == [0, 0, 0, 1, 1]
     assert data.class_names == ("a", "b")
@@ -85,13 +85,11 @@ def test_hidden_files_and_other_files_are_passed_over(grey):
         (grey / name).parent.mkdir(exist_ok=True, parents=True)
         (grey / name).write_bytes(b"nothing")
     for source in (grey, zipped(grey, grey.parent / "set.zip")):
-        with pytest.warns(
-            UserWarning, match=r"passed over 1 files that are not images \(1 \.txt\); the first is c/readme\.txt"
-        ):
+        with pytest.warns(UserWarning, match=r"skipped 1 files, not images \(1 \.txt\); the first is c/readme\.txt"):
             data = open_data(source)
         assert data.fingerprint == expected
         assert data.describe() == (
-            f"{source}: 5 images, 2 classes, 4 x 6, grey, 6 passed over (5 hidden or of the system, 1 not images)"
+            f"{source}: 5 images, 2 classes, 4 x 6, grey, 6 files skipped (5 hidden or system files, 1 not images)"
         )
 
 
@@ -112,7 +110,7 @@ def test_many_files_keep_their_order_and_progress_is_told(tmp_path):
         save(np.full((2, 2), i % 256, np.uint8), tmp_path / f"{i:04}.png")
     told = []
     data = open_data(tmp_path, progress=lambda done, total: told.append((done, total)))
-    assert data.images[:, 0, 0, 0].tolist() == [i % 256 for i in range(300)]
+    assert data.array()[:, 0, 0, 0].tolist() == [i % 256 for i in range(300)]
     assert told == [(256, 300), (300, 300)]
 
 
@@ -120,8 +118,8 @@ def test_grey_among_colour_becomes_rgb(tmp_path):
     save(pixels(0, 4, 6, 3), tmp_path / "0.png")
     save(pixels(1, 4, 6), tmp_path / "1.png")
     data = open_data(tmp_path)
-    np.testing.assert_array_equal(data.images[0], pixels(0, 4, 6, 3).transpose(2, 0, 1))
-    np.testing.assert_array_equal(data.images[1], np.stack([pixels(1, 4, 6)] * 3))
+    np.testing.assert_array_equal(data.array()[0], pixels(0, 4, 6, 3).transpose(2, 0, 1))
+    np.testing.assert_array_equal(data.array()[1], np.stack([pixels(1, 4, 6)] * 3))
 
 
 @pytest.mark.parametrize("suffix", ["bmp", "webp", "jpg", "jpeg"])
@@ -129,7 +127,7 @@ def test_other_formats_decode_as_pillow_does(tmp_path, suffix):
     options = {"lossless": True} if suffix == "webp" else {}
     smooth = np.linspace(0, 255, 8 * 8 * 3).reshape(8, 8, 3).astype(np.uint8)
     save(smooth, tmp_path / f"0.{suffix}", **options)
-    image = open_data(tmp_path).images[0].transpose(1, 2, 0)
+    image = open_data(tmp_path).array()[0].transpose(1, 2, 0)
     if suffix in ("bmp", "webp"):
         np.testing.assert_array_equal(image, smooth)
     else:
@@ -141,7 +139,7 @@ def test_a_palette_becomes_rgb(tmp_path):
     image = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), mode="P")
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     image.save(tmp_path / "0.png")
-    assert open_data(tmp_path).images[0].transpose(1, 2, 0).tolist() == [
+    assert open_data(tmp_path).array()[0].transpose(1, 2, 0).tolist() == [
         [[10, 20, 30], [40, 50, 60]],
         [[70, 80, 90], [40, 50, 60]],
     ]
@@ -151,29 +149,29 @@ def test_sixteen_bit_grey_is_scaled(tmp_path):
     values = np.array([[0, 65535, 257 * 100], [128, 129, 257 * 7 + 129]], np.uint16)
     save(values, tmp_path / "0.png")
     data = open_data(tmp_path)
-    assert data.images[0, 0].tolist() == np.rint(values / 257).astype(int).tolist()
+    assert data.array()[0, 0].tolist() == np.rint(values / 257).astype(int).tolist()
     assert data.shape[0] == 1
 
 
 def test_black_and_white_has_one_channel(tmp_path):
     Image.fromarray(np.array([[True, False]])).save(tmp_path / "0.png")
-    assert open_data(tmp_path).images.tolist() == [[[[255, 0]]]]
+    assert open_data(tmp_path).array().tolist() == [[[[255, 0]]]]
 
 
 def test_transparent_parts_become_white(tmp_path):
     save(np.array([[[10, 20, 30, 255], [10, 20, 30, 0]]], np.uint8), tmp_path / "rgba" / "0.png")
-    assert open_data(tmp_path / "rgba").images[0].transpose(1, 2, 0).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    assert open_data(tmp_path / "rgba").array()[0].transpose(1, 2, 0).tolist() == [[[10, 20, 30], [255, 255, 255]]]
     save(np.array([[[10, 255], [10, 0], [0, 51]]], np.uint8), tmp_path / "la" / "0.png")
-    assert open_data(tmp_path / "la").images.tolist() == [[[[10, 255, 204]]]]
+    assert open_data(tmp_path / "la").array().tolist() == [[[[10, 255, 204]]]]
     save(np.array([[10, 20]], np.uint8), tmp_path / "key" / "0.png", transparency=20)
-    assert open_data(tmp_path / "key").images.tolist() == [[[[10, 255]]]]
+    assert open_data(tmp_path / "key").array().tolist() == [[[[10, 255]]]]
 
 
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown after a quarter turn clockwise
     save(pixels(0, 4, 6), tmp_path / "0.png", exif=exif)
-    np.testing.assert_array_equal(open_data(tmp_path).images[0, 0], np.rot90(pixels(0, 4, 6), -1))
+    np.testing.assert_array_equal(open_data(tmp_path).array()[0, 0], np.rot90(pixels(0, 4, 6), -1))
 
 
 def test_unequal_sizes_name_both_files_and_the_mend(grey):
@@ -185,7 +183,7 @@ def test_unequal_sizes_name_both_files_and_the_mend(grey):
 
 def test_an_exact_size_must_be_met(grey):
     assert open_data(grey, size=(4, 6)).shape == (1, 4, 6)
-    with pytest.raises(ValueError, match=r"a/0\.png: height x width 4x6 instead of data\.size=8x8; add --fit"):
+    with pytest.raises(ValueError, match=r"a/0\.png: height x width 4x6, not data\.size=8x8; add --fit"):
         open_data(grey, size=(8, 8))
 
 
@@ -194,21 +192,21 @@ def test_crop_keeps_the_centre_without_distortion(tmp_path):
     wide[:, 4:8] = tall[4:8] = 200
     for name, array in {"wide": wide, "tall": tall, "same": np.full((4, 4), 200, np.uint8)}.items():
         save(array, tmp_path / f"{name}.png")
-    np.testing.assert_array_equal(open_data(tmp_path, size=(4, 4), fit="crop").images, 200)
+    np.testing.assert_array_equal(open_data(tmp_path, size=(4, 4), fit="crop").array(), 200)
 
 
 def test_resize_keeps_the_whole_image(tmp_path):
     bars = np.repeat(np.array([0, 60, 200, 0], np.uint8), 16)
     save(np.tile(bars, (8, 1)), tmp_path / "0.png")
-    image = open_data(tmp_path, size=(4, 64), fit="resize").images[0, 0]
+    image = open_data(tmp_path, size=(4, 64), fit="resize").array()[0, 0]
     np.testing.assert_array_equal(image, np.tile(bars, (4, 1)))
-    assert open_data(tmp_path, size=(4, 4), fit="resize").images[0, 0, :, 0].max() < 20
+    assert open_data(tmp_path, size=(4, 4), fit="resize").array()[0, 0, :, 0].max() < 20
 
 
 def test_resizing_mends_unequal_sizes(grey):
     save(pixels(0, 5, 7), grey / "b" / "1.png")
     for fit in ("crop", "resize"):
-        assert open_data(grey, size=(3, 2), fit=fit).images.shape == (6, 1, 3, 2)
+        assert open_data(grey, size=(3, 2), fit=fit).array().shape == (6, 1, 3, 2)
 
 
 def truncate(path, share=0.6):
@@ -232,7 +230,7 @@ def test_a_bad_file_leaves_the_others_and_their_labels_in_place(grey):
     (grey / "a" / "1.png").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"skipped 1 of 5 .*a/1\.png"):
         data = open_data(grey, skip_bad=True)
-    np.testing.assert_array_equal(data.images[:, 0], [pixels(i, 4, 6) for i in (3, 4, 0, 2)])
+    np.testing.assert_array_equal(data.array()[:, 0], [pixels(i, 4, 6) for i in (3, 4, 0, 2)])
     assert data.labels.tolist() == [0, 0, 1, 1]
 
 
@@ -244,11 +242,11 @@ def test_nothing_but_bad_files_is_an_error_even_when_skipping(tmp_path):
 
 def test_empty_folders_and_zips_are_errors(tmp_path):
     (tmp_path / "notes.txt").write_text("no images here")
-    with pytest.raises(ValueError, match=rf"{tmp_path}: holds no images"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}: contains no images"):
         open_data(tmp_path)
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
         pass
-    with pytest.raises(ValueError, match=r"empty\.zip: holds no images"):
+    with pytest.raises(ValueError, match=r"empty\.zip: contains no images"):
         open_data(tmp_path / "empty.zip")
 
 
@@ -315,12 +313,15 @@ def test_dataset_json_may_say_that_there_are_no_labels(grey):
     ("content", "message"),
     [
         ({"labels": [[name, 0] for name in NAMES[:-1]]}, r"dataset\.json has no label for b/deep/2\.PNG"),
-        ({"labels": [[name, 0.5] for name in NAMES]}, r"dataset\.json labels a/0\.png 0\.5; labels must be whole"),
-        ({"labels": [[name, True] for name in NAMES]}, r"dataset\.json labels a/0\.png True"),
+        (
+            {"labels": [[name, 0.5] for name in NAMES]},
+            r"dataset\.json: label of a/0\.png is 0\.5; labels must be integers",
+        ),
+        ({"labels": [[name, True] for name in NAMES]}, r"dataset\.json: label of a/0\.png is True"),
         ({"labels": [[name, -1] for name in NAMES]}, "label -1 is not in"),
-        ({"other": 1}, r"dataset\.json must hold"),
-        ({"labels": [3, 4]}, r"dataset\.json must hold"),
-        ([], r"dataset\.json must hold"),
+        ({"other": 1}, r"dataset\.json must be"),
+        ({"labels": [3, 4]}, r"dataset\.json must be"),
+        ([], r"dataset\.json must be"),
     ],
 )
 def test_a_wrong_dataset_json_is_an_error(grey, content, message):
@@ -331,7 +332,7 @@ def test_a_wrong_dataset_json_is_an_error(grey, content, message):
 
 def test_a_dataset_json_that_is_not_json_is_an_error(grey):
     (grey / "dataset.json").write_bytes(b"{\xff")
-    with pytest.raises(ValueError, match=r"dataset\.json must hold"):
+    with pytest.raises(ValueError, match=r"dataset\.json must be"):
         open_data(grey)
 
 
@@ -384,7 +385,7 @@ def test_two_files_of_one_name_in_an_archive_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         archive.writestr("a/0.png", png())
         archive.writestr("a\\0.png", png())
-    with pytest.raises(ValueError, match=r"set\.zip: holds 2 files called a/0\.png; remove all but one"):
+    with pytest.raises(ValueError, match=r"set\.zip: contains 2 files named a/0\.png; remove all but one"):
         open_data(tmp_path / "set.zip")
 
 
@@ -407,7 +408,7 @@ def test_class_folders_may_hold_any_format(tmp_path):
         save(pixels(i, 3, 4), tmp_path / kind / f"0.{kind}")
     data = open_data(tmp_path)
     np.testing.assert_array_equal(
-        data.images[:3, 0], [pixels(i, 3, 4) for i in ((1, 3, 2) if len(data) == 4 else (1, 2, 0))]
+        data.array()[:3, 0], [pixels(i, 3, 4) for i in ((1, 3, 2) if len(data) == 4 else (1, 2, 0))]
     )
 
 

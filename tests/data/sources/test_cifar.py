@@ -6,7 +6,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from multistage_diffusion.data import cifar, open_data
+from multistage_diffusion.data import open_data
+from multistage_diffusion.data.sources import cifar
 from multistage_diffusion.errors import UserError
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -73,7 +74,7 @@ def test_records_are_label_then_planes(tmp_path, small, how):
         path = tmp_path if how == "folder" else path
     before = sorted(tmp_path.rglob("*"))
     data = open_data(f"cifar10:{path}")
-    assert data.images.shape == (20, 3, 32, 32)
+    assert data.array().shape == (20, 3, 32, 32)
     assert data.labels.tolist() == [(batch + i) % 10 for batch in range(1, 6) for i in range(4)]
     assert data.class_names == NAMES
     expected = [
@@ -81,7 +82,7 @@ def test_records_are_label_then_planes(tmp_path, small, how):
         for batch in range(1, 6)
         for i in range(4)
     ]
-    np.testing.assert_array_equal(data.images, expected)
+    np.testing.assert_array_equal(data.array(), expected)
     assert data.name == f"cifar10:{path}"
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -92,27 +93,28 @@ def test_the_published_length_is_read(tmp_path):
         with (folder / f"data_batch_{n}.bin").open("wb") as file:
             file.truncate(30_730_000)  # all zeros, and no room on disk
     data = open_data(f"cifar10:{folder}")
-    assert data.images.shape == (50_000, 3, 32, 32)
+    assert data.array().shape == (50_000, 3, 32, 32)
     assert not data.labels.any()
 
 
 def test_missing_files_are_named_with_where_they_come_from(tmp_path, small):
     content = files()
     del content["data_batch_2.bin"], content["batches.meta.txt"]
-    message = r"no batches\.meta\.txt, data_batch_2\.bin; take CIFAR-10's binary version, cifar-10-binary\.tar\.gz, from https"
+    message = (
+        r"no batches\.meta\.txt, data_batch_2\.bin; download the binary version, cifar-10-binary\.tar\.gz, from https"
+    )
     refused(unpack(tmp_path / "some", content), message)
     refused(pack(tmp_path / "some.tar.gz", content), message)
-    refused(tmp_path / "nowhere", r"no batches.*data_batch_5\.bin; take")
+    refused(tmp_path / "nowhere", r"no batches.*data_batch_5\.bin; download")
 
 
 def test_without_a_folder_it_says_what_to_give():
-    for source in ("cifar10", "cifar10:"):
-        with pytest.raises(ValueError, match=r"data\.source='cifar10': .*give cifar10:FILE or cifar10:FOLDER"):
-            open_data(source)
+    with pytest.raises(UserError, match=r"data\.source='cifar10': no folder .*give cifar10:FILE or cifar10:FOLDER"):
+        open_data("cifar10")
 
 
 def test_the_python_version_is_refused(tmp_path, small):
-    message = "is the Python version of CIFAR-10 .* never read; take CIFAR-10's binary version"
+    message = "the Python version of CIFAR-10 .* is not read; download the binary version"
     refused(pack(tmp_path / "py.tar.gz", {"data_batch_1": b"\x80\x02"}, "cifar-10-batches-py/"), message)
     unpack(tmp_path / "py" / "cifar-10-batches-py", {"data_batch_1": b"\x80\x02"})
     refused(tmp_path / "py", message)
@@ -123,13 +125,13 @@ def test_the_python_version_is_refused(tmp_path, small):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data_batch_3.bin": records(3)[:-1]}, r"data_batch_3\.bin holds 12291 bytes instead of 4 x 3073"),
-        ({"data_batch_3.bin": b""}, r"data_batch_3\.bin holds 0 bytes"),
+        ({"data_batch_3.bin": records(3)[:-1]}, r"data_batch_3\.bin has 12291 bytes, not 4 x 3073"),
+        ({"data_batch_3.bin": b""}, r"data_batch_3\.bin has 0 bytes"),
         (
             {"data_batch_4.bin": records(4)[:3073] + b"\x0a" + records(4)[3074:]},
             r"data_batch_4\.bin: image 1 has label 10",
         ),
-        ({"batches.meta.txt": b"cat\ndog\n"}, r"batches\.meta\.txt names 2 classes instead of 10"),
+        ({"batches.meta.txt": b"cat\ndog\n"}, r"batches\.meta\.txt names 2 classes, not 10"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, small, in_archive, change, message):
@@ -139,8 +141,8 @@ def test_damaged_files_are_named(tmp_path, small, in_archive, change, message):
 
 def test_too_long_a_file_is_named(tmp_path, small):
     content = {**files(), "data_batch_1.bin": records(1) + b"\0"}
-    refused(unpack(tmp_path / "a", content), "holds 12293 bytes instead of 4 x 3073")
-    refused(pack(tmp_path / "a.tar.gz", content), r"data_batch_1\.bin holds 12293 bytes, more than 12292")
+    refused(unpack(tmp_path / "a", content), "has 12293 bytes, not 4 x 3073")
+    refused(pack(tmp_path / "a.tar.gz", content), r"data_batch_1\.bin has 12293 bytes, more than 12292")
 
 
 def test_only_plain_files_of_the_right_folder_count_in_an_archive(tmp_path, small):
@@ -158,7 +160,7 @@ def test_a_truncated_archive_is_an_error(tmp_path, small, share):
     path = pack(tmp_path / "a.tar.gz", files())
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
-    refused(path, r"a\.tar\.gz: not a readable archive \(.*take CIFAR-10's binary")
+    refused(path, r"a\.tar\.gz: not a readable archive \(.*download the binary")
 
 
 def test_images_can_be_padded_and_cropped(tmp_path, small):
@@ -187,7 +189,7 @@ def test_an_archive_is_unpacked_no_further_than_the_real_one(tmp_path, small, ki
     content = member.tobuf(tarfile.USTAR_FORMAT) + bytes(20_000_000) + bytes(1024)
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(content))
     tracemalloc.start()
-    refused(tmp_path / "a.tar.gz", r"a\.tar\.gz: unpacks to more than 1000000 bytes; take CIFAR-10's binary version")
+    refused(tmp_path / "a.tar.gz", r"a\.tar\.gz: unpacks to more than 1000000 bytes; download the binary version")
     assert tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()
 

@@ -11,28 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config.run import MAX_PIXELS
-from ..errors import UserError
-from ..progress import Progress
-from ..reading import read_file, require_regular
-from .bounded import FILE_LIMIT, read_member
-from .dataset import ImageData
-from .decoding import decode_all
-from .fitting import Fit
-from .labels import find_labels, inner_path
-from .opening import SUFFIXES, one_line
-from .visible import LISTING, of_the_system, sort_out
+from ...errors import UserError
+from ...reading import read_file, require_regular
+from ..bounded import FILE_LIMIT, read_member
+from ..dataset import ImageData
+from ..decoding import decode_all
+from ..labels import find_labels, inner_path
+from ..opening import SUFFIXES, one_line
+from ..options import Options
+from ..visible import LISTING, of_the_system, sort_out
+from . import SOURCES, Files
 
 
-def open_images(
-    path: Path,
-    *,
-    size: tuple[int, int] | None = None,
-    fit: Fit = "exact",
-    skip_bad: bool = False,
-    max_pixels: int = MAX_PIXELS,
-    progress: Progress | None = None,
-) -> ImageData:
+def open_images(path: Path, options: Options) -> ImageData:
     """Open all images in a folder (with sub-folders) or a zip file, sorted by path.
 
     All formats of `opening.SUFFIXES` are read. Grey images, including those with a grey palette, have one channel. If
@@ -42,7 +33,7 @@ def open_images(
 
     Args:
         path: an existing folder or zip file (never unpacked to disk).
-        size, fit, skip_bad, max_pixels, progress: as for `decode_all`.
+        options: how images are read.
 
     Raises:
         UserError: if there are no images, if labels are missing or wrong (see `find_labels`), and as `decode_all`.
@@ -50,21 +41,12 @@ def open_images(
     with _files(path) as (names, read):
         found = sort_out(str(path), names)
         if not found.images:
-            raise UserError(f"{path}: holds no images ({', '.join(SUFFIXES)})")
+            raise UserError(f"{path}: contains no images ({', '.join(SUFFIXES)})")
         labels, class_names = find_labels(str(path), found.images, found.listings, read)
-        decoded = decode_all(
-            str(path),
-            found.images,
-            lambda number: read(found.images[number], FILE_LIMIT),
-            size=size,
-            fit=fit,
-            skip_bad=skip_bad,
-            max_pixels=max_pixels,
-            progress=progress,
-        )
+        decoded = decode_all(str(path), found.images, lambda number: read(found.images[number], FILE_LIMIT), options)
     kept_labels = None if labels is None else np.array(labels, np.int64)[decoded.kept]
-    passed_over = {**found.passed_over, **decoded.passed_over}
-    return ImageData(decoded.images, kept_labels, str(path), class_names, decoded.content, passed_over)
+    skipped = {**found.skipped, **decoded.skipped}
+    return ImageData(decoded.images, kept_labels, str(path), class_names, decoded.content, skipped)
 
 
 @contextmanager
@@ -90,7 +72,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
     for name, count in names.items():
         used = name.lower().endswith(tuple(SUFFIXES)) or name.rpartition("/")[2] == LISTING
         if count > 1 and used:
-            raise UserError(f"{path}: holds {count} files called {name}; remove all but one from the archive")
+            raise UserError(f"{path}: contains {count} files named {name}; remove all but one from the archive")
     return dict(files)
 
 
@@ -112,3 +94,8 @@ def _walk(root: Path) -> Iterator[str]:
             # a link to a folder on the current path, or to a parent of one, would cause an endless loop
             if not (is_link and any(Path(passed).is_relative_to(real) for passed in way)):
                 waiting.append((path, (*way, real)))
+
+
+SOURCES.add("folders")(
+    Files("a folder or .zip of images", lambda path: path.is_dir() or path.suffix.lower() == ".zip", open_images)
+)

@@ -14,11 +14,13 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UserError
-from ..reading import read_file
-from .bounded import FILE_LIMIT
-from .dataset import ImageData
-from .opening import one_line
+from ...errors import UserError
+from ...reading import read_file
+from ..bounded import FILE_LIMIT
+from ..dataset import ImageData
+from ..opening import one_line
+from ..options import Options
+from . import SOURCES, Named, to_path
 
 ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar.html"
 RECORDS = 10_000  # images per file
@@ -33,19 +35,21 @@ _ARCHIVE_BYTES = 1 << 29  # limit of the unpacked archive; the original has 184 
 _META_BYTES = 10_000  # far more than ten names need
 
 
-def open_cifar10(path: Path | None) -> ImageData:
+def open_cifar10(rest: str, options: Options) -> ImageData:
     """Open the 50,000 training images, uint8 (N, 3, 32, 32), of the binary version.
 
     Args:
-        path: the folder with the files, its parent folder (of cifar-10-batches-bin/), or the downloaded archive
-            cifar-10-binary.tar.gz, which is not unpacked to disk. None raises.
+        rest: the folder with the files, its parent folder (of cifar-10-batches-bin/), or the downloaded archive
+            cifar-10-binary.tar.gz, which is not unpacked to disk. An empty text raises.
+        options: not used.
 
     Raises:
-        UserError: if path is None, for the Python version, or if files are missing (the message gives the address) or
-            damaged.
+        UserError: if rest is empty, for the Python version, or if files are missing (the message gives the address),
+            damaged or twice in the archive.
     """
-    if path is None:
-        raise UserError(f"data.source='cifar10': needs its files; {_mend()}")
+    if not rest:
+        raise UserError(f"data.source='cifar10': no folder or archive is given; {_mend()}")
+    path = to_path(rest)
     images = np.empty((len(BATCHES) * RECORDS, *PIXELS), np.uint8)
     labels = np.empty(len(images), np.int64)
     class_names: tuple[str, ...] = ()
@@ -61,19 +65,19 @@ def open_cifar10(path: Path | None) -> ImageData:
     if missing:
         raise UserError(f"{path}: no {', '.join(sorted(missing))}; {_mend()}")
     if len(class_names) != 10:
-        raise UserError(f"{path}: {META} names {len(class_names)} classes instead of 10; fetch the archive again")
+        raise UserError(f"{path}: {META} names {len(class_names)} classes, not 10; download the archive again")
     return ImageData(images, labels, f"cifar10:{path}", class_names)
 
 
 def _records(content: bytes, where: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Return the images (RECORDS, 3, 32, 32) and labels (RECORDS,) of a file."""
     if len(content) != RECORDS * RECORD:
-        raise UserError(f"{where} holds {len(content)} bytes instead of {RECORDS} x {RECORD}; fetch the archive again")
+        raise UserError(f"{where} has {len(content)} bytes, not {RECORDS} x {RECORD}; download the archive again")
     rows = np.frombuffer(content, np.uint8).reshape(RECORDS, RECORD)
     labels = rows[:, 0]
     if labels.max() > 9:
         row = int(np.argmax(labels > 9))
-        raise UserError(f"{where}: image {row} has label {labels[row]}, above 9; fetch the archive again")
+        raise UserError(f"{where}: image {row} has label {labels[row]}, above 9; download the archive again")
     return rows[:, 1:].reshape(RECORDS, *PIXELS), labels
 
 
@@ -91,7 +95,8 @@ def _in_folder(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, content) of each needed archive member; raise if a member is longer than expected."""
+    """Yield (name, content) of each needed archive member; raise if one is there twice or longer than expected."""
+    found = set[str]()
     try:
         with _unpacked(path) as content, tarfile.open(fileobj=content, mode="r:") as archive:
             for member in archive:
@@ -100,9 +105,12 @@ def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
                     raise _python_version(path)
                 if folder != _FOLDER or name not in (META, *BATCHES) or not member.isfile():
                     continue
+                if name in found:
+                    raise UserError(f"{path}: contains several files named {name}; {_mend()}")
+                found.add(name)
                 limit = _META_BYTES if name == META else RECORDS * RECORD
                 if member.size > limit:
-                    raise UserError(f"{path}: {name} holds {member.size} bytes, more than {limit}; {_mend()}")
+                    raise UserError(f"{path}: {name} has {member.size} bytes, more than {limit}; {_mend()}")
                 file = archive.extractfile(member)
                 assert file is not None
                 yield name, file.read()
@@ -149,8 +157,13 @@ class _Bounded(io.RawIOBase):
 
 
 def _python_version(path: Path) -> UserError:
-    return UserError(f"{path}: is the Python version of CIFAR-10 (pickles), which is never read; {_mend()}")
+    return UserError(f"{path}: the Python version of CIFAR-10 (pickles) is not read; {_mend()}")
 
 
 def _mend() -> str:
-    return f"take CIFAR-10's binary version, cifar-10-binary.tar.gz, from {ADDRESS} and give cifar10:FILE or cifar10:FOLDER"
+    return (
+        f"download the binary version, cifar-10-binary.tar.gz, from {ADDRESS} and give cifar10:FILE or cifar10:FOLDER"
+    )
+
+
+SOURCES.add("cifar10")(Named("cifar10:FOLDER", open_cifar10))

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UserError
-from ..reading import require_regular
-from .bounded import require_inflatable
-from .dataset import ImageData
-from .opening import one_line
+from ...errors import UserError
+from ...reading import require_regular
+from ..bounded import require_inflatable
+from ..dataset import ImageData
+from ..opening import one_line
+from ..options import Options
+from . import SOURCES, Named, to_path
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
 
@@ -36,18 +38,19 @@ _IMAGES, _LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 _MORE = 1024  # bytes read beyond the expected length, to detect a file that is too long
 
 
-def open_fashion_mnist(folder: Path | None = None) -> ImageData:
+def open_fashion_mnist(rest: str, options: Options) -> ImageData:
     """Open the 60,000 training images, uint8 (N, 1, 28, 28), from idx files, compressed (.gz) or not.
 
     Args:
-        folder: folder of the files; None: the folder of Debian's package.
+        rest: folder of the files; empty: the folder of Debian's package.
+        options: not used.
 
     Raises:
         UserError: if files are missing (the message explains how to get them) or damaged (it names the file).
     """
-    where = DEBIAN_FOLDER if folder is None else folder
-    images, labels = read_idx(_find(where, _IMAGES), 3), read_idx(_find(where, _LABELS), 1)
-    name = "fashion-mnist" if folder is None else f"fashion-mnist:{folder}"
+    folder = to_path(rest) if rest else DEBIAN_FOLDER
+    images, labels = read_idx(_find(folder, _IMAGES), 3), read_idx(_find(folder, _LABELS), 1)
+    name = f"fashion-mnist:{folder}" if rest else "fashion-mnist"
     return ImageData(images[:, None], labels.astype(np.int64), name, CLASS_NAMES)
 
 
@@ -84,12 +87,15 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
             require_inflatable(length, compressed)
             data = file.read(length + _MORE)
     except UserError as error:
-        raise UserError(f"{path}: {error}; fetch the file again") from None
+        raise UserError(f"{path}: {error}; download the file again") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch the file again") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); download the file again") from None
     if len(data) != length or 0 in shape:
         most = "at least " if len(data) == length + _MORE else ""
         raise UserError(
-            f"{path}: holds {most}{len(data)} bytes for {' x '.join(map(str, shape))}; fetch the file again"
+            f"{path}: has {most}{len(data)} bytes for {' x '.join(map(str, shape))}; download the file again"
         )
     return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+SOURCES.add("fashion-mnist")(Named("fashion-mnist[:FOLDER]", open_fashion_mnist))
