@@ -21,6 +21,7 @@ from multistage_diffusion.config.execution import ExecutionConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import from_dict, override, read_json, to_dict
 from multistage_diffusion.data import ImageData, open_data
+from multistage_diffusion.evaluation import read_result
 from multistage_diffusion.files import write_json
 from multistage_diffusion.stage_finding import StageResult, StageSettings
 from multistage_diffusion.stages import Stages
@@ -430,8 +431,9 @@ def test_evaluations_are_added_to_the_run(copy: Run) -> None:
         (int(copy.checkpoint().name[-4:]), 0, 40, "digits"),
         (2, 5, 20, "digits"),
     ]
-    assert [e["frechet"] for e in entries] == [first.frechet, second.frechet]
-    assert evaluate(copy, count=20, seed=5, checkpoint="4").frechet != second.frechet
+    assert [read_result(entry) for entry in entries] == [first, second]
+    third = evaluate(copy, count=20, seed=5, checkpoint="4")
+    assert third.metrics["frechet"].value != second.metrics["frechet"].value
     assert (first.count, first.held_out, first.train) == (40, 180, 1617)
     assert json.loads(json.dumps(to_dict(first), allow_nan=False)) == to_dict(first)
 

@@ -28,7 +28,7 @@ from ..training.run import Run
 from ..training.sample_grid import SampleGrid
 from ..training.strategies import Strategy
 from ..training.trainer import Trainer
-from .evaluation_callback import FidReference, Quality
+from .evaluation_callback import EvaluationCallback, FidReference
 from .interrupts import stopped_by_signals
 from .latent import with_codec, with_stages
 from .prepare import PreparedRun, check, located, prepare, warn_of_blind, warn_of_borrowed, with_paths
@@ -71,7 +71,7 @@ def train(
     with world.report_failures():
         if world.size == 1:  # several processes may resume a run there
             Run.require_room(Path(out), replace=replace)
-        prepared, judges = _in_turn(
+        prepared, evaluations = _in_turn(
             world, config.codec.used, lambda: _prepared(config, out, result, resolved, progress, world.size)
         )
         check_execution(settled(prepared.config.execution), resolved, world.size)
@@ -83,7 +83,7 @@ def train(
                 begun = (again or (world.size > 1 and not replace)) and _is_run_of(Path(out), prepared.config)
                 if not begun:
                     _create(Path(out), prepared.config, result, replace=replace)
-        return _fit(Run.open(out), prepared, resolved, [*judges, *callbacks], world, strategy)
+        return _fit(Run.open(out), prepared, resolved, [*evaluations, *callbacks], world, strategy)
 
 
 def _in_turn(world: World, encodes: bool, prepare: Callable[[], Prepared]) -> Prepared:
@@ -123,9 +123,9 @@ def _prepared(
     # the precision chosen here is stored: a run resumed on another device keeps it
     precision = precision_name(config.training.precision, device)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
-    yardstick = FidReference.of(config, data, parts[0], device)
+    fid_reference = FidReference.of(config, data, parts[0], device)
     prepared = PreparedRun.of(config, codec, parts, device, progress)
-    return prepared, _judges(yardstick, prepared, device)
+    return prepared, _evaluation_callbacks(fid_reference, prepared, device)
 
 
 def _facts(config: RunConfig, device: torch.device, strategy: Strategy) -> dict[str, Any]:
@@ -149,9 +149,11 @@ def _create(path: Path, config: RunConfig, result: StageResult | None, *, replac
     Run.create(path, config, replace=replace, fill=fill)
 
 
-def _judges(yardstick: FidReference | None, prepared: PreparedRun, device: torch.device) -> list[Callback[Trainer]]:
+def _evaluation_callbacks(
+    reference: FidReference | None, prepared: PreparedRun, device: torch.device
+) -> list[Callback[Trainer]]:
     """Return the evaluation callbacks, if any; they run before the other callbacks, which print their results."""
-    return [] if yardstick is None else [Quality(prepared.config, yardstick, prepared.decode, device)]
+    return [] if reference is None else [EvaluationCallback(prepared.config, reference, prepared.decode, device)]
 
 
 # Keys that may differ between machines: paths, and the last digits of measured values.
@@ -171,6 +173,7 @@ CHANGEABLE = (
     "training.sample_every",
     "training.sample_count",
     "evaluation.every",
+    "evaluation.metrics",
     "evaluation.patience",
     "execution.channels_last",
     "execution.compile",
@@ -219,12 +222,12 @@ def resume(
         with world.synchronize_errors():
             run = Run.open(Path(path))
             encodes = run.config().codec.used
-        prepared, judges = _in_turn(
+        prepared, evaluations = _in_turn(
             world, encodes, lambda: _reopened(run, changes or {}, resolved, progress, world.size)
         )
         check_execution(settled(prepared.config.execution), resolved, world.size)
         world.require_equal(_facts(prepared.config, resolved, strategy))
-        return _fit(run, prepared, resolved, [*judges, *callbacks], world, strategy)
+        return _fit(run, prepared, resolved, [*evaluations, *callbacks], world, strategy)
 
 
 def _reopened(
@@ -261,9 +264,9 @@ def _reopened(
     changed, codec = with_codec(changed, device)
     parts = check(changed, data, device, processes)
     changed = with_class_counts(changed, parts[0])
-    yardstick = FidReference.of(changed, data, parts[0], device)
+    fid_reference = FidReference.of(changed, data, parts[0], device)
     prepared = PreparedRun.of(changed, codec, parts, device, progress)
-    return prepared, _judges(yardstick, prepared, device)
+    return prepared, _evaluation_callbacks(fid_reference, prepared, device)
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
