@@ -337,7 +337,9 @@ def test_train_writes_tensorboard_or_names_the_extra(
     made: Path, msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    refused(msdiff("train", "--preset", "digits", "--out", "run", "--tensorboard"), "multistage-diffusion[track]")
+    refused(
+        msdiff("train", "--preset", "digits", "--out", "run", "--track", "tensorboard"), "multistage-diffusion[track]"
+    )
     graphs = ("--device", "cpu", "--set", "execution.cuda_graphs=true")
     refused(
         msdiff("train", "--preset", "digits", "--out", "run", *graphs), "execution.cuda_graphs=True needs one process"

@@ -43,3 +43,15 @@ def test_features_that_memory_cannot_hold_are_refused(monkeypatch: pytest.Monkey
     require_features("features='pixels'", PixelFeatures(), (1, 4, 4), 1000)
     with pytest.raises(UserError, match=r"count=1001, features='pixels' of 16 dimensions, needs at least .* smaller"):
         require_features("features='pixels'", PixelFeatures(), (1, 4, 4), 1001)
+
+
+def test_the_network_s_own_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large(PixelFeatures):
+        activation_bytes = 1000
+
+    features = 20 * 1000 * 16 + 40 * 16 * 16
+    monkeypatch.setattr(memory, "available_memory", lambda: features + EXTRACT_BATCH * 1000)
+    require_features("features='large'", Large(), (1, 4, 4), 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda: features + EXTRACT_BATCH * 1000 - 1)
+    with pytest.raises(UserError, match=r"features='large' of 16 dimensions, needs at least"):
+        require_features("features='large'", Large(), (1, 4, 4), 1000)

@@ -16,7 +16,6 @@ from ..performance.profiling import Profile, require_profile_place
 from ..stage_finding import StageResult
 from ..training.callbacks import Callback
 from ..training.run import Run
-from ..training.sample_grid import TensorBoard
 from ..training.strategies import Strategy
 from ..training.trainer import Trainer
 from ..workflow.train import resume, train
@@ -66,8 +65,8 @@ class Train(DataOptions):
     """Started by torchrun, what each process holds: the whole network, or (memory) the decoders of its own stages."""
     profile: bool = False
     """Time the parts of some steps, print them, write a trace to RUN/profile, and train on."""
-    tensorboard: bool = False
-    """Write TensorBoard events to the run (extra: track)."""
+    track: Annotated[tuple[str, ...], option("TRACKER ...")] = ()
+    """Programs that receive metrics, samples and the configuration: tensorboard (extra: track)."""
     device: Device = None
     """cpu, cuda or cuda:N"""
 
@@ -86,8 +85,6 @@ class Train(DataOptions):
             callbacks: list[Callback[Trainer]] = [progress]
             if self.profile:
                 callbacks.append(Profile(console.print))
-            if self.tensorboard:
-                callbacks.append(TensorBoard())
             trained = self.go_on if self.resume is not None else self.start
             run = trained(changes, callbacks, bar)
         if not is_main_process():
@@ -105,7 +102,13 @@ class Train(DataOptions):
                 )
         assert self.resume is not None
         return resume(
-            self.resume, changes, device=self.device, strategy=self.strategy, callbacks=callbacks, progress=bar
+            self.resume,
+            changes,
+            device=self.device,
+            strategy=self.strategy,
+            callbacks=callbacks,
+            trackers=self.track,
+            progress=bar,
         )
 
     def start(self, changes: dict[str, Any], callbacks: Sequence[Callback[Trainer]], bar: Bar) -> Run:
@@ -129,5 +132,6 @@ class Train(DataOptions):
             device=self.device,
             strategy=self.strategy,
             callbacks=callbacks,
+            trackers=self.track,
             progress=bar,
         )

@@ -47,7 +47,7 @@ def require_features(
         raise UserError(f"{field}: {dims} dimensions of images of {size} exceed {MAX_DIMS}; use other features")
     needed = sets * 20 * count * dims + 5 * 8 * dims * dims  # float32, float64 and centred features; covariances, roots
     if torch.device(device).type == "cpu":
-        needed += EXTRACT_BATCH * extractor.activation_bytes
+        needed += min(count, EXTRACT_BATCH) * extractor.activation_bytes
     require_memory(needed, f"count={count}, {field} of {dims} dimensions,", "take a smaller count, or other features")
 
 

@@ -27,6 +27,7 @@ from ..training.checkpoint import checkpoint_step, list_checkpoints, trained_con
 from ..training.run import Run
 from ..training.sample_grid import SampleGrid
 from ..training.strategies import Strategy
+from ..training.tracking import Tracking
 from ..training.trainer import Trainer
 from .evaluation_callback import EvaluationCallback, FidReference
 from .interrupts import stopped_by_signals
@@ -46,6 +47,7 @@ def train(
     device: str | None = None,
     strategy: Strategy = "time",
     callbacks: Sequence[Callback[Trainer]] = (),
+    trackers: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Run:
     """Start a run and train it to its end.
@@ -60,13 +62,15 @@ def train(
         replace: move an existing run aside.
         device: default CUDA when there is one.
         strategy: what each process holds: "time": the whole network; "memory": only the decoders of its own stages.
-        callbacks: progress, TensorBoard, ...
+        callbacks: progress display, profile, ...
+        trackers: names of trackers, such as "tensorboard".
         progress: called with (done, total) while images are encoded into latents.
 
     Raises:
         UserError: if something does not fit; nothing has been written then.
         RankLost: if another process is lost.
     """
+    tracking = Tracking.of(trackers)
     world, resolved = joined(device, "train")
     with world.report_failures():
         if world.size == 1:  # several processes may resume a run there
@@ -83,7 +87,7 @@ def train(
                 begun = (again or (world.size > 1 and not replace)) and _is_run_of(Path(out), prepared.config)
                 if not begun:
                     _create(Path(out), prepared.config, result, replace=replace)
-        return _fit(Run.open(out), prepared, resolved, [*evaluations, *callbacks], world, strategy)
+        return _fit(Run.open(out), prepared, resolved, [*evaluations, *callbacks], tracking, world, strategy)
 
 
 def _in_turn(world: World, encodes: bool, prepare: Callable[[], Prepared]) -> Prepared:
@@ -201,6 +205,7 @@ def resume(
     device: str | None = None,
     strategy: Strategy = "time",
     callbacks: Sequence[Callback[Trainer]] = (),
+    trackers: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Run:
     """Resume a run from its latest checkpoint, with any strategy and any number of processes.
@@ -210,13 +215,15 @@ def resume(
         changes: dotted keys to change, only those in CHANGEABLE: a longer training, data that have moved.
         device: default CUDA when there is one.
         strategy: see `train`.
-        callbacks: progress, TensorBoard, ...
+        callbacks: progress display, profile, ...
+        trackers: names of trackers, such as "tensorboard".
         progress: called with (done, total) while images are encoded into latents.
 
     Raises:
         UserError: if there is no run, a key may not change, or the data are not those the run was started on.
         RankLost: if another process is lost.
     """
+    tracking = Tracking.of(trackers)
     world, resolved = joined(device, "train --resume")
     with world.report_failures():
         with world.synchronize_errors():
@@ -227,7 +234,7 @@ def resume(
         )
         check_execution(settled(prepared.config.execution), resolved, world.size)
         world.require_equal(_facts(prepared.config, resolved, strategy))
-        return _fit(run, prepared, resolved, [*evaluations, *callbacks], world, strategy)
+        return _fit(run, prepared, resolved, [*evaluations, *callbacks], tracking, world, strategy)
 
 
 def _reopened(
@@ -308,17 +315,18 @@ def _fit(
     prepared: PreparedRun,
     device: torch.device,
     callbacks: Sequence[Callback[Trainer]],
+    tracking: Tracking,
     world: World,
     strategy: Strategy,
 ) -> Run:
     config = prepared.config
-    grids = SampleGrid(config.input_shape, prepared.decode)
+    grids = SampleGrid(config.input_shape, prepared.decode, tracking.images)
     trainer = Trainer(
         run,
         *prepared.parts,
         config=config,
         device=device,
-        callbacks=[*callbacks, grids],
+        callbacks=[*callbacks, tracking, grids],
         world=world,
         strategy=strategy,
     )
