@@ -83,9 +83,13 @@ def test_metrics_that_cannot_be_computed_are_left_out(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("samples", "keep", "message"),
     [
-        (1, 0, "1 samples are too few for metric 'frechet', which needs 2; comparing with train of noise needs"),
-        (3, 9, "3 samples are too few for metric 'precision-recall', which needs 4; comparing with train of noise"),
-        (9, 3, "3 kept features of train of noise are too few for metric 'precision-recall', which needs 4; make the"),
+        (1, 0, "count=1: metric 'frechet' needs at least 2 images; give a larger"),
+        (3, 9, "count=3: metric 'precision-recall' needs at least 4 images"),
+        (
+            9,
+            3,
+            "train of noise: features of 3 images are kept: metric 'precision-recall' needs at least 4 images; make",
+        ),
     ],
 )
 def test_too_few_are_refused(samples: int, keep: int, message: str) -> None:

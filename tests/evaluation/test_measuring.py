@@ -53,9 +53,9 @@ def test_a_named_metric_that_cannot_be_computed_is_refused(name: str, known: set
 
 def test_every_set_needs_enough_images() -> None:
     metrics: dict[str, Metric] = {"pr": PrecisionRecall(), "largest": Largest()}
-    check_counts(metrics, {"samples": 4, "others": 4}, "give more")
-    with pytest.raises(ValueError, match="3 others are too few for metric 'pr', which needs 4; give more"):
-        check_counts(metrics, {"samples": 4, "others": 3}, "give more")
+    check_counts(metrics, {"count=4": 4, "4 others": 4}, "give more")
+    with pytest.raises(ValueError, match="3 others: metric 'pr' needs at least 4 images; give more"):
+        check_counts(metrics, {"count=4": 4, "3 others": 3}, "give more")
 
 
 def test_training_images_stand_in_for_samples() -> None:

@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused_before_sampling(
     ):
         with pytest.raises(ValueError, match=message):
             compare(run, tmp_path / reference, count=count)
-    with pytest.raises(ValueError, match="3 samples are too few for metric 'precision-recall', which needs 4"):
+    with pytest.raises(ValueError, match="count=3: metric 'precision-recall' needs at least 4 images"):
         compare(run, count=3)
 
 

@@ -244,7 +244,7 @@ def test_what_may_change_exists() -> None:
             (2 if name == "shards" else True) if value == "auto" else not value if isinstance(value, bool) else None
         )
         if changed is None:
-            changed = "x" if isinstance(value, str) else value + 1
+            changed = ["x"] if isinstance(value, tuple) else "x" if isinstance(value, str) else value + 1
         assert differences(config, override(config, {key: changed})) == [key]
 
 
@@ -434,7 +434,7 @@ def test_evaluations_are_added_to_the_run(copy: Run) -> None:
     assert [read_result(entry) for entry in entries] == [first, second]
     third = evaluate(copy, count=20, seed=5, checkpoint="4")
     assert third.metrics["frechet"].value != second.metrics["frechet"].value
-    assert (first.count, first.held_out, first.train) == (40, 180, 1617)
+    assert (first.count, first.reference_count, first.training_count) == (40, 180, 1617)
     assert json.loads(json.dumps(to_dict(first), allow_nan=False)) == to_dict(first)
 
 
@@ -449,7 +449,7 @@ def test_what_cannot_be_compared_is_refused_before_sampling(
     np.save(tmp_path / "colour.npy", images(20, 3, 8, 8).images)
     np.save(tmp_path / "wide.npy", images(20, 1, 8, 16).images)
     for source, held_out, message in (
-        ("few.npy", 0.1, r"\d held-out images are too few to compare: need more than 3 of each"),
+        ("few.npy", 0.1, r"\d held-out images: metric 'precision-recall' needs at least 4 images; give"),
         ("colour.npy", 0.3, "data: images of 3 x 8 x 8"),
         ("wide.npy", 0.3, r"data: images of 1 x 8 x 16 .*, but .* makes 1 x 8 x 8; give --size H W"),
         ("digits", 0.3, "data.held_out=0.3: .* was trained on these data with 0.1"),

@@ -38,14 +38,12 @@ def statistics_metrics(
     if extractor.has_logits:
         known.add("logits")
     metrics = choose(names, known, "statistics")
-    check_counts(metrics, {"samples": samples}, f"comparing with {reference.source} needs a larger count")
+    check_counts(metrics, {f"count={samples}": samples}, "give a larger count")
     if reference.features is not None:
+        kept = len(reference.features)
         readers = {name: metric for name, metric in metrics.items() if "features" in metric.needs}
-        check_counts(
-            readers,
-            {f"kept features of {reference.source}": len(reference.features)},
-            "make the statistics again with a larger --keep, or leave the metric out",
-        )
+        mend = "make the statistics again with a larger --keep, or leave the metric out"
+        check_counts(readers, {f"{reference.source}: features of {kept} images are kept": kept}, mend)
     return metrics
 
 

@@ -17,7 +17,7 @@ from .measuring import check_counts, choose, mean, measure
 from .registry import FeatureExtractor, Metric, Need
 from .result import EvaluationResult
 
-SETS = {"samples": "samples", "train": "training images", "held-out": "held-out images"}  # names and words
+SETS = {"samples": "count={}", "train": "{} training images", "held-out": "{} held-out images"}  # words of messages
 _MEND = "give a larger count, other images with --data, or train with a larger data.held_out"
 
 
@@ -45,7 +45,7 @@ def held_out_metrics(
     optional: dict[Need, bool] = {"logits": extractor.has_logits, "labels": labels, "reconstructed": reconstructed}
     known |= {need for need, there in optional.items() if there}
     metrics = choose(names, known, "held-out")
-    check_counts(metrics, {SETS[name]: count for name, count in counts.items()}, _MEND)
+    check_counts(metrics, {SETS[name].format(count): count for name, count in counts.items()}, _MEND)
     return metrics
 
 
@@ -89,7 +89,7 @@ def evaluate_samples(
     smallest = min(map(len, images.values()))
     count = smallest if count is None else count
     if not 0 < count <= smallest:
-        sizes = ", ".join(f"{len(images[name])} {words}" for name, words in SETS.items())
+        sizes = f"{len(samples)} samples, {len(train)} training and {len(held_out)} held-out images"
         raise UserError(f"count={count} must be between 1 and {smallest}, the size of the smallest set ({sizes})")
     if splits < 1:
         raise UserError(f"splits={splits} must be at least 1")
@@ -102,7 +102,7 @@ def evaluate_samples(
         labels=labels is not None,
         reconstructed=reconstructed is not None,
     )
-    check_counts(chosen, {"images per draw": count}, _MEND)
+    check_counts(chosen, {f"count={count}": count}, _MEND)
     named = dict(zip(SETS, labels or (None,) * len(SETS), strict=True))
     draws = [_Draws(images[name], named[name], name, (count, splits, seed), extractor, device) for name in SETS]
     if reconstructed is not None:  # drawn as samples are

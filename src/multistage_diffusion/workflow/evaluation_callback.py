@@ -104,7 +104,7 @@ class FidReference:
                 device=device,
             )
         if settings.metrics:
-            with _prefixed("evaluation: "):
+            with _prefixed("evaluation."):
                 statistics_metrics(settings.metrics, extractor, reference, settings.count)
         return cls(extractor=extractor, reference=reference, source=source, metrics=settings.metrics)
 
