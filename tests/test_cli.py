@@ -337,7 +337,9 @@ def test_train_writes_tensorboard_or_names_the_extra(
     made: Path, msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    refused(msdiff("train", "--preset", "digits", "--out", "run", "--tensorboard"), "multistage-diffusion[track]")
+    refused(
+        msdiff("train", "--preset", "digits", "--out", "run", "--track", "tensorboard"), "multistage-diffusion[track]"
+    )
     graphs = ("--device", "cpu", "--set", "execution.cuda_graphs=true")
     refused(
         msdiff("train", "--preset", "digits", "--out", "run", *graphs), "execution.cuda_graphs=True needs one process"
@@ -415,7 +417,11 @@ def test_evaluate_prints_words_or_json(made: Path, msdiff: Call, tmp_path: Path)
     assert (code, err) == (0, DIGITS)
     assert (result["samples"], result["extractor"]) == (30, "pixels")
     code, out, _ = msdiff("evaluate", "run", "--count", "30", "--data", "digits")
-    assert f"Fréchet distance   {result['frechet']:.4g}   (real images: {result['frechet_real']:.4g})" in out
+    distance = result["metrics"]["frechet"]
+    words = out.split()
+    at = words.index("Fréchet")
+    assert words[at : at + 5] == ["Fréchet", "distance", f"{distance['value']:.4g}", "(real", "images:"]
+    assert words[at + 5] == f"{distance['real']:.4g})"
     assert "not comparable" in out or result["comparable_to"] in out
     assert len(read_json(tmp_path / "run" / "evaluation.json")) == 2
 
@@ -432,9 +438,11 @@ def test_statistics_are_made_once_and_compared_with(made: Path, msdiff: Call, tm
     from_file = json.loads(out)
     code, out, _ = msdiff("evaluate", "run", "--against", "train", "--count", "30")
     assert code == 0
-    assert f"Fréchet distance   {from_file['frechet']:.4g}\n" in out
-    assert "30 samples against 1617 images: train of digits; no more samples than dimensions" in out
-    assert f"precision, recall  {from_file['precision']:.3f}, {from_file['recall']:.3f}   (k = 3; 30 a side)" in out
+    values = {name: value["value"] for name, value in from_file["metrics"].items()}
+    assert re.search(rf"^Fréchet distance +{values['frechet']:.4g}$", out, re.MULTILINE)
+    assert "30 samples against 1617 images: train of digits. There are not more images than feature dimensions" in out
+    for name in ("precision", "recall"):
+        assert re.search(rf"^{name.title()} +{values[name]:.1%} +\(k = 3, images = 30\)$", out, re.MULTILINE)
     assert msdiff("report", "run", "--count", "2")[0] == 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert "30 samples against 1617 images: digits.npz" in page
@@ -545,7 +553,7 @@ def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monk
         ("evaluate RUN --against absent.npz", "absent.npz: no such file"),
         ("evaluate RUN --against train --count 3", "count=3: comparing with train of digits needs at least 4 samples"),
         ("evaluate RUN --inception-weights w.pth", "features='pixels' takes no weights"),
-        ("stats digits --out new.json", "statistics are an .npz file; name it new.npz"),
+        ("stats digits --out new.json", "--out new.json: must end in .npz; name it new.npz"),
         ("stats digits --features incepton --out new.npz", "features='incepton' is unknown"),
         ("stats digits --keep -1 --out new.npz", "keep=-1 must be >= 0"),
         ("evaluate RUN --count 0", "0 samples"),
@@ -806,7 +814,7 @@ def test_what_memory_cannot_hold_is_refused_before_the_work(
     refused(
         msdiff("evaluate", run, "--count", 10**15), "count=1000000000000000, features='pixels' of 64 dimensions, needs"
     )
-    refused(msdiff("report", run, "--count", 10**15), "count=1000000000000000: a report shows 1 to 10000 samples")
+    refused(msdiff("report", run, "--count", 10**15), "count=1000000000000000 must be between 1 and 10000")
     assert not list(tmp_path.iterdir())
 
 
@@ -860,7 +868,7 @@ def test_a_result_that_cannot_be_kept_is_printed(made: Path, msdiff: Call, monke
     monkeypatch.setattr("multistage_diffusion.workflow.evaluate.write_json", full)
     code, out, err = msdiff("evaluate", made / "run", "--count", 20, "--json")
     assert code == 2
-    assert json.loads(out)["frechet"] > 0
+    assert json.loads(out)["metrics"]["frechet"]["value"] > 0
     assert err.splitlines()[-1] == (
         "msdiff: the result could not be kept: evaluation.json: No space left on device; free some space"
     )

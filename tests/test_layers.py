@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("data", "records"),
     # L1: finding stages, networks, pictures
-    ("nets", "optimal", "preconditioning", "reporting.pictures"),
+    ("nets", "optimal", "preconditioning", "reporting.pictures", "trackers"),
     ("performance", "reporting.html", "stage_finding"),
     # L2: from networks to images
     ("denoisers", "latent", "samplers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.evaluation import ComparisonResult
+from multistage_diffusion.evaluation import EvaluationResult, MetricValue
 from multistage_diffusion.records import fields_of, read_evaluations, read_launches, read_metrics
 from multistage_diffusion.reporting.report import write_report
 from multistage_diffusion.training.run import Run
@@ -26,18 +27,15 @@ GOOD: dict[str, list[dict[str, Any]]] = {
         {"kind": "train", **COMMON, "loss": [0.1, None, 0.3], "grad_norm": {"encoder": 1.0, "decoder.1": 2.0}, "lr": 1e-3}
         | {"images_per_s": 9.5, "seconds": 3.0},
         {"kind": "held_out", **COMMON, "loss": [0.1, 0.2, None], "seconds": 0.1},
-        {"kind": "quality", **COMMON, "petaflops": 0.1, "frechet": 3.0, "extractor": "a$b$", "count": 9, "reference": "x"},
+        {"kind": "quality", **COMMON, "petaflops": 0.1, "frechet": 3.0, "extractor": "a$b$", "count": 9, "reference": "x"}
+        | {"metrics": {"recall": 0.5}},
     ],
     "launches.jsonl": [{"time": "now", "command": "msdiff train", "version": "1", "torch": "2", "device": "cpu"}],
     "evaluation.json": [
-        {"extractor": "p", "comparable_to": "c", "preprocessing": "n", "samples": 9, "train": 9, "held_out": 9, "count": 9}
-        | {"splits": 5, "seed": 0, "dims": 4, "rank_deficient": False, "k": 3, "frechet": 1.0, "frechet_real": 0.5}
-        | {name: 0.5 for name in ("precision", "precision_real", "recall", "recall_real", "memorised")}
-        | {"memorised_held_out": 0.05, "memorised_threshold": 1.0, "frechet_reconstructed": None},
-        {"extractor": "p", "comparable_to": "c", "preprocessing": "n", "reference": "r", "reference_count": 0, "samples": 9}
-        | {"dims": 4, "rank_deficient": True, "frechet": 1.0, "kid": 0.1, "kid_deviation": 0.1, "kid_subset": 3}
-        | {"inception_score": 2.0, "inception_deviation": 0.1, "inception_splits": 2, "precision": 0.5, "recall": 0.5}
-        | {"k": 3, "neighbour_count": 9},
+        {"against": "held-out", "extractor": "p", "comparable_to": "c", "preprocessing": "n", "reference": "r"}
+        | {"reference_count": 9, "training_count": 9, "samples": 9, "count": 9, "splits": 5, "seed": 0, "dims": 4}
+        | {"rank_deficient": False}
+        | {"metrics": {"frechet": {"value": 1.0, "real": 0.5, "deviation": None, "settings": {"k": 3, "of": "x"}}}},
     ],
 }  # fmt: skip
 
@@ -47,12 +45,28 @@ def write(folder: Path, name: str, records: list[Any]) -> None:
     (folder / name).write_text(text)
 
 
-def changed() -> Iterator[tuple[str, int, str, Any]]:
+def changed() -> Iterator[tuple[str, list[Any], str, Any]]:
+    """Yield a file, its records with one field changed, that field and its value."""
     for name, records in GOOD.items():
         for number, record in enumerate(records):
-            for field in record:
-                for value in ODD:
-                    yield name, number, field, value
+            for field, value in itertools.product(record, ODD):
+                yield name, put(records, [number, field], value), field, value
+    entry = GOOD["evaluation.json"][0]["metrics"]["frechet"]
+    for field, value in itertools.product(entry, ODD):
+        yield "evaluation.json", put(GOOD["evaluation.json"], [0, "metrics", "frechet", field], value), field, value
+    for field, value in itertools.product(entry["settings"], ODD):
+        at = [0, "metrics", "frechet", "settings", field]
+        yield "evaluation.json", put(GOOD["evaluation.json"], at, value), "settings", value
+
+
+def put(records: list[Any], at: list[Any], value: Any) -> list[Any]:
+    """Return a copy of records with one value replaced."""
+    found = copy.deepcopy(records)
+    node: Any = found
+    for key in at[:-1]:
+        node = node[key]
+    node[at[-1]] = value
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +94,7 @@ def test_every_field_with_every_wrong_type(config: RunConfig, tmp_path: Path, mo
     for name, records in GOOD.items():
         write(tmp_path, name, records)
     refused = 0
-    for name, number, field, value in changed():
-        records = copy.deepcopy(GOOD[name])
-        records[number][field] = value
+    for name, records, field, value in changed():
         write(tmp_path, name, records)
         try:
             report(tmp_path, config, monkeypatch)
@@ -135,8 +147,10 @@ def test_what_a_trial_found_is_checked(known: Any, words: str, tmp_path: Path) -
 
 
 def test_fields_of_a_dataclass() -> None:
-    needed, more = fields_of(ComparisonResult)
-    assert set(needed) == set(GOOD["evaluation.json"][1])
+    needed, more = fields_of(MetricValue, without=("settings",))
+    assert (set(needed), set(more)) == ({"value"}, {"real", "deviation"})
+    assert more["real"].fits(None)
+    assert not needed["value"].fits(None)
+    needed, more = fields_of(EvaluationResult, without=("metrics",))
+    assert {*needed, "metrics"} == set(GOOD["evaluation.json"][0])
     assert not more
-    assert needed["kid"].fits(None)
-    assert not needed["frechet"].fits(None)

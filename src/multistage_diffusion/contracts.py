@@ -68,25 +68,6 @@ def sigma_rows(x: Tensor, sigma: float | Tensor) -> Tensor:
 
 
 @runtime_checkable
-class FeatureExtractor(Protocol):
-    """Maps images to feature vectors; its name is part of every metric computed from it.
-
-    Attributes:
-        name: name of the extractor, with a digest of its weights where these could differ.
-        comparable_to: figures that its metrics may be compared with.
-        preprocessing: how it preprocesses the images.
-    """
-
-    name: str
-    comparable_to: str
-    preprocessing: str
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Map uint8 images (N, C, H, W) to float features (N, D)."""
-        ...
-
-
-@runtime_checkable
 class Codec(Protocol):
     """Maps images to smaller latents and back, deterministically and without gradients.
 

@@ -81,6 +81,7 @@ _METRICS: dict[str, Fields] = {
         "reference": TEXT,
     },
 }
+_METRICS_MORE: dict[str, Fields] = {"quality": {"metrics": named(FINITE)}}
 _LAUNCH: Fields = {"time": TEXT, "command": TEXT, "device": TEXT}
 _LAUNCH_MORE: Fields = {"version": TEXT, "torch": TEXT}
 
@@ -104,6 +105,7 @@ def read_metrics(path: Path, stages: int | None = None) -> list[dict[str, Any]]:
             check(record, {name: kind for name, kind in fields.items() if name == "frechet"}, where)
             continue
         check(record, fields, where)
+        check(record, _METRICS_MORE.get(record["kind"], {}), where, optional=True)
         if record["kind"] in ("train", "held_out") and len(record["loss"]) != stages:
             raise UserError(f"{where}: loss={brief(record['loss'])} must hold {stages} numbers, one for each stage")
     return records

@@ -199,7 +199,7 @@ SHOWN: dict[str, Maker] = {
     },
     "evaluation.json of numbers": file("run/evaluation.json", "[1]"),
     "evaluation.json of an empty result": file("run/evaluation.json", "[{}]"),
-    "evaluation.json of text": edited("run/evaluation.json", put(0, "frechet", value="low")),
+    "evaluation.json of text": edited("run/evaluation.json", put(0, "metrics", "frechet", "value", value="low")),
     "evaluation.json is a pipe": fifo("run/evaluation.json"),
 }
 # no command reads a run's stages.json on its own; it is handed to another run

@@ -3,7 +3,14 @@ import torch
 import torch.nn.functional as F
 
 from multistage_diffusion.data.sources.fashion_mnist import DEBIAN_FOLDER, read_idx
-from multistage_diffusion.evaluation.classifier import CLASSES, SIZE, FashionClassifier, prepare, pretrained
+from multistage_diffusion.evaluation.classifier import (
+    CLASSES,
+    SIZE,
+    ClassifierFeatures,
+    FashionClassifier,
+    prepare,
+    pretrained,
+)
 from multistage_diffusion.evaluation.features import get_features
 
 
@@ -51,3 +58,10 @@ def test_it_finds_the_class_of_at_least_92_of_100_test_images() -> None:
     model, _ = pretrained()
     found = torch.cat([model(prepare(part)).argmax(dim=1) for part in pixels.split(500)])
     assert float((found == labels).float().mean()) >= 0.92
+
+
+def test_the_classifier_s_logits_are_of_its_features() -> None:
+    extractor = get_features("fashion-classifier")
+    assert isinstance(extractor, ClassifierFeatures)
+    images = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
+    assert torch.equal(extractor.logits(extractor(images)), extractor.model(prepare(images)))

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
 
-from multistage_diffusion.evaluation import comparison
-from multistage_diffusion.evaluation.comparison import check_count, compare_samples
-from multistage_diffusion.evaluation.features import PixelFeatures, extract
-from multistage_diffusion.evaluation.metrics import frechet_distance, precision_recall
+from multistage_diffusion.evaluation import PixelFeatures, extract, frechet_distance, precision_recall
+from multistage_diffusion.evaluation.comparison import compare_samples, statistics_metrics
 from multistage_diffusion.evaluation.reference import Reference, make_reference
 
 
@@ -22,7 +21,8 @@ def reference(keep: int = 1000) -> Reference:
 
 
 class Classified(PixelFeatures):
-    name = "classified"
+    title = "classified"
+    has_logits = True
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         return features[:, :3] * 4
@@ -32,54 +32,69 @@ def test_every_number_is_the_metric_s() -> None:
     samples = images(30, 1)
     found = compare_samples(samples, reference(), PixelFeatures())
     fake, real = extract(PixelFeatures(), samples), extract(PixelFeatures(), images(50, 0))
-    assert found.frechet == pytest.approx(frechet_distance(fake, real), rel=1e-12)
+    values = found.metrics
+    assert values["frechet"].value == pytest.approx(frechet_distance(fake, real), rel=1e-12)
     kept = reference().features
     assert kept is not None
-    assert (found.precision, found.recall) == precision_recall(kept[:30], fake, 3)
-    assert (found.samples, found.reference_count, found.neighbour_count, found.k) == (30, 50, 30, 3)
+    assert (values["precision"].value, values["recall"].value) == precision_recall(kept[:30], fake, 3)
+    assert values["recall"].settings == {"k": 3, "images": 30}
+    assert {value.real for value in values.values()} == {None}
+    assert (found.samples, found.reference_count, found.training_count) == (30, 50, 0)
+    assert (found.against, found.count, found.splits) == ("statistics", 30, 1)
     assert (found.dims, found.rank_deficient) == (4, False)
     assert found.reference == "train of noise"
     assert found.preprocessing == f"uint8 images of 1 x 2 x 2 (C x H x W): {PixelFeatures.preprocessing}"
     assert compare_samples(samples[:4], reference(), PixelFeatures()).rank_deficient
 
 
-def test_scores_through_torch_fidelity_are_named_with_their_settings() -> None:
+def test_scores_through_torch_fidelity_have_their_settings() -> None:
     kid = pytest.importorskip("torch_fidelity.metric_kid")
     isc = pytest.importorskip("torch_fidelity.metric_isc")
     samples, kept = images(30, 1), reference().features
     assert kept is not None
-    found = compare_samples(samples, reference(), Classified())
+    found = compare_samples(samples, reference(), Classified()).metrics
     fake = extract(PixelFeatures(), samples)
     expected = kid.kid_features_to_metric(
         fake.double(), kept.double(), kid_subsets=100, kid_subset_size=30, verbose=False
     )
-    assert found.kid == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-9)
-    assert (found.kid_subset, found.inception_splits) == (30, 10)
+    assert found["kid"].value == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-9)
+    assert found["kid"].deviation == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-9)
+    assert found["kid"].settings == {"subsets": 100, "features per subset": 30}
     score = isc.isc_features_to_metric(fake[:, :3] * 4, splits=10)
-    assert found.inception_score == pytest.approx(score["inception_score_mean"], rel=1e-9)
-    assert compare_samples(samples, reference(), PixelFeatures()).inception_score is None
+    assert found["inception_score"].value == pytest.approx(score["inception_score_mean"], rel=1e-9)
+    assert found["inception_score"].settings == {"parts": 10}
+    assert "inception_score" not in compare_samples(samples, reference(), PixelFeatures()).metrics
 
 
-def test_what_cannot_be_had_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = compare_samples(images(30, 1), reference(keep=0), Classified())
-    assert (found.kid, found.precision, found.recall, found.k, found.neighbour_count) == (None,) * 5
-    monkeypatch.setattr(comparison, "installed", lambda: False)
-    found = compare_samples(images(30, 1), reference(), Classified())
-    assert (found.kid, found.kid_subset, found.inception_score) == (None, None, None)
-    assert found.precision is not None
+def test_metrics_that_cannot_be_computed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = reference(keep=0)
+    assert set(compare_samples(images(30, 1), without, Classified()).metrics) <= {"frechet", "inception_score"}
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    assert set(compare_samples(images(30, 1), reference(), Classified()).metrics) == {"frechet", "precision", "recall"}
+    for name, made, message in (
+        ("kid", reference(), r"metrics='kid': .*pip install 'multistage-diffusion\[eval\]'"),
+        ("precision-recall", without, "metrics='precision-recall': needs features of real images; .*--keep"),
+        ("memorisation", reference(), "metrics='memorisation': needs real images, not statistics"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare_samples(images(30, 1), made, Classified(), metrics=[name])
 
 
 @pytest.mark.parametrize(
     ("samples", "keep", "message"),
     [
-        (3, 1000, "count=3: comparing with train of noise needs at least 4 samples"),
-        (1, 0, "count=1: .* at least 2 samples"),
-        (30, 2, "train of noise: keeps 2 features; precision and recall need more than k=3"),
+        (1, 0, "count=1: metric 'frechet' needs at least 2 images; give a larger"),
+        (3, 9, "count=3: metric 'precision-recall' needs at least 4 images"),
+        (
+            9,
+            3,
+            "train of noise: features of 3 images are kept: metric 'precision-recall' needs at least 4 images; make",
+        ),
     ],
 )
 def test_too_few_are_refused(samples: int, keep: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_count(samples, reference(keep), 3)
+        statistics_metrics((), PixelFeatures(), reference(keep), samples)
     with pytest.raises(ValueError, match=message):
         compare_samples(images(samples, 1), reference(keep), PixelFeatures())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import urllib.error
 from pathlib import Path
@@ -12,10 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.evaluation import fidelity
-from multistage_diffusion.evaluation.features import extract, get_features
-from multistage_diffusion.evaluation.fidelity import NETWORKS, FidelityFeatures, inception_score, kernel_distance
-from multistage_diffusion.evaluation.metrics import frechet_distance, precision_recall
+from multistage_diffusion.evaluation import extract, fidelity, frechet_distance, get_features, precision_recall
+from multistage_diffusion.evaluation.fidelity import DINOv2, Inception
+from multistage_diffusion.evaluation.kernel_distance import kernel_distance
 
 pytest.importorskip("torch_fidelity")
 FID = {"prc_neighborhood": 3, "prc_batch_size": 10000, "save_cpu_ram": False, "verbose": False}
@@ -86,7 +84,7 @@ def test_inception_is_torch_fidelity_s_own(weights: Path) -> None:
         "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights), verbose=False
     )
     features, logits = own(grey.repeat(1, 3, 1, 1))
-    extractor = FidelityFeatures("inception", weights)
+    extractor = Inception(weights)
     assert torch.equal(extractor(grey), features)
     torch.testing.assert_close(extractor.logits(features), logits)
     assert extractor.name.startswith("inception-v3-compat 2048 (torch-fidelity 0.")
@@ -144,9 +142,9 @@ def test_weights_are_downloaded_once(weights: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    monkeypatch.setattr(fidelity, "_built", lambda *_: torch.nn.Identity())
-    assert FidelityFeatures("inception").name == FidelityFeatures("inception").name
-    assert urls == [(NETWORKS["inception"].url, "6726825d")]
+    monkeypatch.setattr(Inception, "_load", lambda *_: torch.nn.Identity())
+    assert Inception().name == Inception().name
+    assert urls == [(Inception.url, "6726825d")]
 
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,38 +152,12 @@ def test_the_package_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatc
     for call in (lambda: get_features("inception"), lambda: kernel_distance(torch.zeros(5, 2), torch.zeros(5, 2))):
         with pytest.raises(ValueError, match=r"pip install 'multistage-diffusion\[eval\]'"):
             call()
-    assert not fidelity.installed()
+    assert "torch-fidelity" in fidelity.why_unavailable()
 
 
 def test_dinov2_loads_itself() -> None:
     with pytest.raises(ValueError, match="features='dinov2' takes no file of weights"):
         get_features("dinov2", Path("weights.pth"))
-
-
-def test_the_kernel_distance_is_the_unbiased_estimate() -> None:
-    g = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(12, 5, generator=g, dtype=torch.float64) + shift for shift in (0.0, 0.5))
-    kernel = {(a, b): (m @ n.T / 5 + 1) ** 3 for a, m in (("x", x), ("y", y)) for b, n in (("x", x), ("y", y))}
-    within = [(k.sum() - k.trace()) / (12 * 11) for k in (kernel["x", "x"], kernel["y", "y"])]
-    expected = float(sum(within) - 2 * kernel["x", "y"].mean())
-    mean, deviation = kernel_distance(x, y, subset=12)
-    assert mean == pytest.approx(expected, rel=1e-9)
-    assert deviation == pytest.approx(0.0, abs=1e-9)
-    for subset in (1, 13):
-        with pytest.raises(ValueError, match=f"subsets of {subset} need as many features; 12 of samples and 12"):
-            kernel_distance(x, y, subset=subset)
-
-
-def test_the_score_of_rows_that_are_sure_and_varied_is_the_number_of_classes() -> None:
-    logits = 100.0 * torch.eye(4).repeat(500, 1)
-    mean, _ = inception_score(logits)
-    assert mean == pytest.approx(4.0, rel=0.02)  # parts of 200 hold the classes almost evenly
-    assert inception_score(torch.zeros(50, 4))[0] == pytest.approx(1.0)
-    shares = torch.tensor([0.7, 0.1, 0.1, 0.1])
-    assert inception_score(shares.log().repeat(20, 1))[0] == pytest.approx(1.0)
-    assert math.isfinite(inception_score(logits[:10])[0])
-    with pytest.raises(ValueError, match="9 images cannot be divided into 10 parts"):
-        inception_score(logits[:9])
 
 
 def test_weights_that_cannot_be_fetched_name_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,4 +170,4 @@ def test_weights_that_cannot_be_fetched_name_the_features(monkeypatch: pytest.Mo
     with pytest.raises(
         UserError, match=r"^features='dinov2': its weights cannot be downloaded \(It looks .*connect once"
     ):
-        FidelityFeatures("dinov2")
+        DINOv2()

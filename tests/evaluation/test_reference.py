@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.evaluation.features import PixelFeatures, extract
+from multistage_diffusion.evaluation import PixelFeatures, extract
 from multistage_diffusion.evaluation.reference import load_reference, make_reference, save_reference
 
 

@@ -4,13 +4,14 @@ import processes
 import torch
 
 from multistage_diffusion.distributed import ALONE, World
-from multistage_diffusion.evaluation import get_features, sharded
+from multistage_diffusion.evaluation import FeatureExtractor, get_features, sharded
 
 
-class Counted:
-    """Pixels, counting what it was given."""
+class Counted(FeatureExtractor):
+    """Pixels; counts the images of each call."""
 
-    name, comparable_to, preprocessing = "counted", "itself", "none"
+    title, digest, comparable_to, preprocessing = "counted", "abc", "itself", "none"
+    has_logits = True
 
     def __init__(self) -> None:
         self.given: list[int] = []
@@ -18,6 +19,9 @@ class Counted:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         self.given.append(len(images))
         return images.flatten(1).double() / 255
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        return features[:, :2]
 
 
 def images(count: int) -> torch.Tensor:
@@ -27,7 +31,9 @@ def images(count: int) -> torch.Tensor:
 def extracted(world: World) -> tuple[list[int], list[bool]]:
     inner = Counted()
     outer = sharded(inner, world)
-    assert (outer.name, outer.comparable_to, outer.preprocessing) == ("counted", "itself", "none")
+    assert (outer.name, outer.comparable_to, outer.preprocessing) == ("counted (abc)", "itself", "none")
+    assert outer.has_logits
+    assert torch.equal(outer.logits(torch.ones(3, 4)), torch.ones(3, 2))
     same = [torch.equal(outer(images(n)), Counted()(images(n))) for n in (5, 1, 2)]
     return inner.given, same
 

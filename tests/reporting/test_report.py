@@ -14,7 +14,7 @@ from PIL import Image
 from multistage_diffusion.config import DataConfig, NetworkConfig, RunConfig
 from multistage_diffusion.config.serialization import to_dict
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.evaluation import EvaluationResult, PixelFeatures, evaluate_samples
+from multistage_diffusion.evaluation import EvaluationResult, MetricValue, PixelFeatures, evaluate_samples
 from multistage_diffusion.files import write_json
 from multistage_diffusion.reporting.report import POINTS, ArchitectureRow, Neighbours, _curve, write_report
 from multistage_diffusion.stages import Stages
@@ -164,33 +164,49 @@ def test_a_full_report_stands_alone(tmp_path: Path, stages: int) -> None:
     assert "encoder_width: 16" in page.text
 
 
-def judged(step: int, frechet: float | None) -> dict[str, object]:
+def evaluated(step: int, frechet: float | None) -> dict[str, object]:
     measured = {"extractor": "pixel <features>", "count": 2000, "reference": "/a/b/real.npz", "frechet": frechet}
     return {"kind": "quality", "step": step, "images": 128 * step, "petaflops": 0.25 * step, "seconds": 1.0, **measured}
 
 
-def quality_section(folder: Path, distances: list[float | None]) -> Page:
+def evaluation_section(folder: Path, distances: list[float | None]) -> Page:
     make_run(folder, 1)
-    lines = [json.dumps(judged(10 * k, distance)) + "\n" for k, distance in enumerate(distances, start=1)]
+    lines = [json.dumps(evaluated(10 * k, distance)) + "\n" for k, distance in enumerate(distances, start=1)]
     (folder / "metrics.jsonl").write_text("".join(lines) + (folder / "metrics.jsonl").read_text())
     images = pictures(1, 0)
     return Page(write_report(folder, config=make_config(1), architecture=[], samples=images, real=images))
 
 
 def test_distances_during_training_are_drawn_against_compute(tmp_path: Path) -> None:
-    page = quality_section(tmp_path, [300.0, None, 40.0, 60.0])
+    page = evaluation_section(tmp_path, [300.0, None, 40.0, 60.0])
     assert sum(tag == "svg" for tag, _ in page.tags) == 3
     for words in (
         "Fréchet distance: features pixel <features>, 2,000 samples",
-        "Fréchet distance of samples during training to real.npz, by training compute",
+        "Fréchet distance of samples during training against real.npz, by training compute",
         "training PFLOPs",
         "best: 40 at step 30",
     ):
         assert words in page.text
 
 
+def test_further_metrics_are_drawn_in_their_own_charts(tmp_path: Path) -> None:
+    make_run(tmp_path, 1)
+    lines = [
+        {**evaluated(10, 50.0), "metrics": {"recall": 0.25, "unknown": -1.0}},
+        {**evaluated(20, 40.0), "metrics": {"recall": 0.75}},
+        evaluated(30, 30.0),
+    ]
+    old = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + old)
+    images = pictures(1, 0)
+    page = Page(write_report(tmp_path, config=make_config(1), architecture=[], samples=images, real=images))
+    assert sum(tag == "svg" for tag, _ in page.tags) == 2 + 3
+    for words in ("Recall: features pixel", "best: 0.75 at step 20", "Higher is better", "unknown of samples during"):
+        assert words in page.text
+
+
 def test_distances_that_could_not_be_measured_are_not_drawn(tmp_path: Path) -> None:
-    page = quality_section(tmp_path, [None])
+    page = evaluation_section(tmp_path, [None])
     assert sum(tag == "svg" for tag, _ in page.tags) == 2
     assert "No samples could be evaluated during training." in page.text
 
@@ -241,17 +257,25 @@ def test_stages_fill_the_schedules_time(tmp_path: Path) -> None:
     assert shares == pytest.approx([(low - 0.001) / 0.999, (high - low) / 0.999, (1 - high) / 0.999], abs=1e-5)
 
 
-def test_metrics_are_read_in_plain_words(tmp_path: Path) -> None:
-    result = dataclasses.replace(
-        evaluation(), frechet=3.0, frechet_real=2.0, memorised=0.09, memorised_held_out=0.05, rank_deficient=True
-    )
+def test_metrics_are_explained(tmp_path: Path) -> None:
+    values = {
+        "frechet": MetricValue(value=3.0, real=2.0),
+        "memorised": MetricValue(value=0.09, real=0.05, settings={"threshold": 1.25}),
+        "of another machine": MetricValue(value=0.5, deviation=0.125),
+    }
+    result = dataclasses.replace(evaluation(), metrics=values, rank_deficient=True)
     images = pictures(1, 0)
     arguments = {"config": make_config(1), "architecture": [], "samples": images, "real": images}
     text = Page(write_report(tmp_path, **arguments, evaluation=[result])).text  # type: ignore[arg-type]
-    for words in ("1.5 times as far", "+4.0 points", "fewer images than dimensions", "9.0%"):
+    for words in ("Fréchet distance", "Lower is better", "not more images than feature dimensions", "9.0%", "5.0%"):
         assert words in text
-    with pytest.raises(ValueError, match="evaluation: comparable_to is missing; evaluate"):
-        write_report(tmp_path, **arguments, evaluation=[{"extractor": "x", "frechet": 1.0}])  # type: ignore[arg-type]
+    for words in ("threshold = 1.25", "of another machine", "0.5 ± 0.12", "Real images"):
+        assert words in text
+    against = dataclasses.replace(result, against="statistics", metrics={"frechet": MetricValue(value=3.0)})
+    text = Page(write_report(tmp_path, **arguments, evaluation=[against])).text  # type: ignore[arg-type]
+    assert "\nReal images\n" not in text
+    with pytest.raises(ValueError, match="evaluation: against is missing; evaluate"):
+        write_report(tmp_path, **arguments, evaluation=[{"extractor": "x"}])  # type: ignore[arg-type]
 
 
 def test_curves_are_thinned_by_averaging() -> None:

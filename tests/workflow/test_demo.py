@@ -44,7 +44,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
         assert (out / name).stat().st_size > 0
     assert [r["step"] for r in Run(out).records() if r["kind"] == "train"] == [3, 6]
     assert [e["step"] for e in json.loads((out / "evaluation.json").read_text())] == [3, 6]
-    assert 0 <= scores.memorised <= 1
+    assert 0 <= scores.metrics["memorised"].value <= 1
 
 
 def test_refuses_to_go_on_with_another_run(tmp_path: Path) -> None:
@@ -77,8 +77,9 @@ def test_digits_look_like_digits(tmp_path: Path) -> None:
     scores = evaluate(run, count=500, seed=1)
     assert scores.splits == 5
     assert scores.count == scores.held_out
-    assert scores.frechet <= 1.5 * scores.frechet_real
-    assert scores.memorised <= scores.memorised_held_out + 0.05
+    distance, copies = scores.metrics["frechet"], scores.metrics["memorised"]
+    assert distance.value <= 1.5 * distance.real
+    assert copies.value <= copies.real + 0.05
 
     train, held_out = run.data().split(0.1)
     assert train.labels is not None

@@ -17,7 +17,7 @@ def test_what_may_change_exists() -> None:
             (2 if name == "shards" else True) if value == "auto" else not value if isinstance(value, bool) else None
         )
         if changed is None:
-            changed = "x" if isinstance(value, str) else value + 1
+            changed = ["x"] if isinstance(value, tuple) else "x" if isinstance(value, str) else value + 1
         assert differences(config, override(config, {key: changed})) == [key]
 
 

@@ -11,8 +11,7 @@ from multistage_diffusion.config import DataConfig, RunConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override, read_json, to_dict
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.evaluation import load_reference, moments
-from multistage_diffusion.evaluation.features import PixelFeatures
+from multistage_diffusion.evaluation import PixelFeatures, load_reference, moments, read_result
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.workflow import evaluate as evaluate_module
 from multistage_diffusion.workflow.evaluate import compare, evaluate, statistics
@@ -80,11 +79,11 @@ def test_comparisons_are_added_to_the_run(run: Run) -> None:
     found = compare(run, "train", count=COUNT, seed=3, features="fashion-classifier")
     evaluate(run, count=COUNT)
     entries = read_json(file)[before:]
-    assert [("reference" in e, e["sampling_seed"], e["step"], e["data"]) for e in entries] == [
-        (True, 3, 2, run.config().data.source),
-        (False, 0, 2, run.config().data.source),
+    assert [(e["against"], e["sampling_seed"], e["step"], e["data"]) for e in entries] == [
+        ("statistics", 3, 2, run.config().data.source),
+        ("held-out", 0, 2, run.config().data.source),
     ]
-    assert entries[0]["frechet"] == found.frechet
+    assert read_result(entries[0]) == found
     assert found.extractor.startswith("fashion-classifier (")
 
 
@@ -114,7 +113,7 @@ def test_what_does_not_fit_is_refused_before_sampling(
     ):
         with pytest.raises(ValueError, match=message):
             compare(run, tmp_path / reference, count=count)
-    with pytest.raises(ValueError, match=r"count=3: comparing with train of .* needs at least 4 samples"):
+    with pytest.raises(ValueError, match="count=3: metric 'precision-recall' needs at least 4 images"):
         compare(run, count=3)
 
 

@@ -21,6 +21,7 @@ from multistage_diffusion.config.execution import ExecutionConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import from_dict, override, read_json, to_dict
 from multistage_diffusion.data import ImageData, open_data
+from multistage_diffusion.evaluation import read_result
 from multistage_diffusion.files import write_json
 from multistage_diffusion.stage_finding import StageResult, StageSettings
 from multistage_diffusion.training.callbacks import Callback
@@ -378,9 +379,10 @@ def test_evaluations_are_added_to_the_run(copy: Run) -> None:
         (int(copy.checkpoint().name[-4:]), 0, 40, "digits"),
         (2, 5, 20, "digits"),
     ]
-    assert [e["frechet"] for e in entries] == [first.frechet, second.frechet]
-    assert evaluate(copy, count=20, seed=5, checkpoint="4").frechet != second.frechet
-    assert (first.count, first.held_out, first.train) == (40, 180, 1617)
+    assert [read_result(entry) for entry in entries] == [first, second]
+    third = evaluate(copy, count=20, seed=5, checkpoint="4")
+    assert third.metrics["frechet"].value != second.metrics["frechet"].value
+    assert (first.count, first.reference_count, first.training_count) == (40, 180, 1617)
     assert json.loads(json.dumps(to_dict(first), allow_nan=False)) == to_dict(first)
 
 
@@ -395,7 +397,7 @@ def test_what_cannot_be_compared_is_refused_before_sampling(
     np.save(tmp_path / "colour.npy", images(20, 3, 8, 8).array())
     np.save(tmp_path / "wide.npy", images(20, 1, 8, 16).array())
     for source, held_out, message in (
-        ("few.npy", 0.1, r"\d held-out images are too few to compare: need more than 3 of each"),
+        ("few.npy", 0.1, r"\d held-out images: metric 'precision-recall' needs at least 4 images; give"),
         ("colour.npy", 0.3, "data: images of 3 x 8 x 8"),
         ("wide.npy", 0.3, r"data: images of 1 x 8 x 16 .*, but .* makes 1 x 8 x 8; give --size H W"),
         ("digits", 0.3, "data.held_out=0.3: .* was trained on these data with 0.1"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..config.serialization import to_dict
 from ..console import Bar, TrainingProgress
+from ..evaluation.presentation import result_text
 from ..workflow.demo import demo
-from .evaluate import evaluation_text
 from .options import Changes, Device, parse_changes, print_json, say
 
 
@@ -36,7 +36,7 @@ class Demo:
         if self.json:
             print_json({**to_dict(result), "report": str(page)})
             return
-        say(evaluation_text(result))
+        say(result_text(result))
         for name, what in (
             ("samples.png", "samples"),
             ("stages.png", "stages"),

@@ -1,4 +1,4 @@
-"""Commands that measure: evaluation of a run's samples, statistics of a data set."""
+"""msdiff evaluate and msdiff stats: evaluation of a run's samples, statistics of a data set."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from ..config import DataConfig
@@ -14,10 +15,13 @@ from ..config.serialization import to_dict
 from ..console import Bar
 from ..distributed import is_main_process
 from ..errors import UserError
-from ..evaluation import ComparisonResult, EvaluationResult, agree
+from ..evaluation import METRICS, agree
+from ..evaluation.features import features_help
 from ..evaluation.likelihood import Estimate, LikelihoodResult
+from ..evaluation.presentation import result_text
+from ..evaluation.reference import KEPT
 from ..training.run import Run
-from ..workflow.evaluate import KEPT, NotKeptError, compare, evaluate, statistics
+from ..workflow.evaluate import NotKeptError, compare, evaluate, statistics
 from ..workflow.likelihood import measure_likelihood
 from .options import (
     DataOptions,
@@ -32,18 +36,27 @@ from .options import (
     say,
 )
 
-Features = Annotated[str, option("FEATURES", "pixels")]
-
-
+Features = Annotated[
+    str,
+    tyro.conf.arg(metavar="FEATURES", help_behavior_hint="(default: pixels)", help=features_help()),
+]
 Weights = Annotated[Path | None, option("FILE", "downloaded")]
+Metrics = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(
+        metavar="METRIC ...",
+        help_behavior_hint="(default: all that can be computed)",
+        help=f"Compute these only: {', '.join(METRICS)}.",
+    ),
+]
 
 
 @dataclass(kw_only=True)
 class Evaluate(SamplerOptions, DataOptions):
     """Compare samples of a run with real images: Fréchet distance, precision and recall, memorisation.
 
-    Pixel features work offline; their numbers are not comparable with Inception FID, which --features inception --against
-    train gives (extra: eval). The result is added to RUN/evaluation.json and shown by msdiff report.
+    Pixel features need no download. Their values are not comparable with the Inception FID, which --features inception
+    --against train computes (extra: eval). The result is added to RUN/evaluation.json; msdiff report shows it.
 
     Examples
       msdiff evaluate runs/digits
@@ -56,21 +69,22 @@ class Evaluate(SamplerOptions, DataOptions):
     run_folder: RunFolder
     """A trained run's folder."""
     data: Annotated[str | None, option("DATA", "the run's, with its own held-out images")] = None
-    """Other images to compare with, read as the run's unless said otherwise."""
+    """Other images to compare with; options that are not given are the run's."""
     against: Annotated[str, option("{held-out,train,FILE}", "held-out")] = "held-out"
-    """Held-out images, equally many; or statistics, as in published FIDs: of all training images, or a file (msdiff stats)."""
+    """held-out: as many held-out images. train: statistics of all training images, as in published FIDs. FILE: statistics
+    written by msdiff stats."""
     count: Annotated[
-        int | None, option("INT", "as many as the real images, but 500 to 5000, or 50000 by statistics")
+        int | None, option("INT", "as many as the real images, from 500 to 5000, with statistics to 50000")
     ] = None
-    """Samples drawn; with --likelihood held-out images measured (default: all)."""
+    """Number of samples; with --likelihood: of held-out images (default: all)."""
     likelihood: bool = False
-    """Measure the variational bound of held-out images instead, in bits per dimension of each stage; see RUN/likelihood.json."""
+    """Compute the variational bound of held-out images instead, in bits per dimension, per stage (RUN/likelihood.json)."""
     sigma_range: Annotated[tuple[float, float] | None, option("LOW HIGH", "the run's training noise")] = None
-    """With --likelihood: noise from and to which it is taken; compare runs on the same range only."""
+    """With --likelihood: range of sigma of the integral; only results of the same range are comparable."""
     features: Features = "pixels"
-    """pixels, fashion-classifier, inception, vgg16, dinov2, or a TorchScript file: that is code, name only one you trust."""
     inception_weights: Weights = None
-    """A file of the weights of inception (or of vgg16)."""
+    """A file with the weights of inception or vgg16."""
+    metrics: Metrics = ()
     seed: int = 0
     """Seed of the samples."""
     checkpoint: str = "best"
@@ -87,12 +101,14 @@ class Evaluate(SamplerOptions, DataOptions):
             self._measure_likelihood(run)
             return
         if self.sigma_range is not None:
-            raise UserError("--sigma-range is of --likelihood; give both or neither")
+            low, high = self.sigma_range
+            raise UserError(f"--sigma-range {low:g} {high:g} needs --likelihood; add it, or leave out --sigma-range")
         config, given = run.config(), self.given()
         agree(self.features)
         if given and self.data is None:
             raise UserError(
-                f"--{next(iter(given)).replace('_', '-')} needs --data: the run's own data are read as before"
+                f"--{next(iter(given)).replace('_', '-')} needs --data, or leave it out: the run's own data are read as in "
+                "training"
             )
         data = None
         if self.data is not None:
@@ -101,13 +117,13 @@ class Evaluate(SamplerOptions, DataOptions):
             "count": self.count,
             "features": self.features,
             "weights": self.inception_weights,
+            "metrics": self.metrics,
             "seed": self.seed,
             "checkpoint": self.checkpoint,
             "sampling": self.sampling_config(config.sampling),
             "device": self.device,
         }
-        result: EvaluationResult | ComparisonResult
-        lost: NotKeptError | None = None
+        not_kept: NotKeptError | None = None
         with Bar("evaluating") as bar:
             try:
                 if self.against == "held-out":
@@ -115,25 +131,29 @@ class Evaluate(SamplerOptions, DataOptions):
                 else:
                     result = compare(run, self.against, data, **chosen, progress=bar)
             except NotKeptError as error:
-                result, lost = error.result, error
+                result, not_kept = error.result, error
         if not is_main_process():
             return
         if self.json:
             print_json(to_dict(result))
         else:
-            say(evaluation_text(result) if isinstance(result, EvaluationResult) else comparison_text(result))
-        if lost is not None:
-            raise lost
+            say(result_text(result))
+        if not_kept is not None:
+            raise not_kept
 
     def _measure_likelihood(self, run: Run) -> None:
         if self.data is not None or self.against != "held-out":
-            raise UserError("--likelihood is of the run's own held-out images; leave out --data and --against")
+            raise UserError("--likelihood reads the run's own held-out images; leave out --data and --against")
         sampler = [f.name for f in dataclasses.fields(SamplerOptions) if getattr(self, f.name) is not None]
-        others = [name for name in ("features", "inception_weights") if getattr(self, name) != getattr(Evaluate, name)]
-        if idle := [*sampler, *self.given(), *others]:
-            raise UserError(f"--{idle[0].replace('_', '-')}: --likelihood draws no samples; leave it out")
+        others = [
+            name
+            for name in ("features", "inception_weights", "metrics")
+            if getattr(self, name) != getattr(Evaluate, name)
+        ]
+        if unused := [*sampler, *self.given(), *others]:
+            raise UserError(f"--{unused[0].replace('_', '-')} has no effect with --likelihood; leave it out")
         low, high = self.sigma_range or (None, None)
-        with Bar("measuring", "images") as bar:
+        with Bar("computing", "images") as bar:
             result = measure_likelihood(
                 run,
                 count=self.count,
@@ -152,9 +172,9 @@ class Evaluate(SamplerOptions, DataOptions):
 
 @dataclass(kw_only=True)
 class Stats(DataOptions):
-    """Write the statistics of a data set's features, once for many evaluations.
+    """Write the statistics of a data set's features, for reuse in many evaluations.
 
-    msdiff evaluate --against and evaluation.reference take the file, and refuse it for other images or features.
+    msdiff evaluate --against FILE and evaluation.reference=FILE read them; both need the same images and features.
 
     Examples
       msdiff stats digits --out digits.npz
@@ -165,13 +185,12 @@ class Stats(DataOptions):
     out: Annotated[Path, option("FILE")]
     """Where to write the statistics (.npz)."""
     features: Features = "pixels"
-    """pixels, fashion-classifier, inception, vgg16, dinov2, or a TorchScript file: that is code, name only one you trust."""
     inception_weights: Weights = None
-    """A file of the weights of inception (or of vgg16)."""
+    """A file with the weights of inception or vgg16."""
     part: Literal["all", "train", "held-out"] = "train"
-    """Which images; published statistics are of all training images that a data set comes with."""
+    """Part of the data set. Published statistics are of all images of a data set's training split."""
     keep: int = KEPT
-    """Images whose features are kept, too, for precision, recall and KID."""
+    """Number of images whose features are kept as well, for metrics that need features, such as precision and recall."""
     device: Device = None
     """cpu, cuda or cuda:N"""
     overwrite: bool = False
@@ -180,7 +199,7 @@ class Stats(DataOptions):
     def run(self) -> None:
         """Run the command."""
         if self.out.suffix != ".npz":
-            raise UserError(f"--out {self.out}: statistics are an .npz file; name it {self.out.with_suffix('.npz')}")
+            raise UserError(f"--out {self.out}: must end in .npz; name it {self.out.with_suffix('.npz')}")
         check_out(self.out, self.overwrite)
         refuse_own_data(self.out, self.data)
         agree(self.features)
@@ -203,54 +222,6 @@ class Stats(DataOptions):
         )
 
 
-def evaluation_text(result: EvaluationResult) -> str:
-    """Return an evaluation as text."""
-    through_codec = result.frechet_reconstructed
-    codec = "" if through_codec is None else f"; held-out images through the codec: {through_codec:.4g}"
-    return "\n".join(
-        (
-            f"{result.extractor} features ({result.comparable_to}); {result.count} images a side, mean of {result.splits} draws",
-            f"{result.samples} samples drawn"
-            + (
-                "; fewer images than dimensions: compare only with figures of equal counts"
-                if result.rank_deficient
-                else ""
-            ),
-            f"Fréchet distance   {result.frechet:.4g}   (real images: {result.frechet_real:.4g}{codec})",
-            f"precision, recall  {result.precision:.3f}, {result.recall:.3f}   (real images: {result.precision_real:.3f}, "
-            f"{result.recall_real:.3f}; k = {result.k})",
-            f"memorised          {100 * result.memorised:.1f} %   (held-out images: {100 * result.memorised_held_out:.1f} %)",
-        )
-    )
-
-
-def comparison_text(result: ComparisonResult) -> str:
-    """Return a comparison with reference statistics as text."""
-    few = (
-        "; no more samples than dimensions: compare only with figures of equal counts" if result.rank_deficient else ""
-    )
-    of = f"{result.reference_count} images: " if result.reference_count else ""
-    lines = [
-        f"{result.extractor} features ({result.comparable_to})",
-        f"{result.samples} samples against {of}{result.reference}{few}",
-        f"Fréchet distance   {result.frechet:.4g}",
-    ]
-    if result.kid is not None:
-        lines.append(
-            f"kernel distance    {result.kid:.4g} ± {result.kid_deviation:.2g}   (KID; 100 subsets of {result.kid_subset})"
-        )
-    if result.inception_score is not None:
-        lines.append(
-            f"classifier score   {result.inception_score:.4g} ± {result.inception_deviation:.2g}   (the Inception score of "
-            f"these features' classifier; {result.inception_splits} parts)"
-        )
-    if result.precision is not None:
-        lines.append(
-            f"precision, recall  {result.precision:.3f}, {result.recall:.3f}   (k = {result.k}; {result.neighbour_count} a side)"
-        )
-    return "\n".join(lines)
-
-
 def likelihood_text(result: LikelihoodResult) -> str:
     """Return the variational bound as text, each term on its own line."""
 
@@ -266,7 +237,8 @@ def likelihood_text(result: LikelihoodResult) -> str:
         rest.append(line("reconstruction", result.reconstruction))
     return "\n".join(
         [
-            f"variational bound of {result.rows} held-out images in {result.unit}, {result.draws} noise levels a stage each",
+            f"variational bound of {result.rows} held-out images in {result.unit}, {result.draws} noise levels per image and "
+            "stage",
             *stages,
             line("all stages", result.diffusion),
             *rest,

@@ -23,9 +23,9 @@ class Report:
     run_folder: RunFolder
     """A trained run's folder."""
     checkpoint: str = "best"
-    """best, latest or a step: whose samples are shown."""
+    """Checkpoint of the samples: best, latest or a step."""
     count: int = 64
-    """Samples shown."""
+    """Number of samples."""
     device: Device = None
     """cpu, cuda or cuda:N"""
 
@@ -33,7 +33,7 @@ class Report:
         """Run the command."""
         run = Run.open(self.run_folder)
         if not 1 <= self.count <= MOST_IN_GRID:
-            raise UserError(f"count={self.count}: a report shows 1 to {MOST_IN_GRID} samples")
+            raise UserError(f"count={self.count} must be between 1 and {MOST_IN_GRID}")
         with Bar("reporting", "calls") as bar:
             path = report(run, checkpoint=self.checkpoint, count=self.count, device=self.device, progress=bar)
         say(f"written: {path}")

@@ -15,7 +15,6 @@ from ..performance.profiling import Profile, require_profile_place
 from ..stage_finding import StageResult
 from ..training.callbacks import Callback
 from ..training.run import Run
-from ..training.sample_grid import TensorBoard
 from ..training.strategies import Strategy
 from ..training.trainer import Trainer
 from ..workflow.resume import resume
@@ -65,8 +64,8 @@ class Train(DataOptions):
     """What each process of torchrun holds: time: the whole network; memory: only the decoders of its stages."""
     profile: bool = False
     """Measure the times of the parts of some steps, print them, and write a trace to RUN/profile."""
-    tensorboard: bool = False
-    """Write TensorBoard events to the run's folder (extra: track)."""
+    track: Annotated[tuple[str, ...], option("TRACKER ...")] = ()
+    """Programs that receive metrics, samples and the configuration: tensorboard (extra: track)."""
     device: Device = None
     """cpu, cuda or cuda:N"""
 
@@ -79,8 +78,6 @@ class Train(DataOptions):
             callbacks: list[Callback[Trainer]] = [progress]
             if self.profile:
                 callbacks.append(Profile(console.print))
-            if self.tensorboard:
-                callbacks.append(TensorBoard())
             train_run = self.start if self.resume is None else self.continue_run
             run = train_run(changes, callbacks, bar)
         if not is_main_process():
@@ -111,7 +108,13 @@ class Train(DataOptions):
                 )
         assert self.resume is not None
         return resume(
-            self.resume, changes, device=self.device, strategy=self.strategy, callbacks=callbacks, progress=bar
+            self.resume,
+            changes,
+            device=self.device,
+            strategy=self.strategy,
+            callbacks=callbacks,
+            trackers=self.track,
+            progress=bar,
         )
 
     def start(self, changes: dict[str, Any], callbacks: Sequence[Callback[Trainer]], bar: Bar) -> Run:
@@ -129,5 +132,6 @@ class Train(DataOptions):
             device=self.device,
             strategy=self.strategy,
             callbacks=callbacks,
+            trackers=self.track,
             progress=bar,
         )

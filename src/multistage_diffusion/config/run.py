@@ -249,6 +249,7 @@ class EvaluationConfig:
         count: samples per evaluation, always from the same noise.
         seed: seed of that noise.
         reference: statistics of images (an .npz file of msdiff stats); empty: the run's own training images.
+        metrics: names of further metrics that are logged; the Fréchet distance alone selects the best checkpoint.
         patience: evaluations without a new best after which training ends; 0: never.
     """
 
@@ -257,6 +258,7 @@ class EvaluationConfig:
     count: int = 1000
     seed: int = 0
     reference: str = ""
+    metrics: tuple[str, ...] = ()
     patience: int = 0
 
     def __post_init__(self) -> None:

@@ -1,39 +1,40 @@
-"""Evaluation metrics on image features."""
+"""Feature extractors and metrics of samples; `registry` holds both by name."""
 
-from .comparison import ComparisonResult, check_count, compare_samples
+from .comparison import compare_samples, reference_set, statistics_metrics
 from .consent import agree
-from .features import FEATURES, ClassifierFeatures, PixelFeatures, extract, get_features
-from .metrics import (
-    EvaluationResult,
-    Memorisation,
-    evaluate_samples,
-    frechet_distance,
-    memorisation,
-    nearest,
-    nearest_image,
-    precision_recall,
-)
+from .extraction import EXTRACT_BATCH, extract, image_moments, require_features
+from .features import get_features
+from .frechet import frechet_between, frechet_distance
+from .held_out import evaluate_samples, held_out_metrics
+from .memorisation import Memorisation, memorisation, nearest, nearest_image
+from .moments import Moments, moments
+from .pixels import PixelFeatures
+from .precision_recall import precision_recall
 from .reference import Reference, load_reference, make_reference, save_reference
+from .registry import FEATURES, METRICS, FeatureExtractor, Metric, MetricValue
+from .result import EvaluationResult, read_result
 from .sharded import sharded
-from .statistics import Moments, frechet_between, image_moments, moments, require_features
 
 __all__ = [
+    "EXTRACT_BATCH",
     "FEATURES",
-    "ClassifierFeatures",
-    "ComparisonResult",
+    "METRICS",
     "EvaluationResult",
+    "FeatureExtractor",
     "Memorisation",
+    "Metric",
+    "MetricValue",
     "Moments",
     "PixelFeatures",
     "Reference",
     "agree",
-    "check_count",
     "compare_samples",
     "evaluate_samples",
     "extract",
     "frechet_between",
     "frechet_distance",
     "get_features",
+    "held_out_metrics",
     "image_moments",
     "load_reference",
     "make_reference",
@@ -42,7 +43,10 @@ __all__ = [
     "nearest",
     "nearest_image",
     "precision_recall",
+    "read_result",
+    "reference_set",
     "require_features",
     "save_reference",
     "sharded",
+    "statistics_metrics",
 ]

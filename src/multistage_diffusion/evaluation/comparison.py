@@ -2,64 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..contracts import FeatureExtractor
-from ..errors import UserError
 from ..progress import Progress
-from .features import extract
-from .fidelity import INCEPTION_SPLITS, KID_SUBSET_SIZE, inception_score, installed, kernel_distance
-from .image_check import check_images
-from .metrics import precision_recall
+from .checks import check_images
+from .extraction import extract, logits
+from .held_out import describe_preprocessing
+from .image_sets import ImageSet, ImageSets
+from .measuring import check_counts, choose, measure
 from .reference import Reference
-from .statistics import frechet_between, moments
+from .registry import FeatureExtractor, Metric, Need
+from .result import EvaluationResult
 
 
-@dataclass(frozen=True, kw_only=True)
-class ComparisonResult:
-    """Metrics of samples against a reference set, with the settings needed to interpret them.
+def statistics_metrics(
+    names: Sequence[str], extractor: FeatureExtractor, reference: Reference, samples: int
+) -> dict[str, Metric]:
+    """Return the metrics that `compare_samples` computes.
 
-    Attributes:
-        extractor, comparable_to, preprocessing: the features of all metrics.
-        reference: source of the reference statistics.
-        reference_count: number of its images; 0 if unknown.
+    Args:
+        names: as in `choose`.
+        extractor: the feature function.
+        reference: statistics of real images' features.
         samples: number of samples.
-        dims: feature dimensions.
-        rank_deficient: samples <= dims, so the covariance is singular; compare `frechet` only at equal counts.
-        frechet: Fréchet distance; with Inception features, the FID.
-        kid, kid_deviation, kid_subset: kernel distance, its standard deviation over 100 subsets, and the subset size;
-            None without torch-fidelity or without kept features of the reference.
-        inception_score, inception_deviation, inception_splits: score of the classifier of the features (with Inception
-            features, the Inception score), its standard deviation and number of parts; None without torch-fidelity,
-            for features without a classifier, or for fewer than 10 samples.
-        precision, recall, k, neighbour_count: improved precision and recall with k neighbours, on neighbour_count
-            samples and as many kept features of the reference; None if no features were kept.
-    """
 
-    extractor: str
-    comparable_to: str
-    preprocessing: str
-    reference: str
-    reference_count: int
-    samples: int
-    dims: int
-    rank_deficient: bool
-    frechet: float
-    kid: float | None
-    kid_deviation: float | None
-    kid_subset: int | None
-    inception_score: float | None
-    inception_deviation: float | None
-    inception_splits: int | None
-    precision: float | None
-    recall: float | None
-    k: int | None
-    neighbour_count: int | None
+    Raises:
+        UserError: if a named metric cannot be computed, or samples or kept features are too few for a metric.
+    """
+    known: set[Need] = {"moments"}
+    if reference.features is not None:
+        known.add("features")
+    if extractor.has_logits:
+        known.add("logits")
+    metrics = choose(names, known, "statistics")
+    check_counts(metrics, {f"count={samples}": samples}, "give a larger count")
+    if reference.features is not None:
+        kept = len(reference.features)
+        readers = {name: metric for name, metric in metrics.items() if "features" in metric.needs}
+        mend = "make the statistics again with a larger --keep, or leave the metric out"
+        check_counts(readers, {f"{reference.source}: features of {kept} images are kept": kept}, mend)
+    return metrics
+
+
+def reference_set(reference: Reference) -> ImageSet:
+    """Return the images of reference statistics as metrics see them: moments, and the features that are kept."""
+    if reference.features is None:
+        return ImageSet(reference.moments.count, moments=lambda: reference.moments)
+    return ImageSet(reference.moments.count, moments=lambda: reference.moments, features=lambda: reference.features)
 
 
 def compare_samples(
@@ -67,73 +59,46 @@ def compare_samples(
     reference: Reference,
     extractor: FeatureExtractor,
     *,
-    k: int = 3,
+    metrics: Sequence[str] = (),
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-) -> ComparisonResult:
+) -> EvaluationResult:
     """Compare samples with a reference set.
 
     Args:
         samples: uint8 (N, C, H, W), N >= 2.
         reference: statistics of real images' features (`Reference.require` checks that they fit).
         extractor: the feature function of the reference.
-        k: neighbours of precision and recall.
+        metrics: names of the metrics; none: all that can be computed.
         device: where features are computed.
         progress: called with (samples done, N).
 
     Raises:
-        UserError: for too few samples, or features that do not match the reference or that the metrics do not accept.
+        UserError: for too few samples, a metric that cannot be computed, or features that do not match the reference.
     """
     check_images("samples", samples)
-    check_count(len(samples), reference, k)
-    features = extract(extractor, samples, device=device, progress=progress)
-    found: dict[str, Any] = dict.fromkeys(
-        ("kid", "kid_deviation", "kid_subset", "inception_score", "inception_deviation", "inception_splits")
+    chosen = statistics_metrics(metrics, extractor, reference, len(samples))
+    features = extract(extractor, samples, device=device, progress=progress).cpu()
+    own = ImageSet(
+        len(samples),
+        image_rows=lambda: samples,
+        features=lambda: features,
+        logits=lambda: logits(extractor, features, device),
     )
-    logits: Callable[[Tensor], Tensor] | None = getattr(extractor, "logits", None)
-    if logits is not None and installed() and len(samples) >= INCEPTION_SPLITS:
-        score, deviation = inception_score(logits(features))
-        found |= {
-            "inception_score": score,
-            "inception_deviation": deviation,
-            "inception_splits": INCEPTION_SPLITS,
-        }
-    features = features.cpu()
-    kept = reference.features
-    if kept is not None and installed():
-        subset = min(KID_SUBSET_SIZE, len(kept), len(features))
-        kid, deviation = kernel_distance(features, kept, subset)
-        found |= {"kid": kid, "kid_deviation": deviation, "kid_subset": subset}
-    count = None if kept is None else min(len(kept), len(features))
-    precision, recall = (None, None) if kept is None else precision_recall(kept[:count], features[:count], k)
     dims = features.shape[1]
-    return ComparisonResult(
+    return EvaluationResult(
+        against="statistics",
         extractor=extractor.name,
         comparable_to=extractor.comparable_to,
-        preprocessing=f"uint8 images of {' x '.join(map(str, samples.shape[1:]))} (C x H x W): {extractor.preprocessing}",
+        preprocessing=describe_preprocessing(samples, extractor),
         reference=reference.source,
         reference_count=reference.moments.count,
+        training_count=0,
         samples=len(samples),
+        count=len(samples),
+        splits=1,
+        seed=0,
         dims=dims,
         rank_deficient=len(samples) <= dims,
-        frechet=frechet_between(moments(features), reference.moments),
-        precision=precision,
-        recall=recall,
-        k=None if kept is None else k,
-        neighbour_count=count,
-        **found,
+        metrics=measure(chosen.values(), ImageSets(samples=own, real=reference_set(reference))),
     )
-
-
-def check_count(samples: int, reference: Reference, k: int) -> None:
-    """Check that there are enough samples and kept reference features for the metrics.
-
-    Raises:
-        UserError: naming the smallest count.
-    """
-    kept = reference.features
-    least = 2 if kept is None else k + 1
-    if samples < least:
-        raise UserError(f"count={samples}: comparing with {reference.source} needs at least {least} samples")
-    if kept is not None and len(kept) <= k:
-        raise UserError(f"{reference.source}: keeps {len(kept)} features; precision and recall need more than k={k}")

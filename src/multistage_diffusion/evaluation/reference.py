@@ -13,7 +13,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..contracts import FeatureExtractor
 from ..data.rows import Rows, taken
 from ..errors import UserError
 from ..files import write_atomic
@@ -21,11 +20,13 @@ from ..progress import Progress
 from ..reading import brief, parse_json, require_file
 from ..records import FINITE, TEXT, WHOLE, check, listed, maybe
 from ..rng import generator
-from .features import extract
-from .image_check import image_shape
-from .statistics import Moments, image_moments
+from .checks import image_shape
+from .extraction import dimensions, extract, image_moments
+from .moments import Moments
+from .registry import FeatureExtractor
 
 FORMAT_VERSION = 1
+KEPT = 10_000  # default number of images whose features are kept
 _ABOUT = "msdiff"  # name of the array that describes the others, as JSON
 _TOLD = ("extractor", "preprocessing", "data", "part", "fingerprint", "shape", "held_out")
 _MEND = "; make one with msdiff stats"
@@ -86,8 +87,7 @@ class Reference:
                 raise UserError(
                     f"{self.source}: made with {name} {own}, but this is {other}; make another with msdiff stats"
                 )
-        blank = torch.zeros(1, *shape, dtype=torch.uint8)
-        dims = extractor(blank).shape[1]
+        dims = dimensions(extractor, shape)
         if dims != len(self.moments.mean):
             raise UserError(
                 f"{self.source}: of {len(self.moments.mean)} feature dimensions, but {extractor.name} has {dims}; make "

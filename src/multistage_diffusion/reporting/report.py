@@ -25,9 +25,12 @@ from ..config import RunConfig
 from ..config.serialization import to_dict
 from ..data.opening import load_png
 from ..errors import UserError
-from ..evaluation import ComparisonResult, EvaluationResult
+from ..evaluation import EvaluationResult, read_result
+from ..evaluation.measuring import displays
+from ..evaluation.presentation import counts_sentence, features_sentence, rows
+from ..evaluation.registry import Display
 from ..files import write_atomic
-from ..records import check, fields_of, read_evaluations, read_launches, read_metrics
+from ..records import read_evaluations, read_launches, read_metrics
 from .html import INK, chart, colour, escape, facts, label, note, page, picture, table, tidy
 from .pictures import data_uri, grid
 
@@ -96,7 +99,7 @@ def write_report(
         real: uint8 (M, C, H, W), held-out or training images to show beside them.
         neighbours: samples with their nearest training images.
         stages_png: picture of the similarity curves from which the stages were found.
-        evaluation: evaluation results (dataclasses or plain dictionaries); default: those of RUN/evaluation.json.
+        evaluation: results (EvaluationResult or its dictionary); default: those of RUN/evaluation.json.
 
     Raises:
         UserError: for images of another type or shape, or a file of the run that cannot be read.
@@ -107,12 +110,12 @@ def write_report(
     launches = read_launches(run / "launches.jsonl")
     train = [r for r in records if r["kind"] == "train"]
     held_out = [r for r in records if r["kind"] == "held_out"]
-    quality = [r for r in records if r["kind"] == "quality"]
-    metrics = "".join(_metrics(to_dict(result)) for result in evaluation)
+    evaluated = [r for r in records if r["kind"] == "quality"]
+    metrics = "".join(_metrics(read_result(to_dict(result))) for result in evaluation)
     sections = [
         ("stages", "Stages", _stages(config, stages_png)),
         ("network", "Network", _network(architecture)),
-        ("training", "Training", _training(train, held_out, len(config.stages)) + _quality(quality)),
+        ("training", "Training", _training(train, held_out, len(config.stages)) + _evaluations(evaluated)),
         ("samples", "Samples", _samples(config, samples, real)),
         ("neighbours", "Nearest training images", _neighbours(neighbours)),
         ("metrics", "Metrics", metrics or note("Not evaluated yet.")),
@@ -235,34 +238,47 @@ def _draw_norms(figure: Figure, train: Sequence[Record]) -> None:
     axes.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), fontsize=9)
 
 
-def _quality(quality: Sequence[Record]) -> str:
-    """Draw the Fréchet distances measured while the run trained."""
-    known = [r for r in quality if r["frechet"] is not None]
-    if not known:
-        return note("No samples could be evaluated during training.") if quality else ""
-    last = known[-1]
+def _evaluations(evaluated: Sequence[Record]) -> str:
+    """Draw the Fréchet distances and further metrics that were measured during training."""
+    if not evaluated:
+        return ""
+    curves = {"frechet": [(r, r["frechet"]) for r in evaluated if r["frechet"] is not None]}
+    for name in dict.fromkeys(name for r in evaluated for name in r.get("metrics", {})):
+        curves.setdefault(name, [(r, r["metrics"][name]) for r in evaluated if name in r.get("metrics", {})])
+    if not curves["frechet"]:
+        return note("No samples could be evaluated during training.")
+    known = displays()
+    return "".join(_evaluation_chart(known.get(n, Display(name=n, label=n)), points) for n, points in curves.items())
+
+
+def _evaluation_chart(display: Display, points: Sequence[tuple[Record, float]]) -> str:
+    last, _ = points[-1]
+    better = f"{display.better.title()} is better; " if display.better else ""
     return chart(
-        lambda figure: _draw_quality(figure, known),
+        lambda figure: _draw_evaluation(figure, display, points),
         3.0,
-        f"Fréchet distance of samples during training to {Path(last['reference']).name}, by training compute. "
-        "Lower is better; figures of other features or counts are not comparable.",
+        f"{display.label} of samples during training against {Path(last['reference']).name}, by training compute. "
+        f"{better}values of other features or counts are not comparable.",
     )
 
 
-def _draw_quality(figure: Figure, known: Sequence[Record]) -> None:
+def _draw_evaluation(figure: Figure, display: Display, points: Sequence[tuple[Record, float]]) -> None:
     axes = figure.subplots()
-    x, y = [r["petaflops"] for r in known], [r["frechet"] for r in known]
+    x, y = [record["petaflops"] for record, _ in points], [value for _, value in points]
     axes.plot(x, y, "o-", color=colour(0), linewidth=1.4, markersize=4)
-    best = min(range(len(y)), key=y.__getitem__)
-    axes.plot(
-        x[best], y[best], "o", color=INK, markersize=6, label=f"best: {y[best]:.4g} at step {known[best]['step']:,}"
-    )
+    if display.better:
+        best = (min if display.better == "lower" else max)(range(len(y)), key=y.__getitem__)
+        step = points[best][0]["step"]
+        axes.plot(x[best], y[best], "o", color=INK, markersize=6, label=f"best: {y[best]:.4g} at step {step:,}")
+        axes.legend(frameon=False, loc="upper right", fontsize=9)
     axes.set_xlabel("training PFLOPs")
-    features = f"features {label(known[-1]['extractor'])}, {known[-1]['count']:,} samples"
-    tidy(axes, "linear", "log", f"Fréchet distance: {features}")
+    last, _ = points[-1]
+    features = f"features {label(last['extractor'])}, {last['count']:,} samples"
+    tidy(
+        axes, "linear", "log" if min(y) > 0 and display.unit != "%" else "linear", f"{label(display.label)}: {features}"
+    )
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.legend(frameon=False, loc="upper right", fontsize=9)
 
 
 def _curve(records: Sequence[Record], value: Any) -> tuple[list[float], list[float]]:
@@ -296,80 +312,14 @@ def _neighbours(neighbours: Neighbours | None) -> str:
     return f'<div class="pairs">{figures}</div>{note(words)}'
 
 
-def _metrics(result: Record) -> str:
-    """Tabulate one evaluation, explained in words; `*_real` are real images measured in the same way."""
-    kind = ComparisonResult if "reference" in result else EvaluationResult
-    needed, more = fields_of(kind)
-    check(result, needed, "evaluation", mend="; evaluate the run again")
-    check(result, more, "evaluation", optional=True, mend="; evaluate the run again")
-    if kind is ComparisonResult:
-        return _comparison(result)
-    few = "fewer images than dimensions: only the comparison with real images counts; "
-    return table(("", "Samples", "Real", "In words"), _metric_lines(result), words=3) + note(
-        f"Features: {result['extractor']} ({result['comparable_to']}). {result['count']} images on each side, mean "
-        f"of {result['splits']} draws; {few if result['rank_deficient'] else ''}k = {result['k']}; "
-        f"{result['preprocessing']}. Real: training images in the samples' place; for memorised, held-out images."
-    )
-
-
-def _comparison(result: Record) -> str:
-    """Tabulate a comparison with the statistics of a reference set."""
-    lines = [("Fréchet distance", f"{result['frechet']:.4g}", "Lower is better; with Inception features, the FID.")]
-    if None not in (result["kid"], result["kid_deviation"]):
-        words = f"Kernel distance: mean and deviation over random subsets of {result['kid_subset']}. Lower is better."
-        lines.append(("KID", f"{result['kid']:.4g} ± {result['kid_deviation']:.2g}", words))
-    if None not in (result["inception_score"], result["inception_deviation"]):
-        words = f"Inception score, by the classifier of these features, in {result['inception_splits']} parts. Higher is better."
-        lines.append(
-            ("Classifier score", f"{result['inception_score']:.4g} ± {result['inception_deviation']:.2g}", words)
-        )
-    if None not in (result["precision"], result["recall"]):
-        beside = f"{result['neighbour_count']} on each side, k = {result['k']}"
-        lines.append(
-            ("Precision", f"{result['precision']:.1%}", f"Share of samples that lie among real images; {beside}.")
-        )
-        lines.append(("Recall", f"{result['recall']:.1%}", f"Share of real images that lie among samples; {beside}."))
-    count = f"{result['reference_count']} images: " if result["reference_count"] else ""
-    few = "no more samples than dimensions: comparable at equal counts only; " if result["rank_deficient"] else ""
-    return table(("", "Samples", "In words"), lines, words=2) + note(
-        f"Features: {result['extractor']} ({result['comparable_to']}). {result['samples']} samples against {count}"
-        f"{Path(result['reference']).name}; {few}{result['preprocessing']}."
-    )
-
-
-def _metric_lines(result: Record) -> list[tuple[str, str, str, str]]:
-    ratio = result["frechet"] / result["frechet_real"] if result["frechet_real"] > 0 else math.inf
-    extra = 100 * (result["memorised"] - result["memorised_held_out"])
-    words = {
-        "precision": "Share of samples that lie among held-out images: how real they look.",
-        "recall": "Share of held-out images that lie among samples: how much of the variety they cover.",
-    }
-    return [
-        (
-            "Fréchet distance",
-            f"{result['frechet']:.4g}",
-            f"{result['frechet_real']:.4g}",
-            f"Lower is better. Samples are {ratio:.3g} times as far from held-out images as other real images are.",
-        ),
-        *_through_codec(result),
-        *((n.title(), f"{result[n]:.1%}", f"{result[f'{n}_real']:.1%}", text) for n, text in words.items()),
-        (
-            "Memorised",
-            f"{result['memorised']:.1%}",
-            f"{result['memorised_held_out']:.1%}",
-            "Share as near to a training image as the nearest 5 % of held-out images are. Samples: "
-            f"{extra:+.1f} points beside held-out images; well above them means copying.",
-        ),
-    ]
-
-
-def _through_codec(result: Record) -> list[tuple[str, str, str, str]]:
-    """Return the row with the error of a latent run's codec alone; none without a codec."""
-    distance = result.get("frechet_reconstructed")
-    if distance is None:
-        return []
-    words = "Held-out images through the codec, nothing generated: what samples of this run could reach at best."
-    return [("… of reconstructions", "", f"{distance:.4g}", words)]
+def _metrics(result: EvaluationResult) -> str:
+    """Tabulate one evaluation."""
+    found = rows(result)
+    with_real = any(row.real for row in found)
+    heads = ["", "Samples", *(["Real images"] if with_real else []), "Settings", "Meaning"]
+    lines = [[row.label, row.value, *([row.real] if with_real else []), row.settings, row.words] for row in found]
+    notes = f"{features_sentence(result)} {counts_sentence(result)} Preprocessing: {result.preprocessing}."
+    return table(heads, lines, words=len(heads) - 1) + note(notes)
 
 
 def _origin(config: RunConfig, launches: Sequence[Record]) -> str:

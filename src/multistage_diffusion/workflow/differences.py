@@ -25,6 +25,7 @@ CHANGEABLE = (
     "training.sample_every",
     "training.sample_count",
     "evaluation.every",
+    "evaluation.metrics",
     "evaluation.patience",
     "execution.channels_last",
     "execution.compile",

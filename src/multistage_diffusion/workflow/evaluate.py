@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ..config import DataConfig, SamplingConfig
+from ..config import DataConfig, RunConfig, SamplingConfig
 from ..config.serialization import to_dict
-from ..contracts import FeatureExtractor
 from ..data import ImageData, open_configured
 from ..distributed import is_main_process
 from ..errors import UserError, explained
 from ..evaluation import (
-    ComparisonResult,
     EvaluationResult,
+    FeatureExtractor,
     Reference,
-    check_count,
     compare_samples,
     evaluate_samples,
     get_features,
+    held_out_metrics,
     load_reference,
     make_reference,
     require_features,
     save_reference,
     sharded,
+    statistics_metrics,
 )
+from ..evaluation.measuring import needed
+from ..evaluation.reference import KEPT
 from ..files import write_json
 from ..performance.devices import joined, resolve_device
 from ..progress import Progress
@@ -34,7 +38,7 @@ from ..samplers.class_labels import warn_of_empty
 from ..training.checkpoint import checkpoint_step
 from ..training.run import Run
 from .latent import reconstruct
-from .sample import opened_run, require_writable, sample
+from .sample import opened_run, require_writable, sample, sample_labels
 
 
 class NotKeptError(UserError):
@@ -44,14 +48,12 @@ class NotKeptError(UserError):
         result: the result.
     """
 
-    def __init__(self, message: str, result: EvaluationResult | ComparisonResult) -> None:
+    def __init__(self, message: str, result: EvaluationResult) -> None:
         super().__init__(message)
         self.result = result
 
 
-NEIGHBOURS = 3  # k of precision and recall, as published
 MOST_SAMPLES = 50_000  # as in published FIDs
-KEPT = 10_000  # images whose features are kept for precision, recall and KID
 PARTS = ("all", "train", "held-out")
 
 
@@ -62,6 +64,7 @@ def evaluate(
     count: int | None = None,
     features: str = "pixels",
     weights: Path | None = None,
+    metrics: Sequence[str] = (),
     seed: int = 0,
     checkpoint: str = "best",
     sampling: SamplingConfig | None = None,
@@ -77,7 +80,8 @@ def evaluate(
         data: data to compare with instead of the run's own; their training part replaces the run's training images.
         count: samples drawn; default as many as held-out images, but at least 500 and at most 5000.
         features: name of a feature extractor, or a TorchScript file.
-        weights: a file of the weights of "inception" or "vgg16"; default: downloaded.
+        weights: a file of the features' weights; default: downloaded.
+        metrics: names of metrics; default: all that can be computed.
         seed: seed of the samples.
         checkpoint: "best", "latest" or a step.
         sampling: another sampler than the run's own.
@@ -94,26 +98,40 @@ def evaluate(
         extractor = get_features(features, weights)
         config, opened, share = run.config(), *_compared_data(run, data)
         warn_of_empty(config.data.class_counts)
-        train_images, held_out = opened.split(share)
+        train, held_out = opened.split(share)
         count = min(max(len(held_out), 500), 5000) if count is None else count
         # the three sets: samples, training and held-out images
         require_features(f"features={features!r}", extractor, opened.shape, count, resolved, sets=3)
-        if min(count, len(train_images), len(held_out)) <= NEIGHBOURS:
-            raise UserError(
-                f"{count} samples, {len(train_images)} training and {len(held_out)} held-out images are too few to compare: "
-                f"need more than {NEIGHBOURS} of each; give other images with --data, or train with a larger data.held_out"
-            )
+        chosen = held_out_metrics(
+            metrics,
+            extractor,
+            {"samples": count, "train": len(train), "held-out": len(held_out)},
+            labels=bool(config.network.num_classes) and opened.labels is not None,
+            reconstructed=config.codec.used,
+        )
         step = checkpoint_step(run.checkpoint(checkpoint))  # fixed here: best may change while the run trains
         images = sample(
             run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress
         )
-        extractor = sharded(extractor, world)
-        reconstructed = reconstruct(config, held_out, resolved) if config.codec.used else None
         result = evaluate_samples(
-            images, train_images, held_out, extractor, k=NEIGHBOURS, reconstructed=reconstructed, device=resolved
+            images,
+            train,
+            held_out,
+            sharded(extractor, world),
+            metrics=tuple(chosen),
+            labels=_labels(config, count, seed, train, held_out) if "labels" in needed(chosen) else None,
+            reconstructed=reconstruct(config, held_out, resolved) if config.codec.used else None,
+            device=resolved,
         )
         _keep(run, result, step, data or config.data, sampling or config.sampling, seed)
         return result
+
+
+def _labels(config: RunConfig, count: int, seed: int, *parts: ImageData) -> tuple[Tensor, ...]:
+    """Return the class labels of a class-conditional run's samples and of labelled real images."""
+    samples = sample_labels(config, count, seed=seed)
+    assert samples is not None
+    return samples, *(torch.from_numpy(part.labels) for part in parts)
 
 
 def compare(
@@ -124,12 +142,13 @@ def compare(
     count: int | None = None,
     features: str = "pixels",
     weights: Path | None = None,
+    metrics: Sequence[str] = (),
     seed: int = 0,
     checkpoint: str = "best",
     sampling: SamplingConfig | None = None,
     device: str | None = None,
     progress: Progress | None = None,
-) -> ComparisonResult:
+) -> EvaluationResult:
     """Compare samples of a run with the statistics of a whole reference set, as published FIDs are computed.
 
     The result is added to RUN/evaluation.json.
@@ -139,7 +158,7 @@ def compare(
         reference: "train" (all training images), or a file written by `statistics`.
         data: data to use instead of the run's own, for "train".
         count: samples drawn; default as many as the reference has images, but at least 500 and at most 50,000.
-        features, weights, seed, checkpoint, sampling, device, progress: see `evaluate`.
+        features, weights, metrics, seed, checkpoint, sampling, device, progress: see `evaluate`.
 
     Raises:
         UserError: if there are too few samples or images, the reference is of other images or features, or nothing can
@@ -158,13 +177,13 @@ def compare(
             found = load_reference(Path(reference))
             found.require(extractor, opened.fingerprint, opened.shape)
         count = min(max(found.moments.count or MOST_SAMPLES, 500), MOST_SAMPLES) if count is None else count
-        check_count(count, found, NEIGHBOURS)
+        chosen = statistics_metrics(metrics, extractor, found, count)
         require_features(f"features={features!r}", extractor, opened.shape, count, resolved)
         step = checkpoint_step(run.checkpoint(checkpoint))
         images = sample(
             run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress
         )
-        result = compare_samples(images, found, extractor, k=NEIGHBOURS, device=resolved)
+        result = compare_samples(images, found, extractor, metrics=tuple(chosen), device=resolved)
         _keep(run, result, step, data or run.config().data, sampling or run.config().sampling, seed)
         return result
 
@@ -189,7 +208,7 @@ def _compared_data(run: Run, data: DataConfig | None) -> tuple[ImageData, float]
 
 def _keep(
     run: Run,
-    result: EvaluationResult | ComparisonResult,
+    result: EvaluationResult,
     step: int,
     data: DataConfig,
     sampling: SamplingConfig,
@@ -250,7 +269,7 @@ def statistics(
         data: where the images are, and how they are read.
         out: the .npz file.
         features: name of a feature extractor, or a TorchScript file.
-        weights: a file of the weights of "inception" or "vgg16"; default: downloaded.
+        weights: a file of the features' weights; default: downloaded.
         part: "all", "train" or "held-out" images.
         keep: number of images whose features are kept as well, for precision, recall and KID.
         device: default CUDA when there is one.

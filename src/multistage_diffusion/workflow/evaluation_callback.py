@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,27 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig
-from ..contracts import Conditioning, Denoiser, FeatureExtractor
+from ..contracts import Conditioning, Denoiser
 from ..data import ImageData
 from ..distributed import ALONE, World
 from ..errors import UserError
 from ..evaluation import (
-    Moments,
+    EXTRACT_BATCH,
+    METRICS,
+    FeatureExtractor,
+    Reference,
+    compare_samples,
     frechet_between,
     get_features,
     image_moments,
     load_reference,
+    make_reference,
     require_features,
     sharded,
+    statistics_metrics,
 )
-from ..evaluation.features import EXTRACT_BATCH
+from ..evaluation.reference import KEPT
+from ..evaluation.registry import Need
 from ..performance.devices import autocast_dtype
 from ..samplers.class_labels import frequent_labels
 from ..samplers.sampling import sample_images
@@ -43,13 +51,15 @@ class FidReference:
 
     Attributes:
         extractor: feature extractor.
-        reference: moments of real images' features, on the CPU.
+        reference: statistics of real images' features.
         source: origin of the reference: a file, or TRAINING_IMAGES.
+        metrics: names of the metrics that are logged besides the Fréchet distance.
     """
 
     extractor: FeatureExtractor
-    reference: Moments
+    reference: Reference
     source: str
+    metrics: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: RunConfig, data: ImageData, training: ImageData, device: torch.device) -> FidReference | None:
@@ -62,55 +72,90 @@ class FidReference:
             device: where features are computed.
 
         Raises:
-            UserError: if the features are unknown, do not accept such images or have too many dimensions; if the
-                reference cannot be read or was made with other features or data; or for fewer than two training images.
+            UserError: if the features are unknown, do not accept such images or have too many dimensions; if a metric is
+                unknown or cannot be computed; if the reference cannot be read or was made with other features or data;
+                or for fewer than two training images.
         """
         settings = config.evaluation
         if not settings.every:
             return None
         extractor = _features(settings.features)
         field = f"evaluation.features={settings.features!r}"
-        require_features(field, extractor, data.shape, EXTRACT_BATCH, device)  # moments are summed batch by batch
+        kept = KEPT if any("features" in _needs(name) for name in settings.metrics) else 0
+        # moments are summed batch by batch
+        count = kept + settings.count if settings.metrics else EXTRACT_BATCH
+        require_features(field, extractor, data.shape, count, device)
         if settings.reference:
-            reference = _read(Path(settings.reference), extractor, data)
-            return cls(extractor=extractor, reference=reference, source=settings.reference)
-        if len(training) < 2:
+            reference, source = _read(Path(settings.reference), extractor, data), settings.reference
+        elif len(training) < 2:
             raise UserError(
-                f"evaluation.every={settings.every} needs at least 2 training images to measure samples by, not "
-                f"{len(training)}; set it to 0"
+                f"evaluation.every={settings.every} needs at least 2 training images as reference, not {len(training)}; set "
+                "it to 0"
             )
-        reference = image_moments(extractor, training, device=device)
-        return cls(extractor=extractor, reference=reference, source=TRAINING_IMAGES)
+        else:
+            source = TRAINING_IMAGES
+            reference = make_reference(
+                extractor,
+                training,
+                data=data.name,
+                fingerprint=data.fingerprint,
+                part="train",
+                keep=kept,
+                device=device,
+            )
+        if settings.metrics:
+            with _prefixed("evaluation."):
+                statistics_metrics(settings.metrics, extractor, reference, settings.count)
+        return cls(extractor=extractor, reference=reference, source=source, metrics=settings.metrics)
 
     def distance(self, samples: Tensor, device: torch.device, world: World = ALONE) -> float:
         """Return the Fréchet distance of samples, uint8 (N, C, H, W), N >= 2, to the reference; all ranks call it."""
         moments = image_moments(sharded(self.extractor, world), samples, device=device)
-        distance: float = world.broadcast_object(frechet_between(moments, self.reference))
+        distance: float = world.broadcast_object(frechet_between(moments, self.reference.moments))
         return distance
+
+    def values(self, samples: Tensor, device: torch.device, world: World = ALONE) -> dict[str, float]:
+        """Return the values of `metrics` for samples, uint8 (N, C, H, W), by name; all ranks call it."""
+        if not self.metrics:
+            return {}
+        extractor = sharded(self.extractor, world)
+        found = compare_samples(samples, self.reference, extractor, metrics=self.metrics, device=device).metrics
+        values: dict[str, float] = world.broadcast_object({name: value.value for name, value in found.items()})
+        return values
 
 
 def _features(name: str) -> FeatureExtractor:
-    try:
+    with _prefixed("evaluation."):
         return get_features(name, named=False)
-    except UserError as error:
-        raise UserError(f"evaluation.{error}") from None
 
 
-def _read(path: Path, extractor: FeatureExtractor, data: ImageData) -> Moments:
-    try:
+def _needs(metric: str) -> frozenset[Need]:
+    with _prefixed("evaluation."):
+        return METRICS[metric].needs
+
+
+def _read(path: Path, extractor: FeatureExtractor, data: ImageData) -> Reference:
+    with _prefixed("evaluation.reference: "):
         reference = load_reference(path)
         reference.require(extractor, data.fingerprint, data.shape)
+        return reference
+
+
+@contextmanager
+def _prefixed(text: str) -> Iterator[None]:
+    """Put text in front of the message of a UserError."""
+    try:
+        yield
     except UserError as error:
-        raise UserError(f"evaluation.reference: {error}") from None
-    return reference.moments
+        raise UserError(f"{text}{error}") from None
 
 
-class Quality(Callback[Trainer]):
+class EvaluationCallback(Callback[Trainer]):
     """Evaluates samples of the EMA weights every evaluation.every steps, and ends training that stops improving.
 
     Args:
         config: the run's configuration, completed from its data.
-        yardstick: the reference.
+        reference: what samples are measured against.
         decode: maps the network's latents to images; None for a run on pixels.
         device: where samples are drawn and measured.
 
@@ -123,11 +168,11 @@ class Quality(Callback[Trainer]):
     def __init__(
         self,
         config: RunConfig,
-        yardstick: FidReference,
+        reference: FidReference,
         decode: Callable[[Tensor], Tensor] | None,
         device: torch.device,
     ) -> None:
-        self.yardstick, self.decode, self.device = yardstick, decode, device
+        self.reference, self.decode, self.device = reference, decode, device
         self.flops = flops_per_image(config)
         self._draw(_nothing, config, 2)
 
@@ -141,7 +186,7 @@ class Quality(Callback[Trainer]):
         if trainer.step % settings.every and trainer.step != trainer.config.training.steps:
             return
         start = time.perf_counter()
-        frechet = self._measure(trainer)
+        frechet, metrics = self._measure(trainer)
         trainer.judged(
             {
                 "kind": "quality",
@@ -149,21 +194,24 @@ class Quality(Callback[Trainer]):
                 "images": trainer.images,
                 "petaflops": self.flops * trainer.images / 1e15,
                 "frechet": frechet,
-                "extractor": self.yardstick.extractor.name,
+                "metrics": metrics,
+                "extractor": self.reference.extractor.name,
                 "count": settings.count,
-                "reference": self.yardstick.source,
+                "reference": self.reference.source,
                 "seconds": time.perf_counter() - start,
             }
         )
         self._end_if_idle(trainer)
 
-    def _measure(self, trainer: Trainer) -> float | None:
+    def _measure(self, trainer: Trainer) -> tuple[float | None, dict[str, float]]:
+        """Return the Fréchet distance (None: samples are not finite) and the values of further metrics."""
         try:
             samples = self._draw(trainer.averaged(), trainer.config, trainer.config.evaluation.count, trainer.world)
-            return self.yardstick.distance(samples, self.device, trainer.world)
         except FloatingPointError as error:  # early in training, samples may not be finite; training continues
             warnings.warn(f"no Fréchet distance at step {trainer.step}: {error}", stacklevel=2)
-            return None
+            return None, {}
+        distance = self.reference.distance(samples, self.device, trainer.world)
+        return distance, self.reference.values(samples, self.device, trainer.world)
 
     def _draw(self, denoiser: Denoiser, config: RunConfig, count: int, world: World = ALONE) -> Tensor:
         return sample_images(
@@ -205,12 +253,12 @@ def since_best(records: Sequence[dict[str, Any]]) -> tuple[int, dict[str, Any] |
     Returns:
         (count, record); (number of all evaluations, None) if none has a distance.
     """
-    judged = [record for record in records if record["kind"] == "quality"]
-    known = [k for k, record in enumerate(judged) if record["frechet"] is not None]
+    evaluated = [record for record in records if record["kind"] == "quality"]
+    known = [k for k, record in enumerate(evaluated) if record["frechet"] is not None]
     if not known:
-        return len(judged), None
-    best = min(known, key=lambda k: judged[k]["frechet"])
-    return len(judged) - 1 - best, judged[best]
+        return len(evaluated), None
+    best = min(known, key=lambda k: evaluated[k]["frechet"])
+    return len(evaluated) - 1 - best, evaluated[best]
 
 
 def _nothing(x: Tensor, sigma: float | Tensor, cond: Conditioning | None = None) -> Tensor:

@@ -40,6 +40,7 @@ def resume(
     device: str | None = None,
     strategy: Strategy = "time",
     callbacks: Sequence[Callback[Trainer]] = (),
+    trackers: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Run:
     """Resume a run from its latest checkpoint, with any strategy and any number of processes.
@@ -49,7 +50,8 @@ def resume(
         changes: dotted keys to change, only those in CHANGEABLE: a longer training, data that have moved.
         device: default CUDA when there is one.
         strategy: see `train`.
-        callbacks: progress, TensorBoard, ...
+        callbacks: progress display, profile, ...
+        trackers: names of trackers, such as "tensorboard".
         progress: called with (done, total) while images are encoded into latents.
 
     Raises:
@@ -68,6 +70,7 @@ def resume(
             device=place,
             strategy=strategy,
             callbacks=callbacks,
+            trackers=trackers,
             progress=progress,
             encodes=encodes,
         )

@@ -25,10 +25,11 @@ from ..training.checkpoint import checkpoint_step, list_checkpoints
 from ..training.run import Run
 from ..training.sample_grid import SampleGrid
 from ..training.strategies import Strategy
+from ..training.tracking import Tracking
 from ..training.trainer import Trainer
 from .checks import warn_of_blind, warn_of_borrowed
 from .differences import CHANGEABLE, PLACES, differences, dotted
-from .evaluation_callback import FidReference, Quality
+from .evaluation_callback import EvaluationCallback, FidReference
 from .interrupts import stopped_by_signals
 from .resolve import PreparedRun, ResolvedRun, open_new, resolve_run
 from .stages import save_stages
@@ -46,6 +47,7 @@ def train(
     device: str | None = None,
     strategy: Strategy = "time",
     callbacks: Sequence[Callback[Trainer]] = (),
+    trackers: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Run:
     """Start a run and train it to its end.
@@ -61,7 +63,8 @@ def train(
         replace: move an existing run aside.
         device: default CUDA when there is one.
         strategy: what each process holds: "time": the whole network; "memory": only the decoders of its own stages.
-        callbacks: progress, TensorBoard, ...
+        callbacks: progress display, profile, ...
+        trackers: names of trackers, such as "tensorboard".
         progress: called with (done, total) while images are encoded into latents.
 
     Raises:
@@ -87,6 +90,7 @@ def train(
             device=place,
             strategy=strategy,
             callbacks=callbacks,
+            trackers=trackers,
             progress=progress,
             encodes=given.codec.used,
         )
@@ -135,6 +139,7 @@ def launch(
     device: torch.device,
     strategy: Strategy,
     callbacks: Sequence[Callback[Trainer]],
+    trackers: Sequence[str],
     progress: Progress | None,
     encodes: bool,
 ) -> Run:
@@ -143,21 +148,22 @@ def launch(
     Args:
         resolve: resolves the run; nothing is written to the run's folder.
         open_run: returns the run's folder, given the complete configuration; called when all processes agree.
-        world, device, strategy, callbacks, progress: see `train`.
+        world, device, strategy, callbacks, trackers, progress: see `train`.
         encodes: whether images are encoded; the main process then prepares first.
     """
 
     def prepare() -> Prepared:
         resolved = resolve()
         warn_of_empty(resolved.config.data.class_counts)
-        yardstick = FidReference.of(resolved.config, resolved.data, resolved.images[0], device)
+        reference = FidReference.of(resolved.config, resolved.data, resolved.images[0], device)
         prepared = resolved.encoded(device, progress)
-        return prepared, _judges(yardstick, prepared, device)
+        return prepared, _evaluation_callbacks(reference, prepared, device)
 
-    prepared, judges = _in_turn(world, encodes, prepare)
+    tracking = Tracking.of(trackers)
+    prepared, evaluations = _in_turn(world, encodes, prepare)
     check_execution(settled(prepared.config.execution), device, world.size)
     world.require_equal(_facts(prepared.config, device, strategy))
-    return _fit(open_run(prepared.config), prepared, device, [*judges, *callbacks], world, strategy)
+    return _fit(open_run(prepared.config), prepared, device, [*evaluations, *callbacks], tracking, world, strategy)
 
 
 def _in_turn(world: World, encodes: bool, prepare: Callable[[], Prepared]) -> Prepared:
@@ -171,9 +177,11 @@ def _in_turn(world: World, encodes: bool, prepare: Callable[[], Prepared]) -> Pr
     return found
 
 
-def _judges(yardstick: FidReference | None, prepared: PreparedRun, device: torch.device) -> list[Callback[Trainer]]:
+def _evaluation_callbacks(
+    reference: FidReference | None, prepared: PreparedRun, device: torch.device
+) -> list[Callback[Trainer]]:
     """Return the evaluation callbacks, if any; they run before the other callbacks, which print their results."""
-    return [] if yardstick is None else [Quality(prepared.config, yardstick, prepared.decode, device)]
+    return [] if reference is None else [EvaluationCallback(prepared.config, reference, prepared.decode, device)]
 
 
 def _facts(config: RunConfig, device: torch.device, strategy: Strategy) -> dict[str, Any]:
@@ -189,17 +197,18 @@ def _fit(
     prepared: PreparedRun,
     device: torch.device,
     callbacks: Sequence[Callback[Trainer]],
+    tracking: Tracking,
     world: World,
     strategy: Strategy,
 ) -> Run:
     config = prepared.config
-    grids = SampleGrid(config.input_shape, prepared.decode)
+    grids = SampleGrid(config.input_shape, prepared.decode, tracking.images)
     trainer = Trainer(
         run,
         *prepared.parts,
         config=config,
         device=device,
-        callbacks=[*callbacks, grids],
+        callbacks=[*callbacks, tracking, grids],
         world=world,
         strategy=strategy,
     )
