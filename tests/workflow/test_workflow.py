@@ -187,7 +187,8 @@ def test_only_length_and_records_may_change(run: Run) -> None:
         {"data.held_out": 0.2},
     ):
         with pytest.raises(
-            ValueError, match=r"may not change when a run is resumed, only data.source, codec.source, train"
+            ValueError,
+            match=r"may not change when a run is resumed; start a new run, or change only data.source, codec.source, train",
         ):
             resume(run.path, changes)
     resume(run.path, {"optimizer.lr": run.config().optimizer.lr})  # the same again is no change

@@ -91,8 +91,8 @@ def _refuse_changes(run: Run, config: RunConfig, changed: RunConfig) -> None:
     refused = [key for key in differences(config, changed) if key not in CHANGEABLE]
     if refused:
         raise UserError(
-            f"{', '.join(refused)}: may not change when a run is resumed, only {', '.join(CHANGEABLE)} may; start a new "
-            "run for other changes"
+            f"{', '.join(refused)}: may not change when a run is resumed; start a new run, or change only "
+            f"{', '.join(CHANGEABLE)}"
         )
     if changed.codec.used and not config.codec.used:
         raise UserError(f"codec.source: {run.path} is trained on pixels, not on latents; start a new run for latents")
