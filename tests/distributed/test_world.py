@@ -29,11 +29,21 @@ def test_a_lone_process_is_a_world_of_one():
     assert ALONE.group((0,)) is None
     x = torch.randn(3)
     assert ALONE.all_reduce(x) is x
-    assert ALONE.gather_named({"x": x}) == {"x": x}
+    assert torch.equal(ALONE.gather_named({"x": x})["x"], x)
     assert torch.equal(ALONE.all_gather_rows(x), x)
     ALONE.require_equal({"a": 1})
     with pytest.raises(ValueError, match=r"^what went wrong$"), ALONE.synchronize_errors():
         raise ValueError("what went wrong")
+
+
+def test_named_tensors_of_one_process_are_on_the_cpu_without_gradient(monkeypatch):
+    copied = []
+    own = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copied.append(tensor) or own(tensor))
+    x = torch.randn(3, requires_grad=True)
+    found = ALONE.gather_named({"x": x})["x"]
+    assert (found.device.type, found.requires_grad, len(copied)) == ("cpu", False, 1)  # as those of several processes
+    assert torch.equal(found, x)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from densities import log_density
 
 from multistage_diffusion.data import GaussianMixture, open_data, to_float
 from multistage_diffusion.errors import UserError
@@ -57,7 +58,7 @@ def test_a_mixture_gives_its_mutual_information():
         noise = torch.randn(data.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
         level = torch.full((len(data),), sigma, dtype=torch.float64)
         own = math.log(2 * math.pi * math.e * sigma**2)  # entropy of two dimensions of noise
-        return -mixture.log_density(data + sigma * noise, level) - own
+        return -log_density(mixture, data + sigma * noise, level) - own
 
     found = likelihood(mixture, data, Stages((0.5,)), 0.1, 10.0, pixels=False, draws=8).result().diffusion
     exact = (information(0.1) - information(10.0)) / 2

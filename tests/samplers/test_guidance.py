@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from densities import log_density
 
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.contracts import Conditioning, Denoiser, sigma_rows
@@ -124,9 +125,9 @@ def test_the_score_is_that_of_the_guided_density(classes):
     x = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     sigma = torch.tensor([0.1, 0.4, 1.0, 3.0], dtype=F64)
     for weight in (0.5, 2.0, 7.5):
-        conditional = torch.stack([classes.of(int(k)).log_density(x, sigma)[i] for i, k in enumerate(labels)])
-        log_density = (1 - weight) * classes.mixture.log_density(x, sigma) + weight * conditional
-        score = torch.autograd.grad(log_density.sum(), x)[0]
+        conditional = torch.stack([log_density(classes.of(int(k)), x, sigma)[i] for i, k in enumerate(labels)])
+        guided_density = (1 - weight) * log_density(classes.mixture, x, sigma) + weight * conditional
+        score = torch.autograd.grad(guided_density.sum(), x)[0]
         guided = Guided(classes, weight)(x, sigma, Conditioning(labels=labels))
         torch.testing.assert_close((guided - x) / sigma[:, None] ** 2, score, rtol=1e-9, atol=1e-9)
 

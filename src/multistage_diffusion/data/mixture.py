@@ -1,4 +1,4 @@
-"""A mixture of isotropic Gaussians, with its optimal denoiser and density in closed form."""
+"""A mixture of isotropic Gaussians, with its optimal denoiser in closed form."""
 
 from __future__ import annotations
 
@@ -63,10 +63,6 @@ class GaussianMixture:
         gain = variance / (variance + sigma_rows(x, sigma)[:, None] ** 2)
         shrunk = self.means.to(x.device) + gain[:, :, None] * offsets
         return torch.einsum("bj,bjd->bd", responsibility, shrunk).reshape(x.shape).to(x.dtype)
-
-    def log_density(self, x: Tensor, sigma: float | Tensor) -> Tensor:
-        """Return the log density of y + sigma n at x, float64 (B,); arguments as in `__call__`."""
-        return torch.logsumexp(self._log_joint(x, sigma)[1], dim=1)
 
     def sample(self, n: int, seed: int) -> Tensor:
         """Draw n points, float64 (n, D); point i depends only on (seed, i)."""

@@ -181,16 +181,13 @@ class World:
         return values
 
     def gather_named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the named tensors of all processes on rank 0, on the CPU; an empty dict on the others.
-
-        A single process returns its own tensors unchanged.
-        """
+        """Return the named tensors of all processes on rank 0, on the CPU; an empty dict on the others."""
+        found = {name: t.detach().cpu() for name, t in tensors.items()} if self.is_main_process else {}
         if self.size == 1:
-            return tensors
+            return found
         lists = self.all_gather_object(
             [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
         )
-        found = {name: t.detach().cpu() for name, t in tensors.items()} if self.is_main_process else {}
         with self.translate_errors():
             for rank, names in enumerate(lists[1:], start=1):
                 for name, dtype, shape in names:
