@@ -27,7 +27,11 @@ from multistage_diffusion.schedules import PRIORS, SCHEDULES, NoiseSchedule, Sig
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-FOLDERS = {"docs": "", "benchmarks/results": "results/", "examples": "examples/"}  # folder of the repository: of the site
+FOLDERS = {
+    "docs": "",
+    "benchmarks/results": "results/",
+    "examples": "examples/",
+}  # folder of the repository: of the site
 WIDE = "2000"  # columns: no line of a help text is broken
 CHOICES: dict[type, Any] = {NoiseSchedule: SCHEDULES, SigmaPrior: PRIORS}
 
@@ -55,7 +59,11 @@ def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
 
     def turned(match: re.Match[str]) -> str:
         target = site_path(folder, match[1])
-        return match[0] if target is None else f"]({posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or '.')}"
+        return (
+            match[0]
+            if target is None
+            else f"]({posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or '.')}"
+        )
 
     return re.sub(r"\]\(([^)#\s]+)", turned, markdown)
 
@@ -135,7 +143,9 @@ def entries(cls: type, default: Any, prefix: str) -> str:
 def entry(key: str, hint: Any, default: Any, text: str) -> str:
     """Return one setting: its key, and its meaning, type and default."""
     if hint in CHOICES:
-        return "\n\n".join([f"`{key}.kind`\n:   {escaped(text)}  \n    Default: `{default.kind}`", kinds(CHOICES[hint])])
+        return "\n\n".join(
+            [f"`{key}.kind`\n:   {escaped(text)}  \n    Default: `{default.kind}`", kinds(CHOICES[hint])]
+        )
     return f"`{key}`\n:   {escaped(text)}  \n    {capital(type_text(hint))}. Default: `{plain(default)}`"
 
 
@@ -145,7 +155,9 @@ def kinds(known: Any) -> str:
     for kind in known:
         cls = known[kind]
         numbers = [f"`{f.name}={plain(f.default)}`" for f in dataclasses.fields(cls) if not _is_kind(f.default)]
-        rows.append(f"| `{kind}` | {escaped((inspect.getdoc(cls) or '').partition(chr(10))[0])} | {', '.join(numbers)} |")
+        rows.append(
+            f"| `{kind}` | {escaped((inspect.getdoc(cls) or '').partition(chr(10))[0])} | {', '.join(numbers)} |"
+        )
     return "\n".join(rows)
 
 
