@@ -12,6 +12,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 from typing import Any
 
 import pytest
@@ -212,3 +213,20 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path, commands: str) -> N
     shown = (site / "api.html").read_text()
     for name in msd.__all__:
         assert name == "__version__" or f'id="multistage_diffusion.{name}"' in shown, name
+
+
+def test_the_drawing_shows_the_preset_that_its_page_names() -> None:
+    drawing = ElementTree.parse(ROOT / "docs" / "concepts.svg").getroot()
+    names = {name: f"{{http://www.w3.org/2000/svg}}{name}" for name in ("title", "desc", "text")}
+    assert drawing.get("role") == "img"
+    described = [drawing.find(names[name]) for name in ("title", "desc")]
+    assert [found.get("id") for found in described if found is not None] == (
+        drawing.get("aria-labelledby") or ""
+    ).split()
+    words = [text.text for text in drawing.iter(names["text"])]
+    config = msd.preset("fashion-mnist")
+    assert [f"{edge:.2g}" for edge in config.stages.interior] == words[words.index("0") + 1 : words.index("∞")]
+    assert [word for word in words if word and word.startswith("width")] == [
+        f"width {width}" for width in config.network.decoder_widths
+    ]
+    assert f"σ = 2: stage {config.stages.index_of(2.0) + 1}" in words
