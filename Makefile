@@ -6,10 +6,11 @@ TORCH  ?= torch>=2.9
 OUT    ?= runs/demo
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-slow check format clean install install-dev
+.PHONY: demo test test-slow check format docs dist clean install install-dev install-docs
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
+install-docs: $(VENV)/.installed-docs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +24,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@
+
 demo: install
 	$(BIN)/msdiff demo --out $(OUT)
 
@@ -30,7 +35,7 @@ demo: install
 test: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-test-slow: install-dev
+test-slow: install-dev install-docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist worksteal
 
 check: install-dev
@@ -42,5 +47,14 @@ format: install-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# the documentation as a site; its search needs a server: python3 -m http.server -d site
+docs: install-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# wheel and source archive
+dist: install-docs
+	rm -rf dist
+	$(BIN)/python -m build
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -25,9 +25,17 @@ MAX_PIXELS = 178_956_970  # pixels of an image; the default, and Pillow's own li
 class DataConfig:
     """The training data.
 
-    `fingerprint` and `shape` are filled in when a run starts and checked when it is resumed. `class_counts`, the number
-    of training images of each class, is also filled in if the network is class-conditional: samples for evaluation have
-    the same frequencies.
+    Attributes:
+        source: where the images are: a name such as "digits", a folder, an archive or an array.
+        held_out: share of the images never trained on, chosen by a hash of their content.
+        size: (height, width) to bring images to; None: their own, which must be equal.
+        fit: how images of another size are brought to it: "exact" refuses them, "crop", "resize" or "pad".
+        skip_bad: leave out images that cannot be read instead of stopping.
+        max_pixels: images of more pixels count as unreadable; the default is Pillow's limit.
+        fingerprint: hash of the images, recorded when a run starts and checked when it is resumed.
+        shape: (channels, height, width) of an image, recorded and checked in the same way.
+        class_counts: training images of each class, recorded when a class-conditional run starts; samples for
+            evaluation have these frequencies.
     """
 
     source: str = "digits"
@@ -90,10 +98,10 @@ class DiffusionConfig:
     """Preconditioning, noise schedule and training noise of a denoiser.
 
     Attributes:
-        precondition: what the network's output means: "vp-eps", "edm", "velocity" or another of PRECONDITIONINGS.
-        sigma_data: standard deviation of the data, for "edm".
-        schedule: the kernel whose time defines the embedding, edges and sampling times.
-        prior: density of training noise.
+        precondition: "vp-eps" (noise prediction), "edm", "velocity" or another of PRECONDITIONINGS.
+        sigma_data: standard deviation of the images in [-1, 1], for "edm".
+        schedule: the kernel whose time defines the embedding, edges and sampling times: its kind and numbers.
+        prior: density of training noise: its kind and numbers.
     """
 
     precondition: str = "vp-eps"
@@ -114,10 +122,16 @@ class OptimizerConfig:
     """Adam(W), warm-up and clipping.
 
     Attributes:
+        kind: "adam" or "adamw".
+        lr: learning rate.
+        betas: decay rates of Adam's two moments.
+        eps: Adam's epsilon.
+        weight_decay: Adam's weight decay.
         warmup_steps: steps in which the learning rate rises from 0 to `lr`.
         decay_after: steps after which the learning rate is lr sqrt(decay_after / step) (Karras et al. 2024, Analyzing
             and improving the training dynamics of diffusion models, equation 67); 0: no decay.
-        clip: bound of the gradient norm of the whole model or of each part (`clip_scope`); None: no clipping.
+        clip: bound of the gradient norm; None: no clipping.
+        clip_scope: what `clip` bounds: the gradient norm of the whole "model" or of each "part" (encoder, decoders).
     """
 
     kind: Literal["adam", "adamw"] = "adam"
@@ -174,8 +188,15 @@ class TrainingConfig:
         init_from: a trained run from whose encoder and fitting decoders the network starts; empty: from scratch.
         precision: "auto" (on CUDA bf16 if supported, else fp16; on the CPU fp32), "fp32", "bf16", "fp16" (with loss
             scaling) or "fp64" (slow; for checking that two ways of training are the same).
-        keep_last, keep_every: checkpoints kept: the newest ones, and one every so many steps (0: none).
+        seed: seed of all random numbers.
+        log_every: steps between log lines.
+        held_out_every: steps between held-out losses; 0: none.
         held_out_rows: held-out images per stage in each held-out loss (noise fixed).
+        checkpoint_every: steps between checkpoints.
+        keep_last, keep_every: checkpoints kept: the newest ones, and one every so many steps (0: none). The best is
+            always kept: lowest Fréchet distance or, without evaluations, lowest held-out loss.
+        sample_every: steps between sample grids; 0: none.
+        sample_count: samples in each grid.
     """
 
     steps: int = 250_000
@@ -271,6 +292,11 @@ class EvaluationConfig:
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The complete configuration of a run; written beside each checkpoint.
+
+    Attributes:
+        format_version: version of the file format.
+        name: name of the run; the name of its folder once it exists.
+        data: see DataConfig; likewise the other sections.
 
     Raises:
         UserError: if the numbers of stages and decoders differ, or settings do not fit each other.
