@@ -17,7 +17,6 @@ from ..stage_finding import StageResult
 from ..training.callbacks import Callback
 from ..training.run import Run
 from ..training.sample_grid import TensorBoard
-from ..training.strategies import Strategy
 from ..training.trainer import Trainer
 from ..workflow.train import resume, train
 from .options import Changes, DataOptions, Device, load_config, option, parse_changes, say
@@ -62,8 +61,8 @@ class Train(DataOptions):
     """Changes to the preset, e.g. optimizer.lr=1e-4 network.decoder_widths=[64,48,16]."""
     replace: bool = False
     """Move a run that is already at OUT aside."""
-    strategy: Strategy = "time"
-    """Started by torchrun, what each process holds: the whole network, or (memory) the decoders of its own stages."""
+    strategy: Annotated[str, option("{time,memory,fsdp}", "time")] = "time"
+    """What each process of torchrun holds: the whole network, the decoders of its own stages, or a slice of all."""
     profile: bool = False
     """Time the parts of some steps, print them, write a trace to RUN/profile, and train on."""
     tensorboard: bool = False

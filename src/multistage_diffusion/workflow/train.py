@@ -17,8 +17,8 @@ from ..data import open_configured
 from ..distributed import RankLost, World
 from ..errors import UserError, explained
 from ..files import NotWrittenError, write_json
-from ..performance.autotune import check_execution, settled
 from ..performance.devices import joined, precision_name
+from ..performance.execution import check_execution, settled
 from ..progress import Progress
 from ..samplers.class_labels import with_class_counts
 from ..stage_finding import StageResult
@@ -26,8 +26,8 @@ from ..training.callbacks import Callback
 from ..training.checkpoint import checkpoint_step, list_checkpoints, trained_config
 from ..training.run import Run
 from ..training.sample_grid import SampleGrid
-from ..training.strategies import Strategy
 from ..training.trainer import Trainer
+from ..version import __version__
 from .evaluation_callback import FidReference, Quality
 from .interrupts import stopped_by_signals
 from .latent import with_codec, with_stages
@@ -44,7 +44,7 @@ def train(
     result: StageResult | None = None,
     replace: bool = False,
     device: str | None = None,
-    strategy: Strategy = "time",
+    strategy: str = "time",
     callbacks: Sequence[Callback[Trainer]] = (),
     progress: Progress | None = None,
 ) -> Run:
@@ -59,7 +59,8 @@ def train(
         result: gives the stages; None keeps those of the configuration.
         replace: move an existing run aside.
         device: default CUDA when there is one.
-        strategy: what each process holds: "time": the whole network; "memory": only the decoders of its own stages.
+        strategy: what each process holds: "time": the whole network; "memory": only the decoders of its own stages;
+            "fsdp": a slice of every parameter.
         callbacks: progress, TensorBoard, ...
         progress: called with (done, total) while images are encoded into latents.
 
@@ -128,10 +129,8 @@ def _prepared(
     return prepared, _judges(yardstick, prepared, device)
 
 
-def _facts(config: RunConfig, device: torch.device, strategy: Strategy) -> dict[str, Any]:
+def _facts(config: RunConfig, device: torch.device, strategy: str) -> dict[str, Any]:
     """Return the settings that must be equal on all processes."""
-    from .. import __version__
-
     ours = {"release": __version__, "torch": torch.__version__, "device": device.type, "strategy": strategy}
     flat = _flat(to_dict(config))
     return {**ours, **{k: flat[k] for k in flat if k not in PLACES and not k.startswith("stages.origin.")}}
@@ -175,7 +174,7 @@ CHANGEABLE = (
     "execution.channels_last",
     "execution.compile",
     "execution.cuda_graphs",
-    "execution.shards",
+    "execution.thread_parallel",
     "execution.recompute",
 )
 
@@ -196,7 +195,7 @@ def resume(
     changes: Mapping[str, Any] | None = None,
     *,
     device: str | None = None,
-    strategy: Strategy = "time",
+    strategy: str = "time",
     callbacks: Sequence[Callback[Trainer]] = (),
     progress: Progress | None = None,
 ) -> Run:
@@ -306,7 +305,7 @@ def _fit(
     device: torch.device,
     callbacks: Sequence[Callback[Trainer]],
     world: World,
-    strategy: Strategy,
+    strategy: str,
 ) -> Run:
     config = prepared.config
     grids = SampleGrid(config.input_shape, prepared.decode)
