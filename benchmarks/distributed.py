@@ -41,7 +41,8 @@ from multistage_diffusion.training.ema import EMA
 from multistage_diffusion.training.losses import objective, stage_losses
 from multistage_diffusion.training.optimizer import make_optimizer
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.strategies import make_layout
+from multistage_diffusion.training.strategies import make_strategy
+from multistage_diffusion.training.strategies.replicated import ReplicatedParts
 from multistage_diffusion.training.trainer import Trainer
 
 RESULT = Path(__file__).parent / "results" / "distributed.json"
@@ -93,8 +94,9 @@ def with_trainer(world: World, config: RunConfig, strategy: str, folder: Path) -
     trainer = Trainer(Run(folder / strategy), data, device="cpu", callbacks=[clock], world=world, strategy=strategy)
     trainer.save = lambda *_: None  # type: ignore[method-assign]
     trainer.fit()
-    reduced = 0 if trainer.gradient_sync.reducer is None else trainer.gradient_sync.reducer.bytes
-    return measured(trainer.denoiser, trainer.ema.module, trainer.optimizer, reduced, clock.seconds)
+    assert isinstance(trainer.strategy, ReplicatedParts)
+    reduced = 0 if trainer.strategy.reducer is None else trainer.strategy.reducer.bytes
+    return measured(trainer.denoiser, trainer.ema.module, trainer.optimization.optimizer, reduced, clock.seconds)
 
 
 def with_ddp(world: World, config: RunConfig) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class Loss(torch.nn.Module):
         training, prior = config.training, config.diffusion.prior
         self.counts = row_counts(training, stage_shares(training, config.stages, prior))
         self.weights = stage_weights(training, config.stages, prior)
-        self.rows = make_layout("time", config, config.input_shape, world.size).rows(world.rank, self.counts)
+        self.rows = make_strategy("time", config, config.input_shape, world).rows(self.counts)
 
     def forward(self, step: int) -> torch.Tensor:
         sums = stage_losses(self.denoiser, self.source.draw(step, self.counts, self.rows))

@@ -56,13 +56,13 @@ class Stopwatch(Callback):
         self.rows: list[int] = []
 
     def started(self, trainer: Trainer) -> None:
-        self.rows = list(trainer.sums.rows)
+        self.rows = list(trainer.log.sums.rows)
         self.start = clock(trainer.device)
 
     def stepped(self, trainer: Trainer) -> None:
         seconds = clock(trainer.device) - self.start
-        trainer.metrics.settle()
-        rows = trainer.sums.rows
+        trainer.log.reporter.settle()
+        rows = trainer.log.sums.rows
         stages = [k for k, (old, new) in enumerate(zip(self.rows, rows, strict=True), start=1) if new > old]
         self.steps.append({"stages": stages, "seconds": seconds})
         if trainer.step == trainer.config.training.steps:

@@ -6,7 +6,7 @@ Networks: `ncsnpp-32` (NCSN++, encoder 32, decoders 48/32/16, 2 blocks per level
 `digits`, `t7-1`, `edm`, `t8-4` (the presets, batch cut to 12, or 4, on a CPU). Each is trained by the real trainer on random
 images; in the same process its peer, a diffusers UNet2DModel whose width is chosen so that a training image costs as many
 multiply-adds (as torch counts them), is trained by an ordinary loop: scheduler, mse_loss, AdamW, EMAModel. Rounds of both and of
-the roofline's layers alternate, the median of each counts. How our step is computed is found by the trainer's own trial; it
+the roofline's layers alternate, the median of each counts. How our step is computed is found by the trainer's autotuning; it
 compiles only with --compile.
 
 Reported: images/s, the ratio of multiply-adds per second to the peer's, and the share of the roofline: the rate, forward and
@@ -59,17 +59,17 @@ class Rounds(Callback):
         if self.count == 0 or self.count == self.steps:
             if self.count:
                 self.ours.append((clock(trainer.device) - self.start) / self.steps)
-                found = trainer.timer.seconds()
+                found = trainer.passes.timer.seconds()
                 self.parts.append({name: seconds / self.steps for name, seconds in found.items()})
                 self.memory = self.memory or peak_memory(trainer.device)
                 self.theirs.append(self.peer(self.steps))
                 self.rooflines.append(self.roofline())
                 self.count = 0
             if len(self.ours) == self.rounds:
-                trainer.end("measured")
+                trainer.stop()
                 return
-            trainer.timer.running = True
-            trainer.timer.seconds()
+            trainer.passes.timer.running = True
+            trainer.passes.timer.seconds()
             self.start = clock(trainer.device)
 
 
@@ -81,12 +81,15 @@ def measure(name: str, device: torch.device, steps: int, rounds: int, compile: b
         run = Run.create(Path(folder) / "run", override(config, {"training.steps": 10**6}))
         pixels = np.random.default_rng(0).integers(0, 256, (512, *shape), dtype=np.uint8)
         trainer = Trainer(run, ImageData(pixels, None, "random"), device=device)
-        flops = sum(n * s.true_flops for n, s in zip(trainer.counts, cost.stages, strict=True)) / batch
+        flops = sum(n * s.true_flops for n, s in zip(trainer.allocation.counts, cost.stages, strict=True)) / batch
         width, their_adds = fitting_width(shape, flops / 2)
-        train_peer = make_peer(shape, width, batch, device, trainer.autocast)
-        dtype = trainer.autocast or torch.float32
+        train_peer = make_peer(shape, width, batch, device, trainer.passes.autocast)
+        dtype = trainer.passes.autocast or torch.float32
         clock = Rounds(
-            steps, rounds, train_peer, lambda: measure_roofline(config.network, shape, trainer.counts, device, dtype)
+            steps,
+            rounds,
+            train_peer,
+            lambda: measure_roofline(config.network, shape, trainer.allocation.counts, device, dtype),
         )
         trainer.callbacks.append(clock)
         trainer.save = lambda *_: None  # type: ignore[method-assign]
@@ -97,9 +100,9 @@ def measure(name: str, device: torch.device, steps: int, rounds: int, compile: b
     rate = 3 * flops * batch / ours
     return {
         "batch": batch,
-        "rows": list(trainer.counts),
-        "execution": trainer.execution,
-        "trial": trainer.trial,
+        "rows": list(trainer.allocation.counts),
+        "execution": trainer.passes.execution,
+        "autotuned": trainer.autotuned,
         "memory_mib": clock.memory / 2**20,
         "multiply_adds_per_image": flops / 2,
         "images_per_s": batch / ours,

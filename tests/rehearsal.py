@@ -58,7 +58,7 @@ def at(device: str) -> Iterator[None]:
 
 
 def training(folder: Path) -> dict[str, Any]:
-    """Return losses here and there, waits of a step there, and what a trial there has tried, of each way of training."""
+    """Return losses here and there, waits of a step there, and what autotuning there has tried, of each way of training."""
     found: dict[str, Any] = {}
     autotune.COMPILING_PAYS = math.inf  # it depends on the machine's speed
     for name, changes in CASES.items():
@@ -76,7 +76,7 @@ def training(folder: Path) -> dict[str, Any]:
                 elsewhere.waits.clear()
                 trainer._iterate()
                 waits.update(elsewhere.waits)
-        found[name] = {"losses": losses, "waits": sorted(waits), "tried": list(trainer.trial)}
+        found[name] = {"losses": losses, "waits": sorted(waits), "tried": list(trainer.autotuned)}
     return found
 
 

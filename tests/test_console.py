@@ -82,7 +82,14 @@ def test_a_terminal_shows_a_bar_and_takes_it_away(clock: Clock, terminal: io.Str
 
 def trainer(step: int) -> Any:
     config = override(preset("digits"), {"training.steps": 100})
-    return SimpleNamespace(config=config, device="cpu", step=step, counts=(64, 45, 19), warm_start=None, ended="")
+    return SimpleNamespace(
+        config=config,
+        device="cpu",
+        step=step,
+        allocation=SimpleNamespace(counts=(64, 45, 19)),
+        warm_start=None,
+        ended="",
+    )
 
 
 def test_training_shows_steps_and_losses(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,11 +158,12 @@ def test_a_warm_start_says_what_was_cloned(capsys: pytest.CaptureFixture[str]) -
     assert "cloned from runs/one: encoder, decoder.2; from scratch: decoder.1" in capsys.readouterr().err
 
 
-def test_a_trial_tells_what_it_has_found(capsys: pytest.CaptureFixture[str]) -> None:
+def test_autotuning_tells_what_it_has_found(capsys: pytest.CaptureFixture[str]) -> None:
     made = trainer(0)
-    made.trial, made.execution = {"plain": 0.5, "channels last": 0.25}, Execution(channels_last=True)
+    made.autotuned = {"plain": 0.5, "channels last": 0.25}
+    made.passes = SimpleNamespace(execution=Execution(channels_last=True))
     TrainingProgress().chosen(made)
     assert "computed channels last (a step took: plain 0.5 s, channels last 0.25 s)" in capsys.readouterr().err
-    made.trial = {}
+    made.autotuned = {}
     TrainingProgress().chosen(made)
     assert capsys.readouterr().err == ""

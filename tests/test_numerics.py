@@ -21,7 +21,7 @@ WAYS = {
     "channels-last": {"execution__channels_last": True},
     "compiled": {"execution__compile": True},
     "compiled channels-last": {"execution__compile": True, "execution__channels_last": True},
-    "shards": {"execution__shards": 2},
+    "threads": {"execution__thread_parallel": 2},
 }
 
 
@@ -58,7 +58,7 @@ def losses(run: Run) -> np.ndarray:
 @pytest.mark.parametrize("way", WAYS)
 def test_loss_curves_agree_within_their_noise(trained: Callable[..., Run], way: str) -> None:
     """Rows and noise are the same, so that rounding is all that differs: mean losses by a part of their standard error."""
-    same = {"network__dropout": 0.0} if way == "shards" else {}  # each shard drops units of its own
+    same = {"network__dropout": 0.0} if way == "threads" else {}  # each thread drops units of its own
     plain = losses(trained("plain without dropout" if same else "plain", **same))
     other = losses(trained(way, **WAYS[way], **same))
     assert plain.shape == other.shape == (STEPS, 3)

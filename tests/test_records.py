@@ -134,15 +134,15 @@ def test_losses_are_one_for_each_stage(tmp_path: Path) -> None:
     [
         ([], r"expected a mapping, got \[\]"),
         ({"device": "cpu"}, "execution: expected a mapping, got None"),
-        ({"device": "cpu", "execution": {"shards": "2"}}, "execution.shards='2' must be of type int"),
-        ({"device": "cpu", "execution": {"shards": 0}}, "execution.shards=0 must be positive"),
+        ({"device": "cpu", "execution": {"thread_parallel": "2"}}, "execution.thread_parallel='2' must be of type int"),
+        ({"device": "cpu", "execution": {"thread_parallel": 0}}, "execution.thread_parallel=0 must be positive"),
         ({"device": "cpu", "execution": {"fast": True}}, "execution.fast: unknown key"),
     ],
 )
-def test_what_a_trial_found_is_checked(known: Any, words: str, tmp_path: Path) -> None:
+def test_the_autotuning_result_is_checked(known: Any, words: str, tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.execution_file.write_text(json.dumps(known))
-    with pytest.raises(UserError, match=f"execution.json: {words}.*; delete it, and a trial is made again"):
+    with pytest.raises(UserError, match=f"execution.json: {words}.*; delete it, and autotuning runs again"):
         run.known_execution({"device": "cpu"})
 
 

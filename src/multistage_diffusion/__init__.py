@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .config import DataConfig as DataConfig
     from .config import DiffusionConfig as DiffusionConfig
@@ -53,8 +55,6 @@ if TYPE_CHECKING:
     from .workflow.sample import sample as sample
     from .workflow.stages import find_stages as find_stages
     from .workflow.train import train as train
-
-__version__ = "0.1.0"
 
 # name -> module, imported at first access: `msdiff --help` does not import torch
 _HOME = {

@@ -22,9 +22,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
-from . import __version__
 from .errors import UserError, explained
 from .shown import shown
+from .version import __version__
 
 SUMMARIES = {
     "stages": "Find the noise ranges (stages) of a data set from the data themselves.",

@@ -109,7 +109,7 @@ class TrainingProgress(Callback[Trainer]):
             return
         config = trainer.config
         widths = "/".join(map(str, config.network.decoder_widths))
-        rows = f"rows per stage {'/'.join(map(str, trainer.counts))}"
+        rows = f"rows per stage {'/'.join(map(str, trainer.allocation.counts))}"
         if config.training.update_mode == "one-stage":
             rows = f"{config.training.batch} rows of one stage per step"
         console.print(
@@ -125,10 +125,10 @@ class TrainingProgress(Callback[Trainer]):
 
     def chosen(self, trainer: Trainer) -> None:
         """Print the execution settings that autotuning chose and the step times it measured."""
-        if trainer.trial:
-            seconds = ", ".join(f"{words} {found:.3g} s" for words, found in trainer.trial.items())
+        if trainer.autotuned:
+            seconds = ", ".join(f"{words} {found:.3g} s" for words, found in trainer.autotuned.items())
             console.print(
-                f"computed {trainer.execution.words()} (a step took: {seconds}); see execution.json in the run"
+                f"computed {trainer.passes.execution.words()} (a step took: {seconds}); see execution.json in the run"
             )
 
     def stepped(self, trainer: Trainer) -> None:

@@ -15,22 +15,23 @@ def test_choices_are_yes_no_or_auto() -> None:
         override(RunConfig(), {"execution.compile": "on"})
 
 
-def test_shards_are_a_number_or_auto() -> None:
-    assert override(RunConfig(), {"execution.shards": 4}).execution.shards == 4
-    assert to_dict(RunConfig())["execution"]["shards"] == "auto"
-    with pytest.raises(ValueError, match=r"execution\.shards=0 must be at least 1, or auto"):
-        ExecutionConfig(shards=0)
-    with pytest.raises(ValueError, match=r"execution\.shards='some' must be"):
-        override(RunConfig(), {"execution.shards": "some"})
+def test_thread_parallel_is_a_number_or_auto() -> None:
+    assert override(RunConfig(), {"execution.thread_parallel": 4}).execution.thread_parallel == 4
+    assert to_dict(RunConfig())["execution"]["thread_parallel"] == "auto"
+    with pytest.raises(ValueError, match=r"execution\.thread_parallel=0 must be at least 1, or auto"):
+        ExecutionConfig(thread_parallel=0)
+    with pytest.raises(ValueError, match=r"execution\.thread_parallel='some' must be"):
+        override(RunConfig(), {"execution.thread_parallel": "some"})
 
 
 @pytest.mark.parametrize("field", ["recompute", "compile"])
-def test_what_one_thread_at_a_time_does_is_refused_in_shards(field: str) -> None:
-    ExecutionConfig(**{field: True}, shards=1)
+def test_what_one_thread_at_a_time_does_is_refused_in_parallel_threads(field: str) -> None:
+    ExecutionConfig(**{field: True}, thread_parallel=1)
     with pytest.raises(
-        ValueError, match=rf"execution\.{field}=True and execution\.shards=2.*set execution\.shards to 1"
+        ValueError,
+        match=rf"execution\.{field}=True and execution\.thread_parallel=2.*set execution\.thread_parallel to 1",
     ):
-        ExecutionConfig(**{field: True}, shards=2)
+        ExecutionConfig(**{field: True}, thread_parallel=2)
 
 
 def test_graphs_that_recompute_are_refused() -> None:

@@ -8,8 +8,8 @@ import torch
 
 from multistage_diffusion.distributed import ALONE
 from multistage_diffusion.performance import autotune
-from multistage_diffusion.performance.autotune import LEAST_STEPS, candidates, check_execution, choose, settled
-from multistage_diffusion.performance.execution import Execution
+from multistage_diffusion.performance.autotune import LEAST_STEPS, candidates, choose
+from multistage_diffusion.performance.execution import Execution, check_execution, settled
 from multistage_diffusion.training.run import Run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -59,22 +59,22 @@ def test_candidates(tiny_config) -> None:
     assert words(tiny_config(execution__compile=True), CUDA, compiling=True) == []
 
 
-def test_shards_are_tried_on_the_threads_of_a_cpu(tiny_config, monkeypatch) -> None:
+def test_parallel_threads_are_tried_on_a_cpu(tiny_config, monkeypatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    every = ["plain", "channels last", "6 shards", "channels last, 6 shards"]
+    every = ["plain", "channels last", "6 threads", "channels last, 6 threads"]
     assert words(tiny_config(), CPU) == every
     assert words(tiny_config(training__accumulate=2, training__update_mode="sequential"), CPU) == every
     assert words(tiny_config(), CPU, compiling=True) == []
-    assert not any("shards" in way for way in words(tiny_config(), CUDA))
+    assert not any("threads" in way for way in words(tiny_config(), CUDA))
     assert words(tiny_config(), CPU, alone=False) == every[:2]  # gradients are summed over processes on the way
     assert words(tiny_config(execution__recompute=True), CPU) == ["recompute", "channels last, recompute"]
     assert words(tiny_config(execution__compile=True), CPU) == ["compile", "channels last, compile"]
-    assert words(tiny_config(execution__shards=1), CPU) == every[:2]
-    assert words(tiny_config(execution__shards=3), CPU) == ["3 shards", "channels last, 3 shards"]
-    assert settled(tiny_config(execution__shards=3).execution) == Execution(shards=3)
-    # gradients of so many shards take a quarter of the memory at most
+    assert words(tiny_config(execution__thread_parallel=1), CPU) == every[:2]
+    assert words(tiny_config(execution__thread_parallel=3), CPU) == ["3 threads", "channels last, 3 threads"]
+    assert settled(tiny_config(execution__thread_parallel=3).execution) == Execution(thread_parallel=3)
+    # gradients of so many threads take a quarter of the memory at most
     monkeypatch.setattr(autotune, "free_memory", lambda _: 1000)
-    assert words(tiny_config(), CPU, weights=60)[2] == "4 shards"
+    assert words(tiny_config(), CPU, weights=60)[2] == "4 threads"
     assert words(tiny_config(), CPU, weights=200) == every[:2]
 
 
@@ -83,8 +83,8 @@ def test_shards_are_tried_on_the_threads_of_a_cpu(tiny_config, monkeypatch) -> N
     [
         (Execution(cuda_graphs=True), CPU, 1, "cuda_graphs=True needs one process on a CUDA device, not 1 on cpu"),
         (Execution(cuda_graphs=True), CUDA, 2, "cuda_graphs=True needs one process on a CUDA device, not 2 on cuda"),
-        (Execution(shards=2), CUDA, 1, "shards=2 needs one process on a CPU device, not 1 on cuda"),
-        (Execution(shards=2), CPU, 2, "shards=2 needs one process on a CPU device, not 2 on cpu"),
+        (Execution(thread_parallel=2), CUDA, 1, "thread_parallel=2 needs one process on a CPU device, not 1 on cuda"),
+        (Execution(thread_parallel=2), CPU, 2, "thread_parallel=2 needs one process on a CPU device, not 2 on cpu"),
     ],
 )
 def test_what_a_device_does_not_have_is_refused(asked, device, processes, message) -> None:
@@ -92,7 +92,7 @@ def test_what_a_device_does_not_have_is_refused(asked, device, processes, messag
         check_execution(asked, device, processes)
     check_execution(Execution(), device, processes)
     check_execution(Execution(cuda_graphs=True), CUDA, 1)
-    check_execution(Execution(shards=2), CPU, 1)
+    check_execution(Execution(thread_parallel=2), CPU, 1)
 
 
 class Trial:
@@ -123,7 +123,7 @@ def test_the_fastest_is_taken_and_remembered(tmp_path, tiny_config, monkeypatch)
     assert seconds == pytest.approx({"plain": 2.0, "channels last": 1.0})
     kept = json.loads(tried.run.execution_file.read_text())
     assert kept["device"] == "a cpu"
-    chosen = {"channels_last": True, "compile": False, "cuda_graphs": False, "shards": 1, "recompute": False}
+    chosen = {"channels_last": True, "compile": False, "cuda_graphs": False, "thread_parallel": 1, "recompute": False}
     assert kept["execution"] == chosen
     tried.computed.clear()
     assert tried.choose() == (LAST, {})  # not tried again

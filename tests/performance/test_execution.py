@@ -58,7 +58,7 @@ def gradients(net: MultiDecoderUNet, channels: int = 1) -> list[Tensor]:
 def test_words() -> None:
     assert Execution().words() == "plain"
     assert Execution(channels_last=True, cuda_graphs=True).words() == "channels last, cuda graphs"
-    assert Execution(recompute=True, shards=2).words() == "recompute, 2 shards"
+    assert Execution(recompute=True, thread_parallel=2).words() == "recompute, 2 threads"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

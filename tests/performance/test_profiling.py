@@ -16,13 +16,13 @@ from multistage_diffusion.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(
-    ("mode", "shards"), [pytest.param("mixed", 1, marks=pytest.mark.slow), ("sequential", 1), ("mixed", 2)]
+    ("mode", "threads"), [pytest.param("mixed", 1, marks=pytest.mark.slow), ("sequential", 1), ("mixed", 2)]
 )
-def test_a_profile_is_of_the_run_and_does_not_change_it(tmp_path, tiny_config, tiny_data, monkeypatch, mode, shards):
+def test_a_profile_is_of_the_run_and_does_not_change_it(tmp_path, tiny_config, tiny_data, monkeypatch, mode, threads):
     monkeypatch.setattr(time, "perf_counter", time.thread_time)  # blind to other processes and to a slow disk
     told, weights = [], []
     for callbacks in ([], [Profile(told.append, skipped=1, timed=2, traced=1)]):
-        config = tiny_config(training__steps=6, training__update_mode=mode, execution__shards=shards)
+        config = tiny_config(training__steps=6, training__update_mode=mode, execution__thread_parallel=threads)
         run = Run.create(tmp_path / str(len(callbacks)), config)
         trainer = Trainer(run, tiny_data(), device="cpu", callbacks=callbacks)
         trainer.fit()
@@ -38,11 +38,11 @@ def test_a_profile_is_of_the_run_and_does_not_change_it(tmp_path, tiny_config, t
     assert read_json(folder / "parts.json")["parts"] == pytest.approx(result.parts)
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     assert {"msdiff data", "msdiff optimizer", "aten::conv2d"} <= {event.get("name") for event in events}
-    assert len({event["tid"] for event in events if event.get("name") == "aten::conv2d"}) == shards
+    assert len({event["tid"] for event in events if event.get("name") == "aten::conv2d"}) == threads
     (table,) = told
     assert [line.split()[0] for line in table.splitlines()[1:8]] == [*PARTS, "rest"]
-    assert table.splitlines()[0].endswith("computed plain" if shards == 1 else "computed 2 shards")
-    assert not trainer.timer.running
+    assert table.splitlines()[0].endswith("computed plain" if threads == 1 else "computed 2 threads")
+    assert not trainer.passes.timer.running
     # of a graph's inside nothing is known
     graphed = dataclasses.replace(result, execution=Execution(cuda_graphs=True)).table().splitlines()
     assert [line.split()[0] for line in graphed[1:7]] == ["data", "network", *PARTS[3:], "rest"]

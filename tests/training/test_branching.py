@@ -9,7 +9,14 @@ from multistage_diffusion.config import RunConfig
 from multistage_diffusion.config.serialization import override
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.training import checkpoint as ckpt
-from multistage_diffusion.training.branching import grown, of_first_stage, tie, tied, untie
+from multistage_diffusion.training.branching import (
+    load_shared,
+    load_shared_states,
+    of_first_stage,
+    optimizer_states,
+    tie,
+    tied,
+)
 from multistage_diffusion.training.losses import objective, stage_losses
 from multistage_diffusion.training.optimizer import clip, part_norms
 from multistage_diffusion.training.run import Run
@@ -64,13 +71,13 @@ def test_stages_part_after_the_step_and_not_before(trainer):
 
 def test_one_decoder_learns_from_the_rows_of_all_stages(trainer):
     run = trainer(network__dropout=0.0)
-    batch = run.source.draw(0, run.counts)
-    objective(stage_losses(run.denoiser, batch), run.weights, run.counts).backward()
+    batch = run.passes.source.draw(0, run.allocation.counts)
+    objective(stage_losses(run.denoiser, batch), run.allocation.weights, run.allocation.counts).backward()
     # the same network with decoders of their own, equal in value: its gradients add up to the shared one
-    apart = copy.deepcopy(run.denoiser)
-    untie(apart.network)
+    apart = build_denoiser(run.config)
+    load_shared(apart, run.denoiser.state_dict())
     apart.zero_grad(set_to_none=True)
-    objective(stage_losses(apart, batch), run.weights, run.counts).backward()
+    objective(stage_losses(apart, batch), run.allocation.weights, run.allocation.counts).backward()
     shared = dict(run.denoiser.named_parameters())
     total = {name: torch.zeros_like(p) for name, p in shared.items()}
     for name, p in apart.named_parameters():
@@ -84,10 +91,10 @@ def test_every_stage_goes_on_with_the_weights_averages_and_moments_of_all(traine
     run = trainer(network__separate=separate)
     advance(run, 3)
     model = copy.deepcopy(dict(run.denoiser.named_parameters()))
-    before = {k: v.clone() for k, v in ckpt.optimizer_tensors(run.optimizer, run.denoiser).items()}
+    before = {k: v.clone() for k, v in ckpt.optimizer_tensors(run.optimization.optimizer, run.denoiser).items()}
     assert {of_first_stage(name) for name in model} == set(model)  # the first stage's alone
     run._branch()
-    after = ckpt.optimizer_tensors(run.optimizer, run.denoiser)
+    after = ckpt.optimizer_tensors(run.optimization.optimizer, run.denoiser)
     names = [name for name, _ in run.denoiser.named_parameters()]
     assert len(names) == len(set(names)) > len(model)
     for name, p in run.denoiser.named_parameters():
@@ -117,8 +124,8 @@ def test_a_run_stopped_before_at_or_after_the_branch_goes_on_as_if_it_had_not_be
     for a, b in ((whole.denoiser, resumed.denoiser), (whole.ema.module, resumed.ema.module)):
         assert equal(a.state_dict(), b.state_dict())
     assert equal(
-        ckpt.optimizer_tensors(whole.optimizer, whole.denoiser),
-        ckpt.optimizer_tensors(resumed.optimizer, resumed.denoiser),
+        ckpt.optimizer_tensors(whole.optimization.optimizer, whole.denoiser),
+        ckpt.optimizer_tensors(resumed.optimization.optimizer, resumed.denoiser),
     )
 
 
@@ -134,18 +141,18 @@ def test_a_checkpoint_from_before_the_branch_is_a_whole_network(trainer):
 
 def test_shared_parameters_count_once_in_the_norm(trainer):
     run = trainer(optimizer__clip=1e-3, network__dropout=0.0)
-    batch = run.source.draw(0, run.counts)
-    objective(stage_losses(run.denoiser, batch), run.weights, run.counts).backward()
-    norms = part_norms(run.parts)
-    clip(run.config.optimizer, run.parts, norms)
+    batch = run.passes.source.draw(0, run.allocation.counts)
+    objective(stage_losses(run.denoiser, batch), run.allocation.weights, run.allocation.counts).backward()
+    norms = part_norms(run.optimization.parts)
+    clip(run.config.optimizer, run.optimization.parts, norms)
     assert set(norms) == {"encoder", "decoder.1"}
     after = torch.sqrt(sum(p.grad.square().sum() for p in run.denoiser.parameters()))
     assert float(after) == pytest.approx(1e-3, rel=1e-2)
     run._branch()
     run.denoiser.zero_grad(set_to_none=True)
-    objective(stage_losses(run.denoiser, batch), run.weights, run.counts).backward()
-    norms = part_norms(run.parts)
-    clip(run.config.optimizer, run.parts, norms)
+    objective(stage_losses(run.denoiser, batch), run.allocation.weights, run.allocation.counts).backward()
+    norms = part_norms(run.optimization.parts)
+    clip(run.config.optimizer, run.optimization.parts, norms)
     assert set(norms) == {"encoder", "decoder.1", "decoder.2", "decoder.3"}
     after = torch.sqrt(sum(p.grad.square().sum() for p in run.denoiser.parameters()))
     assert float(after) == pytest.approx(1e-3, rel=1e-2)
@@ -158,20 +165,28 @@ def test_a_run_of_one_stage_has_nothing_to_share(trainer):
     assert run.step == 4
 
 
-def test_names_and_moments_of_all_stages(tiny_config):
+def test_names_of_all_stages(tiny_config):
     config: RunConfig = override(tiny_config(), {"network.decoder_widths": [8, 8, 8]})
     network = build_denoiser(config).network
     names = [name for name, _ in network.named_parameters()]
     tie(network)
     assert {of_first_stage(name) for name in names} == {name for name, _ in network.named_parameters()}
     assert of_first_stage("network.decoders.2.ups.1.conv.weight") == "network.decoders.0.ups.1.conv.weight"
-    moments = {"network.decoders.0.w.step": torch.ones(1), "network.encoders.0.b.exp_avg": torch.zeros(2)}
-    found = grown(moments, iter(["network.decoders.0.w", "network.decoders.1.w", "network.encoders.0.b", "new"]))
-    assert found.keys() == {
-        "network.decoders.0.w.step",
-        "network.decoders.1.w.step",
-        "network.encoders.0.b.exp_avg",
-    }
+
+
+def test_parameters_that_were_never_updated_have_no_state(tiny_config):
+    config = tiny_config(network__decoder_widths=(8, 8, 8))
+    shared, apart = build_denoiser(config), build_denoiser(config)
+    tie(shared.network)
+    optimizer = torch.optim.Adam(shared.parameters())
+    for parameter in shared.network.decoders[0].parameters():  # the encoder gets no gradient
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    other = torch.optim.Adam(apart.parameters())
+    load_shared_states(other, apart, optimizer_states(optimizer, shared))
+    found = optimizer_states(other, apart)
+    assert found.keys() == {name for name, _ in apart.named_parameters() if "decoders" in name}
+    assert all(state["step"] == 1 for state in found.values())
 
 
 @pytest.mark.parametrize(

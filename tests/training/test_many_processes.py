@@ -22,7 +22,6 @@ from multistage_diffusion.performance.cost_model import step_costs
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.checkpoint import list_checkpoints, load_tensors, read_state
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.strategies import Strategy
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow.sample import sample
 from multistage_diffusion.workflow.train import _in_turn, train
@@ -36,7 +35,7 @@ def config(**changes: object) -> RunConfig:
     return tiny_config(**{**exact, "training__held_out_every": 20, "training__held_out_rows": 5, **changes})
 
 
-def fit(world: World, path: Path, settings: RunConfig, strategy: Strategy, *callbacks: Callback) -> Trainer:
+def fit(world: World, path: Path, settings: RunConfig, strategy: str, *callbacks: Callback) -> Trainer:
     """Train a run that is there to its end, or begin it."""
     with world.synchronize_errors():
         if world.is_main_process and not (path / "config.json").exists():
@@ -55,7 +54,7 @@ def fit(world: World, path: Path, settings: RunConfig, strategy: Strategy, *call
     return trainer
 
 
-def trained(world: World, path: Path, settings: RunConfig, strategy: Strategy) -> int:
+def trained(world: World, path: Path, settings: RunConfig, strategy: str) -> int:
     return fit(world, path, settings, strategy).step
 
 
@@ -133,16 +132,16 @@ def test_a_run_goes_on_on_another_number_of_processes_under_another_strategy(tmp
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def held(world: World, path: Path, settings: RunConfig, strategy: Strategy) -> dict[str, int]:
+def held(world: World, path: Path, settings: RunConfig, strategy: str) -> dict[str, int]:
     """Return the bytes that a process holds after training, and those of gradients sent in the last step."""
     trainer = fit(world, path, settings, strategy)
-    moments = (t for state in trainer.optimizer.state.values() for k, t in state.items() if k != "step")
+    moments = (t for state in trainer.optimization.optimizer.state.values() for k, t in state.items() if k != "step")
     return {
         "weights": sum(p.nbytes for p in trainer.denoiser.parameters()),
         "gradients": sum(p.grad.nbytes for p in trainer.denoiser.parameters()),
         "average": sum(p.nbytes for p in trainer.ema.module.parameters()),
         "moments": sum(t.nbytes for t in moments),
-        "sent": trainer.gradient_sync.reducer.bytes,
+        "sent": trainer.strategy.reducer.bytes,
     }
 
 

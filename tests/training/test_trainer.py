@@ -12,12 +12,14 @@ from multistage_diffusion.data import ImageData
 from multistage_diffusion.nets import blocks
 from multistage_diffusion.nets.blocks import dropout
 from multistage_diffusion.performance import autotune
+from multistage_diffusion.performance.devices import autocast_dtype, resolve_device
 from multistage_diffusion.training import checkpoint as ckpt
 from multistage_diffusion.training.batches import BatchSource
+from multistage_diffusion.training.callbacks import Callback, Evaluated
 from multistage_diffusion.training.losses import objective, stage_losses
 from multistage_diffusion.training.metrics import TrainingDiverged
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.trainer import Callback, Trainer, autocast_dtype, resolve_device
+from multistage_diffusion.training.trainer import Trainer
 
 MODES = ("mixed", "one-stage", "sequential")
 
@@ -28,8 +30,8 @@ class Stepped(Callback):
     def __init__(self, function) -> None:
         self.function = function
 
-    def stepped(self, trainer: Trainer) -> None:
-        self.function(trainer)
+    def stepped(self, trainer: Trainer) -> Evaluated | None:
+        return self.function(trainer)
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def adam(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in ckpt.optimizer_tensors(trainer.optimizer, trainer.denoiser).items()}
+    return {k: v.clone() for k, v in ckpt.optimizer_tensors(trainer.optimization.optimizer, trainer.denoiser).items()}
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -66,7 +68,7 @@ def part_of(name: str) -> str:
 def hand_gradients(trainer: Trainer, counts: tuple[int, ...], weights: tuple[float, ...]) -> dict[str, torch.Tensor]:
     """Return the gradient of the objective at the first step, without the trainer."""
     module = copy.deepcopy(trainer.denoiser)
-    objective(stage_losses(module, trainer.source.draw(0, counts)), weights, counts).backward()
+    objective(stage_losses(module, trainer.passes.source.draw(0, counts)), weights, counts).backward()
     return {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
 
 
@@ -88,7 +90,7 @@ def outcome(run: Run) -> tuple[dict[str, bytes], list[dict]]:
 
 
 RESUMES = [
-    ("mixed", 12, {"execution.shards": 2, "training.accumulate": 2}),
+    ("mixed", 12, {"execution.thread_parallel": 2, "training.accumulate": 2}),
     ("mixed", 20, {"network.num_classes": 3}),
     ("one-stage", 20, {"optimizer.kind": "adamw", "optimizer.weight_decay": 0.1}),
     ("sequential", 20, {"optimizer.clip_scope": "part"}),
@@ -98,7 +100,7 @@ RESUMES = [
 
 
 @pytest.mark.parametrize(
-    ("mode", "steps", "extra"), RESUMES, ids=["shards", "mixed", "one-stage", "sequential", "bf16", "fp16"]
+    ("mode", "steps", "extra"), RESUMES, ids=["threads", "mixed", "one-stage", "sequential", "bf16", "fp16"]
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, tiny_config, tiny_data, mode, steps, extra):
     changes = {
@@ -221,7 +223,7 @@ def test_each_mode_takes_the_steps_it_says(new_trainer, mode):
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_first_gradient_is_the_objective_s(new_trainer, accumulate):
     trainer = new_trainer(training__steps=1, training__accumulate=accumulate, optimizer__clip=None)
-    expected = hand_gradients(trainer, trainer.counts, trainer.weights)
+    expected = hand_gradients(trainer, trainer.allocation.counts, trainer.allocation.weights)
     trainer.fit()
     moments = adam(trainer)
     for name, g in expected.items():
@@ -234,7 +236,7 @@ def test_first_gradient_is_the_objective_s(new_trainer, accumulate):
 def test_clipping_scales_the_gradient_of_the_model_or_of_each_part(new_trainer, scope):
     limit = 0.05
     trainer = new_trainer(training__steps=1, optimizer__clip=limit, optimizer__clip_scope=scope)
-    grads = hand_gradients(trainer, trainer.counts, trainer.weights)
+    grads = hand_gradients(trainer, trainer.allocation.counts, trainer.allocation.weights)
     parts = norms_by_part(grads)
     whole = math.sqrt(sum(v**2 for v in parts.values()))
     assert min(parts.values()) < limit < whole  # so that the two scopes differ
@@ -364,9 +366,9 @@ def test_training_learns(new_trainer, case):
     steps, changes = LEARN[case]
     settings = {"training__batch": 24, "optimizer__lr": 5e-3, "diffusion__sigma_data": 1.0, **changes}
     trainer = new_trainer(data=two_images(), held_out=two_images(), training__steps=steps, **settings)
-    before = np.dot(trainer.weights, trainer.held_out_losses())
+    before = np.dot(trainer.allocation.weights, trainer.held_out_losses())
     trainer.fit()
-    assert np.dot(trainer.weights, trainer.held_out_losses()) < 0.7 * before
+    assert np.dot(trainer.allocation.weights, trainer.held_out_losses()) < 0.7 * before
 
 
 # -- divergence -------------------------------------------------------------------------------------------------------
@@ -451,7 +453,7 @@ def test_what_is_read_late_comes_to_the_same(new_trainer):
     found = []
     for late in (False, True):
         trainer = new_trainer(f"late {late}", training__steps=7, training__log_every=3, training__checkpoint_every=4)
-        trainer.metrics.late = late
+        trainer.log.reporter.late = late
         trainer.fit()
         timed = ("images_per_s", "seconds")
         found.append([{k: v for k, v in r.items() if k not in timed} for r in trainer.run.records()])
@@ -467,7 +469,7 @@ def test_what_is_read_late_comes_to_the_same(new_trainer):
 def test_a_gradient_read_late_spoils_no_weights(new_trainer):
     """A GPU goes on while the numbers of its last step are on their way."""
     trainer = new_trainer(training__steps=6, optimizer__clip=None, stepped=lambda t: weights.append(parameters(t)))
-    trainer.metrics.late, weights = True, []
+    trainer.log.reporter.late, weights = True, []
     weight = trainer.denoiser.network.decoders[2].conv_out.weight
     weight.register_hook(lambda g: g * math.inf if trainer.step == 2 else g)
     with pytest.raises(TrainingDiverged, match=r"the gradient of decoder\.3 is not finite at step 3"):
@@ -498,25 +500,25 @@ def test_the_way_of_computing_changes_no_run(new_trainer):
 
 @pytest.mark.parametrize("precision", ["fp64", "bf16"])
 @pytest.mark.parametrize(
-    ("mode", "accumulate", "shards", "branch_at"),
+    ("mode", "accumulate", "threads", "branch_at"),
     [("mixed", 1, 2, 0), ("mixed", 2, 3, 0), ("sequential", 1, 2, 0), ("mixed", 1, 2, 2)],
 )
-def test_shards_change_no_run_but_for_rounding(new_trainer, mode, accumulate, shards, branch_at, precision):
+def test_threads_change_no_run_but_for_rounding(new_trainer, mode, accumulate, threads, branch_at, precision):
     runs = []
-    for number in (1, shards):
+    for number in (1, threads):
         trainer = new_trainer(
-            f"{number} shards",
+            f"{number} threads",
             network__dropout=0.0,
             training__update_mode=mode,
             training__accumulate=accumulate,
             training__branch_at=branch_at,
             network__decoder_widths=[16, 16, 16],
             training__precision=precision,
-            training__batch=13,  # stages with more rows than shards, and with fewer
+            training__batch=13,  # stages with more rows than threads, and with fewer
             training__shares=[8.0, 4.0, 1.0],
             training__steps=3,
             training__log_every=3,
-            execution__shards=number,
+            execution__thread_parallel=number,
         )
         trainer.fit()
         (record,) = [r for r in trainer.run.records() if r["kind"] == "train"]
@@ -529,7 +531,7 @@ def test_shards_change_no_run_but_for_rounding(new_trainer, mode, accumulate, sh
         torch.testing.assert_close(others[name], value, **rough)
 
 
-def test_every_shard_drops_units_of_its_own_and_the_same_again(new_trainer, monkeypatch):
+def test_every_thread_drops_units_of_its_own_and_the_same_again(new_trainer, monkeypatch):
     drawn: dict[str, list[torch.Tensor]] = {}
 
     def recorded(x: torch.Tensor, probability: float, training: bool) -> torch.Tensor:
@@ -543,7 +545,7 @@ def test_every_shard_drops_units_of_its_own_and_the_same_again(new_trainer, monk
         trainer = new_trainer(
             run,
             network__dropout=0.5,
-            execution__shards=2,
+            execution__thread_parallel=2,
             training__batch=12,
             training__shares="uniform",
             training__steps=2,
@@ -553,22 +555,22 @@ def test_every_shard_drops_units_of_its_own_and_the_same_again(new_trainer, monk
     assert equal(weights["one"], weights["again"])
     masks = [[tuple(mask.flatten().tolist()) for mask in found] for found in drawn.values()]
     assert sorted(masks[0]) == sorted(masks[1])
-    assert len(set(masks[0])) == len(masks[0])  # neither shards nor steps share any
+    assert len(set(masks[0])) == len(masks[0])  # neither threads nor steps share any
 
 
-def test_a_trial_changes_no_run_and_is_made_once(new_trainer, tiny_data, monkeypatch):
-    one = {"network__dropout": 0.3, "execution__shards": 1}  # dropout is another draw in shards
+def test_autotuning_changes_no_run_and_runs_once(new_trainer, tiny_data, monkeypatch):
+    one = {"network__dropout": 0.3, "execution__thread_parallel": 1}  # dropout is another draw in threads
     plain = new_trainer("plain", execution__channels_last=False, training__steps=6, **one)
     plain.fit()
     assert not plain.run.execution_file.exists()
     monkeypatch.setattr(autotune, "LEAST_STEPS", 1)
     monkeypatch.setattr(autotune, "GAIN", 0.0)  # whatever was faster
-    tried = new_trainer("tried", **one, training__steps=6, stepped=lambda t: t.step == 3 and t.stop())
+    tried = new_trainer("tried", **one, training__steps=6, stepped=lambda t: t.stop() if t.step == 3 else None)
     tried.fit()
-    assert tried.trial.keys() == {"plain", "channels last"}
+    assert tried.autotuned.keys() == {"plain", "channels last"}
     resumed = Trainer(tried.run, tiny_data(), device="cpu")
     resumed.fit()
-    assert (resumed.step, resumed.trial) == (6, {})
+    assert (resumed.step, resumed.autotuned) == (6, {})
     assert equal(parameters(resumed), parameters(plain))
 
 
@@ -579,12 +581,12 @@ def test_graphs_are_refused_where_there_are_none(new_trainer):
         new_trainer(execution__cuda_graphs=True)
 
 
-def test_a_trial_may_choose_shards(new_trainer, monkeypatch):
+def test_autotuning_may_choose_threads(new_trainer, monkeypatch):
     monkeypatch.setattr(autotune, "LEAST_STEPS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     trainer = new_trainer(training__steps=2)
     trainer.fit()
-    assert trainer.trial.keys() == {"plain", "channels last", "2 shards", "channels last, 2 shards"}
+    assert trainer.autotuned.keys() == {"plain", "channels last", "2 threads", "channels last, 2 threads"}
     assert trainer.step == 2
 
 
@@ -597,7 +599,7 @@ def test_a_gpu_trains_as_the_cpu_does(tmp_path, tiny_config, tiny_data, graphs):
         config = tiny_config(**changes, execution__cuda_graphs=graphs and device == "cuda")
         trainer = Trainer(Run.create(tmp_path / device, config), tiny_data(), device=device)
         trainer.fit()
-        assert trainer.metrics.late == (device == "cuda")
+        assert trainer.log.reporter.late == (device == "cuda")
         found[device] = [r["loss"] for r in trainer.run.records()]
     np.testing.assert_allclose(found["cuda"], found["cpu"], rtol=1e-3)
 
@@ -634,11 +636,11 @@ def test_reduced_precision_trains_near_full_precision(new_trainer, precision):
 
 def test_an_fp16_step_that_overflows_is_skipped_and_the_scale_halved(new_trainer):
     trainer = new_trainer(training__steps=1, training__precision="fp16")
-    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**120})
+    trainer.optimization.scaler.load_state_dict({**trainer.optimization.scaler.state_dict(), "scale": 2.0**120})
     before = parameters(trainer)
     trainer.fit()
     assert equal(parameters(trainer), before)
-    assert trainer.scaler.get_scale() == 2.0**119
+    assert trainer.optimization.scaler.get_scale() == 2.0**119
     assert ckpt.read_state(trainer.run.checkpoint("latest"))["scaler"]["scale"] == 2.0**119
     assert "Infinity" not in trainer.run.metrics_file.read_text()
     assert "NaN" not in trainer.run.metrics_file.read_text()
@@ -695,23 +697,23 @@ def test_a_stop_during_scoring_ends_after_the_next_step_with_a_checkpoint(new_tr
     assert trainer.step == ckpt.checkpoint_step(only) == 4
 
 
-def quality(trainer: Trainer, frechet: float | None) -> dict:
-    return {"kind": "quality", "step": trainer.step, "frechet": frechet, "seconds": 5.0}
+def evaluated(trainer: Trainer, frechet: float | None, stop_reason: str = "") -> Evaluated:
+    record = {"kind": "quality", "step": trainer.step, "frechet": frechet, "seconds": 5.0}
+    return Evaluated(record=record, quality=frechet, stop_reason=stop_reason)
 
 
 def test_an_evaluation_is_followed_by_a_checkpoint_that_holds_it(new_trainer):
     told = []
 
-    class Judge(Callback):
+    class Evaluates(Callback):
         def stepped(self, trainer):
-            if trainer.step in (2, 3):
-                trainer.judged(quality(trainer, 1.5 if trainer.step == 2 else None))
+            return evaluated(trainer, 1.5 if trainer.step == 2 else None) if trainer.step in (2, 3) else None
 
         def logged(self, trainer, record):
             told.append((record["kind"], record["step"]))
 
     trainer = new_trainer(training__steps=5, training__log_every=5, training__keep_last=9)
-    trainer.callbacks.append(Judge())
+    trainer.callbacks.append(Evaluates())
     start = time.perf_counter()
     trainer.fit()
     taken = time.perf_counter() - start
@@ -723,20 +725,19 @@ def test_an_evaluation_is_followed_by_a_checkpoint_that_holds_it(new_trainer):
     assert trainer.run.records()[-1]["seconds"] < taken - 9.9
 
 
-def test_the_end_may_come_early_and_is_no_interruption(new_trainer, tiny_data):
-    def end(trainer: Trainer) -> None:
-        if trainer.step == 2:
-            trainer.end("enough")
+def test_an_evaluation_may_end_training_early_which_is_no_interruption(new_trainer, tiny_data):
+    def end(trainer: Trainer) -> Evaluated | None:
+        return evaluated(trainer, 1.0, "enough") if trainer.step == 2 else None
 
     trainer = new_trainer(held_out=tiny_data(), training__steps=9, training__log_every=9, stepped=end)
     trainer.fit()
     assert (trainer.step, trainer.ended, trainer.stopping) == (2, "enough", False)
     assert ckpt.checkpoint_step(trainer.run.checkpoint("latest")) == 2
-    assert [(r["kind"], r["step"]) for r in trainer.run.records()] == [("train", 2)]
+    assert [(r["kind"], r["step"]) for r in trainer.run.records()] == [("quality", 2), ("train", 2)]
 
     class Ends(Callback):
         def started(self, trainer):
-            trainer.end("no more")
+            return "no more"
 
     again = Trainer(trainer.run, tiny_data(), device="cpu", callbacks=[Ends()])
     before = outcome(trainer.run)
@@ -762,7 +763,7 @@ def test_a_trainer_left_behind_by_another_process_refuses_to_go_on(new_trainer, 
 
 
 def test_the_rate_counts_from_the_resume(new_trainer, tiny_data):
-    first = new_trainer(training__steps=20, training__log_every=10, stepped=lambda t: t.step == 9 and t.stop())
+    first = new_trainer(training__steps=20, training__log_every=10, stepped=lambda t: t.stop() if t.step == 9 else None)
     first.fit()
     again = Trainer(first.run, tiny_data(), device="cpu")
     again.fit()

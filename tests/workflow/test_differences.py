@@ -14,7 +14,11 @@ def test_what_may_change_exists() -> None:
         part, name = key.split(".")
         value = getattr(getattr(config, part), name)
         changed = (
-            (2 if name == "shards" else True) if value == "auto" else not value if isinstance(value, bool) else None
+            (2 if name == "thread_parallel" else True)
+            if value == "auto"
+            else not value
+            if isinstance(value, bool)
+            else None
         )
         if changed is None:
             changed = ["x"] if isinstance(value, tuple) else "x" if isinstance(value, str) else value + 1

@@ -15,11 +15,11 @@ from ..performance.profiling import Profile, require_profile_place
 from ..stage_finding import StageResult
 from ..training.callbacks import Callback
 from ..training.run import Run
-from ..training.strategies import Strategy
+from ..training.strategies import STRATEGIES
 from ..training.trainer import Trainer
 from ..workflow.resume import resume
 from ..workflow.train import train
-from .options import Changes, DataOptions, Device, data_option, dotted_changes, load_config, option, say
+from .options import Changes, DataOptions, Device, data_option, dotted_changes, load_config, one_of, option, say
 
 
 @dataclass(kw_only=True)
@@ -60,8 +60,8 @@ class Train(DataOptions):
     """Changes to the preset, e.g. optimizer.lr=1e-4 network.decoder_widths=[64,48,16]."""
     replace: bool = False
     """Move an existing run at OUT aside."""
-    strategy: Strategy = "time"
-    """What each process of torchrun holds: time: the whole network; memory: only the decoders of its stages."""
+    strategy: Annotated[str, option(one_of(STRATEGIES), "time")] = "time"
+    """What each process of torchrun holds: time: the whole network; memory: the decoders of its stages; fsdp: a slice of all."""
     profile: bool = False
     """Measure the times of the parts of some steps, print them, and write a trace to RUN/profile."""
     track: Annotated[tuple[str, ...], option("TRACKER ...")] = ()

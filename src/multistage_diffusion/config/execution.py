@@ -23,8 +23,8 @@ class ExecutionConfig:
             in one process, if more than half an hour of training is left.
         cuda_graphs: record the forward and the backward pass once and replay them, which saves the CPU's kernel
             launches; on CUDA, in one process.
-        shards: parts of a batch that are computed at once, each on its share of PyTorch's threads; on a CPU, in one
-            process. Each part draws its own dropout, so dropout differs from that of an undivided batch.
+        thread_parallel: parts of a batch that are computed in parallel, each on its share of PyTorch's threads; on a
+            CPU, in one process. Each part draws its own dropout, so dropout differs from that of an undivided batch.
         recompute: gradient checkpointing (Chen et al. 2016): compute residual blocks again in the backward pass instead
             of storing their activations. This costs another forward pass and saves memory.
     """
@@ -32,18 +32,19 @@ class ExecutionConfig:
     channels_last: Choice = "auto"
     compile: Choice = "auto"
     cuda_graphs: Choice = "auto"
-    shards: int | Literal["auto"] = "auto"
+    thread_parallel: int | Literal["auto"] = "auto"
     recompute: bool = False
 
     def __post_init__(self) -> None:
         require(
-            self.shards == "auto" or self.shards >= 1, f"execution.shards={self.shards} must be at least 1, or auto"
+            self.thread_parallel == "auto" or self.thread_parallel >= 1,
+            f"execution.thread_parallel={self.thread_parallel} must be at least 1, or auto",
         )
         for name in ("recompute", "compile"):
             require(
-                not (getattr(self, name) is True and self.shards not in ("auto", 1)),
-                f"execution.{name}=True and execution.shards={self.shards}: that is done by one thread at a time; "
-                "set execution.shards to 1",
+                not (getattr(self, name) is True and self.thread_parallel not in ("auto", 1)),
+                f"execution.{name}=True and execution.thread_parallel={self.thread_parallel}: that is done by one thread at "
+                "a time; set execution.thread_parallel to 1",
             )
         require(
             not (self.recompute and self.cuda_graphs is True),

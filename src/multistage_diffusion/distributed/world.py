@@ -33,6 +33,8 @@ _LOG = logging.getLogger(__name__)
 _FOREVER = timedelta(days=7)  # timeout when waiting for a live process
 NOTICE = 20.0  # seconds of waiting for other processes to join before a warning is logged
 GOODBYE = 30.0  # seconds that rank 0, which may host the store, waits at exit for the other processes to leave
+Reduction = Literal["sum", "max"]
+_OPERATIONS: dict[Reduction, dist.ReduceOp.RedOpType] = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 ErrorType = TypeVar("ErrorType", bound=BaseException)
 _MENDABLE = (NotFiniteError, UserError, ValueError, OSError, FloatingPointError)  # the first match is reported
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -151,11 +153,11 @@ class World:
             made = dist.new_group(list(ranks))
         return made if isinstance(made, dist.ProcessGroup) else None
 
-    def all_reduce(self, values: Tensor) -> Tensor:
-        """Sum a tensor over all processes in place and return it; the result is bit-identical on all."""
+    def all_reduce(self, values: Tensor, how: Reduction = "sum") -> Tensor:
+        """Reduce a tensor in place to the sum or maximum over all processes, bit-identical on all, and return it."""
         if self.size > 1:
             with self.translate_errors():
-                dist.all_reduce(values)
+                dist.all_reduce(values, _OPERATIONS[how])
         return values
 
     def all_gather(self, values: Tensor) -> list[Tensor]:
@@ -167,11 +169,11 @@ class World:
             dist.all_gather(parts, values.contiguous())
         return parts
 
-    def all_reduce_within(self, values: Tensor, how: Literal["sum", "max"], group: dist.ProcessGroup | None) -> None:
+    def all_reduce_within(self, values: Tensor, how: Reduction, group: dist.ProcessGroup | None) -> None:
         """Reduce values in place to the sum or maximum over a group (see `group`); None: leave them unchanged."""
         if group is not None:
             with self.translate_errors():
-                dist.all_reduce(values, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=group)
+                dist.all_reduce(values, _OPERATIONS[how], group=group)
 
     def broadcast(self, values: Tensor, source: int) -> Tensor:
         """Overwrite a tensor with that of rank `source` and return it."""

@@ -11,10 +11,8 @@ from typing import Any, Protocol
 import torch
 
 from ..config import RunConfig
-from ..config.execution import ExecutionConfig
 from ..config.serialization import from_dict, to_dict
 from ..distributed import World
-from ..errors import UserError
 from .devices import clock, device_name
 from .execution import Execution
 from .offload import free_memory
@@ -24,30 +22,7 @@ COMPILING_PAYS = 1800.0  # minimum remaining seconds of training for trying comp
 GAIN = 0.97  # maximum time relative to the plain execution; otherwise plain is kept, so equal runs stay equal
 WARM = (4, 1)  # untimed passes per round; the first reserve memory; two rounds, since machine speed varies
 TIMED = 2  # timed passes of each candidate in each round
-COPIES = 0.25  # share of free memory for the gradients of shards
-
-
-def check_execution(asked: Execution, device: torch.device, processes: int) -> None:
-    """Raise UserError if CUDA graphs or shards are requested but not supported (wrong device, or several processes)."""
-    for name, wanted, kind in (
-        ("cuda_graphs=True", asked.cuda_graphs, "cuda"),
-        (f"shards={asked.shards}", asked.shards > 1, "cpu"),
-    ):
-        if wanted and (device.type != kind or processes > 1):
-            raise UserError(
-                f"execution.{name} needs one process on a {kind.upper()} device, not {processes} on {device}; set it to auto"
-            )
-
-
-def settled(settings: ExecutionConfig) -> Execution:
-    """Return the execution of the settings, with every "auto" resolved to the plain choice."""
-    return Execution(
-        channels_last=settings.channels_last is True,
-        compile=settings.compile is True,
-        cuda_graphs=settings.cuda_graphs is True,
-        shards=1 if settings.shards == "auto" else settings.shards,
-        recompute=settings.recompute,
-    )
+COPIES = 0.25  # share of free memory for the gradients of parallel threads
 
 
 def candidates(
@@ -58,9 +33,9 @@ def candidates(
     Args:
         config: of the run; settings in its `execution` other than "auto" are the same in all candidates.
         device: of the run.
-        alone: whether a single process trains. CUDA graphs and shards yield all gradients at once, too late to overlap
-            the all_reduce with the backward pass.
-        weights: bytes of the parameters; each shard needs gradients of this size.
+        alone: whether a single process trains. CUDA graphs and parallel threads yield all gradients at once, too
+            late to overlap the all_reduce with the backward pass.
+        weights: bytes of the parameters; each of several threads needs gradients of this size.
         compiling: whether to yield the compiled candidates of compile="auto" instead of the others.
     """
     settings, cuda = config.execution, device.type == "cuda"
@@ -75,10 +50,10 @@ def candidates(
     most = 1
     if device.type == "cpu" and alone and settings.compile is not True and not settings.recompute:
         most = max(1, min(torch.get_num_threads(), int(COPIES * free_memory(device) / weights)))
-    shards = sorted({1, most}) if settings.shards == "auto" else [settings.shards]
-    for one, other, several, last in product(compiled, graphs, shards, channels_last):
+    threads = sorted({1, most}) if settings.thread_parallel == "auto" else [settings.thread_parallel]
+    for one, other, several, last in product(compiled, graphs, threads, channels_last):
         yield Execution(
-            compile=one, cuda_graphs=other, shards=several, channels_last=last, recompute=settings.recompute
+            compile=one, cuda_graphs=other, thread_parallel=several, channels_last=last, recompute=settings.recompute
         )
 
 
@@ -117,7 +92,7 @@ def choose(
         passes: runs the forward and backward passes of a step.
 
     Returns:
-        Median seconds of the forward and backward passes of each candidate, summed over processes, by its description;
+        Median seconds of the forward and backward passes of each candidate on the slowest process, by its description;
         empty without autotuning.
     """
     here = {"device": device_name(device), "settings": to_dict(config.execution)}
@@ -152,7 +127,7 @@ def choose(
             if math.inf not in taken[way]:
                 taken[way] += timed(way, warm)
         medians = torch.tensor([statistics.median(taken[way]) for way in ways], dtype=torch.float64, device=device)
-        return dict(zip(ways, world.all_reduce(medians).tolist(), strict=True))
+        return dict(zip(ways, world.all_reduce(medians, "max").tolist(), strict=True))
 
     seconds = typical([plain, *others], WARM)
     if compiled and min(seconds.values()) * steps >= COMPILING_PAYS:

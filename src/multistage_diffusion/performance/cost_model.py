@@ -2,11 +2,15 @@
 
 The encoder has P_0 parameters, decoder k has P_k. A process holds 20 bytes per parameter of its parts: 4 for the
 weight, 4 for the gradient, 8 for Adam's moments, 4 for the EMA. Gradients of a part with P parameters on n processes
-take 4 P bytes on each process. A ring all_reduce sends ring(n, P) = 2 (n - 1) / n times these bytes (Patarasuk & Yuan
-2009). W is the number of processes, n_k the number of processes with decoder k. Per strategy:
+take 4 P bytes on each process. In a ring, an all_gather or a reduce_scatter sends (n - 1) / n times these bytes, an
+all_reduce twice as many (Patarasuk & Yuan 2009): ring(n, P) = 2 (n - 1) / n 4 P. W is the number of processes, n_k the
+number of processes with decoder k. Per strategy:
 
-    time:   20 (P_0 + sum_k P_k) bytes held, ring(W, P_0 + sum_k P_k) sent
-    memory: 20 (P_0 + P_k) bytes held,      ring(W, P_0) + ring(n_k, P_k) sent
+    time:   20 (P_0 + sum_k P_k) bytes held,     ring(W, P_0 + sum_k P_k) sent
+    memory: 20 (P_0 + P_k) bytes held,           ring(W, P_0) + ring(n_k, P_k) sent
+    fsdp:   20 / W (P_0 + sum_k P_k) bytes held, ring(W, P_0) + 3/2 ring(W, sum_k P_k) sent
+
+fsdp also holds the parts in use, gathered: 4 P_0 + 4 P_k bytes.
 
 The time of a step is a model, not a measurement: rows times FLOPs per row divided by the device's rate, plus the part
 of the all_reduce that does not overlap with the backward pass. The backward pass is two thirds of the compute time.
@@ -14,12 +18,14 @@ of the all_reduce that does not overlap with the backward pass. The backward pas
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 from ..config import RunConfig
+from ..distributed import World
 from ..nets.cost import BACKWARD, network_cost
 from ..training.batches import row_counts, stage_shares
-from ..training.strategies import Strategy, make_layout
+from ..training.strategies import make_strategy
 
 WEIGHT, GRADIENT, MOMENTS, AVERAGE = 4, 4, 8, 4  # bytes per parameter in fp32, also with bf16 autocast
 
@@ -45,13 +51,13 @@ class StepCost:
 
     Attributes:
         held: bytes of weights, gradients, moments and EMA, without activations.
-        reduced: bytes of gradients in all_reduce.
-        sent: bytes that this process sends in ring all_reduce.
+        reduced: bytes of gradients that are summed over processes.
+        sent: bytes that this process sends, in rings.
         flops: floating-point operations for its rows.
         seconds: modelled time; None without a machine.
     """
 
-    held: int
+    held: float
     reduced: int
     sent: float
     flops: float
@@ -59,7 +65,7 @@ class StepCost:
 
 
 def step_costs(
-    config: RunConfig, shape: tuple[int, ...], strategy: Strategy, size: int, machine: Machine | None = None
+    config: RunConfig, shape: tuple[int, ...], strategy: str, size: int, machine: Machine | None = None
 ) -> list[StepCost]:
     """Return the cost of a "mixed" step for each of `size` processes.
 
@@ -71,29 +77,32 @@ def step_costs(
         machine: speeds for the time model; None: no times.
 
     Raises:
-        UserError: if the batch cannot be assigned to `size` processes, see `make_layout`.
+        UserError: if the batch cannot be assigned to `size` processes, see `make_strategy`.
     """
-    layout = make_layout(strategy, config, shape, size)
     counts = row_counts(config.training, stage_shares(config.training, config.stages, config.diffusion.prior))
     cost = network_cost(config.network, *shape[1:])
     shared = cost.shared_parameters
-    own = [stage.parameters - shared for stage in cost.stages]
-    found = []
+    decoders = {f"decoder.{k}": stage.parameters - shared for k, stage in enumerate(cost.stages, start=1)}
+    parameters = {"encoder": shared, **decoders}
+    found, plan = [], make_strategy(strategy, config, shape, World(0, size))
     for rank in range(size):
-        held = layout.held(rank)
-        parts = [(size, shared)] + [(len(layout.holders[k]), own[k]) for k in held]
-        exchanged = [(n, GRADIENT * p) for n, p in parts if n > 1]
-        sent = sum(2 * (n - 1) / n * bytes_ for n, bytes_ in exchanged)
-        rows = layout.rows(rank, counts)
+        placed = copy.copy(plan)
+        placed.world = World(rank, size)
+        shares = [(share, parameters[name]) for name, share in placed.part_shares(parameters).items()]
+        exchanged = [(share, GRADIENT * p) for share, p in shares if share.processes > 1]
+        sent = sum(s.transfers * (s.processes - 1) / s.processes * bytes_ for s, bytes_ in exchanged)
+        rows = placed.rows(counts)
         flops = (1 + BACKWARD) * sum(len(r) * s.true_flops for r, s in zip(rows, cost.stages, strict=True))
         seconds = None
         if machine is not None:
             computing = flops / machine.flops
-            exchange = sent / machine.bandwidth + sum(2 * (n - 1) * machine.latency for n, _ in exchanged)
+            exchange = sent / machine.bandwidth + machine.latency * sum(
+                s.transfers * (s.processes - 1) for s, _ in exchanged
+            )
             seconds = computing + max(0.0, exchange - computing * BACKWARD / (1 + BACKWARD))
         found.append(
             StepCost(
-                held=(WEIGHT + GRADIENT + MOMENTS + AVERAGE) * sum(p for _, p in parts),
+                held=(WEIGHT + GRADIENT + MOMENTS + AVERAGE) * sum(share.held * p for share, p in shares),
                 reduced=sum(bytes_ for _, bytes_ in exchanged),
                 sent=sent,
                 flops=flops,

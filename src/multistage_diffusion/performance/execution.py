@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.execution import ExecutionConfig
 from ..contracts import Conditioning
+from ..errors import UserError
 from ..nets.blocks import Block, ImageConv
 from ..nets.unet import MultiDecoderUNet
 
@@ -23,17 +25,40 @@ class Execution:
     channels_last: bool = False
     compile: bool = False
     cuda_graphs: bool = False
-    shards: int = 1
+    thread_parallel: int = 1
     recompute: bool = False
 
     def words(self) -> str:
         """Return a description, "plain" if all fields have their defaults."""
         chosen = [f.name.replace("_", " ") for f in fields(self) if getattr(self, f.name) is True]
-        return ", ".join(chosen + [f"{self.shards} shards"] * (self.shards > 1)) or "plain"
+        return ", ".join(chosen + [f"{self.thread_parallel} threads"] * (self.thread_parallel > 1)) or "plain"
+
+
+def check_execution(asked: Execution, device: torch.device, processes: int) -> None:
+    """Raise UserError if CUDA graphs or threads are requested on another device, or with several processes."""
+    for name, wanted, kind in (
+        ("cuda_graphs=True", asked.cuda_graphs, "cuda"),
+        (f"thread_parallel={asked.thread_parallel}", asked.thread_parallel > 1, "cpu"),
+    ):
+        if wanted and (device.type != kind or processes > 1):
+            raise UserError(
+                f"execution.{name} needs one process on a {kind.upper()} device, not {processes} on {device}; set it to auto"
+            )
+
+
+def settled(settings: ExecutionConfig) -> Execution:
+    """Return the execution of the settings, with every "auto" resolved to the plain choice."""
+    return Execution(
+        channels_last=settings.channels_last is True,
+        compile=settings.compile is True,
+        cuda_graphs=settings.cuda_graphs is True,
+        thread_parallel=1 if settings.thread_parallel == "auto" else settings.thread_parallel,
+        recompute=settings.recompute,
+    )
 
 
 def execute(network: nn.Module, execution: Execution) -> None:
-    """Apply memory format, compilation and recomputation to a network; the caller handles CUDA graphs and shards."""
+    """Apply memory format, compilation and recomputation to a network; the caller handles CUDA graphs and threads."""
     blocks = [module for module in network.modules() if isinstance(module, Block)]
     if execution.compile:  # blocks share compiled code; every shape is compiled separately
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(blocks))

@@ -31,7 +31,8 @@ class StepProfile:
     Attributes:
         seconds: mean time of a step.
         parts: seconds of each part; time outside all parts is not included. With CUDA graphs the network is measured as
-            a whole, so all of its time counts as "decoders". With shards, the passes are those of the first shard.
+            a whole, so all of its time counts as "decoders". With thread_parallel, the passes are those of the
+            first thread.
         execution: the execution of the steps.
         images_per_s: of this process.
         rate: floating-point operations per second (flops_per_image).
@@ -113,21 +114,21 @@ class Profile(Callback[Trainer]):
         """Count a step; start the timing, finish it and start the trace, or finish the trace."""
         self._done += 1
         if self._done == self.skipped:
-            trainer.timer.running = True
-            trainer.timer.seconds()
+            trainer.passes.timer.running = True
+            trainer.passes.timer.seconds()
             self._start = clock(trainer.device)
         elif self._done == self.skipped + self.timed:
             self._finish(trainer)
             activities = [torch.profiler.ProfilerActivity.CPU]
             if trainer.device.type == "cuda":
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
-            every = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # shards run in several threads
+            every = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # thread_parallel
             self._profiler = torch.profiler.profile(activities=activities, experimental_config=every)
             self._profiler.start()
         elif self._done == self.skipped + self.timed + self.traced:
             self._profiler.stop()
-            trainer.timer.running = False
-            trainer.timer.seconds()
+            trainer.passes.timer.running = False
+            trainer.passes.timer.seconds()
             self._profiler.export_chrome_trace(str(trainer.run.path / "profile" / "trace.json"))
             self._profiler = None
 
@@ -135,22 +136,22 @@ class Profile(Callback[Trainer]):
         """Stop the profiler and the timer if the run ends early."""
         if self._profiler is not None:
             self._profiler.stop()
-        trainer.timer.running = False
+        trainer.passes.timer.running = False
 
     def _finish(self, trainer: Trainer) -> None:
         seconds = (clock(trainer.device) - self._start) / self.timed
-        parts = {name: value / self.timed for name, value in trainer.timer.seconds().items()}
-        config, shape = trainer.config, trainer.source.shape
-        rows = sum(map(len, trainer.gradient_sync.rows(trainer.counts)))
-        dtype = trainer.autocast or next(trainer.denoiser.parameters()).dtype
+        parts = {name: value / self.timed for name, value in trainer.passes.timer.seconds().items()}
+        config, shape = trainer.config, trainer.passes.source.shape
+        rows = sum(map(len, trainer.strategy.rows(trainer.allocation.counts)))
+        dtype = trainer.passes.autocast or next(trainer.denoiser.parameters()).dtype
         images = rows if config.training.update_mode != "sequential" else config.training.batch
         self.result = StepProfile(
             seconds=seconds,
             parts=parts,
-            execution=trainer.execution,
+            execution=trainer.passes.execution,
             images_per_s=images / seconds,
             rate=flops_per_image(config) * images / seconds,
-            roofline=measure_roofline(config.network, shape, trainer.counts, trainer.device, dtype),
+            roofline=measure_roofline(config.network, shape, trainer.allocation.counts, trainer.device, dtype),
             memory=peak_memory(trainer.device),
             steps=self.timed,
         )

@@ -2,15 +2,17 @@
 
 Early in training all noise levels need similar features, so a decoder learns faster from the rows of all stages. Later
 the stages interfere with one another. Until branching, all decoders are the same module object, so sampling and saving
-work unchanged.
+work unchanged. Then the trainer builds a network with a decoder for each stage and loads copies of weights, averages
+and optimiser state into it.
 """
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..nets.unet import MultiDecoderUNet
@@ -25,13 +27,6 @@ def tie(network: MultiDecoderUNet) -> None:
             parts[stage] = parts[0]
 
 
-def untie(network: MultiDecoderUNet) -> None:
-    """Give every other stage its own copy of the shared decoder (and encoder)."""
-    for parts in _lists(network):
-        for stage in range(1, len(parts)):
-            parts[stage] = copy.deepcopy(parts[0])
-
-
 def tied(network: MultiDecoderUNet) -> bool:
     """Tell whether the stages share their decoders."""
     return any(parts[1] is parts[0] for parts in _lists(network))
@@ -42,25 +37,35 @@ def of_first_stage(name: str) -> str:
     return STAGE.sub(r"\1.0.", name)
 
 
-def grown(tensors: dict[str, Tensor], names: Iterator[str]) -> dict[str, Tensor]:
-    """Copy the optimiser's tensors of the first stage to the corresponding parameters of all stages.
+def load_shared(network: nn.Module, shared: Mapping[str, Tensor]) -> None:
+    """Load the weights of stages that share a decoder into a network in which each stage has its own.
 
     Args:
-        tensors: {"PARAMETER.FIELD": value} of the shared parameters.
-        names: names of all parameters after branching.
-
-    Returns:
-        {"PARAMETER.FIELD": copy} for the parameters in names.
+        network: may lack stages.
+        shared: weights by name.
     """
-    fields: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, field = key.rsplit(".", 1)
-        fields.setdefault(name, {})[field] = value
-    return {
-        f"{name}.{field}": value.clone()
-        for name in names
-        for field, value in fields.get(of_first_stage(name), {}).items()
-    }
+    network.load_state_dict({name: shared[of_first_stage(name)] for name in network.state_dict()})
+
+
+def optimizer_states(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the optimiser's state of each parameter by its name; parameters that were never updated have none."""
+    return {name: optimizer.state[p] for name, p in module.named_parameters() if p in optimizer.state}
+
+
+def load_shared_states(
+    optimizer: torch.optim.Optimizer, module: nn.Module, shared: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Give each parameter a copy of the optimiser's state of the corresponding shared parameter.
+
+    Args:
+        optimizer: optimiser over the module's parameters, in which each stage has its own decoder.
+        module: the network.
+        shared: see `optimizer_states`, from before branching.
+    """
+    for name, parameter in module.named_parameters():
+        state = shared.get(of_first_stage(name))
+        if state is not None:
+            optimizer.state[parameter] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
 def _lists(network: MultiDecoderUNet) -> Iterator[nn.ModuleList]:

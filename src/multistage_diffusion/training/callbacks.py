@@ -1,32 +1,55 @@
-"""Callbacks: the events of a trainer."""
+"""Callbacks: what a trainer calls at the events of a training, and what they may answer."""
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
-TrainerT = TypeVar("TrainerT")
+TrainerT = TypeVar("TrainerT", contravariant=True)
 
 
-class Callback(Generic[TrainerT]):
-    """Base class of callbacks, Callback[Trainer]; every method does nothing unless overridden.
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """Result of an evaluation; the trainer logs it and writes a checkpoint of the step.
 
     Attributes:
-        everywhere: whether it is called on every process or only on the main process.
+        record: a line for metrics.jsonl. Its "seconds" are excluded from the training rate.
+        quality: Fréchet distance of the samples of the step's EMA weights, by which the best checkpoint is chosen; None:
+            unknown.
+        stop_reason: why training ends after this step; "": it does not.
     """
 
-    everywhere = False
+    record: dict[str, Any]
+    quality: float | None = None
+    stop_reason: str = ""
 
-    def started(self, trainer: TrainerT) -> None:
-        """Training starts or resumes at trainer.step."""
+
+class Callback(Protocol[TrainerT]):
+    """Callbacks of a trainer, Callback[Trainer]; a method that is not overridden does nothing.
+
+    Attributes:
+        everywhere: whether it is called on every process or only on the main process. One that answers must be called
+            on every process, and answer the same on all.
+    """
+
+    everywhere: bool = False
+
+    def started(self, trainer: TrainerT) -> str | None:
+        """Training starts or resumes at trainer.step; a text that is returned says why it ends before the first step."""
+        return None
 
     def chosen(self, trainer: TrainerT) -> None:
-        """trainer.execution has been chosen; autotuning may have taken minutes."""
+        """The trainer has chosen its execution; autotuning may have taken minutes."""
+        return
 
-    def stepped(self, trainer: TrainerT) -> None:
-        """One iteration is complete."""
+    def stepped(self, trainer: TrainerT) -> Evaluated | None:
+        """One iteration is complete; return an evaluation of its weights, if there is one."""
+        return None
 
     def logged(self, trainer: TrainerT, record: dict[str, Any]) -> None:
         """A line was added to metrics.jsonl."""
+        return
 
     def finished(self, trainer: TrainerT) -> None:
         """Training has ended: complete, stopped early with a checkpoint, or after an error."""
+        return

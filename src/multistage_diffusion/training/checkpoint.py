@@ -27,9 +27,9 @@ from ..config import RunConfig
 from ..config.serialization import from_dict, read_json, to_dict
 from ..errors import UserError
 from ..files import json_bytes, make_folder, new_folder, remove_folder, write_file
+from .optimizer_state import Local, state_of, whole_tensor
 from .optimizer_state import optimizer_tensors as optimizer_tensors
 from .optimizer_state import restore_optimizer as restore_optimizer
-from .optimizer_state import state_of
 
 _PREFIX, _TEMPORARY = "step_", ".writing-"
 _MOST_STAGES = 1000  # upper bound of the stages of a network
@@ -230,7 +230,9 @@ def _check_digest(file: Path, said: dict[str, Any]) -> None:
             raise _Damaged("its content is not what was written: its sha256 differs from that in state.json")
 
 
-def restore_module(module: nn.Module, path: Path, name: str, whole: Collection[str] | None = None) -> None:
+def restore_module(
+    module: nn.Module, path: Path, name: str, whole: Collection[str] | None = None, local: Local = whole_tensor
+) -> None:
     """Load the weights of "model" or "ema" into a network.
 
     Args:
@@ -238,6 +240,7 @@ def restore_module(module: nn.Module, path: Path, name: str, whole: Collection[s
         path: the checkpoint's folder.
         name: file name without suffix.
         whole: names of all tensors of the saved network, if module is a part of it. None: module is the whole network.
+        local: returns what this process holds of a saved tensor.
 
     Raises:
         UserError: if the file is damaged or has missing or unknown tensors, or a tensor has another shape or dtype or
@@ -249,7 +252,7 @@ def restore_module(module: nn.Module, path: Path, name: str, whole: Collection[s
         fault = _fault(tensors.get(key), value)
         if fault:
             raise UserError(f"{path / f'{name}.safetensors'}: {key} {fault}; {_mend(path)}")
-    module.load_state_dict(tensors)
+    module.load_state_dict({key: local(value, own[key]) for key, value in tensors.items()})
 
 
 def _fault(given: Tensor | None, wanted: Tensor) -> str:
@@ -261,7 +264,11 @@ def _fault(given: Tensor | None, wanted: Tensor) -> str:
 
 
 def restore_moments(
-    optimizer: torch.optim.Optimizer, module: nn.Module, path: Path, whole: Collection[str] | None = None
+    optimizer: torch.optim.Optimizer,
+    module: nn.Module,
+    path: Path,
+    whole: Collection[str] | None = None,
+    local: Local = whole_tensor,
 ) -> None:
     """Load the "optimizer" file of a checkpoint into an optimiser over a network's parameters; see `restore_module`.
 
@@ -275,7 +282,7 @@ def restore_moments(
         if state["step"] and not tensors and not state.get("scaler"):  # an fp16 scaler may have skipped every step
             raise UserError("holds nothing of any parameter")
         # update_mode "sequential" makes one optimiser step per stage
-        restore_optimizer(optimizer, module, tensors, state["step"] * _MOST_STAGES)
+        restore_optimizer(optimizer, module, tensors, state["step"] * _MOST_STAGES, local)
     except UserError as error:
         raise UserError(f"{path / 'optimizer.safetensors'}: {error}; {_mend(path)}") from None
 

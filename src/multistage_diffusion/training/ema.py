@@ -27,11 +27,17 @@ def ema_decay(batch: int, images: int, halflife: float, rampup: float) -> float:
 
 
 class EMA(Generic[Module]):
-    """A copy of a module whose parameters are the EMA of the module's; buffers are copied."""
+    """A copy of a module whose parameters are the EMA of the module's; buffers are copied.
 
-    def __init__(self, module: Module, halflife: float, rampup: float) -> None:
+    Args:
+        module: the module in training.
+        halflife, rampup: see `ema_decay`.
+        average: module of the same structure that is to hold the average; None: a copy of `module`.
+    """
+
+    def __init__(self, module: Module, halflife: float, rampup: float, average: Module | None = None) -> None:
         self.halflife, self.rampup = halflife, rampup
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.module = (copy.deepcopy(module) if average is None else average).eval().requires_grad_(False)
         self.follow(module)
 
     def follow(self, module: Module) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import rng
-from ..config import TrainingConfig
+from ..config import RunConfig, TrainingConfig
 from ..denoisers import MultiStageDenoiser
-from .batches import Batch
+from .batches import Batch, row_counts, stage_shares, stage_weights
 
 
 def row_losses(denoiser: MultiStageDenoiser, batch: Batch) -> Tensor:
@@ -69,3 +70,36 @@ def updates(
         k = min(int(torch.searchsorted(bounds, u, right=True)), len(bounds) - 1)
         # a stage has probability share, so its weight is weight/share: the expected objective is the same
         yield only(k), tuple(weights[j] / shares[j] if j == k else 0.0 for j in stages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageAllocation:
+    """What each stage gets in training, one number per stage.
+
+    Attributes:
+        training: configuration of the training.
+        shares: share of the rows (for "one-stage": of the steps).
+        weights: lambda_k of the objective.
+        counts: rows in a step that trains the stage.
+    """
+
+    training: TrainingConfig
+    shares: tuple[float, ...]
+    weights: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> StageAllocation:
+        """Return the allocation of a run.
+
+        Raises:
+            UserError: if a batch has fewer rows than there are stages with a share.
+        """
+        training, stages, prior = config.training, config.stages, config.diffusion.prior
+        shares = stage_shares(training, stages, prior)
+        weights = stage_weights(training, stages, prior)
+        return cls(training=training, shares=shares, weights=weights, counts=row_counts(training, shares))
+
+    def updates(self, step: int) -> Iterator[tuple[tuple[int, ...], tuple[float, ...]]]:
+        """Yield (rows of each stage, objective weights) for every optimiser step of an iteration, see `updates`."""
+        yield from updates(self.training, step, self.counts, self.shares, self.weights)

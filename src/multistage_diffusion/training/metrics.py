@@ -1,19 +1,22 @@
-"""Losses and gradient norms of the optimiser steps: transfer from the device, finiteness checks, means for the log."""
+"""Losses and gradient norms of the optimiser steps: transfer from the device, checks, and the training log."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import NotFiniteError
 from . import checkpoint as ckpt
-from .run import Run
+
+if TYPE_CHECKING:
+    from .run import Run
 
 # The loss scale starts at 2^16 and halves at every overflow; below this limit the scale is not the cause.
 SMALLEST_SCALE = 2.0**-20
@@ -150,3 +153,63 @@ class MetricAccumulator:
     def clear(self) -> None:
         """Start a new interval."""
         self.__init__(self.stages)  # type: ignore[misc]
+
+
+class TrainingLog:
+    """Means of losses and gradient norms, and the training rate, since the last line of the log.
+
+    Args:
+        run: the run, for messages.
+        device: device of the training.
+        stages: number of stages.
+        late: see MetricsReporter.
+        scaled: whether gradients are scaled (fp16), so that they may overflow.
+
+    Attributes:
+        sums: running sums, saved in checkpoints.
+        reporter: fetches the metrics of the steps.
+    """
+
+    def __init__(self, run: Run, device: torch.device, stages: int, *, late: bool, scaled: bool) -> None:
+        self.run, self.scaled = run, scaled
+        self.sums = MetricAccumulator(stages)
+        self.reporter = MetricsReporter(device, self._note, late=late)
+        self.restart(0)
+
+    def restart(self, images: int) -> None:
+        """Measure the rate from now on; `images` have been seen so far."""
+        self._start, self._images = time.perf_counter(), images
+
+    def exclude(self, seconds: float) -> None:
+        """Exclude seconds from the rate."""
+        self._start += seconds
+
+    def record(self, step: int, images: int, lr: float) -> dict[str, Any]:
+        """Return the line of an iteration for metrics.jsonl, and start a new interval.
+
+        Raises:
+            TrainingDiverged: if a loss or gradient is not finite.
+        """
+        self.reporter.settle()
+        seconds = time.perf_counter() - self._start
+        losses, norms = self.sums.means()
+        record = {
+            "kind": "train",
+            "step": step,
+            "images": images,
+            "loss": losses,
+            "grad_norm": norms,
+            "lr": lr,
+            "images_per_s": (images - self._images) / max(seconds, 1e-9),
+            "seconds": seconds,
+        }
+        self.sums.clear()
+        self.restart(images)
+        return record
+
+    def _note(self, found: StepMetrics, losses: list[float], norms: dict[str, float]) -> None:
+        """Add a step's losses and norms to the running sums; raise TrainingDiverged if one is not finite."""
+        refuse(self.run, found.step, "loss", {f"stage {k + 1}": loss for k, loss in enumerate(losses)})
+        if not self.scaled:
+            refuse(self.run, found.step, "gradient", norms)
+        self.sums.add([x if c else None for x, c in zip(losses, found.counts, strict=True)], norms)

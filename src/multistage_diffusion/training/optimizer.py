@@ -1,4 +1,4 @@
-"""The optimiser, its learning rate, gradient norms and clipping."""
+"""The optimiser: its learning rate, loss scaling, gradient norms and clipping."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def parameters_by_part(network: MultiDecoderUNet) -> dict[str, list[nn.Parameter
 
 def part_norms(parts: Parts) -> dict[str, Tensor]:
     """Return the gradient norm of each part, a scalar; parts without a gradient are left out."""
-    return {name: nn.utils.get_total_norm(grads) for name, grads in _gradients(parts).items()}
+    return {name: nn.utils.get_total_norm(grads) for name, grads in part_gradients(parts).items()}
 
 
 def clip(settings: OptimizerConfig, parts: Parts, norms: Mapping[str, Tensor]) -> None:
@@ -63,11 +63,76 @@ def clip(settings: OptimizerConfig, parts: Parts, norms: Mapping[str, Tensor]) -
     if settings.clip is None:
         return
     whole = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-    for name, grads in _gradients(parts).items():
+    for name, grads in part_gradients(parts).items():
         norm = norms[name] if settings.clip_scope == "part" else whole
         torch._foreach_mul_(grads, (settings.clip / (norm + 1e-6)).clamp(max=1.0))
 
 
-def _gradients(parts: Parts) -> dict[str, list[Tensor]]:
+def part_gradients(parts: Parts) -> dict[str, list[Tensor]]:
+    """Return the gradients of each part; parts without a gradient are left out."""
     found = {name: [p.grad for p in part if p.grad is not None] for name, part in parts.items()}
     return {name: grads for name, grads in found.items() if grads}
+
+
+class Optimization:
+    """Updates the parameters of a network from their gradients.
+
+    Args:
+        settings: of the optimiser.
+        device: of the parameters.
+        scaling: whether to scale the loss, for fp16; steps whose gradients overflow are skipped.
+
+    Attributes:
+        optimizer: over all parameters; made by `watch`.
+        parts: trainable parameters by part.
+        scaler: scales the loss; does nothing without `scaling`.
+    """
+
+    optimizer: torch.optim.Optimizer
+    parts: dict[str, list[nn.Parameter]]
+
+    def __init__(self, settings: OptimizerConfig, device: torch.device, *, scaling: bool) -> None:
+        self.settings = settings
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaling)
+
+    def watch(self, network: MultiDecoderUNet) -> None:
+        """Make a new optimiser over the parameters of a network."""
+        self.optimizer = make_optimizer(self.settings, network)
+        self.parts = parameters_by_part(network)
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """All gradients."""
+        return [gradient for part in part_gradients(self.parts).values() for gradient in part]
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last step."""
+        lr: float = self.optimizer.param_groups[0]["lr"]
+        return lr
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def unscale(self) -> None:
+        """Undo the loss scale in the gradients."""
+        self.scaler.unscale_(self.optimizer)
+
+    def clip(self, norms: Mapping[str, Tensor]) -> None:
+        """Clip the gradients, see `clip`."""
+        clip(self.settings, self.parts, norms)
+
+    def update(self, step: int, skip: Tensor | None = None) -> None:
+        """Update the parameters.
+
+        Args:
+            step: iteration, from 0; determines the learning rate.
+            skip: a float32 scalar on the device: 1 to leave the parameters as they are, else 0. None: 0.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, step)
+        if skip is not None:
+            self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()

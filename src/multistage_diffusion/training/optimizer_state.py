@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,14 @@ from torch import Tensor, nn
 from ..errors import UserError
 
 _NUMBER = ":number"  # suffix for state values that are Python numbers, not tensors
+
+
+Local = Callable[[Tensor, Tensor], Tensor]  # (saved tensor, its parameter or weight) -> what this process holds of it
+
+
+def whole_tensor(saved: Tensor, _: Tensor) -> Tensor:
+    """Return a saved tensor as it is: this process holds whole tensors."""
+    return saved
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
@@ -41,7 +50,11 @@ def state_of(name: str) -> str:
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor], most: int | None = None
+    optimizer: torch.optim.Optimizer,
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    most: int | None = None,
+    local: Local = whole_tensor,
 ) -> None:
     """Restore an optimiser's state from named tensors, bit for bit; tensors of unknown parameters are ignored.
 
@@ -50,6 +63,7 @@ def restore_optimizer(
         module: the network.
         tensors: result of `optimizer_tensors`.
         most: upper bound of the step counts. None: no bound.
+        local: returns what this process holds of a tensor with the shape of its parameter.
 
     Raises:
         UserError: if the state of a parameter does not match this optimiser: keys, dtypes, shapes, or invalid values.
@@ -64,7 +78,11 @@ def restore_optimizer(
         kind = parameter.device, parameter.dtype
         if kind not in made:
             made[kind] = _made(optimizer, *kind)
-        optimizer.state[parameter] = _checked(name, parameter, by_parameter[name], made[kind], most)
+        state = _checked(name, parameter, by_parameter[name], made[kind], most)
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
+                state[key] = local(value, parameter)
+        optimizer.state[parameter] = state
 
 
 _PROBE = (2, 3)

@@ -40,6 +40,7 @@ from ..performance.execution import Execution
 from ..places import require_room, require_utf8
 from ..reading import brief
 from ..records import read_launches, read_metrics
+from ..version import __version__
 from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, restore_module, trained_config
 
 OWN_FILES = (
@@ -207,7 +208,7 @@ class Run:
         records = self.records()
         read_launches(self.path / "launches.jsonl")
         if self.execution_file.exists() and not isinstance(read_json(self.execution_file), dict):
-            raise UserError(f"{self.execution_file}: must hold a mapping; delete it, and a trial is made again")
+            raise UserError(f"{self.execution_file}: must hold a mapping; delete it, and autotuning runs again")
         reached = max((record["step"] for record in records), default=0)
         if not list_checkpoints(self.checkpoints) and reached > self.config().training.checkpoint_every:
             raise UserError(
@@ -226,8 +227,6 @@ class Run:
 
     def log_launch(self, device: torch.device) -> None:
         """Append the command that trains this run to launches.jsonl."""
-        from .. import __version__
-
         launch = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
@@ -255,7 +254,7 @@ class Run:
         if not self.execution_file.exists():
             return None
         known = read_json(self.execution_file)
-        mend = "delete it, and a trial is made again"
+        mend = "delete it, and autotuning runs again"
         if not isinstance(known, dict):
             raise UserError(f"{self.execution_file}: expected a mapping, got {brief(known)}; {mend}")
         if any(known.get(key) != value for key, value in here.items()):
@@ -264,8 +263,10 @@ class Run:
             found = from_dict(Execution, known.get("execution"), "execution")
         except UserError as error:
             raise UserError(f"{self.execution_file}: {error}; {mend}") from None
-        if found.shards < 1:
-            raise UserError(f"{self.execution_file}: execution.shards={found.shards} must be positive; {mend}")
+        if found.thread_parallel < 1:
+            raise UserError(
+                f"{self.execution_file}: execution.thread_parallel={found.thread_parallel} must be positive; {mend}"
+            )
         return asdict(found)
 
     def remember_execution(self, here: dict[str, Any], execution: Execution, seconds: dict[str, float]) -> None:

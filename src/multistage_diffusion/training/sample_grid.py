@@ -50,7 +50,7 @@ class SampleGrid(Callback[Trainer]):
                 labels=labels_in_turn(config, training.sample_count),
                 device=trainer.device,
                 decode=self.decode,
-                autocast=trainer.autocast,
+                autocast=trainer.passes.autocast,
                 world=trainer.world,
             )
         except FloatingPointError as error:  # an early network may diverge in sampling; training continues

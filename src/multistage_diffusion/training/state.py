@@ -11,11 +11,13 @@ import torch
 
 from ..config import RunConfig
 from ..denoisers import MultiStageDenoiser, build_denoiser
+from ..distributed import World
 from ..errors import UserError
 from . import checkpoint as ckpt
 from .ema import EMA
-from .gradient_sync import GradientSync
-from .metrics import MetricAccumulator
+from .metrics import MetricAccumulator, TrainingLog
+from .optimizer import Optimization
+from .strategies import Strategy
 
 
 class Checkpointed(Protocol):
@@ -24,15 +26,35 @@ class Checkpointed(Protocol):
     config: RunConfig
     denoiser: MultiStageDenoiser
     ema: EMA[MultiStageDenoiser]
-    gradient_sync: GradientSync
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    strategy: Strategy
+    optimization: Optimization
+    log: TrainingLog
     step: int
-    sums: MetricAccumulator
 
     @property
     def images(self) -> int:
         """Number of training images seen so far."""
+
+
+def latest_checkpoint(folder: Path, world: World) -> Path | None:
+    """Return the checkpoint from which all processes resume: the latest on rank 0; None if there is none.
+
+    Args:
+        folder: of the checkpoints.
+        world: the processes; all of them call it.
+
+    Raises:
+        UserError: if a process cannot see it.
+    """
+    found = ckpt.list_checkpoints(folder)
+    name = world.broadcast_object(found[-1].name if found else None)
+    with world.synchronize_errors():
+        if name is not None and name not in [path.name for path in found]:
+            raise UserError(
+                f"{folder}: {name} is not there, which rank 0 goes on from; all processes need the run's folder on a file "
+                "system that they share"
+            )
+    return None if name is None else folder / name
 
 
 def snapshot(trainer: Checkpointed, *, score: float | None, quality: float | None) -> ckpt.Checkpoint:
@@ -50,15 +72,15 @@ def snapshot(trainer: Checkpointed, *, score: float | None, quality: float | Non
         "images": trainer.images,
         "score": score,
         "quality": quality,
-        "sums": dataclasses.asdict(trainer.sums),
-        "scaler": trainer.scaler.state_dict(),
+        "sums": dataclasses.asdict(trainer.log.sums),
+        "scaler": trainer.optimization.scaler.state_dict(),
         "config": trainer.config,
     }
-    collect = trainer.gradient_sync.gather_state
+    collect = trainer.strategy.gather_state
     return ckpt.Checkpoint(
         model=collect(trainer.denoiser.state_dict()),
         ema=collect(trainer.ema.module.state_dict()),
-        optimizer=collect(ckpt.optimizer_tensors(trainer.optimizer, trainer.denoiser)),
+        optimizer=collect(ckpt.optimizer_tensors(trainer.optimization.optimizer, trainer.denoiser)),
         state=state,
     )
 
@@ -77,14 +99,15 @@ def restore(trainer: Checkpointed, path: Path) -> None:
         )
     with torch.device("meta"):  # this process may hold only a part of the network
         whole = build_denoiser(config).state_dict()
-    ckpt.restore_module(trainer.denoiser, path, "model", whole)
-    ckpt.restore_module(trainer.ema.module, path, "ema", whole)
-    ckpt.restore_moments(trainer.optimizer, trainer.denoiser, path, whole)
+    local = trainer.strategy.local
+    ckpt.restore_module(trainer.denoiser, path, "model", whole, local)
+    ckpt.restore_module(trainer.ema.module, path, "ema", whole, local)
+    ckpt.restore_moments(trainer.optimization.optimizer, trainer.denoiser, path, whole, local)
     if "scaler" not in state:
         raise UserError(f"{path / 'state.json'}: scaler is missing; was it edited?")
     if state["scaler"]:
-        trainer.scaler.load_state_dict(state["scaler"])
-    trainer.sums = _sums(state.get("sums"), len(config.stages), path)
+        trainer.optimization.scaler.load_state_dict(state["scaler"])
+    trainer.log.sums = _sums(state.get("sums"), len(config.stages), path)
     trainer.step = state["step"]
 
 

@@ -1,6 +1,6 @@
-"""Parallel computation of the shards of a batch on CPU threads.
+"""Thread parallelism: the parts of a batch are computed in parallel on CPU threads.
 
-Each shard uses its own threads. Unlike with intra-op parallelism, threads of different shards do not synchronise after
+Each part uses its own threads. Unlike with intra-op parallelism, threads of different parts do not synchronise after
 every operation.
 """
 
@@ -31,7 +31,7 @@ class ThreadParallel:
     """
 
     def __init__(self, most: int) -> None:
-        self._pool = ThreadPoolExecutor(max(most - 1, 1), thread_name_prefix="shard")
+        self._pool = ThreadPoolExecutor(max(most - 1, 1), thread_name_prefix="part")
 
     def __call__(self, works: Sequence[Callable[[], T]]) -> list[T]:
         """Return the result of each function; the first one runs in the calling thread.
@@ -62,22 +62,22 @@ class ThreadParallel:
 
 
 def backward(
-    side_by_side: ThreadParallel,
-    shards: Sequence[Batch],
+    threads: ThreadParallel,
+    batches: Sequence[Batch],
     parts: Parts,
     forward: Callable[[Batch], tuple[Tensor, Tensor]],
     passes: PassTimer,
     key: rng.Key,
 ) -> Tensor:
-    """Compute the gradients of several shards in parallel and add them to the parameters' gradients.
+    """Compute the gradients of several batches in parallel and add them to the parameters' gradients.
 
     Args:
-        side_by_side: runs the shards in parallel.
-        shards: the shards of the batch.
+        threads: computes the batches.
+        batches: the parts of a batch.
         parts: parameters to differentiate, by part.
-        forward: maps a shard to (summed loss of each stage, scalar to differentiate).
+        forward: maps a batch to (summed loss of each stage, scalar to differentiate).
         passes: timer of the passes in the calling thread.
-        key: random key of the dropout masks; each shard has its own masks.
+        key: random key of the dropout masks; each batch has its own masks.
 
     Returns:
         The summed loss of each stage.
@@ -86,11 +86,11 @@ def backward(
 
     def gradients(number: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         with masks_from(rng.generator((*key, number))):
-            sums, loss = forward(shards[number])
+            sums, loss = forward(batches[number])
         with passes.backward():
             return sums, torch.autograd.grad(loss, parameters, allow_unused=True)
 
-    found = side_by_side([partial(gradients, number) for number in range(len(shards))])
+    found = threads([partial(gradients, number) for number in range(len(batches))])
     with passes.timer.part("gradients"):
         for _, own in found:  # fixed order, for reproducible sums
             add_gradients(parameters, own)

@@ -24,6 +24,7 @@ from ..progress import Progress
 from ..reporting.pictures import grid, save_png
 from ..training.checkpoint import list_checkpoints
 from ..training.run import Run
+from ..version import __version__
 from .interrupts import stopped_by_signals
 
 WRITTEN = (CONFIG, WEIGHTS, "training.json", "reconstructions.png")
@@ -98,8 +99,6 @@ def train_codec(
 
 def _write(trainer: CodecTrainer, data: DataConfig, held_out: ImageData) -> dict[str, Any]:
     """Write the current codec, its quality, and reconstructions of some held-out images."""
-    from .. import __version__
-
     out, codec = trainer.folder, trainer.codec()
     quality = judge(codec, held_out, trainer.device)
     if quality.scale is not None:  # for pipelines of diffusers; our runs measure their own scale

@@ -30,7 +30,7 @@ CHANGEABLE = (
     "execution.channels_last",
     "execution.compile",
     "execution.cuda_graphs",
-    "execution.shards",
+    "execution.thread_parallel",
     "execution.recompute",
 )
 

@@ -38,7 +38,7 @@ from ..evaluation.registry import Need
 from ..performance.devices import autocast_dtype
 from ..samplers.class_labels import frequent_labels
 from ..samplers.sampling import sample_images
-from ..training.callbacks import Callback
+from ..training.callbacks import Callback, Evaluated
 from ..training.flops import flops_per_image
 from ..training.trainer import Trainer
 
@@ -151,7 +151,7 @@ def _prefixed(text: str) -> Iterator[None]:
 
 
 class EvaluationCallback(Callback[Trainer]):
-    """Evaluates samples of the EMA weights every evaluation.every steps, and ends training that stops improving.
+    """Evaluates samples of the EMA weights every evaluation.every steps; ends training that no longer improves.
 
     Args:
         config: the run's configuration, completed from its data.
@@ -176,32 +176,30 @@ class EvaluationCallback(Callback[Trainer]):
         self.flops = flops_per_image(config)
         self._draw(_nothing, config, 2)
 
-    def started(self, trainer: Trainer) -> None:
-        """End a resumed run at once if its patience was exhausted before."""
-        self._end_if_idle(trainer)
+    def started(self, trainer: Trainer) -> str | None:
+        """Return why a resumed run is not to go on, if its patience was exhausted before."""
+        return self._stop_reason(trainer, [])
 
-    def stepped(self, trainer: Trainer) -> None:
+    def stepped(self, trainer: Trainer) -> Evaluated | None:
         """Evaluate if an evaluation is due."""
         settings = trainer.config.evaluation
         if trainer.step % settings.every and trainer.step != trainer.config.training.steps:
-            return
+            return None
         start = time.perf_counter()
         frechet, metrics = self._measure(trainer)
-        trainer.judged(
-            {
-                "kind": "quality",
-                "step": trainer.step,
-                "images": trainer.images,
-                "petaflops": self.flops * trainer.images / 1e15,
-                "frechet": frechet,
-                "metrics": metrics,
-                "extractor": self.reference.extractor.name,
-                "count": settings.count,
-                "reference": self.reference.source,
-                "seconds": time.perf_counter() - start,
-            }
-        )
-        self._end_if_idle(trainer)
+        record = {
+            "kind": "quality",
+            "step": trainer.step,
+            "images": trainer.images,
+            "petaflops": self.flops * trainer.images / 1e15,
+            "frechet": frechet,
+            "metrics": metrics,
+            "extractor": self.reference.extractor.name,
+            "count": settings.count,
+            "reference": self.reference.source,
+            "seconds": time.perf_counter() - start,
+        }
+        return Evaluated(record=record, quality=frechet, stop_reason=self._stop_reason(trainer, [record]))
 
     def _measure(self, trainer: Trainer) -> tuple[float | None, dict[str, float]]:
         """Return the Fréchet distance (None: samples are not finite) and the values of further metrics."""
@@ -228,20 +226,26 @@ class EvaluationCallback(Callback[Trainer]):
             world=world,
         )
 
-    def _end_if_idle(self, trainer: Trainer) -> None:
-        """End training after evaluation.patience evaluations without a new best, counted in the log of the run."""
+    def _stop_reason(self, trainer: Trainer, records: list[dict[str, Any]]) -> str:
+        """Return why training ends after evaluation.patience evaluations without a new best; "" if it goes on.
+
+        Args:
+            trainer: the trainer, whose run's log holds the evaluations so far.
+            records: evaluations that are not logged yet.
+        """
         patience = trainer.config.evaluation.patience
         if not patience or trainer.step >= trainer.config.training.steps:
-            return
+            return ""
         idle, best = trainer.world.broadcast_object(
-            since_best(trainer.run.records()) if trainer.world.is_main_process else None
+            since_best([*trainer.run.records(), *records]) if trainer.world.is_main_process else None
         )
-        if idle >= patience:
-            lowest = "none" if best is None else f"none below the {best['frechet']:.4g} of step {best['step']}"
-            trainer.end(
-                f"{trainer.run.path}: ended by patience at step {trainer.step}: {lowest} in the last {idle} Fréchet "
-                "distances; a larger evaluation.patience lets it go on (--resume)"
-            )
+        if idle < patience:
+            return ""
+        lowest = "none" if best is None else f"none below the {best['frechet']:.4g} of step {best['step']}"
+        return (
+            f"{trainer.run.path}: ended by patience at step {trainer.step}: {lowest} in the last {idle} Fréchet distances; a "
+            "larger evaluation.patience lets it go on (--resume)"
+        )
 
 
 def since_best(records: Sequence[dict[str, Any]]) -> tuple[int, dict[str, Any] | None]:

@@ -16,7 +16,6 @@ from ..progress import Progress
 from ..training.callbacks import Callback
 from ..training.checkpoint import checkpoint_step, list_checkpoints, trained_config
 from ..training.run import Run
-from ..training.strategies import Strategy
 from ..training.trainer import Trainer
 from .differences import CHANGEABLE, differences, dotted
 from .resolve import ResolvedRun, resolve_run
@@ -38,7 +37,7 @@ def resume(
     changes: Mapping[str, Any] | None = None,
     *,
     device: str | None = None,
-    strategy: Strategy = "time",
+    strategy: str = "time",
     callbacks: Sequence[Callback[Trainer]] = (),
     trackers: Sequence[str] = (),
     progress: Progress | None = None,

@@ -15,8 +15,8 @@ from ..config.serialization import override
 from ..distributed import RankLost, World
 from ..errors import UserError, explained
 from ..files import NotWrittenError, write_json
-from ..performance.autotune import check_execution, settled
 from ..performance.devices import joined
+from ..performance.execution import check_execution, settled
 from ..progress import Progress
 from ..samplers.class_labels import warn_of_empty
 from ..stage_finding import StageResult
@@ -24,9 +24,9 @@ from ..training.callbacks import Callback
 from ..training.checkpoint import checkpoint_step, list_checkpoints
 from ..training.run import Run
 from ..training.sample_grid import SampleGrid
-from ..training.strategies import Strategy
 from ..training.tracking import Tracking
 from ..training.trainer import Trainer
+from ..version import __version__
 from .checks import warn_of_blind, warn_of_borrowed
 from .differences import CHANGEABLE, PLACES, differences, dotted
 from .evaluation_callback import EvaluationCallback, FidReference
@@ -45,7 +45,7 @@ def train(
     result: StageResult | None = None,
     replace: bool = False,
     device: str | None = None,
-    strategy: Strategy = "time",
+    strategy: str = "time",
     callbacks: Sequence[Callback[Trainer]] = (),
     trackers: Sequence[str] = (),
     progress: Progress | None = None,
@@ -62,7 +62,8 @@ def train(
         result: gives the stages; None keeps those of the configuration.
         replace: move an existing run aside.
         device: default CUDA when there is one.
-        strategy: what each process holds: "time": the whole network; "memory": only the decoders of its own stages.
+        strategy: what each process holds: "time": the whole network; "memory": only the decoders of its own stages;
+            "fsdp": a slice of every parameter.
         callbacks: progress display, profile, ...
         trackers: names of trackers, such as "tensorboard".
         progress: called with (done, total) while images are encoded into latents.
@@ -137,7 +138,7 @@ def launch(
     *,
     world: World,
     device: torch.device,
-    strategy: Strategy,
+    strategy: str,
     callbacks: Sequence[Callback[Trainer]],
     trackers: Sequence[str],
     progress: Progress | None,
@@ -184,10 +185,8 @@ def _evaluation_callbacks(
     return [] if reference is None else [EvaluationCallback(prepared.config, reference, prepared.decode, device)]
 
 
-def _facts(config: RunConfig, device: torch.device, strategy: Strategy) -> dict[str, Any]:
+def _facts(config: RunConfig, device: torch.device, strategy: str) -> dict[str, Any]:
     """Return the settings that must be equal on all processes."""
-    from .. import __version__
-
     ours = {"release": __version__, "torch": torch.__version__, "device": device.type, "strategy": strategy}
     return {**ours, **{key: value for key, value in dotted(config).items() if key not in PLACES}}
 
@@ -199,7 +198,7 @@ def _fit(
     callbacks: Sequence[Callback[Trainer]],
     tracking: Tracking,
     world: World,
-    strategy: Strategy,
+    strategy: str,
 ) -> Run:
     config = prepared.config
     grids = SampleGrid(config.input_shape, prepared.decode, tracking.images)

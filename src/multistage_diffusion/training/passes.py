@@ -1,0 +1,118 @@
+"""Forward and backward passes of a training step on this process."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import rng
+from ..config import RunConfig
+from ..denoisers import MultiStageDenoiser
+from ..performance.devices import autocast_dtype
+from ..performance.execution import Execution, Graphs, check_execution, execute
+from ..performance.timing import PassTimer, Timer
+from .batches import Batch, BatchSource
+from .losses import objective, stage_losses
+from .optimizer import Optimization
+from .strategies import MicroBatch, Strategy
+from .thread_parallel import ThreadParallel, backward
+
+
+def dropout_key(seed: int, step: int, rank: int) -> rng.Key:
+    """Return the random key of a step's dropout masks; ranks train different rows, so their masks differ, too."""
+    return (seed, "dropout", step, rank) if rank else (seed, "dropout", step)
+
+
+class Passes:
+    """Computes the gradients of the objective over this process's rows.
+
+    Args:
+        config: of the run.
+        denoiser: network in training.
+        source: draws the batches.
+        strategy: assigns rows to processes and sums gradients over them.
+        optimization: scales the loss.
+
+    Attributes:
+        autocast: dtype of autocast; None for fp32 and fp64.
+        timer: times the parts of a step while it is running.
+        execution: how passes are computed, see `compute`.
+    """
+
+    execution: Execution
+
+    def __init__(
+        self,
+        config: RunConfig,
+        denoiser: MultiStageDenoiser,
+        source: BatchSource,
+        strategy: Strategy,
+        optimization: Optimization,
+    ) -> None:
+        self.config, self.denoiser, self.source = config, denoiser, source
+        self.strategy, self.optimization = strategy, optimization
+        self.autocast = autocast_dtype(config.training.precision, source.device)
+        self.timer = Timer(source.device)
+        self._pass_timer = PassTimer(self.timer)
+
+    def watch(self) -> None:
+        """Measure the encoders of the network; called again after branching."""
+        self._pass_timer.watch(self.denoiser.network.encoders)
+
+    def compute(self, execution: Execution) -> None:
+        """Use this execution for the following passes.
+
+        Raises:
+            UserError: if it does not suit the device or the number of processes.
+        """
+        check_execution(execution, self.source.device, self.strategy.world.size)
+        self.execution = execution
+        self._threads = ThreadParallel(execution.thread_parallel)
+        execute(self.denoiser.network, execution)
+        self.denoiser.graphs = Graphs(self.denoiser.network) if execution.cuda_graphs else None
+
+    def gradients(self, step: int, counts: tuple[int, ...], weights: tuple[float, ...]) -> Tensor:
+        """Accumulate gradients, and sum them over processes.
+
+        Args:
+            step: iteration, from 0.
+            counts: rows of each stage in the whole step.
+            weights: lambda_k of the objective.
+
+        Returns:
+            The summed loss of each stage over this process's rows.
+        """
+        totals = torch.zeros(len(counts), device=self.source.device)
+        micro_batches = self.strategy.micro_batches(counts, self.config.training.accumulate)
+        if not micro_batches:
+            self.strategy.expect(counts)
+        for number, micro_batch in enumerate(micro_batches):
+            with self.timer.part("data"):
+                batch = self.source.draw(step, counts, micro_batch.rows)
+            forward = partial(self._forward, micro_batch=micro_batch, counts=counts, weights=weights)
+            if self.execution.thread_parallel > 1:
+                key = (*dropout_key(self.config.training.seed, step, 0), *counts, number)
+                batches = batch.shards(self.execution.thread_parallel)
+                totals += backward(self._threads, batches, self.optimization.parts, forward, self._pass_timer, key)
+                continue
+            sums, loss = forward(batch)
+            if number == len(micro_batches) - 1:
+                self.strategy.expect(counts)
+            with self._pass_timer.backward():
+                loss.backward()  # type: ignore[no-untyped-call]
+            totals += sums
+        with self.timer.part("gradients"):
+            self.strategy.sum_gradients()
+        return totals
+
+    def _forward(
+        self, batch: Batch, micro_batch: MicroBatch, counts: tuple[int, ...], weights: tuple[float, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the summed loss of each stage (detached) and the scaled objective for the backward pass."""
+        device = self.source.device.type
+        with self._pass_timer.forward(), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            sums = stage_losses(self.denoiser, batch)
+        sums = [loss if own else 0.0 * loss for loss, own in zip(sums, micro_batch.counted, strict=True)]
+        return torch.stack(sums).detach(), self.optimization.scaler.scale(objective(sums, weights, counts))
