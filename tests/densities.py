@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from multistage_diffusion.data import GaussianMixture
+from multistage_diffusion.data.mixture import GaussianMixture
 
 
 def log_density(mixture: GaussianMixture, x: Tensor, sigma: Tensor) -> Tensor:

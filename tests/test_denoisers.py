@@ -8,7 +8,9 @@ from torch import nn
 
 from multistage_diffusion.contracts import Conditioning, Denoiser
 from multistage_diffusion.denoisers import MultiStageDenoiser, build_denoiser
-from multistage_diffusion.preconditioning import EDMPreconditioning, Velocity, VPEps
+from multistage_diffusion.preconditioning.edm import EDMPreconditioning
+from multistage_diffusion.preconditioning.velocity import Velocity
+from multistage_diffusion.preconditioning.vp_eps import VPEps
 from multistage_diffusion.schedules import VP, Discrete
 from multistage_diffusion.stages import Stages
 

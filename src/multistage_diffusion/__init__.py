@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from .config.serialization import override as override
     from .contracts import Conditioning as Conditioning
     from .contracts import Denoiser as Denoiser
-    from .data import GaussianMixture as GaussianMixture
     from .data import ImageData as ImageData
     from .data import open_data as open_data
+    from .data.mixture import GaussianMixture as GaussianMixture
     from .denoisers import build_denoiser as build_denoiser
     from .optimal import OptimalDenoiser as OptimalDenoiser
     from .reporting.describe import describe as describe
@@ -79,7 +79,7 @@ _HOME = {
     "TrainingConfig": "config",
     "Conditioning": "contracts",
     "Denoiser": "contracts",
-    "GaussianMixture": "data",
+    "GaussianMixture": "data.mixture",
     "ImageData": "data",
     "open_data": "data",
     "EDM": "schedules",

@@ -5,7 +5,7 @@ import torch
 from densities import log_density
 
 from multistage_diffusion.contracts import Denoiser
-from multistage_diffusion.data import GaussianMixture
+from multistage_diffusion.data.mixture import GaussianMixture
 
 F64 = torch.float64
 

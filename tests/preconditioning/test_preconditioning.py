@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 
-from multistage_diffusion.preconditioning import EDMPreconditioning, Velocity, VPEps, make_preconditioning
+from multistage_diffusion.preconditioning import make_preconditioning
+from multistage_diffusion.preconditioning.edm import EDMPreconditioning
+from multistage_diffusion.preconditioning.velocity import Velocity
+from multistage_diffusion.preconditioning.vp_eps import VPEps
 from multistage_diffusion.schedules import EDM, VE, VP, Discrete, RectifiedFlow
 
 SIGMAS = torch.tensor([0.002, 0.03, 0.4, 1.0, 7.0, 80.0], dtype=torch.float64)

@@ -9,7 +9,7 @@ from densities import log_density
 
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.contracts import Conditioning, Denoiser, sigma_rows
-from multistage_diffusion.data import GaussianMixture
+from multistage_diffusion.data.mixture import GaussianMixture
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.samplers import make_plan, sample, start_noise
 from multistage_diffusion.samplers.guidance import Guided, Thresholded

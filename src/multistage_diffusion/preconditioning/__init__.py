@@ -10,6 +10,3 @@ from .base import Coefficients as Coefficients
 from .base import Preconditioning as Preconditioning
 from .base import make_preconditioning as make_preconditioning
 from .base import per_row as per_row
-from .edm import EDMPreconditioning as EDMPreconditioning
-from .velocity import Velocity as Velocity
-from .vp_eps import VPEps as VPEps
