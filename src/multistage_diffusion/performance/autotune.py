@@ -140,7 +140,7 @@ def choose(
                 start = clock(device)
                 passes()
                 taken.append(clock(device) - start)
-        except RuntimeError:  # out of memory, or no compiler
+        except (RuntimeError, UserError):  # out of memory, no compiler, or no blocks to compile
             if way == plain or world.size > 1:
                 raise
             return [math.inf]

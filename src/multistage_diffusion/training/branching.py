@@ -13,26 +13,26 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..nets.unet import MultiDecoderUNet
+from ..nets import MultiDecoderNetwork
 
 STAGE = re.compile(r"\b(encoders|decoders)\.(\d+)\.")
 
 
-def tie(network: MultiDecoderUNet) -> None:
+def tie(network: MultiDecoderNetwork) -> None:
     """Make all stages share the first stage's decoder (and its encoder, if each stage has one)."""
     for parts in _lists(network):
         for stage in range(1, len(parts)):
             parts[stage] = parts[0]
 
 
-def untie(network: MultiDecoderUNet) -> None:
+def untie(network: MultiDecoderNetwork) -> None:
     """Give every other stage its own copy of the shared decoder (and encoder)."""
     for parts in _lists(network):
         for stage in range(1, len(parts)):
             parts[stage] = copy.deepcopy(parts[0])
 
 
-def tied(network: MultiDecoderUNet) -> bool:
+def tied(network: MultiDecoderNetwork) -> bool:
     """Tell whether the stages share their decoders."""
     return any(parts[1] is parts[0] for parts in _lists(network))
 
@@ -63,5 +63,5 @@ def grown(tensors: dict[str, Tensor], names: Iterator[str]) -> dict[str, Tensor]
     }
 
 
-def _lists(network: MultiDecoderUNet) -> Iterator[nn.ModuleList]:
+def _lists(network: MultiDecoderNetwork) -> Iterator[nn.ModuleList]:
     yield from (parts for parts in (network.encoders, network.decoders) if len(parts) > 1)

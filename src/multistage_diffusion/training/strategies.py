@@ -17,8 +17,8 @@ from torch import nn
 from ..config import RunConfig
 from ..distributed import share
 from ..errors import UserError
+from ..nets import MultiDecoderNetwork
 from ..nets.cost import network_cost
-from ..nets.unet import MultiDecoderUNet
 from .batches import row_counts, stage_shares
 from .branching import STAGE, tied
 
@@ -73,7 +73,7 @@ class Layout:
         found = STAGE.search(name)
         return None if found is None or (found[1] == "encoders" and not self.separate) else int(found[2])
 
-    def drop(self, network: MultiDecoderUNet, rank: int) -> None:
+    def drop(self, network: MultiDecoderNetwork, rank: int) -> None:
         """Remove the parts that a process does not hold, unless the stages still share a decoder (branch_at)."""
         if tied(network):
             return
@@ -84,7 +84,7 @@ class Layout:
 
 
 def stage_of_part(name: str) -> int | None:
-    """Return the stage, from 0, of a part named as in MultiDecoderUNet.parts; None for the shared encoder."""
+    """Return the stage, from 0, of a part named as in MultiDecoderNetwork.parts; None for the shared encoder."""
     number = name.partition(".")[2]
     return int(number) - 1 if number else None
 

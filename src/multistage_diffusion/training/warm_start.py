@@ -60,13 +60,8 @@ def warm_start(path: Path | str, config: RunConfig) -> WarmStart:
 
 def _meanings(config: RunConfig) -> dict[str, object]:
     """Return the settings that must be equal for weights to have the same meaning."""
-    network, diffusion = config.network, config.diffusion
-    meanings: dict[str, object] = {
-        "network.family": network.family,
-        "network.head_channels": network.head_channels,
-        "network.norm_groups": network.norm_groups,
-        "diffusion.precondition": diffusion.precondition,
-    }
+    diffusion = config.diffusion
+    meanings = {**config.network.meanings(), "diffusion.precondition": diffusion.precondition}
     if diffusion.precondition == "edm":
         meanings["diffusion.sigma_data"] = diffusion.sigma_data
     if diffusion.precondition == "vp-eps":  # the network's noise input is the time of this schedule

@@ -11,12 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import DataConfig, RunConfig
-from ..config.network import LDM_GROUPS, NetworkConfig
+from ..config import DataConfig, NetworkConfig, RunConfig
 from ..contracts import Codec
 from ..data import ImageData, to_float
 from ..data.sources import located as located_source
-from ..errors import UserError
 from ..latent.latents import LatentData
 from ..nets.cost import network_cost
 from ..performance.offload import require_training_memory
@@ -37,14 +35,10 @@ def prepare(config: RunConfig, data: ImageData) -> RunConfig:
     )
 
 
-def warn_of_blind(network: NetworkConfig) -> None:
-    """Warn if GroupNorms of one channel per group erase what blocks add for noise and class."""
-    if network.family == "ldm" and LDM_GROUPS in (w * m for w in network.decoder_widths for m in network.channel_mult):
-        warnings.warn(
-            f"network.family=ldm with {LDM_GROUPS} channels at a level: GroupNorm in {LDM_GROUPS} groups then erases what the "
-            f"network is told of noise and class; use at least {2 * LDM_GROUPS}",
-            stacklevel=3,
-        )
+def warn_of_network(network: NetworkConfig) -> None:
+    """Warn of what the network's family says about its settings."""
+    for text in network.cautions():
+        warnings.warn(text, stacklevel=3)
 
 
 def warn_of_borrowed(config: RunConfig, images: ImageData) -> None:
@@ -85,7 +79,7 @@ def check(
         UserError: if anything would stop the training later: network, sampler, batch, labels, held-out share, memory or
             the run to start from.
     """
-    _require_levels_that_fit(config)
+    config.network.require_size(*config.input_shape[1:])
     cost = network_cost(config.network, *config.input_shape[1:])
     require_training_memory(config, cost.total_parameters, device or torch.device("cpu"), processes)
     make_plan(config.sampling, config.diffusion.schedule)
@@ -95,17 +89,6 @@ def check(
     if config.training.init_from:
         warm_start(config.training.init_from, config)
     return parts
-
-
-def _require_levels_that_fit(config: RunConfig) -> None:
-    """Refuse levels for which the network would pad its input to more than twice its side."""
-    side, levels = max(config.input_shape[1:]), len(config.network.channel_mult)
-    most = (2 * side - 1).bit_length()  # the padded side is a multiple of 2^(levels - 1)
-    if levels > most:
-        raise UserError(
-            f"network.channel_mult={list(config.network.channel_mult)} has {levels} levels, each half the size of the one "
-            f"before, for sides of {side}; give at most {most} levels"
-        )
 
 
 def with_paths(config: RunConfig) -> RunConfig:

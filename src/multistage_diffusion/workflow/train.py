@@ -31,7 +31,7 @@ from ..training.trainer import Trainer
 from .evaluation_callback import FidReference, Quality
 from .interrupts import stopped_by_signals
 from .latent import with_codec, with_stages
-from .prepare import PreparedRun, check, located, prepare, warn_of_blind, warn_of_borrowed, with_paths
+from .prepare import PreparedRun, check, located, prepare, warn_of_borrowed, warn_of_network, with_paths
 from .stages import save_stages
 
 Prepared = tuple[PreparedRun, list[Callback[Trainer]]]  # input of the trainer, and evaluation callbacks
@@ -117,7 +117,7 @@ def _prepared(
     config = with_class_counts(config, parts[0])
     if result is not None and result.fingerprint not in ("", data.fingerprint, parts[0].fingerprint):
         warnings.warn("the stages were found on other data than these; its edges may not suit them", stacklevel=3)
-    warn_of_blind(config.network)
+    warn_of_network(config.network)
     if result is None:
         warn_of_borrowed(config, parts[0])
     # the precision chosen here is stored: a run resumed on another device keeps it
