@@ -156,7 +156,7 @@ def test_of_equals_the_cheapest_is_taken() -> None:
 # -- costs of real networks -------------------------------------------------------------------------------------------
 
 
-LDM = NetworkConfig(
+LDM = NetworkConfig.of(
     family="ldm",
     encoder_width=64,
     decoder_widths=(128, 64),
@@ -192,7 +192,7 @@ def test_the_options_are_the_valid_widths_up_to_the_first_too_dear() -> None:
     options = width_options(DIGITS, 0, SIZE, 30e6)
     assert [o.width for o in options] == [4, 8, 12, 16, 20, 24, 32, 40]
     assert options[-2].flops <= 30e6 < options[-1].flops
-    odd = NetworkConfig(
+    odd = NetworkConfig.of(
         family="ddpmpp", encoder_width=6, decoder_widths=(6,), channel_mult=(1,), attention_factors=(1,)
     )
     assert 6 in [o.width for o in width_options(odd, 0, SIZE, 1e6)]  # the base's own is no multiple of four
@@ -203,7 +203,7 @@ def test_probes_are_of_the_largest_width_and_its_half() -> None:
     assert probe_widths(preset("fashion-mnist").network) == (24, 48)
     assert probe_widths(preset("celebahq-ldm").network) == (128, 256)
     with pytest.raises(ValueError, match=r"network\.decoder_widths=\[4\]: .* give a larger one"):
-        probe_widths(NetworkConfig(family="ddpmpp", encoder_width=8, decoder_widths=(4,), attention_factors=()))
+        probe_widths(NetworkConfig.of(family="ddpmpp", encoder_width=8, decoder_widths=(4,), attention_factors=()))
 
 
 @pytest.mark.parametrize(("flops", "known"), [(2e6, False), (1e6, False), (18.6e6, True)])

@@ -21,7 +21,7 @@ from multistage_diffusion.stages import Stages
 TINY = RunConfig(
     name="tiny",
     data=DataConfig(source="", shape=(1, 4, 4)),
-    network=NetworkConfig(
+    network=NetworkConfig.of(
         family="ddpmpp",
         channels=1,
         encoder_width=8,

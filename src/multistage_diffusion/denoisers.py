@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .config import RunConfig
 from .contracts import Conditioning, sigma_rows
-from .nets import build_network
-from .nets.unet import MultiDecoderUNet
+from .nets import MultiDecoderNetwork, build_network
+from .performance.cpu import quicken
 from .performance.execution import Graphs
 from .preconditioning import Preconditioning, make_preconditioning, per_row
 from .stages import Stages
@@ -19,7 +19,7 @@ from .stages import Stages
 class MultiStageDenoiser(nn.Module):
     """A Denoiser: a multi-decoder network, its preconditioning, and the stages that choose each sample's decoder."""
 
-    def __init__(self, network: MultiDecoderUNet, stages: Stages, preconditioning: Preconditioning) -> None:
+    def __init__(self, network: MultiDecoderNetwork, stages: Stages, preconditioning: Preconditioning) -> None:
         super().__init__()
         self.network = network
         self.graphs: Graphs | None = None  # the network's CUDA graphs, if it is called through them
@@ -69,4 +69,5 @@ class MultiStageDenoiser(nn.Module):
 
 def build_denoiser(config: RunConfig) -> MultiStageDenoiser:
     """Build the freshly initialised denoiser of a run configuration."""
-    return MultiStageDenoiser(build_network(config.network), config.stages, make_preconditioning(config.diffusion))
+    network = quicken(build_network(config.network))
+    return MultiStageDenoiser(network, config.stages, make_preconditioning(config.diffusion))

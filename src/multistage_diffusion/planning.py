@@ -12,7 +12,6 @@ The logarithm is a model; its slope is measured.
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import itertools
 import math
 from collections import deque
@@ -20,7 +19,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .config import NetworkConfig
-from .config.network import LDM_GROUPS
 from .errors import UserError
 from .nets.cost import network_cost
 
@@ -47,7 +45,7 @@ def decoder_flops(network: NetworkConfig, stage: int, width: int, size: tuple[in
         size: (height, width) of the network's input.
 
     Returns:
-        None if that width is not valid there, or its GroupNorms of single channels would erase the noise embedding.
+        None if that width is not valid there, or the family warns about it.
     """
     alone = _alone(network, stage, width)
     if alone is None:
@@ -57,19 +55,12 @@ def decoder_flops(network: NetworkConfig, stage: int, width: int, size: tuple[in
 
 
 def _alone(network: NetworkConfig, stage: int, width: int) -> NetworkConfig | None:
-    """Return a network with one stage's decoder alone, at another width; None if that is not valid."""
-    if network.family == "ldm" and LDM_GROUPS in (width * mult for mult in network.channel_mult):
-        return None
-    attention, shares = network.decoder_attention, network.attention_shares
+    """Return a network with one stage's decoder alone, at another width; None if that is not valid or no good."""
     try:
-        return dataclasses.replace(
-            network,
-            decoder_widths=(width,),
-            decoder_attention=None if attention is None else (attention[stage],),
-            attention_shares=None if shares is None else (shares[stage],),
-        )
+        alone = network.alone(stage, width)
     except UserError:
         return None
+    return None if alone.cautions() else alone
 
 
 def encoder_flops(network: NetworkConfig, size: tuple[int, int]) -> int:

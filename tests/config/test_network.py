@@ -1,130 +1,103 @@
-"""Networks that cannot be built are refused, naming field and value, and only those."""
+"""What every family has: checks of the common settings, and defaults for what a family does not say."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import random
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
-import torch
+from torch import nn
 
-from multistage_diffusion.config.network import NetworkConfig, group_count
-from multistage_diffusion.nets import build_network
+from multistage_diffusion.config.network import FAMILIES, NetworkConfig
+from multistage_diffusion.errors import UserError
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"channels": 0}, "network.channels=0"),
+    ({"channels": 10_001}, "network.channels 10001 is more than 10000, the most that is built"),
+    ({"encoder_width": 0}, "network: width 0 must be positive"),
+    ({"encoder_width": 100_001}, "width 100001 is more than 100000"),
     ({"decoder_widths": ()}, "network.decoder_widths"),
-    ({"channel_mult": (), "attention_factors": ()}, "network.channel_mult"),
-    ({"channel_mult": (1, 0)}, "network.channel_mult=[1, 0]"),
-    ({"channel_mult": (1, -2)}, "network.channel_mult=[1, -2]"),
-    ({"blocks_per_level": 0}, "network.blocks_per_level=0"),
+    ({"decoder_widths": (8,) * 1001}, "stages 1001 is more than 1000"),
     ({"dropout": 1.0}, "network.dropout=1.0"),
     ({"num_classes": -1}, "network.num_classes=-1"),
     ({"augment_dim": -1}, "network.augment_dim=-1"),
-    ({"attention_factors": (3,)}, "attention_factors=[3]: 3 is not a level's downsample factor (1, 2"),
-    ({"attention_factors": (16,)}, "16 is not"),
-    ({"encoder_width": 2}, "width 2 must be even and at least 4"),
-    ({"decoder_widths": (64, 33)}, "width 33 must be even"),
-    ({"encoder_width": 18}, "width 18 x 1 = 18 channels is not divisible into 4 groups"),
-    ({"decoder_widths": (68,)}, "use a multiple of 16"),
-    ({"encoder_width": 40, "decoder_widths": (28,)}, "meet in 68 channels, not divisible into 16"),
-    ({"encoder_width": 18, "channel_mult": (2,), "attention_factors": ()}, "width 18 x 1 = 18 channels"),
-    ({"head_channels": 16}, "network.head_channels=16 is a setting of network.family=ldm only; leave"),
-    ({"family": "ddpmpp", "decoder_attention": (True,)}, "network.decoder_attention=[True] is a setting"),
-    ({"family": "ldm", "head_channels": 0}, "network.head_channels=0 must be positive"),
-    ({"family": "ldm", "head_channels": 48}, "network.head_channels=48 does not divide 256 channels"),
-    (
-        {"family": "ldm", "head_channels": 64, "decoder_widths": (96,), "channel_mult": (1, 2, 3), "attention_factors": (4,)},
-        "network.head_channels=64 does not divide 288 channels that attend; use 32",
-    ),
-    ({"family": "ldm", "decoder_attention": (True, False)}, "decoder_attention=[True, False] needs true"),
-    ({"family": "ldm", "decoder_attention": ()}, "network.decoder_attention=[] needs true or false for each"),
-    ({"attention_shares": (0.5,)}, "network.attention_shares=[0.5] is a setting of network.family=meme only; leave it out"),
-    ({"family": "ldm", "attention_shares": (0.5,)}, "network.attention_shares=[0.5] is a setting"),
-    ({"family": "meme", "attention_shares": (0.5,), "head_channels": 16}, "network.head_channels=16 is a setting"),
-    ({"family": "meme"}, "network.attention_shares=None needs a number in [0, 1] for each of the 1 stages"),
-    ({"family": "meme", "attention_shares": (0.5, 0.5)}, "network.attention_shares=[0.5, 0.5] needs a number"),
-    ({"family": "meme", "attention_shares": (1.5,)}, "network.attention_shares=[1.5] needs a number in [0, 1]"),
-    ({"family": "meme", "attention_shares": (-0.5,)}, "network.attention_shares=[-0.5] needs a number in [0, 1]"),
-    ({"family": "meme", "attention_shares": (math.nan,)}, "network.attention_shares=[nan] needs a number"),
-    (
-        {"family": "meme", "decoder_widths": (64, 64), "attention_shares": (0.2, 0.8)},
-        "network.separate=False: the 2 experts of network.family=meme share nothing; set it to true",
-    ),
-    ({"norm_groups": 0}, "network.norm_groups=0 must be positive"),
-    ({"family": "ldm", "norm_groups": 16, "decoder_widths": (48,)}, "is not divisible into 32 groups"),
-    ({"family": "ldm", "norm_groups": 32}, "network.norm_groups=32 is a setting of network.family=ncsnpp and ddpmpp only"),
-    ({"norm_groups": 32, "decoder_widths": (144,)}, "into 32 groups for GroupNorm; use a multiple of 32"),
-    ({"family": "ldm", "encoder_width": 48}, "48 x 1 = 48 channels is not divisible into 32 groups"),
-    ({"family": "ldm", "decoder_widths": (80,)}, "GroupNorm; use a multiple of 32"),
-]  # fmt: skip
+    ({"decoder_widths": (8, 8), "tempers": (1.0,)}, "network.tempers=[1.0] needs one value for each of the 2 stages"),
+]
 
 
-@pytest.mark.parametrize(("bad", "message"), REFUSED, ids=[str(b) for b, _ in REFUSED])
+@dataclass(frozen=True, kw_only=True)
+class Plain(NetworkConfig):
+    """A family that says as little as it may, with a setting for each stage and one that shapes tell."""
+
+    per_stage: ClassVar[tuple[str, ...]] = (*NetworkConfig.per_stage, "tempers")
+    in_shapes: ClassVar[tuple[str, ...]] = ("depth",)
+
+    tempers: tuple[float, ...] | None = None
+    depth: int = 2
+    slope: float = 0.1
+
+    def encoder(self, stage: int, width: int) -> nn.Module:
+        return nn.Identity()
+
+    def decoder(self, stage: int, encoder_width: int) -> nn.Module:
+        return nn.Identity()
+
+
+@pytest.mark.parametrize(("bad", "message"), REFUSED, ids=[str(b)[:60] for b, _ in REFUSED])
 def test_refused_values_are_named(bad: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        NetworkConfig(**bad)
+    with pytest.raises(UserError) as error:
+        Plain(**bad)
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (16, 4), (60, 15), (64, 16), (68, 16), (256, 16)])
-def test_group_count(channels: int, groups: int) -> None:
-    assert group_count(channels) == groups
+def test_a_width_that_is_not_built_is_not_checked() -> None:
+    Plain(encoder_width=0, separate=True)
 
 
-@pytest.mark.parametrize("width", [16, 64, 112, 144, 160, 192, 208, 224])
-def test_every_width_of_the_paper_is_accepted(width: int) -> None:
-    NetworkConfig(encoder_width=width, decoder_widths=(width,))
+def test_a_family_that_says_nothing_has_defaults_that_hold() -> None:
+    config = Plain()
+    assert config.multiple == 1
+    config.require_size(1, 1)
+    assert config.counted_layers(nn.Identity()) is None
+    assert config.boxes(nn.Identity()) is None
+    assert config.elements(8, 8) is None
+    assert config.cautions() == config.notes(0) == []
 
 
-def test_just_the_widths_that_no_network_can_have_are_refused() -> None:
-    rng = random.Random(4)
-    outcomes: set[tuple[str, bool]] = set()
-    for _ in range(80):
-        family = rng.choice(["ncsnpp", "ddpmpp", "ldm", "meme"])
-        choice: dict[str, Any] = {
-            "family": family,
-            "encoder_width": rng.choice([6, 12, 20, 36, 40, 48, 64]),
-            "decoder_widths": (rng.choice([6, 12, 20, 28, 48, 64]),),
-            "channel_mult": rng.choice([(1,), (2,), (1, 2), (2, 1), (1, 3)]),
-            "blocks_per_level": rng.choice([1, 2]),
-            "attention_factors": (1,) if family == "meme" else (),
-            "attention_shares": (rng.choice([0.0, 0.1, 0.5, 1.0]),) if family == "meme" else None,
-            "separate": rng.random() < 0.2,
-            "norm_groups": rng.choice([6, 16, 32]) if family in ("ncsnpp", "ddpmpp") else 16,
-        }
-        try:
-            NetworkConfig(**choice)
-            refused = False
-        except ValueError:
-            refused = True
-        unchecked = SimpleNamespace(**{**dataclasses.asdict(NetworkConfig()), **choice})
-        try:
-            with torch.device("meta"):
-                build_network(unchecked)  # type: ignore[arg-type]
-            impossible = False
-        except ValueError:
-            impossible = True
-        assert refused == impossible, choice
-        outcomes.add((family, refused))
-    assert len(outcomes) == 8
+def test_sizes_that_would_be_padded_to_twice_their_sides_are_refused() -> None:
+    class Coarse(Plain):
+        multiple = 8
+
+    Coarse().require_size(5, 1)
+    with pytest.raises(UserError, match="sides that are multiples of 8, far more than sides of 4"):
+        Coarse().require_size(4, 4)
 
 
-@pytest.mark.parametrize("width", range(4, 140, 2))
-def test_the_multiple_the_message_asks_for_is_accepted(width: int) -> None:
-    def refusal(candidate: int) -> str:
-        try:
-            NetworkConfig(encoder_width=candidate, decoder_widths=(candidate,), channel_mult=(1, 2, 3, 5))
-        except ValueError as error:
-            return str(error)
-        return ""
+def test_decoders_are_alike_if_all_that_is_set_per_stage_is_equal() -> None:
+    config = Plain(decoder_widths=(8, 8), tempers=(1.0, 1.0))
+    assert config.alike
+    assert dataclasses.replace(config, tempers=None).alike
+    assert not dataclasses.replace(config, tempers=(1.0, 2.0)).alike
+    assert not dataclasses.replace(config, decoder_widths=(8, 4)).alike
 
-    for _ in range(2):  # a small width may be refused once more, at a deeper level
-        message = refusal(width)
-        if message:
-            multiple = int(message.rsplit(" ", 1)[1])
-            width = -(-width // multiple) * multiple
-    assert refusal(width) == ""
+
+def test_one_decoder_alone_keeps_its_own_settings() -> None:
+    config = Plain(decoder_widths=(8, 4), tempers=(1.0, 2.0), slope=0.5)
+    assert config.alone(1, 6) == dataclasses.replace(config, decoder_widths=(6,), tempers=(2.0,))
+    assert dataclasses.replace(config, tempers=None).alone(0, 6).tempers is None  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="width 0"):
+        config.alone(0, 0)
+
+
+def test_own_settings_that_shapes_do_not_tell_have_a_meaning_for_weights() -> None:
+    assert Plain(slope=0.5).meanings() == {"network.family": "", "network.slope": 0.5}
+
+
+def test_a_family_is_found_by_name_and_knows_it() -> None:
+    for family in FAMILIES:
+        assert FAMILIES[family].family == family
+    assert NetworkConfig.of("ddpmpp", encoder_width=16).family == "ddpmpp"
+    assert NetworkConfig.of().family == "ncsnpp"
+    with pytest.raises(UserError, match=r"network.family='unet' must be one of ddpmpp, ldm, meme, ncsnpp"):
+        NetworkConfig.of("unet")

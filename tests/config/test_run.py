@@ -102,7 +102,7 @@ def test_refused_values_are_named(cls: type, bad: dict[str, Any], message: str) 
 def two_stages(edge: float, **diffusion: Any) -> RunConfig:
     return RunConfig(
         stages=Stages((edge,)),
-        network=NetworkConfig(decoder_widths=(64, 32)),
+        network=NetworkConfig.of(decoder_widths=(64, 32)),
         diffusion=DiffusionConfig(**diffusion),
     )
 
@@ -121,7 +121,7 @@ def test_a_stage_that_training_noise_never_reaches_is_refused() -> None:
 
 
 def test_a_stage_without_rows_must_not_count() -> None:
-    stages, network = Stages((1.0,)), NetworkConfig(decoder_widths=(16, 16))
+    stages, network = Stages((1.0,)), NetworkConfig.of(decoder_widths=(16, 16))
     for weights in ("shares", (0.0, 1.0)):
         RunConfig(stages=stages, network=network, training=TrainingConfig(shares=(0.0, 1.0), weights=weights))
     for counted in ("prior", (0.5, 0.5)):
@@ -131,13 +131,13 @@ def test_a_stage_without_rows_must_not_count() -> None:
 
 def test_edges_of_what_is_accepted() -> None:
     DataConfig(held_out=0.0, size=(1, 1))
-    NetworkConfig(dropout=0.0, encoder_width=4, decoder_widths=(4, 12), attention_factors=())
-    NetworkConfig(attention_factors=(1, 2, 4, 8))
-    NetworkConfig(encoder_width=28, decoder_widths=(4,), channel_mult=(1, 2))
+    NetworkConfig.of(dropout=0.0, encoder_width=4, decoder_widths=(4, 12), attention_factors=())
+    NetworkConfig.of(attention_factors=(1, 2, 4, 8))
+    NetworkConfig.of(encoder_width=28, decoder_widths=(4,), channel_mult=(1, 2))
     # An encoder's input convolution is as wide as the encoder; a decoder has nothing of its bare width.
-    NetworkConfig(family="ldm", encoder_width=32, decoder_widths=(16,), channel_mult=(2,), attention_factors=())
+    NetworkConfig.of(family="ldm", encoder_width=32, decoder_widths=(16,), channel_mult=(2,), attention_factors=())
     # Only what attends needs whole heads: not a decoder without attention, whatever its width.
-    NetworkConfig(
+    NetworkConfig.of(
         family="ldm", encoder_width=64, decoder_widths=(128, 96), decoder_attention=(True, False), head_channels=64
     )
     OptimizerConfig(betas=(0.0, 0.0), warmup_steps=0, clip=None)

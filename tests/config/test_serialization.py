@@ -68,7 +68,7 @@ def some_run(seed: int) -> RunConfig:
         data=DataConfig(
             source="a b.zip", size=rng.choice([None, (8, 9)]), fit="crop", shape=rng.choice([(), (1, 8, 8)])
         ),
-        network=NetworkConfig(family=rng.choice(["ncsnpp", "ddpmpp"]), decoder_widths=(64,) * len(stages)),
+        network=NetworkConfig.of(family=rng.choice(["ncsnpp", "ddpmpp"]), decoder_widths=(64,) * len(stages)),
         diffusion=DiffusionConfig(
             precondition=rng.choice(("edm", "velocity")),
             schedule=schedule,
@@ -97,7 +97,7 @@ def test_a_run_survives_json(seed: int, tmp_path: Path) -> None:
 
 PARTS: list[Any] = [
     VP(), VE(), EDM(), RectifiedFlow(), Discrete(), UniformTime(schedule=RectifiedFlow()), UniformSteps(), LogNormal(),
-    Stages((1.0, 2.0)), DataConfig(), NetworkConfig(), DiffusionConfig(), OptimizerConfig(kind="adamw"),
+    Stages((1.0, 2.0)), DataConfig(), NetworkConfig.of(), DiffusionConfig(), OptimizerConfig(kind="adamw"),
     TrainingConfig(), SamplingConfig(), RunConfig(),
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ def small(family: str, decoders: tuple[int, ...], **changes: object) -> NetworkC
     width = 32 if family == "ldm" else 8
     settings = {"channel_mult": (1, 2), "blocks_per_level": 1, "attention_factors": (2,), **changes}
     widths = tuple(width * d for d in decoders)
-    return NetworkConfig(family=family, encoder_width=width, decoder_widths=widths, **settings)  # type: ignore[arg-type]
+    return NetworkConfig.of(family=family, encoder_width=width, decoder_widths=widths, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", SMALL)

@@ -1,5 +1,4 @@
 import math
-import threading
 
 import pytest
 import torch
@@ -14,12 +13,10 @@ from multistage_diffusion.nets.blocks import (
     FIRDown,
     FIRUp,
     NoiseEmbedding,
-    PointwiseConv,
     ResidualBlock,
     conv,
-    dropout,
+    group_count,
     group_norm,
-    masks_from,
     sinusoids,
 )
 
@@ -103,6 +100,11 @@ def test_normalised_maps_keep_their_type_under_autocast(dtype: torch.dtype, monk
     assert norm.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (16, 4), (60, 15), (64, 16), (68, 16), (256, 16)])
+def test_group_count(channels: int, groups: int) -> None:
+    assert group_count(channels) == groups
+
+
 def test_sinusoids_by_hand() -> None:
     result = sinusoids(torch.tensor([0.0, 2.5], dtype=torch.float64), 8)
     for row, noise in enumerate([0.0, 2.5]):
@@ -178,80 +180,6 @@ class TestNoiseEmbedding:
         cond = Conditioning(**{field: torch.zeros(3, 2) if field == "augment" else torch.zeros(3, dtype=torch.int64)})
         with pytest.raises(ValueError, match="leave"):
             NoiseEmbedding(8)(self.noise, cond)
-
-
-@pytest.mark.parametrize("probability", [0.1, 0.5, 0.999999])
-def test_dropout_zeroes_its_share_and_keeps_the_mean(probability: float) -> None:
-    torch.manual_seed(0)
-    x = torch.ones(64, 3, 41, 43, dtype=torch.float64, requires_grad=True)
-    y = dropout(x, probability, training=True)
-    expected = min(round(probability * 2**16), 2**16 - 1) / 2**16
-    deviation = math.sqrt(expected * (1 - expected) / x.numel())
-    assert abs(float((y == 0).double().mean()) - expected) < 4 * deviation
-    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / (1 - expected)))
-    y.sum().backward()
-    assert torch.equal(x.grad, y)  # what is dropped learns nothing
-
-
-def test_masks_from_a_generator_are_drawn_from_it_in_this_thread_alone() -> None:
-    x, drawn = torch.ones(1000), []
-    own = torch.Generator()
-
-    def mask() -> Tensor:
-        return dropout(x, 0.5, training=True) == 0
-
-    torch.manual_seed(1)
-    first, second = mask(), mask()
-    torch.manual_seed(1)
-    with masks_from(own.manual_seed(5)):
-        inside = mask()
-        thread = threading.Thread(target=lambda: drawn.append(mask()))
-        thread.start()
-        thread.join()
-        again = mask()
-    assert torch.equal(drawn[0], first)  # another thread has torch's own
-    assert torch.equal(mask(), second)  # of which nothing was drawn here
-    assert not torch.equal(inside, first)
-    assert not torch.equal(inside, again)
-    with masks_from(own.manual_seed(5)):
-        assert torch.equal(mask(), inside)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels last", "sliced"])
-def test_a_pointwise_convolution_is_the_convolution(layout: str) -> None:
-    torch.manual_seed(0)
-    layer = conv(6, 10, 1).double()
-    assert type(layer) is PointwiseConv
-    torch.nn.init.normal_(layer.bias)
-    x = torch.randn(3, 8, 5, 7, dtype=torch.float64)
-    x = x[:, 1:7] if layout == "sliced" else x[:, :6].contiguous()
-    x = x.to(memory_format=torch.channels_last) if layout == "channels last" else x
-    x.requires_grad_()
-    inputs = [x, layer.weight, layer.bias]
-    expected, found = F.conv2d(*inputs), layer(x)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    assert found.is_contiguous(memory_format=torch.channels_last) == (layout != "contiguous")
-    grad = torch.randn_like(found)
-    for one, other in zip(
-        torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-
-
-def test_dropout_is_decided_by_the_seed_and_by_nothing_in_a_row() -> None:
-    x = torch.ones(1, 1, 1, 100_001)
-    torch.manual_seed(1)
-    first, second = (dropout(x, 0.5, training=True).flatten() == 0 for _ in range(2))
-    torch.manual_seed(1)
-    assert torch.equal(dropout(x, 0.5, training=True).flatten() == 0, first)
-    for one, other in ((first, second), (first[1:], first[:-1]), (first[4:], first[:-4])):
-        assert abs(float((one == other).double().mean()) - 0.5) < 4 * 0.5 / math.sqrt(len(one))
-
-
-def test_nothing_is_dropped_without_training_or_probability() -> None:
-    x = torch.randn(2, 3, 4, 4)
-    assert dropout(x, 0.5, training=False) is x
-    assert dropout(x, 0.0, training=True) is x
 
 
 def test_a_block_computed_again_has_the_same_gradients_from_less_memory(image: Tensor) -> None:

@@ -4,11 +4,11 @@ from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.nets import build_network
 from multistage_diffusion.nets.cost import NetworkCost, network_cost, weighted_multiply_adds
 
-CIFAR = NetworkConfig(encoder_width=128, decoder_widths=(192, 128, 16), blocks_per_level=8)
-EDM = NetworkConfig(
+CIFAR = NetworkConfig.of(encoder_width=128, decoder_widths=(192, 128, 16), blocks_per_level=8)
+EDM = NetworkConfig.of(
     family="ddpmpp", encoder_width=128, decoder_widths=(192, 128, 16), channel_mult=(2, 2, 2), blocks_per_level=4
 )
-TINY = NetworkConfig(
+TINY = NetworkConfig.of(
     family="ddpmpp",
     channels=1,
     encoder_width=8,
@@ -31,7 +31,7 @@ LDM_TABLE = [
 
 
 def ldm(encoder: int, decoders: tuple[int, ...]) -> NetworkConfig:
-    return NetworkConfig(
+    return NetworkConfig.of(
         family="ldm",
         encoder_width=encoder,
         decoder_widths=decoders,
@@ -122,7 +122,7 @@ def test_ldm_as_printed(
 
 
 def test_ldm_counts_no_projections() -> None:
-    config = NetworkConfig(
+    config = NetworkConfig.of(
         family="ldm",
         channels=1,
         encoder_width=32,
@@ -143,7 +143,7 @@ def test_ldm_counts_no_projections() -> None:
 
 @pytest.mark.parametrize(("family", "scale"), [("ncsnpp", 1), ("ddpmpp", 1), ("ldm", 4)])
 def test_separate_networks_share_nothing(family: str, scale: int) -> None:
-    config = NetworkConfig(
+    config = NetworkConfig.of(
         family=family,  # type: ignore[arg-type]
         decoder_widths=(16 * scale, 8 * scale),
         channel_mult=(1, 2),
@@ -155,7 +155,7 @@ def test_separate_networks_share_nothing(family: str, scale: int) -> None:
     assert cost.total_parameters == sum(stage.parameters for stage in cost.stages)
     assert cost.total_parameters == sum(p.numel() for p in build_network(config).parameters())
     for stage, width in zip(cost.stages, config.decoder_widths, strict=True):
-        ordinary = NetworkConfig(
+        ordinary = NetworkConfig.of(
             family=family,  # type: ignore[arg-type]
             encoder_width=width,
             decoder_widths=(width,),
@@ -181,7 +181,7 @@ def test_bad_weights(cifar: NetworkCost, weights: tuple[float, ...]) -> None:
 
 
 def test_ncsnpp_counts_neither_pyramid_nor_projections() -> None:
-    config = NetworkConfig(
+    config = NetworkConfig.of(
         channels=1,
         encoder_width=8,
         decoder_widths=(8,),
@@ -257,7 +257,7 @@ class MEMEByHand:
 
 def test_meme_by_hand() -> None:
     widths, shares = (8, 16, 8), (0.25, 0.75, 1.0)
-    config = NetworkConfig(
+    config = NetworkConfig.of(
         family="meme",
         channels=1,
         decoder_widths=widths,

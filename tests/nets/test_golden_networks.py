@@ -11,7 +11,7 @@ from torch import Tensor
 from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.interop.names import convert_published, edm_names, ldm_names, ncsnpp_names
-from multistage_diffusion.nets import MultiDecoderUNet, build_network
+from multistage_diffusion.nets import MultiDecoderNetwork, build_network
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -33,7 +33,12 @@ class Golden:
         attention = meta.get("attention_downsample_factors") or [
             meta["image_size"] // r for r in meta["attention_resolutions"]
         ]
-        self.config = NetworkConfig(
+        own = (
+            {"head_channels": meta["head_channels"], "decoder_attention": tuple(meta["decoder_has_attention"])}
+            if name == "ldm"
+            else {}
+        )
+        self.config = NetworkConfig.of(
             family={"ncsnpp": "ncsnpp", "edm": "ddpmpp", "ldm": "ldm"}[name],  # type: ignore[arg-type]
             channels=meta["channels"],
             encoder_width=meta["encoder_width"],
@@ -42,15 +47,14 @@ class Golden:
             blocks_per_level=meta["blocks_per_level"],
             attention_factors=tuple(attention),
             augment_dim=meta.get("augment_dim", 0),
-            head_channels=meta.get("head_channels", 32),
-            decoder_attention=tuple(meta["decoder_has_attention"]) if name == "ldm" else None,
+            **own,
         )
         self.names = {
             "ncsnpp": lambda: ncsnpp_names(self.config),
             "edm": lambda: edm_names(self.config, resolution=meta["image_size"]),
             "ldm": lambda: ldm_names(self.config),
         }[name]()
-        self.network: MultiDecoderUNet = build_network(self.config).eval()
+        self.network: MultiDecoderNetwork = build_network(self.config).eval()
         self.network.load_state_dict(convert_published(self.weights, self.names))
 
 

@@ -1,17 +1,18 @@
-"""What sets the LDM U-Net apart; test_unet.py holds what all families share, test_golden_networks.py the published outputs."""
+"""What sets the LDM U-Net apart; test_network.py holds what all families share, test_golden_networks.py the published outputs."""
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from multistage_diffusion.config import NetworkConfig
-from multistage_diffusion.nets import MultiDecoderUNet, build_network
+from multistage_diffusion.nets import MultiDecoderNetwork, build_network
 from multistage_diffusion.nets.ldm import HeadedAttention, LDMBlock, LDMDecoder, LDMEncoder, cosines_first
 
-SMALL = NetworkConfig(
+SMALL = NetworkConfig.of(
     family="ldm",
     channels=4,
     encoder_width=32,
@@ -35,6 +36,34 @@ def awake(module: torch.nn.Module) -> torch.nn.Module:
 def attending(config: NetworkConfig) -> list[str]:
     names = [name for name, module in build_network(config).named_modules() if isinstance(module, HeadedAttention)]
     return [name.removesuffix(".attention") for name in names]
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"head_channels": 0}, "network.head_channels=0 must be positive"),
+    ({"head_channels": 48}, "network.head_channels=48 does not divide 256 channels"),
+    (
+        {"head_channels": 64, "decoder_widths": (96,), "channel_mult": (1, 2, 3), "attention_factors": (4,)},
+        "network.head_channels=64 does not divide 288 channels that attend; use 32",
+    ),
+    ({"decoder_attention": (True, False)}, "decoder_attention=[True, False] needs one value for each of the 1 stages"),
+    ({"decoder_attention": ()}, "network.decoder_attention=[] needs one value for each"),
+    ({"decoder_widths": (48,)}, "is not divisible into 32 groups"),
+    ({"encoder_width": 48}, "48 x 1 = 48 channels is not divisible into 32 groups"),
+    ({"decoder_widths": (80,)}, "GroupNorm; use a multiple of 32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "message"), REFUSED, ids=[str(b) for b, _ in REFUSED])
+def test_refused_values_are_named(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        NetworkConfig.of("ldm", **bad)
+    assert message in str(error.value)
+
+
+def test_a_level_of_one_channel_per_group_is_warned_of() -> None:
+    (text,) = replace(SMALL, channel_mult=(1, 2)).cautions()
+    assert text.startswith("network.family=ldm with 32 channels at a level")
+    assert replace(SMALL, decoder_widths=(64, 64)).cautions() == []
 
 
 def test_embedding_by_hand() -> None:
@@ -110,7 +139,7 @@ def test_separate_networks_keep_their_own_attention() -> None:
 
 def test_the_last_layers_start_at_zero_and_learn() -> None:
     torch.manual_seed(0)
-    network: MultiDecoderUNet = build_network(SMALL)
+    network: MultiDecoderNetwork = build_network(SMALL)
     zero = {n for n, p in network.named_parameters() if n.endswith("weight") and not p.any()}
     last = ("conv1.weight", "proj.weight", "conv_out.weight")
     assert zero == {n for n, _ in network.named_parameters() if n.endswith(last)}

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from nets.test_unet import awake, batch, gradients
+from nets.test_network import awake, batch, gradients
 from torch import Tensor, nn
 
 from multistage_diffusion.config import NetworkConfig
@@ -31,7 +32,27 @@ def small(**changes: Any) -> NetworkConfig:
         "augment_dim": 3,
         "dropout": 0.0,
     }
-    return NetworkConfig(**base | changes)
+    return NetworkConfig.of(**base | changes)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({}, "network.attention_shares=None needs a number in [0, 1] for each of the 1 stages"),
+    ({"attention_shares": (0.5, 0.5)}, "network.attention_shares=[0.5, 0.5] needs one value"),
+    ({"attention_shares": (1.5,)}, "network.attention_shares=[1.5] needs a number in [0, 1]"),
+    ({"attention_shares": (-0.5,)}, "network.attention_shares=[-0.5] needs a number in [0, 1]"),
+    ({"attention_shares": (math.nan,)}, "network.attention_shares=[nan] needs a number"),
+    (
+        {"decoder_widths": (64, 64), "attention_shares": (0.2, 0.8)},
+        "network.separate=False: the 2 experts of network.family=meme share nothing; set it to true",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "message"), REFUSED, ids=[str(b) for b, _ in REFUSED])
+def test_refused_values_are_named(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        NetworkConfig.of("meme", **bad)
+    assert message in str(error.value)
 
 
 def randomised(module: nn.Module) -> nn.Module:

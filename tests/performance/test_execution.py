@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.nets import build_network
-from multistage_diffusion.nets.unet import MultiDecoderUNet
+from multistage_diffusion.nets.network import MultiDecoderNetwork
 from multistage_diffusion.performance import execution
 from multistage_diffusion.performance.execution import Execution, Graphs, execute
 
@@ -22,7 +22,7 @@ FAMILIES = {
 }
 
 
-def network(family: str, channels: int = 1, **changes: object) -> MultiDecoderUNet:
+def network(family: str, channels: int = 1, **changes: object) -> MultiDecoderNetwork:
     """Return a small network in float64 none of whose layers starts at zero."""
     settings = {
         "family": family,
@@ -37,7 +37,7 @@ def network(family: str, channels: int = 1, **changes: object) -> MultiDecoderUN
         **changes,
     }
     torch.manual_seed(0)
-    built = build_network(NetworkConfig(**settings)).double()
+    built = build_network(NetworkConfig.of(**settings)).double()
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -50,7 +50,7 @@ def inputs(channels: int = 1, size: int = 8) -> tuple[Tensor, Tensor]:
     return x, torch.rand(sum(COUNTS), dtype=torch.float64, generator=generator)
 
 
-def gradients(net: MultiDecoderUNet, channels: int = 1) -> list[Tensor]:
+def gradients(net: MultiDecoderNetwork, channels: int = 1) -> list[Tensor]:
     out = net(*inputs(channels), COUNTS)
     return [out, *torch.autograd.grad(out.square().sum(), list(net.parameters()))]
 

@@ -108,7 +108,7 @@ def test_free_memory_is_some_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.fixture
 def network() -> nn.Module:
     torch.manual_seed(0)
-    config = NetworkConfig(
+    config = NetworkConfig.of(
         family="ddpmpp",
         channels=1,
         encoder_width=8,

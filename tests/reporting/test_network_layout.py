@@ -17,18 +17,18 @@ from multistage_diffusion.reporting.network_layout import Block, Column, Layout,
 ATTENTIONS = (Attention, HeadedAttention, PooledAttention)
 SMALL: dict[str, Any] = {"channel_mult": (1, 2, 3), "blocks_per_level": 1, "encoder_width": 64}
 CONFIGS = {
-    "ncsnpp": NetworkConfig(family="ncsnpp", decoder_widths=(96, 64, 16), attention_factors=(2,), **SMALL),
-    "ddpmpp": NetworkConfig(family="ddpmpp", decoder_widths=(96, 16), attention_factors=(1, 4), **SMALL),
-    "ldm": NetworkConfig(
+    "ncsnpp": NetworkConfig.of(family="ncsnpp", decoder_widths=(96, 64, 16), attention_factors=(2,), **SMALL),
+    "ddpmpp": NetworkConfig.of(family="ddpmpp", decoder_widths=(96, 16), attention_factors=(1, 4), **SMALL),
+    "ldm": NetworkConfig.of(
         family="ldm", decoder_widths=(96, 64), attention_factors=(2, 4), decoder_attention=(True, False), **SMALL
     ),
-    "one stage": NetworkConfig(family="ncsnpp", decoder_widths=(64,), attention_factors=(), **SMALL),
-    "five stages": NetworkConfig(
+    "one stage": NetworkConfig.of(family="ncsnpp", decoder_widths=(64,), attention_factors=(), **SMALL),
+    "five stages": NetworkConfig.of(
         family="ncsnpp", decoder_widths=(112, 96, 64, 32, 16), attention_factors=(4,), **SMALL
     ),
-    "separate ncsnpp": NetworkConfig(family="ncsnpp", decoder_widths=(96, 64, 16), separate=True, **SMALL),
-    "separate ddpmpp": NetworkConfig(family="ddpmpp", decoder_widths=(96, 16), separate=True, **SMALL),
-    "meme": NetworkConfig(
+    "separate ncsnpp": NetworkConfig.of(family="ncsnpp", decoder_widths=(96, 64, 16), separate=True, **SMALL),
+    "separate ddpmpp": NetworkConfig.of(family="ddpmpp", decoder_widths=(96, 16), separate=True, **SMALL),
+    "meme": NetworkConfig.of(
         family="meme",
         decoder_widths=(96, 64),
         attention_factors=(1, 2),
@@ -91,14 +91,14 @@ def test_every_block_is_that_of_the_real_network(config: NetworkConfig) -> None:
     drawn = {}
     for column in columns(layout):
         name = column.part if column.stage is None else f"{column.part}.{column.stage + 1}"
-        drawn[name] = {b.row: (b.channels, layout.rows[b.row].size[0], b.attention) for b in column.blocks}
+        drawn[name] = {b.row: (b.box.channels, layout.rows[b.row].size[0], b.box.attention) for b in column.blocks}
     assert drawn == ran(config)
 
 
 def test_blocks_are_to_scale(config: NetworkConfig) -> None:
     layout = network_layout(config, 32, 16)
     for block in blocks(layout):
-        assert block.width == pytest.approx(block.channels * layout.channel)
+        assert block.width == pytest.approx(block.box.channels * layout.channel)
         assert block.height == pytest.approx(layout.rows[block.row].size[0] * layout.pixel)
 
 
@@ -130,11 +130,13 @@ def test_nothing_overlaps_or_leaves_the_picture(config: NetworkConfig) -> None:
 def test_rows_name_the_padded_sizes_downwards_and_the_middle() -> None:
     layout = network_layout(CONFIGS["ncsnpp"], 30, 18)
     assert [row.size for row in layout.rows] == [(32, 20), (16, 10), (8, 5), (8, 5)]
+    assert [row.middle for row in layout.rows] == [False, False, False, True]
+    assert [row.skips for row in layout.rows] == [2, 2, 2, 0]
     assert [row.y for row in layout.rows] == sorted((row.y for row in layout.rows), reverse=True)
 
 
 def test_the_scale_does_not_depend_on_which_part_is_widest() -> None:
-    wide = network_layout(NetworkConfig(decoder_widths=(32, 16), encoder_width=128), 32, 32)
+    wide = network_layout(NetworkConfig.of(decoder_widths=(32, 16), encoder_width=128), 32, 32)
     assert max(block.width for block in blocks(wide)) == pytest.approx(256 * wide.channel)
     assert max(block.width for block in blocks(wide)) == pytest.approx(
         max(block.width for block in blocks(network_layout(CONFIGS["five stages"], 32, 32)))

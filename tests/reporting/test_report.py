@@ -63,7 +63,7 @@ def pictures(count: int, seed: int) -> torch.Tensor:
 
 def make_config(stages: int, name: str = "try") -> RunConfig:
     interior = (0.6, 5.3, 20.0)[: stages - 1]
-    network = NetworkConfig(channels=1, encoder_width=16, decoder_widths=(16,) * stages)
+    network = NetworkConfig.of(channels=1, encoder_width=16, decoder_widths=(16,) * stages)
     return RunConfig(name=name, data=DataConfig(source="my digits"), network=network, stages=Stages(interior))
 
 

@@ -10,8 +10,8 @@ import torch
 
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.nets import blocks
-from multistage_diffusion.nets.blocks import dropout
 from multistage_diffusion.performance import autotune
+from multistage_diffusion.performance.cpu import dropout
 from multistage_diffusion.performance.devices import autocast_dtype, resolve_device
 from multistage_diffusion.training import checkpoint as ckpt
 from multistage_diffusion.training.batches import BatchSource

@@ -249,7 +249,7 @@ def test_the_groups_of_the_original_code_are_kept(name: str, tmp_path: Path) -> 
     if name == "ncsnpp":  # its own one-stage code
         file = write_score_sde(tmp_path / "x.pth", one_stage("ncsnpp", golden("ncsnpp")[1]), golden_average("ncsnpp"))
     else:  # widths at which the groups differ
-        config = NetworkConfig(
+        config = NetworkConfig.of(
             family="ddpmpp",
             encoder_width=32,
             decoder_widths=(32,),

@@ -1,180 +1,207 @@
-"""Widths and depth of a network, validated: GroupNorm groups and attention heads must fit the channels."""
+"""Settings of a network: those that every family has, and what a family brings; a file in nets/ adds a family."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
 
 from ..errors import require
+from ..registry import Registry
 
-LDM_GROUPS = 32  # groups of every GroupNorm of the LDM U-Net
-GROUPS = 16  # most groups of a GroupNorm of the other families, unless norm_groups is set
-# Settings of one family only: (family, name, default).
-OWN_SETTINGS = (("ldm", "head_channels", 32), ("ldm", "decoder_attention", None), ("meme", "attention_shares", None))
+S = TypeVar("S")
+
+
+class Families(Registry["type[NetworkConfig]"]):
+    """A registry of families that gives each class its name as attribute `family`; configurations are written with it."""
+
+    def add(self, name: str) -> Callable[[S], S]:
+        """Return a decorator that adds a class under a name; see Registry.add."""
+        register = super().add(name)
+
+        def added(cls: S) -> S:
+            cls.family = name  # type: ignore[attr-defined]
+            return register(cls)
+
+        return added
+
+
+FAMILIES = Families("network.family", "multistage_diffusion.nets")
+DEFAULT_FAMILY = "ncsnpp"
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
-    """Widths and depth of a multi-decoder U-Net.
+class NetworkConfig(ABC):
+    """The settings that every network has, and what a family of networks brings.
+
+    A family is a frozen dataclass in a file of nets/, with its own settings, added to FAMILIES. It defines `encoder` and
+    `decoder`, the parts of a `nets.network.MultiDecoderNetwork`. All else has a default that holds for any network; a
+    family replaces what it knows better:
+
+    - settings: `__post_init__` checks them; `per_stage` and `in_shapes` say what they decide; `cautions` are warnings.
+    - sizes: `multiple`, to which inputs are padded.
+    - counting: `counted_layers`, if its publications do not count all multiply-adds; `elements`, if there is a formula.
+    - drawing: `title`, `boxes` and `notes`.
+
+    Its blocks are `nets.network.Block`s: what execution.recompute and execution.compile act on.
 
     Attributes:
-        family: "ncsnpp" (score_sde's NCSN++), "ddpmpp" (EDM's DDPM++), "ldm" (latent diffusion's U-Net) or "meme" (the
-            iU-Net of MEME's experts).
+        family: name of the family, in nets/: "ncsnpp" (score_sde's NCSN++), "ddpmpp" (EDM's DDPM++), "ldm" (latent
+            diffusion's U-Net), "meme" (the iU-Net of MEME's experts) or another of FAMILIES. It decides which settings
+            there are besides these.
         channels: image channels.
-        encoder_width: width of the shared encoder; the embedding is 4 times as wide.
+        encoder_width: width of the shared encoder.
         decoder_widths: one width per stage, lowest noise first.
-        channel_mult: width factor per level; each level halves the resolution of the one before.
-        blocks_per_level: residual blocks per encoder level (a decoder has one more).
-        attention_factors: downsample factors of blocks with attention, or mixers with "meme" (1 is full resolution).
-        dropout: probability inside residual blocks.
+        dropout: probability inside blocks.
         separate: share nothing: stage k is an ordinary network of width decoder_widths[k], encoder included.
         num_classes: 0 for unconditional.
         augment_dim: length of the augmentation label, 0 for none.
-        head_channels: channels of an attention head ("ldm" only; the others have one head).
-        decoder_attention: per stage, whether its decoder has attention ("ldm" only); None: all have.
-        attention_shares: per stage, the share of a mixer's channels that attention mixes; convolution mixes the others
-            ("meme" only, which needs it).
-        norm_groups: a GroupNorm has min(channels // 4, norm_groups) groups ("ncsnpp" and "ddpmpp" only): 16 in the
-            published multi-stage networks, 32 in those of score_sde and EDM.
+        title: name of the family in a drawing; empty: that of the setting.
+        per_stage: settings with one value for each stage; None stands for no values.
+        in_shapes: settings that decide shapes or names of weights, so that weights of other settings do not fit.
     """
 
-    family: Literal["ncsnpp", "ddpmpp", "ldm", "meme"] = "ncsnpp"
+    family: str = field(init=False, default="")
     channels: int = 3
     encoder_width: int = 128
     decoder_widths: tuple[int, ...] = (128,)
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
-    blocks_per_level: int = 4
-    attention_factors: tuple[int, ...] = (2,)
     dropout: float = 0.1
     separate: bool = False
     num_classes: int = 0
     augment_dim: int = 0
-    head_channels: int = 32
-    decoder_attention: tuple[bool, ...] | None = None
-    attention_shares: tuple[float, ...] | None = None
-    norm_groups: int = GROUPS
+
+    title: ClassVar[str] = ""
+    per_stage: ClassVar[tuple[str, ...]] = ("decoder_widths",)
+    in_shapes: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def of(family: str = DEFAULT_FAMILY, **settings: Any) -> NetworkConfig:
+        """Return the settings of a family by name; settings that are not given have the family's defaults.
+
+        Raises:
+            UserError: if there is no such family, or a setting is refused.
+        """
+        return FAMILIES[family](**settings)
 
     def __post_init__(self) -> None:
         require(self.channels > 0, f"network.channels={self.channels} must be positive")
         require(len(self.decoder_widths) > 0, "network.decoder_widths must name at least one decoder")
-        require(len(self.channel_mult) > 0, "network.channel_mult must name at least one level")
-        require(self.blocks_per_level > 0, f"network.blocks_per_level={self.blocks_per_level} must be positive")
         require(0 <= self.dropout < 1, f"network.dropout={self.dropout} must be in [0, 1)")
         for name in ("num_classes", "augment_dim"):
             require(getattr(self, name) >= 0, f"network.{name}={getattr(self, name)} must be >= 0")
-        for factor in self.attention_factors:
+        for name in self.per_stage:
+            value, stages = getattr(self, name), len(self.decoder_widths)
             require(
-                factor in [2**i for i in range(len(self.channel_mult))],
-                f"network.attention_factors={list(self.attention_factors)}: {factor} is not a level's downsample "
-                f"factor ({', '.join(str(2**i) for i in range(len(self.channel_mult)))})",
+                value is None or len(value) == stages,
+                f"network.{name}={list(value or ())} needs one value for each of the {stages} stages",
             )
-        require(min(self.channel_mult) > 0, f"network.channel_mult={list(self.channel_mult)} must be positive")
-        require(self.norm_groups > 0, f"network.norm_groups={self.norm_groups} must be positive")
-        require(
-            self.family in ("ncsnpp", "ddpmpp") or self.norm_groups == GROUPS,
-            f"network.norm_groups={self.norm_groups} is a setting of network.family=ncsnpp and ddpmpp only; leave it out",
-        )
-        self._check_size()
-        self._check_widths()
-        for family, name, default in OWN_SETTINGS:
-            require(
-                self.family == family or getattr(self, name) == default,
-                f"network.{name}={_plain(getattr(self, name))} is a setting of network.family={family} only; leave it out",
-            )
-        if self.family == "ldm":
-            self._check_heads()
-        if self.family == "meme":
-            self._check_experts()
-
-    def _check_size(self) -> None:
-        """Refuse sizes that no machine can hold, before anything is counted or built."""
-        encoders = () if self.separate else (self.encoder_width,)
-        for name, found, most in (
-            ("network.channels", self.channels, 10_000),
-            ("network: width", max((*self.decoder_widths, *encoders)), 100_000),
-            ("network.channel_mult: factor", max(self.channel_mult), 1000),
-            ("network.channel_mult: levels", len(self.channel_mult), 16),
-            ("network.blocks_per_level", self.blocks_per_level, 1000),
-            ("network.decoder_widths: stages", len(self.decoder_widths), 1000),
-            ("network.num_classes", self.num_classes, 10**7),
-            ("network.augment_dim", self.augment_dim, 10**6),
-        ):
-            require(found <= most, f"{name} {found} is more than {most}, the most that is built")
-
-    def _check_widths(self) -> None:
-        """Check that the groups of every GroupNorm divide its channels."""
-        encoders = self.decoder_widths if self.separate else (self.encoder_width,)
-        for width in {*self.decoder_widths, *encoders}:
-            require(width >= 4 and width % 2 == 0, f"network: width {width} must be even and at least 4")
-            # The first block of an encoder gets the bare width from the input convolution.
-            for mult in (*((1,) if width in encoders else ()), *self.channel_mult):
-                channels, groups = width * mult, self._groups(width * mult)
-                multiple = 4 if self.family != "ldm" and channels < 4 * self.norm_groups else self._groups(channels)
-                require(
-                    channels % groups == 0,
-                    f"network: width {width} x {mult} = {channels} channels is not divisible into {groups} groups for "
-                    f"GroupNorm; use a multiple of {multiple}",
-                )
-        most = LDM_GROUPS if self.family == "ldm" else self.norm_groups
-        for decoder in self.decoder_widths:
-            encoder = decoder if self.separate else self.encoder_width
-            for channels in self._joined_channels(encoder, decoder):
-                require(
-                    channels % self._groups(channels) == 0,
-                    f"network: encoder width {encoder} and decoder width {decoder} meet in {channels} channels, not "
-                    f"divisible into {self._groups(channels)} groups for GroupNorm; use multiples of {most}",
-                )
-
-    def _groups(self, channels: int) -> int:
-        return LDM_GROUPS if self.family == "ldm" else group_count(channels, self.norm_groups)
-
-    def _check_heads(self) -> None:
-        """Check that the heads of every LDM attention divide its channels."""
-        require(self.head_channels > 0, f"network.head_channels={self.head_channels} must be positive")
-        stages, attention = len(self.decoder_widths), self.decoder_attention
-        require(
-            attention is None or len(attention) == stages,
-            f"network.decoder_attention={_plain(attention)} needs true or false for each of the {stages} stages",
-        )
-        mults = [mult for i, mult in enumerate(self.channel_mult) if 2**i in self.attention_factors]
-        encoders = self.decoder_widths if self.separate else (self.encoder_width,)
-        # The middle of an encoder always has attention.
-        attended = [width * mult for width in encoders for mult in (*mults, self.channel_mult[-1])]
-        for width, attends in zip(self.decoder_widths, attention or [True] * stages, strict=True):
-            attended += [width * mult for mult in mults if attends]
-        for channels in attended:
-            require(
-                channels % self.head_channels == 0,
-                f"network.head_channels={self.head_channels} does not divide {channels} channels that attend; use 32",
-            )
-
-    def _check_experts(self) -> None:
-        """Check that MEME's experts share nothing, and that each has a share of attention."""
-        stages, shares = len(self.decoder_widths), self.attention_shares
-        require(
-            self.separate or stages == 1,
-            f"network.separate={self.separate}: the {stages} experts of network.family=meme share nothing; set it to true",
-        )
-        require(
-            shares is not None and len(shares) == stages and all(0 <= share <= 1 for share in shares),
-            f"network.attention_shares={_plain(shares)} needs a number in [0, 1] for each of the {stages} stages: the "
-            "share of channels that attend",
+        for width in self.widths:
+            require(width > 0, f"network: width {width} must be positive")
+        self.require_buildable(
+            ("channels", self.channels, 10_000),
+            ("decoder_widths: stages", len(self.decoder_widths), 1000),
+            ("encoder_width or decoder_widths: width", max(self.widths), 100_000),
+            ("num_classes", self.num_classes, 10**7),
+            ("augment_dim", self.augment_dim, 10**6),
         )
 
-    def _joined_channels(self, encoder: int, decoder: int) -> list[int]:
-        """Return the channels of [h, skip] at the start of a decoder's blocks; the lowest h has the encoder's width."""
-        joined = [2 * encoder * self.channel_mult[-1]]
-        for mult, mult_before in zip(self.channel_mult, (1, *self.channel_mult), strict=False):
-            joined.append(decoder * mult + encoder * mult_before)  # skip of the down block or input convolution
-            if self.blocks_per_level > 1:
-                joined.append(decoder * mult + encoder * mult)
-        return joined
+    @staticmethod
+    def require_buildable(*sizes: tuple[str, int, int]) -> None:
+        """Refuse (name, size, most) of sizes that no machine can hold, before anything is counted or built."""
+        for name, found, most in sizes:
+            require(found <= most, f"network.{name} {found} is more than {most}, the most that is built")
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths of all decoders and encoders."""
+        return (*self.decoder_widths, *self.encoder_widths)
 
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
+    @property
+    def encoder_widths(self) -> tuple[int, ...]:
+        """The width of the shared encoder, or of each stage's."""
+        return self.decoder_widths if self.separate else (self.encoder_width,)
 
+    @abstractmethod
+    def encoder(self, stage: int, width: int) -> nn.Module:
+        """Build an encoder: called with (x, noise, cond), it returns what a decoder takes.
 
-def group_count(channels: int, most: int = GROUPS) -> int:
-    """Return the GroupNorm groups of both pixel families: min(channels // 4, most)."""
-    return min(channels // 4, most)
+        x is (B, C, H, W) with sides that are multiples of `multiple`, noise (B,), cond a Conditioning. The result is a
+        tensor, an `Encoded`, or another object whose `split(counts)` returns consecutive groups of rows.
+
+        Args:
+            stage: index, 0 for the lowest noise; a shared encoder gets 0.
+            width: of this encoder.
+        """
+
+    @abstractmethod
+    def decoder(self, stage: int, encoder_width: int) -> nn.Module:
+        """Build the decoder of a stage: it maps rows of its encoder's result to (B, C, H, W).
+
+        Args:
+            stage: index, 0 for the lowest noise; its width is decoder_widths[stage].
+            encoder_width: width of its encoder.
+        """
+
+    @property
+    def multiple(self) -> int:
+        """The number of which the sides of an encoder's input are multiples; the network pads to it."""
+        return 1
+
+    def require_size(self, height: int, width: int) -> None:
+        """Raise UserError if inputs are so small that half of what is computed, or more, would be padding."""
+        side = max(height, width)
+        require(
+            self.multiple < 2 * side,
+            f"network.family={self.family}: these settings need sides that are multiples of {self.multiple}, far more "
+            f"than sides of {side}; change them",
+        )
+
+    def counted_layers(self, part: nn.Module) -> Iterable[nn.Module] | None:
+        """Return the layers of an encoder or decoder that multiply-adds count; None: all arithmetic counts.
+
+        A layer's output element takes one multiply-add for each weight of its output channel.
+        """
+        return None
+
+    def elements(self, height: int, width: int) -> int | None:
+        """Estimate the most elements of features held at a time in a call without gradients, per image; None: unknown."""
+        return None
+
+    def boxes(self, part: nn.Module) -> Sequence[Sequence[nn.Module]] | None:
+        """Return the modules in each box of a drawing of an encoder or decoder; None: blocks of one size share a box."""
+        return None
+
+    def notes(self, stage: int) -> list[str]:
+        """Return lines that a drawing writes at a stage."""
+        return []
+
+    def cautions(self) -> list[str]:
+        """Return warnings about settings that can be built but are likely to be mistakes."""
+        return []
+
+    @property
+    def alike(self) -> bool:
+        """Whether all decoders have the same settings."""
+        values = (getattr(self, name) for name in self.per_stage)
+        return all(len(set(value)) == 1 for value in values if value is not None)
+
+    def alone(self, stage: int, width: int) -> NetworkConfig:
+        """Return the settings of a network with one stage's decoder alone, at another width.
+
+        Raises:
+            UserError: if that width is not valid there.
+        """
+        given = {name: value for name in self.per_stage if (value := getattr(self, name)) is not None}
+        own: dict[str, Any] = {name: (value[stage],) for name, value in given.items()}
+        return dataclasses.replace(self, **{**own, "decoder_widths": (width,)})
+
+    def meanings(self) -> dict[str, object]:
+        """Return the settings, by key, that must be equal for the same weights to compute the same."""
+        common = {f.name for f in dataclasses.fields(NetworkConfig)}
+        others = common | {*self.per_stage, *self.in_shapes}
+        names = ("family", *(f.name for f in dataclasses.fields(self) if f.name not in others))
+        return {f"network.{name}": getattr(self, name) for name in names}

@@ -53,8 +53,8 @@ def _dpm(name: str, encoder: int, decoders: tuple[int, ...]) -> RunConfig:
     return RunConfig(
         name=name,
         data=DataConfig(source="", shape=(3, 32, 32)),
-        network=NetworkConfig(
-            family="ncsnpp",
+        network=NetworkConfig.of(
+            "ncsnpp",
             encoder_width=encoder,
             decoder_widths=decoders,
             channel_mult=(1, 2, 2, 2),
@@ -142,13 +142,15 @@ def cifar10_meme() -> RunConfig:
     base = _dpm("cifar10-meme", 128, (128,) * 4)
     return dataclasses.replace(
         base,
-        network=dataclasses.replace(
-            base.network,
-            family="meme",
+        network=NetworkConfig.of(
+            "meme",
+            decoder_widths=base.network.decoder_widths,
+            separate=True,
+            channel_mult=(1, 2, 2, 2),
             blocks_per_level=5,
             attention_factors=(1, 2, 4, 8),
             attention_shares=(0.125, 0.375, 0.625, 0.875),
-            separate=True,
+            dropout=base.network.dropout,
         ),
         stages=vp_stages((0.25, 0.5, 0.75), rule="uniform in t"),
         training=dataclasses.replace(base.training, steps=600_000, soft_intervals=(0.2, 0.6, 0.8, 0.9)),
@@ -163,8 +165,8 @@ def cifar10_edm() -> RunConfig:
     return RunConfig(
         name="cifar10-edm",
         data=DataConfig(source="", shape=(3, 32, 32)),
-        network=NetworkConfig(
-            family="ddpmpp",
+        network=NetworkConfig.of(
+            "ddpmpp",
             encoder_width=128,
             decoder_widths=(192, 128, 16),
             channel_mult=(2, 2, 2),
@@ -229,8 +231,8 @@ def _ldm(name: str, encoder: int, decoders: tuple[int, ...]) -> RunConfig:
         name=name,
         data=DataConfig(source="", shape=(3, 256, 256)),
         codec=CodecConfig(source="hf:CompVis/ldm-celebahq-256", subfolder="vqvae", scale=1.0, shape=(3, 64, 64)),
-        network=NetworkConfig(
-            family="ldm",
+        network=NetworkConfig.of(
+            "ldm",
             encoder_width=encoder,
             decoder_widths=decoders,
             channel_mult=(1, 2, 3, 4),

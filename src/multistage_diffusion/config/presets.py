@@ -26,8 +26,8 @@ def digits() -> RunConfig:
     return RunConfig(
         name="digits",
         data=DataConfig(source="digits", shape=(1, 8, 8)),
-        network=NetworkConfig(
-            family="ddpmpp",
+        network=NetworkConfig.of(
+            "ddpmpp",
             channels=1,
             encoder_width=16,
             decoder_widths=(32, 16, 16),
@@ -62,12 +62,14 @@ def fashion_mnist() -> RunConfig:
         base,
         name="fashion-mnist",
         data=DataConfig(source="fashion-mnist", shape=(1, 28, 28)),
-        network=dataclasses.replace(
-            base.network,
+        network=NetworkConfig.of(
+            "ddpmpp",
+            channels=1,
             encoder_width=32,
             decoder_widths=(48, 32, 16),
             channel_mult=(1, 2, 2),
             blocks_per_level=2,
+            attention_factors=(2,),
             dropout=0.1,
         ),
         optimizer=dataclasses.replace(base.optimizer, lr=1e-3, warmup_steps=1000),
@@ -95,8 +97,8 @@ def fashion_mnist_latent() -> RunConfig:
         name="fashion-mnist-latent",
         data=DataConfig(source="fashion-mnist", size=(32, 32), fit="pad", shape=(1, 32, 32)),
         codec=CodecConfig(shape=(4, 8, 8)),
-        network=NetworkConfig(
-            family="ldm",
+        network=NetworkConfig.of(
+            "ldm",
             channels=4,
             encoder_width=64,
             decoder_widths=(96, 64, 64),

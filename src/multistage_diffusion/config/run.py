@@ -306,7 +306,7 @@ class RunConfig:
     name: str = "custom"
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
-    network: NetworkConfig = field(default_factory=NetworkConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig.of)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     stages: Stages = field(default_factory=Stages)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -348,11 +348,11 @@ class RunConfig:
             f"sampling.threshold={self.sampling.threshold}: dynamic thresholding is of pixels, not of latents; set it to null",
         )
         if self.training.branch_at:
-            alike = (self.network.decoder_widths, self.network.decoder_attention, self.network.attention_shares)
             require(
-                all(len(set(values)) == 1 for values in alike if values is not None),
+                self.network.alike,
                 f"training.branch_at={self.training.branch_at} needs decoders that are alike, not of "
-                f"network.decoder_widths={list(self.network.decoder_widths)} (and attention); make them equal, or set it to 0",
+                f"network.decoder_widths={list(self.network.decoder_widths)}; make all that is set per stage equal, or set "
+                "it to 0",
             )
             require(
                 not self.training.init_from,

@@ -9,6 +9,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +18,33 @@ from ..files import to_dict as to_dict
 from ..reading import JSON_LIMIT, LINES_LIMIT, brief, parse_json, read_bytes, read_text
 from ..registry import Registry
 from ..schedules import PRIORS, SCHEDULES, NoiseSchedule, SigmaPrior
+from .network import DEFAULT_FAMILY, FAMILIES, NetworkConfig
 
 T = TypeVar("T")
 
-# abstract class -> its concrete classes by their `kind`
-_FAMILIES: dict[type, Registry[Any]] = {NoiseSchedule: SCHEDULES, SigmaPrior: PRIORS}
+
+@dataclass(frozen=True)
+class _Choice:
+    """How data name the concrete class of an abstract one.
+
+    Attributes:
+        key: the key of the data that names it; the class attribute of the same name is its value.
+        known: the concrete classes by name.
+        keeps: whether a changed choice keeps the values of keys that both classes have (`override`).
+        default: the name if the key is missing; empty: it must be there.
+    """
+
+    key: str
+    known: Mapping[str, type] | Registry[Any]
+    keeps: bool = False
+    default: str = ""
+
+
+_CHOICES: dict[type, _Choice] = {
+    NoiseSchedule: _Choice("kind", SCHEDULES),
+    SigmaPrior: _Choice("kind", PRIORS),
+    NetworkConfig: _Choice("family", FAMILIES, keeps=True, default=DEFAULT_FAMILY),
+}
 
 
 def from_dict(cls: type[T], data: Any, where: str = "") -> T:
@@ -35,33 +58,46 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     data = dict(data)
     cls = _concrete(cls, data, where)
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
-            raise UserError(f"{_join(where, key)}: unknown key{_suggest(key, list(fields))}")
+            raise UserError(f"{_join(where, key)}: unknown key{_stranger(key, cls) or _suggest(key, list(fields))}")
     for name, f in fields.items():
         if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise UserError(f"{_join(where, name)} is missing")
     return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in data.items()})
 
 
+def _choice(cls: type) -> _Choice | None:
+    """Return how data choose a class that is one of several."""
+    return next((choice for base, choice in _CHOICES.items() if issubclass(cls, base)), None)
+
+
 def _concrete(cls: type[T], data: dict[str, Any], where: str) -> type[T]:
-    """Remove the tag `kind` from a schedule's or prior's data and return the class it names."""
-    known: Registry[Any] | dict[str, type]
-    if cls in _FAMILIES:
-        known = _FAMILIES[cls]
-    elif issubclass(cls, tuple(_FAMILIES)):
-        own: Any = getattr(cls, "kind", None)
-        known = {own: cls}
-        data.setdefault("kind", own)
-    else:
-        return cls  # an ordinary field may be called `kind`
-    kind = data.pop("kind", None)
-    if not isinstance(kind, str) or kind not in known:
-        fault = " is missing" if kind is None else f"={brief(kind)} is unknown"
-        raise UserError(f"{_join(where, 'kind')}{fault}; choose one of {', '.join(known)}")
-    found: type[T] = known[kind]
+    """Remove the key that names a concrete class from data, and return that class."""
+    choice = _choice(cls)
+    if choice is None:
+        return cls  # an ordinary field may have the same name
+    name, known = choice.default, choice.known
+    if cls not in _CHOICES:
+        name = getattr(cls, choice.key)
+        known = {name: cls}
+    name = data.pop(choice.key, name or None)
+    if not isinstance(name, str) or name not in known:
+        fault = " is missing" if name is None else f"={brief(name)} is unknown"
+        raise UserError(f"{_join(where, choice.key)}{fault}; choose one of {', '.join(known)}")
+    found: type[T] = known[name]
     return found
+
+
+def _stranger(key: object, cls: type) -> str:
+    """Say which classes of the same choice have a key that a class has not; empty if none has."""
+    choice = _choice(cls)
+    if choice is None:
+        return ""
+    owners = [name for name in choice.known if key in {f.name for f in dataclasses.fields(choice.known[name])}]
+    own = getattr(cls, choice.key)
+    return f" of {choice.key} {own!r}; it is a setting of {', '.join(owners)}" if owners else ""
 
 
 def _join(where: str, key: object) -> str:
@@ -103,7 +139,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise UserError(f"{where}={brief(value)} must be a mapping")
         return dict(value)
-    if hint in _FAMILIES or dataclasses.is_dataclass(hint):
+    if hint in _CHOICES or dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         if not abs(value) <= sys.float_info.max:  # false for NaN and for integers beyond the largest float
@@ -120,25 +156,37 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def override(config: T, changes: Mapping[str, Any]) -> T:
     """Return a copy of a configuration with dotted keys changed, e.g. {"optimizer.lr": 1e-4}.
 
-    A new `kind` of schedule or prior starts from that kind's defaults; other keys may change it in the same call.
+    A new kind of schedule or prior starts from that kind's defaults. A new family of networks keeps the settings that both
+    families have and starts from its defaults for the others. Other keys may change them in the same call.
 
     Raises:
         UserError: for keys that do not exist and values of the wrong type.
     """
-    data = to_dict(config)
-    for dotted, value in sorted(changes.items(), key=lambda change: not change[0].endswith(".kind")):
+    data, keys = to_dict(config), {choice.key for choice in _CHOICES.values()}
+    for dotted, value in sorted(changes.items(), key=lambda change: change[0].rpartition(".")[2] not in keys):
         node, (*parents, last) = data, dotted.split(".")
         for depth, part in enumerate(parents):
             if not isinstance(node.get(part), dict):
                 fault = "has no keys" if part in node else f"is an unknown key{_suggest(part, list(node))}"
                 raise UserError(f"{dotted}: {'.'.join(parents[: depth + 1])} {fault}")
             node = node[part]
-        if last not in node and "kind" not in node:
+        if last not in node and not keys & node.keys():
             raise UserError(f"{dotted}: unknown key{_suggest(last, list(node))}")
-        if last == "kind" and node["kind"] != value and node["kind"] in (*SCHEDULES, *PRIORS):
-            node.clear()
+        _keep_common(node, last, value)
         node[last] = to_dict(value)
     return from_dict(type(config), data)
+
+
+def _keep_common(node: dict[str, Any], key: str, value: Any) -> None:
+    """Remove from the data of a class what does not hold for the class that a key is about to choose."""
+    for choice in _CHOICES.values():
+        if key == choice.key and node.get(key) in choice.known and node[key] != value:
+            common: set[str] = set()
+            if choice.keeps and isinstance(value, str) and value in choice.known:
+                common = {f.name for f in dataclasses.fields(choice.known[value])}
+            for name in node.keys() - common:
+                del node[name]
+            return
 
 
 def read_json(path: Path) -> Any:

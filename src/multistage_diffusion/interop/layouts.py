@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..config.network import GROUPS
 from ..errors import UserError
+from ..nets.blocks import GROUPS
 from ..reading import parse_json
 from .names import dotless, is_buffer
 from .published import Record, kind_of, read_pickle, read_torch, torch_bytes

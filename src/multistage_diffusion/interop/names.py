@@ -17,6 +17,10 @@ from torch import Tensor
 
 from ..config import NetworkConfig
 from ..errors import UserError
+from ..nets.ddpmpp import DDPMppConfig
+from ..nets.ldm import LDMConfig
+from ..nets.ncsnpp import NCSNppConfig
+from ..nets.unet import UNetConfig
 
 
 @dataclass(frozen=True)
@@ -79,20 +83,20 @@ def published_names(config: NetworkConfig, size: tuple[int, int]) -> dict[str, T
     Raises:
         UserError: if no published layout can represent the network.
     """
-    for name in ("separate", *(() if config.family == "ddpmpp" else ("num_classes", "augment_dim"))):
+    for name in ("separate", *(() if isinstance(config, DDPMppConfig) else ("num_classes", "augment_dim"))):
         if getattr(config, name):
             raise UserError(
                 f"network.{name}={getattr(config, name)}: the published layout of family {config.family!r} has no place for "
                 "it; this run cannot be exported"
             )
-    if config.family == "ncsnpp":
+    if isinstance(config, NCSNppConfig):
         return ncsnpp_names(config)
-    if config.family == "ldm":
+    if isinstance(config, LDMConfig):
         return ldm_names(config)
-    if config.family != "ddpmpp":
+    if not isinstance(config, DDPMppConfig):
         raise UserError(f"network.family={config.family!r} has no published layout; this run cannot be exported")
     height, width = size
-    if height != width or height % 2 ** (len(config.channel_mult) - 1):
+    if height != width or height % config.multiple:
         raise UserError(
             f"size={height} x {width}: EDM's names carry the resolution of square images, whole at each of the "
             f"{len(config.channel_mult)} levels; this run cannot be exported"
@@ -115,7 +119,7 @@ def _weight_and_bias(theirs: str, ours: str) -> Iterator[tuple[str, Target]]:
         yield f"{theirs}.{kind}", Target(f"{ours}.{kind}")
 
 
-def _widens(config: NetworkConfig, stage: int, i: int, j: int) -> bool:
+def _widens(config: UNetConfig, stage: int, i: int, j: int) -> bool:
     """Return whether a decoder block's input [h, skip] and output differ in width; then the block has a 1x1 skip.
 
     At the bottom of a decoder twice as wide as the encoder, the widths are equal.
@@ -132,7 +136,7 @@ def _widens(config: NetworkConfig, stage: int, i: int, j: int) -> bool:
 Module = tuple[str, Literal["plain", "block", "block+skip", "attention", "pyramid"]]
 
 
-def ncsnpp_names(config: NetworkConfig) -> dict[str, Target]:
+def ncsnpp_names(config: NCSNppConfig) -> dict[str, Target]:
     """Return {published name: ours} of an NCSN++ without class labels."""
     if len(config.decoder_widths) == 1:
         modules = itertools.chain(_ncsnpp_encoder_modules(config), _ncsnpp_decoder_modules(config, 0))
@@ -143,7 +147,7 @@ def ncsnpp_names(config: NetworkConfig) -> dict[str, Target]:
     return names
 
 
-def _ncsnpp_encoder_modules(config: NetworkConfig) -> Iterator[Module]:
+def _ncsnpp_encoder_modules(config: NCSNppConfig) -> Iterator[Module]:
     ours, width = "encoders.0", 1
     yield from ((f"{ours}.embedding.linear0", "plain"), (f"{ours}.embedding.linear1", "plain"))
     yield f"{ours}.conv_in", "plain"
@@ -161,7 +165,7 @@ def _ncsnpp_encoder_modules(config: NetworkConfig) -> Iterator[Module]:
     yield f"{ours}.bottom.block1", "block"
 
 
-def _ncsnpp_decoder_modules(config: NetworkConfig, stage: int) -> Iterator[Module]:
+def _ncsnpp_decoder_modules(config: NCSNppConfig, stage: int) -> Iterator[Module]:
     ours, levels = f"decoders.{stage}", len(config.channel_mult)
     for i in range(levels):
         block = ""
@@ -206,7 +210,7 @@ def _ncsnpp_attention(theirs: str, ours: str) -> Iterator[tuple[str, Target]]:
 # --- EDM's DDPM++: names contain the resolution; decoders are `model.decs.stage`, a single decoder is `model.dec`.
 
 
-def edm_names(config: NetworkConfig, resolution: int) -> dict[str, Target]:
+def edm_names(config: DDPMppConfig, resolution: int) -> dict[str, Target]:
     """Return {published name: ours} of an EDM network for square images of the given resolution."""
     names: dict[str, Target] = {}
     if config.num_classes:
@@ -222,7 +226,7 @@ def edm_names(config: NetworkConfig, resolution: int) -> dict[str, Target]:
     return names
 
 
-def _edm_encoder_blocks(config: NetworkConfig, resolution: int) -> Iterator[tuple[str, Target]]:
+def _edm_encoder_blocks(config: DDPMppConfig, resolution: int) -> Iterator[tuple[str, Target]]:
     width = 1
     for level, mult in enumerate(config.channel_mult):
         theirs, ours = f"model.enc.{resolution >> level}x{resolution >> level}", "encoders.0"
@@ -235,7 +239,7 @@ def _edm_encoder_blocks(config: NetworkConfig, resolution: int) -> Iterator[tupl
             width = mult
 
 
-def _edm_decoder(config: NetworkConfig, stage: int, resolution: int) -> Iterator[tuple[str, Target]]:
+def _edm_decoder(config: DDPMppConfig, stage: int, resolution: int) -> Iterator[tuple[str, Target]]:
     ours, levels, last = f"decoders.{stage}", len(config.channel_mult), config.blocks_per_level
     prefix = "model.dec" if len(config.decoder_widths) == 1 else f"model.decs.{stage}"
     for i in range(levels):
@@ -271,18 +275,18 @@ def _edm_block(theirs: str, ours: str, *, skip: bool = False, attention: bool = 
 # list of block, attention, resampling.
 
 
-def ldm_names(config: NetworkConfig) -> dict[str, Target]:
+def ldm_names(config: LDMConfig) -> dict[str, Target]:
     """Return {published name: ours} of an LDM U-Net without class labels."""
     names: dict[str, Target] = {}
     for i in (0, 1):
         names |= dict(_weight_and_bias(f"time_embed.{2 * i}", f"encoders.0.embedding.linear{i}"))
     names |= dict(_ldm_encoder(config))
-    for k, attention in enumerate(config.decoder_attention or [True] * len(config.decoder_widths)):
-        names |= dict(_ldm_decoder(config, k, attention))
+    for k in range(len(config.decoder_widths)):
+        names |= dict(_ldm_decoder(config, k, config.decoder_attends(k)))
     return names
 
 
-def _ldm_encoder(config: NetworkConfig) -> Iterator[tuple[str, Target]]:
+def _ldm_encoder(config: LDMConfig) -> Iterator[tuple[str, Target]]:
     entry, width = 0, 1
     yield from _weight_and_bias("input_blocks.0.0", "encoders.0.conv_in")
     for level, mult in enumerate(config.channel_mult):
@@ -301,7 +305,7 @@ def _ldm_encoder(config: NetworkConfig) -> Iterator[tuple[str, Target]]:
     yield from _ldm_block("middle_block.2", "encoders.0.middle.block1", skip=False)
 
 
-def _ldm_decoder(config: NetworkConfig, stage: int, attention: bool) -> Iterator[tuple[str, Target]]:
+def _ldm_decoder(config: LDMConfig, stage: int, attention: bool) -> Iterator[tuple[str, Target]]:
     ours, entry, levels = f"decoders.{stage}", 0, len(config.channel_mult)
     only = len(config.decoder_widths) == 1
     blocks, out = ("output_blocks", "out") if only else (f"de_modules.{stage}", f"outs.{stage}")

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.network import GROUPS, NetworkConfig
+from ..config import NetworkConfig
 from ..errors import UserError
-from ..nets import build_network
+from ..nets.blocks import GROUPS
+from ..nets.network import meta_network
 from .layouts import Family, Tensors
 from .names import convert_published, published_names, restore_published
 
@@ -39,7 +40,7 @@ def network_of(
         settings["head_channels"] = head_channels
     else:
         settings["norm_groups"] = norm_groups
-    return NetworkConfig(family=family, **settings)
+    return NetworkConfig.of(family, **settings)
 
 
 def resolution_of(tensors: Mapping[str, Tensor]) -> int:
@@ -89,8 +90,7 @@ def published_state(state: Mapping[str, Tensor], config: NetworkConfig, size: tu
 
 @lru_cache(maxsize=1)  # called for the model and for its EMA
 def _needed(config: NetworkConfig, size: tuple[int, int]) -> Tensors:
-    with torch.device("meta"):
-        return published_state(build_network(config).state_dict(), config, size)
+    return published_state(meta_network(config).state_dict(), config, size)
 
 
 class _Shapes:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..config.network import GROUPS, group_count
 from ..contracts import Conditioning
 from ..errors import UserError
+from .network import Block
 
+GROUPS = 16  # most groups of a GroupNorm, unless a network says otherwise
 SQRT_HALF = math.sqrt(0.5)
 TINY = 1e-5  # gain of layers that start near zero: the last convolutions and the attention output
 ATTENTION_GAIN = math.sqrt(0.2)  # for the fused C -> 3C layer: same bounds as gain sqrt(0.1) on three C -> C layers
@@ -35,25 +33,6 @@ class ImageConv(nn.Conv2d):
         return super().forward(x).contiguous(memory_format=self.memory_format)
 
 
-class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution.
-
-    On the CPU it is computed as a matrix product, because torch's convolution converts the maps to another layout and
-    back.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same maps as nn.Conv2d."""
-        if x.device.type != "cpu":
-            return super().forward(x)
-        assert self.bias is not None  # `conv` creates it
-        weight = self.weight.flatten(1)
-        if x.is_contiguous():
-            product = torch.baddbmm(self.bias[:, None], weight.expand(len(x), *weight.shape), x.flatten(2))
-            return product.view(len(x), -1, *x.shape[2:])
-        return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
-
-
 def conv(
     channels_in: int,
     channels_out: int,
@@ -62,10 +41,9 @@ def conv(
     *,
     stride: int = 1,
     pad: bool = True,
-    kind: type[nn.Conv2d] | None = None,
+    kind: type[nn.Conv2d] = nn.Conv2d,
 ) -> nn.Conv2d:
     """Return a convolution with Xavier-uniform weights times gain and zero biases; `pad` pads by kernel // 2."""
-    kind = kind or (PointwiseConv if kernel == 1 else nn.Conv2d)
     layer = kind(channels_in, channels_out, kernel, stride, padding=kernel // 2 if pad else 0)
     _initialise(layer.weight, layer.bias, gain)
     return layer
@@ -94,55 +72,20 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, ...) to the same shape."""
-        if x.is_meta:  # FLOPs are counted on meta; PyTorch takes milliseconds to infer this shape
-            return torch.empty_like(x)
         if x.dtype == self.weight.dtype:
             return super().forward(x)
         with _no_autocast(x.device):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+def group_count(channels: int, most: int = GROUPS) -> int:
+    """Return the groups of a GroupNorm of the pixel families: min(channels // 4, most)."""
+    return min(channels // 4, most)
+
+
 def group_norm(channels: int, most: int = GROUPS) -> GroupNorm:
     """Return GroupNorm with min(channels // 4, most) groups and eps 1e-6."""
     return GroupNorm(group_count(channels, most), channels, eps=1e-6)
-
-
-_masks: ContextVar[torch.Generator | None] = ContextVar("masks", default=None)
-
-
-@contextmanager
-def masks_from(generator: torch.Generator) -> Iterator[None]:
-    """Draw CPU dropout masks in this thread from `generator`.
-
-    Threads that share torch's global generator draw from it in an undefined order.
-    """
-    before = _masks.set(generator)
-    try:
-        yield
-    finally:
-        _masks.reset(before)
-
-
-def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Zero random entries during training and scale the others up to keep the mean.
-
-    torch draws a CPU mask on one thread with 64 random bits per entry, which takes up to a tenth of a training step.
-    This function draws 16 bits per entry, so the probability is rounded to a multiple of 2^-16.
-
-    Args:
-        x: any shape.
-        probability: in [0, 1).
-        training: if false, x is returned unchanged.
-    """
-    if not training or probability == 0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, probability)
-    dropped = min(round(probability * 2**16), 2**16 - 1)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=_masks.get())
-    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-    kept = torch.ge(bits, dropped - 2**15, out=torch.empty_like(x))
-    return x * kept.div_(1 - dropped / 2**16)
 
 
 def sinusoids(noise: Tensor, width: int) -> Tensor:
@@ -304,23 +247,6 @@ class Attention(nn.Module):
         return out
 
 
-class Block(nn.Module):
-    """A block (x, emb) -> h that supports gradient checkpointing."""
-
-    recompute = False  # whether the backward pass recomputes the block instead of storing its activations
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Map features (B, C, H, W) and the activated embedding (B, emb) to features."""
-        if self.recompute and self.training and torch.is_grad_enabled():
-            h: Tensor = checkpoint(self.compute, x, emb, use_reentrant=False)
-            return h
-        return self.compute(x, emb)
-
-    @abstractmethod
-    def compute(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Compute what `forward` returns."""
-
-
 class ResidualBlock(Block):
     """Residual block with two 3x3 convolutions, each after GroupNorm and SiLU, and optional attention at the end.
 
@@ -341,7 +267,7 @@ class ResidualBlock(Block):
         groups: int = GROUPS,
     ) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
         self.resample = resample
         self.norm0 = group_norm(channels_in, groups)
         self.conv0 = conv(channels_in, channels_out)
@@ -358,7 +284,7 @@ class ResidualBlock(Block):
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = self.conv0(h).add_(self.affine(emb)[:, :, None, None])
-        h = self.conv1(dropout(F.silu(self.norm1(h)), self.dropout, self.training))
+        h = self.conv1(self.dropout(F.silu(self.norm1(h))))
         if self.skip is not None:
             x = self.skip(x)
         out: Tensor = h.add_(x).mul_(SQRT_HALF)

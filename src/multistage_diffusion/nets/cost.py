@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import NetworkConfig
 from ..errors import UserError
-from . import MultiDecoderUNet, build_network
-from .blocks import Attention
-from .ncsnpp import PyramidStep
+from .network import MultiDecoderNetwork, meta_network, meta_run, tensors_in
 
 BACKWARD = 2  # backward FLOPs over forward FLOPs: a layer computes gradients of its input and of its weights
 
@@ -27,10 +25,8 @@ class StageCost:
     Attributes:
         stage: 1 for the lowest noise.
         parameters: of encoder and decoder.
-        multiply_adds: in the paper's convention, which counts 2-d convolutions only. NCSN++: without the 1x1
-            projections of attention and without the pyramid's convolutions. DDPM++: all, including projections. LDM:
-            without projections. MEME (the paper gives no rule): all, including the 1x1 convolutions of mixers and of
-            their attention.
+        multiply_adds: as the family's publications count them (`NetworkConfig.counted_layers`); the paper counts 2-d
+            convolutions only. All, if the family says nothing.
         true_flops: 2 per multiply-add, for convolutions, FIR filters, linear layers and attention products.
     """
 
@@ -57,24 +53,22 @@ def network_cost(config: NetworkConfig, height: int, width: int) -> NetworkCost:
 
     If the network pads this size, the padded size is counted.
     """
-    with torch.device("meta"):
-        network = build_network(config).eval()
-    encoder_adds, encoder_flops, stages = 0, 0, []
+    network, shared, stages = meta_network(config), _Count(), []
     for index in range(len(config.decoder_widths)):
-        flops, encoder_flops, encoder_adds, decoder_adds = _count_stage(network, index, height, width)
-        encoder = network.encoders[index if config.separate else 0]
+        encoder, decoder = _count_stage(network, index, height, width)
+        shared = _Count() if config.separate else encoder
         stages.append(
             StageCost(
                 stage=index + 1,
-                parameters=_parameters(encoder) + _parameters(network.decoders[index]),
-                multiply_adds=encoder_adds + decoder_adds,
-                true_flops=flops,
+                parameters=encoder.parameters + decoder.parameters,
+                multiply_adds=encoder.multiply_adds + decoder.multiply_adds,
+                true_flops=encoder.flops + decoder.flops,
             )
         )
     return NetworkCost(
-        shared_parameters=0 if config.separate else _parameters(network.encoders[0]),
-        shared_multiply_adds=0 if config.separate else encoder_adds,
-        shared_true_flops=0 if config.separate else encoder_flops,
+        shared_parameters=shared.parameters,
+        shared_multiply_adds=shared.multiply_adds,
+        shared_true_flops=shared.flops,
         total_parameters=_parameters(network),
         stages=tuple(stages),
     )
@@ -98,30 +92,73 @@ def weighted_multiply_adds(cost: NetworkCost, weights: Sequence[float]) -> float
     return total / sum(weights)
 
 
+@functools.lru_cache(maxsize=64)
+def feature_elements(config: NetworkConfig, height: int, width: int) -> int:
+    """Estimate the most elements of features held at a time in a call without gradients, per image, for the largest stage.
+
+    A decoder needs the encoder's whole result. Beside it, a layer holds its input and output, and the block around it
+    about as much again.
+    """
+    known = config.elements(height, width)
+    if known is not None:
+        return known
+    network = meta_network(config)
+    waiting, working = [0], [0]
+
+    def result(_: nn.Module, inputs: Any, output: Any) -> None:
+        waiting.append(_numel(output))
+
+    def layer(_: nn.Module, inputs: Any, output: Any) -> None:
+        working.append(2 * _numel(inputs) + 4 * _numel(output))
+
+    for encoder in network.encoders:
+        encoder.register_forward_hook(result)
+    for module in network.modules():
+        if not any(module.children()):
+            module.register_forward_hook(layer)
+    for stage in range(len(network.decoders)):
+        meta_run(network, height, width, _only(stage, network))
+    return max(waiting) + max(working)
+
+
+def _numel(value: object) -> int:
+    return sum(tensor.numel() for tensor in tensors_in(value))
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Counts of an encoder or a decoder for one image."""
+
+    parameters: int = 0
+    multiply_adds: int = 0
+    flops: int = 0
+
+
 def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _count_stage(network: MultiDecoderUNet, stage: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """Return (total true FLOPs, encoder's true FLOPs, encoder's multiply-adds, decoder's multiply-adds) of one image.
+def _count_stage(network: MultiDecoderNetwork, stage: int, height: int, width: int) -> tuple[_Count, _Count]:
+    """Return the counts of a stage's encoder and decoder."""
+    config, place = network.config, stage if network.config.separate else 0
+    encoder, decoder, flops = network.encoders[place], network.decoders[stage], FlopCounterMode(display=False)
+    with _counted(config.counted_layers(encoder)) as above, _counted(config.counted_layers(decoder)) as below, flops:
+        meta_run(network, height, width, _only(stage, network))
+    own = sum(flops.get_flop_counts()[f"{type(network).__name__}.encoders.{place}"].values())
+    return _count(encoder, above, own), _count(decoder, below, flops.get_total_flops() - own)
 
-    Multiply-adds follow the paper's convention.
-    """
-    x = torch.empty(1, network.config.channels, height, width, device="meta")
-    noise = torch.empty(1, device="meta")
-    counts = [int(k == stage) for k in range(len(network.decoders))]
-    family, flop_counter = network.config.family, FlopCounterMode(display=False)
-    count_encoder, count_decoder = _counted(network.encoders, family), _counted(network.decoders, family)
-    with count_encoder as encoder, count_decoder as decoder, torch.no_grad(), flop_counter:
-        network(x, noise, counts)
-    own = f"{type(network).__name__}.encoders.{stage if network.config.separate else 0}"
-    encoder_flops = sum(flop_counter.get_flop_counts()[own].values())
-    return flop_counter.get_total_flops(), encoder_flops, sum(encoder), sum(decoder)
+
+def _only(stage: int, network: MultiDecoderNetwork) -> list[int]:
+    return [int(k == stage) for k in range(len(network.decoders))]
+
+
+def _count(part: nn.Module, multiply_adds: list[int] | None, flops: int) -> _Count:
+    return _Count(_parameters(part), flops // 2 if multiply_adds is None else sum(multiply_adds), flops)
 
 
 @contextmanager
-def _counted(part: nn.Module, family: str) -> Iterator[list[int]]:
-    """Yield a list that collects the multiply-adds of the counted layers of `part` as they run."""
+def _counted(layers: Iterable[nn.Module] | None) -> Iterator[list[int] | None]:
+    """Yield a list that collects the multiply-adds of the layers as they run; None for None."""
     counted: list[int] = []
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -129,20 +166,9 @@ def _counted(part: nn.Module, family: str) -> Iterator[list[int]]:
         # Each output element takes one multiply-add per weight of its output channel.
         counted.append(output.numel() * layer.weight[0].numel())
 
-    hooks = [layer.register_forward_hook(note) for layer in _counted_layers(part, family)]
+    hooks = [layer.register_forward_hook(note) for layer in layers or ()]
     try:
-        yield counted
+        yield None if layers is None else counted
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _counted_layers(part: nn.Module, family: str) -> Iterator[nn.Module]:
-    """Yield the layers that the paper's convention counts (the linear layers of attention are 1x1 convolutions)."""
-    for child in part.children():
-        if isinstance(child, Attention):
-            yield from (child.qkv, child.proj) if family == "ddpmpp" else ()
-        elif isinstance(child, nn.Conv2d):
-            yield child
-        elif not isinstance(child, PyramidStep):
-            yield from _counted_layers(child, family)

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..config import NetworkConfig
+from ..config.network import FAMILIES
 from ..contracts import Conditioning
-from .blocks import Bottom, BoxDown, BoxUp
-from .unet import Decoder, Encoded, Encoder
+from .blocks import Attention, Bottom, BoxDown, BoxUp
+from .network import Encoded
+from .song import Decoder, Encoder, SongUNetConfig
+
+
+@FAMILIES.add("ddpmpp")
+@dataclass(frozen=True, kw_only=True)
+class DDPMppConfig(SongUNetConfig):
+    """Settings of a DDPM++."""
+
+    title: ClassVar[str] = "DDPM++"
+
+    def encoder(self, stage: int, width: int) -> nn.Module:
+        """Build the encoder of a stage."""
+        return DDPMppEncoder(self, width, down=BoxDown)
+
+    def decoder(self, stage: int, encoder_width: int) -> nn.Module:
+        """Build the decoder of a stage."""
+        return DDPMppDecoder(self, stage, encoder_width)
+
+    def counted_layers(self, part: nn.Module) -> Iterable[nn.Module]:
+        """Return the 2-d convolutions and the projections of attention: EDM's code has them as 1x1 convolutions."""
+        attention = [module for module in part.modules() if isinstance(module, Attention)]
+        return [*super().counted_layers(part), *(layer for a in attention for layer in (a.qkv, a.proj))]
 
 
 class DDPMppEncoder(Encoder):
     """Levels of blocks, connected by down blocks."""
-
-    def __init__(self, config: NetworkConfig, stage: int, width: int) -> None:
-        super().__init__(config, width, down=BoxDown)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Encoded:
         """Encode x (B, C, H, W), already multiplied by c_in, at noise = c_noise = ln(sigma) / 4 (B,)."""
@@ -32,7 +53,7 @@ class DDPMppEncoder(Encoder):
 class DDPMppDecoder(Decoder):
     """Two bottom blocks with the encoder's width, then the plain decoder."""
 
-    def __init__(self, config: NetworkConfig, stage: int, encoder_width: int) -> None:
+    def __init__(self, config: DDPMppConfig, stage: int, encoder_width: int) -> None:
         super().__init__(config, stage, encoder_width, up=BoxUp)
         self.bottom = Bottom(
             encoder_width * config.channel_mult[-1], 4 * encoder_width, config.dropout, config.norm_groups

@@ -6,20 +6,87 @@ Source: Rombach et al. 2022, "High-resolution image synthesis with latent diffus
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.network import LDM_GROUPS, NetworkConfig
+from ..config.network import FAMILIES
 from ..contracts import Conditioning
-from .blocks import Block, BoxUp, GroupNorm, ImageConv, NoiseEmbedding, conv, dropout, linear
-from .unet import Encoded, attends, skip_widths
+from ..errors import require
+from .blocks import BoxUp, GroupNorm, ImageConv, NoiseEmbedding, conv, linear
+from .network import Block, Encoded
+from .unet import UNetConfig
+
+GROUPS = 32  # groups of every GroupNorm
+
+
+@FAMILIES.add("ldm")
+@dataclass(frozen=True, kw_only=True)
+class LDMConfig(UNetConfig):
+    """Settings of the U-Net of latent diffusion; widths must be multiples of 32, the groups of its GroupNorms.
+
+    Attributes:
+        head_channels: channels of an attention head; it must divide every width that attends (32 always does).
+        decoder_attention: per stage, whether its decoder has attention, as in the published networks; None: all have.
+    """
+
+    head_channels: int = 32
+    decoder_attention: tuple[bool, ...] | None = None
+
+    title: ClassVar[str] = "LDM U-Net"
+    per_stage: ClassVar[tuple[str, ...]] = (*UNetConfig.per_stage, "decoder_attention")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.head_channels > 0, f"network.head_channels={self.head_channels} must be positive")
+        mults = [mult for level, mult in enumerate(self.channel_mult) if self.attends(level)]
+        # The middle of an encoder always has attention.
+        attended = [width * mult for width in self.encoder_widths for mult in (*mults, self.channel_mult[-1])]
+        for stage, width in enumerate(self.decoder_widths):
+            attended += [width * mult for mult in mults if self.decoder_attends(stage)]
+        for channels in attended:
+            require(
+                channels % self.head_channels == 0,
+                f"network.head_channels={self.head_channels} does not divide {channels} channels that attend; use 32",
+            )
+
+    @property
+    def most_groups(self) -> int:
+        """32."""
+        return GROUPS
+
+    def groups(self, channels: int) -> int:
+        """Return 32."""
+        return GROUPS
+
+    def decoder_attends(self, stage: int) -> bool:
+        """Return whether the decoder of a stage has attention."""
+        return self.decoder_attention is None or self.decoder_attention[stage]
+
+    def encoder(self, stage: int, width: int) -> nn.Module:
+        """Build the encoder of a stage."""
+        return LDMEncoder(self, width)
+
+    def decoder(self, stage: int, encoder_width: int) -> nn.Module:
+        """Build the decoder of a stage."""
+        return LDMDecoder(self, stage, encoder_width)
+
+    def cautions(self) -> list[str]:
+        """Warn of GroupNorms of one channel per group, which erase what blocks add for noise and class."""
+        if GROUPS not in (width * mult for width in self.decoder_widths for mult in self.channel_mult):
+            return []
+        return [
+            f"network.family=ldm with {GROUPS} channels at a level: GroupNorm in {GROUPS} groups then erases what the "
+            f"network is told of noise and class; use at least {2 * GROUPS}"
+        ]
 
 
 def group_norm32(channels: int) -> GroupNorm:
     """Return GroupNorm with 32 groups and eps 1e-5."""
-    return GroupNorm(LDM_GROUPS, channels, eps=1e-5)
+    return GroupNorm(GROUPS, channels, eps=1e-5)
 
 
 def cosines_first(noise: Tensor, width: int) -> Tensor:
@@ -64,7 +131,7 @@ class LDMBlock(Block):
         self, channels_in: int, channels_out: int, emb: int, dropout: float, head_channels: int | None = None
     ) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
         self.norm0 = group_norm32(channels_in)
         self.conv0 = conv(channels_in, channels_out)
         self.affine = linear(emb, channels_out)
@@ -76,7 +143,7 @@ class LDMBlock(Block):
     def compute(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map (B, channels_in, H, W) and the activated embedding (B, emb) to (B, channels_out, H, W)."""
         h = self.conv0(F.silu(self.norm0(x))) + self.affine(emb)[:, :, None, None]
-        h = self.conv1(dropout(F.silu(self.norm1(h)), self.dropout, self.training))
+        h = self.conv1(self.dropout(F.silu(self.norm1(h))))
         if self.skip is not None:
             x = self.skip(x)
         out: Tensor = x + h
@@ -88,7 +155,7 @@ class LDMBlock(Block):
 class Middle(nn.Module):
     """A block, attention and a block at the lowest resolution."""
 
-    def __init__(self, config: NetworkConfig, channels: int, emb: int) -> None:
+    def __init__(self, config: LDMConfig, channels: int, emb: int) -> None:
         super().__init__()
         self.block0 = LDMBlock(channels, channels, emb, config.dropout, config.head_channels)
         self.block1 = LDMBlock(channels, channels, emb, config.dropout)
@@ -102,7 +169,7 @@ class Middle(nn.Module):
 class LDMEncoder(nn.Module):
     """Embedding, input convolution, blocks per level, stride-2 convolutions between levels, and the middle."""
 
-    def __init__(self, config: NetworkConfig, stage: int, width: int) -> None:
+    def __init__(self, config: LDMConfig, width: int) -> None:
         super().__init__()
         emb, widths = 4 * width, [width * mult for mult in config.channel_mult]
         self.embedding = NoiseEmbedding(width, config.num_classes, config.augment_dim, features=cosines_first)
@@ -110,7 +177,7 @@ class LDMEncoder(nn.Module):
         self.downs = nn.ModuleList(conv(w, w, stride=2) for w in widths[:-1])
         self.levels = nn.ModuleList()
         for level, (before, after) in enumerate(zip([width, *widths], widths, strict=False)):
-            heads = config.head_channels if attends(config, level) else None
+            heads = config.head_channels if config.attends(level) else None
             inputs = [before] + [after] * (config.blocks_per_level - 1)
             self.levels.append(nn.ModuleList(LDMBlock(w, after, emb, config.dropout, heads) for w in inputs))
         self.middle = Middle(config, widths[-1], emb)
@@ -135,15 +202,15 @@ class LDMDecoder(nn.Module):
     `config.attention_factors` every block has attention, unless `config.decoder_attention` disables it for this stage.
     """
 
-    def __init__(self, config: NetworkConfig, stage: int, encoder_width: int) -> None:
+    def __init__(self, config: LDMConfig, stage: int, encoder_width: int) -> None:
         super().__init__()
         emb, mults, width = 4 * encoder_width, config.channel_mult, config.decoder_widths[stage]
-        attention = config.decoder_attention is None or config.decoder_attention[stage]
-        skips = skip_widths(config, encoder_width)
+        attention = config.decoder_attends(stage)
+        skips = config.skip_widths(encoder_width)
         before = encoder_width * mults[-1]
         self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
         for level, mult in reversed(list(enumerate(mults))):
-            heads = config.head_channels if attention and attends(config, level) else None
+            heads = config.head_channels if attention and config.attends(level) else None
             blocks = nn.ModuleList()
             for _ in range(config.blocks_per_level + 1):
                 blocks.append(LDMBlock(before + skips.pop(), width * mult, emb, config.dropout, heads))

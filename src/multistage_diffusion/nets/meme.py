@@ -14,14 +14,67 @@ on a map pooled 2x2 at full resolution, and on the unpooled map at lower resolut
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import NetworkConfig
+from ..config.network import FAMILIES
 from ..contracts import Conditioning
+from ..errors import require
 from .blocks import SQRT_HALF, TINY, BoxDown, BoxUp, ImageConv, NoiseEmbedding, ResidualBlock, conv, group_norm
-from .unet import Encoded, attends, skip_widths
+from .network import Block, Encoded
+from .unet import UNetConfig
+
+
+@FAMILIES.add("meme")
+@dataclass(frozen=True, kw_only=True)
+class MEMEConfig(UNetConfig):
+    """Settings of MEME's experts, which need network.separate=true; at attention_factors their blocks have mixers.
+
+    The paper counts 2-d convolutions; it gives no rule for mixers, whose 1x1 convolutions, also of attention, count here.
+
+    Attributes:
+        attention_shares: per stage, the share of a mixer's channels that attention mixes, such as
+            (0.125, 0.375, 0.625, 0.875); convolution mixes the others.
+    """
+
+    attention_shares: tuple[float, ...] | None = None
+
+    title: ClassVar[str] = "MEME's iU-Net"
+    per_stage: ClassVar[tuple[str, ...]] = (*UNetConfig.per_stage, "attention_shares")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stages, shares = len(self.decoder_widths), self.attention_shares
+        require(
+            self.separate or stages == 1,
+            f"network.separate={self.separate}: the {stages} experts of network.family=meme share nothing; set it to true",
+        )
+        require(
+            shares is not None and all(0 <= share <= 1 for share in shares),
+            f"network.attention_shares={shares and list(shares)} needs a number in [0, 1] for each of the {stages} stages: "
+            "the share of channels that attend",
+        )
+
+    def share(self, stage: int) -> float:
+        """Return the share of channels that attention mixes."""
+        assert self.attention_shares is not None
+        return self.attention_shares[stage]
+
+    def encoder(self, stage: int, width: int) -> nn.Module:
+        """Build the encoder of a stage."""
+        return MEMEEncoder(self, stage, width)
+
+    def decoder(self, stage: int, encoder_width: int) -> nn.Module:
+        """Build the decoder of a stage."""
+        return MEMEDecoder(self, stage, encoder_width)
+
+    def notes(self, stage: int) -> list[str]:
+        """Return the share of attention."""
+        return [f"attention: {100 * self.share(stage):.3g} % of channels"]
 
 
 def depthwise(channels: int) -> nn.Conv2d:
@@ -90,7 +143,7 @@ class InceptionMixer(nn.Module):
         return out
 
 
-class MEMEBlock(nn.Module):
+class MEMEBlock(Block):
     """A residual block, followed by GroupNorm, a mixer and (x + h) / sqrt(2) if `share` is given."""
 
     def __init__(
@@ -102,18 +155,15 @@ class MEMEBlock(nn.Module):
             None if share is None else nn.Sequential(group_norm(channels), InceptionMixer(channels, share, pool))
         )
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def compute(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map (B, channels_in, H, W) and the activated embedding (B, emb) to (B, channels, H, W)."""
         h: Tensor = self.block(x, emb)
         return h if self.mixer is None else (h + self.mixer(h)).mul_(SQRT_HALF)
 
 
-def level_blocks(
-    config: NetworkConfig, stage: int, level: int, inputs: list[int], width: int, emb: int
-) -> nn.ModuleList:
+def level_blocks(config: MEMEConfig, stage: int, level: int, inputs: list[int], width: int, emb: int) -> nn.ModuleList:
     """Return an expert's blocks at a level: one per entry of `inputs` (input channels), with `width` outputs."""
-    assert config.attention_shares is not None
-    share = config.attention_shares[stage] if attends(config, level) else None
+    share = config.share(stage) if config.attends(level) else None
     return nn.ModuleList(MEMEBlock(w, width, emb, config.dropout, share, pool_size(level)) for w in inputs)
 
 
@@ -128,9 +178,8 @@ class MEMEEncoder(nn.Module):
     The first bottom block always has a mixer.
     """
 
-    def __init__(self, config: NetworkConfig, stage: int, width: int) -> None:
+    def __init__(self, config: MEMEConfig, stage: int, width: int) -> None:
         super().__init__()
-        assert config.attention_shares is not None
         emb, widths = 4 * width, [width * mult for mult in config.channel_mult]
         self.embedding = NoiseEmbedding(width, config.num_classes, config.augment_dim)
         self.conv_in = conv(config.channels, width, kind=ImageConv)
@@ -139,7 +188,7 @@ class MEMEEncoder(nn.Module):
         for level, (before, after) in enumerate(zip([width, *widths], widths, strict=False)):
             inputs = [before] + [after] * (config.blocks_per_level - 1)
             self.levels.append(level_blocks(config, stage, level, inputs, after, emb))
-        share, pool = config.attention_shares[stage], pool_size(len(widths) - 1)
+        share, pool = config.share(stage), pool_size(len(widths) - 1)
         self.bottom0 = MEMEBlock(widths[-1], widths[-1], emb, config.dropout, share, pool)
         self.bottom1 = MEMEBlock(widths[-1], widths[-1], emb, config.dropout)
 
@@ -160,10 +209,10 @@ class MEMEEncoder(nn.Module):
 class MEMEDecoder(nn.Module):
     """Blocks on [h, skip] per level, up blocks between levels, then GroupNorm, SiLU and a convolution."""
 
-    def __init__(self, config: NetworkConfig, stage: int, encoder_width: int) -> None:
+    def __init__(self, config: MEMEConfig, stage: int, encoder_width: int) -> None:
         super().__init__()
         emb, mults, width = 4 * encoder_width, config.channel_mult, config.decoder_widths[stage]
-        skips = skip_widths(config, encoder_width)
+        skips = config.skip_widths(encoder_width)
         before = encoder_width * mults[-1]
         self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
         for level, mult in reversed(list(enumerate(mults))):

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
 from torch import Tensor, nn
 
-from ..config import NetworkConfig
+from ..config.network import FAMILIES
 from ..contracts import Conditioning
 from .blocks import SQRT_HALF, Bottom, FIRDown, FIRUp, ImageConv, conv
-from .unet import Decoder, Encoded, Encoder
+from .network import Encoded
+from .song import Decoder, Encoder, SongUNetConfig
+
+
+@FAMILIES.add("ncsnpp")
+@dataclass(frozen=True, kw_only=True)
+class NCSNppConfig(SongUNetConfig):
+    """Settings of an NCSN++."""
+
+    title: ClassVar[str] = "NCSN++"
+
+    def encoder(self, stage: int, width: int) -> nn.Module:
+        """Build the encoder of a stage."""
+        return NCSNppEncoder(self, width)
+
+    def decoder(self, stage: int, encoder_width: int) -> nn.Module:
+        """Build the decoder of a stage."""
+        return Decoder(self, stage, encoder_width, up=FIRUp)
+
+    def counted_layers(self, part: nn.Module) -> Iterable[nn.Module]:
+        """Return the 2-d convolutions but those of the pyramid, and no projections of attention, as the paper counts."""
+        pyramid = [step.conv for step in part.modules() if isinstance(step, PyramidStep)]
+        return [layer for layer in super().counted_layers(part) if layer not in pyramid]
 
 
 class NCSNppEncoder(Encoder):
     """Adds the filtered image after each down block; includes the two bottom blocks with attention."""
 
-    def __init__(self, config: NetworkConfig, stage: int, width: int) -> None:
+    def __init__(self, config: NCSNppConfig, width: int) -> None:
         super().__init__(config, width, down=FIRDown)
         widths = [width * mult for mult in config.channel_mult]
         self.pyramid = nn.ModuleList(
@@ -46,10 +72,3 @@ class PyramidStep(nn.Module):
         """Map (B, channels_in, H, W) to (B, channels_out, H / 2, W / 2)."""
         out: Tensor = self.conv(self.filter(x))
         return out
-
-
-class NCSNppDecoder(Decoder):
-    """The plain decoder with FIR resampling."""
-
-    def __init__(self, config: NetworkConfig, stage: int, encoder_width: int) -> None:
-        super().__init__(config, stage, encoder_width, up=FIRUp)

@@ -13,6 +13,7 @@ import torch
 from ..config import RunConfig
 from ..config.serialization import from_dict, to_dict
 from ..distributed import World
+from ..errors import UserError
 from .devices import clock, device_name
 from .execution import Execution
 from .offload import free_memory
@@ -115,7 +116,7 @@ def choose(
                 start = clock(device)
                 passes()
                 taken.append(clock(device) - start)
-        except RuntimeError:  # out of memory, or no compiler
+        except (RuntimeError, UserError):  # out of memory, no compiler, or no blocks to compile
             if way == plain or world.size > 1:
                 raise
             return [math.inf]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..config.execution import ExecutionConfig
 from ..contracts import Conditioning
 from ..errors import UserError
-from ..nets.blocks import Block, ImageConv
-from ..nets.unet import MultiDecoderUNet
+from ..nets import MultiDecoderNetwork
+from ..nets.blocks import ImageConv
+from ..nets.network import blocks_of
 
 WARM_UPS = 3  # passes before graph capture, in which kernels are selected
 
@@ -58,8 +59,15 @@ def settled(settings: ExecutionConfig) -> Execution:
 
 
 def execute(network: nn.Module, execution: Execution) -> None:
-    """Apply memory format, compilation and recomputation to a network; the caller handles CUDA graphs and threads."""
-    blocks = [module for module in network.modules() if isinstance(module, Block)]
+    """Apply memory format, compilation and recomputation to a network; the caller handles CUDA graphs and threads.
+
+    Raises:
+        UserError: if blocks are to be recomputed or compiled, and the network has none.
+    """
+    blocks = list(blocks_of(network))
+    for name in ("recompute", "compile"):
+        if getattr(execution, name) and not blocks:
+            raise UserError(f"execution.{name}=True: this family of networks has no blocks for that; set it to false")
     if execution.compile:  # blocks share compiled code; every shape is compiled separately
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(blocks))
     for block in blocks:
@@ -83,12 +91,12 @@ class Graphs:
         network: on a CUDA device, without hooks on the network itself.
     """
 
-    def __init__(self, network: MultiDecoderUNet) -> None:
+    def __init__(self, network: MultiDecoderNetwork) -> None:
         self.network = network
         self._recorded: dict[object, Callable[..., Tensor]] = {}
 
     def __call__(self, x: Tensor, noise: Tensor, counts: Sequence[int], cond: Conditioning | None = None) -> Tensor:
-        """Return the network's output, see `MultiDecoderUNet.forward`; the first call of a kind captures its graph."""
+        """Return the network's output, see `MultiDecoderNetwork.forward`; the first call of a kind captures its graph."""
         cond = cond or Conditioning()
         given = {"labels": cond.labels, "augment": cond.augment}
         inputs = [x, noise, *(tensor for tensor in given.values() if tensor is not None)]
@@ -113,7 +121,7 @@ class Graphs:
 class _Call(nn.Module):
     """The call of a network as a function of tensors only."""
 
-    def __init__(self, network: MultiDecoderUNet, counts: tuple[int, ...], given: Sequence[str]) -> None:
+    def __init__(self, network: MultiDecoderNetwork, counts: tuple[int, ...], given: Sequence[str]) -> None:
         super().__init__()
         self.network, self.counts, self.given = network, counts, given
         self.training = network.training

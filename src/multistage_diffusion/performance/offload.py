@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..config import NetworkConfig, RunConfig
 from ..memory import available_memory, require_memory
-from ..nets.unet import MultiDecoderUNet
+from ..nets import MultiDecoderNetwork
+from ..nets.cost import feature_elements
 
 MOST = {"cpu": 256, "cuda": 1024}  # batch size above which sampling gets no faster
 SHARE = 0.6  # share of the free memory that a call may use; the rest is headroom for the allocator
@@ -30,7 +31,7 @@ class OneStageAtATime:
         stage: index of the stage on the device, initially None.
     """
 
-    def __init__(self, network: MultiDecoderUNet, device: torch.device) -> None:
+    def __init__(self, network: MultiDecoderNetwork, device: torch.device) -> None:
         self.device = device
         self.stage: int | None = None
         self._parts: list[list[nn.Module]] = []
@@ -80,23 +81,8 @@ def images_at_once(
 
 
 def call_memory(network: NetworkConfig, shape: Sequence[int]) -> int:
-    """Estimate the peak bytes of feature maps per image of a float32 call without gradients, for the largest stage.
-
-    The peak consists of all encoder maps, which a decoder needs later, and the working set of one block: its input, in
-    some blocks concatenated with a skip, and a few maps of its own.
-    """
-    mults, most = network.channel_mult, 0.0
-    areas = [shape[1] * shape[2] / 4**level for level in range(len(mults))]
-    for stage, decoder in enumerate(network.decoder_widths):
-        encoder = network.decoder_widths[stage] if network.separate else network.encoder_width
-        waiting = sum((network.blocks_per_level + 1) * encoder * m * area for m, area in zip(mults, areas, strict=True))
-        before = [*mults[1:], mults[-1]]  # the first block of a level has the width of the level below
-        works = max(
-            area * (2 * (max(decoder * b, encoder) + encoder * m) + 4 * decoder * max(m, b))
-            for m, b, area in zip(mults, before, areas, strict=True)
-        )
-        most = max(most, waiting + works)
-    return int(4 * most)
+    """Estimate the peak bytes of feature maps per image of a float32 call without gradients, for the largest stage."""
+    return 4 * feature_elements(network, *shape[1:])
 
 
 def require_sampling_memory(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import NetworkConfig
-from ..nets import build_network
 from ..nets.cost import BACKWARD
+from ..nets.network import meta_network, meta_run
 from .devices import clock
 
 LEAST_SECONDS = 0.3  # minimum measuring time of each rate
@@ -57,7 +57,9 @@ class Roofline:
 
 
 def largest_convolution(network: NetworkConfig, shape: Sequence[int], counts: Sequence[int]) -> Convolution:
-    """Return the convolution with the most operations in a step.
+    """Return the convolution with the most operations in a step; of a network without any, the linear layer.
+
+    A linear layer is a 1x1 convolution of as many pixels as it has tokens.
 
     Args:
         network: configuration of the network.
@@ -66,29 +68,30 @@ def largest_convolution(network: NetworkConfig, shape: Sequence[int], counts: Se
     """
     found: list[Convolution] = []
 
-    def note(layer: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x, flops = inputs[0], 2 * output.numel() * layer.weight[0].numel()
+    def note(layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0]
+        if isinstance(layer, nn.Linear):
+            x = x.reshape(len(x), layer.in_features, -1, 1)
         found.append(
             Convolution(
                 rows=len(x),
-                channels_in=layer.in_channels,
-                channels_out=layer.out_channels,
-                kernel=layer.kernel_size[0],
-                stride=layer.stride[0],
-                padding=int(layer.padding[0]),
+                channels_in=x.shape[1],
+                channels_out=layer.weight.shape[0],
+                kernel=1 if isinstance(layer, nn.Linear) else layer.kernel_size[0],
+                stride=1 if isinstance(layer, nn.Linear) else layer.stride[0],
+                padding=0 if isinstance(layer, nn.Linear) else int(layer.padding[0]),
                 height=x.shape[2],
                 width=x.shape[3],
-                flops=flops,
+                flops=2 * output.numel() * layer.weight[0].numel(),
             )
         )
 
-    with torch.device("meta"):
-        built = build_network(network).eval()
-        for layer in built.modules():
-            if isinstance(layer, nn.Conv2d):
-                layer.register_forward_hook(note)
-        with torch.no_grad():
-            built(torch.empty(sum(counts), *shape), torch.empty(sum(counts)), list(counts))
+    built = meta_network(network)
+    kinds = [[m for m in built.modules() if isinstance(m, kind)] for kind in (nn.Conv2d, nn.Linear)]
+    for layer in kinds[0] or kinds[1]:
+        layer.register_forward_hook(note)
+    _, height, width = shape
+    meta_run(built, height, width, counts)
     return max(found, key=lambda c: c.flops)
 
 

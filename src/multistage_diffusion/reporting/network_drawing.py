@@ -1,4 +1,4 @@
-"""Draws a multi-decoder U-Net to scale: the shared encoder once, and each stage's decoder to its right."""
+"""Draws a multi-decoder network to scale: the shared encoder once, and each stage's decoder to its right."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from .network_layout import BOTTOM, ROW, Block, Column, Layout, network_layout
 # Okabe and Ito's colours, which can be distinguished with any colour vision
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 SHARED_COLOUR, INK, SOFT, SKIP, TRACK = "#5B6573", "#1D2330", "#667085", "#A3ABB8", "#E8EBF0"
-FAMILIES = {"ncsnpp": "NCSN++", "ddpmpp": "DDPM++", "ldm": "LDM U-Net", "meme": "MEME's iU-Net"}
 
 
 def draw_network(config: NetworkConfig, described: dict[str, Any], kind: str) -> bytes:
@@ -41,7 +40,7 @@ def draw_network(config: NetworkConfig, described: dict[str, Any], kind: str) ->
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, layout.width), ylim=(0, layout.height))
         axes.set_axis_off()
-        _draw_title(axes, layout, described)
+        _draw_title(axes, layout, config, described)
         _draw_rows(axes, layout)
         for group in layout.groups:
             _draw_connections(axes, layout, group)
@@ -49,7 +48,7 @@ def draw_network(config: NetworkConfig, described: dict[str, Any], kind: str) ->
                 _draw_column(axes, column)
             _draw_heads(axes, layout, group, config, described)
         _draw_shares(axes, layout, described)
-        _draw_key(axes, layout, config, described["sampler"]["calls"])
+        _draw_key(axes, layout, described["sampler"]["calls"])
         buffer = io.BytesIO()
         figure.savefig(
             buffer, format=kind, dpi=150, metadata=dict.fromkeys(("Date", "Creator")) if kind == "svg" else None
@@ -88,14 +87,14 @@ def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str, width:
     axes.annotate("", points[-1], points[-2], arrowprops=arrow, zorder=4)
 
 
-def _draw_title(axes: Axes, layout: Layout, described: dict[str, Any]) -> None:
+def _draw_title(axes: Axes, layout: Layout, config: NetworkConfig, described: dict[str, Any]) -> None:
     y = layout.height - 0.4
     shape = " × ".join(map(str, described["shape"]))
     # a run's name may look like a formula
     axes.text(0.3, y, described["name"], fontsize=17, fontweight="bold", color=INK, va="center", parse_math=False)
     time = "σ" if described["schedule"] == "edm" else "t"
     lines = (
-        f"{FAMILIES[described['family']]} for {described['input']} of {shape}, {_short(described['parameters'])} "
+        f"{config.title or config.family} for {described['input']} of {shape}, {_short(described['parameters'])} "
         f"parameters, {_short(described['multiply_adds_by_calls'])} multiply-adds a call",
         f"(mean over {sampler_words(described['sampler'])}; "
         f"{_short(described['multiply_adds_by_length'])} if stages count by their length in {time})",
@@ -113,17 +112,18 @@ def _short(count: float) -> str:
 
 
 def _draw_rows(axes: Axes, layout: Layout) -> None:
-    *levels, middle = layout.rows
-    for row in levels:
-        axes.text(0.3, row.y, f"{row.size[0]} × {row.size[1]}", fontsize=10.5, color=INK, va="center")
-    axes.text(0.3, middle.y, f"middle, {middle.size[0]} × {middle.size[1]}", fontsize=10.5, color=INK, va="center")
+    for row in layout.rows:
+        size = " × ".join(map(str, row.size)) if len(row.size) == 2 else f"{row.size[0]} tokens"
+        axes.text(0.3, row.y, f"{'middle, ' * row.middle}{size}", fontsize=10.5, color=INK, va="center")
 
 
 def _draw_connections(axes: Axes, layout: Layout, group: Sequence[Column]) -> None:
     """Draw skip connections above the rows and, below them, the output of the encoder's last block."""
     encoder, *decoders = group
-    for block in encoder.blocks[: len(layout.rows) - 1]:
-        _draw_skips(axes, block, [decoder.blocks[block.row] for decoder in decoders])
+    for block in encoder.blocks:
+        if layout.rows[block.row].skips:
+            targets = [target for decoder in decoders for target in decoder.blocks if target.row == block.row]
+            _draw_skips(axes, block, targets)
     last, ends = encoder.blocks[-1], [decoder.blocks[-1] for decoder in decoders]
     below = layout.rows[-1].y - max(layout.rows[-1].height, ROW) / 2 - 0.2
     risers = [[(end.x, below), (end.x, end.y - end.height / 2)] for end in ends]
@@ -154,8 +154,8 @@ def _draw_column(axes: Axes, column: Column) -> None:
     colour, down = _colour(column.stage), column.part == "encoder"
     for block in column.blocks:
         _box(axes, block.x, block.y, block.width, block.height, _tint(colour), colour)
-        text = f"{block.channels}{' ◆' if block.attention else ''}"
-        room = 0.09 * len(str(block.channels)) + 0.16 * block.attention + 0.1
+        text = f"{block.box.channels}{' ◆' * block.box.attention}"
+        room = 0.09 * len(str(block.box.channels)) + 0.16 * block.box.attention + 0.1
         inside = block.width > room and block.height > 0.16
         side = -1 if down else 1  # lines leave an encoder's block on its right and enter a decoder's on its left
         axes.text(
@@ -197,9 +197,7 @@ def _draw_heads(
         if described["schedule"] != "edm":  # EDM's time is sigma
             lines.append(f"t in [{stage['t'][0]:.3g}, {stage['t'][1]:.3g}{']' if high is None else ')'}")
         lines.append(f"{stage['calls']} of {total} calls")
-        if config.attention_shares is not None:
-            lines.append(f"attention: {100 * config.attention_shares[column.stage or 0]:.3g} % of channels")
-        _draw_head(axes, x, y, lines, _colour(column.stage))
+        _draw_head(axes, x, y, [*lines, *config.notes(column.stage or 0)], _colour(column.stage))
 
 
 def _draw_head(axes: Axes, x: float, y: float, lines: Sequence[str], colour: str) -> None:
@@ -242,21 +240,20 @@ def _share_places(layout: Layout) -> list[tuple[float, int | None]]:
     return places
 
 
-def _draw_key(axes: Axes, layout: Layout, config: NetworkConfig, calls: int) -> None:
+def _draw_key(axes: Axes, layout: Layout, calls: int) -> None:
     """Draw the legend of the scale, lines, marks and shares, in as many lines as needed."""
     channels, pixels = (2 ** max(int(most).bit_length() - 1, 0) for most in (0.6 / layout.channel, 0.2 / layout.pixel))
-    width, each = channels * layout.channel, config.blocks_per_level
+    width, skips = channels * layout.channel, [row.skips for row in layout.rows if row.skips]
     items = [
-        f"scale: {channels} channels wide, {pixels} pixel{'s' if pixels > 1 else ''} high",
-        "feature maps",
-        f"skip connections, {each + 1} in each row",
-        "◆ attention" if config.family != "meme" else "◆ mixer with attention",
-        f"residual blocks: {each} in an encoder's block, {each + 1} in a decoder's, 2 in the middle",
-        f"percentages: of all parameters; of the multiply-adds of all {calls} calls",
+        (f"scale: {channels} channels wide, {pixels} pixel{'s' if pixels > 1 else ''} high", width),
+        ("features", 0.35),
+        *([(f"skip connections, {_range(skips)} in each row", 0.35)] if skips else []),
+        ("◆ attention", -0.08),
+        (_blocks(layout), -0.08),
+        (f"percentages: of all parameters; of the multiply-adds of all {calls} calls", -0.08),
     ]
     x, y = 0.3, 0.82
-    for i, item in enumerate(items):
-        mark = {0: width, 1: 0.35, 2: 0.35}.get(i, -0.08)
+    for i, (item, mark) in enumerate(items):
         across = mark + 0.08 + 0.068 * len(item)
         if x > 0.3 and x + across > layout.width - 0.1:
             x, y = 0.3, y - 0.24
@@ -266,3 +263,18 @@ def _draw_key(axes: Axes, layout: Layout, config: NetworkConfig, calls: int) -> 
             _line(axes, [(x, y), (x + mark, y)], *((INK, 1.6) if i == 1 else (SKIP, 1.4)))
         axes.text(x + mark + 0.08, y, item, fontsize=9, color=SOFT, va="center")
         x += across + 0.25
+
+
+def _blocks(layout: Layout) -> str:
+    """Return how many blocks the boxes stand for."""
+    found: dict[str, list[int]] = {}
+    for column in (column for group in layout.groups for column in group):
+        for block in column.blocks:
+            where = "the middle" if layout.rows[block.row].middle else f"each {column.part} box"
+            found.setdefault(where, []).append(block.box.blocks)
+    return "blocks: " + ", ".join(f"{_range(counts)} in {where}" for where, counts in found.items())
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"

@@ -1,12 +1,13 @@
-"""Positions of the blocks of a multi-decoder U-Net in a drawing to scale; all lengths are in inches."""
+"""Positions of the boxes of a multi-decoder network in a drawing to scale; all lengths are in inches."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config.network import NetworkConfig
-from ..nets.unet import attends
+from .network_boxes import Box, Boxes, Size, network_boxes
 
 HIGHEST = 1.4  # height of blocks of full resolution
 COLUMN, GAP = 1.5, 0.55  # width of a column (that of the block with most channels); space between columns
@@ -15,24 +16,22 @@ ROW, ROW_GAP = 0.2, 0.42  # least height of a row; space between rows, for skip 
 LEFT, RIGHT, TOP, BOTTOM = 1.7, 0.65, 2.85, 2.35  # margins: title and heads above, shares and key below
 NARROWEST = 7.8  # least width, for the title
 
-Plan = list[tuple[int, int, bool]]  # row, channels and attention of a part's blocks, downwards
+Key = tuple[Size, int]  # of a row: size of the boxes in it, and how many boxes of a part have this size and lie above
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """All residual blocks of one part of the network at one resolution.
+    """A box with its position.
 
     Attributes:
-        row: level, 0 for full resolution; the number of levels for the middle of the U.
-        channels: number of channels of its feature maps.
-        attention: whether it has attention.
+        row: index of its row.
+        box: what it shows.
         x, y: its centre, y upwards.
         width, height: proportional to channels and to the height of its feature maps.
     """
 
     row: int
-    channels: int
-    attention: bool
+    box: Box
     x: float
     y: float
     width: float
@@ -51,9 +50,17 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Feature maps of one resolution, (height, width) in pixels; their blocks are centred at y."""
+    """Features of one size; their boxes are centred at y.
 
-    size: tuple[int, int]
+    Attributes:
+        size: (height, width) in pixels, or (number of tokens,).
+        middle: whether it is the lowest and below other boxes of its size: the middle of a U-Net.
+        skips: number of skip connections from the encoder to each decoder.
+    """
+
+    size: Size
+    middle: bool
+    skips: int
     y: float
     height: float
 
@@ -65,7 +72,7 @@ class Layout:
     Attributes:
         width, height: size of the drawing.
         channel, pixel: the width of one channel and the height of one pixel.
-        rows: levels from full resolution down, then the middle.
+        rows: from the highest resolution down.
         groups: an encoder with the decoders it feeds: one group if it is shared, else one per stage.
     """
 
@@ -80,15 +87,16 @@ class Layout:
 def network_layout(config: NetworkConfig, height: int, width: int) -> Layout:
     """Lay out a network for inputs of height x width pixels, which are padded as the network pads them.
 
-    A row holds the feature maps of one resolution. Heights of blocks are proportional to pixels, widths to channels.
-    The middle of the U is in the column of the part that owns it: the encoder, or each of DDPM++'s decoders.
+    A row holds the boxes of one resolution. Heights of boxes are proportional to pixels, widths to channels. The middle of
+    a U is in the column of the part that owns it: the encoder, or each of DDPM++'s decoders.
     """
+    boxes = network_boxes(config, height, width)
     stages = list(range(len(config.decoder_widths)))
     teams = [[k] for k in stages] if config.separate else [stages]
-    plans = [[_encoder(config, team[0]), *(_decoder(config, k) for k in team)] for team in teams]
+    plans = [[encoder, *(boxes.decoders[k] for k in team)] for encoder, team in zip(boxes.encoders, teams, strict=True)]
     across, gap = (PAIR, PAIR_GAP) if config.separate else (COLUMN, GAP)
-    channel = across / max(channels for group in plans for plan in group for _, channels, _ in plan)
-    rows, pixel = _rows(config, height, width)
+    channel = across / max(box.channels for group in plans for plan in group for box in plan)
+    rows, pixel = _rows(boxes)
     steps = sum(map(len, plans))
     natural = LEFT + steps * (across + gap) - gap + (len(teams) - 1) * (NEXT_PAIR - gap) + RIGHT
     x, groups = LEFT + max(NARROWEST - natural, 0) / 2 + across / 2, []
@@ -102,59 +110,52 @@ def network_layout(config: NetworkConfig, height: int, width: int) -> Layout:
         x += NEXT_PAIR - gap
     return Layout(
         width=max(natural, NARROWEST),
-        height=rows[0].y + rows[0].height / 2 + TOP,
+        height=next(iter(rows.values())).y + next(iter(rows.values())).height / 2 + TOP,
         channel=channel,
         pixel=pixel,
-        rows=rows,
+        rows=tuple(rows.values()),
         groups=tuple(groups),
     )
 
 
-def _encoder(config: NetworkConfig, stage: int) -> Plan:
-    width = config.decoder_widths[stage] if config.separate else config.encoder_width
-    attentive = _mixes(config, stage)
-    plan = [(i, width * mult, attentive and attends(config, i)) for i, mult in enumerate(config.channel_mult)]
-    return plan if config.family == "ddpmpp" else [*plan, (len(plan), plan[-1][1], attentive)]
+def _keys(plan: Sequence[Box]) -> list[Key]:
+    """Return the row of each box of a part."""
+    sizes = [box.size for box in plan]
+    return [(size, sizes[:i].count(size)) for i, size in enumerate(sizes)]
 
 
-def _decoder(config: NetworkConfig, stage: int) -> Plan:
-    width = config.decoder_widths[stage]
-    attentive = _mixes(config, stage) and (config.decoder_attention is None or config.decoder_attention[stage])
-    plan = [(i, width * mult, attentive and attends(config, i)) for i, mult in enumerate(config.channel_mult)]
-    entering = (width if config.separate else config.encoder_width) * config.channel_mult[-1]
-    return [*plan, (len(plan), entering, True)] if config.family == "ddpmpp" else plan
+def _side(size: Size) -> int:
+    """Return the height in pixels; of tokens, that of a square of them."""
+    return size[0] if len(size) == 2 else math.isqrt(size[0])
 
 
-def _mixes(config: NetworkConfig, stage: int) -> bool:
-    """Return whether a stage has attention; a MEME expert may have a share of 0."""
-    return config.attention_shares is None or config.attention_shares[stage] > 0
-
-
-def _rows(config: NetworkConfig, height: int, width: int) -> tuple[tuple[Row, ...], float]:
-    """Return the rows and the height of a pixel."""
-    levels = len(config.channel_mult)
-    multiple = 2 ** (levels - 1)  # the network pads sides to a multiple of this
-    full = [-(-side // multiple) * multiple for side in (height, width)]
-    pixel, y, rows = HIGHEST / full[0], BOTTOM, []
-    for level in (levels - 1, *reversed(range(levels))):
-        size = (full[0] >> level, full[1] >> level)
-        room = max(size[0] * pixel, ROW)
-        rows.append(Row(size=size, y=y + room / 2, height=size[0] * pixel))
+def _rows(boxes: Boxes) -> tuple[dict[Key, Row], float]:
+    """Return the rows, from above, and the height of a pixel."""
+    keys = {key for plan in (*boxes.encoders, *boxes.decoders) for key in _keys(plan)}
+    pixel, y = HIGHEST / max(_side(size) for size, _ in keys), BOTTOM
+    rows: list[tuple[Key, Row]] = []
+    for key in sorted(keys, key=lambda key: (math.prod(key[0]), -key[1])):
+        size, above = key
+        tall = _side(size) * pixel
+        room, skips = max(tall, ROW), 0 if above else boxes.skips[size]
+        rows.append((key, Row(size=size, middle=above > 0 and not rows, skips=skips, y=y + room / 2, height=tall)))
         y += room + ROW_GAP
-    return tuple(reversed(rows)), pixel
+    return dict(reversed(rows)), pixel
 
 
-def _column(part: str, stage: int | None, plan: Plan, rows: Sequence[Row], channel: float, x: float) -> Column:
+def _column(
+    part: str, stage: int | None, plan: Sequence[Box], rows: dict[Key, Row], channel: float, x: float
+) -> Column:
+    places = list(rows)
     blocks = tuple(
         Block(
-            row=row,
-            channels=channels,
-            attention=attention,
+            row=places.index(key),
+            box=box,
             x=x,
-            y=rows[row].y,
-            width=channels * channel,
-            height=rows[row].height,
+            y=rows[key].y,
+            width=box.channels * channel,
+            height=rows[key].height,
         )
-        for row, channels, attention in plan
+        for key, box in zip(_keys(plan), plan, strict=True)
     )
     return Column(part=part, stage=stage, x=x, blocks=blocks)

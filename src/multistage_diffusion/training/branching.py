@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nets.unet import MultiDecoderUNet
+from ..nets import MultiDecoderNetwork
 
 STAGE = re.compile(r"\b(encoders|decoders)\.(\d+)\.")
 
 
-def tie(network: MultiDecoderUNet) -> None:
+def tie(network: MultiDecoderNetwork) -> None:
     """Make all stages share the first stage's decoder (and its encoder, if each stage has one)."""
     for parts in _lists(network):
         for stage in range(1, len(parts)):
             parts[stage] = parts[0]
 
 
-def tied(network: MultiDecoderUNet) -> bool:
+def tied(network: MultiDecoderNetwork) -> bool:
     """Tell whether the stages share their decoders."""
     return any(parts[1] is parts[0] for parts in _lists(network))
 
@@ -68,5 +68,5 @@ def load_shared_states(
             optimizer.state[parameter] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
-def _lists(network: MultiDecoderUNet) -> Iterator[nn.ModuleList]:
+def _lists(network: MultiDecoderNetwork) -> Iterator[nn.ModuleList]:
     yield from (parts for parts in (network.encoders, network.decoders) if len(parts) > 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import OptimizerConfig
-from ..nets.unet import MultiDecoderUNet
+from ..nets import MultiDecoderNetwork
 
 
 def make_optimizer(settings: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
@@ -35,7 +35,7 @@ def learning_rate(settings: OptimizerConfig, step: int) -> float:
 Parts = Mapping[str, Sequence[nn.Parameter]]
 
 
-def parameters_by_part(network: MultiDecoderUNet) -> dict[str, list[nn.Parameter]]:
+def parameters_by_part(network: MultiDecoderNetwork) -> dict[str, list[nn.Parameter]]:
     """Return the trainable parameters of each part of a network, each parameter once."""
     seen: set[int] = set()
     parts = {}
@@ -95,7 +95,7 @@ class Optimization:
         self.settings = settings
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaling)
 
-    def watch(self, network: MultiDecoderUNet) -> None:
+    def watch(self, network: MultiDecoderNetwork) -> None:
         """Make a new optimiser over the parameters of a network."""
         self.optimizer = make_optimizer(self.settings, network)
         self.parts = parameters_by_part(network)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..nets.blocks import masks_from
+from ..performance.cpu import masks_from
 from ..performance.timing import PassTimer
 from .batches import Batch
 from .optimizer import Parts

@@ -16,7 +16,7 @@ from ..config import RunConfig
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..distributed import ALONE, World
 from ..errors import UserError
-from ..nets.unet import MultiDecoderUNet
+from ..nets import MultiDecoderNetwork
 from ..performance.devices import autocast_dtype, resolve_device
 from ..performance.execution import settled
 from . import branching
@@ -256,7 +256,7 @@ class Trainer:
         self._watch()
         branching.load_shared_states(self.optimization.optimizer, self.denoiser, states)
 
-    def _branched(self, network: MultiDecoderUNet) -> MultiDecoderUNet:
+    def _branched(self, network: MultiDecoderNetwork) -> MultiDecoderNetwork:
         branched = self._new_denoiser(shared=False).network
         branching.load_shared(branched, network.state_dict())
         return branched

@@ -63,13 +63,8 @@ def warm_start(path: Path | str, config: RunConfig) -> WarmStart:
 
 def _meanings(config: RunConfig) -> dict[str, object]:
     """Return the settings that must be equal for weights to have the same meaning."""
-    network, diffusion = config.network, config.diffusion
-    meanings: dict[str, object] = {
-        "network.family": network.family,
-        "network.head_channels": network.head_channels,
-        "network.norm_groups": network.norm_groups,
-        "diffusion.precondition": diffusion.precondition,
-    }
+    diffusion = config.diffusion
+    meanings = {**config.network.meanings(), "diffusion.precondition": diffusion.precondition}
     preconditioning: Any = make_preconditioning(diffusion)
     for field in dataclasses.fields(preconditioning):  # of EDM sigma_data; of noise prediction the schedule of its time
         meanings[f"diffusion.{field.name}"] = getattr(preconditioning, field.name)

@@ -8,8 +8,7 @@ import warnings
 import numpy as np
 import torch
 
-from ..config import CodecConfig, RunConfig
-from ..config.network import LDM_GROUPS, NetworkConfig
+from ..config import CodecConfig, NetworkConfig, RunConfig
 from ..contracts import Codec
 from ..data import ImageData, to_float
 from ..errors import UserError
@@ -23,14 +22,10 @@ from ..training.warm_start import warm_start
 SAMPLED = 4096  # images whose standard deviation is compared with diffusion.sigma_data
 
 
-def warn_of_blind(network: NetworkConfig) -> None:
-    """Warn if GroupNorms of one channel per group erase what blocks add for noise and class."""
-    if network.family == "ldm" and LDM_GROUPS in (w * m for w in network.decoder_widths for m in network.channel_mult):
-        warnings.warn(
-            f"network.family=ldm with {LDM_GROUPS} channels at a level: GroupNorm in {LDM_GROUPS} groups then erases what the "
-            f"network is told of noise and class; use at least {2 * LDM_GROUPS}",
-            stacklevel=3,
-        )
+def warn_of_network(network: NetworkConfig) -> None:
+    """Warn of what the network's family says about its settings."""
+    for text in network.cautions():
+        warnings.warn(text, stacklevel=3)
 
 
 def warn_of_borrowed(config: RunConfig, images: ImageData) -> None:
@@ -74,7 +69,7 @@ def check(config: RunConfig, images: tuple[ImageData, ImageData], device: torch.
         UserError: if anything would stop the training later: network, sampler, batch, labels, memory or the run to start
             from.
     """
-    _require_levels_that_fit(config)
+    config.network.require_size(*config.input_shape[1:])
     cost = network_cost(config.network, *config.input_shape[1:])
     require_training_memory(config, cost.total_parameters, device, processes)
     make_plan(config.sampling, config.diffusion.schedule)
@@ -115,15 +110,4 @@ def require_same_input(result: StageResult, config: CodecConfig, codec: Codec | 
         raise UserError(
             f"stages: they were found on latents times {result.scale:.6g}, but codec.scale={config.scale:.6g}; leave "
             "codec.scale out"
-        )
-
-
-def _require_levels_that_fit(config: RunConfig) -> None:
-    """Refuse levels for which the network would pad its input to more than twice its side."""
-    side, levels = max(config.input_shape[1:]), len(config.network.channel_mult)
-    most = (2 * side - 1).bit_length()  # the padded side is a multiple of 2^(levels - 1)
-    if levels > most:
-        raise UserError(
-            f"network.channel_mult={list(config.network.channel_mult)} has {levels} levels, each half the size of the one "
-            f"before, for sides of {side}; give at most {most} levels"
         )

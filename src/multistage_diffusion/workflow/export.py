@@ -12,6 +12,9 @@ from ..errors import UserError
 from ..files import write_atomic
 from ..interop.layouts import DDPMPP, SUFFIXES, Published, Tensors, published_bytes
 from ..interop.shapes import published_state
+from ..nets.ddpmpp import DDPMppConfig
+from ..nets.ldm import LDMConfig
+from ..nets.unet import UNetConfig
 from ..schedules import Discrete
 from ..training.checkpoint import checkpoint_step, trained_config
 from ..training.run import Run
@@ -56,13 +59,15 @@ def export_published(
         raise UserError(f"--out {file}: exists; choose another name or give --overwrite")
     _, height, width = config.input_shape
     model, ema = (_published_part(run, checkpoint, part, (height, width)) for part in ("model", "ema"))
+    network = config.network
+    assert isinstance(network, UNetConfig)  # those with a layout
     published = Published(
-        family=config.network.family,  # type: ignore[arg-type]  # those with a layout
+        family=network.family,  # type: ignore[arg-type]
         model=model,
         ema=ema,
         buffers=_buffers(config),
         arguments=_arguments(config, (height, width)),
-        norm_groups=config.network.norm_groups,
+        norm_groups=network.most_groups,
         step=checkpoint_step(folder),
     )
     write_atomic(file, published_bytes(published))
@@ -88,9 +93,9 @@ def _buffers(config: RunConfig) -> Tensors:
 def _arguments(config: RunConfig, size: tuple[int, int]) -> dict[str, Any]:
     """Return the arguments that a file stores beside its tensors: stage edges, and the family's own arguments."""
     network, arguments = config.network, {EDGES: list(config.stages.interior)}
-    if network.family == "ldm":
+    if isinstance(network, LDMConfig):
         return {**arguments, HEADS: network.head_channels}
-    if network.family == "ncsnpp":
+    if not isinstance(network, DDPMppConfig):
         return arguments
     return {
         **arguments,

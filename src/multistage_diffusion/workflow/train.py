@@ -27,7 +27,7 @@ from ..training.sample_grid import SampleGrid
 from ..training.tracking import Tracking
 from ..training.trainer import Trainer
 from ..version import __version__
-from .checks import warn_of_blind, warn_of_borrowed
+from .checks import warn_of_borrowed, warn_of_network
 from .differences import CHANGEABLE, PLACES, differences, dotted
 from .evaluation_callback import EvaluationCallback, FidReference
 from .interrupts import stopped_by_signals
@@ -113,7 +113,7 @@ def _resolved(config: RunConfig, result: StageResult | None, device: torch.devic
     training = resolved.images[0]
     if result is not None and result.fingerprint not in ("", data.fingerprint, training.fingerprint):
         warnings.warn("the stages were found on other data; their edges may not suit these data", stacklevel=3)
-    warn_of_blind(resolved.config.network)
+    warn_of_network(resolved.config.network)
     if result is None:
         warn_of_borrowed(resolved.config, training)
     return resolved

@@ -20,7 +20,7 @@ from ...config import RunConfig
 from ...denoisers import MultiStageDenoiser
 from ...distributed import World, share
 from ...errors import UserError
-from ...nets.unet import MultiDecoderUNet
+from ...nets import MultiDecoderNetwork
 from ...registry import Registry
 from ..branching import STAGE
 from ..optimizer import Parts, part_norms
@@ -99,7 +99,7 @@ class Strategy(ABC):
     # -- network -------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def place(self, network: MultiDecoderUNet, device: torch.device, dtype: torch.dtype) -> None:
+    def place(self, network: MultiDecoderNetwork, device: torch.device, dtype: torch.dtype) -> None:
         """Reduce a whole network, in place, to what this process holds, and move it to a device and dtype."""
 
     def local(self, full: Tensor, like: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def part_shares(self, names: Iterable[str]) -> dict[str, PartShare]:
-        """Return this process's share of each of the named parts that it holds, see `MultiDecoderUNet.parts`."""
+        """Return this process's share of each of the named parts that it holds, see `MultiDecoderNetwork.parts`."""
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
@@ -246,6 +246,6 @@ def stage_of(name: str, *, separate: bool) -> int | None:
 
 
 def stage_of_part(name: str) -> int | None:
-    """Return the stage (from 0) of a part, see `MultiDecoderUNet.parts`; None for the shared encoder."""
+    """Return the stage (from 0) of a part, see `MultiDecoderNetwork.parts`; None for the shared encoder."""
     _, _, number = name.partition(".")
     return int(number) - 1 if number else None

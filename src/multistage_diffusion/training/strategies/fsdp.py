@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...denoisers import MultiStageDenoiser
-from ...nets.unet import MultiDecoderUNet
+from ...nets import MultiDecoderNetwork
 from ..optimizer import Parts, part_gradients
 from . import STRATEGIES, MicroBatch, PartShare, Strategy, divided, stage_rows
 
@@ -42,7 +42,7 @@ class FullySharded(Strategy):
 
     # -- network -------------------------------------------------------------------------------------------------------
 
-    def place(self, network: MultiDecoderUNet, device: torch.device, dtype: torch.dtype) -> None:
+    def place(self, network: MultiDecoderNetwork, device: torch.device, dtype: torch.dtype) -> None:
         """Shard the parameters of each part; a single process keeps the network as it is."""
         if self.world.size == 1:
             network.to(device, dtype)

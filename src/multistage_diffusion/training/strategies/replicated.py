@@ -13,7 +13,7 @@ from ...config import RunConfig
 from ...denoisers import MultiStageDenoiser
 from ...distributed import World
 from ...distributed.reducer import Reducer
-from ...nets.unet import MultiDecoderUNet
+from ...nets import MultiDecoderNetwork
 from ..branching import tied
 from ..optimizer import Parts, part_norms
 from . import PartShare, Strategy, stage_of, stage_of_part, stage_rows
@@ -59,7 +59,7 @@ class ReplicatedParts(Strategy):
 
     # -- network -------------------------------------------------------------------------------------------------------
 
-    def place(self, network: MultiDecoderUNet, device: torch.device, dtype: torch.dtype) -> None:
+    def place(self, network: MultiDecoderNetwork, device: torch.device, dtype: torch.dtype) -> None:
         """Remove the parts of other processes' stages, unless the stages still share a decoder (branch_at)."""
         if not tied(network):
             for stage in set(range(len(self.holders))) - set(self.stages):
