@@ -863,14 +863,14 @@ def test_a_run_that_cannot_be_written_is_refused_before_the_work(
         refused(msdiff("report", run), "report.html: is a folder")
 
 
-def test_a_result_that_cannot_be_kept_is_printed(made: Path, msdiff: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_cannot_be_saved_is_printed(made: Path, msdiff: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     full = raises(OSError(errno.ENOSPC, "No space left on device", "evaluation.json"))
     monkeypatch.setattr("multistage_diffusion.workflow.evaluate.write_json", full)
     code, out, err = msdiff("evaluate", made / "run", "--count", 20, "--json")
     assert code == 2
     assert json.loads(out)["metrics"]["frechet"]["value"] > 0
     assert err.splitlines()[-1] == (
-        "msdiff: the result could not be kept: evaluation.json: No space left on device; free some space"
+        "msdiff: the result was not saved: evaluation.json: No space left on device; free some space"
     )
 
 

@@ -118,7 +118,7 @@ def test_an_evaluation_is_a_short_line(capsys: pytest.CaptureFixture[str]) -> No
     progress.logged(trainer(500), {**record, "petaflops": 2000.0, "frechet": None})
     assert capsys.readouterr().err.splitlines() == [
         "step 500: Fréchet distance 12.35 (pixels, 1000 samples, 0.123 PFLOPs)",
-        "step 500: Fréchet distance unknown (pixels, 1000 samples, 2e+03 PFLOPs)",
+        "step 500: Fréchet distance not measured (pixels, 1000 samples, 2e+03 PFLOPs)",
     ]
 
 
@@ -155,7 +155,7 @@ def test_a_warm_start_says_what_was_cloned(capsys: pytest.CaptureFixture[str]) -
     new.config = override(new.config, {"training.init_from": "runs/one"})
     with TrainingProgress() as progress:
         progress.started(new)
-    assert "cloned from runs/one: encoder, decoder.2; from scratch: decoder.1" in capsys.readouterr().err
+    assert "initial weights from runs/one: encoder, decoder.2; random: decoder.1" in capsys.readouterr().err
 
 
 def test_autotuning_tells_what_it_has_found(capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +163,7 @@ def test_autotuning_tells_what_it_has_found(capsys: pytest.CaptureFixture[str]) 
     made.autotuned = {"plain": 0.5, "channels last": 0.25}
     made.passes = SimpleNamespace(execution=Execution(channels_last=True))
     TrainingProgress().chosen(made)
-    assert "computed channels last (a step took: plain 0.5 s, channels last 0.25 s)" in capsys.readouterr().err
+    assert "execution: channels last (a step took: plain 0.5 s, channels last 0.25 s)" in capsys.readouterr().err
     made.autotuned = {}
     TrainingProgress().chosen(made)
     assert capsys.readouterr().err == ""

@@ -118,8 +118,8 @@ class TrainingProgress(Callback[Trainer]):
         )
         if trainer.warm_start is not None:
             start = trainer.warm_start
-            fresh = f"; from scratch: {', '.join(start.fresh)}" if start.fresh else ""
-            console.print(f"cloned from {config.training.init_from}: {', '.join(start.cloned)}{fresh}")
+            fresh = f"; random: {', '.join(start.fresh)}" if start.fresh else ""
+            console.print(f"initial weights from {config.training.init_from}: {', '.join(start.cloned)}{fresh}")
         self._bar.__enter__()
         self._bar(trainer.step, config.training.steps)
 
@@ -127,9 +127,8 @@ class TrainingProgress(Callback[Trainer]):
         """Print the execution settings that autotuning chose and the step times it measured."""
         if trainer.autotuned:
             seconds = ", ".join(f"{words} {found:.3g} s" for words, found in trainer.autotuned.items())
-            console.print(
-                f"computed {trainer.passes.execution.words()} (a step took: {seconds}); see execution.json in the run"
-            )
+            words = trainer.passes.execution.words()
+            console.print(f"execution: {words} (a step took: {seconds}); stored in execution.json")
 
     def stepped(self, trainer: Trainer) -> None:
         """Update the bar."""
@@ -138,7 +137,7 @@ class TrainingProgress(Callback[Trainer]):
     def logged(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Show the latest losses beside the bar; print one line per evaluation."""
         if record["kind"] == "quality":
-            distance = "unknown" if record["frechet"] is None else f"{record['frechet']:.4g}"
+            distance = "not measured" if record["frechet"] is None else f"{record['frechet']:.4g}"
             console.print(
                 f"step {record['step']}: Fréchet distance {distance} ({record['extractor']}, {record['count']} samples, "
                 f"{record['petaflops']:.3g} PFLOPs)"

@@ -103,7 +103,7 @@ class Bomb:
         (None, "No such file"),
         (b"nonsense", "not a file of weights alone"),
         (Bomb(), "not a file of weights alone"),
-        ([1, 2], "holds no state_dict"),
+        ([1, 2], "does not hold a state_dict"),
         ({"a": torch.zeros(1)}, "not the weights of inception-v3-compat"),
     ],
 )
@@ -168,6 +168,7 @@ def test_weights_that_cannot_be_fetched_name_the_features(monkeypatch: pytest.Mo
 
     monkeypatch.setitem(registry.FEATURE_EXTRACTORS_REGISTRY, "dinov2-vit-l-14", offline)
     with pytest.raises(
-        UserError, match=r"^features='dinov2': its weights cannot be downloaded \(It looks .*connect once"
+        UserError,
+        match=r"^features='dinov2': its weights cannot be downloaded \(It looks .*connect to the network once",
     ):
         DINOv2()

@@ -77,7 +77,7 @@ def test_edm_s_files_are_read(tmp_path: Path) -> None:
     assert torch.equal(found.moments.mean, torch.arange(9.0).double())
     assert (found.moments.count, found.extractor, found.fingerprint, found.features) == (0, None, None, None)
     found.require(PixelFeatures(), "whatever", (1, 3, 3))
-    with pytest.raises(ValueError, match=r"cifar10-32x32.npz: of 9 feature dimensions, but pixels has 16"):
+    with pytest.raises(ValueError, match=r"cifar10-32x32.npz: has 9 feature dimensions, but pixels has 16"):
         found.require(PixelFeatures(), "whatever", (1, 4, 4))
 
 
@@ -92,10 +92,15 @@ class Cropped(PixelFeatures):
 @pytest.mark.parametrize(
     ("extractor", "fingerprint", "shape", "message"),
     [
-        (Others(), "abc", (1, 3, 3), "made with features pixels, but this is others"),
-        (Cropped(), "abc", (1, 3, 3), "made with preprocessing .*, but this is cropped"),
-        (PixelFeatures(), "xyz", (1, 3, 3), "made with data fingerprint abc, but this is xyz"),
-        (PixelFeatures(), "abc", (1, 4, 4), r"made with image shape \(C, H, W\) \(1, 3, 3\), but this is \(1, 4, 4\)"),
+        (Others(), "abc", (1, 3, 3), "computed with features pixels, but the samples have others"),
+        (Cropped(), "abc", (1, 3, 3), "computed with preprocessing .*, but the samples have cropped"),
+        (PixelFeatures(), "xyz", (1, 3, 3), "computed with data fingerprint abc, but the samples have xyz"),
+        (
+            PixelFeatures(),
+            "abc",
+            (1, 4, 4),
+            r"computed with image shape \(C, H, W\) \(1, 3, 3\), but the samples have \(1, 4, 4\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(extractor, fingerprint: str, shape: tuple[int, ...], message: str) -> None:
@@ -114,9 +119,9 @@ class Bomb:
     [
         (None, "no such file"),
         (b"nonsense", "not an .npz file of statistics"),
-        ({"mu": np.zeros(3)}, "holds no sigma, the covariance"),
+        ({"mu": np.zeros(3)}, "sigma is missing, the covariance"),
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"mu of shape \(3,\) and sigma of shape \(4, 4\)"),
-        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "all finite"),
+        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "with finite values"),
         ({"mu": np.zeros(3), "sigma": np.array([[Bomb()]], dtype=object)}, "not an .npz file of statistics"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "msdiff": np.array("{")}, "not an .npz file of statistics"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "msdiff": np.array('{"format_version": 9}')}, "format_version=9"),

@@ -50,10 +50,10 @@ def test_a_torchscript_file_is_a_feature_function(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("raises", r"refuses uint8 images \(2, 1, 4, 4\): .*of no use"),
-        ("rows", r"answers 2 images with \(1, 2\), not with \(2, D\)"),
-        ("integers", "its features are torch.int64"),
-        ("nan", "or not all finite"),
+        ("raises", r"failed on uint8 images \(2, 1, 4, 4\): .*of no use"),
+        ("rows", r"returned \(1, 2\) for 2 images; it must return \(2, D\)"),
+        ("integers", "returned torch.int64"),
+        ("nan", "or values that are not finite"),
     ],
 )
 def test_a_torchscript_file_that_answers_wrongly_is_refused(tmp_path: Path, fault: str, message: str) -> None:

@@ -237,6 +237,7 @@ def test_names_cannot_inject_html(tmp_path: Path) -> None:
     launch = {"time": bad, "version": bad, "torch": bad, "device": bad, "command": bad}
     (tmp_path / "launches.jsonl").write_text(json.dumps(launch) + "\n")
     result = {**to_dict(evaluation()), "extractor": bad, "comparable_to": bad, "preprocessing": bad}
+    result["metrics"] = {bad: {"value": 1.0, "settings": {bad: bad}}}
     images = pictures(4, 9)
     architecture = [ArchitectureRow(name=bad, parameters=1)]
     path = write_report(
@@ -294,5 +295,5 @@ def test_broken_files_and_unequal_neighbours_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"metrics.jsonl: line 1 is not JSON"):
         write_report(tmp_path, config=make_config(1), architecture=[], samples=images, real=images)
     assert not (tmp_path / "report.html").exists()
-    with pytest.raises(ValueError, match="give as many of each"):
+    with pytest.raises(ValueError, match="their numbers must be equal"):
         Neighbours(samples=images, nearest=images, distances=[1.0])

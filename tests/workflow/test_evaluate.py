@@ -106,9 +106,13 @@ def test_what_does_not_fit_is_refused_before_sampling(
     statistics(run.config().data, tmp_path / "classified.npz", features="fashion-classifier")
     np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     for reference, count, message in (
-        ("others.npz", COUNT, "others.npz: made with data fingerprint"),
-        ("classified.npz", COUNT, "classified.npz: made with features fashion-classifier .*, but this is pixels"),
-        ("edm.npz", COUNT, "edm.npz: of 2048 feature dimensions, but pixels has 64"),
+        ("others.npz", COUNT, "others.npz: computed with data fingerprint"),
+        (
+            "classified.npz",
+            COUNT,
+            "classified.npz: computed with features fashion-classifier .*, but the samples have pixels",
+        ),
+        ("edm.npz", COUNT, "edm.npz: has 2048 feature dimensions, but pixels has 64"),
         ("none.npz", COUNT, "none.npz: no such file"),
     ):
         with pytest.raises(ValueError, match=message):

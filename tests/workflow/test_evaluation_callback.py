@@ -1,4 +1,4 @@
-"""Quality over training: measured as told, resumed to the bit, the measure of the best checkpoint and of the end."""
+"""Evaluation during training: its numbers, resuming to the bit, choice of the best checkpoint and of the end."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def tiny(folder: Path, **changes: Any) -> RunConfig:
     return override(preset("digits"), {**TINY, "data.source": str(file), "data.shape": [], **changes})
 
 
-def judged(run: Run) -> list[dict[str, Any]]:
+def evaluated(run: Run) -> list[dict[str, Any]]:
     return [r for r in run.records() if r["kind"] == "quality"]
 
 
@@ -80,7 +80,7 @@ def distances(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_an_evaluation_measures_samples_of_the_averaged_weights(tmp_path: Path) -> None:
     config = tiny(tmp_path, training__keep_last=9, network__num_classes=0)
     run = train(config, tmp_path / "run")
-    records = judged(run)
+    records = evaluated(run)
     assert [r["step"] for r in records] == [3, 6, 7]  # at the last step, too
     assert steps(run) == [3, 4, 6, 7]
     training, _ = run.data().split(config.data.held_out)
@@ -100,7 +100,7 @@ def test_an_evaluation_measures_samples_of_the_averaged_weights(tmp_path: Path) 
 def test_evaluations_change_nothing_that_is_trained(tmp_path: Path) -> None:
     watched = train(tiny(tmp_path), tmp_path / "watched")
     alone = train(tiny(tmp_path, evaluation__every=0), tmp_path / "alone")
-    assert judged(alone) == []
+    assert evaluated(alone) == []
     for name in ("model", "ema", "optimizer"):
         ours, theirs = (load_tensors(r.checkpoint("latest"), name) for r in (watched, alone))
         assert all(torch.equal(ours[key], theirs[key]) for key in ours | theirs)
@@ -159,7 +159,7 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_distance(tmp_path: Path, d
 def test_patience_ends_training_as_if_it_was_over(tmp_path: Path, distances: list[float]) -> None:
     distances += [3.0, 1.0, 2.0, 1.0]
     run = train(tiny(tmp_path, training__steps=30, evaluation__patience=2), tmp_path / "run")
-    assert [(r["step"], r["frechet"]) for r in judged(run)] == [(3, 3.0), (6, 1.0), (9, 2.0), (12, 1.0)]
+    assert [(r["step"], r["frechet"]) for r in evaluated(run)] == [(3, 3.0), (6, 1.0), (9, 2.0), (12, 1.0)]
     assert steps(run)[-1] == 12
     assert run.records()[-2]["kind"] == "train"
     assert run.records()[-1]["kind"] == "held_out"  # scored as at the last step
@@ -168,10 +168,10 @@ def test_patience_ends_training_as_if_it_was_over(tmp_path: Path, distances: lis
     assert outcome(resume(run.path, {"training.steps": 40, "evaluation.patience": 1})) == before
     distances += [0.5, 0.6, 0.7, 0.8]
     resume(run.path, {"evaluation.patience": 3})
-    assert [r["step"] for r in judged(run)] == [3, 6, 9, 12, 15, 18, 21, 24]
+    assert [r["step"] for r in evaluated(run)] == [3, 6, 9, 12, 15, 18, 21, 24]
     distances += [0.4, 0.5, 0.6]
     resume(run.path, {"evaluation.patience": 0, "training.steps": 33})
-    assert [r["step"] for r in judged(run)][-3:] == [27, 30, 33]
+    assert [r["step"] for r in evaluated(run)][-3:] == [27, 30, 33]
 
 
 @pytest.mark.slow
@@ -268,13 +268,13 @@ def test_a_reference_stands_for_the_training_images(reference: Path, tmp_path: P
     config = tiny(tmp_path, training__steps=3, evaluation__reference=reference.name)
     run = train(config, tmp_path / "run")
     assert run.config().evaluation.reference == str(reference)  # a run is used from other folders too
-    (record,) = judged(run)
+    (record,) = evaluated(run)
     assert record["reference"] == str(reference)
     own = moments(PixelFeatures()(sample(run, 20, seed=5, checkpoint="3")))
     held_out = run.data().split(config.data.held_out)[1].tensor()
     assert record["frechet"] == pytest.approx(frechet_between(own, moments(PixelFeatures()(held_out))), rel=1e-6)
     resume(run.path, {"training.steps": 6})
-    assert [r["step"] for r in judged(run)] == [3, 6]
+    assert [r["step"] for r in evaluated(run)] == [3, 6]
 
 
 def test_a_reference_that_is_missing_or_does_not_fit_is_refused(reference: Path, tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_a_reference_that_is_missing_or_does_not_fit_is_refused(reference: Path,
         train(tiny(tmp_path, evaluation__reference="absent.npz"), tmp_path / "run")
     np.save(tmp_path / "others.npy", np.zeros((60, 8, 8), np.uint8))
     others = {"data.source": str(tmp_path / "others.npy"), "data.held_out": 0.0, "evaluation.reference": reference.name}
-    with pytest.raises(ValueError, match=r"^evaluation\.reference: .*real\.npz: made with data fingerprint"):
+    with pytest.raises(ValueError, match=r"^evaluation\.reference: .*real\.npz: computed with data fingerprint"):
         train(override(tiny(tmp_path), others), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -329,7 +329,7 @@ def test_samples_that_are_not_finite_do_not_stop_training(tmp_path: Path, monkey
     monkeypatch.setattr(evaluation_callback_module, "sample_images", diverges)
     with pytest.warns(UserWarning, match="no Fréchet distance at step 3: 20 of 20"):
         run = train(tiny(tmp_path, training__keep_last=9), tmp_path / "run")
-    first, second, _ = judged(run)
+    first, second, _ = evaluated(run)
     assert first["frechet"] is None
     assert second["frechet"] > 0
     assert json.loads(run.metrics_file.read_text().splitlines()[0])["frechet"] is None
@@ -346,7 +346,7 @@ def test_evaluations_are_not_counted_in_the_training_rate(tmp_path: Path, monkey
     start = time.perf_counter()
     run = train(tiny(tmp_path, training__steps=3, training__held_out_every=0), tmp_path / "run")
     taken = time.perf_counter() - start
-    (first,) = judged(run)
+    (first,) = evaluated(run)
     assert first["seconds"] >= 1.0
     assert sum(r["seconds"] for r in run.records() if r["kind"] == "train") < taken - 1.0
 
@@ -361,9 +361,9 @@ def test_a_run_from_before_there_were_evaluations_goes_on(tmp_path: Path) -> Non
         write_json(file, data)
     assert run.checkpoint("best").exists()
     resume(run.path, {"training.steps": 9})
-    assert judged(run) == []
+    assert evaluated(run) == []
     resume(run.path, {"training.steps": 12, "evaluation.every": 2})
-    assert [r["step"] for r in judged(run)] == [10, 12]
+    assert [r["step"] for r in evaluated(run)] == [10, 12]
     with pytest.raises(ValueError, match=r"evaluation\.count: may not change when a run is resumed"):
         resume(run.path, {"evaluation.count": 30})
 

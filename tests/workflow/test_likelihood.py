@@ -58,8 +58,8 @@ def test_the_command_shows_every_term(run, capsys):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"sigma_max": 1e6}, "reaches beyond the noise"),
-        ({"sigma_min": 1e-9}, "reaches beyond the noise"),
+        ({"sigma_max": 1e6}, "exceeds the training noise"),
+        ({"sigma_min": 1e-9}, "exceeds the training noise"),
         ({"sigma_min": 2.0, "sigma_max": 1.0}, "must be 0 < min < max"),
         ({"count": 1}, "at least 2 images"),
         ({"draws": 0}, "draws=0"),

@@ -400,7 +400,7 @@ def test_what_cannot_be_compared_is_refused_before_sampling(
     for source, held_out, message in (
         ("few.npy", 0.1, r"\d held-out images: metric 'precision-recall' needs at least 4 images; give"),
         ("colour.npy", 0.3, "data: images of 3 x 8 x 8"),
-        ("wide.npy", 0.3, r"data: images of 1 x 8 x 16 .*, but .* makes 1 x 8 x 8; give --size H W"),
+        ("wide.npy", 0.3, r"data: images of 1 x 8 x 16 .*, but those of .* are 1 x 8 x 8; give --size H W"),
         ("digits", 0.3, "data.held_out=0.3: .* was trained on these data with 0.1"),
     ):
         with pytest.raises(ValueError, match=message):

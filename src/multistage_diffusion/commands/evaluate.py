@@ -21,7 +21,7 @@ from ..evaluation.likelihood import Estimate, LikelihoodResult
 from ..evaluation.presentation import result_text
 from ..evaluation.reference import KEPT
 from ..training.run import Run
-from ..workflow.evaluate import NotKeptError, compare, evaluate, statistics
+from ..workflow.evaluate import NotSavedError, compare, evaluate, statistics
 from ..workflow.likelihood import measure_likelihood
 from .options import (
     DataOptions,
@@ -123,23 +123,23 @@ class Evaluate(SamplerOptions, DataOptions):
             "sampling": self.sampling_config(config.sampling),
             "device": self.device,
         }
-        not_kept: NotKeptError | None = None
+        not_saved: NotSavedError | None = None
         with Bar("evaluating") as bar:
             try:
                 if self.against == "held-out":
                     result = evaluate(run, data, **chosen, progress=bar)
                 else:
                     result = compare(run, self.against, data, **chosen, progress=bar)
-            except NotKeptError as error:
-                result, not_kept = error.result, error
+            except NotSavedError as error:
+                result, not_saved = error.result, error
         if not is_main_process():
             return
         if self.json:
             print_json(to_dict(result))
         else:
             say(result_text(result))
-        if not_kept is not None:
-            raise not_kept
+        if not_saved is not None:
+            raise not_saved
 
     def _measure_likelihood(self, run: Run) -> None:
         if self.data is not None or self.against != "held-out":

@@ -34,7 +34,7 @@ class Train(DataOptions):
       msdiff train --preset digits --out runs/slow --set optimizer.lr=1e-4 training.steps=20000
       msdiff train --preset fashion-mnist-latent --codec codecs/fashion --out runs/latent
       msdiff train --preset cifar10-edm --data cifar10:data/ --init-from runs/one-stage --out runs/three-stages
-      msdiff train --preset digits --out runs/judged --set evaluation.every=500 evaluation.patience=5
+      msdiff train --preset digits --out runs/evaluated --set evaluation.every=500 evaluation.patience=5
       msdiff train --preset fashion-mnist --out runs/timed --profile
       msdiff train --resume runs/digits
       msdiff train --resume runs/digits --set training.steps=20000

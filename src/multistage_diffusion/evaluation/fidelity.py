@@ -86,10 +86,10 @@ class FidelityFeatures(FeatureExtractor):
             reason = str(error).splitlines()[-1].strip()
             if file is None:
                 raise UserError(
-                    f"features={self.kind!r}: its weights cannot be downloaded ({reason}); connect once, or use other "
-                    "features"
+                    f"features={self.kind!r}: its weights cannot be downloaded ({reason}); connect to the network once, or use "
+                    "other features"
                 ) from None
-            raise UserError(f"{file}: not the weights of {self.registered}: {reason}") from None
+            raise UserError(f"{file}: not the weights of {self.registered} ({reason}); name another file") from None
         except OSError as error:
             raise UserError(
                 f"features={self.kind!r}: its weights cannot be downloaded ({error}); use other features"
@@ -159,8 +159,8 @@ def _downloaded(kind: str, url: str) -> Path:
         except (urllib.error.URLError, OSError, RuntimeError) as error:
             reason = getattr(error, "reason", None) or error
             raise UserError(
-                f"features={kind!r}: its weights cannot be downloaded ({reason}); fetch {url} elsewhere and give the file "
-                f"with --inception-weights (weights= in Python), or put it into {folder}"
+                f"features={kind!r}: its weights cannot be downloaded ({reason}); download {url} on another machine and "
+                f"give the file with --inception-weights (weights= in Python), or put it into {folder}"
             ) from None
     return file
 
@@ -174,9 +174,11 @@ def _check_weights(file: Path) -> None:
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}; name a file of weights") from None
     except Exception:  # a damaged or hostile file can raise any exception type
-        raise UserError(f"{file}: not a file of weights alone (torch.save of a state_dict); fetch it again") from None
+        raise UserError(
+            f"{file}: not a file of weights alone (torch.save of a state_dict); download it again"
+        ) from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{file}: holds no state_dict; fetch it again")
+        raise UserError(f"{file}: does not hold a state_dict; download it again")
 
 
 def why_unavailable() -> str:

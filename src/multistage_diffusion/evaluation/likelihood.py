@@ -158,7 +158,7 @@ def likelihood(
     if not 0 < sigma_min < sigma_max < math.inf:
         raise UserError(f"likelihood: sigma_min={sigma_min:g} and sigma_max={sigma_max:g} must be 0 < min < max < inf")
     if len(data) < 2 or draws < 1:
-        raise UserError(f"likelihood: {len(data)} images and draws={draws}; it needs at least 2 images and 1 draw")
+        raise UserError(f"likelihood: {len(data)} images and draws={draws}: at least 2 images and 1 draw are needed")
     intervals = clipped_intervals(stages, sigma_min, sigma_max)
     found = torch.zeros(len(intervals), len(data), dtype=torch.float64)
     total, done = len(intervals) * draws * len(data), 0

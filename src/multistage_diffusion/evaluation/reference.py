@@ -28,8 +28,8 @@ from .registry import FeatureExtractor
 FORMAT_VERSION = 1
 KEPT = 10_000  # default number of images whose features are kept
 _ABOUT = "msdiff"  # name of the array that describes the others, as JSON
-_TOLD = ("extractor", "preprocessing", "data", "part", "fingerprint", "shape", "held_out")
-_MEND = "; make one with msdiff stats"
+_DESCRIPTION = ("extractor", "preprocessing", "data", "part", "fingerprint", "shape", "held_out")
+_MEND = "; write one with msdiff stats"
 _ABOUT_FIELDS = {
     **dict.fromkeys(("extractor", "preprocessing", "data", "part", "fingerprint"), maybe(TEXT)),
     "shape": maybe(listed(WHOLE)),
@@ -85,12 +85,12 @@ class Reference:
         ):
             if own is not None and own != other:
                 raise UserError(
-                    f"{self.source}: made with {name} {own}, but this is {other}; make another with msdiff stats"
+                    f"{self.source}: computed with {name} {own}, but the samples have {other}; write another with msdiff stats"
                 )
         dims = dimensions(extractor, shape)
         if dims != len(self.moments.mean):
             raise UserError(
-                f"{self.source}: of {len(self.moments.mean)} feature dimensions, but {extractor.name} has {dims}; make "
+                f"{self.source}: has {len(self.moments.mean)} feature dimensions, but {extractor.name} has {dims}; write "
                 "another with msdiff stats"
             )
 
@@ -149,7 +149,7 @@ def save_reference(reference: Reference, path: Path) -> None:
 
     `mu` and `sigma` have the same names as in EDM's files, so EDM's scripts can read them.
     """
-    about = {name: getattr(reference, name) for name in _TOLD} | {
+    about = {name: getattr(reference, name) for name in _DESCRIPTION} | {
         "format_version": FORMAT_VERSION,
         "count": reference.moments.count,
     }
@@ -183,7 +183,9 @@ def _require_covariance(matrix: Tensor, path: Path) -> None:
     size = float(matrix.abs().max()) if matrix.numel() else 0.0
     symmetric = bool(((matrix - matrix.T).abs() <= 1e-6 * size).all())
     if not symmetric or float(matrix.diagonal().min()) < -1e-6 * size or _least_eigenvalue(matrix) < -1e-4 * size:
-        raise UserError(f"{path}: sigma is no covariance: it must be symmetric, without eigenvalues below zero{_MEND}")
+        raise UserError(
+            f"{path}: sigma is not a covariance: it must be symmetric, without eigenvalues below zero{_MEND}"
+        )
 
 
 def _least_eigenvalue(matrix: Tensor) -> float:
@@ -198,7 +200,7 @@ def load_reference(path: Path) -> Reference:
     """
     arrays = _arrays(path)
     about = (
-        parse_json(str(arrays[_ABOUT]), path, f": not an .npz file of statistics; {_ABOUT} is no JSON")
+        parse_json(str(arrays[_ABOUT]), path, f": not an .npz file of statistics; {_ABOUT} is not JSON")
         if _ABOUT in arrays
         else {}
     )
@@ -209,13 +211,13 @@ def load_reference(path: Path) -> Reference:
     check(about, _ABOUT_FIELDS, str(path), optional=True, mend=_MEND)
     for name in ("mu", "sigma"):
         if name not in arrays:
-            raise UserError(f"{path}: holds no {name}, the {_WORDS[name]} of features{_MEND}")
+            raise UserError(f"{path}: {name} is missing, the {_WORDS[name]} of features{_MEND}")
     mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
     finite = all(bool(torch.isfinite(values).all()) for values in (mean, covariance))
     if mean.ndim != 1 or covariance.shape != 2 * mean.shape or not finite:
         raise UserError(
-            f"{path}: mu of shape {tuple(mean.shape)} and sigma of shape {tuple(covariance.shape)} are no mean and covariance "
-            "of the same features, all finite; make one with msdiff stats"
+            f"{path}: mu of shape {tuple(mean.shape)} and sigma of shape {tuple(covariance.shape)} are not a mean and covariance "
+            f"of the same features with finite values{_MEND}"
         )
     _require_covariance(covariance, path)
     features = None
@@ -223,13 +225,13 @@ def load_reference(path: Path) -> Reference:
         features = torch.from_numpy(arrays["features"].astype(np.float32))
         if features.ndim != 2 or features.shape[1] != len(mean) or not bool(torch.isfinite(features).all()):
             raise UserError(
-                f"{path}: features of shape {tuple(features.shape)} are no rows of {len(mean)} finite numbers{_MEND}"
+                f"{path}: features of shape {tuple(features.shape)} are not rows of {len(mean)} finite numbers{_MEND}"
             )
-    told: dict[str, Any] = {name: about.get(name) for name in _TOLD}
-    told["shape"] = None if told["shape"] is None else tuple(told["shape"])
+    description: dict[str, Any] = {name: about.get(name) for name in _DESCRIPTION}
+    description["shape"] = None if description["shape"] is None else tuple(description["shape"])
     return Reference(
         moments=Moments(mean=mean, covariance=covariance, count=int(about.get("count", 0))),
         source=str(path),
         features=features,
-        **told,
+        **description,
     )

@@ -67,12 +67,16 @@ class ScriptFeatures(FeatureExtractor):
             if isinstance(error, RuntimeError) and out_of_memory(error):
                 raise
             reason = str(error).strip().splitlines()[-1].strip()
-            raise UserError(f"{self.name}: refuses uint8 images {tuple(images.shape)}: {reason}") from None
+            raise UserError(
+                f"{self.name}: failed on uint8 images {tuple(images.shape)}: {reason}; use other images or features"
+            ) from None
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise UserError(f"{self.name}: answers {len(images)} images with {shape}, not with ({len(images)}, D)")
+            raise UserError(
+                f"{self.name}: returned {shape} for {len(images)} images; it must return ({len(images)}, D)"
+            )
         if not features.is_floating_point() or not bool(torch.isfinite(features).all()):
             raise UserError(
-                f"{self.name}: its features are {features.dtype}, or not all finite; they must be finite floats"
+                f"{self.name}: returned {features.dtype}, or values that are not finite; it must return finite floats"
             )
         return features

@@ -74,7 +74,7 @@ class Neighbours:
         if self.samples.shape != self.nearest.shape or len(self.distances) != len(self.samples):
             raise UserError(
                 f"neighbours: {tuple(self.samples.shape)} samples, {tuple(self.nearest.shape)} nearest images and "
-                f"{len(self.distances)} distances; give as many of each"
+                f"{len(self.distances)} distances; their numbers must be equal"
             )
 
 

@@ -41,8 +41,8 @@ from .latent import reconstruct
 from .sample import opened_run, require_writable, sample, sample_labels
 
 
-class NotKeptError(UserError):
-    """A result could not be added to RUN/evaluation.json; this exception holds it.
+class NotSavedError(UserError):
+    """A result could not be added to RUN/evaluation.json.
 
     Attributes:
         result: the result.
@@ -90,7 +90,7 @@ def evaluate(
 
     Raises:
         UserError: if there are too few images, or data and run differ in shape, or nothing can be written in the run.
-        NotKeptError: with the result, if it could not be added to RUN/evaluation.json.
+        NotSavedError: with the result, if it could not be added to RUN/evaluation.json.
     """
     run, (world, resolved) = opened_run(run), joined(device, "evaluate")
     read_evaluations(require_writable(run, "evaluation.json"))
@@ -123,7 +123,7 @@ def evaluate(
             reconstructed=reconstruct(config, held_out, resolved) if config.codec.used else None,
             device=resolved,
         )
-        _keep(run, result, step, data or config.data, sampling or config.sampling, seed)
+        _save(run, result, step, data or config.data, sampling or config.sampling, seed)
         return result
 
 
@@ -163,7 +163,7 @@ def compare(
     Raises:
         UserError: if there are too few samples or images, the reference is of other images or features, or nothing can
             be written in the run.
-        NotKeptError: with the result, if it could not be added to RUN/evaluation.json.
+        NotSavedError: with the result, if it could not be added to RUN/evaluation.json.
     """
     run, (world, resolved) = opened_run(run), joined(device, "evaluate --against")
     read_evaluations(require_writable(run, "evaluation.json"))
@@ -184,7 +184,7 @@ def compare(
             run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress
         )
         result = compare_samples(images, found, extractor, metrics=tuple(chosen), device=resolved)
-        _keep(run, result, step, data or run.config().data, sampling or run.config().sampling, seed)
+        _save(run, result, step, data or run.config().data, sampling or run.config().sampling, seed)
         return result
 
 
@@ -193,20 +193,20 @@ def _compared_data(run: Run, data: DataConfig | None) -> tuple[ImageData, float]
     config = run.config()
     opened = run.data() if data is None else open_configured(data)
     if opened.shape != config.data.shape:
-        found, made = (" x ".join(map(str, shape)) for shape in (opened.shape, config.data.shape))
+        found, own = (" x ".join(map(str, shape)) for shape in (opened.shape, config.data.shape))
         raise UserError(
-            f"data: images of {found} (channels x height x width), but {run.path} makes {made}; give --size H W --fit crop "
-            "for another size, or convert them to as many channels"
+            f"data: images of {found} (channels x height x width), but those of {run.path} are {own}; give --size H W --fit "
+            "crop for another size, or convert them to as many channels"
         )
     share = (data or config.data).held_out
     if share != config.data.held_out and opened.fingerprint == config.data.fingerprint:
         raise UserError(
-            f"data.held_out={share}: {run.path} was trained on these data with {config.data.held_out}; use that"
+            f"data.held_out={share}: {run.path} was trained on these data with {config.data.held_out}; use {config.data.held_out}"
         )
     return opened, share
 
 
-def _keep(
+def _save(
     run: Run,
     result: EvaluationResult,
     step: int,
@@ -225,7 +225,7 @@ def _keep(
         line = explained(error)
         if line is None:
             raise
-        raise NotKeptError(f"the result could not be kept: {line}", result) from None
+        raise NotSavedError(f"the result was not saved: {line}", result) from None
 
 
 def part_reference(

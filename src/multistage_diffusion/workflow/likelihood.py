@@ -58,7 +58,9 @@ def measure_likelihood(
     """
     run, (world, resolved) = opened_run(run), joined(device, "evaluate --likelihood")
     if world.size > 1:
-        raise UserError("the likelihood is measured by one process; start it without torchrun")
+        raise UserError(
+            f"WORLD_SIZE={world.size}: the likelihood is computed by one process; start it without torchrun"
+        )
     file = require_writable(run, "likelihood.json")
     read_evaluations(file)
     if count is not None and count < 1:
@@ -67,7 +69,8 @@ def measure_likelihood(
     _, held_out = run.data().split(config.data.held_out)
     if len(held_out) < 2:
         raise UserError(
-            f"data.held_out={config.data.held_out} holds out {len(held_out)} images; the bound needs at least 2"
+            f"data.held_out={config.data.held_out} gives {len(held_out)} held-out images; the bound needs at least 2; train with "
+            "a larger share"
         )
     chosen = held_out.subset(range(min(count or len(held_out), len(held_out))))
     low, high = _range(config, sigma_min, sigma_max)
@@ -101,8 +104,8 @@ def _range(config: RunConfig, sigma_min: float | None, sigma_max: float | None) 
     least, most = noise_range(config, 1e-6)
     if low < least * (1 - _ROUNDING) or high > most * (1 + _ROUNDING):
         raise UserError(
-            f"likelihood: [{low:.4g}, {high:.4g}] reaches beyond the noise that the run is trained on, [{least:.4g}, "
-            f"{most:.4g}]; take a range inside it"
+            f"sigma range [{low:.4g}, {high:.4g}] exceeds the training noise [{least:.4g}, {most:.4g}]; choose a range inside "
+            "it (--sigma-range)"
         )
     return low, high
 
