@@ -526,6 +526,12 @@ def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monk
         ("train --preset digits --out new --set optimizer.lr=[1", "'[1' is not a YAML value"),
         ("train --preset digits --out new --set optimizer.lr=fast", "optimizer.lr='fast' must be of type float"),
         ("train --preset digits --out new --set training.batch=2", "training.batch=2 is too small for 3 stages"),
+        (
+            "train --preset digits --out new --data digits --set data.source=x",
+            "--set data.source: an option gives it, too",
+        ),
+        ("plan digits --held-out 0.2 --set data.held_out=0.1", "--set data.held_out: an option gives it, too"),
+        ("train --preset digits --out new --set name=mine", "name='mine': a run has the name of its folder"),
         ("train --preset digits --out new --stages falling.json", "falling.json: stages: edges [5.0, 1.0]"),
         ("train --preset digits --out new --stages nowhere.json", "nowhere.json: no such file"),
         ("train --preset digits --out new --stages c.yaml", "c.yaml: not valid JSON"),

@@ -145,6 +145,9 @@ def test_an_imported_run_samples_and_is_resumed_with_data(tmp_path: Path) -> Non
     assert config.data.fingerprint
     assert config.training.precision == "fp32"
     assert run.checkpoint("latest").name == "step_00000001"
+    recorded = run.config()
+    resume(run.path, {"training.steps": 2}, device="cpu")
+    assert run.config() == override(recorded, {"training.steps": 2})
 
 
 def tensors(run: Run, part: str) -> Weights:

@@ -52,8 +52,8 @@ class FindStages(DataOptions):
     """Noisy images that are compared."""
     times: int = _DEFAULTS.times
     """Times per noisy image (algorithm 1); 1 with 50000 samples is the paper's estimator."""
-    precision: Annotated[float | None, option("FLOAT", "any, of a fixed number of samples")] = None
-    """Draw samples until the 95 % intervals of the edges are this narrow: at most this distance from them, in t."""
+    precision: Annotated[float | None, option("FLOAT", "that of the number of samples")] = None
+    """Draw samples until the 95 % intervals of the edges end at most this far from them, in t."""
     eta: float = _DEFAULTS.eta
     """Largest difference of a coordinate that counts as agreement."""
     alpha: float = _DEFAULTS.alpha

@@ -99,6 +99,8 @@ def train(
 
 def _given(config: RunConfig, out: Path, changes: Mapping[str, Any], result: StageResult | None) -> RunConfig:
     """Return the configuration with all that the user gives: stages, changes, and the name of the run's folder."""
+    if "name" in changes:
+        raise UserError(f"name={changes['name']!r}: a run has the name of its folder; leave it out")
     stages = {} if result is None else {"stages": result.stages()}
     given = override(config, {**stages, **changes, "name": out.name})
     if not given.data.source:
