@@ -23,7 +23,7 @@ SIZES = (1, 2, 3, 4, 7)
 
 def test_every_file_is_a_strategy():
     assert set(STRATEGIES.names()) == {"fsdp", "memory", "time"}
-    with pytest.raises(UserError, match="strategy='fast' must be one of .*memory"):
+    with pytest.raises(UserError, match=r"strategy='fast' must be one of .*memory"):
         make_strategy("fast", tiny_config(), SHAPE, World(0, 2))
 
 
