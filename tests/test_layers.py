@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ SOURCE = Path(multistage_diffusion.__file__).parent
 # placed here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     # L0: what everything uses
-    ("errors", "progress", "shown"),
+    ("errors", "progress", "shown", "version"),
     ("leftovers", "memory", "places", "reading", "registry"),
     ("files",),
     ("contracts", "distributed"),
@@ -106,7 +108,7 @@ def unit_of(parts: Sequence[str]) -> str:
 def layer_fault(unit: str, found: Import) -> str | None:
     """Say what is wrong with `unit` importing what was found, if anything."""
     target, parts = found.name, found.name.split(".")
-    if parts[0] != PACKAGE or target == f"{PACKAGE}.__version__":
+    if parts[0] != PACKAGE:
         return None
     other = unit_of(parts[1:])
     if not other:
@@ -213,6 +215,16 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
     assert circles(tmp_path) == [["data.a", "data.b"]]
 
 
+MODULES_OF_THE_TRAINER = 64  # modules of this package that importing the trainer loads
+
+
+def test_the_trainer_loads_few_modules() -> None:
+    count = f"import sys, {PACKAGE}.training.trainer; print(*(m for m in sys.modules if m.startswith('{PACKAGE}')))"
+    found = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True).stdout.split()
+    assert len(found) <= MODULES_OF_THE_TRAINER, found
+    assert f"{PACKAGE}.training.run" not in found  # what opens data, and other runs
+
+
 def test_every_unit_has_one_row() -> None:
     units = [unit for row in LAYERS for unit in row]
     assert len(units) == len(set(units))
@@ -294,7 +306,7 @@ def test_a_planted_fault_is_found(relative: str, source: str, fault: str, tmp_pa
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import datasets\n",
         "from .data import datasets\n",
         "def f():\n    import diffusers\n",
-        "from . import __version__\n",
+        "from .version import __version__\n",
     ],
 )
 def test_what_is_allowed_is_not_a_fault(source: str, tmp_path: Path) -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .version import __version__
-
 if TYPE_CHECKING:
     from .config import DataConfig as DataConfig
     from .config import DiffusionConfig as DiffusionConfig
@@ -43,6 +41,7 @@ if TYPE_CHECKING:
     from .stage_finding import StageSettings as StageSettings
     from .stages import Stages as Stages
     from .training.run import Run as Run
+    from .version import __version__ as __version__
     from .workflow.codec import train_codec as train_codec
     from .workflow.evaluate import compare as compare
     from .workflow.evaluate import evaluate as evaluate
@@ -98,8 +97,9 @@ _HOME = {
     "Run": "training.run",
     "sample_images": "samplers.sampling",
     "Stages": "stages",
+    "__version__": "version",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -132,6 +132,7 @@ def exchanges(world: World) -> dict[str, object]:
         "exchange": world.all_gather_object([rank, "x" * rank]),
         "agree": world.broadcast_object({"rank": rank}),
         "sum": world.all_reduce(torch.tensor([1.0, rank], dtype=torch.float64)).tolist(),
+        "max": world.all_reduce(torch.tensor([1.0 - rank, rank]), "max").tolist(),
         "spread": world.broadcast(torch.full((2,), float(rank)), 1).tolist(),
         "collected": {name: tensor.tolist() for name, tensor in collected.items()},
         "types": [str(t.dtype) for t in collected.values()],
@@ -153,7 +154,7 @@ def test_what_three_processes_tell_one_another():
     for found in (a, b, c):
         assert found["exchange"] == [[0, ""], [1, "x"], [2, "xx"]]
         assert found["agree"] == {"rank": 0}
-        assert found["sum"] == [3.0, 3.0]
+        assert (found["sum"], found["max"]) == ([3.0, 3.0], [1.0, 2.0])
         assert found["spread"] == [1.0, 1.0]
         assert found["rows"] == [[1, 1], [2, 2], [2, 2]]
         assert found["nothing"] == []

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from multistage_diffusion.distributed import ALONE
+from multistage_diffusion.distributed import ALONE, World
 from multistage_diffusion.performance import autotune
 from multistage_diffusion.performance.autotune import LEAST_STEPS, candidates, choose
 from multistage_diffusion.performance.execution import Execution, check_execution, settled
@@ -100,7 +100,7 @@ class Trial:
 
     def __init__(self, folder: Path, config, monkeypatch: pytest.MonkeyPatch, seconds: dict[Execution, float]) -> None:
         self.run, self.config, self.seconds = Run.create(folder, config), config, seconds
-        self.now, self.computed = 0.0, []
+        self.now, self.computed, self.world = 0.0, [], ALONE
         monkeypatch.setattr(autotune, "clock", lambda _: self.now)
         monkeypatch.setattr(autotune, "device_name", lambda device: f"a {device.type}")
 
@@ -111,8 +111,7 @@ class Trial:
         self.now += taken
 
     def choose(self, steps: int = LEAST_STEPS, device: torch.device = CPU) -> tuple[Execution, dict[str, float]]:
-        world = ALONE
-        found = choose(self.run, self.config, world, device, 1, steps, self.computed.append, self.passes)
+        found = choose(self.run, self.config, self.world, device, 1, steps, self.computed.append, self.passes)
         return self.computed[-1], found
 
 
@@ -144,6 +143,28 @@ def test_candidates_take_turns_since_a_machine_changes_its_pace(tmp_path, tiny_c
     assert (best, seconds) == (LAST, pytest.approx({"plain": 1.1, "channels last": 1.0}))
     assert tried.computed == [PLAIN, LAST, PLAIN, LAST, LAST]
     assert made.count(PLAIN) == made.count(LAST) == sum(autotune.WARM) + 2 * autotune.TIMED
+
+
+class TwoProcesses(World):
+    """A world of which the other process takes other times."""
+
+    def __init__(self, others: list[float]) -> None:
+        super().__init__(0, 2)
+        self.others = others  # seconds of each candidate, in order
+
+    def all_gather_object(self, value: object) -> list[object]:
+        return [value, value]
+
+    def all_reduce(self, values: torch.Tensor, how: str = "sum") -> torch.Tensor:
+        other = torch.tensor(self.others, dtype=values.dtype)
+        return torch.maximum(values, other) if how == "max" else values + other
+
+
+def test_the_slowest_process_sets_the_pace(tmp_path, tiny_config, monkeypatch) -> None:
+    # on the sum of both processes channels-last would win (3.2 against 3.5)
+    tried = Trial(tmp_path / "run", tiny_config(), monkeypatch, {PLAIN: 1.5, LAST: 0.2})
+    tried.world = TwoProcesses([2.0, 3.0])
+    assert tried.choose() == (PLAIN, pytest.approx({"plain": 2.0, "channels last": 3.0}))
 
 
 def test_another_device_and_other_settings_are_tried_anew(tmp_path, tiny_config, monkeypatch) -> None:

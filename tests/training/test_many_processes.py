@@ -85,6 +85,26 @@ def require_same(a: Path, b: Path, tolerance: float = 1e-10) -> None:
     [
         (2, "time", {}),
         (3, "memory", {}),
+        (2, "fsdp", {}),
+        pytest.param(
+            *(3, "fsdp", {"training__accumulate": 3, "training__update_mode": "one-stage"}), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *(3, "fsdp", {"optimizer__clip_scope": "part", "training__update_mode": "sequential"}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(2, "fsdp", {"network__decoder_widths": [8, 8, 8], "training__branch_at": 7, "network__separate": True}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(3, "fsdp", {"network__decoder_widths": [8, 8, 8], "training__branch_at": 7}), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *(2, "fsdp", {"network__augment_dim": 9, "optimizer__kind": "adamw", "optimizer__weight_decay": 0.1}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(*(2, "fsdp", {"execution__recompute": True}), marks=pytest.mark.slow),
         pytest.param(4, "memory", {}, marks=pytest.mark.slow),
         pytest.param(
             *(2, "memory", {"optimizer__clip_scope": "part", "training__update_mode": "sequential"}),
@@ -107,13 +127,17 @@ def require_same(a: Path, b: Path, tolerance: float = 1e-10) -> None:
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["2 time", "3 memory", "4 memory", "sequential", "one-stage", "branch", "no rows", "weight decay"],
+    ids=[
+        *("2 time", "3 memory", "2 fsdp", "fsdp one-stage", "fsdp sequential", "fsdp separate branch", "fsdp branch"),
+        *("fsdp weight decay", "fsdp recompute"),
+        *("4 memory", "sequential", "one-stage", "branch", "no rows", "weight decay"),
+    ],
 )
 def test_twenty_steps_are_the_same_on_any_number_of_processes(tmp_path, size, strategy, changes):
     settings = config(optimizer__clip=0.05, **changes)  # so low that every step is clipped
     trained(ALONE, tmp_path / "one", settings, "time")
     assert processes.run(size, trained, tmp_path / "many", settings, strategy) == [20] * size
-    require_same(tmp_path / "one", tmp_path / "many")
+    require_same(tmp_path / "one", tmp_path / "many", tolerance=1e-12)
 
 
 @pytest.mark.slow
@@ -125,6 +149,7 @@ def test_a_run_goes_on_on_another_number_of_processes_under_another_strategy(tmp
     path = tmp_path / "many"
     trained(ALONE, path, until(5), "time")
     processes.run(3, trained, path, until(10), "memory")
+    processes.run(2, trained, path, until(12), "fsdp")
     processes.run(2, trained, path, until(15), "time")
     require_same(tmp_path / "one", path)
 
@@ -143,6 +168,26 @@ def held(world: World, path: Path, settings: RunConfig, strategy: str) -> dict[s
         "moments": sum(t.nbytes for t in moments),
         "sent": trainer.strategy.reducer.bytes,
     }
+
+
+def held_slices(world: World, path: Path, settings: RunConfig) -> list[int]:
+    """Return the bytes of weights, gradients, averages and moments that a process holds after training."""
+    trainer = fit(world, path, settings, "fsdp")
+    weights = list(trainer.denoiser.parameters())
+    moments = [t for state in trainer.optimization.optimizer.state.values() for k, t in state.items() if k != "step"]
+    kinds = (weights, [p.grad for p in weights], list(trainer.ema.module.parameters()), moments)
+    return [sum(t.to_local().nbytes for t in tensors) for tensors in kinds]
+
+
+@pytest.mark.slow
+def test_fsdp_holds_everything_once(tmp_path):
+    settings = tiny_config(training__steps=2)
+    cost = network_cost(settings.network, 4, 4)
+    parameters = cost.shared_parameters + sum(stage.parameters - cost.shared_parameters for stage in cost.stages)
+    found = processes.run(2, held_slices, tmp_path / "run", settings)
+    assert [sum(sizes) for sizes in zip(*found, strict=True)] == [4 * parameters] * 3 + [8 * parameters]
+    formula = step_costs(settings, (1, 4, 4), "fsdp", 2)[0].held
+    assert all(sum(sizes) == pytest.approx(formula, rel=0.1) for sizes in found)  # first dimensions may be odd
 
 
 @pytest.mark.parametrize("strategy", ["time", "memory"])
@@ -174,16 +219,17 @@ class Diverges(Callback):
             next(iter(trainer.denoiser.network.decoders[1].parameters())).data.fill_(torch.nan)
 
 
-def diverged(world: World, path: Path) -> str:
+def diverged(world: World, path: Path, strategy: str) -> str:
     try:
-        fit(world, path, tiny_config(), "memory", Diverges())
+        fit(world, path, tiny_config(), strategy, Diverges())
     except FloatingPointError as error:
         return str(error)
     return ""
 
 
-def test_what_is_not_finite_on_one_process_stops_all_of_them(tmp_path):
-    for told in processes.run(3, diverged, tmp_path / "run"):
+@pytest.mark.parametrize("strategy", ["memory", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_what_is_not_finite_on_one_process_stops_all_of_them(tmp_path, strategy):
+    for told in processes.run(3, diverged, tmp_path / "run", strategy):
         assert "the loss of stage 2 is not finite at step 2" in told
 
 
@@ -195,14 +241,15 @@ class Stops(Callback):
             trainer.stop()
 
 
-def stopped(world: World, path: Path) -> tuple[int, bool]:
-    trainer = fit(world, path, tiny_config(training__steps=9), "time", Stops())
+def stopped(world: World, path: Path, strategy: str) -> tuple[int, bool]:
+    trainer = fit(world, path, tiny_config(training__steps=9), strategy, Stops())
     return trainer.step, trainer.stopped
 
 
 @pytest.mark.slow
-def test_one_process_that_is_asked_to_stop_stops_all_with_a_checkpoint(tmp_path):
-    assert processes.run(2, stopped, tmp_path / "run") == [(3, True), (3, True)]
+@pytest.mark.parametrize("strategy", ["time", "fsdp"])
+def test_one_process_that_is_asked_to_stop_stops_all_with_a_checkpoint(tmp_path, strategy):
+    assert processes.run(2, stopped, tmp_path / "run", strategy) == [(3, True), (3, True)]
     assert [p.name for p in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000003"]
 
 
@@ -219,8 +266,8 @@ class Dies(Callback):
             )
 
 
-def dying(world: World, path: Path) -> int:
-    return fit(world, path, exactly(), "memory", Dies()).step
+def dying(world: World, path: Path, strategy: str) -> int:
+    return fit(world, path, exactly(), strategy, Dies()).step
 
 
 def exactly() -> RunConfig:
@@ -228,10 +275,11 @@ def exactly() -> RunConfig:
 
 
 @pytest.mark.slow
-def test_a_process_killed_in_mid_step_costs_no_more_than_the_steps_since_the_checkpoint(tmp_path):
-    processes.run(3, trained, tmp_path / "whole", exactly(), "memory")
+@pytest.mark.parametrize("strategy", ["memory", "fsdp"])
+def test_a_process_killed_in_mid_step_costs_no_more_than_the_steps_since_the_checkpoint(tmp_path, strategy):
+    processes.run(3, trained, tmp_path / "whole", exactly(), strategy)
     path = tmp_path / "killed"
-    world = processes.Processes(3, dying, path, patience=3.0)
+    world = processes.Processes(3, dying, path, strategy, patience=3.0)
     start = time.monotonic()
     first, second, third = world.results(60.0)
     assert time.monotonic() - start < 60.0
@@ -239,7 +287,7 @@ def test_a_process_killed_in_mid_step_costs_no_more_than_the_steps_since_the_che
     told = [str(error) for error in (first, third) if error is not None] + world.errors()
     assert sum(f"rank 1 (process {world.processes[1].pid}" in line for line in told) == 2
     assert list_checkpoints(path / "checkpoints")[-1].name == "step_00000006"
-    processes.run(3, trained, path, exactly(), "memory")
+    processes.run(3, trained, path, exactly(), strategy)
     require_same(tmp_path / "whole", path, tolerance=0.0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +18,18 @@ from .batches import Batch, BatchSource
 from .losses import objective, stage_losses
 from .optimizer import Optimization
 from .strategies import MicroBatch, Strategy
-from .thread_parallel import ThreadParallel, backward
+
+if TYPE_CHECKING:
+    from .thread_parallel import ThreadParallel
+
+
+def _threads(number: int) -> ThreadParallel | None:
+    """Return what computes a batch on several threads; None for one."""
+    if number == 1:
+        return None
+    from .thread_parallel import ThreadParallel
+
+    return ThreadParallel(number)
 
 
 def dropout_key(seed: int, step: int, rank: int) -> rng.Key:
@@ -69,7 +81,7 @@ class Passes:
         """
         check_execution(execution, self.source.device, self.strategy.world.size)
         self.execution = execution
-        self._threads = ThreadParallel(execution.thread_parallel)
+        self._threads = _threads(execution.thread_parallel)
         execute(self.denoiser.network, execution)
         self.denoiser.graphs = Graphs(self.denoiser.network) if execution.cuda_graphs else None
 
@@ -92,10 +104,9 @@ class Passes:
             with self.timer.part("data"):
                 batch = self.source.draw(step, counts, micro_batch.rows)
             forward = partial(self._forward, micro_batch=micro_batch, counts=counts, weights=weights)
-            if self.execution.thread_parallel > 1:
+            if self._threads is not None:
                 key = (*dropout_key(self.config.training.seed, step, 0), *counts, number)
-                batches = batch.shards(self.execution.thread_parallel)
-                totals += backward(self._threads, batches, self.optimization.parts, forward, self._pass_timer, key)
+                totals += self._threads.backward(batch, self.optimization.parts, forward, self._pass_timer, key)
                 continue
             sums, loss = forward(batch)
             if number == len(micro_batches) - 1:

@@ -31,6 +31,7 @@ class ThreadParallel:
     """
 
     def __init__(self, most: int) -> None:
+        self.most = most
         self._pool = ThreadPoolExecutor(max(most - 1, 1), thread_name_prefix="part")
 
     def __call__(self, works: Sequence[Callable[[], T]]) -> list[T]:
@@ -60,41 +61,39 @@ class ThreadParallel:
         finally:
             torch.set_num_threads(threads)
 
+    def backward(
+        self,
+        batch: Batch,
+        parts: Parts,
+        forward: Callable[[Batch], tuple[Tensor, Tensor]],
+        passes: PassTimer,
+        key: rng.Key,
+    ) -> Tensor:
+        """Compute the gradients of a batch, a part of it in each thread, and add them to the parameters' gradients.
 
-def backward(
-    threads: ThreadParallel,
-    batches: Sequence[Batch],
-    parts: Parts,
-    forward: Callable[[Batch], tuple[Tensor, Tensor]],
-    passes: PassTimer,
-    key: rng.Key,
-) -> Tensor:
-    """Compute the gradients of several batches in parallel and add them to the parameters' gradients.
+        Args:
+            batch: the batch.
+            parts: parameters to differentiate, by part of the network.
+            forward: maps a batch to (summed loss of each stage, scalar to differentiate).
+            passes: timer of the passes in the calling thread.
+            key: random key of the dropout masks; each part of the batch has its own masks.
 
-    Args:
-        threads: computes the batches.
-        batches: the parts of a batch.
-        parts: parameters to differentiate, by part.
-        forward: maps a batch to (summed loss of each stage, scalar to differentiate).
-        passes: timer of the passes in the calling thread.
-        key: random key of the dropout masks; each batch has its own masks.
+        Returns:
+            The summed loss of each stage.
+        """
+        parameters = [parameter for own in parts.values() for parameter in own]
 
-    Returns:
-        The summed loss of each stage.
-    """
-    parameters = [parameter for own in parts.values() for parameter in own]
+        def gradients(number: int, rows: Batch) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+            with masks_from(rng.generator((*key, number))):
+                sums, loss = forward(rows)
+            with passes.backward():
+                return sums, torch.autograd.grad(loss, parameters, allow_unused=True)
 
-    def gradients(number: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        with masks_from(rng.generator((*key, number))):
-            sums, loss = forward(batches[number])
-        with passes.backward():
-            return sums, torch.autograd.grad(loss, parameters, allow_unused=True)
-
-    found = threads([partial(gradients, number) for number in range(len(batches))])
-    with passes.timer.part("gradients"):
-        for _, own in found:  # fixed order, for reproducible sums
-            add_gradients(parameters, own)
-    return torch.stack([sums for sums, _ in found]).sum(0)
+        found = self([partial(gradients, *numbered) for numbered in enumerate(batch.shards(self.most))])
+        with passes.timer.part("gradients"):
+            for _, own in found:  # fixed order, for reproducible sums
+                add_gradients(parameters, own)
+        return torch.stack([sums for sums, _ in found]).sum(0)
 
 
 def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:

@@ -10,7 +10,7 @@ from tiny import tiny_config
 
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.distributed import World
-from multistage_diffusion.training.optimizer import parameters_by_part, part_norms
+from multistage_diffusion.training.optimizer import Optimization, parameters_by_part, part_norms
 from multistage_diffusion.training.strategies.fsdp import FullySharded
 
 SHAPE = (1, 4, 4)
@@ -60,9 +60,36 @@ def test_every_process_holds_a_slice_of_the_whole():
         if rank == 0:
             for name, parameter in whole.named_parameters():
                 key = f"{name}.step" if name.endswith("bias") else name
-                assert math.isclose(sums[key], float(parameter.sum()), rel_tol=1e-12, abs_tol=1e-12)
+                assert math.isclose(sums[key], float(parameter.detach().sum()), rel_tol=1e-12, abs_tol=1e-12)
         else:
             assert sums == {"count": 3.0}
+
+
+def overflows(world: World) -> list[tuple[float, bool]]:
+    """Return (loss scale, whether weights have changed) after a step that overflows on one process, and one that does not."""
+    config = tiny_config(training__precision="fp16")
+    strategy, denoiser = FullySharded(config, SHAPE, world), build_denoiser(config)
+    strategy.place(denoiser.network, CPU, torch.float32)
+    optimization = Optimization(config.optimizer, CPU, scaling=True)
+    optimization.watch(denoiser.network)
+    optimization.scaler.scale(torch.ones(()))  # makes the scale
+    found = []
+    for step, spoils in enumerate((True, False)):
+        before = [p.to_local().clone() for p in denoiser.parameters()]
+        for parameter in denoiser.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        if spoils and world.rank == 1:
+            next(g for g in optimization.gradients if g.to_local().numel()).to_local().fill_(math.inf)
+        strategy.sync_overflow(optimization.gradients)
+        optimization.unscale()
+        optimization.update(step)
+        pairs = zip(before, denoiser.parameters(), strict=True)
+        found.append((optimization.scaler.get_scale(), any(not torch.equal(a, p.to_local()) for a, p in pairs)))
+    return found
+
+
+def test_an_overflow_on_one_process_skips_the_step_on_all():
+    assert processes.run(2, overflows) == [[(2.0**15, False), (2.0**15, True)]] * 2
 
 
 def test_one_process_holds_the_network_as_it_is():
