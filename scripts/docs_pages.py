@@ -22,7 +22,8 @@ from typing import Any
 from unittest import mock
 
 from multistage_diffusion.cli import SUMMARIES, parse
-from multistage_diffusion.config import RunConfig
+from multistage_diffusion.config import NetworkConfig, RunConfig
+from multistage_diffusion.config.network import FAMILIES
 from multistage_diffusion.schedules import PRIORS, SCHEDULES, NoiseSchedule, SigmaPrior
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,6 +129,8 @@ def settings() -> str:
         if dataclasses.is_dataclass(hint):
             text = (inspect.getdoc(hint) or "").partition("\n")[0]
             parts.append(f"## {name}\n\n{escaped(text)}\n\n{entries(hint, getattr(default, name), f'{name}.')}")
+            if hint is NetworkConfig:
+                parts.append(own_entries(hint, FAMILIES, f"{name}."))
         else:
             alone.append(entry(name, hint, getattr(default, name), attributes(RunConfig)[name]))
     return "\n\n".join(["## The file", *alone, *parts])
@@ -147,6 +150,24 @@ def entry(key: str, hint: Any, default: Any, text: str) -> str:
             [f"`{key}.kind`\n:   {escaped(text)}  \n    Default: `{default.kind}`", kinds(CHOICES[hint])]
         )
     return f"`{key}`\n:   {escaped(text)}  \n    {capital(type_text(hint))}. Default: `{plain(default)}`"
+
+
+def own_entries(base: type, known: Any, prefix: str) -> str:
+    """Return a Markdown list of the fields that only some concrete classes of a section have."""
+    common, parts, done = {f.name for f in dataclasses.fields(base)}, [], set[str]()
+    for name in known:
+        cls = known[name]
+        hints = typing.get_type_hints(cls)
+        told = {n: text for c in reversed(cls.__mro__) if c.__doc__ for n, text in attributes(c).items()}
+        for f in dataclasses.fields(cls):
+            if f.name in common or f.name in done:
+                continue
+            done.add(f.name)
+            owners = [n for n in known if f.name in {g.name for g in dataclasses.fields(known[n])}]
+            of = "" if len(owners) == len(tuple(known)) else f" Families: {', '.join(f'`{n}`' for n in owners)}."
+            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+            parts.append(entry(prefix + f.name, hints[f.name], default, told[f.name]) + of)
+    return "\n\n".join(parts)
 
 
 def kinds(known: Any) -> str:

@@ -20,6 +20,7 @@ import pytest
 import multistage_diffusion as msd
 from multistage_diffusion.cli import SUMMARIES
 from multistage_diffusion.config import RunConfig
+from multistage_diffusion.config.network import FAMILIES
 from multistage_diffusion.config.serialization import to_dict
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,9 @@ def fixture_commands(pages: ModuleType) -> str:
 
 def test_every_setting_is_explained(pages: ModuleType) -> None:
     text = pages.settings()
-    for key in [*KEYS, "name", "format_version"]:
+    own = {f"network.{f.name}" for family in FAMILIES for f in dataclasses.fields(FAMILIES[family])}
+    assert "network.attention_shares" in own
+    for key in [*KEYS, *own - {*KEYS}, "name", "format_version"]:
         kind = ".kind" if isinstance(_value(key), dict) and "kind" in _value(key) else ""
         found = re.search(rf"^`{re.escape(key + kind)}`\n:   (.+?)  \n    (.+)$", text, re.MULTILINE)
         assert found, key
@@ -56,7 +59,7 @@ def test_every_setting_is_explained(pages: ModuleType) -> None:
 def _value(key: str) -> Any:
     value: Any = CONFIG
     for part in key.split("."):
-        value = value[part]
+        value = value.get(part)
     return value
 
 

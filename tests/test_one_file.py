@@ -145,7 +145,7 @@ def msdiff(*arguments: object) -> None:
 def trained(folder: Path, **changes: object) -> tuple[Path, list[list[float]]]:
     """Train a tiny run by command; return its folder and each step's loss of every stage."""
     folder.mkdir()
-    np.savez(folder / "data.npz", images=tiny_data(60).images.transpose(0, 2, 3, 1))
+    np.savez(folder / "data.npz", images=tiny_data(60).array().transpose(0, 2, 3, 1))
     write_json(folder / "config.json", tiny_config(**changes))
     run = folder / "run"
     msdiff("train", "--config", folder / "config.json", "--data", folder / "data.npz", "--out", run)

@@ -133,9 +133,9 @@ def saved(arrays: dict[str, Any], *more: str) -> bytes:
     [
         Case(f"array {name}", ("stats", path, "--out", "r.npz"), file(path, data), says)
         for name, path, data, says in (
-            ("twice", "x.npz", saved({"images": pixels()}, "images.npy"), "images is in it twice"),
-            ("with and without suffix", "x.npz", saved({"images": pixels()}, "images"), "images is in it twice"),
-            ("with more behind", "x.npy", npy(pixels()) + b"more", "more follows the first array"),
+            ("twice", "x.npz", saved({"images": pixels()}, "images.npy"), "two arrays are named images"),
+            ("with and without suffix", "x.npz", saved({"images": pixels()}, "images"), "two arrays are named images"),
+            ("with more behind", "x.npy", npy(pixels()) + b"more", "more data follow the first array"),
             ("longer than its shape", "x.npz", saved({}, "images.npy").replace(b"(40, 8, 8)", b"(39, 8, 8)"), "x.npz"),
         )
     ]

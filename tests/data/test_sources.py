@@ -283,7 +283,7 @@ def test_the_trainer_loads_no_sources():
     )
     loaded, message = done.stdout.splitlines()
     names = {name.strip(" '").removeprefix("multistage_diffusion.data.") for name in loaded.strip("[]").split(",")}
-    assert names == {"dataset", "mixture", "options", "rows", "sources"}
+    assert names == {"dataset", "options", "rows", "sources"}
     assert message.endswith(
         "known: cifar10:FOLDER, digits, fashion-mnist[:FOLDER], hf:NAME[:SPLIT], .npy or .npz, "
         "a folder or .zip of images"

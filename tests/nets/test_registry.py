@@ -215,7 +215,7 @@ def test_it_has_no_published_layout(
     trained: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", str(trained()), "--out", str(tmp_path / "x.pth")]) == 2
-    assert "no published layout tells a network of family 'toy'" in capsys.readouterr().err
+    assert "no published layout exists for family 'toy'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

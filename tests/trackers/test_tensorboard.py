@@ -9,7 +9,7 @@ import pytest
 
 from multistage_diffusion.config.serialization import to_dict
 from multistage_diffusion.trackers.tensorboard import TensorBoard
-from multistage_diffusion.training.callbacks import Callback
+from multistage_diffusion.training.callbacks import Callback, Evaluated
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.sample_grid import SampleGrid
 from multistage_diffusion.training.tracking import Tracking
@@ -45,30 +45,30 @@ def test_tensorboard_holds_every_logged_number(tmp_path, tiny_config, tiny_data)
     assert len(expected) == 2 * (3 + 3 + 4 + 2)  # losses of two kinds, norms of four parts, rate and learning rate
 
 
-def evaluate(trainer: Trainer, frechet: float | None) -> None:
-    """Log an evaluation: a step is 7.3 TFLOPs."""
+def evaluated(trainer: Trainer, frechet: float | None) -> Evaluated:
+    """Return an evaluation: a step is 7.3 TFLOPs."""
     record = {"kind": "quality", "step": trainer.step, "images": trainer.images, "frechet": frechet, "seconds": 0.0}
-    trainer.judged({**record, "petaflops": 0.0073 * trainer.step, "extractor": "pixels", "count": 9, "reference": "x"})
+    more = {"petaflops": 0.0073 * trainer.step, "extractor": "pixels", "count": 9, "reference": "x"}
+    return Evaluated(record={**record, **more}, quality=frechet)
 
 
 def test_tensorboard_holds_distances_by_step_and_by_compute(tmp_path, tiny_config, tiny_data):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
     class Evaluates(Callback):
-        killed = True
-
         def stepped(self, trainer):
-            if trainer.step != 3:
-                evaluate(trainer, None if trainer.step == 1 else 10.0 / trainer.step)
-            if self.killed and trainer.step == 5:
+            return None if trainer.step == 3 else evaluated(trainer, None if trainer.step == 1 else 10.0 / trainer.step)
+
+    class Kills(Callback):
+        def stepped(self, trainer):
+            if trainer.step == 5:
                 raise InterruptedError
 
     config = tiny_config(training__steps=6, training__log_every=6)
     run, evaluations = Run.create(tmp_path / "run", config), Evaluates()
     with pytest.raises(InterruptedError):
-        Trainer(run, tiny_data(), device="cpu", callbacks=[evaluations, Tracking([TensorBoard()])]).fit()
+        Trainer(run, tiny_data(), device="cpu", callbacks=[evaluations, Tracking([TensorBoard()]), Kills()]).fit()
     shutil.rmtree(run.checkpoint("latest"))  # of step 4: what step 2 is followed by is hidden and made again
-    evaluations.killed = False
     resumed = Trainer(run, tiny_data(), device="cpu", callbacks=[evaluations, Tracking([TensorBoard()])])
     assert resumed.step == 2
     resumed.fit()

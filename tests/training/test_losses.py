@@ -11,7 +11,7 @@ from torch import nn
 from multistage_diffusion.config import TrainingConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.denoisers import MultiStageDenoiser, build_denoiser
-from multistage_diffusion.preconditioning import VPEps
+from multistage_diffusion.preconditioning.vp_eps import VPEps
 from multistage_diffusion.schedules import VP, UniformTime
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batch, BatchSource, allocate, prior_masses

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from multistage_diffusion.data import ImageData
-from multistage_diffusion.nets import blocks
-from multistage_diffusion.performance import autotune
+from multistage_diffusion.performance import autotune, cpu
 from multistage_diffusion.performance.cpu import dropout
 from multistage_diffusion.performance.devices import autocast_dtype, resolve_device
 from multistage_diffusion.training import checkpoint as ckpt
@@ -538,7 +537,7 @@ def test_every_thread_drops_units_of_its_own_and_the_same_again(new_trainer, mon
         drawn[run].append(dropped := dropout(torch.ones_like(x), probability, training).detach())
         return x * dropped
 
-    monkeypatch.setattr(blocks, "dropout", recorded)
+    monkeypatch.setattr(cpu, "dropout", recorded)
     weights = {}
     for run in ("one", "again"):
         drawn[run] = []

@@ -208,7 +208,7 @@ def split_of(path: Path) -> Any:
         ("digits --set training.batch=2", "training.batch=2 is too small for 3 stages"),
         ("digits --set network.decoder_widths=[4,4,4] --stages FILE", "a plan compares two widths"),
         ("digits --device gpu", "device='gpu' is unknown"),
-        ("nowhere --preset digits", "'nowhere': no such file or folder"),
+        ("nowhere --preset digits", "'nowhere': no file, folder or data set of this name"),
     ],
 )
 def test_a_mistake_is_found_before_any_probe(

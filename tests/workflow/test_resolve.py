@@ -191,7 +191,7 @@ def test_a_configuration_goes_from_the_user_to_the_trainer_without_a_way_back(
         steps.clear()
 
     keeps = Keeps()
-    np.save(tmp_path / "data.npy", tiny_data(40).images)
+    np.save(tmp_path / "data.npy", tiny_data(40).array())
     config = tiny_config(data__shape=(), training__steps=1, training__precision="auto")
     changes = {"data.source": str(tmp_path / "data.npy"), "codec.source": codec, "optimizer.lr": 0.5}
     scale = ["resolve"] if codec else []
@@ -210,7 +210,7 @@ def test_nothing_is_encoded_before_all_cheap_checks(tmp_path: Path, monkeypatch:
         raise AssertionError("encoded")
 
     monkeypatch.setattr(resolve_module, "encode_parts", began)
-    np.save(tmp_path / "data.npy", tiny_data(40).images)
+    np.save(tmp_path / "data.npy", tiny_data(40).array())
     config = tiny_config(data__source="data.npy", data__shape=(), codec__source="identity")
     for changes, message in (
         ({"training.batch": 2}, "training.batch=2 is too small"),
@@ -258,7 +258,7 @@ def test_paths_become_absolute_and_stay(tmp_path: Path) -> None:
 
 
 def test_new_data_are_opened_whatever_is_recorded(tmp_path: Path) -> None:
-    np.save(tmp_path / "data.npy", tiny_data(40).images)
+    np.save(tmp_path / "data.npy", tiny_data(40).array())
     recorded = DataConfig(source="data.npy", fingerprint="of others", shape=(3, 9, 9))
     assert open_new(recorded).shape == (1, 4, 4)
 

@@ -233,7 +233,7 @@ def test_other_data_are_refused_and_moved_data_are_not(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.fingerprint=.* is recorded"):
         resume(run.path, {"data.source": str(tmp_path / "other.npy")})
     (tmp_path / "old.npy").rename(tmp_path / "new.npy")
-    with pytest.raises(ValueError, match=r"old.npy': no such file"):
+    with pytest.raises(ValueError, match=r"old.npy': no file, folder or data set of this name"):
         resume(run.path)
     resume(run.path, {"data.source": str(tmp_path / "new.npy")})
     assert run.config().data.source == str(tmp_path / "new.npy")

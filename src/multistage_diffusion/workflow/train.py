@@ -24,6 +24,7 @@ from ..training.callbacks import Callback
 from ..training.checkpoint import checkpoint_step, list_checkpoints
 from ..training.run import Run
 from ..training.sample_grid import SampleGrid
+from ..training.strategies import STRATEGIES
 from ..training.tracking import Tracking
 from ..training.trainer import Trainer
 from ..version import __version__
@@ -162,6 +163,7 @@ def launch(
         prepared = resolved.encoded(device, progress)
         return prepared, _evaluation_callbacks(reference, prepared, device)
 
+    STRATEGIES[strategy]  # an unknown name is refused before the work
     tracking = Tracking.of(trackers)
     prepared, evaluations = _in_turn(world, encodes, prepare)
     check_execution(settled(prepared.config.execution), device, world.size)

@@ -134,7 +134,7 @@ def test_one_more_file_adds_a_strategy(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "toy.py").write_text(TOY)
     data = tmp_path / "data.npy"
-    np.save(data, tiny_data(40).images)
+    np.save(data, tiny_data(40).array())
     found = [
         processes.run(2, trained, str(tmp_path / "more"), str(data), str(tmp_path / name), name)[0]
         for name in ("time", "toy")
