@@ -22,6 +22,7 @@ from multistage_diffusion.config import (
     TrainingConfig,
 )
 from multistage_diffusion.config.serialization import from_dict, override, read_json, to_dict
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.files import write_json
 from multistage_diffusion.schedules import (
     EDM,
@@ -95,9 +96,15 @@ def test_a_run_survives_json(seed: int, tmp_path: Path) -> None:
     assert to_dict(back) == to_dict(config)
 
 
+NETWORKS = [
+    NetworkConfig.of("ncsnpp"), NetworkConfig.of("ddpmpp", norm_groups=32), NetworkConfig.of("ldm", decoder_attention=(False,)),
+    NetworkConfig.of("meme", attention_shares=(0.5,)),
+]  # fmt: skip
+
+
 PARTS: list[Any] = [
     VP(), VE(), EDM(), RectifiedFlow(), Discrete(), UniformTime(schedule=RectifiedFlow()), UniformSteps(), LogNormal(),
-    Stages((1.0, 2.0)), DataConfig(), NetworkConfig.of(), DiffusionConfig(), OptimizerConfig(kind="adamw"),
+    Stages((1.0, 2.0)), DataConfig(), *NETWORKS, DiffusionConfig(), OptimizerConfig(kind="adamw"),
     TrainingConfig(), SamplingConfig(), RunConfig(),
 ]  # fmt: skip
 
@@ -223,6 +230,43 @@ def test_what_is_not_a_mapping_is_refused(data: object) -> None:
         from_dict(RunConfig, data)
 
 
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.family)
+def test_a_network_is_read_as_its_family_and_has_its_settings_only(network: NetworkConfig) -> None:
+    data = to_dict(network)
+    assert data["family"] == network.family
+    back = from_dict(NetworkConfig, data)
+    assert (type(back), back) == (type(network), network)
+    assert ("norm_groups" in data) == (network.family in ("ncsnpp", "ddpmpp"))
+    assert ("head_channels" in data) == (network.family == "ldm")
+
+
+def test_a_network_without_a_family_is_of_the_default_one() -> None:
+    assert from_dict(NetworkConfig, {"norm_groups": 32}) == NetworkConfig.of("ncsnpp", norm_groups=32)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"family": "unet"}, "network.family='unet' is unknown; choose one of ddpmpp, ldm, meme, ncsnpp"),
+        ({"family": 3}, "network.family=3 is unknown"),
+        (
+            {"family": "ddpmpp", "head_channels": 16},
+            "network.head_channels: unknown key of family 'ddpmpp'; it is a setting of ldm",
+        ),
+        (
+            {"family": "ldm", "norm_groups": 16},
+            "network.norm_groups: unknown key of family 'ldm'; it is a setting of ddpmpp, ncsnpp",
+        ),
+        ({"family": "ldm", "head_channel": 16}, "network.head_channel: unknown key; did you mean 'head_channels'?"),
+        ({"family": "ldm", "head_channels": "x"}, "network.head_channels='x' must be of type int"),
+    ],
+)
+def test_settings_that_a_family_has_not_are_refused_by_name(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        from_dict(RunConfig, {"network": data})
+    assert message in str(error.value)
+
+
 # --- override -------------------------------------------------------------------------------------------------------
 
 EDM_RUN = RunConfig(diffusion=DiffusionConfig(precondition="edm", schedule=EDM(), prior=LogNormal()))
@@ -271,6 +315,19 @@ def test_override_takes_a_replacement_and_a_change_to_it_without_touching_the_ca
     changed = override(RunConfig(), {"diffusion.prior": prior, "diffusion.prior.p_mean": 1.0})
     assert changed.diffusion.prior == LogNormal(p_mean=1.0)
     assert prior == {"kind": "log-normal", "p_mean": 0.0}
+
+
+def test_a_new_family_keeps_what_both_have_and_its_defaults_otherwise() -> None:
+    made = RunConfig(network=NetworkConfig.of("ncsnpp", encoder_width=64, channel_mult=(1, 2), norm_groups=32))
+    changes = {"network.head_channels": 16, "network.family": "ldm"}  # in any order
+    expected = NetworkConfig.of("ldm", encoder_width=64, channel_mult=(1, 2), head_channels=16)
+    assert override(made, changes).network == expected
+    again = override(override(made, changes), {"network.family": "ddpmpp"}).network
+    assert again == NetworkConfig.of("ddpmpp", encoder_width=64, channel_mult=(1, 2))  # norm_groups: ldm had none
+    assert override(made, {"network.family": "ddpmpp"}).network.norm_groups == 32
+    assert override(made, {"network.family": "ncsnpp"}) == made
+    with pytest.raises(UserError, match=r"network.family='unet' is unknown; choose one of"):
+        override(made, {"network.family": "unet"})
 
 
 @pytest.mark.parametrize(

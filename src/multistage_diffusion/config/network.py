@@ -47,7 +47,8 @@ class NetworkConfig(ABC):
     - counting: `counted_layers`, if its publications do not count all multiply-adds; `elements`, if there is a formula.
     - drawing: `title`, `boxes` and `notes`.
 
-    Its blocks are `nets.network.Block`s: what execution.recompute and execution.compile act on.
+    Its blocks are `nets.network.Block`s, on which execution.recompute and execution.compile act, and its convolutions of
+    images `nets.blocks.ImageConv`s, on which execution.channels_last acts. It runs on the meta device, where it is counted.
 
     Attributes:
         family: name of the family, in nets/: "ncsnpp" (score_sde's NCSN++), "ddpmpp" (EDM's DDPM++), "ldm" (latent
@@ -129,8 +130,9 @@ class NetworkConfig(ABC):
     def encoder(self, stage: int, width: int) -> nn.Module:
         """Build an encoder: called with (x, noise, cond), it returns what a decoder takes.
 
-        x is (B, C, H, W) with sides that are multiples of `multiple`, noise (B,), cond a Conditioning. The result is a
-        tensor, an `Encoded`, or another object whose `split(counts)` returns consecutive groups of rows.
+        x is (B, C, H, W) with sides that are multiples of `multiple`, noise (B,). cond is a Conditioning, with labels if
+        num_classes > 0 and augmentation labels if augment_dim > 0 (`nets.blocks.NoiseEmbedding` embeds all three). The
+        result is a tensor, an `Encoded`, or another object whose `split(counts)` returns consecutive groups of rows.
 
         Args:
             stage: index, 0 for the lowest noise; a shared encoder gets 0.

@@ -144,7 +144,7 @@ def _count_stage(network: MultiDecoderNetwork, stage: int, height: int, width: i
     encoder, decoder, flops = network.encoders[place], network.decoders[stage], FlopCounterMode(display=False)
     with _counted(config.counted_layers(encoder)) as above, _counted(config.counted_layers(decoder)) as below, flops:
         meta_run(network, height, width, _only(stage, network))
-    own = sum(flops.get_flop_counts()[f"{type(network).__name__}.encoders.{place}"].values())
+    own = sum(flops.get_flop_counts().get(f"{type(network).__name__}.encoders.{place}", {}).values())
     return _count(encoder, above, own), _count(decoder, below, flops.get_total_flops() - own)
 
 

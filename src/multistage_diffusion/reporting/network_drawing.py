@@ -121,8 +121,8 @@ def _draw_connections(axes: Axes, layout: Layout, group: Sequence[Column]) -> No
     """Draw skip connections above the rows and, below them, the output of the encoder's last block."""
     encoder, *decoders = group
     for block in encoder.blocks:
-        if layout.rows[block.row].skips:
-            targets = [target for decoder in decoders for target in decoder.blocks if target.row == block.row]
+        targets = [target for decoder in decoders for target in decoder.blocks if target.row == block.row]
+        if layout.rows[block.row].skips and targets:
             _draw_skips(axes, block, targets)
     last, ends = encoder.blocks[-1], [decoder.blocks[-1] for decoder in decoders]
     below = layout.rows[-1].y - max(layout.rows[-1].height, ROW) / 2 - 0.2
