@@ -7,7 +7,9 @@ from safetensors import safe_open
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from multistage_diffusion import memory
 from multistage_diffusion.contracts import Conditioning, Denoiser
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.optimal import OptimalDenoiser
 from multistage_diffusion.schedules import VP
 
@@ -85,6 +87,14 @@ def test_autocast_does_not_coarsen_the_result():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         coarse = denoiser(x, sigma)
     assert torch.equal(coarse, denoiser(x, sigma))
+
+
+def test_data_that_memory_cannot_hold_as_floats_are_refused(monkeypatch):
+    data = torch.rand(10, 1, 4, 4)
+    monkeypatch.setattr(memory, "available_memory", lambda: 2 * 160 * 4)
+    OptimalDenoiser(data)
+    with pytest.raises(UserError, match=r"optimal denoiser: data of \(10, 1, 4, 4\) in torch.float64 needs at least"):
+        OptimalDenoiser(data, dtype=torch.float64)
 
 
 def test_memory_budget_does_not_change_the_result():

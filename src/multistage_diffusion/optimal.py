@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .contracts import Conditioning, sigma_rows
 from .errors import UserError
+from .memory import require_memory
 
 # Below this sigma the posterior is the limit sigma -> 0 in any precision (and 1/sigma² would overflow in fp32).
 _ZERO_SIGMA = 1e-12
@@ -25,6 +26,7 @@ _CPU_ROWS = 512
 class OptimalDenoiser:
     """The Denoiser with the lowest possible loss on a finite training set.
 
+    It holds all data points as N·D numbers of `dtype`, and needs as much again while it is prepared.
     Scores are chunked over rows only: one row needs 2 N numbers (480 kB in fp32 for N = 60,000), so a row always fits.
     Autocast is switched off inside; under `torch.set_float32_matmul_precision("high")` a GPU would use TF32, which is
     too coarse at low noise: use dtype=torch.float64 there. No gradient flows through a call.
@@ -43,7 +45,8 @@ class OptimalDenoiser:
             memory_budget: bytes that a call may use for its scores and weights.
 
         Raises:
-            UserError: if the data are empty, not floating point or not finite, or dtype is neither of the two.
+            UserError: if the data are empty, not floating point or not finite, dtype is neither of the two, or main
+                memory is too small.
         """
         if dtype not in (torch.float32, torch.float64):
             raise UserError(f"optimal denoiser: dtype={dtype} must be torch.float32 or torch.float64")
@@ -53,6 +56,11 @@ class OptimalDenoiser:
             raise UserError(f"optimal denoiser: data.shape={tuple(data.shape)} must be (N, ...) with N >= 1")
         if not bool(torch.isfinite(data).all()):
             raise UserError("optimal denoiser: data hold NaN or infinite values; remove those images")
+        if data.device.type == "cpu":
+            size = 2 * data.numel() * dtype.itemsize
+            require_memory(
+                size, f"optimal denoiser: data of {tuple(data.shape)} in {dtype}", "use fewer or smaller images"
+            )
         flat = data.detach().reshape(len(data), -1).to(dtype)
         self.mean_image = flat.mean(0, dtype=torch.float64).to(dtype)
         self.centred = flat - self.mean_image

@@ -12,7 +12,9 @@ from PIL import Image, ImageOps
 
 from multistage_diffusion.config.run import MAX_PIXELS
 from multistage_diffusion.data import opening
+from multistage_diffusion.data.decoding import decode_all
 from multistage_diffusion.data.opening import decode, load_png, one_line, open_image, supported
+from multistage_diffusion.data.options import Options
 from multistage_diffusion.errors import UserError
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 0 8 8 rectfill\nshowpage\n%%EOF\n"
@@ -331,3 +333,41 @@ def test_signed_bytes_are_refused():
     with pytest.raises(UserError, match="signed or 32-bit integers"):
         decode(tiff(values, 8, sample_format=2), MAX_PIXELS)
     assert pixels(tiff(values.view(np.uint8), 8)).max() == 251
+
+
+TWELVE = 4095  # the largest value of 12 bits
+
+
+@pytest.mark.parametrize(
+    ("kind", "colour", "brightest"),
+    [
+        (4, [TWELVE], TWELVE | 255),  # grey and alpha, of which Pillow keeps the upper bytes
+        (6, [100, TWELVE, 50], TWELVE | 255),
+    ],
+)
+def test_transparent_pixels_say_nothing_of_how_bright_an_image_is(kind, colour, brightest):
+    """They become white, which no scanner has measured; what lies under them is not shown."""
+    shown, under = [*colour, 65535], [65535] * len(colour) + [0]
+    found = decode(png16(kind, [[shown, under]]), MAX_PIXELS)
+    assert found.brightest == brightest
+    assert np.asarray(found.image).max() == 255
+    assert decode(png16(kind, [[shown, [*colour, 0]]]), MAX_PIXELS).brightest == brightest
+    assert decode(png16(kind, [[under, under]]), MAX_PIXELS).brightest is None
+    partly = [*[v // 2 for v in colour], 0x8000]
+    assert decode(png16(kind, [[partly, under]]), MAX_PIXELS).brightest == (max(partly[:-1]) | 255)
+
+
+def test_the_transparent_value_says_nothing_of_how_bright_an_image_is():
+    clear = (b"tRNS", struct.pack(">H", 65535))
+    found = decode(png16(0, [[[TWELVE], [65535], [7]]], clear), MAX_PIXELS)
+    assert found.brightest == TWELVE
+    assert np.asarray(found.image).tolist() == [[16, 255, 0]]
+    assert decode(png16(0, [[[65535], [65535]]], clear), MAX_PIXELS).brightest is None
+
+
+def test_a_dark_scan_with_a_transparent_corner_is_warned_about():
+    scan = np.full((4, 5, 2), 65535)
+    scan[..., 0] = TWELVE
+    scan[0, 0] = 0
+    with pytest.warns(UserWarning, match=r"no value of its 1 16-bit images is above 4095, which is 15 of 255"):
+        decode_all("set", ["scan"], lambda _: png16(4, scan), Options())

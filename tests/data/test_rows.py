@@ -7,7 +7,7 @@ import torch
 
 from multistage_diffusion import memory
 from multistage_diffusion.data import ImageData
-from multistage_diffusion.data.rows import ArrayRows, FileRows, View, as_rows, batches, chunks, row_type, taken
+from multistage_diffusion.data.rows import ArrayRows, FileRows, View, as_rows, batches, chunks, read, row_type, taken
 from multistage_diffusion.errors import UserError
 
 
@@ -71,6 +71,8 @@ def test_chunks_and_batches_yield_every_row_once_in_order():
 
 def test_some_rows_of_a_tensor_or_of_others():
     index = torch.tensor([7, 2])
+    assert read(torch.arange(10), index).tolist() == [7, 2]
+    assert read(Counted(10), index)[:, 0, 0, 0].tolist() == [7, 2]
     assert taken(torch.arange(10), index).tolist() == [7, 2]
     view = taken(Counted(10), index)
     assert isinstance(view, View)

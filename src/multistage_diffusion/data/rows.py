@@ -171,6 +171,13 @@ def batches(data: Tensor | Rows, at_once: int) -> Iterator[Tensor]:
         yield from map(torch.from_numpy, chunks(data, at_once))
 
 
+def read(data: Tensor | Rows, index: Tensor) -> Tensor:
+    """Return the rows at `index`, int64 (n,) on any device: of a tensor on its own device, of other rows on the CPU."""
+    if isinstance(data, Tensor):
+        return data[index.to(data.device)]
+    return torch.from_numpy(data.rows(index.cpu().numpy()))
+
+
 def taken(data: Tensor | Rows, index: Tensor) -> Tensor | Rows:
     """Return the rows at `index`, int64 (n,) on the CPU: of a tensor a copy, of other rows a view."""
     return data[index.to(data.device)] if isinstance(data, Tensor) else View(data, index.numpy())

@@ -20,6 +20,7 @@ from .. import rng
 from ..config.serialization import from_dict, to_dict
 from ..contracts import Codec
 from ..data import ImageData, to_float, to_uint8
+from ..data.rows import read
 from ..errors import UserError, require
 from ..files import write_atomic
 from ..memory import require_memory
@@ -213,8 +214,7 @@ class CodecTrainer:
     def _loss(self) -> Tensor:
         seed, rows = self.settings.seed, torch.arange(self.settings.batch)
         u = rng.uniform((seed, "codec images", self.step), rows, 2)
-        pick = (u[:, 0] * len(self.data)).long()
-        x = to_float(torch.from_numpy(self.data.rows(pick.numpy())).to(self.device))
+        x = to_float(read(self.data, (u[:, 0] * len(self.data)).long()).to(self.device))
         # mirror half of the images, because runs with flips are trained on latents of mirrored images
         x = torch.where((u[:, 1] < 0.5).to(self.device)[:, None, None, None], x.flip(-1), x)
         posterior = self.model.encode(x).latent_dist
@@ -303,7 +303,7 @@ def judge(codec: Codec, data: ImageData, device: torch.device) -> CodecQuality:
     inside = _content(data)
     errors, latents = torch.zeros(2, dtype=torch.float64), []
     for part in torch.split(order, max(1, PIXELS_AT_ONCE // math.prod(data.shape[1:]))):
-        images = torch.from_numpy(data.rows(part.numpy()))
+        images = read(data, part)
         latent, output = reconstruct(codec, images, device)
         square = (output.to(torch.float64) - images.to(torch.float64)).square()
         errors += torch.stack([square.mean((1, 2, 3)).sum(), square[inside].mean((1, 2, 3)).sum()])

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.rows import batches, row_type
-from .posterior import Images, TiledImages, read
+from ..data.rows import batches, read, row_type
+from .posterior import Images, TiledImages
 from .searching import OUTSIDE
 from .settings import StageSettings, require_setting
 from .sharing import Sharing

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.rows import ArrayRows, Rows
+from ..data.rows import ArrayRows, Rows, read
 from ..errors import UserError
 
 Images = Tensor | Rows
@@ -35,14 +35,6 @@ _TILE = 4096  # columns of the score matrix: large enough for fast products, sma
 def as_images(images: Images | npt.NDArray[Any]) -> Images:
     """Return an array as rows; return tensors and rows unchanged."""
     return ArrayRows(images) if isinstance(images, np.ndarray) else images
-
-
-def read(images: Images, index: slice | Tensor) -> Tensor:
-    """Return the images of a slice or with these indices: on a tensor's own device, else on the CPU."""
-    if isinstance(images, Tensor):
-        return images[index if isinstance(index, slice) else index.to(images.device)]
-    numbers = np.arange(index.start, index.stop) if isinstance(index, slice) else index.cpu().numpy()
-    return torch.from_numpy(images.rows(numbers))
 
 
 class TiledImages:
@@ -82,7 +74,7 @@ class TiledImages:
         self._low, self._step = data_range[0], (data_range[1] - data_range[0]) / 255.0
         own = self._images.device if isinstance(self._images, Tensor) else torch.device("cpu")
         self.device = own if device is None else torch.device(device)
-        self.dim = read(self._images, slice(0, 1)).numel()
+        self.dim = self._part(slice(0, 1)).numel()
         self._shard, self._reduce = shard, reduce
         self._held: Tensor | None = None
         self.mean_image = torch.zeros(self.dim, device=self.device)
@@ -132,11 +124,15 @@ class TiledImages:
 
     def vary(self) -> bool:
         """Return whether any two images differ."""
-        first = read(self._images, slice(0, 1))
-        return any(bool((read(self._images, part) != first).any()) for part in self._tiles(0, len(self)))
+        first = self._part(slice(0, 1))
+        return any(bool((self._part(part) != first).any()) for part in self._tiles(0, len(self)))
 
     def _read(self, part: slice) -> Tensor:
-        return self._floats(read(self._images, part))
+        return self._floats(self._part(part))
+
+    def _part(self, part: slice) -> Tensor:
+        images = self._images
+        return images[part] if isinstance(images, Tensor) else read(images, torch.arange(part.start, part.stop))
 
     def _floats(self, images: Tensor) -> Tensor:
         flat = images.to(self.device).flatten(1).to(torch.float32)

@@ -17,7 +17,7 @@ from .. import rng
 from ..config import RunConfig, TrainingConfig
 from ..contracts import Conditioning
 from ..data import to_float
-from ..data.rows import Rows, batches, row_type
+from ..data.rows import Rows, batches, read, row_type
 from ..distributed import share
 from ..errors import UserError
 from ..schedules import SigmaPrior
@@ -275,7 +275,7 @@ class BatchSource:
         return Batch(y, noise, sigma, counts, cond)
 
     def _rows(self, data: Rows | Tensor, pick: Tensor) -> Tensor:
-        drawn = data[self._sent(pick)] if isinstance(data, Tensor) else self._sent(_read(data, pick))
+        drawn = data[self._sent(pick)] if isinstance(data, Tensor) else self._sent(read(data, pick))
         return _as_float(drawn)
 
     def _sent(self, tensor: Tensor) -> Tensor:
@@ -291,11 +291,6 @@ class BatchSource:
         now.wait_stream(self._transfers)
         sent.record_stream(now)
         return sent
-
-
-def _read(data: Rows, pick: Tensor) -> Tensor:
-    """Return the rows at `pick`, on the CPU."""
-    return torch.from_numpy(data.rows(pick.numpy()))
 
 
 def _on_device(data: Rows | Tensor, device: torch.device) -> Tensor:
@@ -327,7 +322,7 @@ def held_out_batch(config: RunConfig, data: TrainingData, stage: int, device: to
     # shuffled: files are sorted by class, and rows by noise level
     order = torch.randperm(len(data), generator=rng.generator((config.training.seed, "held-out images")))
     pick = order[row % len(data)]
-    y = _as_float(_read(data, pick)).to(device)
+    y = _as_float(read(data, pick)).to(device)
     labels = torch.from_numpy(data.labels[pick.numpy()]).to(device) if data.labels is not None else None
     return Batch(
         y=y,

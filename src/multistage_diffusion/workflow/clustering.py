@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import rng
 from ..config import CodecConfig
 from ..data import ImageData, to_float
+from ..data.rows import read
 from ..errors import UserError
 from ..latent.codecs import open_codec
 from ..latent.latents import encode_images
@@ -165,7 +166,7 @@ def _drawn(run: Run, rows: int, seed: int) -> tuple[Tensor, Tensor | None]:
     order = torch.randperm(len(data), generator=rng.generator((seed, "gradient-images")))
     pick = order[torch.arange(rows) % len(data)]
     labels = None if data.labels is None else torch.from_numpy(data.labels)[pick]
-    return torch.from_numpy(data.rows(pick.numpy())), labels
+    return read(data, pick), labels
 
 
 def _as_seen(codec: CodecConfig, images: Tensor, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from .. import rng
 from ..config import DataConfig
 from ..config.serialization import to_dict
 from ..data import ImageData, open_configured
+from ..data.rows import read
 from ..data.sources import located
 from ..errors import UserError
 from ..files import make_folder, move_aside, refuse_special, remove_folder, write_json
@@ -105,7 +106,7 @@ def _write(trainer: CodecTrainer, data: DataConfig, held_out: ImageData) -> dict
         codec.module.register_to_config(scaling_factor=quality.scale)
     write_codec(out, codec)
     order = torch.randperm(len(held_out), generator=rng.generator((trainer.settings.seed, "shown images")))[:SHOWN]
-    shown = torch.from_numpy(held_out.rows(order.numpy()))
+    shown = read(held_out, order)
     rows = torch.stack([shown, reconstruct(codec, shown, trainer.device)[1]])
     columns = math.ceil(len(shown) / 2)  # two bands of originals above their reconstructions
     bands = [band for part in torch.split(rows, columns, dim=1) for band in part]

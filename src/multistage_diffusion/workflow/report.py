@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..data.rows import read
 from ..evaluation import nearest_image
 from ..progress import Progress
 from ..reporting.describe import architecture_rows, describe
@@ -51,10 +52,10 @@ def report(
         config=config,
         architecture=architecture_rows(describe(config)),
         samples=images,
-        real=torch.from_numpy(real.rows(order[:count].numpy())),
+        real=read(real, order[:count]),
         neighbours=Neighbours(
             samples=images[:NEIGHBOURS],
-            nearest=torch.from_numpy(train_images.rows(index.numpy())),
+            nearest=read(train_images, index),
             distances=distance.tolist(),
         ),
         stages_png=stages_png if stages_png.exists() else None,

@@ -24,7 +24,7 @@ from ..training.callbacks import Callback
 from ..training.checkpoint import checkpoint_step, list_checkpoints
 from ..training.run import Run
 from ..training.sample_grid import SampleGrid
-from ..training.strategies import STRATEGIES
+from ..training.strategies import make_strategy
 from ..training.tracking import Tracking
 from ..training.trainer import Trainer
 from ..version import __version__
@@ -163,10 +163,10 @@ def launch(
         prepared = resolved.encoded(device, progress)
         return prepared, _evaluation_callbacks(reference, prepared, device)
 
-    STRATEGIES[strategy]  # an unknown name is refused before the work
     tracking = Tracking.of(trackers)
     prepared, evaluations = _in_turn(world, encodes, prepare)
     check_execution(settled(prepared.config.execution), device, world.size)
+    make_strategy(strategy, prepared.config, prepared.config.input_shape, world)  # refuses before anything is written
     world.require_equal(_facts(prepared.config, device, strategy))
     return _fit(open_run(prepared.config), prepared, device, [*evaluations, *callbacks], tracking, world, strategy)
 

@@ -155,6 +155,21 @@ def test_only_plain_files_of_the_right_folder_count_in_an_archive(tmp_path, smal
     refused(tmp_path / "b.tar.gz", r"no batches.*data_batch_1\.bin")
 
 
+@pytest.mark.parametrize("twice", ["data_batch_2.bin", "batches.meta.txt"])
+@pytest.mark.parametrize("folder", ["cifar-10-batches-bin/", "./cifar-10-batches-bin/"])
+def test_an_archive_that_has_a_file_twice_is_refused(tmp_path, small, twice, folder):
+    """Unpacked, the last one would count; read in order, any; so neither is taken."""
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        for name, data in [
+            *((f"cifar-10-batches-bin/{n}", d) for n, d in files().items()),
+            (folder + twice, records(3)),
+        ]:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    refused(tmp_path / "a.tar.gz", rf"a\.tar\.gz: contains several files named {twice}; download the binary version")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
 def test_a_truncated_archive_is_an_error(tmp_path, small, share):
     path = pack(tmp_path / "a.tar.gz", files())
