@@ -21,7 +21,8 @@ def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[
     """Return a description of a run's network, per stage, as JSON-compatible data.
 
     Parameters are those of the network that a stage uses (shared encoder and its own decoder). Multiply-adds count
-    what the family's publications count (the paper: convolutions); FLOPs are twice all multiply-adds; both are for one image and one call.
+    what the family's publications count (the paper: convolutions). FLOPs are twice all multiply-adds. Both are for one
+    image and one call.
     Means over the stages are given twice. `by_length` weights each stage by `length`, the share of the schedule's time
     range in its interval (as the totals of the paper's Tables 7 and 9). `by_calls` weights it by `calls`, the number of
     calls by the sampler of `sampling` (default: the run's).
