@@ -70,6 +70,7 @@ def test_the_edm_networks_train_on_the_published_augmentation() -> None:
         assert (config.network.augment_dim, config.training.augment, config.training.flip) == (9, 0.12, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shared", "millions", "giga"),
     [

@@ -281,6 +281,7 @@ def test_what_others_say_is_cut_to_a_line():
     assert one_line(ValueError("x" * 100_000)) == "x" * 200 + " ..."
 
 
+@pytest.mark.slow
 def test_pillow_logs_nothing_beside_our_own_line():
     """In a process of its own: here pytest itself listens."""
     content = bytearray(tiff(bytes(8), 8))

@@ -51,6 +51,7 @@ def test_features_are_what_the_last_layer_reads() -> None:
     assert model(x).shape == (3, CLASSES)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DEBIAN_FOLDER.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_it_finds_the_class_of_at_least_92_of_100_test_images() -> None:
     pixels = torch.from_numpy(read_idx(DEBIAN_FOLDER / "t10k-images-idx3-ubyte.gz", 3)[:3000].copy())[:, None]

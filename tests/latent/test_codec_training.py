@@ -128,6 +128,7 @@ def test_the_loss_is_what_it_says() -> None:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_learns_to_reconstruct(tmp_path: Path) -> None:
     trainer = CodecTrainer(tmp_path, tiny(steps=80, batch=8, width=16), images(), CPU)
     before = judge(trainer.codec(), images(seed=1), CPU).psnr

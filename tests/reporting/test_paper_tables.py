@@ -78,6 +78,7 @@ def test_the_printed_stages_make_the_printed_totals() -> None:
             assert mean / sum(printed.weights) == pytest.approx(float(printed.total[1]), abs=0.02)
 
 
+@pytest.mark.slow
 def test_one_altered_width_fails_its_row() -> None:
     printed = row_of(9, "n=5")
     network = preset(printed.preset).network

@@ -126,6 +126,7 @@ def killed(world: World, folder: Path) -> str:
     return "nothing"
 
 
+@pytest.mark.slow
 def test_when_one_is_killed_the_others_end_in_seconds(tmp_path):
     pair = processes.Processes(2, killed, tmp_path, patience=3.0)
     start = time.monotonic()

@@ -118,6 +118,7 @@ def test_checkpoints_are_averaged(make_run, y):
     assert (alone[0] - alone[1]).abs().max() > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fit", "made"), [(0, 15), (2, 9), (4, 6), (100, 5)])
 def test_little_memory_costs_time_alone(make_run, y, fit, made):
     run = make_run(10, 20)

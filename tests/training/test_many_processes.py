@@ -85,7 +85,7 @@ def require_same(a: Path, b: Path, tolerance: float = 1e-10) -> None:
     [
         (2, "time", {}),
         (3, "memory", {}),
-        (2, "fsdp", {}),
+        pytest.param(2, "fsdp", {}, marks=pytest.mark.slow),
         pytest.param(
             *(3, "fsdp", {"training__accumulate": 3, "training__update_mode": "one-stage"}), marks=pytest.mark.slow
         ),

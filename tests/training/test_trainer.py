@@ -92,8 +92,8 @@ RESUMES = [
     ("mixed", 12, {"execution.thread_parallel": 2, "training.accumulate": 2}),
     ("mixed", 20, {"network.num_classes": 3}),
     ("one-stage", 20, {"optimizer.kind": "adamw", "optimizer.weight_decay": 0.1}),
-    ("sequential", 20, {"optimizer.clip_scope": "part"}),
-    ("mixed", 12, {"training.precision": "bf16", "training.accumulate": 2}),
+    pytest.param("sequential", 20, {"optimizer.clip_scope": "part"}, marks=pytest.mark.slow),
+    pytest.param("mixed", 12, {"training.precision": "bf16", "training.accumulate": 2}, marks=pytest.mark.slow),
     ("mixed", 12, {"training.precision": "fp16"}),
 ]
 
@@ -360,7 +360,9 @@ LEARN = {
 }
 
 
-@pytest.mark.parametrize("case", LEARN)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in ("mixed", "one-stage"))) for case in LEARN]
+)
 def test_training_learns(new_trainer, case):
     steps, changes = LEARN[case]
     settings = {"training__batch": 24, "optimizer__lr": 5e-3, "diffusion__sigma_data": 1.0, **changes}

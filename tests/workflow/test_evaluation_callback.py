@@ -156,6 +156,7 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_distance(tmp_path: Path, d
     assert steps(run) == [6, 12]
 
 
+@pytest.mark.slow
 def test_patience_ends_training_as_if_it_was_over(tmp_path: Path, distances: list[float]) -> None:
     distances += [3.0, 1.0, 2.0, 1.0]
     run = train(tiny(tmp_path, training__steps=30, evaluation__patience=2), tmp_path / "run")
@@ -351,6 +352,7 @@ def test_evaluations_are_not_counted_in_the_training_rate(tmp_path: Path, monkey
     assert sum(r["seconds"] for r in run.records() if r["kind"] == "train") < taken - 1.0
 
 
+@pytest.mark.slow
 def test_a_run_from_before_there_were_evaluations_goes_on(tmp_path: Path) -> None:
     run = train(tiny(tmp_path, evaluation__every=0, evaluation__count=1000, evaluation__seed=0), tmp_path / "run")
     state = run.checkpoint("latest") / "state.json"

@@ -105,6 +105,7 @@ def test_a_plan_is_trained_as_it_is_and_costs_what_was_asked(
     assert trained.training.shares == config.training.shares
 
 
+@pytest.mark.slow
 def test_json_is_what_was_written(edges: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "p.json"
     arguments = ("digits", "--probe-steps", "2", "--stages", edges, "--out", out, "--json")

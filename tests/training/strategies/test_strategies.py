@@ -138,6 +138,7 @@ def trained(world: World, folder: str, data: str, out: str, strategy: str) -> li
     return [record["loss"] for record in Run(Path(out)).records()]
 
 
+@pytest.mark.slow
 def test_one_more_file_adds_a_strategy(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "toy.py").write_text(TOY)
