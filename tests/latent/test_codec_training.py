@@ -325,7 +325,7 @@ def test_control_c_keeps_the_codec_so_far_and_resuming_ends_where_it_would_have(
     train_codec(source, whole, tiny(), device="cpu")
     assert signal.getsignal(signal.SIGINT) is before
     interrupt = at_step(3, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt, match=r"stopped at step 3 .* --resume"):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped at step 3; .* --resume"):
         train_codec(source, parts, tiny(), device="cpu", progress=interrupt)
     assert signal.getsignal(signal.SIGINT) is before
     assert json.loads((parts / "training.json").read_text())["steps"] == 3
@@ -340,7 +340,7 @@ def test_a_folder_is_only_used_when_told_how(source: DataConfig, tmp_path: Path)
         train_codec(source, out, tiny(), resume=True)
     train_codec(source, out, tiny(steps=1), device="cpu")
     kept = (out / WEIGHTS).read_bytes()
-    with pytest.raises(ValueError, match=r"codec: exists; go on with it \(--resume\)"):
+    with pytest.raises(ValueError, match=r"codec: exists; continue its training \(--resume\)"):
         train_codec(source, out, tiny(), device="cpu")
     with pytest.raises(ValueError, match="multiples of 4"):
         train_codec(source, out, tiny(factor=4), replace=True)
