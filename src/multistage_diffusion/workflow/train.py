@@ -26,6 +26,7 @@ from ..training.callbacks import Callback
 from ..training.checkpoint import checkpoint_step, list_checkpoints, trained_config
 from ..training.run import Run
 from ..training.sample_grid import SampleGrid
+from ..training.strategies import make_strategy
 from ..training.trainer import Trainer
 from ..version import __version__
 from .evaluation_callback import FidReference, Quality
@@ -76,6 +77,7 @@ def train(
             world, config.codec.used, lambda: _prepared(config, out, result, resolved, progress, world.size)
         )
         check_execution(settled(prepared.config.execution), resolved, world.size)
+        make_strategy(strategy, prepared.config, prepared.config.input_shape, world)
         world.require_equal(_facts(prepared.config, resolved, strategy))
         begun = False
         with world.synchronize_errors():
@@ -222,6 +224,7 @@ def resume(
             world, encodes, lambda: _reopened(run, changes or {}, resolved, progress, world.size)
         )
         check_execution(settled(prepared.config.execution), resolved, world.size)
+        make_strategy(strategy, prepared.config, prepared.config.input_shape, world)
         world.require_equal(_facts(prepared.config, resolved, strategy))
         return _fit(run, prepared, resolved, [*judges, *callbacks], world, strategy)
 

@@ -81,6 +81,14 @@ def test_stages_of_names():
     assert (stage_of_part("encoder"), stage_of_part("encoder.2"), stage_of_part("decoder.1")) == (None, 1, 0)
 
 
+def test_an_unknown_strategy_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    np.save(tmp_path / "data.npy", tiny_data(40).images)
+    settings = tiny_config(data__source=str(tmp_path / "data.npy"), data__shape=())
+    with pytest.raises(UserError, match=r"strategy='fast' must be one of .*time"):
+        train(settings, tmp_path / "run", device="cpu", strategy="fast")
+    assert not (tmp_path / "run").exists()
+
+
 # -- one more file ------------------------------------------------------------------------------------------------------
 
 TOY = '''
