@@ -26,6 +26,7 @@ from multistage_diffusion.training.batches import (
     stage_weights,
 )
 from multistage_diffusion.training.losses import stage_losses
+from multistage_diffusion.training.strategies import divided
 
 CPU = torch.device("cpu")
 STAGES, PRIOR = Stages((0.2, 0.6)), LogNormal()
@@ -145,7 +146,7 @@ def test_a_stage_s_rows_do_not_depend_on_the_other_stages_counts(source):
 def test_parts_of_a_step_add_up_to_the_whole(source, parts):
     counts = (4, 5, 2)
     whole = source.draw(6, counts)
-    pieces = [source.draw(6, counts, None, part, parts) for part in range(parts)]
+    pieces = [source.draw(6, counts, part) for part in divided([range(count) for count in counts], parts)]
     assert tuple(map(sum, zip(*(p.counts for p in pieces), strict=True))) == counts
     for stage in range(3):
         picked = [(p, rows_of(p, stage)) for p in pieces]
@@ -278,7 +279,8 @@ def test_soft_rows_draw_their_noise_from_the_whole_prior(tiny_config, soft):
 def test_parts_of_a_step_with_soft_intervals_add_up_and_held_out_rows_stay_in_their_stage(tiny_config):
     config = tiny_config(training__soft_intervals=0.5, training__held_out_rows=50)
     source = BatchSource(config, numbered(17), CPU)
-    whole, pieces = source.draw(1, (0, 9, 0)), [source.draw(1, (0, 9, 0), None, part, 2) for part in range(2)]
+    parts = divided([range(0), range(9), range(0)], 2)
+    whole, pieces = source.draw(1, (0, 9, 0)), [source.draw(1, (0, 9, 0), part) for part in parts]
     assert torch.equal(torch.cat([p.sigma for p in pieces]), whole.sigma)
     assert set(STAGES.index(held_out_batch(config, numbered(17), 1, CPU).sigma).tolist()) == {1}
 
@@ -370,7 +372,8 @@ def test_augmented_rows_come_with_what_was_done_to_them(tiny_config, flip, class
 
 def test_parts_of_an_augmented_step_add_up_to_the_whole(tiny_config):
     source = BatchSource(tiny_config(training__augment=0.5, network__augment_dim=9), numbered(17), CPU)
-    whole, pieces = source.draw(6, (0, 11, 0)), [source.draw(6, (0, 11, 0), None, part, 3) for part in range(3)]
+    parts = divided([range(0), range(11), range(0)], 3)
+    whole, pieces = source.draw(6, (0, 11, 0)), [source.draw(6, (0, 11, 0), part) for part in parts]
     assert torch.equal(torch.cat([p.y for p in pieces]), whole.y)
     assert torch.equal(torch.cat([p.cond.augment for p in pieces]), whole.cond.augment)
 

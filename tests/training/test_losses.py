@@ -16,6 +16,7 @@ from multistage_diffusion.schedules import VP, UniformTime
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batch, BatchSource, allocate, prior_masses
 from multistage_diffusion.training.losses import objective, row_losses, stage_losses, updates
+from multistage_diffusion.training.strategies import divided
 
 
 @pytest.fixture
@@ -87,8 +88,8 @@ def test_accumulated_parts_have_the_gradient_of_the_whole(denoiser, source, coun
     for parts in (1, 3):
         denoiser.zero_grad()
         total = 0.0
-        for part in range(parts):
-            loss = objective(stage_losses(denoiser, double(source.draw(2, counts, None, part, parts))), weights, counts)
+        for part in divided([range(count) for count in counts], parts):
+            loss = objective(stage_losses(denoiser, double(source.draw(2, counts, part))), weights, counts)
             loss.backward()
             total += loss.item()
         found.append((total, gradients(denoiser)))

@@ -193,23 +193,17 @@ class BatchSource:
                 f"{config.network.augment_dim}: the network must be told what was done to an image"
             )
 
-    def draw(
-        self, step: int, counts: Sequence[int], of: Sequence[range] | None = None, part: int = 0, parts: int = 1
-    ) -> Batch:
-        """Draw the rows of one step, or one of several almost equal parts (micro-batches) for gradient accumulation.
+    def draw(self, step: int, counts: Sequence[int], of: Sequence[range] | None = None) -> Batch:
+        """Draw the rows of one step, or some of them.
 
-        Row r of stage k does not depend on the other stages' counts, on the parts or on the number of processes.
+        Row r of stage k does not depend on the other stages' counts, on the other rows or on the number of processes.
 
         Args:
             step: iteration, from 0.
             counts: rows of each stage in the whole step.
-            of: rows of each stage for this process. None: all.
-            part: index of the part to draw.
-            parts: number of parts.
+            of: consecutive rows of each stage to draw. None: all.
         """
-        whole = of or [range(count) for count in counts]
-        dealt = [share(len(rows), part, parts) for rows in whole]
-        own = [rows.start + torch.arange(s.start, s.stop) for rows, s in zip(whole, dealt, strict=True)]
+        own = [torch.arange(rows.start, rows.stop) for rows in of or [range(count) for count in counts]]
         sizes = [len(row) for row in own]
         rows = torch.cat([(stage << 32) + row for stage, row in enumerate(own)])
         uniforms = torch.split(rng.uniform((self.training.seed, "sigma", step), rows, 1)[:, 0], sizes)

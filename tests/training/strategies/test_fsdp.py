@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import processes
+import pytest
 import torch
 from tiny import tiny_config
 
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.distributed import World
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.training.optimizer import Optimization, parameters_by_part, part_norms
 from multistage_diffusion.training.strategies.fsdp import FullySharded
 
@@ -90,6 +92,13 @@ def overflows(world: World) -> list[tuple[float, bool]]:
 
 def test_an_overflow_on_one_process_skips_the_step_on_all():
     assert processes.run(2, overflows) == [[(2.0**15, False), (2.0**15, True)]] * 2
+
+
+def test_what_was_not_run_with_it_is_refused():
+    compiled = tiny_config(execution__compile=True)
+    with pytest.raises(UserError, match=r"execution\.compile=True with strategy 'fsdp': .*; set it to False, or use"):
+        FullySharded(compiled, SHAPE, World(0, 2))
+    FullySharded(compiled, SHAPE, World())
 
 
 def test_one_process_holds_the_network_as_it_is():

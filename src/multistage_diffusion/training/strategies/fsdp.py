@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ...config import RunConfig
 from ...denoisers import MultiStageDenoiser
+from ...distributed import World
+from ...errors import UserError
 from ...nets import MultiDecoderNetwork
 from ..optimizer import Parts, part_gradients
 from . import STRATEGIES, MicroBatch, PartShare, Strategy, divided, stage_rows
@@ -24,7 +27,19 @@ if TYPE_CHECKING:
 
 @STRATEGIES.add("fsdp")
 class FullySharded(Strategy):
-    """Every process holds 1 / W of the weights, gradients, moments and averages of the whole network."""
+    """Every process holds 1 / W of the weights, gradients, moments and averages of the whole network.
+
+    Raises:
+        UserError: for execution.compile=True on several processes.
+    """
+
+    def __init__(self, config: RunConfig, shape: tuple[int, ...], world: World) -> None:
+        super().__init__(config, shape, world)
+        if world.size > 1 and config.execution.compile is True:
+            raise UserError(
+                "execution.compile=True with strategy 'fsdp': compiled blocks of gathered parts are not supported; set it to "
+                "False, or use strategy 'time'"
+            )
 
     def rows(self, counts: Sequence[int]) -> tuple[range, ...]:
         """Return this process's share of the rows of each stage."""
