@@ -76,7 +76,7 @@ def test_digits_look_like_digits(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "demo")
     scores = evaluate(run, count=500, seed=1)
     assert scores.splits == 5
-    assert scores.count == scores.held_out
+    assert scores.count == scores.reference_count
     distance, copies = scores.metrics["frechet"], scores.metrics["memorised"]
     assert distance.value <= 1.5 * distance.real
     assert copies.value <= copies.real + 0.05
