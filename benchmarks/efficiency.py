@@ -63,7 +63,7 @@ BRANCH = "branch at"  # share of a run's steps in which all stages train one dec
 SPLIT = "split"  # which of a setting's splits gives the stages
 TOLERANCE = 0.03  # of the arms' compute per image
 SIGMAS = (0.05, 0.1, 0.2, 0.35, 0.6, 0.85, 1.2, 1.8, 2.5, 4.0, 8.0, 16.0)  # at which denoising errors are compared
-JUDGED = 1000  # held-out images of which they are the mean
+HELD_OUT_IMAGES = 1000  # held-out images of which they are the mean
 # Two-sided 97.5 % points of Student's t for 1, 2, ... degrees of freedom
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 ARMS = {
@@ -297,10 +297,10 @@ def errors(denoiser: Denoiser, images: Tensor) -> list[float]:
 
 
 def held_out_images(size: int) -> tuple[Tensor, Tensor]:
-    """Return training images, and JUDGED of those held out, in [-1, 1]."""
+    """Return training images, and HELD_OUT_IMAGES of those held out, in [-1, 1]."""
     config = data_config(size)
     training, held_out = open_data(config.source, size=config.size, fit=config.fit).split(config.held_out)
-    return to_float(training.tensor()), to_float(held_out.tensor()[:JUDGED])
+    return to_float(training.tensor()), to_float(held_out.tensor()[:HELD_OUT_IMAGES])
 
 
 # -- what it shows ------------------------------------------------------------------------------------------------------

@@ -163,6 +163,7 @@ def test_the_version(msdiff: Call) -> None:
             ["Error parsing --seed: invalid literal for int() with base 10: 'one'; for"],
         ),
         (["sample", "run", "--sizes", "3"], ["msdiff: Unrecognized options: --sizes, 3; for help"]),
+        (["sample", "run", "--cout", "3"], ["msdiff: Unrecognized options: --cout, 3; did you mean --count; for help"]),
         (["stages", "digits", "--eta"], ["Missing value for argument '--eta'"]),
     ],
 )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from multistage_diffusion.shown import shown
+from multistage_diffusion.shown import counted, shown
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,14 @@ from multistage_diffusion.shown import shown
 )
 def test_what_cannot_be_seen_is_escaped(text: object, wanted: str) -> None:
     assert shown(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "wanted"),
+    [(1, "image", "1 image"), (0, "image", "0 images"), (1, "class", "1 class"), (2, "class", "2 classes")],
+)
+def test_a_count_agrees_with_its_noun(count: int, noun: str, wanted: str) -> None:
+    assert counted(count, noun) == wanted
 
 
 def test_lines_stay_lines_where_wanted() -> None:

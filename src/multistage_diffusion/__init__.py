@@ -13,8 +13,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config import CodecConfig as CodecConfig
     from .config import DataConfig as DataConfig
     from .config import DiffusionConfig as DiffusionConfig
+    from .config import EvaluationConfig as EvaluationConfig
+    from .config import ExecutionConfig as ExecutionConfig
     from .config import NetworkConfig as NetworkConfig
     from .config import OptimizerConfig as OptimizerConfig
     from .config import RunConfig as RunConfig
@@ -26,8 +29,11 @@ if TYPE_CHECKING:
     from .contracts import Denoiser as Denoiser
     from .data import ImageData as ImageData
     from .data import open_data as open_data
+    from .data import to_float as to_float
+    from .data import to_uint8 as to_uint8
     from .data.mixture import GaussianMixture as GaussianMixture
     from .denoisers import build_denoiser as build_denoiser
+    from .errors import UserError as UserError
     from .optimal import OptimalDenoiser as OptimalDenoiser
     from .reporting.describe import describe as describe
     from .reporting.pictures import grid as grid
@@ -36,7 +42,10 @@ if TYPE_CHECKING:
     from .schedules import VE as VE
     from .schedules import VP as VP
     from .schedules import Discrete as Discrete
+    from .schedules import LogNormal as LogNormal
     from .schedules import RectifiedFlow as RectifiedFlow
+    from .schedules import UniformSteps as UniformSteps
+    from .schedules import UniformTime as UniformTime
     from .stage_finding import StageResult as StageResult
     from .stage_finding import StageSettings as StageSettings
     from .stages import Stages as Stages
@@ -69,8 +78,11 @@ _HOME = {
     "statistics": "workflow.evaluate",
     "train": "workflow.train",
     "train_codec": "workflow.codec",
+    "CodecConfig": "config",
     "DataConfig": "config",
     "DiffusionConfig": "config",
+    "EvaluationConfig": "config",
+    "ExecutionConfig": "config",
     "NetworkConfig": "config",
     "OptimizerConfig": "config",
     "RunConfig": "config",
@@ -81,11 +93,16 @@ _HOME = {
     "GaussianMixture": "data.mixture",
     "ImageData": "data",
     "open_data": "data",
+    "to_float": "data",
+    "to_uint8": "data",
     "EDM": "schedules",
     "VE": "schedules",
     "VP": "schedules",
     "Discrete": "schedules",
     "RectifiedFlow": "schedules",
+    "LogNormal": "schedules",
+    "UniformSteps": "schedules",
+    "UniformTime": "schedules",
     "StageResult": "stage_finding",
     "StageSettings": "stage_finding",
     "build_denoiser": "denoisers",
@@ -97,6 +114,7 @@ _HOME = {
     "Run": "training.run",
     "sample_images": "samplers.sampling",
     "Stages": "stages",
+    "UserError": "errors",
     "__version__": "version",
 }
 __all__ = [*_HOME]

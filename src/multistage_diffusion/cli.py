@@ -270,6 +270,7 @@ def _one_line(box: str) -> str:
     inside = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:])
     text = re.sub(r"[\u2500-\u257f]+|-{4,}", " ", inside)  # terminals without box characters get hyphens
     text = re.split(r"Got errors:|Argument helptext:|For full helptext", " ".join(text.split()))[0]
+    text = re.sub(r" Perhaps you meant: (--[\w-]+).*", r"; did you mean \1", text)
     text = re.sub(r"no type matching \{None\}\|(.+) could be instantiated from (.+)\.", r"\2 is not \1", text)
     return text.replace("'None', ", "").replace(", 'None'", "").strip(" .")
 

@@ -1,4 +1,4 @@
-"""Escapes control, bidirectional and invisible characters of foreign text for terminals and pages."""
+"""Text for terminals and pages: foreign text without invisible characters, counts with their noun."""
 
 from __future__ import annotations
 
@@ -35,3 +35,9 @@ def shown(text: object, *, lines: bool = False) -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun, e.g. "1 image", "3 classes"."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{count} {noun if count == 1 else plural}"

@@ -28,7 +28,7 @@ from multistage_diffusion.latent.codec_training import (
     CodecTrainer,
     build_autoencoder,
     codec_loss,
-    judge,
+    codec_quality,
     psnr,
     require_codec_memory,
     write_codec,
@@ -131,9 +131,9 @@ def test_the_loss_is_what_it_says() -> None:
 @pytest.mark.slow
 def test_training_learns_to_reconstruct(tmp_path: Path) -> None:
     trainer = CodecTrainer(tmp_path, tiny(steps=80, batch=8, width=16), images(), CPU)
-    before = judge(trainer.codec(), images(seed=1), CPU).psnr
+    before = codec_quality(trainer.codec(), images(seed=1), CPU).psnr
     trainer.fit()
-    after = judge(trainer.codec(), images(seed=1), CPU).psnr
+    after = codec_quality(trainer.codec(), images(seed=1), CPU).psnr
     assert before is not None
     assert after is not None
     assert after > before + 6
@@ -246,7 +246,7 @@ def noise(content: tuple[int, int] | None = None) -> ImageData:
 
 
 def test_the_psnr_is_that_of_the_mean_squared_error() -> None:
-    quality = judge(Shifted(), noise(), CPU)
+    quality = codec_quality(Shifted(), noise(), CPU)
     assert quality.images == 300
     assert quality.psnr == pytest.approx(10 * math.log10(255**2 / (100 / 4)))  # a quarter of the pixels
     assert quality.content_psnr is None
@@ -256,14 +256,14 @@ def test_the_psnr_is_that_of_the_mean_squared_error() -> None:
 
 @pytest.mark.parametrize(("content", "share"), [((4, 4), 1.0), ((4, 8), 0.5), ((3, 3), 1.0), ((7, 8), 16 / 56)])
 def test_what_was_padded_is_left_out_of_the_psnr_of_the_content(content: tuple[int, int], share: float) -> None:
-    quality = judge(Shifted(), noise(content), CPU)
+    quality = codec_quality(Shifted(), noise(content), CPU)
     assert quality.psnr == pytest.approx(10 * math.log10(255**2 / 25))
     assert quality.content_psnr == pytest.approx(10 * math.log10(255**2 / (100 * share)))
 
 
 def test_a_perfect_codec_has_no_psnr_and_latents_have_their_spread() -> None:
     data = noise()
-    quality = judge(IdentityCodec(), data, CPU)
+    quality = codec_quality(IdentityCodec(), data, CPU)
     assert quality.psnr is None
     x = data.array().astype(np.float64) / 127.5 - 1
     assert quality.latent_std == pytest.approx(x.std((0, 2, 3)), rel=1e-6)
@@ -305,7 +305,7 @@ def test_the_workflow_writes_codec_record_and_picture(source: DataConfig, tmp_pa
     held_out = record["held_out"]
     assert 0 < held_out["images"] < 60
     codec = open_codec(CodecConfig(source=str(out)))
-    again = judge(codec, open_configured(source).split(source.held_out)[1], CPU)
+    again = codec_quality(codec, open_configured(source).split(source.held_out)[1], CPU)
     assert (held_out["images"], held_out["psnr"]) == (again.images, pytest.approx(again.psnr, rel=1e-4))
     assert held_out["content_psnr"] == pytest.approx(again.content_psnr, rel=1e-4) != held_out["psnr"]
     assert codec.latent_shape((1, 10, 10)) == (2, 5, 5)

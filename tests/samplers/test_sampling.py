@@ -110,9 +110,9 @@ def test_progress_counts_every_call_of_every_image():
     assert seen[8] == (18, 45)  # the first batch of two is through
 
 
-@pytest.mark.parametrize(("count", "batch"), [(0, 4), (-1, 4), (3, 0)])
-def test_impossible_counts_are_refused(count, batch):
-    with pytest.raises(ValueError, match=f"count={count} and batch={batch}"):
+@pytest.mark.parametrize(("count", "batch", "named"), [(0, 4, "count=0"), (-1, 4, "count=-1"), (3, 0, "batch=0")])
+def test_impossible_counts_are_refused(count, batch, named):
+    with pytest.raises(ValueError, match=f"^{named} must be positive"):
         draw(count, batch=batch)
 
 

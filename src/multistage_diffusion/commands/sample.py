@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..reporting.pictures import MOST_IN_GRID, folder_of_images, grid, save_npz, save_png
 from ..samplers import make_plan, shortcoming
 from ..samplers.class_labels import warn_of_empty
+from ..shown import counted
 from ..training.run import Run
 from ..workflow.sample import sample, sample_labels
 from .options import Device, RunFolder, SamplerOptions, check_out, option, print_json, say
@@ -108,4 +109,6 @@ class Sample(SamplerOptions):
         if self.json:
             print_json({"out": str(self.out), "count": self.count, "seed": self.seed, "sampling": to_dict(sampling)})
         else:
-            say(f"written: {self.out} ({self.count} samples, {sampling.solver}, {sampling.calls} calls)")
+            say(
+                f"written: {self.out} ({counted(self.count, 'sample')}, {sampling.solver}, {counted(sampling.calls, 'call')})"
+            )

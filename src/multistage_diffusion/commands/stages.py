@@ -39,7 +39,7 @@ class FindStages(DataOptions):
       msdiff stages --algorithm gradient --run runs/one-stage --stages 3 --out gradient.json
     """
 
-    data: Annotated[Positional[str], data_option()] = ""
+    data: Annotated[Positional[str], data_option("none with --run")] = ""
     out: Path = Path("stages.json")
     """File of the result."""
     algorithm: Literal[1, 2, "timestep", "snr", "gradient"] = _DEFAULTS.algorithm
@@ -98,7 +98,7 @@ class FindStages(DataOptions):
             raise UserError("--algorithm gradient and --run RUN go together; give both or neither")
         if bool(self.data) == (self.trained is not None):
             raise UserError(
-                "Missing from msdiff stages: DATA, the images"
+                "Missing from msdiff stages: DATA, the images (or --run RUN with --algorithm gradient)"
                 if not self.data
                 else "DATA: the run's images are used; leave it out"
             )

@@ -71,7 +71,7 @@ class SamplingConfig:
             value = getattr(self, name)
             require(
                 not known or value in known,
-                f"sampling.{name}={value!r} must be one of {', '.join(map(repr, known))} (solver {self.solver!r})",
+                f"sampling.{name}={value!r} must be one of {', '.join(map(repr, sorted(known)))} (solver {self.solver!r})",
             )
         require(0 < self.calls <= MOST_CALLS, f"sampling.calls={self.calls} must be positive, and at most {MOST_CALLS}")
         for name in ("sigma_min", "sigma_max"):

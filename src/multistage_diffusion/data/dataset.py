@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..shown import counted
 from .rows import LabelledRows, Rows, View, as_rows, chunks
 
 _CHUNK_BYTES = 1 << 24
@@ -64,14 +65,14 @@ class ImageData(LabelledRows):
         """Return one line with the image count, class count, size, grey or colour, and the unused files."""
         channels, height, width = self.shape
         parts = [
-            f"{len(self)} images",
-            "no labels" if self.labels is None else f"{self.num_classes} classes",
+            counted(len(self), "image"),
+            "no labels" if self.labels is None else counted(self.num_classes, "class"),
             f"{height} x {width}",
             "grey" if channels == 1 else "colour",
         ]
         if self.skipped:
             why = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
-            parts.append(f"{sum(self.skipped.values())} files skipped ({why})")
+            parts.append(f"{counted(sum(self.skipped.values()), 'file')} skipped ({why})")
         return f"{self.name}: {', '.join(parts)}"
 
     def chunks(self) -> Iterator[npt.NDArray[np.uint8]]:

@@ -66,7 +66,7 @@ class ArrayRows:
 
 
 class FileRows:
-    """uint8 rows that a file stores one after another; they are read when they are asked for.
+    """uint8 rows that a file stores one after another; read from the file on access.
 
     The file is not mapped into memory: its pages would count as memory of the process, and a file that is cut short would
     end the process.

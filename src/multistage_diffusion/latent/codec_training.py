@@ -33,7 +33,7 @@ from .codecs import CONFIG, WEIGHTS, DiffusersCodec, import_diffusers
 from .latents import PIXELS_AT_ONCE
 
 CHECKPOINT_EVERY = 500  # steps
-JUDGED = 10_000  # most images that `judge` measures
+MOST_MEASURED = 10_000  # most images that `codec_quality` measures
 WARMUP_STEPS = 100
 CLIP = 1.0  # largest gradient norm
 SQUARED_WEIGHT = 10.0  # scales squared errors in [-1, 1] to the magnitude of absolute errors
@@ -297,9 +297,9 @@ class CodecQuality:
     scale: float | None
 
 
-def judge(codec: Codec, data: ImageData, device: torch.device) -> CodecQuality:
-    """Measure a codec on at most JUDGED images, drawn at random if there are more."""
-    order = torch.randperm(len(data), generator=rng.generator(("judged images",)))[:JUDGED]
+def codec_quality(codec: Codec, data: ImageData, device: torch.device) -> CodecQuality:
+    """Measure a codec on at most MOST_MEASURED images, drawn at random if there are more."""
+    order = torch.randperm(len(data), generator=rng.generator(("judged images",)))[:MOST_MEASURED]
     inside = _content(data)
     errors, latents = torch.zeros(2, dtype=torch.float64), []
     for part in torch.split(order, max(1, PIXELS_AT_ONCE // math.prod(data.shape[1:]))):

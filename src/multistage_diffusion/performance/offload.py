@@ -133,11 +133,11 @@ def require_training_memory(config: RunConfig, parameters: int, device: torch.de
         "take a smaller training.batch, or a larger training.accumulate",
         there,
     )
-    numel, judged = torch.Size(config.input_shape).numel(), config.evaluation
+    numel, evaluation = torch.Size(config.input_shape).numel(), config.evaluation
     for name, count, size in (
         ("training.held_out_rows", training.held_out_rows, 8 * numel),  # images and noise
         ("training.sample_count", training.sample_count if training.sample_every else 0, 2 * numel),
-        ("evaluation.count", judged.count if judged.every else 0, 2 * numel),
+        ("evaluation.count", evaluation.count if evaluation.every else 0, 2 * numel),
     ):
         require_memory(count * size, f"{name}={count}", f"take a smaller {name}")
 

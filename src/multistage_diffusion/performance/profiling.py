@@ -90,7 +90,7 @@ class Profile(Callback[Trainer]):
     The run continues afterwards.
 
     Args:
-        tell: called with the table.
+        report: called with the table.
         skipped, timed, traced: numbers of steps.
 
     Attributes:
@@ -99,13 +99,13 @@ class Profile(Callback[Trainer]):
 
     def __init__(
         self,
-        tell: Callable[[str], object] | None = None,
+        report: Callable[[str], object] | None = None,
         *,
         skipped: int = SKIPPED,
         timed: int = TIMED,
         traced: int = TRACED,
     ) -> None:
-        self.tell, self.skipped, self.timed, self.traced = tell, skipped, timed, traced
+        self.report, self.skipped, self.timed, self.traced = report, skipped, timed, traced
         self.result: StepProfile | None = None
         self._done = 0
         self._profiler: Any = None
@@ -156,5 +156,5 @@ class Profile(Callback[Trainer]):
             steps=self.timed,
         )
         write_json(trainer.run.path / "profile" / "parts.json", self.result)
-        if self.tell is not None:
-            self.tell(self.result.table())
+        if self.report is not None:
+            self.report(self.result.table())

@@ -64,8 +64,9 @@ def sample_images(
         UserError: if count or batch is not positive, the sampler's settings are invalid, config.guidance is not 1 and
             there are no labels, or config.threshold is set and end states are decoded.
     """
-    if count < 1 or batch < 1:
-        raise UserError(f"count={count} and batch={batch} must be positive")
+    for name, value in (("count", count), ("batch", batch)):
+        if value < 1:
+            raise UserError(f"{name}={value} must be positive")
     plan, guided = make_plan(config, schedule), _steered(denoiser, config, latent=decode is not None)
     images, share, device = [], world.share(count), torch.device(device)
     written: list[Future[object]] = []

@@ -17,7 +17,7 @@ from ..data.rows import read
 from ..data.sources import located
 from ..errors import UserError
 from ..files import make_folder, move_aside, refuse_special, remove_folder, write_json
-from ..latent.codec_training import CodecSettings, CodecTrainer, judge, reconstruct, write_codec
+from ..latent.codec_training import CodecSettings, CodecTrainer, codec_quality, reconstruct, write_codec
 from ..latent.codecs import CONFIG, WEIGHTS
 from ..performance.devices import device_name, resolve_device
 from ..places import require_room
@@ -101,7 +101,7 @@ def train_codec(
 def _write(trainer: CodecTrainer, data: DataConfig, held_out: ImageData) -> dict[str, Any]:
     """Write the current codec, its quality, and reconstructions of some held-out images."""
     out, codec = trainer.folder, trainer.codec()
-    quality = judge(codec, held_out, trainer.device)
+    quality = codec_quality(codec, held_out, trainer.device)
     if quality.scale is not None:  # for pipelines of diffusers; our runs measure their own scale
         codec.module.register_to_config(scaling_factor=quality.scale)
     write_codec(out, codec)

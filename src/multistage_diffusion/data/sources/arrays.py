@@ -28,7 +28,7 @@ _LABEL_KEYS = ("labels", "label", "arr_1")
 def open_array(path: Path, options: Options) -> ImageData:
     """Open uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3.
 
-    The images of a .npy file are read when they are asked for. A .npz file holds the images as `images` or `arr_0` and
+    The images of a .npy file are read on access. A .npz file holds the images as `images` or `arr_0` and
     optional integer labels (N,) as `labels`, `label` or `arr_1`. Pickled content is never loaded.
 
     Raises:
