@@ -215,7 +215,7 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
     assert circles(tmp_path) == [["data.a", "data.b"]]
 
 
-MODULES_OF_THE_TRAINER = 64  # modules of this package that importing the trainer loads
+MODULES_OF_THE_TRAINER = 60  # modules of this package that importing the trainer loads
 
 
 def test_the_trainer_loads_few_modules() -> None:

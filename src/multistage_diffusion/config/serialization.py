@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import sys
 import types
@@ -57,7 +58,7 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
         raise UserError(f"{where or cls.__name__}: expected a mapping, got {brief(data)}")
     data = dict(data)
     cls = _concrete(cls, data, where)
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)  # type: ignore[arg-type]
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
@@ -66,6 +67,11 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
         if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise UserError(f"{_join(where, name)} is missing")
     return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in data.items()})
+
+
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)  # evaluates strings: slow, and the same every time
 
 
 def _choice(cls: type) -> _Choice | None:

@@ -46,7 +46,13 @@ class ThreeStages:
         self.t, order = curves.t.flatten().sort()
         self.s0, self.s1 = curves.s0.flatten()[order], curves.s1.flatten()[order]
         self.owner = order // curves.t.shape[1]
-        self.width = SMOOTHING * (domain[1] - domain[0])
+        if rule == "interval-mean":
+            first = torch.searchsorted(self.t, self.taus)  # the first sample with t >= tau
+            self.ranges = (torch.zeros_like(first), first), (first, torch.full_like(first, len(self.t)))
+        else:
+            width = SMOOTHING * (domain[1] - domain[0])
+            start = torch.searchsorted(self.t, self.taus - width)
+            self.ranges = ((start, torch.searchsorted(self.t, self.taus + width, right=True)),) * 2
 
     def edges(self, weights: Tensor | None = None) -> tuple[float, float]:
         """Return (t1, t2) for samples with weights float64 (K,); None: all weights are 1.
@@ -56,18 +62,19 @@ class ThreeStages:
                 t2.
         """
         counts = torch.ones_like(self.t) if weights is None else weights[self.owner]
-        first = torch.searchsorted(self.t, self.taus)  # the first sample with t >= tau
+        total = _running_sums(counts)
+        mean0, mean1 = (
+            (sums[end] - sums[start]) / (total[end] - total[start])  # NaN for an empty range
+            for sums, (start, end) in zip(
+                (_running_sums(self.s0 * counts), _running_sums(self.s1 * counts)), self.ranges, strict=True
+            )
+        )
         if self.rule == "interval-mean":
-            start, end = torch.zeros_like(first), torch.full_like(first, len(self.t))
-            below, above = _range_means(self.s0, counts, start, first), _range_means(self.s1, counts, first, end)
-            t1 = self._edge(below, below >= self.alpha, "S0 over [t_min, tau)", last=True)
-            t2 = self._edge(above, above >= self.alpha, "S1 over [tau, t_max]", last=False)
+            t1 = self._edge(mean0, mean0 >= self.alpha, "S0 over [t_min, tau)", last=True)
+            t2 = self._edge(mean1, mean1 >= self.alpha, "S1 over [tau, t_max]", last=False)
         else:
-            start = torch.searchsorted(self.t, self.taus - self.width)
-            end = torch.searchsorted(self.t, self.taus + self.width, right=True)
-            near0, near1 = _range_means(self.s0, counts, start, end), _range_means(self.s1, counts, start, end)
-            t1 = self._edge(near0, near0 < self.alpha, "smoothed S0", last=False)
-            t2 = self._edge(near1, near1 < self.alpha, "smoothed S1", last=True)
+            t1 = self._edge(mean0, mean0 < self.alpha, "smoothed S0", last=False)
+            t2 = self._edge(mean1, mean1 < self.alpha, "smoothed S1", last=True)
         if not t1 < t2:
             raise UserError(
                 f"stages: t1={t1:.4f} is not below t2={t2:.4f}: at alpha={self.alpha} the two outer stages overlap and "
@@ -80,9 +87,12 @@ class ThreeStages:
 
         Raises UserError if there is none, or if it is at the end of the domain, because a stage would be empty.
         """
-        known = ~torch.isnan(curve)
-        taus, curve, hit = self.taus[known], curve[known], hit[known]
         outermost = -1 if last else 0
+        if bool(torch.isnan(curve).any()):
+            known = ~torch.isnan(curve)
+            taus, curve, hit = self.taus[known], curve[known], hit[known]
+        else:
+            taus = self.taus
         if not bool(hit.any()) or bool(hit[outermost]):
             holds = bool(curve[outermost] >= self.alpha)
             raise UserError(
@@ -93,11 +103,11 @@ class ThreeStages:
         return float(taus[hit][outermost])
 
 
-def _range_means(values: Tensor, counts: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Return the weighted means of values[start:end]; NaN for an empty range."""
-    sums = torch.cat((values.new_zeros(1), (values * counts).cumsum(0)))
-    total = torch.cat((values.new_zeros(1), counts.cumsum(0)))
-    return (sums[end] - sums[start]) / (total[end] - total[start])
+def _running_sums(values: Tensor) -> Tensor:
+    """Return the sums of values[:i] for i = 0 .. n."""
+    sums = values.new_zeros(len(values) + 1)
+    torch.cumsum(values, 0, out=sums[1:])
+    return sums
 
 
 Partition = tuple[tuple[int, ...], float]
