@@ -1,0 +1,226 @@
+"""Stages by the Wiener denoiser: the optimal denoiser of Gaussian data with the images' mean and covariance.
+
+The optimal denoiser of a finite data set knows which image it sees up to high noise, and more so in higher dimension. The
+Wiener denoiser generalises: D(x; sigma) = mu + U diag(g) U^T (x - mu), g_i = lambda_i / (lambda_i + sigma²), where the
+lambda_i are the eigenvalues of the covariance and U its eigenvectors. Two noise levels are compared by the network's own
+output F = (D - c_skip x) / c_out for the same image and noise; the expected squared distance has a closed form. The noise
+levels are quantiles of the training density, so each counts as often as it is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import rng
+from ..errors import UserError
+from ..schedules import SigmaPrior
+from .boundaries import Array, Partition, cheapest_groups
+
+LEVELS = 400  # quantiles of the training density
+RESAMPLES = 200  # of the bootstrap
+_FIT = (1 / 8, 1 / 2)  # ranks between these shares of the number of images fit the power law of the unseen tail
+_EXHAUSTED = 1e-12  # an eigenvalue below this share of the largest one is zero
+_COLUMNS = 4096  # of the images at a time, in float64
+Output = Callable[[Tensor], tuple[Tensor, Tensor]]  # sigma -> (c_skip, c_out) of the network's output
+
+
+class Spectrum(NamedTuple):
+    """Second-order statistics of a data set.
+
+    Attributes:
+        values: eigenvalues of the covariance, descending, float64 (d,); those that few images do not show are
+            extrapolated.
+        mean_square: squared norm of the mean image.
+    """
+
+    values: Tensor
+    mean_square: float
+
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of a coordinate about the mean image."""
+        return math.sqrt(float(self.values.mean()))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of a sample of images, with what a bootstrap over the images needs.
+
+    Attributes:
+        values: eigenvalues of the sample covariance, descending, float64 (r,), r = min(n - 1, d).
+        squares: squared coordinates of each image in the eigenbasis, less the mean, float64 (n, r).
+        mean_square: squared norm of the mean image.
+        dim: d, coordinates of an image.
+    """
+
+    values: Tensor
+    squares: Tensor
+    mean_square: float
+    dim: int
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.squares)
+
+    def spectrum(self, weights: Tensor | None = None) -> Spectrum:
+        """Return the spectrum for image weights that sum to n, float64 (n,); None: all weights are 1.
+
+        With weights, an eigenvalue is the variance along its eigenvector. This is exact to first order in the change of
+        the covariance, for every function of the covariance that depends on its eigenvalues only.
+        """
+        values = self.values if weights is None else weights @ self.squares / (self.images - 1)
+        return Spectrum(with_tail(values.sort(descending=True).values, self.images, self.dim), self.mean_square)
+
+
+def measure_moments(images: Tensor) -> Moments:
+    """Return mean and covariance of images (n, ...), n >= 2, floats in the network's range.
+
+    The smaller of the covariance (d, d) and the Gram matrix (n, n) is diagonalised, in float64.
+
+    Raises:
+        UserError: if there are fewer than 16 images, they are all the same, or a value is not finite.
+    """
+    rows = images.flatten(1)
+    count, dim = rows.shape
+    if count < 16:
+        raise UserError(f"stages: {count} images are too few for a covariance; give at least 16")
+    mean = torch.cat([part.mean(0) for part in _columns(rows)])
+    if not bool(torch.isfinite(mean).all()):
+        raise UserError("stages: the images hold NaN or infinite values; remove those images")
+    if dim <= count:
+        centred = rows.to(torch.float64) - mean
+        values, vectors = torch.linalg.eigh(centred.T @ centred / (count - 1))
+        squares = (centred @ vectors) ** 2
+    else:
+        gram = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
+        for part, centre in zip(_columns(rows), mean.split(_COLUMNS), strict=True):
+            part -= centre
+            gram += part @ part.T
+        values, vectors = torch.linalg.eigh(gram / (count - 1))
+        squares = vectors**2 * values.clamp(min=0.0) * (count - 1)
+    rank = min(count - 1, dim)
+    values, squares = values.flip(0)[:rank].clamp(min=0.0), squares.flip(1)[:, :rank]
+    if not float(values[0]) > 0:
+        raise UserError(f"stages: all {count} images are the same; give at least two different images")
+    return Moments(values.cpu(), squares.cpu(), float(mean @ mean), dim)
+
+
+def _columns(rows: Tensor) -> Iterator[Tensor]:
+    """Yield copies of the columns in float64, _COLUMNS at a time."""
+    return (part.to(torch.float64, copy=True) for part in rows.split(_COLUMNS, dim=1))
+
+
+def with_tail(values: Tensor, images: int, dim: int) -> Tensor:
+    """Return all d eigenvalues: from rank n/2 on, where a sample of n images no longer shows them, by a power law.
+
+    The law ln lambda = a - p ln rank is fitted by least squares to the ranks n/8 .. n/2. It continues from the fit's value,
+    and keeps the tail descending (p >= 0). If the eigenvalues end before (the images fill a subspace), there is no tail.
+
+    Args:
+        values: eigenvalues of the sample covariance, descending, float64 (r,).
+        images: n.
+        dim: d.
+    """
+    last = min(math.ceil(_FIT[1] * images), len(values))
+    if last >= dim or float(values[last - 1]) <= _EXHAUSTED * float(values[0]):
+        return torch.cat([values, values.new_zeros(dim - len(values))])
+    first = max(1, math.floor(_FIT[0] * images))
+    ranks = torch.arange(1, dim + 1, dtype=torch.float64).log()
+    x, y = ranks[first - 1 : last], values[first - 1 : last].log()
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum().clamp(min=1e-300))
+    slope = min(slope, 0.0)
+    tail = (y.mean() + slope * (ranks[last:] - x.mean())).exp()
+    return torch.cat([values[:last], tail.clamp(max=float(values[last - 1]))])
+
+
+def density_levels(prior: SigmaPrior, count: int = LEVELS) -> Tensor:
+    """Return the noise levels at the quantiles (i + 1/2) / count of a training density, ascending float64 (count,)."""
+    u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return prior.sample(u).sort().values.unique_consecutive()
+
+
+def output_distances(spectrum: Spectrum, sigma: Tensor, output: Output) -> Tensor:
+    """Return the expected squared distance per coordinate between the network's outputs at all pairs of noise levels.
+
+    S(a, b) = (1/d) {sum_i [lambda_i (f_ai - f_bi)² + (sigma_a f_ai - sigma_b f_bi)²] + |mu|² (m_a - m_b)²} with
+    f = (g - c_skip) / c_out and m = (1 - c_skip) / c_out.
+
+    Args:
+        spectrum: of the data.
+        sigma: noise levels > 0, float64 (M,).
+        output: the network's preconditioning.
+
+    Returns:
+        float64 (M, M), symmetric with zeros on the diagonal.
+    """
+    skip, out = (c.to(torch.float64) for c in output(sigma))
+    mean = ((1.0 - skip) / out * math.sqrt(spectrum.mean_square))[:, None]
+    total = _squared_distances(mean)
+    for values in spectrum.values.split(_COLUMNS):
+        gain = values / (values + sigma[:, None] ** 2)
+        f = (gain - skip[:, None]) / out[:, None]
+        total += _squared_distances(torch.cat([values.sqrt() * f, sigma[:, None] * f], dim=1))
+    return total / len(spectrum.values)
+
+
+def _squared_distances(points: Tensor) -> Tensor:
+    """Return the squared distances of all pairs of rows: (M, n) -> (M, M)."""
+    points = points - points.mean(0)  # less cancellation below
+    squares, products = (points**2).sum(1), points @ points.T
+    return (squares[:, None] + squares - 2.0 * products).clamp(min=0.0).fill_diagonal_(0.0)
+
+
+def cluster(distances: Tensor, stages: int) -> list[Partition]:
+    """Divide the noise levels into 1 .. `stages` contiguous groups, each compact in the sense of k-means.
+
+    The cost of a group of n levels is (1/n) sum_{a,b} S(a, b) over its ordered pairs. It is twice the sum of squared
+    distances from the group's mean output.
+
+    Returns:
+        For each number of groups, the index of the first level of each group except the first one, and the cost.
+
+    Raises:
+        UserError: if there are fewer levels than groups.
+    """
+    levels = len(distances)
+    if not 1 <= stages <= levels:
+        raise UserError(f"stages: stages={stages} must be between 1 and the {levels} noise levels compared")
+    prefix = torch.zeros(levels + 1, levels + 1, dtype=torch.float64)
+    prefix[1:, 1:] = distances.cumsum(0).cumsum(1)
+    corner = prefix.diagonal()
+    start, end = torch.arange(levels)[:, None], torch.arange(levels + 1)[None, :]
+    sums = corner[None, :] - prefix[:levels] - prefix[:, :levels].T + corner[:levels, None]
+    cost = torch.where(end > start, sums / (end - start).clamp(min=1), math.inf)
+    return cheapest_groups(cost.numpy(), stages)
+
+
+def edges_between(sigma: Tensor, first: tuple[int, ...]) -> tuple[float, ...]:
+    """Return the edges: halfway, in ln sigma, between the last level of a group and the first of the next."""
+    return tuple(math.sqrt(float(sigma[i - 1]) * float(sigma[i])) for i in first)
+
+
+def gaussian_edges(spectrum: Spectrum, prior: SigmaPrior, output: Output, stages: int) -> tuple[float, ...]:
+    """Return the interior stage edges (sigma, ascending) for a spectrum, a training density and a preconditioning."""
+    sigma = density_levels(prior)
+    return edges_between(sigma, cluster(output_distances(spectrum, sigma, output), stages)[-1][0])
+
+
+def bootstrap_edges(
+    moments: Moments, prior: SigmaPrior, output: Output, stages: int, *, seed: int, resamples: int = RESAMPLES
+) -> Array:
+    """Return the edges for resamples of the images, drawn with replacement: float64 (resamples, stages - 1)."""
+    generator = torch.Generator().manual_seed(rng.fold((seed, "gaussian-bootstrap")) >> 1)
+    found = []
+    for _ in range(resamples):
+        drawn = torch.randint(moments.images, (moments.images,), generator=generator)
+        weights = torch.bincount(drawn, minlength=moments.images).to(torch.float64)
+        found.append(gaussian_edges(moments.spectrum(weights), prior, output, stages))
+    edges: Array = torch.tensor(found, dtype=torch.float64).reshape(resamples, stages - 1).numpy()
+    return edges
