@@ -230,6 +230,7 @@ def test_split_prints_and_writes(msdiff: Call, tmp_path: Path) -> None:
     assert {"edges_t", "edges_sigma", "schedule", "data_range", "settings"} <= set(saved)
 
 
+@pytest.mark.slow
 def test_split_prints_the_table_of_all_numbers_of_stages(msdiff: Call, tmp_path: Path) -> None:
     code, out, _ = msdiff("stages", "digits", "--algorithm", "2", "--stages", "2", "--samples", "100")
     table = read_json(tmp_path / "stages.json")["curves"]["table"]
@@ -243,6 +244,7 @@ def test_split_prints_the_table_of_all_numbers_of_stages(msdiff: Call, tmp_path:
     assert written == "written: stages.json, stages.png"
 
 
+@pytest.mark.slow
 def test_split_reads_folders_and_schedules(msdiff: Call, made: Path) -> None:
     code, out, _ = msdiff(
         *("stages", made / "photos", "--size", "6", "8", "--fit", "crop", "--held-out", "0.2"),
@@ -311,6 +313,7 @@ def test_train_reads_images_as_told(made: Path, msdiff: Call, tmp_path: Path) ->
     assert (data["shape"], data["fit"], data["skip_bad"], data["held_out"]) == ([3, 8, 6], "crop", True, 0.1)
 
 
+@pytest.mark.slow
 def test_a_limit_of_pixels_is_an_option(made: Path, msdiff: Call, tmp_path: Path) -> None:
     split = ("stages", made / "photos", "--samples", "100", "--out", "s.json")
     refused(msdiff(*split, "--max-pixels", "200"), "has 240 pixels, more than data.max_pixels=200; allow it with --max")
@@ -319,6 +322,7 @@ def test_a_limit_of_pixels_is_an_option(made: Path, msdiff: Call, tmp_path: Path
     assert err.startswith(f"{made / 'photos'}: 60 images, no labels, 12 x 20, colour\n")
 
 
+@pytest.mark.slow
 def test_train_with_more_stages(made: Path, msdiff: Call, tmp_path: Path) -> None:
     assert msdiff("stages", "digits", "--algorithm", "2", "--stages", "4", "--samples", "100")[0] == 0
     train = ("train", "--preset", "digits", "--stages", "stages.json", "--out", "run", *TINY)
@@ -327,6 +331,7 @@ def test_train_with_more_stages(made: Path, msdiff: Call, tmp_path: Path) -> Non
     assert len(read_json(tmp_path / "run" / "config.json")["stages"]["interior"]) == 3
 
 
+@pytest.mark.slow
 def test_train_from_another_runs_configuration(made: Path, msdiff: Call, tmp_path: Path) -> None:
     write_pictures(tmp_path / "grey", 40, (6, 6))
     code, _, _ = msdiff("train", "--config", made / "run" / "config.json", "--data", "grey", "--out", "run")
@@ -427,6 +432,7 @@ def test_evaluate_prints_words_or_json(made: Path, msdiff: Call, tmp_path: Path)
     assert len(read_json(tmp_path / "run" / "evaluation.json")) == 2
 
 
+@pytest.mark.slow
 def test_statistics_are_made_once_and_compared_with(made: Path, msdiff: Call, tmp_path: Path) -> None:
     shutil.copytree(made / "run", tmp_path / "run")
     code, out, err = msdiff("stats", "digits", "--out", "digits.npz", "--keep", "40")
@@ -449,6 +455,7 @@ def test_statistics_are_made_once_and_compared_with(made: Path, msdiff: Call, tm
     assert "30 samples against 1617 images: digits.npz" in page
 
 
+@pytest.mark.slow
 def test_evaluate_reads_other_data_as_the_run_did(made: Path, msdiff: Call, tmp_path: Path) -> None:
     train = ("train", "--preset", "digits", "--data", made / "photos", "--size", "6", "6", "--fit", "resize")
     assert msdiff(*train, "--held-out", "0.3", "--out", "run", *TINY)[0] == 0
@@ -687,11 +694,11 @@ def test_a_closed_pipe_ends_quietly(arguments: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "streams", "code"),
     [
-        ("presets", ">&-", 0),
+        pytest.param("presets", ">&-", 0, marks=pytest.mark.slow),
         pytest.param("presets", ">&- 2>&-", 0, marks=pytest.mark.slow),
         pytest.param("nonsense", "2>&-", 2, marks=pytest.mark.slow),
         ("nonsense", "2>/dev/full", 2),
-        ("presets", ">/dev/full", 2),
+        pytest.param("presets", ">/dev/full", 2, marks=pytest.mark.slow),
     ],
 )
 def test_streams_that_cannot_be_written_change_no_exit_code(arguments: str, streams: str, code: int) -> None:

@@ -93,6 +93,7 @@ def test_decoder_is_chosen_row_by_row_and_an_edge_belongs_above():
     assert decoders_used([below]) == [0]
 
 
+@pytest.mark.slow
 def test_a_compiled_denoiser_is_called_like_any_other():
     """In two stages, at more noise levels than dynamo compiles graphs for."""
     graphs = []

@@ -163,6 +163,7 @@ def reported(run: Path) -> str:
     return (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_solver(plant: Plant, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Euler's step in sigma is DDIM's."""
     plant(SOLVERS, SOLVER)
@@ -211,6 +212,7 @@ def test_a_spacing(plant: Plant, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "4 calls of dpm, singlestep, order 3, decades spacing" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_schedule(plant: Plant, tmp_path: Path) -> None:
     """A schedule that is VP's, but for its name, trains as VP does."""
     plant(SCHEDULES, SCHEDULE)
@@ -232,6 +234,7 @@ def test_a_schedule(plant: Plant, tmp_path: Path) -> None:
     assert json.loads(found.read_text())["schedule"]["kind"] == "again"
 
 
+@pytest.mark.slow
 def test_a_density(plant: Plant, tmp_path: Path) -> None:
     """In the limits of its range every draw lies in its stage, and the masses sum to 1."""
     plant(PRIORS, DENSITY)
@@ -245,6 +248,7 @@ def test_a_density(plant: Plant, tmp_path: Path) -> None:
     reported(run)
 
 
+@pytest.mark.slow
 def test_a_preconditioning(plant: Plant, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """EDM's with sigma_data = 1, written out, trains as EDM's does."""
     plant(PRECONDITIONINGS, PRECONDITIONING)

@@ -130,6 +130,7 @@ def test_the_nearest_costs_are_those_of_a_plain_loop(seed: int) -> None:
     assert above == (pytest.approx(min(c for c in costs if c >= budget)) if max(costs) >= budget else None)
 
 
+@pytest.mark.slow
 def test_a_stage_with_all_the_gain_gets_all_it_can() -> None:
     budget = Budget.of(18.6e6, DIGITS, SHARES, SIZE)
     for stage in range(3):

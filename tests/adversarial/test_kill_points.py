@@ -104,7 +104,7 @@ def beside(case: Case, folder: Path, before: set[str]) -> set[str]:
     return new | {name for name in entries(folder) if ".writing-" in name}
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["killed", "full"])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["killed", "full"])
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name in SLOW)) for case in CASES],

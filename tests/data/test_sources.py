@@ -269,6 +269,7 @@ def test_the_commands_know_a_source_that_one_file_adds(toy, capsys):
     assert "toy[:COUNT]" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_trainer_loads_no_sources():
     script = (
         "import sys, multistage_diffusion.training.trainer\n"

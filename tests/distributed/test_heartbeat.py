@@ -171,6 +171,7 @@ def fails(world: World) -> str:
     return waits(world)
 
 
+@pytest.mark.slow
 def test_others_are_told_of_a_failure():
     world = Processes(2, fails, patience=3.0)
     first, second = world.results(30.0)

@@ -67,6 +67,7 @@ def test_a_mixture_gives_its_mutual_information():
     assert abs(found.mean - float(exact.mean())) < 3 * error
 
 
+@pytest.mark.slow
 def test_the_optimal_denoiser_knows_which_image_it_is():
     """Far below the distance of its images and up to high noise, the term is ln N: all that there is to know of one of them."""
     images, _ = open_data("digits").split(0)

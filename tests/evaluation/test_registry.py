@@ -154,6 +154,7 @@ def test_they_are_known_by_name(toys: ModuleType) -> None:
     assert {"toy-distance", "toy-labels", "frechet"} <= set(METRICS)
 
 
+@pytest.mark.slow
 def test_training_logs_a_toy_metric_on_toy_features(run: Run) -> None:
     records = [record for record in run.records() if record["kind"] == "quality"]
     assert [record["step"] for record in records] == [1, 2]
@@ -195,6 +196,7 @@ def test_evaluate_computes_toy_metrics(run: Run, capsys: pytest.CaptureFixture[s
     assert against["metrics"]["toy_distance"]["value"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_report_shows_toy_metrics(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     result = evaluated(run, "--count", "12", capsys=capsys)
     value = result["metrics"]["toy_distance"]["value"]

@@ -76,6 +76,7 @@ def test_the_listed_average_follows_the_order_of_the_model(tmp_path: Path) -> No
     assert same(read.ema, learnt(averaged(weights)))
 
 
+@pytest.mark.slow
 def test_a_listed_average_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     weights = golden("ncsnpp")[1]
     path = write_score_sde(tmp_path / "x.pth", weights, averaged(weights))
@@ -92,6 +93,7 @@ def test_a_listed_average_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert refusal(path).startswith("ema.shadow_params: no tensors")
 
 
+@pytest.mark.slow
 def test_an_exported_ncsnpp_can_be_loaded_and_resumed_by_score_sde(tmp_path: Path) -> None:
     weights = learnt(golden("ncsnpp")[1])
     published = Published(family="ncsnpp", model=weights, ema=averaged(weights), step=7)

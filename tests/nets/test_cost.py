@@ -170,6 +170,7 @@ def test_separate_networks_share_nothing(family: str, scale: int) -> None:
         )
 
 
+@pytest.mark.slow
 def test_odd_sizes_count_as_padded(cifar: NetworkCost) -> None:
     assert network_cost(CIFAR, 29, 25).stages == cifar.stages
 

@@ -73,7 +73,7 @@ def peak(network: NetworkConfig, shape: tuple[int, int, int]) -> int:
     return found
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "ncsnpp")) for n in NETWORKS])
 @pytest.mark.parametrize("separate", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_memory_of_a_call_is_no_less_and_not_much_more_than_it_takes(name: str, separate: bool) -> None:
     network, shape = NETWORKS[name]

@@ -26,6 +26,7 @@ def described() -> dict[str, dict[str, Any]]:
     return {name: describe(preset(name)) for name in DESCRIBED}
 
 
+@pytest.mark.slow
 def test_the_published_network_has_the_published_numbers(described: dict[str, dict[str, Any]]) -> None:
     published = described["cifar10-dpm"]
     stages = published["stages"]

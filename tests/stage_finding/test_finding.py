@@ -54,6 +54,7 @@ def test_uint8_images_at_one_time_each_as_published(data_range, expected):
         assert high - low < 0.02
 
 
+@pytest.mark.slow
 def test_eps_space_is_blind_to_a_common_scale():
     one = compute_stages(DIGITS_UINT8, StageSettings(samples=500, data_range=(0.0, 1.0)))
     two = compute_stages(DIGITS_UINT8, StageSettings(samples=500))

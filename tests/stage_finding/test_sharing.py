@@ -88,7 +88,7 @@ def alone() -> dict[str, StageResult]:
     ("world", "shards"),
     [
         pytest.param(2, (1, 2), marks=pytest.mark.slow),
-        (3, (1,)),
+        pytest.param(3, (1,), marks=pytest.mark.slow),
         pytest.param(4, (2,), marks=pytest.mark.slow),
     ],
 )
@@ -155,6 +155,7 @@ def differs(world: World) -> str:
     return "\n".join(told)
 
 
+@pytest.mark.slow
 def test_processes_with_other_settings_or_commands_are_refused():
     for told in processes.run(2, differs):
         settings, command = told.splitlines()

@@ -54,7 +54,10 @@ def measured(config: RunConfig, counts: tuple[int, ...], data) -> float:
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(f, marks=[pytest.mark.slow] * (f in ("ncsnpp", "latents", "separate", "ldm"))) for f in FAMILIES],
+    [
+        pytest.param(f, marks=[pytest.mark.slow] * (f in ("ncsnpp", "latents", "separate", "ldm", "ddpmpp")))
+        for f in FAMILIES
+    ],
 )
 def test_they_are_those_of_a_real_step(small, tiny_data, family):
     config = small(**FAMILIES[family])

@@ -84,7 +84,7 @@ def require_same(a: Path, b: Path, tolerance: float = 1e-10) -> None:
     ("size", "strategy", "changes"),
     [
         (2, "time", {}),
-        (3, "memory", {}),
+        pytest.param(3, "memory", {}, marks=pytest.mark.slow),
         pytest.param(2, "fsdp", {}, marks=pytest.mark.slow),
         pytest.param(
             *(3, "fsdp", {"training__accumulate": 3, "training__update_mode": "one-stage"}), marks=pytest.mark.slow
@@ -190,6 +190,7 @@ def test_fsdp_holds_everything_once(tmp_path):
     assert all(sum(sizes) == pytest.approx(formula, rel=0.1) for sizes in found)  # first dimensions may be odd
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["time", "memory"])
 def test_a_process_holds_the_shared_encoder_and_its_own_decoder(tmp_path, strategy):
     settings = tiny_config(training__steps=3)
@@ -227,7 +228,8 @@ def diverged(world: World, path: Path, strategy: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("strategy", ["memory", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["memory", "fsdp"])
 def test_what_is_not_finite_on_one_process_stops_all_of_them(tmp_path, strategy):
     for told in processes.run(3, diverged, tmp_path / "run", strategy):
         assert "the loss of stage 2 is not finite at step 2" in told

@@ -89,12 +89,12 @@ def outcome(run: Run) -> tuple[dict[str, bytes], list[dict]]:
 
 
 RESUMES = [
-    ("mixed", 12, {"execution.thread_parallel": 2, "training.accumulate": 2}),
+    pytest.param("mixed", 12, {"execution.thread_parallel": 2, "training.accumulate": 2}, marks=pytest.mark.slow),
     ("mixed", 20, {"network.num_classes": 3}),
-    ("one-stage", 20, {"optimizer.kind": "adamw", "optimizer.weight_decay": 0.1}),
+    pytest.param("one-stage", 20, {"optimizer.kind": "adamw", "optimizer.weight_decay": 0.1}, marks=pytest.mark.slow),
     pytest.param("sequential", 20, {"optimizer.clip_scope": "part"}, marks=pytest.mark.slow),
     pytest.param("mixed", 12, {"training.precision": "bf16", "training.accumulate": 2}, marks=pytest.mark.slow),
-    ("mixed", 12, {"training.precision": "fp16"}),
+    pytest.param("mixed", 12, {"training.precision": "fp16"}, marks=pytest.mark.slow),
 ]
 
 
@@ -360,9 +360,7 @@ LEARN = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in ("mixed", "one-stage"))) for case in LEARN]
-)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case != "mixed")) for case in LEARN])
 def test_training_learns(new_trainer, case):
     steps, changes = LEARN[case]
     settings = {"training__batch": 24, "optimizer__lr": 5e-3, "diffusion__sigma_data": 1.0, **changes}
@@ -582,6 +580,7 @@ def test_graphs_are_refused_where_there_are_none(new_trainer):
         new_trainer(execution__cuda_graphs=True)
 
 
+@pytest.mark.slow
 def test_autotuning_may_choose_threads(new_trainer, monkeypatch):
     monkeypatch.setattr(autotune, "LEAST_STEPS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -763,6 +762,7 @@ def test_a_trainer_left_behind_by_another_process_refuses_to_go_on(new_trainer, 
         behind.fit()
 
 
+@pytest.mark.slow
 def test_the_rate_counts_from_the_resume(new_trainer, tiny_data):
     first = new_trainer(training__steps=20, training__log_every=10, stepped=lambda t: t.stop() if t.step == 9 else None)
     first.fit()

@@ -89,6 +89,7 @@ def test_held_out_images_are_taken_with_their_labels(make_run: Any, held_out: fl
     assert gradient_stages(run, 2, seed=8, **QUICK)[1] != curves
 
 
+@pytest.mark.slow
 def test_latents_are_compared_as_the_network_sees_them(make_run: Any) -> None:
     plain = make_run(data__held_out=0.0)
     run = make_run(data__held_out=0.0, codec__source="identity", codec__scale=0.25, codec__shape=[1, 4, 4])
@@ -108,6 +109,7 @@ def test_few_images_are_taken_again(make_run: Any) -> None:
     assert np.isfinite(curves["similarity"]).all()
 
 
+@pytest.mark.slow
 def test_times_are_those_of_the_kernel_asked_for(make_run: Any) -> None:
     own = VP(beta_d=12.0, beta_min=0.3)
     run = make_run(diffusion__schedule=own)
@@ -139,6 +141,7 @@ def test_what_cannot_be_cut_is_refused(make_run: Any, tmp_path: Path) -> None:
         gradient_stages(tmp_path / "none", 2, **QUICK)
 
 
+@pytest.mark.slow
 def test_a_run_is_split_as_images_are(make_run: Any, tmp_path: Path) -> None:
     run = make_run()
     settings = StageSettings(algorithm="gradient", stages=3, seed=2)

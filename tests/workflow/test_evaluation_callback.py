@@ -128,7 +128,11 @@ def outcome(run: Run) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
 
 @pytest.mark.parametrize(
     ("kind", "step", "saved"),
-    [("quality", 3, 0), ("quality", 6, 4), ("train", 7, 6)],
+    [
+        ("quality", 3, 0),
+        pytest.param("quality", 6, 4, marks=pytest.mark.slow),
+        pytest.param("train", 7, 6, marks=pytest.mark.slow),
+    ],
     ids=["before the first checkpoint", "between evaluation and checkpoint", "after it"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, kind: str, step: int, saved: int) -> None:
@@ -191,6 +195,7 @@ def test_more_patience_later_is_more_patience_from_the_start(tmp_path: Path, dis
         assert all(torch.equal(ours[key], theirs[key]) for key in ours | theirs)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_why_it_ended(
     tmp_path: Path, distances: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,6 +214,7 @@ def test_the_command_line_says_why_it_ended(
     assert capsys.readouterr().err.splitlines()[1:] == [reason]  # the first tells of the data
 
 
+@pytest.mark.slow
 def test_patience_that_runs_out_at_the_last_step_is_nothing_to_tell(tmp_path: Path, distances: list[float]) -> None:
     said: list[str] = []
 
@@ -265,6 +271,7 @@ def reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "real.npz"
 
 
+@pytest.mark.slow
 def test_a_reference_stands_for_the_training_images(reference: Path, tmp_path: Path) -> None:
     config = tiny(tmp_path, training__steps=3, evaluation__reference=reference.name)
     run = train(config, tmp_path / "run")
@@ -319,6 +326,7 @@ def test_one_training_image_is_no_reference(tmp_path: Path) -> None:
         train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_samples_that_are_not_finite_do_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = evaluation_callback_module.sample_images, itertools.count()
 

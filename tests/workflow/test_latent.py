@@ -181,6 +181,7 @@ def test_samples_are_decoded_latents(config: RunConfig, tmp_path: Path) -> None:
     assert (images.int() - expected.int()).abs().max() <= 1
 
 
+@pytest.mark.slow
 def test_evaluation_says_what_the_codec_alone_costs(config: RunConfig, tmp_path: Path) -> None:
     run = train(override(config, {"data.held_out": 0.3}), tmp_path / "run")
     result = evaluate(run, count=20)
@@ -241,7 +242,7 @@ def test_a_split_of_latents_is_of_what_the_run_sees(config: RunConfig, codec: Pa
     assert result.edges_t == direct.edges_t
 
 
-@pytest.mark.parametrize("with_stages", [False, True])
+@pytest.mark.parametrize("with_stages", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_network_blind_to_its_noise_is_warned_of(
     config: RunConfig, codec: Path, tmp_path: Path, with_stages: bool
 ) -> None:

@@ -143,6 +143,7 @@ def test_other_numbers_of_stages_get_shares_of_their_own(monkeypatch: pytest.Mon
     assert [s.share for s in planned.stages] == pytest.approx(config.training.shares)
 
 
+@pytest.mark.slow
 def test_the_gain_is_the_paired_difference(edges: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = [torch.tensor([1.0, 0.8, 0.9, 1.1]).double() for _ in range(3)]
     many = [few[0] - torch.tensor([0.4, 0.5, 0.6, 0.5]).double(), few[1], few[2] + 1]

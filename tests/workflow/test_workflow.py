@@ -350,6 +350,7 @@ def test_classes_are_checked(run: Run) -> None:
         sample(run, 2, label=1)
 
 
+@pytest.mark.slow
 def test_a_run_with_classes_samples_them(tmp_path: Path) -> None:
     run = train(tiny(network__num_classes=10, training__steps=2), tmp_path / "run")
     in_turn, threes = sample(run, 4, in_turn=True), sample(run, 4, label=3)

@@ -45,6 +45,7 @@ def sharded(world: World) -> tuple[int, Found, Found, list[float], list[bool]]:
     return held, sums, {n: float(v) for n, v in norms.items()}, totals.tolist(), [strategy.stop_requested]
 
 
+@pytest.mark.slow
 def test_every_process_holds_a_slice_of_the_whole():
     found = processes.run(3, sharded)
     torch.manual_seed(0)
@@ -90,6 +91,7 @@ def overflows(world: World) -> list[tuple[float, bool]]:
     return found
 
 
+@pytest.mark.slow
 def test_an_overflow_on_one_process_skips_the_step_on_all():
     assert processes.run(2, overflows) == [[(2.0**15, False), (2.0**15, True)]] * 2
 

@@ -76,6 +76,7 @@ def together(world: World) -> tuple[list[float], list[float], dict[str, float]]:
     return spoiled.tolist(), fit.tolist(), {n: float(p.double().mean()) for n, p in whole.named_parameters()}
 
 
+@pytest.mark.slow
 def test_three_processes_agree_on_an_overflow_and_make_a_whole_of_their_parts():
     strategy = Memory(tiny_config(), SHAPE, World(0, 3))
     for spoiled, fit, whole in processes.run(3, together):
