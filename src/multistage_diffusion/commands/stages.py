@@ -12,11 +12,14 @@ import tyro
 from tyro.conf import Positional
 
 from ..config import CodecConfig, DataConfig
+from ..config.presets import preset
 from ..console import Bar
 from ..distributed import is_main_process
 from ..errors import UserError
 from ..schedules import SCHEDULES
 from ..stage_finding import StageResult, StageSettings
+from ..stage_finding.settings import StageDenoiser
+from ..training.batches import prior_masses
 from ..workflow.clustering import find_stages_by_gradients
 from ..workflow.stages import find_stages
 from .options import DataOptions, Device, check_out, data_option, one_of, option, print_json, say
@@ -35,6 +38,7 @@ class FindStages(DataOptions):
       msdiff stages digits --out stages.json
       msdiff stages digits --precision 0.005 --out precise.json
       msdiff stages photos/ --size 64 64 --fit crop --algorithm 2 --stages 4 --out stages.json
+      msdiff stages photos/ --size 64 64 --fit crop --denoiser gaussian --out stages.json
       msdiff stages digits --data-range 0 1 --json
       msdiff stages --algorithm gradient --run runs/one-stage --stages 3 --out gradient.json
     """
@@ -42,14 +46,23 @@ class FindStages(DataOptions):
     data: Annotated[Positional[str], data_option("none with --run")] = ""
     out: Path = Path("stages.json")
     """File of the result."""
-    algorithm: Literal[1, 2, "timestep", "snr", "gradient"] = _DEFAULTS.algorithm
+    algorithm: Annotated[
+        Literal[1, 2, "timestep", "snr", "gradient"] | None,
+        option("{1,2,timestep,snr,gradient}", "1; 2 with --denoiser gaussian"),
+    ] = None
     """1: three stages by similarity to the limits; 2: any number by clustering; timestep, snr, gradient: baselines."""
+    denoiser: StageDenoiser = _DEFAULTS.denoiser
+    """optimal: that of the images, as published; gaussian: that of their mean and covariance, which generalises."""
+    preset: Annotated[str | None, option("NAME", "EDM's: ln sigma normal, mean -1.2, std 1.2")] = None
+    """Whose training density and preconditioning are used (denoiser gaussian)."""
     trained: Annotated[Path | None, tyro.conf.arg(name="run", metavar="RUN")] = None
     """The run whose gradients are compared (algorithm gradient), instead of DATA."""
     stages: int = _DEFAULTS.stages
     """Number of stages (all but algorithm 1)."""
-    samples: Annotated[int | None, option("INT", "1000; with --precision as many as it takes")] = None
-    """Noisy images that are compared."""
+    samples: Annotated[
+        int | None, option("INT", "1000; with --precision as many as it takes; 4096 with --denoiser gaussian")
+    ] = None
+    """Noisy images that are compared; with --denoiser gaussian images whose covariance is measured."""
     times: int = _DEFAULTS.times
     """Times per noisy image (algorithm 1); 1 with 50000 samples is the paper's estimator."""
     precision: Annotated[float | None, option("FLOAT", "that of the number of samples")] = None
@@ -86,7 +99,11 @@ class FindStages(DataOptions):
     def run(self) -> None:
         """Run the command."""
         names = [f.name for f in dataclasses.fields(StageSettings)]
-        settings = StageSettings(**{name: getattr(self, name) for name in names if hasattr(self, name)})
+        values = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        values["algorithm"] = self.algorithm or (2 if self.denoiser == "gaussian" else _DEFAULTS.algorithm)
+        settings = StageSettings(**values)
+        if self.preset is not None and self.denoiser != "gaussian":
+            raise UserError("--preset: only denoiser gaussian uses a training density; give --denoiser gaussian, too")
         if self.schedule not in SCHEDULES:
             raise UserError(f"--schedule {self.schedule}: must be one of {', '.join(SCHEDULES)}")
         picture = self.out.with_suffix(".png")
@@ -94,7 +111,7 @@ class FindStages(DataOptions):
             raise UserError(f"--out {self.out}: the result is JSON; name it {self.out.with_suffix('.json')}")
         for path in (self.out, picture):
             check_out(path, self.overwrite)
-        if (self.trained is None) == (self.algorithm == "gradient"):
+        if (self.trained is None) == (settings.algorithm == "gradient"):
             raise UserError("--algorithm gradient and --run RUN go together; give both or neither")
         if bool(self.data) == (self.trained is not None):
             raise UserError(
@@ -104,7 +121,7 @@ class FindStages(DataOptions):
             )
         if not 0 < self.memory < math.inf:
             raise UserError(f"--memory {self.memory}: must be positive and finite, in GiB")
-        with Bar("finding stages", "samples" if self.trained is None else "gradients") as bar:
+        with Bar("finding stages", self._unit()) as bar:
             where: dict[str, Any] = {
                 "schedule": SCHEDULES[self.schedule](),
                 "out": self.out,
@@ -117,13 +134,22 @@ class FindStages(DataOptions):
             else:
                 codec = None if self.codec is None else CodecConfig(source=self.codec)
                 config = DataConfig(source=self.data, **self.given())
-                result = find_stages(config, settings, codec=codec, image_shards=self.image_shards, **where)
+                diffusion = None if self.preset is None else preset(self.preset).diffusion
+                result = find_stages(
+                    config, settings, diffusion=diffusion, codec=codec, image_shards=self.image_shards, **where
+                )
         if not is_main_process():
             return
         if self.json:
             print_json(result.to_dict())
         else:
             say(f"{edges_text(result)}\nwritten: {self.out}, {picture}")
+
+    def _unit(self) -> str:
+        """Return what the progress bar counts."""
+        if self.denoiser == "gaussian":
+            return "resamples"
+        return "samples" if self.trained is None else "gradients"
 
 
 def edges_text(result: StageResult) -> str:
@@ -137,6 +163,11 @@ def edges_text(result: StageResult) -> str:
         if len(result.edges_t) == 1:
             line += f"; boundary_ratio of diffusers' two-expert pipelines: {result.boundary_ratios[0]:.4f}"
         lines.append(line)
+    if result.diffusion is not None:
+        shares = ", ".join(f"{share:.1%}" for share in prior_masses(result.stages(), result.diffusion.prior))
+        half = ", ".join(f"{sigma:.4f}" for sigma in result.curves["half_edges_sigma"])
+        lines.append(f"share of the training noise in each stage: {shares}")
+        lines.append(f"{result.samples} images; edges from half of them: sigma = {half}")
     table = result.curves.get("table", [])
     if table:
         lines.append("stages  mean distance within a stage (held-out images)  edges in t")

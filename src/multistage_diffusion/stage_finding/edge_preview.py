@@ -1,4 +1,4 @@
-"""A small picture of the optimal denoiser's outputs for some images on both sides of every edge."""
+"""A small picture of a denoiser's outputs for some images on both sides of every edge."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import rng
+from ..contracts import Denoiser
 from ..data.opening import load_png
 from ..errors import UserError
 from ..schedules import VP
@@ -23,7 +24,14 @@ _WIDEST = 1 << 14  # maximum side of a strip, in pixels
 _LARGEST = 64  # maximum side of a displayed image, in pixels
 
 
-def edge_strip(data: TiledImages, shape: tuple[int, int, int], cuts: tuple[float, ...], measure: VP, seed: int) -> str:
+def edge_strip(
+    data: TiledImages,
+    shape: tuple[int, int, int],
+    cuts: tuple[float, ...],
+    measure: VP,
+    seed: int,
+    denoiser: Denoiser | None = None,
+) -> str:
     """Return a base64 PNG with one row per image.
 
     Columns: the clean image; for every edge the noisy image and E[y | x] before and after the edge; the mean image.
@@ -34,6 +42,7 @@ def edge_strip(data: TiledImages, shape: tuple[int, int, int], cuts: tuple[float
         cuts: edges in the time of `measure`.
         measure: the kernel of the edges.
         seed: determines images and noise.
+        denoiser: gives E[y | x]; None: the optimal denoiser of the images.
     """
     rows = torch.arange(_ROWS, device=data.device)
     own = (rng.uniform((seed, "strip-y"), rows, 1)[:, 0] * len(data)).long()
@@ -43,7 +52,11 @@ def edge_strip(data: TiledImages, shape: tuple[int, int, int], cuts: tuple[float
     for cut in cuts:
         times = torch.tensor([cut - SIDE, cut + SIDE], dtype=torch.float64, device=data.device)
         sigmas = measure.sigma(times.clamp(measure.t_min, measure.t_max))
-        means = posterior_means(data, own, noise, sigmas[:, None].expand(-1, _ROWS)) + clean
+        if denoiser is None:
+            means = posterior_means(data, own, noise, sigmas[:, None].expand(-1, _ROWS)) + clean
+        else:
+            image = clean + data.mean_image
+            means = torch.stack([denoiser(image + float(s) * noise, float(s)) for s in sigmas]) - data.mean_image
         sigma = float(measure.sigma(torch.tensor(cut, dtype=torch.float64)))
         columns += [torch.add(clean, noise, alpha=sigma), *means]
     columns.append(torch.zeros_like(clean))

@@ -9,11 +9,13 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
+from ..config import DiffusionConfig
 from ..progress import Progress
 from ..schedules import VP, NoiseSchedule
 from .baselines import baseline_partition
 from .edge_preview import edge_strip
 from .edges import made_result
+from .gaussian_stages import EDM_DENSITY, gaussian_stages
 from .inputs import held_out_rows, row_shape, tiled_images
 from .intervals import half_width
 from .posterior import Images, TiledImages, as_images
@@ -30,6 +32,7 @@ def compute_stages(
     settings: StageSettings | None = None,
     *,
     schedule: NoiseSchedule | None = None,
+    diffusion: DiffusionConfig | None = None,
     held_out: Images | npt.NDArray[Any] | None = None,
     fingerprint: str = "",
     codec: str = "",
@@ -39,7 +42,7 @@ def compute_stages(
     sharing: Sharing | None = None,
     progress: Progress | None = None,
 ) -> StageResult:
-    """Find the stages of a data set with its optimal denoiser (Algorithms 1 and 2).
+    """Find the stages of a data set with its optimal or Wiener denoiser (Algorithms 1 and 2).
 
     Args:
         images: (N, C, H, W), a tensor, an array, or rows (which may be larger than memory, as those of an ImageData):
@@ -47,6 +50,7 @@ def compute_stages(
         settings: of stage finding; None for the defaults.
         schedule: the kernel for the printed edges; None for VP. Averages over t are uniform in its time if it is a VP,
             else in the time of the standard VP.
+        diffusion: training density and preconditioning for denoiser "gaussian"; None: those of EDM.
         held_out: other images (M, C, H, W), for comparing numbers of stages in algorithm 2.
         fingerprint: of the data set, stored in the result.
         codec: fingerprint of the codec if the images are latents, stored in the result.
@@ -63,9 +67,13 @@ def compute_stages(
     schedule, sharing = schedule or VP(), sharing or Sharing()
     measure = schedule if isinstance(schedule, VP) else VP()
     images = as_images(images)
+    origin: dict[str, Any] = {"fingerprint": fingerprint, "codec": codec, "scale": scale}
+    if settings.denoiser == "gaussian":
+        report = progress or (lambda done, total: None)
+        how: dict[str, Any] = {"schedule": schedule, "memory": memory, "progress": report, **origin}
+        return gaussian_stages(images, settings, diffusion or EDM_DENSITY, **how)
     data, shape = tiled_images(images, settings, device, memory, sharing), row_shape(images)
     outside = None if held_out is None else held_out_rows(as_images(held_out), data, shape, settings)
-    origin: dict[str, Any] = {"fingerprint": fingerprint, "codec": codec, "scale": scale}
     if settings.algorithm in ("timestep", "snr"):
         times, curves = baseline_partition(settings.algorithm, settings.stages, measure=measure)
         strip = _strip(data, shape, times, measure, settings)

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from .. import rng
 from ..errors import UserError
+from ..progress import Progress
 from ..schedules import SigmaPrior
 from .boundaries import Array, Partition, cheapest_groups
 
 LEVELS = 400  # quantiles of the training density
 RESAMPLES = 200  # of the bootstrap
+BINS = 256  # eigenvalues of its spectra
 _FIT = (1 / 8, 1 / 2)  # ranks between these shares of the number of images fit the power law of the unseen tail
 _EXHAUSTED = 1e-12  # an eigenvalue below this share of the largest one is zero
 _COLUMNS = 4096  # of the images at a time, in float64
@@ -37,15 +39,35 @@ class Spectrum(NamedTuple):
         values: eigenvalues of the covariance, descending, float64 (d,); those that few images do not show are
             extrapolated.
         mean_square: squared norm of the mean image.
+        counts: number of eigenvalues that each of `values` stands for, float64 (d,); None: 1.
     """
 
     values: Tensor
     mean_square: float
+    counts: Tensor | None = None
+
+    @property
+    def dim(self) -> float:
+        """Number of coordinates of an image."""
+        return len(self.values) if self.counts is None else float(self.counts.sum())
+
+    def binned(self, bins: int = BINS) -> Spectrum:
+        """Return a spectrum of at most `bins` eigenvalues: means over even bins of ln lambda, with their counts."""
+        if len(self.values) <= bins or self.counts is not None:
+            return self
+        logs = self.values.clamp(min=float(self.values[0]) * _EXHAUSTED).log()
+        span = float(logs[0] - logs[-1])
+        number = ((logs[0] - logs) * (bins - 1e-9) / max(span, 1e-300)).long()
+        counts = torch.bincount(number, minlength=bins).to(torch.float64)
+        sums = torch.bincount(number, self.values, minlength=bins)
+        used = counts > 0
+        return Spectrum(sums[used] / counts[used], self.mean_square, counts[used])
 
     @property
     def sigma_data(self) -> float:
         """Standard deviation of a coordinate about the mean image."""
-        return math.sqrt(float(self.values.mean()))
+        total = self.values.sum() if self.counts is None else self.values @ self.counts
+        return math.sqrt(float(total) / self.dim)
 
 
 @dataclass(frozen=True)
@@ -79,10 +101,15 @@ class Moments:
         return Spectrum(with_tail(values.sort(descending=True).values, self.images, self.dim), self.mean_square)
 
 
-def measure_moments(images: Tensor) -> Moments:
-    """Return mean and covariance of images (n, ...), n >= 2, floats in the network's range.
+def measure_moments(images: Tensor, *, scale: float = 1.0, shift: float = 0.0) -> Moments:
+    """Return mean and covariance of scale * images + shift, the images in the network's range.
 
-    The smaller of the covariance (d, d) and the Gram matrix (n, n) is diagonalised, in float64.
+    The smaller of the covariance (d, d) and the Gram matrix (n, n) is diagonalised, in float64. Images are converted a
+    few columns at a time.
+
+    Args:
+        images: (n, ...), n >= 16, uint8 or floating point.
+        scale, shift: map them to the network's range.
 
     Raises:
         UserError: if there are fewer than 16 images, they are all the same, or a value is not finite.
@@ -91,16 +118,16 @@ def measure_moments(images: Tensor) -> Moments:
     count, dim = rows.shape
     if count < 16:
         raise UserError(f"stages: {count} images are too few for a covariance; give at least 16")
-    mean = torch.cat([part.mean(0) for part in _columns(rows)])
+    mean = torch.cat([part.mean(0) for part in _columns(rows, scale, shift)])
     if not bool(torch.isfinite(mean).all()):
         raise UserError("stages: the images hold NaN or infinite values; remove those images")
     if dim <= count:
-        centred = rows.to(torch.float64) - mean
+        centred = torch.cat(list(_columns(rows, scale, shift)), dim=1) - mean
         values, vectors = torch.linalg.eigh(centred.T @ centred / (count - 1))
         squares = (centred @ vectors) ** 2
     else:
         gram = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
-        for part, centre in zip(_columns(rows), mean.split(_COLUMNS), strict=True):
+        for part, centre in zip(_columns(rows, scale, shift), torch.split(mean, _COLUMNS), strict=True):
             part -= centre
             gram += part @ part.T
         values, vectors = torch.linalg.eigh(gram / (count - 1))
@@ -112,9 +139,9 @@ def measure_moments(images: Tensor) -> Moments:
     return Moments(values.cpu(), squares.cpu(), float(mean @ mean), dim)
 
 
-def _columns(rows: Tensor) -> Iterator[Tensor]:
-    """Yield copies of the columns in float64, _COLUMNS at a time."""
-    return (part.to(torch.float64, copy=True) for part in rows.split(_COLUMNS, dim=1))
+def _columns(rows: Tensor, scale: float, shift: float) -> Iterator[Tensor]:
+    """Yield scale * rows + shift in float64, _COLUMNS columns at a time."""
+    return (part.to(torch.float64, copy=True).mul_(scale).add_(shift) for part in torch.split(rows, _COLUMNS, dim=1))
 
 
 def with_tail(values: Tensor, images: int, dim: int) -> Tensor:
@@ -143,7 +170,8 @@ def with_tail(values: Tensor, images: int, dim: int) -> Tensor:
 def density_levels(prior: SigmaPrior, count: int = LEVELS) -> Tensor:
     """Return the noise levels at the quantiles (i + 1/2) / count of a training density, ascending float64 (count,)."""
     u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    return prior.sample(u).sort().values.unique_consecutive()
+    levels: Tensor = torch.unique(prior.sample(u))
+    return levels
 
 
 def output_distances(spectrum: Spectrum, sigma: Tensor, output: Output) -> Tensor:
@@ -163,11 +191,12 @@ def output_distances(spectrum: Spectrum, sigma: Tensor, output: Output) -> Tenso
     skip, out = (c.to(torch.float64) for c in output(sigma))
     mean = ((1.0 - skip) / out * math.sqrt(spectrum.mean_square))[:, None]
     total = _squared_distances(mean)
-    for values in spectrum.values.split(_COLUMNS):
+    counts = torch.ones_like(spectrum.values) if spectrum.counts is None else spectrum.counts
+    for values, weights in zip(torch.split(spectrum.values, _COLUMNS), torch.split(counts, _COLUMNS), strict=True):
         gain = values / (values + sigma[:, None] ** 2)
-        f = (gain - skip[:, None]) / out[:, None]
+        f = (gain - skip[:, None]) / out[:, None] * weights.sqrt()
         total += _squared_distances(torch.cat([values.sqrt() * f, sigma[:, None] * f], dim=1))
-    return total / len(spectrum.values)
+    return total / spectrum.dim
 
 
 def _squared_distances(points: Tensor) -> Tensor:
@@ -213,14 +242,26 @@ def gaussian_edges(spectrum: Spectrum, prior: SigmaPrior, output: Output, stages
 
 
 def bootstrap_edges(
-    moments: Moments, prior: SigmaPrior, output: Output, stages: int, *, seed: int, resamples: int = RESAMPLES
+    moments: Moments,
+    prior: SigmaPrior,
+    output: Output,
+    stages: int,
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+    progress: Progress | None = None,
 ) -> Array:
-    """Return the edges for resamples of the images, drawn with replacement: float64 (resamples, stages - 1)."""
+    """Return the edges for resamples of the images, drawn with replacement: float64 (resamples, stages - 1).
+
+    The spectrum is reduced to BINS eigenvalues, which changes an edge by less than one of the noise levels compared.
+    """
     generator = torch.Generator().manual_seed(rng.fold((seed, "gaussian-bootstrap")) >> 1)
     found = []
-    for _ in range(resamples):
+    for number in range(resamples):
         drawn = torch.randint(moments.images, (moments.images,), generator=generator)
         weights = torch.bincount(drawn, minlength=moments.images).to(torch.float64)
-        found.append(gaussian_edges(moments.spectrum(weights), prior, output, stages))
+        found.append(gaussian_edges(moments.spectrum(weights).binned(), prior, output, stages))
+        if progress is not None:
+            progress(number + 1, resamples)
     edges: Array = torch.tensor(found, dtype=torch.float64).reshape(resamples, stages - 1).numpy()
     return edges

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
 from .. import files
+from ..shown import counted
 from .edge_preview import SIDE, decode_png
 from .result import StageResult
 
@@ -27,7 +28,8 @@ def plot_stages(result: StageResult, path: Path | str) -> None:
 
     Algorithm 1: S0 and S1 over t with 95 % bands, alpha, and the edges with their intervals. Algorithm 2: the
     similarity matrix with the stages as blocks, and the distance within stages for 1 to 8 stages. "gradient": the same
-    with the cosines of gradients. The other baselines: their values over t. The lower part shows the optimal denoiser's
+    with the cosines of gradients. Denoiser "gaussian": distances of the network's outputs over the quantiles of the training
+    density, and the same choice. The other baselines: their values over t. The lower part shows the optimal denoiser's
     outputs for some images on both sides of every edge. The axes show the time in which averages are uniform. Edges are
     labelled in the result's own kernel and in sigma.
     """
@@ -49,7 +51,7 @@ def plot_stages(result: StageResult, path: Path | str) -> None:
     else:
         axes, choice = upper.subplots(1, 2, width_ratios=(1.6, 1))
         axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-        _draw_matrix(upper, axes, result)
+        (_draw_matrix if result.diffusion is None else _draw_distances)(upper, axes, result)
         choice.spines[["top", "right"]].set_visible(False)
         _draw_choice(choice, result)
     buffer = io.BytesIO()
@@ -140,21 +142,53 @@ def _draw_matrix(figure: Figure | SubFigure, axes: Axes, result: StageResult) ->
     mesh = axes.pcolormesh(borders, borders, result.curves["similarity"], cmap="cividis", vmin=lowest, vmax=1)
     figure.colorbar(mesh, ax=axes, shrink=0.9, label="mean cosine of gradients" if gradients else "mean similarity")
     ends = [float(borders[0]), *_cuts(result), float(borders[-1])]
+    _draw_blocks(axes, ends)
+    _label_edges(axes, result)
+    axes.set(aspect="equal", xlabel="t (VP)", ylabel="t (VP)")
+    settings = result.settings
+    compared = "gradients of a trained run" if gradients else f"{settings.space} space"
+    axes.set_title(
+        f"{counted(len(ends) - 1, 'stage')}: {settings.objective}, {compared}, {_data_label(result)}", fontsize=11
+    )
+
+
+def _draw_distances(figure: Figure | SubFigure, axes: Axes, result: StageResult) -> None:
+    """Draw the distance of the network's outputs at all pairs of noise levels, and the stages as blocks.
+
+    The axes are even in the share of training noise, and labelled with sigma.
+    """
+    sigma, distance = np.asarray(result.curves["sigma"]), np.asarray(result.curves["distance"])
+    share = (np.arange(len(sigma)) + 0.5) / len(sigma)
+    mesh = axes.pcolormesh(share, share, np.sqrt(distance), cmap="cividis_r", vmin=0, shading="nearest")
+    figure.colorbar(mesh, ax=axes, shrink=0.9, label="rms distance of the network's outputs")
+    cuts = np.interp(np.log(result.edges_sigma), np.log(sigma), share).tolist()
+    _draw_blocks(axes, [0.0, *cuts, 1.0])
+    ticks = np.interp((0.05, 0.25, 0.5, 0.75, 0.95), share, np.log(sigma))
+    labels = [f"{value:.2g}" for value in np.exp(ticks)]
+    places = (0.05, 0.25, 0.5, 0.75, 0.95)
+    axes.set(aspect="equal", xlabel="σ, at even shares of the training noise", ylabel="σ")
+    axes.set_xticks(places, labels)
+    axes.set_yticks(places, labels)
+    _label_edges(axes, result)
+    axes.set_title(f"{counted(len(cuts) + 1, 'stage')}: Wiener denoiser, {_data_label(result)}", fontsize=11)
+
+
+def _draw_blocks(axes: Axes, ends: list[float]) -> None:
+    """Draw the stages between these ends as squares on the diagonal."""
     for left, right in itertools.pairwise(ends):
         for color, width in (("white", 3.5), (_ORANGE, 2.0)):
             size = right - left
             axes.add_patch(
                 Rectangle((left, left), size, size, fill=False, edgecolor=color, linewidth=width, clip_on=False)
             )
+
+
+def _label_edges(axes: Axes, result: StageResult) -> None:
+    """Write the edges into a corner of the matrix."""
     if result.edges_t:
         box = {"facecolor": "#00224E", "alpha": 0.75, "edgecolor": "none", "boxstyle": "round,pad=0.5"}
         text = "\n".join(_edge_labels(result, "   "))
         axes.text(0.04, 0.96, text, transform=axes.transAxes, va="top", fontsize=9, color="white", bbox=box)
-    axes.set(aspect="equal", xlabel="t (VP)", ylabel="t (VP)")
-    count, settings = len(ends) - 1, result.settings
-    stages = "1 stage" if count == 1 else f"{count} stages"
-    compared = "gradients of a trained run" if gradients else f"{settings.space} space"
-    axes.set_title(f"{stages}: {settings.objective}, {compared}, {_data_label(result)}", fontsize=11)
 
 
 def _draw_choice(axes: Axes, result: StageResult) -> None:
@@ -168,7 +202,8 @@ def _draw_choice(axes: Axes, result: StageResult) -> None:
         outside = [line["distance_held_out"] for line in table]
         axes.plot(counts, outside, color=_ORANGE, marker="s", linestyle=(0, (5, 1.5)), label="held-out images")
     axes.axvline(result.settings.stages, color=_GREY, linewidth=1, linestyle=":")
-    axes.set(xlabel="number of stages", ylabel="mean distance within a stage", xticks=counts)
+    what = "mean distance" if result.diffusion is None else "mean squared distance"
+    axes.set(xlabel="number of stages", ylabel=f"{what} within a stage", xticks=counts)
     axes.set_ylim(bottom=0)
     axes.set_title("How many stages?", fontsize=11)
     axes.legend(frameon=False, fontsize=9)
@@ -187,4 +222,5 @@ def _draw_strip(axes: Axes, result: StageResult, strip: npt.NDArray[np.uint8]) -
             (i + 0.5) * strip.shape[1] / columns, -0.02 * strip.shape[0], title, ha="center", va="bottom", fontsize=8
         )
     axes.set_axis_off()
-    axes.set_title("What the optimal denoiser answers on both sides of every edge", fontsize=10, pad=26)
+    name = "optimal" if result.diffusion is None else "Wiener"
+    axes.set_title(f"What the {name} denoiser answers on both sides of every edge", fontsize=10, pad=26)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from .. import files
-from ..config import serialization
+from ..config import DiffusionConfig, serialization
 from ..errors import UserError
 from ..records import FINITE, WHOLE, check, listed, maybe
 from ..schedules import VP, NoiseSchedule
@@ -18,13 +18,14 @@ from ..stages import Stages
 from .edge_preview import decode_png
 from .settings import BASELINES, Algorithm, StageSettings, require_setting
 
-FORMAT_VERSION = 2
-_CURVES: dict[Algorithm, tuple[str, ...]] = {
+FORMAT_VERSION = 3
+_CURVES: dict[Algorithm | Literal["gaussian"], tuple[str, ...]] = {
     1: ("t", "s0", "s1", "s0_error", "s1_error"),
     2: ("t", "similarity", "objective_value", "table"),
     "timestep": ("t", "value", "objective_value"),
     "snr": ("t", "value", "objective_value"),
     "gradient": ("t", "similarity", "objective_value", "steps", "table"),
+    "gaussian": ("sigma", "distance", "objective_value", "table", "half_edges_sigma"),
 }
 _LINE = {  # of the table
     "stages": WHOLE,
@@ -48,14 +49,18 @@ class StageResult:
         settings: the settings used, with defaults filled in.
         fingerprint: of the data set, or empty.
         intervals_t, intervals_sigma: 95 % interval (low, high) of every edge; covers the Monte Carlo error only. Empty
-            for baselines.
-        samples: number of noisy images drawn; 0 for baselines.
+            for baselines. For denoiser "gaussian": the variation over draws of the images.
+        samples: number of noisy images drawn; of images whose covariance was measured for denoiser "gaussian"; 0 for
+            baselines.
         float64_difference: largest difference of a similarity from its float64 value, on some of the samples.
         curves: plain lists and numbers. Algorithm 1: binned "t" with the means "s0" and "s1" and their standard errors.
             Algorithm 2: nodes "t", the matrix "similarity", "objective_value" and "table" (edges and mean distance
             within a stage for 1 to 8 stages, also on held-out images). "timestep", "snr": times "t", their "value" and
             "objective_value". "gradient": as algorithm 2, but "similarity" holds cosines and "t" the starts of bins,
-            plus the checkpoints' "steps".
+            plus the checkpoints' "steps". Denoiser "gaussian": noise levels "sigma" at even quantiles of the training
+            density, the matrix "distance" of the network's outputs, "objective_value", "table" (the distance is the mean
+            square from a stage's mean output) and "half_edges_sigma" (the edges from half the images).
+        diffusion: the training density and preconditioning of denoiser "gaussian"; else None.
         codec: fingerprint of the codec whose latents were used, empty for pixels.
         scale: factor by which these latents were multiplied; None for pixels.
         strip: base64 PNG of the optimal denoiser's outputs on both sides of every edge (`edge_preview.edge_strip`), or
@@ -78,6 +83,7 @@ class StageResult:
     curves: dict[str, Any] = field(repr=False)
     codec: str = ""
     scale: float | None = None
+    diffusion: DiffusionConfig | None = None
     strip: str = field(default="", repr=False)
     format_version: int = FORMAT_VERSION
 
@@ -95,7 +101,12 @@ class StageResult:
                 f"{name}={list(edges)} must hold {wanted} edges for {self.settings.stages} stages",
             )
         self.stages()
-        _check_curves(self.curves, self.settings.algorithm)
+        gaussian = self.settings.denoiser == "gaussian"
+        require_setting(
+            gaussian == (self.diffusion is not None),
+            "diffusion is stored for denoiser gaussian, and for no other; find the stages again",
+        )
+        _check_curves(self.curves, "gaussian" if gaussian else self.settings.algorithm)
 
     @property
     def data_range(self) -> tuple[float, float] | None:
@@ -106,6 +117,8 @@ class StageResult:
     def rule(self) -> str:
         """The criterion for the edges: the rule (algorithm 1), the objective (algorithm 2), or the baseline's name."""
         algorithm = self.settings.algorithm
+        if self.settings.denoiser == "gaussian":
+            return "gaussian"
         if isinstance(algorithm, str):
             return algorithm
         return self.settings.rule if algorithm == 1 else self.settings.objective
@@ -167,9 +180,9 @@ class StageResult:
         return result
 
 
-def _check_curves(curves: dict[str, Any], algorithm: Algorithm) -> None:
+def _check_curves(curves: dict[str, Any], kind: Algorithm | Literal["gaussian"]) -> None:
     """Raise UserError for curves that cannot be plotted."""
-    names = _CURVES[algorithm]
+    names = _CURVES[kind]
     require_setting(set(curves) == set(names), f"curves must hold {', '.join(names)}, found {', '.join(curves)}")
     arrays = {}
     for name in set(names) - {"table"}:
@@ -184,9 +197,11 @@ def _check_curves(curves: dict[str, Any], algorithm: Algorithm) -> None:
             raise UserError(
                 f"curves.{name} holds lists of numbers of different lengths; find the stages again"
             ) from None
-    count = arrays["t"].size
-    shapes = {name: (count,) for name in arrays} | {"similarity": (count, count), "objective_value": ()}
-    shapes["steps"] = np.shape(curves.get("steps", ()))  # any length
+    count = arrays[names[0]].size
+    square = {"similarity": (count, count), "distance": (count, count)}
+    shapes = {name: (count,) for name in arrays} | square | {"objective_value": ()}
+    for name in ("steps", "half_edges_sigma"):
+        shapes[name] = np.shape(curves.get(name, ()))  # any length
     require_setting(all(arrays[n].shape == shapes[n] for n in arrays), "curves differ in length; find the stages again")
     table = curves.get("table", [])
     require_setting(

@@ -12,7 +12,9 @@ from .boundaries import Objective, Rule
 from .similarity import Space
 
 Algorithm = Literal[1, 2, "timestep", "snr", "gradient"]
+StageDenoiser = Literal["optimal", "gaussian"]
 BASELINES: tuple[Algorithm, ...] = ("timestep", "snr", "gradient")  # draw no samples of the optimal denoiser
+IMAGES = 4096  # whose covariance is measured, denoiser "gaussian"
 # Default limit of samples with `precision`; algorithm 2 stores all pairs of times of each sample.
 MOST_SAMPLES = {1: 1_000_000, 2: 20_000}
 
@@ -31,8 +33,12 @@ class StageSettings:
         algorithm: 1 (three stages, by similarity to the two limits), 2 (any number, by clustering), or a baseline:
             "timestep" or "snr" (even in time or log-SNR, independent of the data), "gradient" (gradients of a trained
             run's loss).
+        denoiser: the denoiser whose outputs are compared: "optimal" (the optimal denoiser of the images, as published) or
+            "gaussian" (algorithm 2 only): the Wiener denoiser of their mean and covariance, compared by the network's
+            output over the training density; see `gaussian`.
         stages: the number n of stages; 3 for algorithm 1.
-        samples: number K of noisy images, with `precision` the maximum. None: 1,000; with `precision` 1,000,000
+        samples: with denoiser "gaussian" the number of images whose covariance is measured, by default 4,096. Otherwise the
+            number K of noisy images, with `precision` the maximum. None: 1,000; with `precision` 1,000,000
             (algorithm 1) or 20,000 (algorithm 2). Algorithm 1 compares each sample at `times` times, algorithm 2 at all
             820 pairs of 41 times.
         times: times per sample (algorithm 1). 1 with 50,000 samples is the published estimator.
@@ -54,6 +60,7 @@ class StageSettings:
     """
 
     algorithm: Algorithm = 1
+    denoiser: StageDenoiser = "optimal"
     stages: int = 3
     samples: int | None = None
     times: int = 32
@@ -72,6 +79,17 @@ class StageSettings:
         require_setting(
             self.algorithm in algorithms, f"algorithm={self.algorithm} must be one of {', '.join(map(str, algorithms))}"
         )
+        require_setting(
+            self.denoiser in get_args(StageDenoiser),
+            f"denoiser={self.denoiser!r} must be one of {', '.join(get_args(StageDenoiser))}",
+        )
+        if self.denoiser == "gaussian":
+            require_setting(self.algorithm == 2, f"algorithm={self.algorithm}: denoiser gaussian needs algorithm 2")
+            for name, meaning in (("precision", "noisy images"), ("space", "another quantity")):
+                require_setting(
+                    getattr(self, name) is None,
+                    f"{name}={getattr(self, name)}: denoiser gaussian has no {meaning} to choose; leave it out",
+                )
         require_setting(1 <= self.stages <= 1000, f"stages={self.stages} must be at least 1 and at most 1000")
         require_setting(
             self.algorithm != 1 or self.stages == 3,
@@ -103,6 +121,8 @@ class StageSettings:
         """Return a copy with the algorithm's defaults for `samples` and `space`; baselines have neither."""
         if self.algorithm in BASELINES:
             return dataclasses.replace(self, samples=None, precision=None, space=None)
+        if self.denoiser == "gaussian":
+            return dataclasses.replace(self, samples=self.samples or IMAGES)
         most = MOST_SAMPLES[2 if self.algorithm == 2 else 1]
         samples = self.samples or (most if self.precision is not None else 1000)
         return dataclasses.replace(self, samples=samples, space=self.space or ("eps" if self.algorithm == 1 else "x0"))

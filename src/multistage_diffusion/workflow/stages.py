@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..config import CodecConfig, DataConfig
+from ..config import CodecConfig, DataConfig, DiffusionConfig
 from ..config.serialization import to_dict
 from ..data import ImageData, open_configured
 from ..latent.latents import LatentData
@@ -24,6 +24,7 @@ def find_stages(
     settings: StageSettings | None = None,
     *,
     schedule: NoiseSchedule | None = None,
+    diffusion: DiffusionConfig | None = None,
     codec: CodecConfig | None = None,
     out: Path | str | None = None,
     device: str | None = None,
@@ -38,6 +39,7 @@ def find_stages(
             check).
         settings: algorithm and options.
         schedule: the kernel in whose time edges are printed; default VP.
+        diffusion: training density and preconditioning for denoiser "gaussian"; None: those of EDM.
         codec: use the latents of this autoencoder instead of pixels.
         out: where to write the result as JSON, with its curves as PNG beside it.
         device: default CUDA when there is one.
@@ -65,6 +67,7 @@ def find_stages(
             found,
             settings,
             schedule=schedule or VP(),
+            diffusion=diffusion,
             held_out=held_out,
             fingerprint=fingerprint,
             device=resolved,
