@@ -308,7 +308,7 @@ def test_train_reads_images_as_told(made: Path, msdiff: Call, tmp_path: Path) ->
     assert err.startswith("msdiff: warning: ")
     assert "000-torn.png" in err
     count = len(list((made / "photos").iterdir())) + 3
-    assert f"\nphotos: {count} images, no labels, 8 x 6, colour, 1 files skipped (1 unreadable)\n" in err
+    assert f"\nphotos: {count} images, no labels, 8 x 6, colour, 1 file skipped (1 unreadable)\n" in err
     data = read_json(tmp_path / "run" / "config.json")["data"]
     assert (data["shape"], data["fit"], data["skip_bad"], data["held_out"]) == ([3, 8, 6], "crop", True, 0.1)
 

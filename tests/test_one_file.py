@@ -195,7 +195,7 @@ def test_a_solver_s_own_order_and_method_are_taken_where_the_run_s_do_not_fit(mo
     found = SamplerOptions(solver="narrow").sampling_config(own)
     assert (found.method, found.order) == ("multistep", 2)
     assert SamplerOptions(solver="narrow").sampling_config(dataclasses.replace(own, order=1)).order == 1
-    with pytest.raises(UserError, match=r"sampling\.order=3 must be one of 2, 1 \(solver 'narrow'\)"):
+    with pytest.raises(UserError, match=r"sampling\.order=3 must be one of 1, 2 \(solver 'narrow'\)"):
         SamplerOptions(solver="narrow", order=3).sampling_config(own)
     with pytest.raises(UserError, match=r"sampling\.method='singlestep' must be one of 'multistep'"):
         SamplingConfig(solver="narrow", order=2)

@@ -113,7 +113,7 @@ def test_churn_lifts_sigma_by_no_more_than_root_two():
         ({"sigma_max": math.inf}, ["sampling.sigma_max=inf", "finite"]),
         ({"sigma_max": math.nan}, ["sampling.sigma_max=nan"]),
         ({"solver": "euler"}, ["sampling.solver='euler'", "ddim, dpm, dpm++, heun"]),
-        ({"order": 4}, ["sampling.order=4", "3, 2, 1", "'dpm'"]),
+        ({"order": 4}, ["sampling.order=4", "1, 2, 3", "'dpm'"]),
         ({"method": "twostep"}, ["sampling.method='twostep'", "'multistep'"]),
         ({"spacing": "cosine"}, ["sampling.spacing='cosine'", "log-snr"]),
         ({"churn": 5.0}, ["sampling.churn=5.0", "'dpm'", "'heun'"]),
