@@ -35,7 +35,7 @@ from multistage_diffusion.errors import UserError
 from multistage_diffusion.files import write_json
 from multistage_diffusion.performance import devices
 from multistage_diffusion.shown import shown
-from multistage_diffusion.stage_finding import StageSettings
+from multistage_diffusion.stage_finding import StageSettings, gaussian_stages
 from multistage_diffusion.training.metrics import TrainingDiverged
 from multistage_diffusion.workflow import demo
 
@@ -242,6 +242,55 @@ def test_split_prints_the_table_of_all_numbers_of_stages(msdiff: Call, tmp_path:
         [str(row["stages"]), f"{row['distance']:.4f}", f"({row['distance_held_out']:.4f})"] for row in table
     ]
     assert written == "written: stages.json, stages.png"
+
+
+def test_stages_of_the_wiener_denoiser_say_their_shares(
+    msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gaussian_stages, "RESAMPLES", 5)
+    code, out, _ = msdiff("stages", "digits", "--denoiser", "gaussian", "--samples", "300")
+    assert code == 0
+    saved = read_json(tmp_path / "stages.json")
+    assert saved["settings"]["algorithm"] == 2
+    _, _, shares, half, head, *lines, written = out.splitlines()
+    assert shares.startswith("share of the training noise in each stage: ")
+    assert sum(float(share.rstrip("%")) for share in shares.split(": ")[1].split(", ")) == pytest.approx(100, abs=0.2)
+    assert half == "300 images; edges from half of them: sigma = " + ", ".join(
+        f"{sigma:.4f}" for sigma in saved["curves"]["half_edges_sigma"]
+    )
+    assert head.startswith("stages  mean squared distance within a stage   ")
+    assert len(lines) == 8
+    assert written == "written: stages.json, stages.png"
+    code, out, _ = msdiff(
+        *(
+            "stages",
+            "digits",
+            "--denoiser",
+            "gaussian",
+            "--samples",
+            "300",
+            "--preset",
+            "digits",
+            "--overwrite",
+            "--json",
+        )
+    )
+    assert code == 0
+    assert json.loads(out)["diffusion"]["prior"] == to_dict(preset("digits").diffusion.prior)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "digits"], "--preset: only denoiser gaussian uses a training density"),
+        (["--denoiser", "gaussian", "--algorithm", "1"], "algorithm=1: denoiser gaussian needs algorithm 2"),
+        (["--denoiser", "gaussian", "--preset", "none"], "none"),
+    ],
+)
+def test_options_of_the_wiener_denoiser_that_do_not_apply(msdiff: Call, arguments: list[str], words: str) -> None:
+    code, out, err = msdiff("stages", "digits", *arguments)
+    assert (code, out) == (2, "")
+    assert words in err
 
 
 @pytest.mark.slow

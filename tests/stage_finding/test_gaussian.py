@@ -80,9 +80,7 @@ def test_many_coordinates_are_added_in_pieces() -> None:
     f = (values / (values + sigma[:, None] ** 2) - skip[:, None]) / out[:, None]
     rows = torch.cat([values.sqrt() * f, sigma[:, None] * f], dim=1)
     expected = ((rows[:, None] - rows[None]) ** 2).sum(2) / 9000
-    torch.testing.assert_close(
-        output_distances(Spectrum(values, 0.0), sigma, edm()), expected, rtol=1e-10, atol=1e-14
-    )
+    torch.testing.assert_close(output_distances(Spectrum(values, 0.0), sigma, edm()), expected, rtol=1e-10, atol=1e-14)
 
 
 def test_groups_are_the_best_of_all_in_the_sense_of_k_means() -> None:

@@ -14,6 +14,7 @@ from multistage_diffusion.stages import Stages
 IMAGES = np.round(load_digits().images * 255 / 16).astype(np.uint8)[:300, None]
 FEW = StageSettings(samples=100, times=8)
 VP_DICT = {"kind": "vp", "beta_d": 19.9, "beta_min": 0.1, "t_min": 1e-3, "t_max": 1.0}
+OPTIONAL = ("scale", "diffusion")  # null for pixels, and for the optimal denoiser
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_save_and_load(result, clustered, latent, even, tmp_path):
         data = read_json(path)
         assert set(data) == {field.name for field in dataclasses.fields(StageResult)} | {"data_range", "rule"}
         assert data["data_range"] == (None if value is latent else list(value.data_range))
-        assert data["format_version"] == 2
+        assert data["format_version"] == 3
     assert [p.name for p in tmp_path.iterdir()] == ["stages.json"]
 
 
@@ -88,7 +89,7 @@ def test_curves_of_both_algorithms_are_plain_lists(result, clustered):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 1}, "format_version=1: this release reads format 2; find the stages again"),
+        ({"format_version": 1}, "format_version=1: this release reads format 3; find the stages again"),
         ({"edges_t": None}, "edges_t missing"),
         ({"intervals_t": None, "rule": None}, "intervals_t, rule missing"),
         ({"extra": 1}, "extra: unknown key"),
@@ -114,7 +115,7 @@ def test_curves_of_both_algorithms_are_plain_lists(result, clustered):
 )
 def test_broken_files_are_refused_by_name(result, tmp_path, change, message):
     path = tmp_path / "stages.json"
-    data = {key: value for key, value in {**result.to_dict(), **change}.items() if value is not None or key == "scale"}
+    data = {key: value for key, value in {**result.to_dict(), **change}.items() if value is not None or key in OPTIONAL}
     write_json(path, data)
     with pytest.raises(ValueError, match=message) as error:
         StageResult.load(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 
 from multistage_diffusion.data import ImageData, to_float
 from multistage_diffusion.data.rows import ArrayRows
-from multistage_diffusion.workflow.checks import SAMPLED, sample_std
+from multistage_diffusion.schedules import LogNormal
+from multistage_diffusion.stage_finding import StageSettings, compute_stages
+from multistage_diffusion.stages import Stages
+from multistage_diffusion.workflow.checks import SAMPLED, sample_std, warn_of_density, warn_of_starved
 
 
 @pytest.mark.parametrize("count", [1, 7, 300])
@@ -30,3 +34,40 @@ def test_of_many_images_some_are_read_from_all_over() -> None:
     assert sample_std(ImageData(Watched(dark_then_bright), None, "sorted")) == pytest.approx(1.0, abs=1e-3)
     assert len(set(Watched.read)) == len(Watched.read) == SAMPLED
     assert (min(Watched.read), max(Watched.read)) == (0, 4 * SAMPLED - 1)
+
+
+EDM = {"diffusion__precondition": "edm", "diffusion__prior": LogNormal(p_mean=-1.2, p_std=1.2)}
+
+
+@pytest.mark.parametrize(
+    ("edges", "changes", "named"),
+    [
+        ((2.6, 10.6), {"training__update_mode": "one-stage"}, ["stage 3 (sigma 10.6 to inf) gets 0.15%"]),
+        ((9.0, 15.6), {"training__update_mode": "one-stage"}, ["stage 2 (sigma 9 to 15.6) gets 0.18%", "stage 3"]),
+        ((0.17, 0.59), {"training__update_mode": "one-stage"}, []),
+        ((9.0, 15.6), {"training__batch": 64}, ["stage 2 (sigma 9 to 15.6) gets 1.56%", "stage 3"]),  # a row each
+        ((9.0, 15.6), {"training__shares": "uniform"}, []),
+    ],
+)
+def test_stages_without_rows_are_named(
+    tiny_config: Any, edges: tuple[float, ...], changes: dict[str, Any], named: list[str]
+) -> None:
+    config = tiny_config(**{"stages": Stages(edges), "training__shares": "prior", **EDM, **changes})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_starved(config)
+    assert len(caught) == len(named)
+    for warning, words in zip(caught, named, strict=True):
+        assert words in str(warning.message)
+        assert "--denoiser gaussian" in str(warning.message)
+
+
+def test_stages_of_another_density_are_warned_of(tiny_config: Any, tiny_data: Any) -> None:
+    settings = StageSettings(algorithm=2, denoiser="gaussian", samples=100)
+    result = compute_stages(tiny_data(60).tensor(), settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_density(result, tiny_config(**EDM).diffusion)
+    other = tiny_config(**(EDM | {"diffusion__prior": LogNormal(p_mean=0.0, p_std=1.2)})).diffusion
+    with pytest.warns(UserWarning, match="p_mean -1.2, p_std 1.2.*but this run trains with edm and .*p_mean 0.0"):
+        warn_of_density(result, other)

@@ -21,6 +21,7 @@ from multistage_diffusion.config.execution import ExecutionConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import from_dict, override, read_json, to_dict
 from multistage_diffusion.data import ImageData, open_data
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import read_result
 from multistage_diffusion.files import write_json
 from multistage_diffusion.stage_finding import StageResult, StageSettings
@@ -136,9 +137,12 @@ def test_a_preset_without_data_says_so(tmp_path: Path, monkeypatch: pytest.Monke
         train(preset("cifar10-dpm"), tmp_path / "run")
 
 
-def test_edges_of_other_data_are_warned_of(result: StageResult, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="the stages were found on other data"):
-        train(noise(tmp_path, tiny(training__steps=1), 40, 8, 8), tmp_path / "run", result=result)
+def test_edges_of_other_data_are_refused_unless_borrowed(result: StageResult, tmp_path: Path) -> None:
+    config = noise(tmp_path, tiny(training__steps=1), 40, 8, 8)
+    with pytest.raises(UserError, match=r"--stages: they were found on other images.*--borrow"):
+        train(config, tmp_path / "run", result=result)
+    assert not (tmp_path / "run").exists()
+    assert train(config, tmp_path / "run", result=result, borrow=True).config().stages == result.stages()
 
 
 # -- training and resuming --------------------------------------------------------------------------------------------

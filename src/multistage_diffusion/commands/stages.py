@@ -170,7 +170,10 @@ def edges_text(result: StageResult) -> str:
         lines.append(f"{result.samples} images; edges from half of them: sigma = {half}")
     table = result.curves.get("table", [])
     if table:
-        lines.append("stages  mean distance within a stage (held-out images)  edges in t")
+        what = "mean distance within a stage" if result.diffusion is None else "mean squared distance within a stage"
+        outside = "" if table[0]["distance_held_out"] is None else " (held-out images)"
+        heading = f"{what}{outside}"
+        lines.append(f"stages  {heading:<44}  edges in t")
     for row in table:
         outside = row["distance_held_out"]
         distance = f"{row['distance']:.4f}" + ("" if outside is None else f" ({outside:.4f})")

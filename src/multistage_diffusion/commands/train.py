@@ -48,6 +48,8 @@ class Train(DataOptions):
     data: Annotated[str | None, data_option("the preset's")] = None
     stages: Annotated[Path | None, option("FILE", "the preset's")] = None
     """The stages.json of msdiff stages."""
+    borrow: bool = False
+    """Accept --stages that were found on other images."""
     codec: Annotated[str | None, option("CODEC", "the preset's; most presets train on pixels")] = None
     """Train on the latents of this autoencoder: a folder (msdiff train-codec) or hf:NAME."""
     init_from: Annotated[Path | None, option("RUN")] = None
@@ -101,7 +103,7 @@ class Train(DataOptions):
 
     def continue_run(self, changes: dict[str, Any], callbacks: Sequence[Callback[Trainer]], bar: Bar) -> Run:
         """Resume a run."""
-        for name in ("preset", "config", "stages", "init_from", "out", "replace"):
+        for name in ("preset", "config", "stages", "borrow", "init_from", "out", "replace"):
             if getattr(self, name):
                 raise UserError(
                     f"--{name.replace('_', '-')} does not go with --resume: it is for new runs; leave it out"
@@ -128,6 +130,7 @@ class Train(DataOptions):
             self.out,
             changes,
             result=None if self.stages is None else StageResult.load(self.stages),
+            borrow=self.borrow,
             replace=self.replace,
             device=self.device,
             strategy=self.strategy,

@@ -28,6 +28,7 @@ RESAMPLES = 200  # of the bootstrap
 BINS = 256  # eigenvalues of its spectra
 _FIT = (1 / 8, 1 / 2)  # ranks between these shares of the number of images fit the power law of the unseen tail
 _EXHAUSTED = 1e-12  # an eigenvalue below this share of the largest one is zero
+_SAME = 1e-20  # a variance below this share of the mean square is rounding: all images are the same
 _COLUMNS = 4096  # of the images at a time, in float64
 Output = Callable[[Tensor], tuple[Tensor, Tensor]]  # sigma -> (c_skip, c_out) of the network's output
 
@@ -134,7 +135,7 @@ def measure_moments(images: Tensor, *, scale: float = 1.0, shift: float = 0.0) -
         squares = vectors**2 * values.clamp(min=0.0) * (count - 1)
     rank = min(count - 1, dim)
     values, squares = values.flip(0)[:rank].clamp(min=0.0), squares.flip(1)[:, :rank]
-    if not float(values[0]) > 0:
+    if not float(values[0]) > _SAME * max(1.0, float(mean @ mean)):
         raise UserError(f"stages: all {count} images are the same; give at least two different images")
     return Moments(values.cpu(), squares.cpu(), float(mean @ mean), dim)
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 
 import numpy as np
 import torch
 
-from ..config import CodecConfig, NetworkConfig, RunConfig
+from ..config import CodecConfig, DiffusionConfig, NetworkConfig, RunConfig
 from ..contracts import Codec
 from ..data import ImageData, to_float
 from ..errors import UserError
 from ..nets.cost import network_cost
 from ..performance.offload import require_training_memory
 from ..samplers import make_plan
+from ..schedules import SigmaPrior
 from ..stage_finding import StageResult
 from ..training.batches import BatchSource, row_counts, stage_shares
 from ..training.warm_start import warm_start
 
+LEAST_SHARE = 0.02  # of the rows, for a stage
 SAMPLED = 4096  # images whose standard deviation is compared with diffusion.sigma_data
 
 
@@ -28,12 +31,12 @@ def warn_of_network(network: NetworkConfig) -> None:
         warnings.warn(text, stacklevel=3)
 
 
-def warn_of_borrowed(config: RunConfig, images: ImageData) -> None:
-    """Warn if the stages or sigma_data were made for other images."""
+def warn_of_borrowed(config: RunConfig, images: ImageData, *, stages: bool = True) -> None:
+    """Warn if sigma_data was made for other images; with `stages`, also if a preset's stages were."""
     if config.codec.used:  # neither can be checked before the latents exist
         return
     made_for = config.stages.origin.get("data", config.data.source)
-    if len(config.stages) > 1 and made_for != config.data.source:
+    if stages and len(config.stages) > 1 and made_for != config.data.source:
         warnings.warn(
             f"the stages are those of {made_for}; msdiff stages finds these data's own (--stages)", stacklevel=3
         )
@@ -44,6 +47,41 @@ def warn_of_borrowed(config: RunConfig, images: ImageData) -> None:
             f"consider --set diffusion.sigma_data={std:.2g}",
             stacklevel=3,
         )
+
+
+def warn_of_density(result: StageResult, diffusion: DiffusionConfig) -> None:
+    """Warn if stages were found for another training density or preconditioning than a run's."""
+    found = result.diffusion
+    if found is None:
+        return
+    if (found.prior, found.precondition) != (diffusion.prior, diffusion.precondition):
+        warnings.warn(
+            f"the stages were found for {found.precondition} and the density {_words(found.prior)}, but this run trains "
+            f"with {diffusion.precondition} and {_words(diffusion.prior)}; find them with msdiff stages --preset, of this "
+            "run's preset",
+            stacklevel=3,
+        )
+
+
+def _words(prior: SigmaPrior) -> str:
+    numbers = ", ".join(f"{f.name} {getattr(prior, f.name)}" for f in dataclasses.fields(prior) if f.name != "schedule")  # type: ignore[arg-type]
+    return f"{prior.kind}({numbers})"
+
+
+def warn_of_starved(config: RunConfig) -> None:
+    """Warn of stages with less than LEAST_SHARE of the training rows."""
+    shares = stage_shares(config.training, config.stages, config.diffusion.prior)
+    if config.training.update_mode != "one-stage":
+        counts = row_counts(config.training, shares)
+        shares = tuple(count / sum(counts) for count in counts)
+    for stage, share in enumerate(shares):
+        if share < LEAST_SHARE:
+            low, high = config.stages.interval(stage)
+            warnings.warn(
+                f"stage {stage + 1} (sigma {low:.3g} to {high:.3g}) gets {share:.2%} of the training rows, too few for a "
+                "decoder of its own; find other stages (msdiff stages --denoiser gaussian) or set training.shares",
+                stacklevel=3,
+            )
 
 
 def sample_std(images: ImageData) -> float:

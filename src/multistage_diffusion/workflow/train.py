@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from ..training.strategies import make_strategy
 from ..training.tracking import Tracking
 from ..training.trainer import Trainer
 from ..version import __version__
-from .checks import warn_of_borrowed, warn_of_network
+from .checks import warn_of_borrowed, warn_of_density, warn_of_network, warn_of_starved
 from .differences import CHANGEABLE, PLACES, differences, dotted
 from .evaluation_callback import EvaluationCallback, FidReference
 from .interrupts import stopped_by_signals
@@ -44,6 +43,7 @@ def train(
     changes: Mapping[str, Any] | None = None,
     *,
     result: StageResult | None = None,
+    borrow: bool = False,
     replace: bool = False,
     device: str | None = None,
     strategy: str = "time",
@@ -61,6 +61,7 @@ def train(
         out: the run's new folder.
         changes: dotted keys of the configuration to change, see `override`.
         result: gives the stages; None keeps those of the configuration.
+        borrow: accept stages that were found on other data.
         replace: move an existing run aside.
         device: default CUDA when there is one.
         strategy: what each process holds: "time": the whole network; "memory": only the decoders of its own stages;
@@ -86,7 +87,7 @@ def train(
             Run.require_room(path, replace=replace)
         given = _given(config, path, changes or {}, result)
         return launch(
-            lambda: _resolved(given, result, place, world.size),
+            lambda: _resolved(given, result, place, world.size, borrow=borrow),
             open_run,
             world=world,
             device=place,
@@ -109,16 +110,23 @@ def _given(config: RunConfig, out: Path, changes: Mapping[str, Any], result: Sta
     return given
 
 
-def _resolved(config: RunConfig, result: StageResult | None, device: torch.device, processes: int) -> ResolvedRun:
+def _resolved(
+    config: RunConfig, result: StageResult | None, device: torch.device, processes: int, *, borrow: bool
+) -> ResolvedRun:
     """Resolve a new run, and warn of settings that do not suit its data."""
     data = open_new(config.data)
     resolved = resolve_run(config, data, result, device, processes=processes)
     training = resolved.images[0]
-    if result is not None and result.fingerprint not in ("", data.fingerprint, training.fingerprint):
-        warnings.warn("the stages were found on other data; their edges may not suit these data", stacklevel=3)
+    if result is not None:
+        if not borrow and result.fingerprint not in ("", data.fingerprint, training.fingerprint):
+            raise UserError(
+                "--stages: they were found on other images, or on these in another size; run msdiff stages on these, or "
+                "give --borrow to use them all the same"
+            )
+        warn_of_density(result, config.diffusion)
     warn_of_network(resolved.config.network)
-    if result is None:
-        warn_of_borrowed(resolved.config, training)
+    warn_of_borrowed(resolved.config, training, stages=result is None)
+    warn_of_starved(resolved.config)
     return resolved
 
 
