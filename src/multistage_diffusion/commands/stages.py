@@ -109,7 +109,7 @@ class FindStages(DataOptions):
         picture = self.out.with_suffix(".png")
         if self.out == picture:
             raise UserError(f"--out {self.out}: the result is JSON; name it {self.out.with_suffix('.json')}")
-        for path in (self.out, picture):
+        for path in (self.out, picture, self.out.with_suffix(".curves.json")):
             check_out(path, self.overwrite)
         if (self.trained is None) == (settings.algorithm == "gradient"):
             raise UserError("--algorithm gradient and --run RUN go together; give both or neither")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 from typing import Literal
 
 import numpy as np
@@ -19,6 +21,10 @@ Array = npt.NDArray[np.float64]
 
 # Half-width of the moving average of rule "pointwise", as a share of the time domain.
 SMOOTHING = 0.01
+
+
+class OverlapError(UserError):
+    """Algorithm 1's outer stages overlap: no middle stage is left."""
 
 
 class ThreeStages:
@@ -58,8 +64,8 @@ class ThreeStages:
         """Return (t1, t2) for samples with weights float64 (K,); None: all weights are 1.
 
         Raises:
-            UserError: if alpha is never or always reached (the message has the range of the curve), or t1 is not below
-                t2.
+            UserError: if alpha is never or always reached (the message has the range of the curve).
+            OverlapError: if t1 is not below t2.
         """
         counts = torch.ones_like(self.t) if weights is None else weights[self.owner]
         total = _running_sums(counts)
@@ -76,11 +82,24 @@ class ThreeStages:
             t1 = self._edge(mean0, mean0 < self.alpha, "smoothed S0", last=False)
             t2 = self._edge(mean1, mean1 < self.alpha, "smoothed S1", last=True)
         if not t1 < t2:
-            raise UserError(
+            raise OverlapError(
                 f"stages: t1={t1:.4f} is not below t2={t2:.4f}: at alpha={self.alpha} the two outer stages overlap and "
-                "leave no middle one; raise alpha, lower eta, or ask for 2 stages with algorithm 2"
+                "leave no middle one"
             )
         return t1, t2
+
+    def least_alpha(self) -> float | None:
+        """Return the smallest alpha above the given one, in steps of 0.001, at which there are three stages, if any."""
+        given = self.alpha
+        try:
+            for thousandths in range(math.floor(given * 1000) + 1, 1001):
+                self.alpha = thousandths / 1000
+                with contextlib.suppress(UserError):
+                    self.edges()
+                    return self.alpha
+        finally:
+            self.alpha = given
+        return None
 
     def _edge(self, curve: Tensor, hit: Tensor, name: str, *, last: bool) -> float:
         """Return the first or last tau where `hit` is true.

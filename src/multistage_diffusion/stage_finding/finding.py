@@ -10,9 +10,11 @@ import numpy.typing as npt
 import torch
 
 from ..config import DiffusionConfig
+from ..errors import UserError
 from ..progress import Progress
 from ..schedules import VP, NoiseSchedule
 from .baselines import baseline_partition
+from .boundaries import OverlapError
 from .edge_preview import edge_strip
 from .edges import made_result
 from .gaussian_stages import EDM_DENSITY, gaussian_stages
@@ -23,6 +25,22 @@ from .result import StageResult
 from .searching import Limits, Pairs, Search
 from .settings import StageSettings, require_setting
 from .sharing import Sharing
+
+
+class NoMiddleStageError(UserError):
+    """Algorithm 1 finds no middle stage. The message names what leaves one.
+
+    Attributes:
+        settings: of stage finding.
+        curves: the mean similarities from which the edges would follow; see StageResult.curves.
+    """
+
+    def __init__(self, message: str, settings: StageSettings, curves: dict[str, Any], alpha: float | None) -> None:
+        """Take the overlap's message, and the smallest alpha that leaves a middle stage."""
+        mend = "no alpha leaves one" if alpha is None else f"the smallest alpha that leaves one is {alpha:g}"
+        super().__init__(f"{message}; {mend}; denoiser gaussian (algorithm 2) always leaves one")
+        self.settings, self.curves = settings, curves
+
 
 _FIRST = 200  # samples of the first round when `precision` is set
 
@@ -62,6 +80,7 @@ def compute_stages(
 
     Raises:
         UserError: if the images are unusable (see the message), or no edges exist for these settings.
+        NoMiddleStageError: if algorithm 1's outer stages overlap.
     """
     settings = (settings or StageSettings()).resolved()
     schedule, sharing = schedule or VP(), sharing or Sharing()
@@ -83,7 +102,11 @@ def compute_stages(
         "algorithm=gradient reads a trained run; see workflow.clustering",
     )
     search: Search = (Limits if settings.algorithm == 1 else Pairs)(data, settings, measure, sharing, progress)
-    intervals = _sample(search, settings)
+    try:
+        intervals = _sample(search, settings)
+    except OverlapError as error:
+        assert isinstance(search, Limits)
+        raise NoMiddleStageError(str(error), settings, search.curves(), search.least_alpha()) from None
     times = search.edges()
     curves = search.curves()
     if isinstance(search, Pairs):

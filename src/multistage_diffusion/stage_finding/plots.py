@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,9 @@ from matplotlib.patches import Rectangle
 from .. import files
 from ..shown import counted
 from .edge_preview import SIDE, decode_png
+from .finding import NoMiddleStageError
 from .result import StageResult
+from .settings import StageSettings
 
 # Okabe and Ito's colours, distinguishable with every type of colour vision
 _BLUE, _ORANGE, _INK, _GREY = "#0072B2", "#D55E00", "#222222", "#777777"
@@ -59,6 +62,20 @@ def plot_stages(result: StageResult, path: Path | str) -> None:
     files.write_atomic(Path(path), buffer.getvalue())
 
 
+def plot_overlap(error: NoMiddleStageError, path: Path | str) -> None:
+    """Write a PNG of the curves whose outer stages overlap."""
+    figure = Figure(figsize=(8.0, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    _draw_similarities(axes, error.curves, error.settings)
+    axes.set(ylim=(0, 1.05))
+    axes.set_title(f"No middle stage: rule {error.settings.rule}, η = {error.settings.eta:.3g}", fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    files.write_atomic(Path(path), buffer.getvalue())
+
+
 def _cuts(result: StageResult) -> list[float]:
     """Return the edges in the time of the curves."""
     return [float(result.time_measure.time(sigma)) for sigma in result.edges_sigma]
@@ -88,12 +105,9 @@ def _draw_curves(axes: Axes, result: StageResult) -> None:
     for cut, label, align in zip(cuts, _edge_labels(result, "\n"), aligned, strict=True):
         axes.plot((cut, cut), (0, 1.03), color=_INK, linewidth=1.0, zorder=2)
         axes.text(cut, 1.05, label, ha=align, va="bottom", fontsize=8.5, color=_INK)
-    _draw_similarities(axes, result)
-    axes.axhline(settings.alpha, color=_GREY, linewidth=1, linestyle=":", zorder=1, label=f"α = {settings.alpha:g}")
+    _draw_similarities(axes, result.curves, settings)
     axes.set(xlim=(0, result.time_measure.t_max), ylim=(0, 1.26), yticks=np.arange(0, 1.01, 0.2))
-    axes.set(xlabel="t (VP)", ylabel="similarity of the optimal denoisers")
     axes.set_title(f"Three stages: rule {settings.rule}, η = {settings.eta:.3g}, {_data_label(result)}", fontsize=11)
-    axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
 
 
 def _draw_values(axes: Axes, result: StageResult) -> None:
@@ -116,21 +130,24 @@ def _draw_values(axes: Axes, result: StageResult) -> None:
     axes.set_title(f"Baseline: stages of like {name}, whatever the data", fontsize=11, pad=18)
 
 
-def _draw_similarities(axes: Axes, result: StageResult) -> None:
-    """Draw S0 and S1 and, for rule "interval-mean", the means that cross alpha at the edges."""
-    t, s0, s1 = (np.asarray(result.curves[name]) for name in ("t", "s0", "s1"))
+def _draw_similarities(axes: Axes, curves: dict[str, Any], settings: StageSettings) -> None:
+    """Draw S0, S1, alpha and, for rule "interval-mean", the means that cross alpha at the edges."""
+    t, s0, s1 = (np.asarray(curves[name]) for name in ("t", "s0", "s1"))
     for mean, error, color in ((s0, "s0_error", _BLUE), (s1, "s1_error", _ORANGE)):
-        band = 1.96 * np.asarray(result.curves[error])
+        band = 1.96 * np.asarray(curves[error])
         axes.fill_between(t, mean - band, mean + band, color=color, alpha=0.25, linewidth=0)
     axes.plot(t, s0, color=_BLUE, linewidth=2, label="S₀: as at t → 0 (clean image)")
     axes.plot(t, s1, color=_ORANGE, linewidth=2, linestyle=(0, (5, 1.5)), label="S₁: as at t → 1 (mean image)")
-    if result.rule == "interval-mean":
+    if settings.rule == "interval-mean":
         count = np.arange(1, len(t) + 1)
         below, above = s0.cumsum() / count, (s1[::-1].cumsum() / count)[::-1]
         axes.plot(t, below, color=_BLUE, linewidth=1, alpha=0.7, label="mean of S₀ below t")
         axes.plot(
             t, above, color=_ORANGE, linewidth=1, alpha=0.7, linestyle=(0, (5, 1.5)), label="mean of S₁ from t on"
         )
+    axes.axhline(settings.alpha, color=_GREY, linewidth=1, linestyle=":", zorder=1, label=f"α = {settings.alpha:g}")
+    axes.set(xlabel="t (VP)", ylabel="similarity of the optimal denoisers")
+    axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
 
 
 def _draw_matrix(figure: Figure | SubFigure, axes: Axes, result: StageResult) -> None:
@@ -159,8 +176,8 @@ def _draw_distances(figure: Figure | SubFigure, axes: Axes, result: StageResult)
     """
     sigma, distance = np.asarray(result.curves["sigma"]), np.asarray(result.curves["distance"])
     share = (np.arange(len(sigma)) + 0.5) / len(sigma)
-    mesh = axes.pcolormesh(share, share, np.sqrt(distance), cmap="cividis_r", vmin=0, shading="nearest")
-    figure.colorbar(mesh, ax=axes, shrink=0.9, label="rms distance of the network's outputs")
+    shown = axes.imshow(np.sqrt(distance), cmap="cividis_r", vmin=0, origin="lower", extent=(0.0, 1.0, 0.0, 1.0))
+    figure.colorbar(shown, ax=axes, shrink=0.9, label="rms distance of the network's outputs")
     cuts = np.interp(np.log(result.edges_sigma), np.log(sigma), share).tolist()
     _draw_blocks(axes, [0.0, *cuts, 1.0])
     ticks = np.interp((0.05, 0.25, 0.5, 0.75, 0.95), share, np.log(sigma))

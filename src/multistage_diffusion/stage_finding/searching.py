@@ -123,6 +123,11 @@ class Limits(Search):
             self._reader = ThreeStages(self.found, alpha=s.alpha, rule=s.rule, grid=s.grid, domain=domain)
         return self._reader.edges(None if weights is None else torch.from_numpy(weights))
 
+    def least_alpha(self) -> float | None:
+        """Return the smallest alpha above that of the settings with three stages; None: there is none."""
+        assert self._reader is not None
+        return self._reader.least_alpha()
+
     def curves(self) -> dict[str, Any]:
         """Return means over equal bins of t with their standard errors; bins without samples are omitted."""
         assert self.found is not None

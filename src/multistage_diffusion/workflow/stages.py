@@ -6,14 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..config import CodecConfig, DataConfig, DiffusionConfig
 from ..config.serialization import to_dict
 from ..data import ImageData, open_configured
+from ..errors import UserError
 from ..latent.latents import LatentData
 from ..performance.devices import joined
 from ..progress import Progress
 from ..schedules import VP, NoiseSchedule
-from ..stage_finding import Sharing, StageResult, StageSettings, compute_stages
+from ..stage_finding import NoMiddleStageError, Sharing, StageResult, StageSettings, compute_stages
 from .latent import latents_for_stages
 
 GIB = 1 << 30
@@ -63,19 +65,24 @@ def find_stages(
                 found, kept = latents_for_stages(codec, images, resolved, progress)
                 settings, held_out = dataclasses.replace(settings, data_range=None), None
         world.require_equal({"data": fingerprint, "image_shards": image_shards, **to_dict(settings)})
-        result = compute_stages(
-            found,
-            settings,
-            schedule=schedule or VP(),
-            diffusion=diffusion,
-            held_out=held_out,
-            fingerprint=fingerprint,
-            device=resolved,
-            memory=int(memory * GIB),
-            sharing=sharing,
-            progress=progress,
-            **kept,
-        )
+        try:
+            result = compute_stages(
+                found,
+                settings,
+                schedule=schedule or VP(),
+                diffusion=diffusion,
+                held_out=held_out,
+                fingerprint=fingerprint,
+                device=resolved,
+                memory=int(memory * GIB),
+                sharing=sharing,
+                progress=progress,
+                **kept,
+            )
+        except NoMiddleStageError as error:
+            if out is not None and world.is_main_process:
+                raise UserError(f"{error} (curves: {save_overlap(error, Path(out))})") from None
+            raise
         if out is not None and world.is_main_process:
             save_stages(result, Path(out))
         return result
@@ -96,3 +103,13 @@ def save_stages(result: StageResult, path: Path) -> None:
 
     result.save(path)
     plot_stages(result, path.with_suffix(".png"))
+
+
+def save_overlap(error: NoMiddleStageError, path: Path) -> str:
+    """Write the curves of stages that overlap as JSON and PNG beside `path`; return the names of the files."""
+    from ..stage_finding.plots import plot_overlap
+
+    picture, curves = path.with_suffix(".png"), path.with_suffix(".curves.json")
+    files.write_json(curves, {"settings": to_dict(error.settings), "curves": error.curves})
+    plot_overlap(error, picture)
+    return f"{picture}, {curves}"
