@@ -137,15 +137,38 @@ def test_rows_of_the_report_say_the_same(described: dict[str, dict[str, Any]]) -
 
 def test_the_table_names_every_stage_with_its_numbers(described: dict[str, dict[str, Any]]) -> None:
     table = description_table(described["cifar10-dpm"])
-    lines = {line[:7]: line.split() for line in table.splitlines()}
+    network, training = table.split("training  noise")
+    lines = {line[:7]: line.split() for line in network.splitlines()}
     assert "cifar10-dpm: ncsnpp, images 3 x 32 x 32" in table
     assert lines["stage 1"][-4:] == ["192", "169.5", "29920", "12"]
     assert lines["stage 3"][2:4] == ["[7.41,", "inf)"]
     assert lines["encoder"] == ["encoder", "128", "43.48", "5740.3"]
+    shares = {line[:7]: line.split()[2:] for line in training.splitlines()}
+    assert shares["stage 1"] == ["44.1%", "33.3%", "33.3%", "54.6%"]
     assert "237.2 M parameters" in table
     assert "20 calls of dpm, singlestep, order 3, log-snr spacing: 21605 M" in table
     assert "the lengths of the intervals in t: 18881 M" in table
     assert max(map(len, table.splitlines())) <= 80
+
+
+def test_a_stage_s_share_of_the_training_is_that_of_its_rows_and_their_cost(
+    described: dict[str, dict[str, Any]],
+) -> None:
+    stages = (
+        described["cifar10-edm"]["stages"] if "cifar10-edm" in described else describe(preset("cifar10-edm"))["stages"]
+    )
+    mass = preset("cifar10-edm").diffusion.prior.mass
+    shares = [s["training"] for s in stages]
+    assert [s["noise"] for s in shares] == [mass(s["sigma"][0], s["sigma"][1] or math.inf) for s in stages]
+    cost = [s["training"]["rows"] * s["flops"] for s in stages]
+    assert [s["compute"] for s in shares] == pytest.approx([c / sum(cost) for c in cost])
+    assert sum(s["rows"] for s in shares) == pytest.approx(1)
+    assert [s["rows"] for s in shares] == [s["steps"] for s in shares]  # a stage per step
+    mixed = describe(override(preset("cifar10-edm"), {"training.update_mode": "mixed", "training.batch": 128}))[
+        "stages"
+    ]
+    assert [s["training"]["rows"] * 128 for s in mixed] == [123, 4, 1]  # each stage has a row
+    assert [s["training"]["steps"] for s in mixed] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("schedule", [VP(), EDM(), Discrete()])

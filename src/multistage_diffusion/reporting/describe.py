@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..nets.cost import network_cost, weighted_multiply_adds
 from ..samplers import make_plan
 from ..schedules import NoiseSchedule
+from ..training.batches import stage_training
 
 if TYPE_CHECKING:
     from .report import ArchitectureRow
@@ -26,6 +27,7 @@ def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[
     Means over the stages are given twice. `by_length` weights each stage by `length`, the share of the schedule's time
     range in its interval (as the totals of the paper's Tables 7 and 9). `by_calls` weights it by `calls`, the number of
     calls by the sampler of `sampling` (default: the run's).
+    A stage's "training" holds its shares of noise, rows, steps (see `StageTraining`) and FLOPs ("compute").
 
     Raises:
         UserError: if the configuration has no image or latent shape yet.
@@ -41,6 +43,8 @@ def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[
     ]
     lengths = [(end - start) / schedule.t_max for start, end in times]
     flops = [stage.true_flops for stage in cost.stages]
+    trained = stage_training(config.training, stages, config.diffusion.prior)
+    compute = [share.rows * each for share, each in zip(trained, flops, strict=True)]
     return {
         "name": config.name,
         "family": config.network.family,
@@ -68,6 +72,7 @@ def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[
                 "multiply_adds": cost.stages[k].multiply_adds,
                 "flops": cost.stages[k].true_flops,
                 "calls": calls[k],
+                "training": {**trained[k]._asdict(), "compute": compute[k] / sum(compute)},
             }
             for k in range(len(stages))
             for low, high in [stages.interval(k)]
@@ -124,6 +129,8 @@ def architecture_rows(described: dict[str, Any]) -> list[ArchitectureRow]:
             parameters=s["parameters"],
             multiply_adds=s["multiply_adds"],
             width=s["decoder_width"],
+            rows=s["training"]["rows"],
+            compute=s["training"]["compute"],
             sigma=(s["sigma"][0], math.inf if s["sigma"][1] is None else s["sigma"][1]),
             t=tuple(s["t"]),
         )
@@ -156,19 +163,14 @@ def description_table(described: dict[str, Any]) -> str:
     if described["shared_parameters"] and len(stages) > 1:
         size = [f"{described['shared_parameters'] / 1e6:.4g}", f"{described['shared_multiply_adds'] / 1e6:.5g}"]
         rows.append(["encoder", "", "", str(described["encoder_width"]), *size, ""])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
     by_calls, by_length = (described[f"multiply_adds_by_{weights}"] / 1e6 for weights in ("calls", "length"))
     return "\n".join(
         [
             f"{described['name']}: {described['family']}, {described['input']} {' x '.join(map(str, described['shape']))}",
             "",
-            *(line.rstrip() for line in lines),
+            *_columns(rows, left=3),
+            "",
+            *_columns(_training_rows(stages), left=1),
             "",
             f"whole network: {described['parameters'] / 1e6:.4g} M parameters; multiply-adds of a call, mean over",
             f"  {sampler_words(described['sampler'])}: {by_calls:.5g} M",
@@ -176,3 +178,21 @@ def description_table(described: dict[str, Any]) -> str:
             "(a stage's figures include its encoder)",
         ]
     )
+
+
+def _training_rows(stages: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return the table of what each stage gets of the training."""
+    names = ("noise", "rows", "steps", "compute")
+    lines = [[f"stage {s['stage']}", *(f"{s['training'][name]:.1%}" for name in names)] for s in stages]
+    return [["training", *names], *lines]
+
+
+def _columns(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Return rows as lines of aligned columns, the first `left` of them to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -52,6 +52,7 @@ class ArchitectureRow:
         width: channels at full resolution; None for the whole network.
         sigma: [low, high) of a stage; None for other rows.
         t: the same edges in the schedule's time.
+        rows, compute: a stage's shares of the training's rows and FLOPs; None for other rows.
     """
 
     name: str
@@ -60,6 +61,8 @@ class ArchitectureRow:
     width: int | None = None
     sigma: tuple[float, float] | None = None
     t: tuple[float, float] | None = None
+    rows: float | None = None
+    compute: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +177,7 @@ def _stages(config: RunConfig, stages_png: Path | None) -> str:
 
 
 def _network(rows: Sequence[ArchitectureRow]) -> str:
-    head = ("", "Width", "σ interval", "Time interval", "Parameters", "Multiply-adds")
+    head = ("", "Width", "σ interval", "Time interval", "Parameters", "Multiply-adds", "Rows", "Compute")
     lines = [
         (
             row.name,
@@ -183,11 +186,13 @@ def _network(rows: Sequence[ArchitectureRow]) -> str:
             f"{row.t[0]:.4g} – {row.t[1]:.4g}" if row.t else "",
             _count(row.parameters),
             "" if row.multiply_adds is None else _count(row.multiply_adds),
+            *("" if share is None else f"{share:.1%}" for share in (row.rows, row.compute)),
         )
         for row in rows
     ]
     return table(head, lines) + note(
-        "Multiply-adds are for one image and one call. A stage's numbers include its encoder, shared or not."
+        "Multiply-adds are for one image and one call. A stage's numbers include its encoder, shared or not. Rows and "
+        "compute are shares of the training."
     )
 
 

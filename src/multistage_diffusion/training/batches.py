@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -141,6 +141,29 @@ def row_counts(training: TrainingConfig, shares: Sequence[float]) -> tuple[int, 
     if training.update_mode == "one-stage":
         return (training.batch,) * len(shares)
     return allocate(training.batch, shares)
+
+
+class StageTraining(NamedTuple):
+    """What a stage gets of the training, as shares in [0, 1].
+
+    Attributes:
+        noise: of the training density's mass.
+        rows: of the rows (image, noise) that all stages train on.
+        steps: of the steps; with "mixed" and "sequential" updates every step trains every stage that has rows.
+    """
+
+    noise: float
+    rows: float
+    steps: float
+
+
+def stage_training(training: TrainingConfig, stages: Stages, prior: SigmaPrior) -> list[StageTraining]:
+    """Return what each stage gets of the training."""
+    shares, noise = stage_shares(training, stages, prior), prior_masses(stages, prior)
+    if training.update_mode == "one-stage":
+        return [StageTraining(n, share, share) for n, share in zip(noise, shares, strict=True)]
+    counts = row_counts(training, shares)
+    return [StageTraining(n, c / sum(counts), float(c > 0)) for n, c in zip(noise, counts, strict=True)]
 
 
 class BatchSource:

@@ -18,7 +18,7 @@ from ..performance.offload import require_training_memory
 from ..samplers import make_plan
 from ..schedules import SigmaPrior
 from ..stage_finding import StageResult
-from ..training.batches import BatchSource, row_counts, stage_shares
+from ..training.batches import BatchSource, row_counts, stage_shares, stage_training
 from ..training.warm_start import warm_start
 
 LEAST_SHARE = 0.02  # of the rows, for a stage
@@ -70,11 +70,8 @@ def _words(prior: SigmaPrior) -> str:
 
 def warn_of_starved(config: RunConfig) -> None:
     """Warn of stages with less than LEAST_SHARE of the training rows."""
-    shares = stage_shares(config.training, config.stages, config.diffusion.prior)
-    if config.training.update_mode != "one-stage":
-        counts = row_counts(config.training, shares)
-        shares = tuple(count / sum(counts) for count in counts)
-    for stage, share in enumerate(shares):
+    trained = stage_training(config.training, config.stages, config.diffusion.prior)
+    for stage, (_, share, _) in enumerate(trained):
         if share < LEAST_SHARE:
             low, high = config.stages.interval(stage)
             warnings.warn(
