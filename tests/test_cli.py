@@ -252,7 +252,9 @@ def test_stages_of_the_wiener_denoiser_say_their_shares(
     assert code == 0
     saved = read_json(tmp_path / "stages.json")
     assert saved["settings"]["algorithm"] == 2
-    _, _, shares, half, head, *lines, written = out.splitlines()
+    _, _, shares, density, half, head, *lines, written = out.splitlines()
+    mean, std = saved["curves"]["proposed_density"]
+    assert f"train --set diffusion.prior.p_mean={mean:g} diffusion.prior.p_std={std:g}" in density
     assert shares.startswith("share of the training noise in each stage: ")
     assert sum(float(share.rstrip("%")) for share in shares.split(": ")[1].split(", ")) == pytest.approx(100, abs=0.2)
     assert half == "300 images; edges from half of them: sigma = " + ", ".join(

@@ -22,6 +22,7 @@ from multistage_diffusion.stage_finding.gaussian import (
     gaussian_edges,
     measure_moments,
     output_distances,
+    propose_density,
     with_tail,
 )
 
@@ -189,3 +190,51 @@ def test_more_stages_than_levels_are_refused() -> None:
 
 def test_moments_count_their_images() -> None:
     assert Moments(torch.ones(3), torch.ones(7, 3), 0.0, 9).images == 7
+
+
+def test_the_proposed_density_is_where_the_wiener_denoiser_learns() -> None:
+    # of two directions: the loss by quadrature of E|D - y|² / c_out², which is 1 for a network that answers nothing
+    values, square = torch.tensor([4.0, 0.01], dtype=torch.float64), 2.005
+
+    def gain(log: float) -> float:
+        noise = math.exp(2 * log)
+        error = sum(float(v) * noise / (float(v) + noise) for v in values) / 2
+        return 1 - error * (noise + square) / (noise * square)
+
+    logs = np.linspace(-14, 14, 20_001)
+    weights = np.array([max(0.0, gain(log)) for log in logs])
+    mean = (weights * logs).sum() / weights.sum()
+    std = math.sqrt((weights * (logs - mean) ** 2).sum() / weights.sum())
+    found = propose_density(Spectrum(values, 3.0))
+    assert (found.p_mean, found.p_std) == pytest.approx((mean, std), abs=0.011)
+
+
+def test_the_proposed_density_follows_the_scale_of_the_data() -> None:
+    values = torch.logspace(1, -4, 300, dtype=torch.float64)
+    found, larger = propose_density(Spectrum(values, 0.0)), propose_density(Spectrum(values * 9.0, 0.0))
+    assert larger.p_mean - found.p_mean == pytest.approx(math.log(3), abs=0.011)
+    assert larger.p_std == found.p_std
+    assert propose_density(Spectrum(values, 0.0).binned()) == found
+
+
+def test_grey_levels_end_the_proposed_density() -> None:
+    values = torch.cat([torch.ones(30, dtype=torch.float64), torch.zeros(70, dtype=torch.float64)])  # a black border
+    coarse, fine = (propose_density(Spectrum(values, 0.0), quantum) for quantum in (2 / 16, 2 / 255))
+    assert fine.p_mean < coarse.p_mean
+
+
+def test_white_images_propose_no_density() -> None:
+    with pytest.raises(UserError, match="density=auto: all directions of the images vary alike"):
+        propose_density(Spectrum(torch.full((8,), 0.25, dtype=torch.float64), 0.0))
+
+
+def test_a_binned_spectrum_has_the_same_edges() -> None:
+    values = torch.logspace(1, -6, 3000, dtype=torch.float64)
+    whole = Spectrum(values, 1.0)
+    binned = whole.binned()
+    assert len(binned.values) <= 256
+    assert (binned.dim, binned.sigma_data) == (3000, pytest.approx(whole.sigma_data, rel=1e-12))
+    sigma = density_levels(PRIOR, 50)
+    exact, close = output_distances(whole, sigma, edm()), output_distances(binned, sigma, edm())
+    torch.testing.assert_close(close, exact, rtol=1e-3, atol=1e-6)
+    assert gaussian_edges(binned, PRIOR, edm(), 3) == gaussian_edges(whole, PRIOR, edm(), 3)

@@ -84,6 +84,14 @@ def test_other_densities_and_preconditionings_move_the_edges(result: StageResult
     assert paper.edges_sigma != result.edges_sigma
 
 
+def test_the_density_may_be_proposed_by_the_images(result: StageResult) -> None:
+    found = compute_stages(IMAGES, dataclasses.replace(SETTINGS, density="auto"))
+    assert isinstance(found.diffusion.prior, LogNormal)
+    assert [found.diffusion.prior.p_mean, found.diffusion.prior.p_std] == result.curves["proposed_density"]
+    given = compute_stages(IMAGES, SETTINGS, diffusion=found.diffusion)
+    assert given.edges_sigma == found.edges_sigma != result.edges_sigma
+
+
 def test_a_table_shows_all_numbers_of_stages(result: StageResult) -> None:
     table = result.curves["table"]
     assert [line["stages"] for line in table] == list(range(1, 9))
@@ -111,6 +119,13 @@ def test_latents_have_stages_too() -> None:
     assert (found.codec, found.scale, found.strip) == ("def", 0.5, "")
 
 
+def test_white_noise_has_stages_but_proposes_no_density() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (4000, 1, 2, 2), dtype=np.uint8)
+    white = np.concatenate([noise, 255 - noise])  # of mean 0 exactly
+    found = compute_stages(white, SETTINGS)
+    assert len(found.edges_sigma) == 2
+
+
 def test_it_is_stored_and_drawn(result: StageResult, tmp_path: Path) -> None:
     result.save(tmp_path / "stages.json")
     assert StageResult.load(tmp_path / "stages.json") == result
@@ -128,6 +143,8 @@ def test_it_is_stored_and_drawn(result: StageResult, tmp_path: Path) -> None:
         ({"precision": 0.01}, r"precision=0\.01: denoiser gaussian"),
         ({"space": "eps"}, "space=eps: denoiser gaussian"),
         ({"denoiser": "wiener"}, "denoiser='wiener' must be one of optimal, gaussian"),
+        ({"density": "wide"}, "density='wide' must be one of given, auto"),
+        ({"algorithm": 2, "denoiser": "optimal", "density": "auto"}, "density=auto: only denoiser gaussian"),
         ({"stages": 500}, "stages=500 must be between 1 and the 400 noise levels"),
     ],
 )

@@ -57,6 +57,8 @@ class FindStages(DataOptions):
     """Whose training density and preconditioning are used (denoiser gaussian)."""
     trained: Annotated[Path | None, tyro.conf.arg(name="run", metavar="RUN")] = None
     """The run whose gradients are compared (algorithm gradient), instead of DATA."""
+    density: Literal["given", "auto"] = _DEFAULTS.density
+    """given: the training density of --preset; auto: the one proposed from the images (denoiser gaussian)."""
     stages: int = _DEFAULTS.stages
     """Number of stages (all but algorithm 1)."""
     samples: Annotated[
@@ -167,6 +169,12 @@ def edges_text(result: StageResult) -> str:
         shares = ", ".join(f"{share:.1%}" for share in prior_masses(result.stages(), result.diffusion.prior))
         half = ", ".join(f"{sigma:.4f}" for sigma in result.curves["half_edges_sigma"])
         lines.append(f"share of the training noise in each stage: {shares}")
+        if result.curves["proposed_density"]:
+            mean, std = result.curves["proposed_density"]
+            lines.append(
+                f"density proposed by the images: ln sigma of mean {mean:g} and standard deviation {std:g} "
+                f"(train --set diffusion.prior.p_mean={mean:g} diffusion.prior.p_std={std:g})"
+            )
         lines.append(f"{result.samples} images; edges from half of them: sigma = {half}")
     table = result.curves.get("table", [])
     if table:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import rng
 from ..errors import UserError
 from ..progress import Progress
-from ..schedules import SigmaPrior
+from ..schedules import LogNormal, SigmaPrior
 from .boundaries import Array, Partition, cheapest_groups
 
 LEVELS = 400  # quantiles of the training density
@@ -173,6 +173,32 @@ def density_levels(prior: SigmaPrior, count: int = LEVELS) -> Tensor:
     u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     levels: Tensor = torch.unique(prior.sample(u))
     return levels
+
+
+def propose_density(spectrum: Spectrum, quantum: float = 0.0) -> LogNormal:
+    """Return a training density for the data: where a denoiser can learn something.
+
+    L(sigma) is the Wiener denoiser's loss in units in which EDM's network has loss 1 before training (Karras et al. 2022,
+    section 5). It is 1 at low noise (hopeless: noise cannot be told from detail) and at high noise (the mean image is the
+    answer). The density is log-normal with mean and standard deviation of ln sigma under the weight 1 - L.
+
+    Args:
+        spectrum: of the data.
+        quantum: step between two grey levels; its rounding noise, quantum²/12, is added to all eigenvalues.
+    """
+    values = spectrum.values + quantum**2 / 12
+    counts = torch.ones_like(values) if spectrum.counts is None else spectrum.counts
+    square = float(values @ counts) / spectrum.dim  # sigma_data²
+    logs = torch.linspace(-12.0, 12.0, 2001, dtype=torch.float64) + math.log(square) / 2
+    noise = (2 * logs).exp()
+    left = torch.stack([(values / (values + s)) @ counts for s in noise]) / spectrum.dim  # loss / sigma²
+    weight = (1.0 - left * (noise + square) / square).clamp(min=0.0)
+    total = float(weight.sum())
+    if total <= 1e-9 * len(logs):
+        raise UserError("stages: density=auto: all directions of the images vary alike, so no noise level is special")
+    mean = float(weight @ logs) / total
+    std = math.sqrt(float(weight @ (logs - mean) ** 2) / total)
+    return LogNormal(p_mean=round(mean, 2), p_std=round(std, 2))
 
 
 def output_distances(spectrum: Spectrum, sigma: Tensor, output: Output) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import DiffusionConfig
 from ..data.rows import read
+from ..errors import UserError
 from ..preconditioning import make_preconditioning
 from ..progress import Progress
 from ..schedules import VP, LogNormal, NoiseSchedule
@@ -21,6 +22,7 @@ from .edges import MOST_STAGES, made_result, printed
 from .gaussian import (
     RESAMPLES,
     Moments,
+    Spectrum,
     bootstrap_edges,
     cluster,
     density_levels,
@@ -28,6 +30,7 @@ from .gaussian import (
     gaussian_edges,
     measure_moments,
     output_distances,
+    propose_density,
 )
 from .inputs import check_kind, check_values, row_shape
 from .intervals import LEVEL
@@ -79,6 +82,9 @@ def gaussian_stages(
     spectrum = moments.spectrum()
     if diffusion.precondition == "edm":
         diffusion = dataclasses.replace(diffusion, sigma_data=spectrum.sigma_data)
+    proposed = _proposed(spectrum, scale if rows.dtype == torch.uint8 else 0.0, settings)
+    if settings.density == "auto" and proposed is not None:
+        diffusion = dataclasses.replace(diffusion, prior=proposed)
     preconditioning = make_preconditioning(diffusion)
 
     def output(sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,6 +115,7 @@ def gaussian_stages(
             "distance": [[float(f"{v:.6g}") for v in row] for row in distances[stored][:, stored].tolist()],
             "objective_value": value,
             "table": table,
+            "proposed_density": [] if proposed is None else [proposed.p_mean, proposed.p_std],
             "half_edges_sigma": list(gaussian_edges(half, diffusion.prior, output, settings.stages)),
         },
         settings,
@@ -120,6 +127,16 @@ def gaussian_stages(
         strip=_strip(rows, scale, shift, times(edges), measure, settings),
         **origin,
     )
+
+
+def _proposed(spectrum: Spectrum, quantum: float, settings: StageSettings) -> LogNormal | None:
+    """Return the density that the images propose; None if they propose none and none is needed."""
+    try:
+        return propose_density(spectrum.binned(), quantum)
+    except UserError:
+        if settings.density == "auto":
+            raise
+        return None
 
 
 def _scaling(rows: Tensor, settings: StageSettings) -> tuple[float, float]:

@@ -25,7 +25,7 @@ _CURVES: dict[Algorithm | Literal["gaussian"], tuple[str, ...]] = {
     "timestep": ("t", "value", "objective_value"),
     "snr": ("t", "value", "objective_value"),
     "gradient": ("t", "similarity", "objective_value", "steps", "table"),
-    "gaussian": ("sigma", "distance", "objective_value", "table", "half_edges_sigma"),
+    "gaussian": ("sigma", "distance", "objective_value", "table", "half_edges_sigma", "proposed_density"),
 }
 _LINE = {  # of the table
     "stages": WHOLE,
@@ -59,7 +59,8 @@ class StageResult:
             "objective_value". "gradient": as algorithm 2, but "similarity" holds cosines and "t" the starts of bins,
             plus the checkpoints' "steps". Denoiser "gaussian": noise levels "sigma" at even quantiles of the training
             density, the matrix "distance" of the network's outputs, "objective_value", "table" (the distance is the mean
-            square from a stage's mean output) and "half_edges_sigma" (the edges from half the images).
+            square from a stage's mean output) and "half_edges_sigma" (the edges from half the images)
+            and "proposed_density" (mean and standard deviation of ln sigma, see `gaussian.propose_density`).
         diffusion: the training density and preconditioning of denoiser "gaussian"; else None.
         codec: fingerprint of the codec whose latents were used, empty for pixels.
         scale: factor by which these latents were multiplied; None for pixels.
@@ -200,7 +201,7 @@ def _check_curves(curves: dict[str, Any], kind: Algorithm | Literal["gaussian"])
     count = arrays[names[0]].size
     square = {"similarity": (count, count), "distance": (count, count)}
     shapes = {name: (count,) for name in arrays} | square | {"objective_value": ()}
-    for name in ("steps", "half_edges_sigma"):
+    for name in ("steps", "half_edges_sigma", "proposed_density"):
         shapes[name] = np.shape(curves.get(name, ()))  # any length
     require_setting(all(arrays[n].shape == shapes[n] for n in arrays), "curves differ in length; find the stages again")
     table = curves.get("table", [])

@@ -36,6 +36,8 @@ class StageSettings:
         denoiser: the denoiser whose outputs are compared: "optimal" (the optimal denoiser of the images, as published) or
             "gaussian" (algorithm 2 only): the Wiener denoiser of their mean and covariance, compared by the network's
             output over the training density; see `gaussian`.
+        density: for denoiser "gaussian": the training density that is "given", or the one proposed from the images ("auto",
+            see `gaussian.propose_density`).
         stages: the number n of stages; 3 for algorithm 1.
         samples: with denoiser "gaussian" the number of images whose covariance is measured, by default 4,096. Otherwise the
             number K of noisy images, with `precision` the maximum. None: 1,000; with `precision` 1,000,000
@@ -61,6 +63,7 @@ class StageSettings:
 
     algorithm: Algorithm = 1
     denoiser: StageDenoiser = "optimal"
+    density: Literal["given", "auto"] = "given"
     stages: int = 3
     samples: int | None = None
     times: int = 32
@@ -82,6 +85,11 @@ class StageSettings:
         require_setting(
             self.denoiser in get_args(StageDenoiser),
             f"denoiser={self.denoiser!r} must be one of {', '.join(get_args(StageDenoiser))}",
+        )
+        require_setting(self.density in ("given", "auto"), f"density={self.density!r} must be one of given, auto")
+        require_setting(
+            self.denoiser == "gaussian" or self.density == "given",
+            f"density={self.density}: only denoiser gaussian uses a training density; give denoiser gaussian, too",
         )
         if self.denoiser == "gaussian":
             require_setting(self.algorithm == 2, f"algorithm={self.algorithm}: denoiser gaussian needs algorithm 2")

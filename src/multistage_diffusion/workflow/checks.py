@@ -58,7 +58,7 @@ def warn_of_density(result: StageResult, diffusion: DiffusionConfig) -> None:
         warnings.warn(
             f"the stages were found for {found.precondition} and the density {_words(found.prior)}, but this run trains "
             f"with {diffusion.precondition} and {_words(diffusion.prior)}; find them with msdiff stages --preset, of this "
-            "run's preset",
+            "run's preset, or set diffusion.prior",
             stacklevel=3,
         )
 
