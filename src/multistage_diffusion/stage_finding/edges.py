@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,19 +88,41 @@ def stage_table(
     outside: Array | None = None,
 ) -> list[dict[str, Any]]:
     """Return edges and mean distance within a stage for 1 to 8 stages, also for the held-out similarity `outside`."""
-    lines = []
-    for first, _ in optimal_partitions(matrix, min(MOST_STAGES, len(nodes)), objective):
+    found = optimal_partitions(matrix, min(MOST_STAGES, len(nodes)), objective)
+    return table_lines(
+        (
+            (
+                tuple(nodes[i] for i in first),
+                mean_within_distance(matrix, first),
+                None if outside is None else mean_within_distance(outside, first),
+            )
+            for first, _ in found
+        ),
+        schedule,
+        measure,
+    )
+
+
+def table_lines(
+    found: Iterable[tuple[tuple[float, ...], float, float | None]], schedule: NoiseSchedule, measure: VP
+) -> list[dict[str, Any]]:
+    """Return the lines of a table from (edges in the time of `measure`, distance, distance on held-out images).
+
+    A line is left out if the schedule cannot represent its edges.
+    """
+    lines: list[dict[str, Any]] = []
+    for times, distance, outside in found:
         try:
-            times, sigmas = printed(schedule, measure, tuple(nodes[i] for i in first))
-        except UserError:  # this schedule cannot represent the edges
+            edges_t, edges_sigma = printed(schedule, measure, times)
+        except UserError:
             continue
         lines.append(
             {
-                "stages": len(first) + 1,
-                "edges_t": list(times),
-                "edges_sigma": list(sigmas),
-                "distance": mean_within_distance(matrix, first),
-                "distance_held_out": None if outside is None else mean_within_distance(outside, first),
+                "stages": len(times) + 1,
+                "edges_t": list(edges_t),
+                "edges_sigma": list(edges_sigma),
+                "distance": distance,
+                "distance_held_out": outside,
             }
         )
     return lines

@@ -18,10 +18,11 @@ from ..preconditioning import make_preconditioning
 from ..progress import Progress
 from ..schedules import VP, LogNormal, NoiseSchedule
 from .edge_preview import edge_strip
-from .edges import MOST_STAGES, made_result, printed
+from .edges import MOST_STAGES, made_result, table_lines
 from .gaussian import (
     RESAMPLES,
     Moments,
+    Output,
     Spectrum,
     bootstrap_edges,
     cluster,
@@ -96,35 +97,33 @@ def gaussian_stages(
     found = cluster(distances, max(min(MOST_STAGES, len(sigma)), settings.stages))
     first, value = found[settings.stages - 1]
     measure = schedule if isinstance(schedule, VP) else VP()
-
-    def times(edges: Sequence[float]) -> tuple[float, ...]:
-        return tuple(float(t) for t in measure.time(torch.tensor(edges, dtype=torch.float64)))
-
-    edges = edges_between(sigma, first)
+    times = _times(measure, edges_between(sigma, first))
     half = measure_moments(rows[: max(16, count // 2)], scale=scale, shift=shift).spectrum()
-    table = []
-    for cuts, cost in found[:MOST_STAGES]:
-        edges_t, edges_sigma = printed(schedule, measure, times(edges_between(sigma, cuts)))
-        line = {"stages": len(cuts) + 1, "edges_t": list(edges_t), "edges_sigma": list(edges_sigma)}
-        table.append({**line, "distance": cost / (2 * len(sigma)), "distance_held_out": None})
     stored = np.linspace(0, len(sigma) - 1, min(STORED, len(sigma))).round().astype(int)
     return made_result(
-        times(edges),
+        times,
         {
             "sigma": sigma[stored].tolist(),
             "distance": [[float(f"{v:.6g}") for v in row] for row in distances[stored][:, stored].tolist()],
             "objective_value": value,
-            "table": table,
+            "table": table_lines(
+                (
+                    (_times(measure, edges_between(sigma, cuts)), cost / (2 * len(sigma)), None)
+                    for cuts, cost in found[:MOST_STAGES]
+                ),
+                schedule,
+                measure,
+            ),
             "proposed_density": [] if proposed is None else [proposed.p_mean, proposed.p_std],
             "half_edges_sigma": list(gaussian_edges(half, diffusion.prior, output, settings.stages)),
         },
         settings,
         schedule=schedule,
         measure=measure,
-        intervals=_intervals(moments, diffusion, output, settings, times, progress),
+        intervals=_intervals(moments, diffusion, output, settings, measure, progress),
         samples=count,
         diffusion=diffusion,
-        strip=_strip(rows, scale, shift, times(edges), measure, settings),
+        strip=_strip(rows, scale, shift, times, measure, settings),
         **origin,
     )
 
@@ -149,12 +148,16 @@ def _scaling(rows: Tensor, settings: StageSettings) -> tuple[float, float]:
     return (high - low) / 255.0, low
 
 
+def _times(measure: VP, edges: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(t) for t in measure.time(torch.tensor(edges, dtype=torch.float64)))
+
+
 def _intervals(
     moments: Moments,
     diffusion: DiffusionConfig,
-    output: Any,
+    output: Output,
     settings: StageSettings,
-    times: Any,
+    measure: VP,
     progress: Progress,
 ) -> list[tuple[float, float]]:
     """Return the 95 % interval of every edge over resamples of the images, in the time of the measure."""
@@ -167,7 +170,7 @@ def _intervals(
     low, high = (np.quantile(edges, share, axis=0) for share in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     # an edge is known to the noise levels beside it
     below, above = levels[np.searchsorted(levels, low) - 1], levels[np.searchsorted(levels, high)]
-    return list(zip(times(below.tolist()), times(above.tolist()), strict=True))
+    return list(zip(_times(measure, below.tolist()), _times(measure, above.tolist()), strict=True))
 
 
 def _strip(
