@@ -318,7 +318,7 @@ def test_train_says_what_comes_next(made: Path, msdiff: Call, tmp_path: Path) ->
     assert read_json(run / "config.json")["stages"]["interior"] == read_json(made / "stages.json")["edges_sigma"]
 
 
-@pytest.mark.parametrize("kind", ["folder", "zip", "npz"])
+@pytest.mark.parametrize("kind", ["folder", *(pytest.param(k, marks=pytest.mark.slow) for k in ("zip", "npz"))])
 def test_train_and_sample_small_colour_images(kind: str, made: Path, msdiff: Call, tmp_path: Path) -> None:
     source = made / "photos"
     if kind == "zip":
@@ -818,6 +818,7 @@ def test_warnings_are_one_line_and_do_not_change_the_process(msdiff: Call, monke
 # -- as a program and as a library ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_program_answers_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from multistage_diffusion import cli; assert cli.main(['--help']) == 0; "

@@ -218,6 +218,7 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
 MODULES_OF_THE_TRAINER = 60  # modules of this package that importing the trainer loads
 
 
+@pytest.mark.slow
 def test_the_trainer_loads_few_modules() -> None:
     count = f"import sys, {PACKAGE}.training.trainer; print(*(m for m in sys.modules if m.startswith('{PACKAGE}')))"
     found = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True).stdout.split()

@@ -55,6 +55,7 @@ def test_rows_of_table_7_differ_in_widths_only() -> None:
         assert (config.training.steps, config.training.batch, config.network.dropout) == (250_000, 128, 0.1)
 
 
+@pytest.mark.slow
 def test_the_edm_networks_have_their_known_sizes() -> None:
     cost = network_cost(preset("cifar10-edm").network, 32, 32)
     assert cost.shared_parameters / 1e6 == pytest.approx(19.6, abs=0.05)

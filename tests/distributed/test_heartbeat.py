@@ -61,6 +61,7 @@ def test_who_is_silent_is_lost_and_waiting_for_it_ends(pair, monkeypatch):
     assert line.endswith("checkpoint\n")
 
 
+@pytest.mark.slow
 def test_who_works_on_is_given_time_to_finish_what_needs_nobody(pair):
     a, ends = pair(dead=True)
     assert until(lambda: bool(a.reason))

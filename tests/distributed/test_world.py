@@ -170,6 +170,7 @@ def test_what_three_processes_tell_one_another():
     assert a["nan"] == c["nan"] == "FloatingPointError: rank 1: a full disk"
 
 
+@pytest.mark.slow
 def test_a_process_whose_others_never_come_says_so():
     code = (
         "import torch; from multistage_diffusion.distributed import world; world.NOTICE = 0.2;"

@@ -48,6 +48,7 @@ def test_a_gaussian_is_exact_in_every_stage():
     assert result.total.mean == pytest.approx(result.diffusion.mean + result.prior.mean)
 
 
+@pytest.mark.slow
 def test_a_mixture_gives_its_mutual_information():
     """I-MMSE (Guo et al. 2005): the term is I(y; z_low) - I(y; z_high), with I = h(z) - h(noise)."""
     mixture = GaussianMixture(

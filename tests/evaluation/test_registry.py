@@ -176,6 +176,7 @@ def test_a_toy_tracker_receives_the_numbers_of_the_log(run: Run, toys: ModuleTyp
     assert {"quality/toy_distance", "quality/frechet", "loss/held_out/stage 3", "lr"} <= names
 
 
+@pytest.mark.slow
 def test_evaluate_computes_toy_metrics(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     _, held_out = run.data().split(run.config().data.held_out)
     result = evaluated(run, "--count", str(len(held_out)), capsys=capsys)

@@ -15,14 +15,8 @@ from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 
 
-@pytest.mark.parametrize(
-    ("mode", "threads"),
-    [
-        pytest.param("mixed", 1, marks=pytest.mark.slow),
-        ("sequential", 1),
-        pytest.param("mixed", 2, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "threads"), [("mixed", 1), ("sequential", 1), ("mixed", 2)])
 def test_a_profile_is_of_the_run_and_does_not_change_it(tmp_path, tiny_config, tiny_data, monkeypatch, mode, threads):
     monkeypatch.setattr(time, "perf_counter", time.thread_time)  # blind to other processes and to a slow disk
     told, weights = [], []

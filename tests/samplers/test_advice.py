@@ -78,6 +78,7 @@ def test_no_preset_is_warned_of(name):
     assert shortcoming(make_plan(config.sampling, config.diffusion.schedule)) is None
 
 
+@pytest.mark.slow
 def test_no_preset_and_no_default_is_worse_than_ddim(study):
     denoiser, shape = study.mixture()
     known = {(c.sampling, c.diffusion.schedule) for c in map(preset, PRESETS)}
@@ -124,6 +125,7 @@ def test_the_page_shows_what_was_measured(study, measured):
     assert study.tables(measured) in page
 
 
+@pytest.mark.slow
 def test_a_small_study_runs_from_end_to_end(study, tmp_path, capsys):
     out = tmp_path / "few.json"
     study.main(

@@ -52,6 +52,7 @@ def evaluated(trainer: Trainer, frechet: float | None) -> Evaluated:
     return Evaluated(record={**record, **more}, quality=frechet)
 
 
+@pytest.mark.slow
 def test_tensorboard_holds_distances_by_step_and_by_compute(tmp_path, tiny_config, tiny_data):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 

@@ -110,7 +110,10 @@ def test_every_stage_goes_on_with_the_weights_averages_and_moments_of_all(traine
     assert any(".decoders.2." in name for name in moved)
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4])
+STOPS = [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("stop", STOPS)
 def test_a_run_stopped_before_at_or_after_the_branch_goes_on_as_if_it_had_not_been(trainer, stop):
     whole = trainer("whole")
     whole.fit()

@@ -497,7 +497,7 @@ def test_the_way_of_computing_changes_no_run(new_trainer):
         torch.testing.assert_close(runs["last"][name], value, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+@pytest.mark.parametrize("precision", ["fp64", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("mode", "accumulate", "threads", "branch_at"),
     [("mixed", 1, 2, 0), ("mixed", 2, 3, 0), ("sequential", 1, 2, 0), ("mixed", 1, 2, 2)],
@@ -557,6 +557,7 @@ def test_every_thread_drops_units_of_its_own_and_the_same_again(new_trainer, mon
     assert len(set(masks[0])) == len(masks[0])  # neither threads nor steps share any
 
 
+@pytest.mark.slow
 def test_autotuning_changes_no_run_and_runs_once(new_trainer, tiny_data, monkeypatch):
     one = {"network__dropout": 0.3, "execution__thread_parallel": 1}  # dropout is another draw in threads
     plain = new_trainer("plain", execution__channels_last=False, training__steps=6, **one)
@@ -622,6 +623,7 @@ def test_nobody_waits_for_a_gpu_within_a_step(tmp_path, tiny_config, tiny_data, 
 # -- precision and devices --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_reduced_precision_trains_near_full_precision(new_trainer, precision):
     losses = {}

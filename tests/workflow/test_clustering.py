@@ -74,6 +74,7 @@ def test_the_cut_is_the_best_of_all(make_run: Any) -> None:
         assert curves["objective_value"] == pytest.approx(found, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("held_out", "classes"), [(0.3, 3), (0.0, 0)])
 def test_held_out_images_are_taken_with_their_labels(make_run: Any, held_out: float, classes: int) -> None:
     run = make_run(data__held_out=held_out, network__num_classes=classes)
@@ -157,6 +158,7 @@ def test_a_run_is_split_as_images_are(make_run: Any, tmp_path: Path) -> None:
     assert (tmp_path / "stages.png").exists()
 
 
+@pytest.mark.slow
 def test_a_split_of_a_latent_run_is_for_its_codec(make_run: Any) -> None:
     run = make_run(codec__source="identity", codec__scale=0.25, codec__shape=[1, 4, 4], codec__fingerprint="")
     result = find_stages_by_gradients(run, StageSettings(algorithm="gradient", stages=2), device="cpu")

@@ -49,6 +49,7 @@ def fixture_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(config(folder), folder / "run")
 
 
+@pytest.mark.slow
 def test_a_file_and_the_training_images_give_the_same_numbers(run: Run, tmp_path: Path) -> None:
     made = statistics(run.config().data, tmp_path / "real.npz")
     direct = to_dict(compare(run, "train", count=COUNT))

@@ -346,6 +346,7 @@ def test_samples_that_are_not_finite_do_not_stop_training(tmp_path: Path, monkey
     assert checkpoint_step(run.checkpoint("best")) in (6, 7)
 
 
+@pytest.mark.slow
 def test_evaluations_are_not_counted_in_the_training_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*_: object) -> float:
         time.sleep(1.0)

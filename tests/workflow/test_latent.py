@@ -229,6 +229,7 @@ def test_a_split_of_pixels_is_refused(config: RunConfig, tmp_path: Path) -> None
         train(config, tmp_path / "run", result=result)
 
 
+@pytest.mark.slow
 def test_a_split_of_latents_is_of_what_the_run_sees(config: RunConfig, codec: Path, tmp_path: Path) -> None:
     result = find_stages(config.data, StageSettings(algorithm=2, samples=100), codec=CodecConfig(source=str(codec)))
     run = train(config, tmp_path / "run", result=result)
@@ -242,7 +243,8 @@ def test_a_split_of_latents_is_of_what_the_run_sees(config: RunConfig, codec: Pa
     assert result.edges_t == direct.edges_t
 
 
-@pytest.mark.parametrize("with_stages", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("with_stages", [False, True])
 def test_a_network_blind_to_its_noise_is_warned_of(
     config: RunConfig, codec: Path, tmp_path: Path, with_stages: bool
 ) -> None:
@@ -276,6 +278,7 @@ def test_another_codec_is_refused(config: RunConfig, tmp_path: Path) -> None:
         resume(run.path, {"training.steps": 6})
 
 
+@pytest.mark.slow
 def test_a_codec_that_moved_is_found_again(config: RunConfig, tmp_path: Path) -> None:
     run = train(config, tmp_path / "run")
     (tmp_path / "codec").rename(tmp_path / "moved")

@@ -125,6 +125,7 @@ def test_json_is_what_was_written(edges: Path, tmp_path: Path, capsys: pytest.Ca
     assert json.loads(capsys.readouterr().out) == printed  # the same seeds, the same plan
 
 
+@pytest.mark.slow
 def test_other_numbers_of_stages_get_shares_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[StageSettings] = []
 

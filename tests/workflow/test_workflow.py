@@ -372,6 +372,7 @@ def test_a_run_with_classes_samples_them(tmp_path: Path) -> None:
         sample(run, 2, label=10)
 
 
+@pytest.mark.slow
 def test_sides_that_are_no_multiples_are_kept(tmp_path: Path) -> None:
     run = train(noise(tmp_path, tiny(training__steps=1), 40, 5, 9, 3), tmp_path / "run")
     assert sample(run, 2).shape == (2, 3, 5, 9)
