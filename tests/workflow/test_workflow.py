@@ -145,6 +145,16 @@ def test_edges_of_other_data_are_refused_unless_borrowed(result: StageResult, tm
     assert train(config, tmp_path / "run", result=result, borrow=True).config().stages == result.stages()
 
 
+def test_another_held_out_share_is_the_same_images(tmp_path: Path) -> None:
+    config = noise(tmp_path, tiny(training__steps=1), 40, 8, 8)
+    source = DataConfig(source=config.data.source, held_out=0.5)
+    result = find_stages(source, StageSettings(algorithm=2, samples=100))
+    assert result.fingerprint != result.data_fingerprint
+    train(config, tmp_path / "run", result=result)
+    even = find_stages("digits", StageSettings(algorithm="snr"))  # the same for all images
+    train(config, tmp_path / "even", result=even)
+
+
 # -- training and resuming --------------------------------------------------------------------------------------------
 
 

@@ -53,6 +53,7 @@ def compute_stages(
     diffusion: DiffusionConfig | None = None,
     held_out: Images | npt.NDArray[Any] | None = None,
     fingerprint: str = "",
+    data_fingerprint: str = "",
     codec: str = "",
     scale: float | None = None,
     device: torch.device | str | None = None,
@@ -70,7 +71,8 @@ def compute_stages(
             else in the time of the standard VP.
         diffusion: training density and preconditioning for denoiser "gaussian"; None: those of EDM.
         held_out: other images (M, C, H, W), for comparing numbers of stages in algorithm 2.
-        fingerprint: of the data set, stored in the result.
+        fingerprint: of the images, stored in the result.
+        data_fingerprint: of the whole data set, held-out images included; stored, too.
         codec: fingerprint of the codec if the images are latents, stored in the result.
         scale: factor by which these latents were multiplied, stored in the result.
         device: of the computation; None: the images' device.
@@ -86,7 +88,12 @@ def compute_stages(
     schedule, sharing = schedule or VP(), sharing or Sharing()
     measure = schedule if isinstance(schedule, VP) else VP()
     images = as_images(images)
-    origin: dict[str, Any] = {"fingerprint": fingerprint, "codec": codec, "scale": scale}
+    origin: dict[str, Any] = {
+        "fingerprint": fingerprint,
+        "data_fingerprint": data_fingerprint,
+        "codec": codec,
+        "scale": scale,
+    }
     if settings.denoiser == "gaussian":
         report = progress or (lambda done, total: None)
         how: dict[str, Any] = {"schedule": schedule, "memory": memory, "progress": report, **origin}

@@ -47,7 +47,7 @@ class StageResult:
         schedule: the kernel of `edges_t`.
         time_measure: the kernel in whose time averages over t are uniform; `curves` are in this time.
         settings: the settings used, with defaults filled in.
-        fingerprint: of the data set, or empty.
+        fingerprint: of the images used, or empty.
         intervals_t, intervals_sigma: 95 % interval (low, high) of every edge; covers the Monte Carlo error only. Empty
             for baselines. For denoiser "gaussian": the variation over draws of the images.
         samples: number of noisy images drawn; of images whose covariance was measured for denoiser "gaussian"; 0 for
@@ -62,6 +62,7 @@ class StageResult:
             square from a stage's mean output) and "half_edges_sigma" (the edges from half the images)
             and "proposed_density" (mean and standard deviation of ln sigma, see `gaussian.propose_density`).
         diffusion: the training density and preconditioning of denoiser "gaussian"; else None.
+        data_fingerprint: of the whole data set, held-out images included, or empty.
         codec: fingerprint of the codec whose latents were used, empty for pixels.
         scale: factor by which these latents were multiplied; None for pixels.
         strip: base64 PNG of the optimal denoiser's outputs on both sides of every edge (`edge_preview.edge_strip`), or
@@ -82,6 +83,7 @@ class StageResult:
     samples: int
     float64_difference: float
     curves: dict[str, Any] = field(repr=False)
+    data_fingerprint: str = ""
     codec: str = ""
     scale: float | None = None
     diffusion: DiffusionConfig | None = None

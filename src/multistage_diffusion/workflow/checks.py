@@ -49,6 +49,22 @@ def warn_of_borrowed(config: RunConfig, images: ImageData, *, stages: bool = Tru
         )
 
 
+def require_same_images(result: StageResult, data: ImageData, training: ImageData) -> None:
+    """Check that stages were found on a run's images: all of them, or a part that was not held out.
+
+    Stages of the baselines "timestep" and "snr" do not depend on images.
+
+    Raises:
+        UserError: if they were found on others.
+    """
+    same = {data.fingerprint, training.fingerprint} & {result.fingerprint, result.data_fingerprint}
+    if result.fingerprint and not same and result.settings.algorithm not in ("timestep", "snr"):
+        raise UserError(
+            "--stages: they were found on other images, or on these in another size; run msdiff stages on these, or give "
+            "--borrow to use them all the same"
+        )
+
+
 def warn_of_density(result: StageResult, diffusion: DiffusionConfig) -> None:
     """Warn if stages were found for another training density or preconditioning than a run's."""
     found = result.diffusion

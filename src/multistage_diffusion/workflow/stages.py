@@ -58,13 +58,13 @@ def find_stages(
     with world.report_failures():
         sharing = Sharing(world=world, image_shards=image_shards)
         with world.synchronize_errors():
-            images, held_out, fingerprint = _opened(data)
+            images, held_out, whole = _opened(data)
             kept: dict[str, Any] = {}
             found: ImageData | LatentData = images
             if codec is not None:
                 found, kept = latents_for_stages(codec, images, resolved, progress)
                 settings, held_out = dataclasses.replace(settings, data_range=None), None
-        world.require_equal({"data": fingerprint, "image_shards": image_shards, **to_dict(settings)})
+        world.require_equal({"data": images.fingerprint, "image_shards": image_shards, **to_dict(settings)})
         try:
             result = compute_stages(
                 found,
@@ -72,7 +72,8 @@ def find_stages(
                 schedule=schedule or VP(),
                 diffusion=diffusion,
                 held_out=held_out,
-                fingerprint=fingerprint,
+                fingerprint=images.fingerprint,
+                data_fingerprint=whole,
                 device=resolved,
                 memory=int(memory * GIB),
                 sharing=sharing,
@@ -89,12 +90,13 @@ def find_stages(
 
 
 def _opened(data: ImageData | str | DataConfig) -> tuple[ImageData, ImageData | None, str]:
-    """Return the images to use, the held-out ones (None: there are none), and the fingerprint of the former."""
+    """Return the images to use, the held-out ones (None: there are none), and the fingerprint of the whole data set."""
     if isinstance(data, ImageData):
         return data, None, data.fingerprint
     config = DataConfig(source=data) if isinstance(data, str) else data
-    training, others = open_configured(config).split(config.held_out)
-    return training, others, training.fingerprint
+    whole = open_configured(config)
+    training, others = whole.split(config.held_out)
+    return training, others, whole.fingerprint
 
 
 def save_stages(result: StageResult, path: Path) -> None:

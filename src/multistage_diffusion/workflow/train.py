@@ -27,7 +27,7 @@ from ..training.strategies import make_strategy
 from ..training.tracking import Tracking
 from ..training.trainer import Trainer
 from ..version import __version__
-from .checks import warn_of_borrowed, warn_of_density, warn_of_network, warn_of_starved
+from .checks import require_same_images, warn_of_borrowed, warn_of_density, warn_of_network, warn_of_starved
 from .differences import CHANGEABLE, PLACES, differences, dotted
 from .evaluation_callback import EvaluationCallback, FidReference
 from .interrupts import stopped_by_signals
@@ -118,11 +118,8 @@ def _resolved(
     resolved = resolve_run(config, data, result, device, processes=processes)
     training = resolved.images[0]
     if result is not None:
-        if not borrow and result.fingerprint not in ("", data.fingerprint, training.fingerprint):
-            raise UserError(
-                "--stages: they were found on other images, or on these in another size; run msdiff stages on these, or "
-                "give --borrow to use them all the same"
-            )
+        if not borrow:
+            require_same_images(result, data, training)
         warn_of_density(result, config.diffusion)
     warn_of_network(resolved.config.network)
     warn_of_borrowed(resolved.config, training, stages=result is None)
