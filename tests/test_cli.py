@@ -970,3 +970,14 @@ def test_commands_that_compute_keep_the_memory_of_the_process(
     monkeypatch.setattr(COMMANDS[name], "run", lambda _: None)
     assert cli.main([name, *(["r", "--device", "cpu"] if computes else [])]) == 0
     assert kept == [torch.device("cpu")] * computes
+
+
+def test_ctrl_c_in_the_import_of_a_module_in_c_is_no_bug(monkeypatch: pytest.MonkeyPatch, msdiff: Call) -> None:
+    def interrupted(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise AttributeError("module 'numpy' has no attribute 'dtype'")  # noqa: B904 - as numpy's import does
+
+    monkeypatch.setattr(COMMANDS["describe"], "run", interrupted)
+    assert msdiff("describe", "digits") == (2, "", "msdiff: interrupted\n")

@@ -120,11 +120,23 @@ def _run(name: str, arguments: Sequence[str], debug: bool) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _closed():
             raise
+        if _interrupted(error):
+            return _fail("interrupted", debug)
         line = explained(error)
         if line is None:
             return _bug()
         return _fail(line, debug)
     return 0
+
+
+def _interrupted(error: BaseException) -> bool:
+    """Return whether an exception comes from Ctrl-C, which the import of a module written in C may replace by its own."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, KeyboardInterrupt):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def _prepare_process(command: Any) -> None:

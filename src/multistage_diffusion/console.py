@@ -108,6 +108,9 @@ class TrainingProgress(Callback[Trainer]):
         if trainer.ended:
             return
         config = trainer.config
+        if trainer.step >= config.training.steps:
+            console.print(f"{config.name} is already at step {trainer.step}, its last; give training.steps for more")
+            return
         widths = "/".join(map(str, config.network.decoder_widths))
         rows = f"rows per stage {'/'.join(map(str, trainer.allocation.counts))}"
         if config.training.update_mode == "one-stage":

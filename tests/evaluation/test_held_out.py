@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from multistage_diffusion.config.serialization import to_dict
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation.frechet import frechet_distance
-from multistage_diffusion.evaluation.held_out import _Draws, evaluate_samples
+from multistage_diffusion.evaluation.held_out import _Draws, evaluate_samples, held_out_metrics
 from multistage_diffusion.evaluation.memorisation import memorisation
 from multistage_diffusion.evaluation.pixels import PixelFeatures
 from multistage_diffusion.evaluation.precision_recall import precision_recall
@@ -130,3 +131,22 @@ def test_named_metrics_alone_are_computed() -> None:
     result = evaluate_samples(*sets, Unused(), metrics=["memorisation"])
     assert list(result.metrics) == ["memorised"]
     assert list(evaluate_samples(*sets, PixelFeatures(), metrics=["frechet"], count=2).metrics) == ["frechet"]
+
+
+def test_a_metric_that_few_images_do_not_allow_is_left_out_unless_named() -> None:
+    extractor = PixelFeatures()
+    counts = {"samples": 500, "train": 58, "held-out": 2}
+    with pytest.warns(
+        UserWarning, match="2 held-out images: metric 'precision-recall' needs at least 4 and is left out"
+    ):
+        chosen = held_out_metrics((), extractor, counts)
+    assert "frechet" in chosen
+    assert "precision-recall" not in chosen
+    with pytest.raises(
+        UserError, match=r"2 held-out images: metric 'precision-recall' needs at least 4 .*data\.held_out"
+    ):
+        held_out_metrics(("precision-recall",), extractor, counts)
+    with pytest.raises(
+        UserError, match=r"^count=3: metric 'precision-recall' needs at least 4 images; give a larger count$"
+    ):
+        held_out_metrics(("precision-recall",), extractor, counts | {"samples": 3, "held-out": 50})

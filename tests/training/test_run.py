@@ -46,8 +46,8 @@ def test_create_takes_an_empty_folder_and_makes_parents(tmp_path, tiny_config):
 def test_create_refuses_what_is_there(run, tmp_path, tiny_config):
     (tmp_path / "file").write_text("precious")
     before = run.config_file.read_bytes()
-    for path in (run.path, tmp_path / "file"):
-        with pytest.raises(ValueError, match=r"exists; resume it .*--replace"):
+    for path, mend in ((run.path, "resume it"), (tmp_path / "file", "it is not a run")):
+        with pytest.raises(ValueError, match=rf"exists; {mend}.*--replace"):
             Run.create(path, tiny_config(training__steps=9))
     assert run.config_file.read_bytes() == before
     assert (tmp_path / "file").read_text() == "precious"

@@ -38,7 +38,7 @@ def silent(title: str) -> Iterator[None]:
 def test_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     demo(out, {**TINY, "training.steps": 3}, bar=silent)
-    page, scores = demo(out, {"training.steps": 6}, bar=silent)
+    page, scores = demo(out, {**TINY, "training.steps": 6}, bar=silent)
     assert page == out / "report.html"
     for name in ("report.html", "samples.png", "stages.json", "stages.png", "evaluation.json"):
         assert (out / name).stat().st_size > 0
@@ -48,9 +48,11 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
 
 
 def test_refuses_to_go_on_with_another_run(tmp_path: Path) -> None:
-    config = override(preset("digits"), {**TINY, "optimizer.lr": 0.5})
+    config = override(preset("digits"), {**TINY, "optimizer.lr": 0.5, "training.batch": 48})
     run = Run.create(tmp_path / "mine", config)
-    with pytest.raises(UserError, match=r"mine: holds another run \(optimizer.lr differ\); choose another --out"):
+    with pytest.raises(
+        UserError, match=r"mine: holds another run \(.*optimizer.lr, training.batch differ\); choose another --out"
+    ):
         demo(run.path, TINY, bar=silent)
     assert sorted(p.name for p in run.path.iterdir()) == ["config.json"]
 

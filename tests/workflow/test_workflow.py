@@ -24,6 +24,7 @@ from multistage_diffusion.data import ImageData, open_data
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import read_result
 from multistage_diffusion.files import write_json
+from multistage_diffusion.reporting.describe import describe
 from multistage_diffusion.stage_finding import StageResult, StageSettings
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.checkpoint import list_checkpoints
@@ -465,3 +466,44 @@ def test_what_auto_precision_chose_is_stored_when_a_run_starts(tmp_path: Path) -
     config = tiny(training__steps=1)
     assert config.training.precision == "auto"
     assert train(config, tmp_path / "run", device="cpu").config().training.precision == "fp32"
+
+
+# -- counts and arguments that cannot be -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "words"), [(-3, "count=-3 must be positive"), (10**12, "count=1000000000000 needs")])
+def test_counts_are_checked_before_labels_are_made(tmp_path: Path, count: int, words: str) -> None:
+    classes = {"network__num_classes": 3, "data__shape": (1, 8, 8), "data__class_counts": (5, 5, 5)}
+    run = Run.create(tmp_path / "run", tiny(**classes))
+    for in_turn in (False, True):
+        with pytest.raises(UserError, match=words):
+            sample(run, count, in_turn=in_turn)
+    out = tmp_path / "out.npz"
+    assert main(["sample", str(run.path), "--count", str(count), "--out", str(out)]) == 2
+
+
+def test_a_configuration_is_asked_for(tmp_path: Path) -> None:
+    for wrong in ("digits", {"a": 1}, tmp_path):
+        with pytest.raises(UserError, match=r"must be a RunConfig: preset\(NAME\)"):
+            train(wrong, tmp_path / "run")  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=r"must be a RunConfig: preset\(NAME\)"):
+            describe(wrong)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_that_are_no_longer_there_are_named(tmp_path: Path) -> None:
+    config = noise(tmp_path, tiny(training__steps=1), 40, 8, 8)
+    run = train(config, tmp_path / "run")
+    (tmp_path / "noise.npy").rename(tmp_path / "moved.npy")
+    with pytest.raises(UserError, match=r"noise\.npy: the images of .*run are no longer there; .*--data"):
+        resume(run.path, {"training.steps": 2})
+    assert resume(run.path, {"training.steps": 2, "data.source": str(tmp_path / "moved.npy")}).path == run.path
+
+
+def test_a_folder_that_lost_its_configuration_is_not_taken_for_no_run(tmp_path: Path) -> None:
+    run = train(noise(tmp_path, tiny(training__steps=1), 40, 8, 8), tmp_path / "run")
+    run.config_file.unlink()
+    with pytest.raises(UserError, match=r"has checkpoints, but no config\.json; put this file back"):
+        Run.open(run.path)
+    with pytest.raises(UserError, match=r"not a run \(no config\.json\); name the folder"):
+        Run.open(tmp_path)

@@ -374,3 +374,15 @@ class RunConfig:
                 self.diffusion.prior.mass(low, high) > 0,
                 f"stages: [{low:.6g}, {high:.6g}) holds no mass of the {self.diffusion.prior.kind} prior; move it",
             )
+
+
+def require_config(given: object) -> None:
+    """Raise UserError unless an argument is a RunConfig: a preset's name or a path is a likely mistake.
+
+    Raises:
+        UserError: saying how to get a configuration.
+    """
+    require(
+        isinstance(given, RunConfig),
+        f"config={given!r:.80} must be a RunConfig: preset(NAME), or Run.open(FOLDER).config()",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -20,7 +21,11 @@ from .registry import FeatureExtractor, Metric, Need
 from .result import EvaluationResult
 
 SETS = {"samples": "count={}", "train": "{} training images", "held-out": "{} held-out images"}  # words of messages
-_MEND = "give a larger count, other images with --data, or train with a larger data.held_out"
+_MENDS = {
+    "samples": "give a larger count",
+    "train": "give other images with --data",
+    "held-out": "give other images with --data, or train with a larger data.held_out",
+}
 
 
 def held_out_metrics(
@@ -40,6 +45,8 @@ def held_out_metrics(
         labels: whether all sets have class labels.
         reconstructed: whether there are reconstructions.
 
+    Without names, a metric that needs more images than a set holds is left out, with a warning, if others remain.
+
     Raises:
         UserError: if a named metric cannot be computed, or a set holds too few images for a metric.
     """
@@ -47,8 +54,20 @@ def held_out_metrics(
     optional: dict[Need, bool] = {"logits": extractor.has_logits, "labels": labels, "reconstructed": reconstructed}
     known |= {need for need, there in optional.items() if there}
     metrics = choose(names, known, "held-out")
-    check_counts(metrics, {SETS[name].format(count): count for name, count in counts.items()}, _MEND)
+    for name, count in counts.items():
+        words = SETS[name].format(count)
+        if not names:
+            metrics = _with_enough(metrics, words, count)
+        check_counts(metrics, {words: count}, _MENDS[name])
     return metrics
+
+
+def _with_enough(metrics: dict[str, Metric], words: str, count: int) -> dict[str, Metric]:
+    """Leave out metrics that need more images than `count`, with a warning, if others remain."""
+    enough = {name: metric for name, metric in metrics.items() if metric.least <= count}
+    for name in metrics.keys() - enough.keys() if enough else ():
+        warnings.warn(f"{words}: metric {name!r} needs at least {metrics[name].least} and is left out", stacklevel=3)
+    return enough or metrics
 
 
 def evaluate_samples(
@@ -105,7 +124,7 @@ def evaluate_samples(
         labels=labels is not None,
         reconstructed=reconstructed is not None,
     )
-    check_counts(chosen, {f"count={count}": count}, _MEND)
+    check_counts(chosen, {f"count={count}": count}, _MENDS["samples"])
     named = dict(zip(SETS, labels or (None,) * len(SETS), strict=True))
     draws = [_Draws(images[name], named[name], name, (count, splits, seed), extractor, device) for name in SETS]
     if reconstructed is not None:  # drawn as samples are

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig, SamplingConfig
+from ..config.run import require_config
 from ..config.sampling import SOLVERS
 from ..errors import UserError
 from ..nets.cost import network_cost, weighted_multiply_adds
@@ -32,6 +33,7 @@ def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[
     Raises:
         UserError: if the configuration has no image or latent shape yet.
     """
+    require_config(config)
     shape, field = config.input_shape, "codec.shape" if config.codec.used else "data.shape"
     if len(shape) != 3:
         raise UserError(f"{field}={list(shape)} must be [channels, height, width]")

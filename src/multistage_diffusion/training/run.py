@@ -109,7 +109,8 @@ class Run:
     @staticmethod
     def require_room(path: Path, *, replace: bool) -> bool:
         """Check in advance that a run can be created at a path, see `files.require_room`."""
-        return require_room(path, f"resume it (--resume {path})", replace=replace)
+        mend = f"resume it (--resume {path})" if Run(path).config_file.exists() else "it is not a run"
+        return require_room(path, mend, replace=replace)
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
@@ -121,7 +122,11 @@ class Run:
         run = cls(Path(path))
         require_utf8(run.path)
         if not run.config_file.exists():
-            raise UserError(f"{path}: not a run (no {run.config_file.name}); train one with msdiff train --out {path}")
+            if list_checkpoints(run.checkpoints):
+                raise UserError(f"{path}: has checkpoints, but no {run.config_file.name}; put this file back")
+            raise UserError(
+                f"{path}: not a run (no {run.config_file.name}); name the folder that msdiff train --out made"
+            )
         return run
 
     def config(self) -> RunConfig:
@@ -143,7 +148,15 @@ class Run:
         config = config or self.config().data
         if not config.source:
             raise UserError(f"data.source is empty: {self.path} was imported without data; give --data")
-        return open_configured(config)
+        try:
+            return open_configured(config)
+        except UserError as error:
+            if Path(config.source).is_absolute() and not Path(config.source).exists():
+                raise UserError(
+                    f"data.source={config.source}: the images of {self.path} are no longer there; put them back, or name "
+                    "their new place (--data)"
+                ) from error
+            raise
 
     def checkpoint(self, which: str = "best") -> Path:
         """Return the folder of a checkpoint.

@@ -16,9 +16,10 @@ from ..reporting.pictures import grid, save_png
 from ..training.callbacks import Callback
 from ..training.run import Run
 from ..training.trainer import Trainer
-from .differences import differences
+from .differences import CHANGEABLE, differences
 from .evaluate import evaluate
 from .report import report
+from .resolve import RESOLVED
 from .resume import resume
 from .sample import sample
 from .stages import find_stages
@@ -65,13 +66,11 @@ def demo(
         return report(run, device=device, progress=progress), scores
 
 
-# keys that identify a run of the demo; its stages and its length may differ
-_OWN = ("data.source", "codec.source", "network.family", "network.encoder_width", "diffusion.", "optimizer.")
-
-
 def _refuse_foreign(out: Path, changes: Mapping[str, Any]) -> None:
+    """Raise UserError if a run has other settings than the demo's, apart from those that may change in a resumed run."""
     found = differences(override(preset("digits"), changes), Run(out).config())
-    foreign = [key for key in found if key.startswith(_OWN)]
+    free = {"name", *RESOLVED, *CHANGEABLE} - {"data.source", "codec.source"}
+    foreign = [key for key in found if key not in free and not key.startswith("stages.")]
     if foreign:
         raise UserError(
             f"{out}: holds another run ({', '.join(foreign)} differ); choose another --out, or give that run's --set"

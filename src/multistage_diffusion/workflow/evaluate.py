@@ -12,7 +12,7 @@ from ..config import DataConfig, RunConfig, SamplingConfig
 from ..config.serialization import to_dict
 from ..data import ImageData, open_configured
 from ..distributed import is_main_process
-from ..errors import UserError, explained
+from ..errors import UserError, explained, require
 from ..evaluation import (
     EvaluationResult,
     FeatureExtractor,
@@ -100,6 +100,7 @@ def evaluate(
         warn_of_empty(config.data.class_counts)
         train, held_out = opened.split(share)
         count = min(max(len(held_out), 500), 5000) if count is None else count
+        require(count > 0, f"count={count} must be positive")
         # the three sets: samples, training and held-out images
         require_features(f"features={features!r}", extractor, opened.shape, count, resolved, sets=3)
         chosen = held_out_metrics(

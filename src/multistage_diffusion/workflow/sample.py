@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import RunConfig, SamplingConfig
 from ..denoisers import MultiStageDenoiser
-from ..errors import UserError
+from ..errors import UserError, require
 from ..latent.codecs import open_codec
 from ..performance.devices import Precision, autocast_dtype, joined
 from ..performance.execution import Execution, Graphs, execute
@@ -87,6 +87,10 @@ def sample(
     """
     run = opened_run(run)
     config, (world, resolved) = run.config(), joined(device, "sample")
+    require(count > 0, f"count={count} must be positive")
+    sampling = sampling or config.sampling
+    rows = 1 if sampling.guidance in (0, 1) else 2
+    require_sampling_memory(config.network, config.input_shape, count, batch, resolved, rows)
     labels = sample_labels(config, count, seed=seed, label=label, in_turn=in_turn)
     decode = None
     if config.codec.used:
@@ -94,9 +98,6 @@ def sample(
         decode = decoder(open_codec(config.codec, resolved), config.codec.scale)
     if precision == "fp64":
         raise UserError("precision='fp64' is for training only; take auto, fp32, bf16 or fp16")
-    sampling = sampling or config.sampling
-    rows = 1 if sampling.guidance in (0, 1) else 2
-    require_sampling_memory(config.network, config.input_shape, count, batch, resolved, rows)
     with world.report_failures():
         denoiser = run.denoiser(checkpoint, device="cpu" if offload else resolved)
         equip(denoiser, resolved, compile=compile, offload=offload)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..config import RunConfig
+from ..config.run import require_config
 from ..config.serialization import override
 from ..distributed import RankLost, World
 from ..errors import UserError, explained
@@ -74,6 +75,7 @@ def train(
         UserError: if something does not fit; nothing has been written then.
         RankLost: if another process is lost.
     """
+    require_config(config)
     path, (world, place) = Path(out), joined(device, "train")
 
     def open_run(config: RunConfig) -> Run:
