@@ -32,9 +32,9 @@ from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import read_json, to_dict
 from multistage_diffusion.console import TrainingProgress
 from multistage_diffusion.errors import UserError
+from multistage_diffusion.escaping import shown
 from multistage_diffusion.files import write_json
 from multistage_diffusion.performance import devices
-from multistage_diffusion.shown import shown
 from multistage_diffusion.stage_finding import StageSettings, gaussian_stages
 from multistage_diffusion.training.metrics import TrainingDiverged
 from multistage_diffusion.workflow import demo
@@ -610,7 +610,7 @@ def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monk
         ("sample RUN --checkpoint 7", "checkpoint '7': not kept"),
         ("sample RUN --count 0", "count=0"),
         ("sample RUN --batch 0", "batch=0"),
-        ("sample RUN --label 3", "label=3: the run knows no classes"),
+        ("sample RUN --label 3", "label=3: the run is unconditional"),
         ("sample RUN --calls 2", "sampling.calls=2 is too few for sampling.order=3; give at least 3"),
         ("sample RUN --churn 4", "sampling.churn=4.0 has no meaning for solver 'dpm'"),
         ("sample RUN --device gpu", "device='gpu' is unknown"),

@@ -21,8 +21,8 @@ SOURCE = Path(multistage_diffusion.__file__).parent
 # placed here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     # L0: what everything uses
-    ("errors", "progress", "shown", "version"),
-    ("leftovers", "memory", "places", "reading", "registry"),
+    ("errors", "escaping", "progress", "version"),
+    ("memory", "output_paths", "reading", "registry", "stale_files"),
     ("files",),
     ("contracts", "distributed"),
     ("rng", "schedules"),

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from .errors import UserError, explained
-from .shown import shown
+from .escaping import shown
 from .version import __version__
 
 SUMMARIES = {

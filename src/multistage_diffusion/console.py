@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from .distributed import is_main_process
-from .shown import shown
+from .escaping import shown
 from .training.callbacks import Callback
 from .training.trainer import Trainer
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .leftovers import OURS, REPLACED, held, lock_own, sweep, temporary_name
+from .stale_files import OURS, REPLACED, held, lock_own, sweep, temporary_name
 
 _OPEN = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: opening a FIFO does not block
 

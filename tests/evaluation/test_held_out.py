@@ -78,7 +78,10 @@ def test_evaluation_draws_follow_the_seed() -> None:
     [
         ({"samples": images(9, 0, size=5)}, r"samples: images of shape \(1, 5, 5\), training \(1, 4, 4\)"),
         ({"held_out": images(9, 0).float()}, "held_out: expected non-empty uint8"),
-        ({"held_out": images(3, 0)}, "3 held-out images: metric 'precision-recall' needs at least 4 images; give"),
+        (
+            {"held_out": images(3, 0), "metrics": ["precision-recall"]},
+            "3 held-out images: metric 'precision-recall' needs at least 4 images; give",
+        ),
         ({"count": 3}, "count=3: metric 'precision-recall' needs at least 4 images; give"),
         ({"count": 21}, r"count=21 must be between 1 and 20, .* smallest set \(20 samples, 20 training and 20"),
         ({"splits": 0}, "splits=0 must be at least 1"),

@@ -146,8 +146,8 @@ def test_the_table_names_every_stage_with_its_numbers(described: dict[str, dict[
     shares = {line[:7]: line.split()[2:] for line in training.splitlines()}
     assert shares["stage 1"] == ["44.1%", "33.3%", "33.3%", "54.6%"]
     assert "237.2 M parameters" in table
-    assert "20 calls of dpm, singlestep, order 3, log-snr spacing: 21605 M" in table
-    assert "the lengths of the intervals in t: 18881 M" in table
+    assert "21605 M over 20 calls of dpm, singlestep, order 3, log-snr spacing" in table
+    assert "18881 M over times uniform in t" in table
     assert max(map(len, table.splitlines())) <= 80
 
 

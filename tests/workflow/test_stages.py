@@ -20,10 +20,10 @@ OVERLAP = StageSettings(alpha=0.66, samples=200)
 def test_stages_that_overlap_leave_their_curves_and_say_what_leaves_a_middle_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"leave no middle one; the smallest alpha that leaves one is 0\.6") as error:
         find_stages("digits", OVERLAP, out=tmp_path / "stages.json")
-    assert str(tmp_path / "stages.curves.json") in str(error.value)
+    assert str(tmp_path / "stages-curves.json") in str(error.value)
     assert "denoiser gaussian" in str(error.value)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["stages.curves.json", "stages.png"]
-    curves = read_json(tmp_path / "stages.curves.json")["curves"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["stages-curves.json", "stages.png"]
+    curves = read_json(tmp_path / "stages-curves.json")["curves"]
     assert len(curves["t"]) == len(curves["s0"]) == len(curves["s1"]) > 50
     assert np.asarray(Image.open(tmp_path / "stages.png")).std() > 1
     alpha = float(str(error.value).split("leaves one is ")[1].split(";")[0])

@@ -17,11 +17,11 @@ from ..config.sampling import SOLVERS, SPACINGS
 from ..config.serialization import from_dict, override, read_json
 from ..data.sources import forms
 from ..errors import UserError
+from ..escaping import shown
 from ..evaluation import agree
 from ..files import refuse_special
-from ..places import require_place
+from ..output_paths import require_place
 from ..reading import YAML_LIMIT, parse_yaml, read_text
-from ..shown import shown
 from ..training.run import belongs_to_a_run
 
 

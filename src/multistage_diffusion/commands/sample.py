@@ -12,11 +12,11 @@ from ..config.serialization import to_dict
 from ..console import Bar
 from ..distributed import is_main_process
 from ..errors import UserError, require
+from ..escaping import counted
 from ..memory import require_memory
 from ..reporting.pictures import MOST_IN_GRID, folder_of_images, grid, save_npz, save_png
 from ..samplers import make_plan, shortcoming
 from ..samplers.class_labels import warn_of_empty
-from ..shown import counted
 from ..training.run import Run
 from ..workflow.sample import sample, sample_labels
 from .options import Device, RunFolder, SamplerOptions, check_out, option, print_json, say

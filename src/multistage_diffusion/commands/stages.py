@@ -21,7 +21,7 @@ from ..stage_finding import StageResult, StageSettings
 from ..stage_finding.settings import StageDenoiser
 from ..training.batches import prior_masses
 from ..workflow.clustering import find_stages_by_gradients
-from ..workflow.stages import find_stages
+from ..workflow.stages import curves_file, find_stages
 from .options import DataOptions, Device, check_out, data_option, one_of, option, print_json, say
 
 _DEFAULTS = StageSettings()
@@ -32,7 +32,7 @@ class FindStages(DataOptions):
     """Find the noise ranges (stages) of a data set from the data themselves.
 
     Writes the stages to OUT (JSON) and their curves to a PNG of the same name. The processes of torchrun (with -m
-    multistage_diffusion.cli stages ...) share the work; the result does not depend on their number.
+    multistage_diffusion stages ...) share the work; the result does not depend on their number.
 
     Examples
       msdiff stages digits --out stages.json
@@ -111,7 +111,7 @@ class FindStages(DataOptions):
         picture = self.out.with_suffix(".png")
         if self.out == picture:
             raise UserError(f"--out {self.out}: the result is JSON; name it {self.out.with_suffix('.json')}")
-        for path in (self.out, picture, self.out.with_suffix(".curves.json")):
+        for path in (self.out, picture, curves_file(self.out)):
             check_out(path, self.overwrite)
         if (self.trained is None) == (settings.algorithm == "gradient"):
             raise UserError("--algorithm gradient and --run RUN go together; give both or neither")

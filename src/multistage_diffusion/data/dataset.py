@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..shown import counted
+from ..escaping import counted
 from .rows import LabelledRows, Rows, View, as_rows, chunks
 
 _CHUNK_BYTES = 1 << 24

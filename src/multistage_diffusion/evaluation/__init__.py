@@ -1,7 +1,6 @@
 """Feature extractors and metrics of samples; `registry` holds both by name."""
 
 from .comparison import compare_samples, reference_set, statistics_metrics
-from .consent import agree
 from .extraction import EXTRACT_BATCH, extract, image_moments, require_features
 from .features import get_features
 from .frechet import frechet_between, frechet_distance
@@ -14,6 +13,7 @@ from .reference import Reference, load_reference, make_reference, save_reference
 from .registry import FEATURES, METRICS, FeatureExtractor, Metric, MetricValue
 from .result import EvaluationResult, read_result
 from .sharded import sharded
+from .trust import agree
 
 __all__ = [
     "EXTRACT_BATCH",

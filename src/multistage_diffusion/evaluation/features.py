@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import UserError
-from .consent import is_script
 from .registry import FEATURES, FeatureExtractor
 from .script import ScriptFeatures
+from .trust import is_script
 
 
 def get_features(name: str, weights: Path | None = None, *, named: bool = True) -> FeatureExtractor:
@@ -17,7 +17,7 @@ def get_features(name: str, weights: Path | None = None, *, named: bool = True) 
         name: a name in FEATURES, or a TorchScript file (.pt, .pth, .ts).
         weights: a file of its weights; None: its own default, for published networks a download at the first use.
         named: True if the user chose the name in this call; False if a configuration did. If False, a TorchScript file,
-            which is code, is loaded only if the user has named it before on this machine (see `consent.agree`).
+            which is code, is loaded only if the user has named it before on this machine (see `trust.agree`).
 
     Raises:
         UserError: for an unknown name (listing the known ones), or if weights or a required package are missing.

@@ -73,8 +73,8 @@ def counts_sentence(result: EvaluationResult) -> str:
     else:
         text = (
             f"{result.samples} samples, {result.training_count} training and {result.reference_count} held-out images; "
-            f"{result.count} images of each per draw, mean of {result.splits} draws. Real images: training images in the "
-            "samples' place."
+            f"mean of {result.splits} draws of {result.count} images from each. In brackets: the same figure for training "
+            "images in place of the samples."
         )
     if result.rank_deficient:
         text += " There are not more images than feature dimensions: compare only figures of equal counts."

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..errors import UserError, out_of_memory
 from ..reading import require_file
 from .checks import check_images
-from .consent import agreed
 from .registry import FeatureExtractor
+from .trust import agreed
 
 
 class ScriptFeatures(FeatureExtractor):

@@ -174,9 +174,9 @@ def description_table(described: dict[str, Any]) -> str:
             "",
             *_columns(_training_rows(stages), left=1),
             "",
-            f"whole network: {described['parameters'] / 1e6:.4g} M parameters; multiply-adds of a call, mean over",
-            f"  {sampler_words(described['sampler'])}: {by_calls:.5g} M",
-            f"  the lengths of the intervals in t: {by_length:.5g} M",
+            f"whole network: {described['parameters'] / 1e6:.4g} M parameters; mean multiply-adds of a call:",
+            f"  {by_calls:.5g} M over {sampler_words(described['sampler'])}",
+            f"  {by_length:.5g} M over times uniform in t",
             "(a stage's figures include its encoder)",
         ]
     )

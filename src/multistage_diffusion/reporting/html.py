@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 
-from ..shown import shown
+from ..escaping import shown
 from .pictures import data_uri
 
 INK = "#010203"  # placeholder colour in charts, replaced by the page's text colour

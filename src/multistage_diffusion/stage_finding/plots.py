@@ -15,7 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
 from .. import files
-from ..shown import counted
+from ..escaping import counted
 from .edge_preview import SIDE, decode_png
 from .finding import NoMiddleStageError
 from .result import StageResult

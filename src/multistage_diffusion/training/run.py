@@ -34,12 +34,12 @@ from ..data import ImageData, open_configured
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..errors import UserError
 from ..files import append_line, json_bytes, locked, move_aside, new_folder, write_atomic, write_file, write_json
-from ..leftovers import sweep
+from ..output_paths import require_room, require_utf8
 from ..performance.devices import device_name
 from ..performance.execution import Execution
-from ..places import require_room, require_utf8
 from ..reading import brief
 from ..records import read_launches, read_metrics
+from ..stale_files import sweep
 from ..version import __version__
 from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, restore_module, trained_config
 

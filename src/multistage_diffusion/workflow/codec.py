@@ -19,8 +19,8 @@ from ..errors import UserError
 from ..files import make_folder, move_aside, refuse_special, remove_folder, write_json
 from ..latent.codec_training import CodecSettings, CodecTrainer, codec_quality, reconstruct, write_codec
 from ..latent.codecs import CONFIG, WEIGHTS
+from ..output_paths import require_room
 from ..performance.devices import device_name, resolve_device
-from ..places import require_room
 from ..progress import Progress
 from ..reporting.pictures import grid, save_png
 from ..training.checkpoint import list_checkpoints

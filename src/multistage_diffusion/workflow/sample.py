@@ -139,7 +139,7 @@ def sample_labels(
     if label is None:
         return labels_in_turn(config, count) if in_turn else frequent_labels(config, count, seed)
     if not 0 <= label < classes:
-        known = f"it must be in 0..{classes - 1}" if classes else "the run knows no classes; leave it out"
+        known = f"it must be in 0..{classes - 1}" if classes else "the run is unconditional; leave it out"
         raise UserError(f"label={label}: {known}")
     return torch.full((count,), label)
 

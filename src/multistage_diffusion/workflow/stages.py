@@ -107,11 +107,16 @@ def save_stages(result: StageResult, path: Path) -> None:
     plot_stages(result, path.with_suffix(".png"))
 
 
+def curves_file(path: Path) -> Path:
+    """Return where the curves of overlapping stages are written, beside the result's path."""
+    return path.with_name(f"{path.stem}-curves.json")
+
+
 def save_overlap(error: NoMiddleStageError, path: Path) -> str:
     """Write the curves of stages that overlap as JSON and PNG beside `path`; return the names of the files."""
     from ..stage_finding.plots import plot_overlap
 
-    picture, curves = path.with_suffix(".png"), path.with_suffix(".curves.json")
+    picture, curves = path.with_suffix(".png"), curves_file(path)
     files.write_json(curves, {"settings": to_dict(error.settings), "curves": error.curves})
     plot_overlap(error, picture)
     return f"{picture}, {curves}"

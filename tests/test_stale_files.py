@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from multistage_diffusion import files, leftovers
+from multistage_diffusion import files, stale_files
 from multistage_diffusion.files import write_atomic
 
 KILLED = """
@@ -49,7 +49,7 @@ def test_what_a_killed_process_left_goes_with_the_next_write(name: str, at: str,
     done = subprocess.run([sys.executable, "-c", KILLED, str(path), at, str(call)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) > 2
-    leftovers.sweep(tmp_path)
+    stale_files.sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([".f.txt.writing-mine", name])
     assert (path if path.suffix else path / "a.txt").read_bytes() == b"old"
 
@@ -80,7 +80,7 @@ def test_a_file_that_is_about_to_get_its_name_is_no_leftover(tmp_path: Path, mon
 
 
 SWEEPS = (
-    "import sys; from pathlib import Path; from multistage_diffusion.leftovers import sweep; sweep(Path(sys.argv[1]))"
+    "import sys; from pathlib import Path; from multistage_diffusion.stale_files import sweep; sweep(Path(sys.argv[1]))"
 )
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from multistage_diffusion.shown import counted, shown
+from multistage_diffusion.escaping import counted, shown
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.places import require_place, require_room, require_utf8
+from multistage_diffusion.output_paths import require_place, require_room, require_utf8
 
 
 @pytest.mark.parametrize("name", [".", "/", "..", "x/.."])
