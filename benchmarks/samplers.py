@@ -83,7 +83,7 @@ def errors(
 
     def end(config: SamplingConfig, schedule: NoiseSchedule) -> Tensor:
         plan = make_plan(config, schedule)
-        return sample(denoiser, plan.start_std * unit, plan)
+        return sample(denoiser, plan.initial_noise_std * unit, plan)
 
     for schedule in schedules:
         fine = SamplingConfig(solver="dpm++", method="multistep", calls=800, denoise_last="never")

@@ -98,7 +98,7 @@ def _answer(name: str, arguments: Sequence[str], debug: bool) -> int:
     if name == "--version":
         print(f"msdiff {__version__}")
         return 0
-    with warnings.catch_warnings(), _openings_told():
+    with warnings.catch_warnings(), _openings_reported():
         told: set[str] = set()  # the same from two places is one
 
         def show(message: Warning | str, *_: object, **__: object) -> None:
@@ -191,7 +191,7 @@ def _warn(message: object) -> None:
         _say(f"warning: {message}")
 
 
-class _Teller(logging.Handler):
+class _Reporter(logging.Handler):
     """Prints log messages on the main process."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -202,9 +202,9 @@ class _Teller(logging.Handler):
 
 
 @contextlib.contextmanager
-def _openings_told() -> Iterator[None]:
+def _openings_reported() -> Iterator[None]:
     """Print the library's log messages about the data sets it opens."""
-    logger, teller = logging.getLogger(f"{__package__}.data"), _Teller()
+    logger, teller = logging.getLogger(f"{__package__}.data"), _Reporter()
     level = logger.level
     logger.addHandler(teller)
     logger.setLevel(logging.INFO)

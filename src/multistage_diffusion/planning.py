@@ -57,10 +57,10 @@ def decoder_flops(network: NetworkConfig, stage: int, width: int, size: tuple[in
 def _alone(network: NetworkConfig, stage: int, width: int) -> NetworkConfig | None:
     """Return a network with one stage's decoder alone, at another width; None if that is not valid or no good."""
     try:
-        alone = network.alone(stage, width)
+        alone = network.single_stage(stage, width)
     except UserError:
         return None
-    return None if alone.cautions() else alone
+    return None if alone.advice() else alone
 
 
 def encoder_flops(network: NetworkConfig, size: tuple[int, int]) -> int:

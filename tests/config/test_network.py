@@ -62,7 +62,7 @@ def test_a_family_that_says_nothing_has_defaults_that_hold() -> None:
     assert config.counted_layers(nn.Identity()) is None
     assert config.boxes(nn.Identity()) is None
     assert config.elements(8, 8) is None
-    assert config.cautions() == config.notes(0) == []
+    assert config.advice() == config.notes(0) == []
 
 
 def test_sizes_that_would_be_padded_to_twice_their_sides_are_refused() -> None:
@@ -84,14 +84,14 @@ def test_decoders_are_alike_if_all_that_is_set_per_stage_is_equal() -> None:
 
 def test_one_decoder_alone_keeps_its_own_settings() -> None:
     config = Plain(decoder_widths=(8, 4), tempers=(1.0, 2.0), slope=0.5)
-    assert config.alone(1, 6) == dataclasses.replace(config, decoder_widths=(6,), tempers=(2.0,))
-    assert dataclasses.replace(config, tempers=None).alone(0, 6).tempers is None  # type: ignore[attr-defined]
+    assert config.single_stage(1, 6) == dataclasses.replace(config, decoder_widths=(6,), tempers=(2.0,))
+    assert dataclasses.replace(config, tempers=None).single_stage(0, 6).tempers is None  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="width 0"):
-        config.alone(0, 0)
+        config.single_stage(0, 0)
 
 
 def test_own_settings_that_shapes_do_not_tell_have_a_meaning_for_weights() -> None:
-    assert Plain(slope=0.5).meanings() == {"network.family": "", "network.slope": 0.5}
+    assert Plain(slope=0.5).functional_settings() == {"network.family": "", "network.slope": 0.5}
 
 
 def test_a_family_is_found_by_name_and_knows_it() -> None:

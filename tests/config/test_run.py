@@ -20,6 +20,7 @@ from multistage_diffusion.config import (
     TrainingConfig,
 )
 from multistage_diffusion.config.run import FORMAT_VERSION
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.schedules import EDM, VP, Discrete, LogNormal, UniformSteps, UniformTime
 from multistage_diffusion.stages import Stages
 
@@ -154,3 +155,18 @@ def test_configurations_are_frozen_values() -> None:
     assert hash(config) == hash(RunConfig())
     assert dataclasses.replace(config, name="x") != config
     assert config.diffusion.prior == UniformTime()
+
+
+def test_a_schedule_or_density_that_is_not_registered_is_refused() -> None:
+    class Own(VP):
+        """Would be stored as a VP."""
+
+    class Density(LogNormal):
+        kind = "narrow"
+
+    with pytest.raises(
+        UserError, match=r"diffusion.schedule=Own: this class is not registered; add it with @SCHEDULES.add"
+    ):
+        DiffusionConfig(schedule=Own())
+    with pytest.raises(UserError, match=r"diffusion.prior=Density: .*@PRIORS.add"):
+        DiffusionConfig(prior=Density())

@@ -289,3 +289,8 @@ def test_the_trainer_loads_no_sources():
         "known: cifar10:FOLDER, digits, fashion-mnist[:FOLDER], hf:NAME[:SPLIT], .npy or .npz, "
         "a folder or .zip of images"
     )
+
+
+def test_a_configuration_is_opened_with_its_options() -> None:
+    data = open_data(DataConfig(source="digits", size=(4, 6), fit="resize"))
+    assert data.shape == (1, 4, 6)

@@ -61,9 +61,9 @@ def test_refused_values_are_named(bad: dict[str, Any], message: str) -> None:
 
 
 def test_a_level_of_one_channel_per_group_is_warned_of() -> None:
-    (text,) = replace(SMALL, channel_mult=(1, 2)).cautions()
+    (text,) = replace(SMALL, channel_mult=(1, 2)).advice()
     assert text.startswith("network.family=ldm with 32 channels at a level")
-    assert replace(SMALL, decoder_widths=(64, 64)).cautions() == []
+    assert replace(SMALL, decoder_widths=(64, 64)).advice() == []
 
 
 def test_embedding_by_hand() -> None:

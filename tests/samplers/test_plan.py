@@ -63,7 +63,7 @@ def test_every_plan_descends_in_the_calls_it_was_given(schedule, spacing, solver
 
 def test_starting_width_is_the_schedules():
     config = SamplingConfig(sigma_max=3.0)
-    widths = {s.kind: make_plan(config, s).start_std for s in SCHEDULES}
+    widths = {s.kind: make_plan(config, s).initial_noise_std for s in SCHEDULES}
     wide = pytest.approx(math.sqrt(10.0))
     assert widths == {"vp": wide, "discrete": wide, "ve": 3.0, "edm": 3.0, "rectified-flow": 3.0}
 

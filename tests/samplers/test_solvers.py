@@ -101,7 +101,7 @@ def test_vp_trajectories_equal_the_published_solver(golden, mixture, name, solve
         ),
         vp,
     )
-    end = sample(mixture, tensors["noise"] * plan.start_std, plan)
+    end = sample(mixture, tensors["noise"] * plan.initial_noise_std, plan)
     assert relative(end * vp.scale(plan.steps[-1].end), tensors[name]) < 1e-9
     assert len(mixture.called) == config["nfe"]
     assert relative(vp.time(torch.tensor(mixture.called, dtype=torch.float64)), tensors[f"{name}.evaluated_t"]) < 1e-9
@@ -114,8 +114,8 @@ def test_heun_trajectory_equals_the_published_sampler(golden, mixture, extra):
         replace(PUBLISHED, solver="heun", calls=config["nfe"] + extra, spacing="edm", rho=config["rho"]),
         EDM(t_min=config["sigma_min"], t_max=config["sigma_max"]),
     )
-    assert plan.start_std == config["sigma_max"]
-    end = sample(mixture, tensors["noise"] * plan.start_std, plan)
+    assert plan.initial_noise_std == config["sigma_max"]
+    end = sample(mixture, tensors["noise"] * plan.initial_noise_std, plan)
     assert relative(end, tensors["edm_heun_18"]) < 1e-9
     assert len(mixture.called) == config["nfe"]
 
@@ -248,7 +248,7 @@ def test_lowered_trajectories_equal_step_by_step_integration(golden, mixture, ca
     """Every step is an integral of a polynomial through the denoiser's answers, done by quadrature here."""
     vp, data = VP(), case["solver"] == "dpm++"
     plan = make_plan(SamplingConfig(**case, calls=calls, spacing=spacing, denoise_last="never"), vp)
-    start = golden[1]["noise"] * plan.start_std
+    start = golden[1]["noise"] * plan.initial_noise_std
     end = sample(mixture, start, plan)
     low, high = float(vp.sigma(1e-4)), float(vp.sigma(1.0))
     if spacing == "time":
@@ -305,7 +305,7 @@ def decayed_line(x: Tensor, nodes: list[float], values: list[Tensor], end: float
 def test_time_spacing_is_not_worse_than_ddim_at_any_number_of_calls(golden, mixture, calls):
     """The published order at the end, lowered below 10 calls only, makes 10 calls worse than 9."""
     fine = SamplingConfig(solver="dpm++", method="multistep", calls=800, denoise_last="never")
-    start = golden[1]["noise"] * make_plan(fine, VP()).start_std
+    start = golden[1]["noise"] * make_plan(fine, VP()).initial_noise_std
     exact = sample(mixture, start, make_plan(fine, VP()))
 
     def error(**changes: Any) -> float:
@@ -337,7 +337,7 @@ def test_lowered_orders_converge(mixture, reference, case):
 def test_the_last_call_s_answer_is_the_result(golden, mixture, case):
     config = SamplingConfig(**case, calls=13, sigma_min=0.04, denoise_last="always")
     plan, noise = make_plan(config, VP()), step_noise(0, torch.arange(16), (2,), torch.float64)
-    start = golden[1]["noise"] * plan.start_std
+    start = golden[1]["noise"] * plan.initial_noise_std
     before = sample(mixture, start, make_plan(replace(config, calls=12, denoise_last="never"), VP()), noise=noise)
     with torch.no_grad():
         expected = mixture(before, 0.04)
@@ -358,7 +358,7 @@ def test_ddim_is_the_papers_equation_in_scaled_coordinates(golden, mixture, eta)
     vp, noise = VP(), step_noise(5, torch.arange(16), (2,), torch.float64)
     plan = make_plan(SamplingConfig(solver="ddim", calls=12, eta=eta), vp)
     x = golden[1]["noise"]
-    end = sample(mixture, x * plan.start_std, plan, noise=noise)
+    end = sample(mixture, x * plan.initial_noise_std, plan, noise=noise)
     with torch.no_grad():
         for i, step in enumerate(plan.steps):
             a, a_prev = 1 / (1 + step.calls[0] ** 2), 1 / (1 + step.end**2)
@@ -438,7 +438,7 @@ def test_fifty_calls_land_on_data(case, spacing):
 @pytest.mark.parametrize("case", ALL, ids=label)
 def test_calls_progress_and_float32(golden, mixture, case):
     plan = make_plan(SamplingConfig(**case, calls=13), VP())
-    start = golden[1]["noise"] * plan.start_std
+    start = golden[1]["noise"] * plan.initial_noise_std
     noise, seen = step_noise(0, torch.arange(16), (2,), torch.float64), []
     end = sample(mixture, start, plan, noise=noise, progress=lambda made, total: seen.append((made, total)))
     assert mixture.called == list(plan.calls)
@@ -487,9 +487,9 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
 def test_start_noise_has_the_plans_width():
     plan = make_plan(SamplingConfig(), VP())
     noise = start_noise(0, torch.arange(1000), (50,), plan, torch.float64)
-    assert float(noise.std() / plan.start_std) == pytest.approx(1.0, abs=0.02)
-    assert float(noise.mean() / plan.start_std) == pytest.approx(0.0, abs=0.02)
-    assert not torch.equal(noise, plan.start_std * step_noise(0, torch.arange(1000), (50,), torch.float64)(0))
+    assert float(noise.std() / plan.initial_noise_std) == pytest.approx(1.0, abs=0.02)
+    assert float(noise.mean() / plan.initial_noise_std) == pytest.approx(0.0, abs=0.02)
+    assert not torch.equal(noise, plan.initial_noise_std * step_noise(0, torch.arange(1000), (50,), torch.float64)(0))
 
 
 def test_stochastic_samples_do_not_depend_on_their_batch(mixture):

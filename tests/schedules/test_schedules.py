@@ -145,9 +145,9 @@ def test_published_edges() -> None:
 def test_start_std() -> None:
     for schedule in (VP(), Discrete()):
         sigma = float(schedule.sigma(schedule.t_max))
-        assert schedule.start_std(sigma) * float(schedule.scale(sigma)) == pytest.approx(1.0, rel=1e-14)
+        assert schedule.initial_noise_std(sigma) * float(schedule.scale(sigma)) == pytest.approx(1.0, rel=1e-14)
     for schedule in (VE(), EDM(), RectifiedFlow()):
-        assert schedule.start_std(80.0) == 80.0
+        assert schedule.initial_noise_std(80.0) == 80.0
 
 
 def test_rectified_flow_stops_at_sigma_max() -> None:

@@ -42,7 +42,7 @@ class NetworkConfig(ABC):
     `decoder`, the parts of a `nets.network.MultiDecoderNetwork`. All else has a default that holds for any network; a
     family replaces what it knows better:
 
-    - settings: `__post_init__` checks them; `per_stage` and `in_shapes` say what they decide; `cautions` are warnings.
+    - settings: `__post_init__` checks them; `per_stage` and `in_shapes` say what they decide; `advice` are warnings.
     - sizes: `multiple`, to which inputs are padded.
     - counting: `counted_layers`, if its publications do not count all multiply-adds; `elements`, if there is a formula.
     - drawing: `title`, `boxes` and `notes`.
@@ -181,7 +181,7 @@ class NetworkConfig(ABC):
         """Return lines that a drawing writes at a stage."""
         return []
 
-    def cautions(self) -> list[str]:
+    def advice(self) -> list[str]:
         """Return warnings about settings that can be built but are likely to be mistakes."""
         return []
 
@@ -191,7 +191,7 @@ class NetworkConfig(ABC):
         values = (getattr(self, name) for name in self.per_stage)
         return all(len(set(value)) == 1 for value in values if value is not None)
 
-    def alone(self, stage: int, width: int) -> NetworkConfig:
+    def single_stage(self, stage: int, width: int) -> NetworkConfig:
         """Return the settings of a network with one stage's decoder alone, at another width.
 
         Raises:
@@ -201,7 +201,7 @@ class NetworkConfig(ABC):
         own: dict[str, Any] = {name: (value[stage],) for name, value in given.items()}
         return dataclasses.replace(self, **{**own, "decoder_widths": (width,)})
 
-    def meanings(self) -> dict[str, object]:
+    def functional_settings(self) -> dict[str, object]:
         """Return the settings, by key, that must be equal for the same weights to compute the same."""
         common = {f.name for f in dataclasses.fields(NetworkConfig)}
         others = common | {*self.per_stage, *self.in_shapes}

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..errors import require
 from ..registry import Registry
-from ..schedules import VP, NoiseSchedule, SigmaPrior, UniformTime
+from ..schedules import PRIORS, SCHEDULES, VP, NoiseSchedule, SigmaPrior, UniformTime
 from ..stages import Stages
 from .execution import ExecutionConfig
 from .network import NetworkConfig as NetworkConfig
@@ -114,6 +114,13 @@ class DiffusionConfig:
             1e-6 <= self.sigma_data <= 1e6,
             f"diffusion.sigma_data={self.sigma_data} must be in [1e-6, 1e6]; scale the data",
         )
+        for name, known, registry in (("schedule", SCHEDULES, "SCHEDULES"), ("prior", PRIORS, "PRIORS")):
+            value = getattr(self, name)
+            kind: str = getattr(value, "kind", "")  # the name by which a run is stored
+            require(
+                kind in known and known[kind] is type(value),
+                f"diffusion.{name}={type(value).__name__}: this class is not registered; add it with @{registry}.add(NAME)",
+            )
         PRECONDITIONINGS[self.precondition].check(self)
 
 

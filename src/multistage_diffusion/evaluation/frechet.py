@@ -44,7 +44,7 @@ class FrechetReconstructed(Metric):
         ),
     )
     needs = frozenset({"moments", "training", "reconstructed"})
-    beside_training = False
+    with_real_baseline = False
 
     def measure(self, sets: ImageSets) -> dict[str, MetricValue]:
         """Return "frechet_reconstructed"."""

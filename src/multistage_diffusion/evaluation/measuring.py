@@ -82,7 +82,7 @@ def measure(metrics: Iterable[Metric], sets: ImageSets) -> dict[str, MetricValue
     found: dict[str, MetricValue] = {}
     for metric in metrics:
         values = metric.measure(sets)
-        if metric.beside_training and sets.training is not None:
+        if metric.with_real_baseline and sets.training is not None:
             real = metric.measure(dataclasses.replace(sets, samples=sets.training))
             values = {name: dataclasses.replace(value, real=real[name].value) for name, value in values.items()}
         found |= values

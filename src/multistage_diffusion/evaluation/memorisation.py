@@ -38,7 +38,7 @@ class Memorised(Metric):
     needs = frozenset({"images", "training"})
     least = 1
     all_images = True
-    beside_training = False
+    with_real_baseline = False
 
     def measure(self, sets: ImageSets) -> dict[str, MetricValue]:
         """Return "memorised"; real is the share of held-out images, about 5 %."""

@@ -136,7 +136,7 @@ class Metric(ABC):
         against: where it is computed. Evaluation during training is "statistics", of the training images.
         least: the smallest number of images in a set.
         all_images: whether it is computed once on all images instead of on every draw of equal counts (held-out).
-        beside_training: whether it is also measured with training images in the samples' place (held-out), the value
+        with_real_baseline: whether it is also measured with training images in the samples' place (held-out), the value
             that a perfect model would reach.
     """
 
@@ -145,7 +145,7 @@ class Metric(ABC):
     against: ClassVar[frozenset[Against]] = frozenset({"held-out", "statistics"})
     least: int = 2
     all_images: ClassVar[bool] = False
-    beside_training: ClassVar[bool] = True
+    with_real_baseline: ClassVar[bool] = True
 
     def unavailable(self) -> str:
         """Return why it cannot be computed on this machine, for example a missing package; empty if it can."""

@@ -54,7 +54,7 @@ class LDMConfig(UNetConfig):
             )
 
     @property
-    def most_groups(self) -> int:
+    def max_norm_groups(self) -> int:
         """32."""
         return GROUPS
 
@@ -74,7 +74,7 @@ class LDMConfig(UNetConfig):
         """Build the decoder of a stage."""
         return LDMDecoder(self, stage, encoder_width)
 
-    def cautions(self) -> list[str]:
+    def advice(self) -> list[str]:
         """Warn of GroupNorms of one channel per group, which erase what blocks add for noise and class."""
         if GROUPS not in (width * mult for width in self.decoder_widths for mult in self.channel_mult):
             return []

@@ -31,7 +31,7 @@ class SongUNetConfig(UNetConfig):
         super().__post_init__()
 
     @property
-    def most_groups(self) -> int:
+    def max_norm_groups(self) -> int:
         """The setting norm_groups."""
         return self.norm_groups
 

@@ -50,13 +50,13 @@ class UNetConfig(NetworkConfig):
         self._check_widths()
 
     @property
-    def most_groups(self) -> int:
+    def max_norm_groups(self) -> int:
         """The most groups of a GroupNorm."""
         return GROUPS
 
     def groups(self, channels: int) -> int:
         """Return the groups of a GroupNorm."""
-        return group_count(channels, self.most_groups)
+        return group_count(channels, self.max_norm_groups)
 
     def _check_widths(self) -> None:
         """Check that the groups of every GroupNorm divide its channels."""
@@ -68,7 +68,7 @@ class UNetConfig(NetworkConfig):
                 require(
                     channels % groups == 0,
                     f"network: width {width} x {mult} = {channels} channels is not divisible into {groups} groups for "
-                    f"GroupNorm; use a multiple of {4 if groups < self.most_groups else groups}",
+                    f"GroupNorm; use a multiple of {4 if groups < self.max_norm_groups else groups}",
                 )
         for decoder in self.decoder_widths:
             encoder = decoder if self.separate else self.encoder_width
@@ -76,7 +76,7 @@ class UNetConfig(NetworkConfig):
                 require(
                     channels % self.groups(channels) == 0,
                     f"network: encoder width {encoder} and decoder width {decoder} meet in {channels} channels, not "
-                    f"divisible into {self.groups(channels)} groups for GroupNorm; use multiples of {self.most_groups}",
+                    f"divisible into {self.groups(channels)} groups for GroupNorm; use multiples of {self.max_norm_groups}",
                 )
 
     def _joined_channels(self, encoder: int, decoder: int) -> list[int]:

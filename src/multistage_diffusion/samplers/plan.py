@@ -35,7 +35,12 @@ def make_plan(config: SamplingConfig, schedule: NoiseSchedule) -> Plan:
     steps = solver.steps(config, config.calls - last, _spacing(config, schedule, low, high), low, high)
     if last:
         steps = [*steps, Step(calls=(low,), end=0.0, order=1)]
-    return Plan(solver=config.solver, method=config.method, steps=tuple(steps), start_std=schedule.start_std(high))
+    return Plan(
+        solver=config.solver,
+        method=config.method,
+        steps=tuple(steps),
+        initial_noise_std=schedule.initial_noise_std(high),
+    )
 
 
 def _check(config: SamplingConfig, solver: type[Solver], fewest: int) -> None:

@@ -37,7 +37,7 @@ def start_noise(
     Returns:
         (B, *shape); the row of sample i depends only on (seed, i) and the plan, not on its batch.
     """
-    return rng.normal((seed, "sampling", "start"), indices, shape, torch.float64).mul_(plan.start_std).to(dtype)
+    return rng.normal((seed, "sampling", "start"), indices, shape, torch.float64).mul_(plan.initial_noise_std).to(dtype)
 
 
 def step_noise(seed: int, indices: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Noise:

@@ -67,7 +67,7 @@ class NoiseSchedule(ABC):
         """Return the log signal-to-noise ratio at time t: -2 ln sigma(t)."""
         return -2.0 * torch.log(self.sigma(t))
 
-    def start_std(self, sigma: float) -> float:
+    def initial_noise_std(self, sigma: float) -> float:
         """Return the standard deviation of the unscaled noise at the start of a trajectory at sigma; here sigma."""
         return sigma
 
@@ -91,7 +91,7 @@ class VariancePreserving(NoiseSchedule):
         """Return 1/sqrt(1 + sigma²)."""
         return torch.rsqrt(1.0 + as_float64(sigma) ** 2)
 
-    def start_std(self, sigma: float) -> float:
+    def initial_noise_std(self, sigma: float) -> float:
         """Return sqrt(1 + sigma²): the scaled state starts as unit noise."""
         return math.sqrt(1.0 + sigma * sigma)
 

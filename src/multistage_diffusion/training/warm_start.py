@@ -64,7 +64,7 @@ def warm_start(path: Path | str, config: RunConfig) -> WarmStart:
 def _meanings(config: RunConfig) -> dict[str, object]:
     """Return the settings that must be equal for weights to have the same meaning."""
     diffusion = config.diffusion
-    meanings = {**config.network.meanings(), "diffusion.precondition": diffusion.precondition}
+    meanings = {**config.network.functional_settings(), "diffusion.precondition": diffusion.precondition}
     preconditioning: Any = make_preconditioning(diffusion)
     for field in dataclasses.fields(preconditioning):  # of EDM sigma_data; of noise prediction the schedule of its time
         meanings[f"diffusion.{field.name}"] = getattr(preconditioning, field.name)

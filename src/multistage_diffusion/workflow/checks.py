@@ -27,7 +27,7 @@ SAMPLED = 4096  # images whose standard deviation is compared with diffusion.sig
 
 def warn_of_network(network: NetworkConfig) -> None:
     """Warn of what the network's family says about its settings."""
-    for text in network.cautions():
+    for text in network.advice():
         warnings.warn(text, stacklevel=3)
 
 

@@ -67,7 +67,7 @@ def export_published(
         ema=ema,
         buffers=_buffers(config),
         arguments=_arguments(config, (height, width)),
-        norm_groups=network.most_groups,
+        norm_groups=network.max_norm_groups,
         step=checkpoint_step(folder),
     )
     write_atomic(file, published_bytes(published))

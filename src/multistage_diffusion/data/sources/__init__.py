@@ -61,7 +61,7 @@ SOURCES: Registry[Named | Files] = Registry("data.source", __name__)
 
 
 def open_data(
-    source: str | Path,
+    source: str | Path | DataConfig,
     *,
     size: tuple[int, int] | None = None,
     fit: Fit = "exact",
@@ -73,7 +73,7 @@ def open_data(
 
     Args:
         source: a name (docs/own-images.md lists them), or the path of a folder or file. A name takes precedence over a
-            folder of the same name; write "./digits" (or a Path) for the folder.
+            folder of the same name; write "./digits" (or a Path) for the folder. Or a configuration, with all options.
         size, fit, skip_bad, max_pixels, progress: see `Options`.
 
     Returns:
@@ -82,6 +82,8 @@ def open_data(
     Raises:
         UserError: one line with the source (and file), the fault and how to fix it.
     """
+    if isinstance(source, DataConfig):
+        return open_configured(source, progress)
     options = Options(size=size, fit=fit, skip_bad=skip_bad, max_pixels=max_pixels, progress=progress)
     found = _named(source)
     if found is not None:

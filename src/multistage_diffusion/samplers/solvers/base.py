@@ -49,13 +49,13 @@ class Plan:
     Attributes:
         solver, method: as in SamplingConfig.
         steps: the outer steps, sigma descending.
-        start_std: standard deviation of the unscaled starting noise.
+        initial_noise_std: standard deviation of the unscaled starting noise.
     """
 
     solver: str
     method: str
     steps: tuple[Step, ...]
-    start_std: float
+    initial_noise_std: float
 
     @property
     def calls(self) -> tuple[float, ...]:
