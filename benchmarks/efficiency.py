@@ -1,6 +1,6 @@
 """Samples per unit of training compute: one shared network, separate networks, and several decoders on one encoder.
 
-    python benchmarks/efficiency.py [--size 16] [--phase final] [--arms a b c d] [--seeds 21 22 23] [--jobs 2]
+    python benchmarks/efficiency.py [--setting 16] [--phase final] [--arms a b c d] [--seeds 21 22 23] [--jobs 2]
     python benchmarks/efficiency.py --report        # what is known so far: the ratio, its interval, the curves
 
 Four networks that cost equally much per training image, within 3 %, are trained on the same images, rows and noise:
@@ -11,13 +11,17 @@ Four networks that cost equally much per training image, within 3 %, are trained
 and beside them, to see what comes from the decoders and what from the rows that each stage is given,
 
     e  one network for all noise, trained on the rows of (c)
+    f  several decoders of one width (setting V, where those of (c) are tailored to their stages)
+
+Settings: 16 and 32 (pixels a side; EDM's preconditioning and density), and V: the paper's own setting in small, NCSN++ with
+noise prediction, VP, times drawn evenly, 16x16 pixels, a width of 16, and decoders of 24, 16 and 4 channels.
 
 The Fréchet distance of 5,000 samples to the training images, on the features of the classifier that ships with the package,
 is taken at evaluation points fixed beforehand. The ratio is the compute at which (c) first reaches the best distance of
 (a), divided by the compute at which (a) reached it: paired by seed, its mean and interval taken in logarithms.
 
 Every run is a folder below --folder, made by the library as `msdiff train` makes it; a run that was cut short goes on, one that
-is done is read. Results are kept in benchmarks/results/efficiency-SIZE.json.
+is done is read. Results are kept in benchmarks/results/efficiency-SETTING.json.
 """
 
 from __future__ import annotations
@@ -72,35 +76,47 @@ ARMS = {
     "c": "several decoders, split",
     "d": "several decoders, even",
     "e": "one network, rows of (c)",
+    "f": "several decoders, one width",
 }
-COLOURS = {"a": "#444444", "b": "#c44e52", "c": "#1f77b4", "d": "#dd8452", "e": "#8c8c8c"}
+COLOURS = {"a": "#444444", "b": "#c44e52", "c": "#1f77b4", "d": "#dd8452", "e": "#8c8c8c", "f": "#55a868"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all arms of one image size have in common; fixed before the final runs.
+    """What all arms have in common; fixed before the final runs.
 
     Attributes:
-        base: keys changed in the preset `digits`.
+        size: pixels a side.
+        preset: the preset that all arms start from.
+        base: keys changed in it.
         splits: how (b)'s and (c)'s stages may be found.
         variants: of each arm, what is tried on the tuning seed: equally many for all.
         chosen: of each arm, the variant with the lowest distance at the end of its tuning run.
+        steps: of a run, by phase.
     """
 
+    size: int
+    preset: str = "digits"
     base: Mapping[str, Any]
     splits: Mapping[str, StageSettings]
     variants: Mapping[str, Sequence[Mapping[str, Any]]]
     chosen: Mapping[str, int]
+    steps: Mapping[str, int]
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms that this setting has; (e) goes with (c)."""
+        return [arm for arm in ARMS if arm in self.variants or (arm == "e" and "c" in self.variants)]
 
     def changes(self, arm: str, variant: int) -> dict[str, Any]:
-        """Return what a variant of an arm changes; (e)'s are (c)'s, but its stages never part."""
-        if arm == "e":
+        """Return what a variant of an arm changes; (e)'s are (c)'s unless given, but its stages never part."""
+        if arm == "e" and arm not in self.variants:
             return {**self.variants["c"][variant], BRANCH: 1.0}
         return dict(self.variants[arm][variant])
 
     def choice(self, arm: str) -> int | None:
         """Return the variant of an arm's final runs, None before there is one."""
-        return self.chosen.get("c" if arm == "e" else arm)
+        return self.chosen.get("c" if arm == "e" and arm not in self.chosen else arm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,16 +127,17 @@ class Cuts:
     even: tuple[float, ...]
 
     @classmethod
-    def of(cls, size: int, setting: Setting) -> Cuts:
-        found = {
-            name: find_stages(data_config(size), settings).edges_sigma for name, settings in setting.splits.items()
-        }
-        even = find_stages(data_config(size), StageSettings(algorithm="timestep", stages=3))
+    def of(cls, setting: Setting) -> Cuts:
+        data = data_config(setting.size)
+        found = {name: find_stages(data, settings).edges_sigma for name, settings in setting.splits.items()}
+        even = find_stages(data, StageSettings(algorithm="timestep", stages=3))
         return cls(splits=found, even=even.edges_sigma)
 
 
+V_SHARES = (0.32, 0.34, 0.34)  # with which (c)'s rows cost as much as (a)'s
 SETTINGS = {
-    16: Setting(
+    "16": Setting(
+        size=16,
         base={
             "network.encoder_width": 4,
             "network.channel_mult": [1, 2],
@@ -173,15 +190,53 @@ SETTINGS = {
             ),
         },
         chosen={"a": 0, "b": 2, "c": 1, "d": 2},
+        steps={"tuning": 2000, "final": 3000},
+    ),
+    "V": Setting(
+        size=16,
+        preset="cifar10-dpm-one-stage",
+        base={
+            "network.channels": 1,
+            "network.encoder_width": 16,
+            "network.decoder_widths": [16, 16, 16],
+            "network.channel_mult": [1, 2],
+            "network.blocks_per_level": 1,
+            "network.dropout": 0.0,
+            "optimizer.lr": 4e-3,
+            "optimizer.warmup_steps": 200,
+            "training.batch": 128,
+            "training.flip": False,
+            "training.update_mode": "mixed",
+            "training.ema_halflife": 50_000.0,
+            "training.ema_rampup": 0.05,
+            "training.held_out_every": 512,
+            "training.held_out_rows": 512,
+            "training.checkpoint_every": 256,
+            "training.log_every": 128,
+            "training.sample_every": 0,
+            "evaluation.every": 1024,
+            "evaluation.features": "fashion-classifier",
+            "evaluation.count": 5000,
+        },
+        splits={"algorithm 1": StageSettings()},
+        variants={
+            "a": ({},),
+            "c": ({SPLIT: "algorithm 1", "network.decoder_widths": [24, 16, 4], "training.shares": V_SHARES},),
+            "e": ({SPLIT: "algorithm 1", "training.shares": V_SHARES, BRANCH: 1.0},),
+            "f": ({SPLIT: "algorithm 1", "training.shares": V_SHARES},),
+        },
+        chosen={"a": 0, "c": 0, "e": 0, "f": 0},
+        steps={"tuning": 1024, "final": 8192},
     ),
 }
 
 
 # For a GPU: a wider network on padded images. Nothing is chosen: it has not been run.
-SETTINGS[32] = dataclasses.replace(
-    SETTINGS[16],
+SETTINGS["32"] = dataclasses.replace(
+    SETTINGS["16"],
+    size=32,
     base={
-        **SETTINGS[16].base,
+        **SETTINGS["16"].base,
         "network.encoder_width": 32,
         "network.decoder_widths": [32, 32, 32],
         "network.channel_mult": [1, 2, 2],
@@ -194,17 +249,17 @@ SETTINGS[32] = dataclasses.replace(
         "evaluation.every": 2500,
     },
     chosen={},
+    steps={"tuning": 10_000, "final": 20_000},
 )
-STEPS = {16: {"tuning": 2000, "final": 3000}, 32: {"tuning": 10_000, "final": 20_000}}
 
 
 def data_config(size: int) -> DataConfig:
     return DataConfig(source="fashion-mnist", size=(size, size), fit="resize" if size < 28 else "pad")
 
 
-def configuration(size: int, arm: str, variant: int, seed: int, steps: int, cuts: Cuts) -> RunConfig:
+def configuration(name: str, arm: str, variant: int, seed: int, steps: int, cuts: Cuts) -> RunConfig:
     """Return the run of an arm."""
-    setting = SETTINGS[size]
+    setting = SETTINGS[name]
     changes = setting.changes(arm, variant)
     changes["training.branch_at"] = round(steps * changes.pop(BRANCH, 0.0))
     stages = cuts.splits[changes.pop(SPLIT)] if SPLIT in changes else cuts.even
@@ -212,7 +267,7 @@ def configuration(size: int, arm: str, variant: int, seed: int, steps: int, cuts
         changes |= {"network.decoder_widths": setting.base["network.decoder_widths"][:1], "training.shares": "uniform"}
         stages = ()
     keys = {
-        "data": dataclasses.replace(data_config(size), shape=(1, size, size)),
+        "data": dataclasses.replace(data_config(setting.size), shape=(1, setting.size, setting.size)),
         **setting.base,
         "stages": Stages(stages, {"data": "fashion-mnist"}),
         "network.separate": arm == "b",
@@ -221,7 +276,7 @@ def configuration(size: int, arm: str, variant: int, seed: int, steps: int, cuts
         "training.seed": seed,
         "evaluation.seed": seed,
     }
-    return override(preset("digits"), keys)
+    return override(preset(setting.preset), keys)
 
 
 def measured_flops(config: RunConfig) -> float:
@@ -245,7 +300,7 @@ def measured_flops(config: RunConfig) -> float:
 class Job:
     """One run: an arm's variant with a seed."""
 
-    size: int
+    setting: str
     arm: str
     variant: int
     seed: int
@@ -259,13 +314,13 @@ class Job:
 def work(job: Job, folder: Path, cuts: Cuts, threads: int) -> None:
     """Train a run to its end, or go on with it; a run that is done is left alone."""
     torch.set_num_threads(threads)
-    out = folder / str(job.size) / job.name
+    out = folder / job.setting / job.name
     if (out / "config.json").exists():
         done = list_checkpoints(Run.open(out).checkpoints)
         if not done or checkpoint_step(done[-1]) < job.steps:
             resume(out)
     else:
-        train(configuration(job.size, job.arm, job.variant, job.seed, job.steps, cuts), out)
+        train(configuration(job.setting, job.arm, job.variant, job.seed, job.steps, cuts), out)
 
 
 def curve(run: Run) -> list[dict[str, float]]:
@@ -392,11 +447,11 @@ def draw(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def arm_facts(size: int, arm: str, variant: int, cuts: Cuts) -> dict[str, Any]:
+def arm_facts(name: str, arm: str, variant: int, cuts: Cuts) -> dict[str, Any]:
     """Return what an arm is made of, and what it costs: by formula, and counted over a real step."""
-    config = configuration(size, arm, variant, 0, STEPS[size]["final"], cuts)
+    config = configuration(name, arm, variant, 0, SETTINGS[name].steps["final"], cuts)
     return {
-        "changes": to_dict(SETTINGS[size].changes(arm, variant)),
+        "changes": to_dict(SETTINGS[name].changes(arm, variant)),
         "edges": list(config.stages.interior),
         "encoder_width": config.network.encoder_width,
         "decoder_widths": list(config.network.decoder_widths),
@@ -416,13 +471,13 @@ def check_equal(facts: Mapping[str, Mapping[str, Any]]) -> None:
             raise SystemExit(f"({arm}): {name} {off:+.1%} of the first arm's; change its widths or shares")
 
 
-def collect(size: int, folder: Path, out: Path) -> dict[str, Any]:
-    """Read all runs of a size below the folder into the results."""
+def collect(name: str, folder: Path, out: Path) -> dict[str, Any]:
+    """Read all runs of a setting below the folder into the results."""
     known: dict[str, Any] = read_json(out) if out.exists() else {}
-    setting = SETTINGS[size]
-    training, held_out = held_out_images(size)
+    setting = SETTINGS[name]
+    training, held_out = held_out_images(setting.size)
     tuning, final = known.setdefault("tuning", {}), known.setdefault("final", {})
-    for path in sorted((folder / str(size)).glob("*-seed*")):
+    for path in sorted((folder / name).glob("*-seed*")):
         arm, variant, seed = path.name[0], int(path.name[1:].partition("-")[0]), path.name.partition("seed")[2]
         run = Run.open(path)
         entry = {
@@ -437,7 +492,7 @@ def collect(size: int, folder: Path, out: Path) -> dict[str, Any]:
             }
         elif (
             variant == setting.choice(arm)
-            and checkpoint_step(list_checkpoints(run.checkpoints)[-1]) >= STEPS[size]["final"]
+            and checkpoint_step(list_checkpoints(run.checkpoints)[-1]) >= setting.steps["final"]
         ):
             final.setdefault(arm, {})[seed] = {**entry, "errors": errors(run.denoiser("latest"), held_out)}
     known["final"] = {arm: final[arm] for arm in ARMS if arm in final}
@@ -461,7 +516,7 @@ def error_table(known: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def report(known: Mapping[str, Any], size: int) -> None:
+def report(known: Mapping[str, Any], name: str) -> None:
     for arm, variants in known.get("tuning", {}).items():
         for number, entry in variants.items():
             ends = ", ".join(f"{p['frechet']:.3f}" for p in entry["curve"])
@@ -477,7 +532,7 @@ def report(known: Mapping[str, Any], size: int) -> None:
             else f"not reached by all seeds {c['ratios']}"
         )
         print(
-            f"({arm}) {ARMS[arm]}, {size}x{size}: compute to (a)'s best distance, relative to (a)'s: {reached}; distance at "
+            f"({arm}) {ARMS[arm]}, setting {name}: compute to (a)'s best distance, relative to (a)'s: {reached}; distance at "
             f"equal compute, relative to (a)'s: {e['mean']:.3f} ({e['low']:.3f} to {e['high']:.3f})"
             if e["mean"]
             else f"({arm}): one seed only: compute {c['ratios']}, distance {e['ratios']}"
@@ -486,48 +541,49 @@ def report(known: Mapping[str, Any], size: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, choices=list(SETTINGS), default=16)
+    parser.add_argument("--setting", choices=list(SETTINGS), default="16")
     parser.add_argument("--phase", choices=("tuning", "final"), default="final")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all of the setting")
     parser.add_argument("--seeds", nargs="+", type=int, default=[21, 22, 23])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
     parser.add_argument("--folder", type=Path, default=Path("runs/efficiency"))
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args(arguments)
-    out = args.out or RESULTS / f"efficiency-{args.size}.json"
-    setting = SETTINGS[args.size]
+    out = args.out or RESULTS / f"efficiency-{args.setting}.json"
+    setting = SETTINGS[args.setting]
+    arms = args.arms or setting.arms
     if not args.report:
-        cuts = Cuts.of(args.size, setting)
-        steps = STEPS[args.size][args.phase]
+        cuts = Cuts.of(setting)
+        steps = setting.steps[args.phase]
         if args.phase == "tuning":
             jobs = [
-                Job(args.size, arm, variant, TUNING_SEED, steps)
-                for variant, arm in itertools.product(range(max(map(len, setting.variants.values()))), args.arms)
+                Job(args.setting, arm, variant, TUNING_SEED, steps)
+                for variant, arm in itertools.product(range(max(map(len, setting.variants.values()))), arms)
                 if variant < len(setting.variants.get(arm, ()))
             ]
             facts = {}
-        elif missing := [arm for arm in args.arms if setting.choice(arm) is None]:
+        elif missing := [arm for arm in arms if setting.choice(arm) is None]:
             raise SystemExit(
                 f"no variant is chosen yet for {', '.join(missing)}: run --phase tuning, then set `chosen`"
             )
         else:
-            facts = {arm: arm_facts(args.size, arm, setting.choice(arm), cuts) for arm in args.arms}
+            facts = {arm: arm_facts(args.setting, arm, setting.choice(arm), cuts) for arm in arms}
             check_equal(facts)
             jobs = [
-                Job(args.size, arm, setting.choice(arm), seed, steps)
-                for seed, arm in itertools.product(args.seeds, args.arms)
+                Job(args.setting, arm, setting.choice(arm), seed, steps)
+                for seed, arm in itertools.product(args.seeds, arms)
             ]
         threads = max(1, torch.get_num_threads() // args.jobs)
         context = multiprocessing.get_context("spawn")
         with context.Pool(args.jobs, maxtasksperchild=1) as pool:
             pool.starmap(work, [(job, args.folder, cuts, threads) for job in jobs], chunksize=1)
-        known = collect(args.size, args.folder, out)
+        known = collect(args.setting, args.folder, out)
         known |= {"cuts": dataclasses.asdict(cuts), "machine": machine()}
         known.setdefault("arms", {}).update(facts)
         write_json(out, known)
     known = read_json(out)
-    report(known, args.size)
+    report(known, args.setting)
     if "a" in known.get("final", {}):
         print(error_table(known))
     if known.get("final"):

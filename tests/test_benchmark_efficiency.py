@@ -82,24 +82,30 @@ def test_only_seeds_that_both_have_are_paired(bench: ModuleType) -> None:
 @pytest.mark.slow
 def test_all_arms_and_variants_cost_the_same(bench: ModuleType) -> None:
     cuts = bench.Cuts(splits={"algorithm 1": (0.8448, 10.275), "algorithm 2": (1.8, 11.9)}, even=(1.469, 9.596))
-    for size, setting in bench.SETTINGS.items():
+    for name, setting in bench.SETTINGS.items():
         assert len({len(variants) for variants in setting.variants.values()}) == 1  # the same tuning for all
         costs = [
-            bench.flops_per_image(bench.configuration(size, arm, variant, 11, 400, cuts))
-            for arm in bench.ARMS
+            bench.flops_per_image(bench.configuration(name, arm, variant, 11, 400, cuts))
+            for arm in setting.arms
             for variant in range(len(setting.variants["a"]))
         ]
         assert max(costs) / min(costs) - 1 < bench.TOLERANCE
-    config = bench.configuration(16, "b", 0, 11, 400, cuts)
+    config = bench.configuration("16", "b", 0, 11, 400, cuts)
     assert config.network.separate
     assert (config.training.branch_at, config.training.steps, config.training.seed) == (100, 400, 11)
-    assert bench.configuration(16, "a", 0, 11, 400, cuts).stages.interior == ()
-    assert bench.configuration(16, "d", 0, 11, 400, cuts).stages.interior == cuts.even
+    assert bench.configuration("16", "a", 0, 11, 400, cuts).stages.interior == ()
+    assert bench.configuration("16", "d", 0, 11, 400, cuts).stages.interior == cuts.even
     for variant, name in enumerate(cuts.splits):
-        c, e = (bench.configuration(16, arm, variant, 11, 400, cuts) for arm in "ce")
+        c, e = (bench.configuration("16", arm, variant, 11, 400, cuts) for arm in "ce")
         assert c.stages.interior == e.stages.interior == cuts.splits[name]
         assert c.training.shares == e.training.shares
         assert (c.training.branch_at, e.training.branch_at) == (100, 400)  # (e)'s stages never part
+    paper, one = (bench.configuration("V", arm, 0, 11, 400, cuts) for arm in "ca")
+    assert (paper.network.family, paper.diffusion.precondition) == ("ncsnpp", "vp-eps")
+    assert (paper.network.decoder_widths, one.network.decoder_widths) == ((24, 16, 4), (16,))
+    assert paper.sampling == one.sampling
+    assert (paper.sampling.order, paper.sampling.calls) == (3, 20)
+    assert bench.configuration("V", "e", 0, 11, 400, cuts).training.branch_at == 400
 
 
 def test_errors_are_those_of_the_same_noise_for_all(bench: ModuleType) -> None:
