@@ -26,7 +26,7 @@ from multistage_diffusion.config.serialization import to_dict
 ROOT = Path(__file__).parents[1]
 CONFIG = to_dict(RunConfig())
 KEYS = [f"{section}.{key}" for section, value in CONFIG.items() if isinstance(value, dict) for key in value]
-OTHERS = {"--logdir", "--max-restarts", "--model"}  # options of other programs that pages name
+OTHERS = {"--logdir", "--max-restarts", "--model", "--setting"}  # options of other programs that pages name
 
 
 @pytest.fixture(name="pages", scope="module")
