@@ -24,6 +24,7 @@ from multistage_diffusion.training.batches import (
     prior_masses,
     stage_shares,
     stage_weights,
+    with_floor,
 )
 from multistage_diffusion.training.losses import stage_losses
 from multistage_diffusion.training.strategies import divided
@@ -120,6 +121,36 @@ def test_shares_and_weights_add_up_to_one():
     assert stage_weights(TrainingConfig(weights="prior"), STAGES, PRIOR) == masses
     follow = TrainingConfig(weights="shares", shares=(2.0, 1.0, 1.0))
     assert stage_weights(follow, STAGES, PRIOR) == (0.5, 0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("shares", "floor", "expected"),
+    [
+        ((0.96, 0.035, 0.005), 0.0, (0.96, 0.035, 0.005)),
+        ((0.96, 0.035, 0.005), 0.05, (0.9, 0.05, 0.05)),
+        ((0.6, 0.39, 0.01), 0.1, (0.6 * 0.9 / 0.99, 0.39 * 0.9 / 0.99, 0.1)),
+        ((0.62, 0.105, 0.275, 0.0), 0.1, (0.62, 0.105, 0.275, 0.0)),  # a stage without rows stays so
+        ((0.849, 0.101, 0.05), 0.1, (0.8, 0.1, 0.1)),  # what is scaled may fall below the floor in turn
+        ((0.5, 0.3, 0.2), 1 / 3, (1 / 3, 1 / 3, 1 / 3)),
+    ],
+)
+def test_no_stage_falls_below_the_floor(shares, floor, expected):
+    found = with_floor(shares, floor)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert sum(found) == pytest.approx(1)
+    assert min(share for share in found if share) >= min(floor, 1) * (1 - 1e-12)
+
+
+def test_the_floor_holds_for_the_density_s_shares_and_not_above_an_equal_share():
+    floored = TrainingConfig(shares="prior", floor_share=0.3)
+    assert min(stage_shares(floored, STAGES, PRIOR)) == pytest.approx(0.3)
+    assert stage_weights(floored, STAGES, PRIOR) == pytest.approx(prior_masses(STAGES, PRIOR))  # the loss is the same
+    with pytest.raises(
+        ValueError, match=r"training\.floor_share=0\.4: 3 stages cannot have so much each; .* at most 0\.333"
+    ):
+        stage_shares(TrainingConfig(floor_share=0.4), STAGES, PRIOR)
+    with pytest.raises(ValueError, match=r"training\.floor_share=-0\.1 must be in"):
+        TrainingConfig(floor_share=-0.1)
 
 
 # -- draws ------------------------------------------------------------------------------------------------------------

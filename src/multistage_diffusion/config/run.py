@@ -179,6 +179,8 @@ class TrainingConfig:
             each stage).
         shares: share of rows (or of steps) per stage: "uniform", "prior" (the prior's mass) or numbers. Unless weights
             is "shares", they affect only the gradients' variance.
+        floor_share: least share of a stage whose share is not 0, so that no decoder is left without training; the others
+            give way in proportion.
         weights: the objective's lambda_k: "prior" (the ordinary loss), "shares" or numbers.
         ema_halflife: half-life of the EMA in images.
         ema_rampup: the half-life is at most this share of the images seen so far; 0: no limit.
@@ -211,6 +213,7 @@ class TrainingConfig:
     accumulate: int = 1
     update_mode: Literal["mixed", "one-stage", "sequential"] = "mixed"
     shares: Literal["uniform", "prior"] | tuple[float, ...] = "uniform"
+    floor_share: float = 0.0
     weights: Literal["prior", "shares"] | tuple[float, ...] = "prior"
     ema_halflife: float = 500_000.0
     ema_rampup: float = 0.05
@@ -251,7 +254,7 @@ class TrainingConfig:
         require(
             0 < self.ema_halflife < math.inf, f"training.ema_halflife={self.ema_halflife} must be positive and finite"
         )
-        for name in ("label_dropout", "augment"):
+        for name in ("label_dropout", "augment", "floor_share"):
             require(0 <= getattr(self, name) <= 1, f"training.{name}={getattr(self, name)} must be in [0, 1]")
         soft = self.soft_intervals
         require(

@@ -19,7 +19,7 @@ from ..contracts import Conditioning
 from ..data import to_float
 from ..data.rows import Rows, batches, read, row_type
 from ..distributed import share
-from ..errors import UserError
+from ..errors import UserError, require
 from ..schedules import SigmaPrior
 from ..stages import Stages
 from .augment import LABELS, augment
@@ -97,9 +97,30 @@ class Batch:
 def stage_shares(training: TrainingConfig, stages: Stages, prior: SigmaPrior) -> tuple[float, ...]:
     """Return the share of rows (or of steps) of each stage; the shares sum to 1."""
     if training.shares == "prior":
-        return prior_masses(stages, prior)
+        return with_floor(prior_masses(stages, prior), training.floor_share)
     raw = (1.0,) * len(stages) if training.shares == "uniform" else training.shares
-    return tuple(s / sum(raw) for s in raw)
+    return with_floor(tuple(s / sum(raw) for s in raw), training.floor_share)
+
+
+def with_floor(shares: Sequence[float], floor: float) -> tuple[float, ...]:
+    """Raise positive shares below a floor to it; the others are scaled, so that the sum stays 1.
+
+    Raises:
+        UserError: if the floor is more than an equal share.
+    """
+    used = sum(share > 0 for share in shares)
+    require(
+        floor * used <= 1,
+        f"training.floor_share={floor}: {used} stages cannot have so much each; take at most {1 / used:.3g}",
+    )
+    raised: set[int] = set()
+    found = tuple(shares)
+    while low := {k for k, share in enumerate(found) if 0 < share < floor and k not in raised}:
+        raised |= low
+        rest = sum(share for k, share in enumerate(shares) if k not in raised)
+        scale = (1 - floor * len(raised)) / rest if rest else 0.0
+        found = tuple(floor if k in raised else share * scale for k, share in enumerate(shares))
+    return found
 
 
 def stage_weights(training: TrainingConfig, stages: Stages, prior: SigmaPrior) -> tuple[float, ...]:

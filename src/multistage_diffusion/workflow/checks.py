@@ -92,7 +92,8 @@ def warn_of_starved(config: RunConfig) -> None:
             low, high = config.stages.interval(stage)
             warnings.warn(
                 f"stage {stage + 1} (sigma {low:.3g} to {high:.3g}) gets {share:.2%} of the training rows, too few for a "
-                "decoder of its own; find other stages (msdiff stages --denoiser gaussian) or set training.shares",
+                "decoder of its own; find other stages (msdiff stages --denoiser gaussian) or set training.shares "
+                "or training.floor_share=0.05",
                 stacklevel=3,
             )
 
