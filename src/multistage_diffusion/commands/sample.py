@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal
 from ..config.serialization import to_dict
 from ..console import Bar
 from ..distributed import is_main_process
-from ..errors import UserError, require
+from ..errors import UserError
 from ..escaping import counted
-from ..memory import require_memory
 from ..reporting.pictures import MOST_IN_GRID, folder_of_images, grid, save_npz, save_png
 from ..samplers import make_plan, shortcoming
 from ..samplers.class_labels import warn_of_empty
@@ -78,8 +77,6 @@ class Sample(SamplerOptions):
         if is_main_process() and (reason := shortcoming(make_plan(sampling, config.diffusion.schedule))):
             warnings.warn(f"{reason} (docs/sampling.md)", stacklevel=2)
         in_turn = suffix == ".png"
-        require(self.count > 0, f"--count {self.count}: must be positive")
-        require_memory(8 * self.count, f"--count {self.count}", "draw fewer, with other seeds for more")
         labels = sample_labels(config, self.count, seed=self.seed, label=self.label, in_turn=in_turn)
         if self.label is None:
             warn_of_empty(config.data.class_counts)

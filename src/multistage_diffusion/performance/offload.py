@@ -98,10 +98,8 @@ def require_sampling_memory(
         UserError: naming the value that is too large.
     """
     numel = torch.Size(shape).numel()
-    # all images are held as uint8, and twice while they are concatenated; a label has 8 bytes
-    require_memory(
-        count * (2 * numel + 8 * bool(network.num_classes)), f"count={count}", "draw fewer, with other seeds for more"
-    )
+    # all images are held as uint8, and twice while they are concatenated
+    require_memory(2 * count * numel, f"count={count}", "draw fewer, with other seeds for more")
     if batch is not None:
         # call_memory is an upper estimate over all stages, and not all of it is in use at once
         each = rows * call_memory(network, shape) // 2 + NOISE * numel

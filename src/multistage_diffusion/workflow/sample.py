@@ -14,6 +14,7 @@ from ..config import RunConfig, SamplingConfig
 from ..denoisers import MultiStageDenoiser
 from ..errors import UserError, require
 from ..latent.codecs import open_codec
+from ..memory import require_memory
 from ..performance.devices import Precision, autocast_dtype, joined
 from ..performance.execution import Execution, Graphs, execute
 from ..performance.offload import OneStageAtATime, images_at_once, require_sampling_memory
@@ -87,11 +88,10 @@ def sample(
     """
     run = opened_run(run)
     config, (world, resolved) = run.config(), joined(device, "sample")
-    require(count > 0, f"count={count} must be positive")
+    labels = sample_labels(config, count, seed=seed, label=label, in_turn=in_turn)
     sampling = sampling or config.sampling
     rows = 1 if sampling.guidance in (0, 1) else 2
     require_sampling_memory(config.network, config.input_shape, count, batch, resolved, rows)
-    labels = sample_labels(config, count, seed=seed, label=label, in_turn=in_turn)
     decode = None
     if config.codec.used:
         assert config.codec.scale is not None
@@ -133,9 +133,11 @@ def sample_labels(
         in_turn: take the classes that have training images in turn.
 
     Raises:
-        UserError: if there is no such class.
+        UserError: if count is not positive or more than memory can hold, or there is no such class.
     """
+    require(count > 0, f"count={count} must be positive")
     classes = config.network.num_classes
+    require_memory(8 * count * bool(classes), f"count={count}", "draw fewer, with other seeds for more")
     if label is None:
         return labels_in_turn(config, count) if in_turn else frequent_labels(config, count, seed)
     if not 0 <= label < classes:
