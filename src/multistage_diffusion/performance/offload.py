@@ -97,14 +97,18 @@ def require_sampling_memory(
     Raises:
         UserError: naming the value that is too large.
     """
+    require_memory_of_samples(shape, count)
     numel = torch.Size(shape).numel()
-    # all images are held as uint8, and twice while they are concatenated
-    require_memory(2 * count * numel, f"count={count}", "draw fewer, with other seeds for more")
     if batch is not None:
         # call_memory is an upper estimate over all stages, and not all of it is in use at once
         each = rows * call_memory(network, shape) // 2 + NOISE * numel
         there = free_memory(device)
         require_memory(min(batch, count) * each, f"batch={batch}", "take a smaller batch, or leave it out", there)
+
+
+def require_memory_of_samples(shape: Sequence[int], count: int) -> None:
+    """Raise UserError if memory cannot hold so many samples: uint8, and twice while they are concatenated."""
+    require_memory(2 * count * torch.Size(shape).numel(), f"count={count}", "draw fewer, with other seeds for more")
 
 
 def require_training_memory(config: RunConfig, parameters: int, device: torch.device, processes: int) -> None:

@@ -14,10 +14,14 @@ from ..config import RunConfig, SamplingConfig
 from ..denoisers import MultiStageDenoiser
 from ..errors import UserError, require
 from ..latent.codecs import open_codec
-from ..memory import require_memory
 from ..performance.devices import Precision, autocast_dtype, joined
 from ..performance.execution import Execution, Graphs, execute
-from ..performance.offload import OneStageAtATime, images_at_once, require_sampling_memory
+from ..performance.offload import (
+    OneStageAtATime,
+    images_at_once,
+    require_memory_of_samples,
+    require_sampling_memory,
+)
 from ..progress import Progress
 from ..samplers.class_labels import frequent_labels, labels_in_turn
 from ..samplers.sampling import sample_images
@@ -137,7 +141,7 @@ def sample_labels(
     """
     require(count > 0, f"count={count} must be positive")
     classes = config.network.num_classes
-    require_memory(8 * count * bool(classes), f"count={count}", "draw fewer, with other seeds for more")
+    require_memory_of_samples(config.input_shape, count)  # before labels of so many are made
     if label is None:
         return labels_in_turn(config, count) if in_turn else frequent_labels(config, count, seed)
     if not 0 <= label < classes:
