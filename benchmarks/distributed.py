@@ -35,7 +35,8 @@ from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.distributed import World, join
 from multistage_diffusion.files import write_json
 from multistage_diffusion.performance.cost_model import Machine, step_costs
-from multistage_diffusion.training.batches import BatchSource, row_counts, stage_shares, stage_weights
+from multistage_diffusion.shares import row_counts, stage_shares, stage_weights
+from multistage_diffusion.training.batches import BatchSource
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.ema import EMA
 from multistage_diffusion.training.losses import objective, stage_losses

@@ -53,9 +53,10 @@ from multistage_diffusion.data import open_data, to_float
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.files import write_json
 from multistage_diffusion.optimal import OptimalDenoiser
+from multistage_diffusion.shares import row_counts, stage_shares, stage_weights
 from multistage_diffusion.stage_finding import StageSettings
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.training.batches import BatchSource, row_counts, stage_shares, stage_weights
+from multistage_diffusion.training.batches import BatchSource
 from multistage_diffusion.training.checkpoint import checkpoint_step, list_checkpoints
 from multistage_diffusion.training.flops import flops_per_image
 from multistage_diffusion.training.losses import objective, stage_losses

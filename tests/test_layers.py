@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("rng", "schedules"),
     ("stages",),
     ("config",),
-    ("data", "records"),
+    ("data", "records", "shares"),
     # L1: finding stages, networks, pictures
     ("nets", "optimal", "preconditioning", "reporting.pictures", "trackers"),
     ("performance", "reporting.html", "stage_finding"),

@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.denoisers import build_denoiser
-from multistage_diffusion.training.batches import BatchSource, row_counts, stage_shares, stage_weights
+from multistage_diffusion.shares import row_counts, stage_shares, stage_weights
+from multistage_diffusion.training.batches import BatchSource
 from multistage_diffusion.training.flops import flops_per_image
 from multistage_diffusion.training.losses import objective, stage_losses
 

@@ -16,8 +16,8 @@ from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override, read_json
 from multistage_diffusion.nets.cost import network_cost
 from multistage_diffusion.planning import STEP, TOLERANCE, decoder_flops
+from multistage_diffusion.shares import prior_masses
 from multistage_diffusion.stage_finding import StageSettings
-from multistage_diffusion.training.batches import prior_masses
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import plan as plan_module
 from multistage_diffusion.workflow import probes

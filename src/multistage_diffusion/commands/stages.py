@@ -17,9 +17,9 @@ from ..console import Bar
 from ..distributed import is_main_process
 from ..errors import UserError
 from ..schedules import SCHEDULES
+from ..shares import prior_masses
 from ..stage_finding import StageResult, StageSettings
 from ..stage_finding.settings import StageDenoiser
-from ..training.batches import prior_masses
 from ..workflow.clustering import find_stages_by_gradients
 from ..workflow.stages import curves_file, find_stages
 from .options import DataOptions, Device, check_out, data_option, one_of, option, print_json, say

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..nets.cost import network_cost, weighted_multiply_adds
 from ..samplers import make_plan
 from ..schedules import NoiseSchedule
-from ..training.batches import stage_training
+from ..shares import stage_training
 
 if TYPE_CHECKING:
     from .report import ArchitectureRow

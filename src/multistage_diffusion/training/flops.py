@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..config import RunConfig
 from ..errors import UserError
 from ..nets.cost import BACKWARD, network_cost
-from .batches import row_counts, stage_shares
+from ..shares import row_counts, stage_shares
 
 
 def flops_per_image(config: RunConfig) -> float:

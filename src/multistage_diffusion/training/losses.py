@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import rng
 from ..config import RunConfig, TrainingConfig
 from ..denoisers import MultiStageDenoiser
-from .batches import Batch, row_counts, stage_shares, stage_weights
+from ..shares import row_counts, stage_shares, stage_weights
+from .batches import Batch
 
 
 def row_losses(denoiser: MultiStageDenoiser, batch: Batch) -> Tensor:

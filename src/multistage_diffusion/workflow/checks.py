@@ -17,8 +17,9 @@ from ..nets.cost import network_cost
 from ..performance.offload import require_training_memory
 from ..samplers import make_plan
 from ..schedules import SigmaPrior
+from ..shares import row_counts, stage_shares, stage_training
 from ..stage_finding import StageResult
-from ..training.batches import BatchSource, row_counts, stage_shares, stage_training
+from ..training.batches import BatchSource
 from ..training.warm_start import warm_start
 
 LEAST_SHARE = 0.02  # of the rows, for a stage

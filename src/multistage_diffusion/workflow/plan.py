@@ -29,8 +29,8 @@ from ..planning import (
     reasons,
 )
 from ..progress import Progress
+from ..shares import prior_masses, stage_shares, stage_weights
 from ..stage_finding import StageResult, StageSettings
-from ..training.batches import prior_masses, stage_shares, stage_weights
 from .probes import optimal_losses, probed
 from .resolve import PreparedRun, ResolvedRun, open_new, resolve_run
 from .stages import find_stages as find

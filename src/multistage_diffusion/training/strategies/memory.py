@@ -12,7 +12,7 @@ from ...config import RunConfig
 from ...distributed import World
 from ...errors import UserError
 from ...nets.cost import network_cost
-from ..batches import row_counts, stage_shares
+from ...shares import row_counts, stage_shares
 from . import STRATEGIES
 from .replicated import ReplicatedParts
 
