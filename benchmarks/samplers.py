@@ -26,12 +26,14 @@ from torch import Tensor
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.config.serialization import read_json
 from multistage_diffusion.contracts import Denoiser
-from multistage_diffusion.data import open_data, to_float
+from multistage_diffusion.data import to_float
 from multistage_diffusion.data.mixture import GaussianMixture
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.files import write_json
 from multistage_diffusion.optimal import OptimalDenoiser
 from multistage_diffusion.samplers import make_plan, sample, start_noise
-from multistage_diffusion.schedules import EDM, SCHEDULES, NoiseSchedule
+from multistage_diffusion.schedules import SCHEDULES, NoiseSchedule
+from multistage_diffusion.schedules.edm import EDM
 
 RESULT = Path(__file__).parent / "results" / "samplers.json"
 CALLS = (5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 50)

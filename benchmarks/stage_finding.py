@@ -25,9 +25,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from multistage_diffusion.config.serialization import read_json
-from multistage_diffusion.data import open_data
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.files import write_json
-from multistage_diffusion.schedules import VP
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.stage_finding import StageSettings, compute_stages
 from multistage_diffusion.stage_finding.posterior import TiledImages
 from multistage_diffusion.stage_finding.similarity import draw, sample_similarities

@@ -11,7 +11,8 @@ from multistage_diffusion.denoisers import MultiStageDenoiser, build_denoiser
 from multistage_diffusion.preconditioning.edm import EDMPreconditioning
 from multistage_diffusion.preconditioning.velocity import Velocity
 from multistage_diffusion.preconditioning.vp_eps import VPEps
-from multistage_diffusion.schedules import VP, Discrete
+from multistage_diffusion.schedules.discrete import Discrete
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.stages import Stages
 
 SIGMAS = torch.tensor([0.002, 0.03, 0.4, 1.0, 7.0, 80.0], dtype=torch.float64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from multistage_diffusion.config import RunConfig
-from multistage_diffusion.data import open_data
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.evaluation import frechet_between, get_features, image_moments
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer

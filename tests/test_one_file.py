@@ -24,7 +24,8 @@ from multistage_diffusion.errors import UserError
 from multistage_diffusion.files import write_json
 from multistage_diffusion.registry import Registry
 from multistage_diffusion.samplers import make_plan, sample, start_noise
-from multistage_diffusion.schedules import EDM, PRIORS, SCHEDULES
+from multistage_diffusion.schedules import PRIORS, SCHEDULES
+from multistage_diffusion.schedules.edm import EDM
 from multistage_diffusion.training.run import Run
 
 SOLVER = """

@@ -11,7 +11,7 @@ from multistage_diffusion import memory
 from multistage_diffusion.contracts import Conditioning, Denoiser
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.optimal import OptimalDenoiser
-from multistage_diffusion.schedules import VP
+from multistage_diffusion.schedules.vp import VP
 
 GOLDEN = Path(__file__).parent / "golden" / "optimal_denoiser_digits.safetensors"
 

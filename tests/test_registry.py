@@ -40,6 +40,15 @@ def test_a_file_in_the_folder_adds_one(folder: Path) -> None:
     assert list(registry()) == ["euler", "heun"]
 
 
+def test_the_order_of_names_does_not_depend_on_what_was_imported_first(folder: Path) -> None:
+    (folder / "euler.py").write_text("from . import SOLVERS\n@SOLVERS.add('euler')\ndef euler(): return 1\n")
+    import solvers_here.heun
+
+    assert registry().names() == ("euler", "heun")
+    with pytest.raises(UserError, match="must be one of euler, heun"):
+        registry()["rk4"]
+
+
 def test_nothing_is_imported_before_the_first_lookup(folder: Path) -> None:
     solvers = registry()
     assert "solvers_here.heun" not in sys.modules

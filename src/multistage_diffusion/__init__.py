@@ -28,24 +28,24 @@ if TYPE_CHECKING:
     from .contracts import Conditioning as Conditioning
     from .contracts import Denoiser as Denoiser
     from .data import ImageData as ImageData
-    from .data import open_data as open_data
     from .data import to_float as to_float
     from .data import to_uint8 as to_uint8
     from .data.mixture import GaussianMixture as GaussianMixture
+    from .data.sources import open_data as open_data
     from .denoisers import build_denoiser as build_denoiser
     from .errors import UserError as UserError
     from .optimal import OptimalDenoiser as OptimalDenoiser
     from .reporting.describe import describe as describe
     from .reporting.pictures import grid as grid
     from .samplers.sampling import sample_images as sample_images
-    from .schedules import EDM as EDM
-    from .schedules import VE as VE
-    from .schedules import VP as VP
-    from .schedules import Discrete as Discrete
     from .schedules import LogNormal as LogNormal
-    from .schedules import RectifiedFlow as RectifiedFlow
-    from .schedules import UniformSteps as UniformSteps
     from .schedules import UniformTime as UniformTime
+    from .schedules.discrete import Discrete as Discrete
+    from .schedules.discrete import UniformSteps as UniformSteps
+    from .schedules.edm import EDM as EDM
+    from .schedules.rectified_flow import RectifiedFlow as RectifiedFlow
+    from .schedules.ve import VE as VE
+    from .schedules.vp import VP as VP
     from .stage_finding import StageResult as StageResult
     from .stage_finding import StageSettings as StageSettings
     from .stages import Stages as Stages
@@ -92,16 +92,16 @@ _HOME = {
     "Denoiser": "contracts",
     "GaussianMixture": "data.mixture",
     "ImageData": "data",
-    "open_data": "data",
+    "open_data": "data.sources",
     "to_float": "data",
     "to_uint8": "data",
-    "EDM": "schedules",
-    "VE": "schedules",
-    "VP": "schedules",
-    "Discrete": "schedules",
-    "RectifiedFlow": "schedules",
+    "EDM": "schedules.edm",
+    "VE": "schedules.ve",
+    "VP": "schedules.vp",
+    "Discrete": "schedules.discrete",
+    "RectifiedFlow": "schedules.rectified_flow",
     "LogNormal": "schedules",
-    "UniformSteps": "schedules",
+    "UniformSteps": "schedules.discrete",
     "UniformTime": "schedules",
     "StageResult": "stage_finding",
     "StageSettings": "stage_finding",

@@ -14,7 +14,7 @@ S = TypeVar("S")
 
 
 class Registry(Generic[T]):
-    """The implementations of one kind by name, in the order in which they were added.
+    """The implementations of one kind by name, in alphabetical order.
 
     A module of `package` adds what it defines; no other file needs to know it:
 
@@ -49,9 +49,9 @@ class Registry(Generic[T]):
         return added
 
     def names(self) -> tuple[str, ...]:
-        """Return all names."""
+        """Return all names, in alphabetical order: it does not depend on what has been imported before."""
         self._import()
-        return tuple(self._known)
+        return tuple(sorted(self._known))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
@@ -67,7 +67,7 @@ class Registry(Generic[T]):
         """
         self._import()
         if name not in self._known:
-            raise UserError(f"{self.setting}={name!r} must be one of {', '.join(self._known)}")
+            raise UserError(f"{self.setting}={name!r} must be one of {', '.join(self.names())}")
         return self._known[name]
 
     def _import(self) -> None:

@@ -9,7 +9,7 @@ from multistage_diffusion.config.paper_presets import PAPER_PRESETS
 from multistage_diffusion.config.presets import PRESETS, preset
 from multistage_diffusion.nets.cost import network_cost, weighted_multiply_adds
 from multistage_diffusion.reporting.describe import calls_per_stage
-from multistage_diffusion.schedules import VP
+from multistage_diffusion.schedules.vp import VP
 
 DPM = [name for name in PAPER_PRESETS if name.startswith("cifar10-dpm")]
 LDM = [name for name in PAPER_PRESETS if name.startswith("celebahq-ldm")]

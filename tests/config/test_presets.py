@@ -9,7 +9,7 @@ from multistage_diffusion.config import RunConfig
 from multistage_diffusion.config.presets import PRESETS, preset
 from multistage_diffusion.config.serialization import from_dict, to_dict
 from multistage_diffusion.samplers import make_plan
-from multistage_diffusion.schedules import VP
+from multistage_diffusion.schedules.vp import VP
 
 
 @pytest.mark.parametrize("name", PRESETS)

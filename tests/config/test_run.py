@@ -21,7 +21,10 @@ from multistage_diffusion.config import (
 )
 from multistage_diffusion.config.run import FORMAT_VERSION
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.schedules import EDM, VP, Discrete, LogNormal, UniformSteps, UniformTime
+from multistage_diffusion.schedules import LogNormal, UniformTime
+from multistage_diffusion.schedules.discrete import Discrete, UniformSteps
+from multistage_diffusion.schedules.edm import EDM
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.stages import Stages
 
 NAN, INF = math.nan, math.inf

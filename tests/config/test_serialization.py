@@ -24,18 +24,12 @@ from multistage_diffusion.config import (
 from multistage_diffusion.config.serialization import from_dict, override, read_json, to_dict
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.files import write_json
-from multistage_diffusion.schedules import (
-    EDM,
-    VE,
-    VP,
-    Discrete,
-    LogNormal,
-    NoiseSchedule,
-    RectifiedFlow,
-    SigmaPrior,
-    UniformSteps,
-    UniformTime,
-)
+from multistage_diffusion.schedules import LogNormal, NoiseSchedule, SigmaPrior, UniformTime
+from multistage_diffusion.schedules.discrete import Discrete, UniformSteps
+from multistage_diffusion.schedules.edm import EDM
+from multistage_diffusion.schedules.rectified_flow import RectifiedFlow
+from multistage_diffusion.schedules.ve import VE
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.stages import Stages
 
 ODD = [1e-300, 0.1, 1 / 3, 2.5103, math.pi, 1e22]  # floats whose decimal form must come back to the last bit
@@ -197,7 +191,7 @@ def test_right_values_are_converted(key: str, given: object, value: object) -> N
         ("nested", {"kind": "vp"}, "nested.kind='vp' is unknown; choose one of ve"),
         ("nested", {"sigma": 1}, "nested.sigma: unknown key; did you mean 'sigma_m"),
         ("nested", 3, "nested: expected a mapping, got 3"),
-        ("schedule", {}, "schedule.kind is missing; choose one of discrete, edm, vp, rectified-flow, ve"),
+        ("schedule", {}, "schedule.kind is missing; choose one of discrete, edm, rectified-flow, ve, vp"),
         ("schedule", {"kind": "vpp"}, "schedule.kind='vpp' is unknown; choose one of discrete"),
         ("schedule", {"kind": ["vp"]}, "schedule.kind=['vp'] is unknown; choose one of discrete"),
         ("schedule", {"kind": "vp", "beta_dd": 1}, "schedule.beta_dd: unknown key; did you mean 'beta_d'?"),
@@ -337,7 +331,7 @@ def test_a_new_family_keeps_what_both_have_and_its_defaults_otherwise() -> None:
         ("optimizer.lrr", 1.0, "optimizer.lrr: unknown key; did you mean 'lr'?"),
         ("optimizer.lr.x", 1.0, "optimizer.lr.x: optimizer.lr has no keys"),
         ("diffusion.prior.p_men", 1.0, "diffusion.prior.p_men: unknown key; did you mean 'p_mean'?"),
-        ("diffusion.prior.kind", "gauss", "diffusion.prior.kind='gauss' is unknown; choose one of uniform-time"),
+        ("diffusion.prior.kind", "gauss", "diffusion.prior.kind='gauss' is unknown; choose one of log-normal"),
         ("optimizer.lr", "fast", "optimizer.lr='fast' must be of type float"),
         ("optimizer.lr", -1.0, "optimizer.lr=-1.0 must be positive"),
         ("training.steps", 1.5, "training.steps=1.5 must be of type int"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multistage_diffusion.data import open_data
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.errors import UserError
 
 CASES = Path(__file__).parent / "cases"

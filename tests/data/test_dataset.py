@@ -155,7 +155,7 @@ import re, sys
 import numpy as np
 import torch
 from tiny import tiny_config
-from multistage_diffusion.data import open_data
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.training.batches import BatchSource, held_out_batch
 
 def peak():

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from multistage_diffusion import memory
-from multistage_diffusion.data import open_data
 from multistage_diffusion.data.decoding import decode_all
 from multistage_diffusion.data.options import Options
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.errors import UserError
 
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multistage_diffusion.data import open_data
 from multistage_diffusion.data.fitting import fit_image, fit_rows, padded_content, reachable
 from multistage_diffusion.data.rows import ArrayRows
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.errors import UserError
 
 

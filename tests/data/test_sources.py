@@ -11,8 +11,8 @@ import multistage_diffusion
 from multistage_diffusion import cli
 from multistage_diffusion.config import DataConfig
 from multistage_diffusion.config.serialization import read_json
-from multistage_diffusion.data import open_configured, open_data, sources
-from multistage_diffusion.data.sources import SOURCES, forms, located
+from multistage_diffusion.data import sources
+from multistage_diffusion.data.sources import SOURCES, forms, located, open_configured, open_data
 from multistage_diffusion.errors import UserError
 
 
@@ -274,7 +274,7 @@ def test_the_trainer_loads_no_sources():
     script = (
         "import sys, multistage_diffusion.training.trainer\n"
         "print([name for name in sys.modules if name.startswith('multistage_diffusion.data.')])\n"
-        "from multistage_diffusion.data import open_data\n"
+        "from multistage_diffusion.data.sources import open_data\n"
         "try: open_data('nowhere')\n"
         "except ValueError as error: print(error)"
     )
@@ -284,7 +284,7 @@ def test_the_trainer_loads_no_sources():
     )
     loaded, message = done.stdout.splitlines()
     names = {name.strip(" '").removeprefix("multistage_diffusion.data.") for name in loaded.strip("[]").split(",")}
-    assert names == {"dataset", "options", "rows", "sources"}
+    assert names == {"dataset", "rows"}
     assert message.endswith(
         "known: cifar10:FOLDER, digits, fashion-mnist[:FOLDER], hf:NAME[:SPLIT], .npy or .npz, "
         "a folder or .zip of images"

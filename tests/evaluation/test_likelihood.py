@@ -6,8 +6,9 @@ import pytest
 import torch
 from densities import log_density
 
-from multistage_diffusion.data import open_data, to_float
+from multistage_diffusion.data import to_float
 from multistage_diffusion.data.mixture import GaussianMixture
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation.likelihood import clipped_intervals, likelihood
 from multistage_diffusion.optimal import OptimalDenoiser

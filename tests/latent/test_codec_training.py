@@ -21,7 +21,8 @@ from torch.distributions import Normal, kl_divergence
 
 from multistage_diffusion.commands.codec import TrainCodec
 from multistage_diffusion.config import CodecConfig, DataConfig
-from multistage_diffusion.data import ImageData, open_configured, to_float
+from multistage_diffusion.data import ImageData, to_float
+from multistage_diffusion.data.sources import open_configured
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.latent.codec_training import (
     CodecSettings,

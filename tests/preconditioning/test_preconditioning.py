@@ -11,7 +11,11 @@ from multistage_diffusion.preconditioning import make_preconditioning
 from multistage_diffusion.preconditioning.edm import EDMPreconditioning
 from multistage_diffusion.preconditioning.velocity import Velocity
 from multistage_diffusion.preconditioning.vp_eps import VPEps
-from multistage_diffusion.schedules import EDM, VE, VP, Discrete, RectifiedFlow
+from multistage_diffusion.schedules.discrete import Discrete
+from multistage_diffusion.schedules.edm import EDM
+from multistage_diffusion.schedules.rectified_flow import RectifiedFlow
+from multistage_diffusion.schedules.ve import VE
+from multistage_diffusion.schedules.vp import VP
 
 SIGMAS = torch.tensor([0.002, 0.03, 0.4, 1.0, 7.0, 80.0], dtype=torch.float64)
 ALL = [VPEps(VP()), VPEps(Discrete()), EDMPreconditioning(0.5), EDMPreconditioning(1.3), Velocity()]

@@ -16,7 +16,9 @@ from multistage_diffusion.reporting.describe import (
     edge_time,
     sampler_words,
 )
-from multistage_diffusion.schedules import EDM, VP, Discrete
+from multistage_diffusion.schedules.discrete import Discrete
+from multistage_diffusion.schedules.edm import EDM
+from multistage_diffusion.schedules.vp import VP
 
 DESCRIBED = ("digits", "cifar10-dpm", "cifar10-edm-one-stage", "celebahq-ldm")  # counting the largest takes long
 

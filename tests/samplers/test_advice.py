@@ -14,7 +14,10 @@ import torch
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.config.presets import PRESETS, preset
 from multistage_diffusion.samplers import make_plan, sample, shortcoming, start_noise
-from multistage_diffusion.schedules import EDM, SCHEDULES, VP, Discrete
+from multistage_diffusion.schedules import SCHEDULES
+from multistage_diffusion.schedules.discrete import Discrete
+from multistage_diffusion.schedules.edm import EDM
+from multistage_diffusion.schedules.vp import VP
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from multistage_diffusion.config import DataConfig
-from multistage_diffusion.data import open_data
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import PixelFeatures, frechet_distance
 from multistage_diffusion.samplers.class_labels import class_counts, frequent_labels, labels_in_turn, warn_of_empty

@@ -13,7 +13,7 @@ from multistage_diffusion.data.mixture import GaussianMixture
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.samplers import make_plan, sample, start_noise
 from multistage_diffusion.samplers.guidance import Guided, Thresholded
-from multistage_diffusion.schedules import EDM
+from multistage_diffusion.schedules.edm import EDM
 
 F64 = torch.float64
 WIDE = {

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from multistage_diffusion.config import SamplingConfig
-from multistage_diffusion.data import open_data, to_float
+from multistage_diffusion.data import to_float
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.evaluation import nearest
 from multistage_diffusion.optimal import OptimalDenoiser
 from multistage_diffusion.samplers import make_plan, sample, start_noise, step_noise
-from multistage_diffusion.schedules import EDM, VP, NoiseSchedule
+from multistage_diffusion.schedules import NoiseSchedule
+from multistage_diffusion.schedules.edm import EDM
+from multistage_diffusion.schedules.vp import VP
 
 DPM = [
     {"solver": solver, "method": method, "order": order}

@@ -8,7 +8,11 @@ import pytest
 
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.samplers import make_plan, multistep_orders, singlestep_orders
-from multistage_diffusion.schedules import EDM, VE, VP, Discrete, RectifiedFlow
+from multistage_diffusion.schedules.discrete import Discrete
+from multistage_diffusion.schedules.edm import EDM
+from multistage_diffusion.schedules.rectified_flow import RectifiedFlow
+from multistage_diffusion.schedules.ve import VE
+from multistage_diffusion.schedules.vp import VP
 
 PUBLISHED = SamplingConfig(lower_final="published", denoise_last="never")
 SCHEDULES = [VP(), VE(), EDM(), RectifiedFlow(), Discrete()]

@@ -10,7 +10,7 @@ import torch
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.samplers import make_plan, sample, start_noise
 from multistage_diffusion.samplers.sampling import sample_images
-from multistage_diffusion.schedules import EDM
+from multistage_diffusion.schedules.edm import EDM
 
 SHAPE = (1, 3, 4)
 CONFIG = SamplingConfig(solver="heun", calls=9, spacing="edm", sigma_min=0.01, sigma_max=20.0)

@@ -16,7 +16,8 @@ from torch import Tensor
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.samplers import make_plan, sample, start_noise, step_noise
-from multistage_diffusion.schedules import EDM, VP
+from multistage_diffusion.schedules.edm import EDM
+from multistage_diffusion.schedules.vp import VP
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "samplers.safetensors"
 DPM = [

@@ -15,7 +15,7 @@ from multistage_diffusion.contracts import Conditioning, sigma_rows
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.samplers import make_plan, sample, start_noise, step_noise
 from multistage_diffusion.samplers.guidance import Guided, Thresholded
-from multistage_diffusion.schedules import EDM
+from multistage_diffusion.schedules.edm import EDM
 
 SOLVERS: list[dict[str, Any]] = [
     {"solver": "dpm"},

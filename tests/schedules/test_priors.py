@@ -9,17 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from multistage_diffusion.schedules import (
-    EDM,
-    VE,
-    VP,
-    Discrete,
-    LogNormal,
-    RectifiedFlow,
-    SigmaPrior,
-    UniformSteps,
-    UniformTime,
-)
+from multistage_diffusion.schedules import LogNormal, SigmaPrior, UniformTime
+from multistage_diffusion.schedules.discrete import Discrete, UniformSteps
+from multistage_diffusion.schedules.edm import EDM
+from multistage_diffusion.schedules.rectified_flow import RectifiedFlow
+from multistage_diffusion.schedules.ve import VE
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.stages import Stages
 
 F64 = torch.float64

@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from multistage_diffusion.schedules import (
-    EDM,
     PRIORS,
     SCHEDULES,
-    VE,
-    VP,
-    Discrete,
     LogNormal,
     NoiseSchedule,
-    RectifiedFlow,
     SigmaPrior,
     UniformTime,
     VariancePreserving,
 )
+from multistage_diffusion.schedules.discrete import Discrete
+from multistage_diffusion.schedules.edm import EDM
+from multistage_diffusion.schedules.rectified_flow import RectifiedFlow
+from multistage_diffusion.schedules.ve import VE
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.stages import Stages
 
 F64 = torch.float64

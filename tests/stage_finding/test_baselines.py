@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from multistage_diffusion.schedules import VP, Discrete
+from multistage_diffusion.schedules.discrete import Discrete
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.stage_finding import StageResult, StageSettings, compute_stages
 from multistage_diffusion.stage_finding.baselines import baseline_partition, centred_groups
 

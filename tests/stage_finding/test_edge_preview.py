@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.optimal import OptimalDenoiser
-from multistage_diffusion.schedules import VP
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.stage_finding.edge_preview import SIDE, decode_png, edge_strip
 from multistage_diffusion.stage_finding.posterior import TiledImages
 

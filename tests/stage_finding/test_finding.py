@@ -8,7 +8,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from multistage_diffusion.schedules import EDM, VE, VP, Discrete, NoiseSchedule, RectifiedFlow
+from multistage_diffusion.schedules import NoiseSchedule
+from multistage_diffusion.schedules.discrete import Discrete
+from multistage_diffusion.schedules.edm import EDM
+from multistage_diffusion.schedules.rectified_flow import RectifiedFlow
+from multistage_diffusion.schedules.ve import VE
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.stage_finding import StageResult, StageSettings, compute_stages
 from multistage_diffusion.stage_finding.baselines import baseline_partition
 from multistage_diffusion.stage_finding.edges import grid_times

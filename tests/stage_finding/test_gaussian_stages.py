@@ -15,7 +15,8 @@ from sklearn.datasets import load_digits
 
 from multistage_diffusion.config import DiffusionConfig
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.schedules import EDM, LogNormal
+from multistage_diffusion.schedules import LogNormal
+from multistage_diffusion.schedules.edm import EDM
 from multistage_diffusion.stage_finding import StageResult, StageSettings, compute_stages, gaussian_stages
 from multistage_diffusion.stage_finding.edge_preview import decode_png
 from multistage_diffusion.stage_finding.gaussian import gaussian_edges, measure_moments

@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.schedules import VP
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.stage_finding.boundaries import ThreeStages
 from multistage_diffusion.stage_finding.intervals import RESAMPLES, edge_intervals, half_width
 from multistage_diffusion.stage_finding.posterior import TiledImages

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from multistage_diffusion.schedules import VE
+from multistage_diffusion.schedules.ve import VE
 from multistage_diffusion.stage_finding import StageSettings, compute_stages
 from multistage_diffusion.stage_finding.plots import plot_stages
 

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from multistage_diffusion.data.rows import ArrayRows
-from multistage_diffusion.schedules import VP
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.stage_finding import posterior
 from multistage_diffusion.stage_finding.posterior import NEGLIGIBLE, TiledImages, posterior_means, posterior_means_of
 

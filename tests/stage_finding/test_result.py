@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 
 from multistage_diffusion.config.serialization import read_json
 from multistage_diffusion.files import write_json
-from multistage_diffusion.schedules import EDM
+from multistage_diffusion.schedules.edm import EDM
 from multistage_diffusion.stage_finding import StageResult, StageSettings, compute_stages
 from multistage_diffusion.stages import Stages
 

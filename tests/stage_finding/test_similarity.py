@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from multistage_diffusion import rng
-from multistage_diffusion.schedules import VP
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.stage_finding import similarity
 from multistage_diffusion.stage_finding.posterior import TiledImages
 from multistage_diffusion.stage_finding.similarity import (

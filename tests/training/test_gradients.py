@@ -14,7 +14,11 @@ from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.data import to_float
 from multistage_diffusion.denoisers import MultiStageDenoiser, build_denoiser
 from multistage_diffusion.files import write_json
-from multistage_diffusion.schedules import EDM, VE, VP, Discrete, RectifiedFlow
+from multistage_diffusion.schedules.discrete import Discrete
+from multistage_diffusion.schedules.edm import EDM
+from multistage_diffusion.schedules.rectified_flow import RectifiedFlow
+from multistage_diffusion.schedules.ve import VE
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.training.checkpoint import Checkpoint, save_checkpoint
 from multistage_diffusion.training.gradients import (
     Affinity,

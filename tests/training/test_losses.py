@@ -12,7 +12,8 @@ from multistage_diffusion.config import TrainingConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.denoisers import MultiStageDenoiser, build_denoiser
 from multistage_diffusion.preconditioning.vp_eps import VPEps
-from multistage_diffusion.schedules import VP, UniformTime
+from multistage_diffusion.schedules import UniformTime
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.shares import allocate, prior_masses
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batch, BatchSource

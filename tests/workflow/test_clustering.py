@@ -12,7 +12,7 @@ from torch import nn
 from multistage_diffusion import rng
 from multistage_diffusion.data import to_float
 from multistage_diffusion.denoisers import build_denoiser
-from multistage_diffusion.schedules import VP
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.stage_finding import StageResult, StageSettings
 from multistage_diffusion.training.checkpoint import Checkpoint, save_checkpoint
 from multistage_diffusion.training.gradients import gradient_affinity

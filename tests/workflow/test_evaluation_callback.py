@@ -16,7 +16,7 @@ from multistage_diffusion import cli
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override, read_json
-from multistage_diffusion.data import open_data
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import PixelFeatures, frechet_between, frechet_distance, moments
 from multistage_diffusion.files import write_json

@@ -40,7 +40,7 @@ from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.interop.shapes import published_state
 from multistage_diffusion.nets import build_network
-from multistage_diffusion.schedules import Discrete
+from multistage_diffusion.schedules.discrete import Discrete
 from multistage_diffusion.training.checkpoint import Checkpoint, list_checkpoints, load_tensors, save_checkpoint
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer

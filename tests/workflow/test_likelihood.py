@@ -11,11 +11,13 @@ import torch
 
 from multistage_diffusion.cli import main
 from multistage_diffusion.config import CodecConfig
-from multistage_diffusion.data import open_data, to_float
+from multistage_diffusion.data import to_float
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation.likelihood import likelihood
 from multistage_diffusion.latent.latents import LatentData
-from multistage_diffusion.schedules import Discrete, LogNormal, UniformSteps, UniformTime
+from multistage_diffusion.schedules import LogNormal, UniformTime
+from multistage_diffusion.schedules.discrete import Discrete, UniformSteps
 from multistage_diffusion.workflow import likelihood as likelihood_module
 from multistage_diffusion.workflow.likelihood import measure_likelihood, noise_range
 from multistage_diffusion.workflow.train import train

@@ -12,7 +12,8 @@ from multistage_diffusion.config import RunConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override
 from multistage_diffusion.contracts import Conditioning
-from multistage_diffusion.data import open_configured, to_float
+from multistage_diffusion.data import to_float
+from multistage_diffusion.data.sources import open_configured
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.optimal import OptimalDenoiser
 from multistage_diffusion.training.batches import BatchSource, held_out_batch

@@ -20,7 +20,8 @@ from multistage_diffusion.config import DataConfig, RunConfig
 from multistage_diffusion.config.execution import ExecutionConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import from_dict, override, read_json, to_dict
-from multistage_diffusion.data import ImageData, open_data
+from multistage_diffusion.data import ImageData
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import read_result
 from multistage_diffusion.files import write_json

@@ -13,7 +13,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from ..schedules import EDM, VP, Discrete, LogNormal, UniformSteps
+from ..schedules import LogNormal
+from ..schedules.discrete import Discrete, UniformSteps
+from ..schedules.edm import EDM
+from ..schedules.vp import VP
 from ..stages import Stages
 from . import (
     CodecConfig,

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from ..errors import require
 from ..registry import Registry
-from ..schedules import PRIORS, SCHEDULES, VP, NoiseSchedule, SigmaPrior, UniformTime
+from ..schedules import PRIORS, SCHEDULES, NoiseSchedule, SigmaPrior, UniformTime
+from ..schedules.vp import VP
 from ..stages import Stages
 from .execution import ExecutionConfig
 from .network import NetworkConfig as NetworkConfig

@@ -1,6 +1,5 @@
-"""Data sets: uint8 images, read by index from several kinds of sources."""
+"""Data sets: uint8 images, read by index from several kinds of sources (data/sources opens them)."""
 
 from .dataset import ImageData, to_float, to_uint8
-from .sources import open_configured, open_data
 
-__all__ = ["ImageData", "open_configured", "open_data", "to_float", "to_uint8"]
+__all__ = ["ImageData", "to_float", "to_uint8"]

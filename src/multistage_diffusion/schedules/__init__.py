@@ -8,14 +8,8 @@ with `@SCHEDULES.add("name")` or `@PRIORS.add("name")`, adds a schedule or a den
 from .base import SCHEDULES as SCHEDULES
 from .base import NoiseSchedule as NoiseSchedule
 from .base import VariancePreserving as VariancePreserving
-from .discrete import Discrete as Discrete
-from .edm import EDM as EDM
 from .priors import PRIORS as PRIORS
 from .priors import LogNormal as LogNormal
 from .priors import SigmaPrior as SigmaPrior
-from .priors import UniformSteps as UniformSteps
 from .priors import UniformTime as UniformTime
 from .priors import clamp_half_open as clamp_half_open
-from .rectified_flow import RectifiedFlow as RectifiedFlow
-from .ve import VE as VE
-from .vp import VP as VP

@@ -1,4 +1,4 @@
-"""A schedule of integer steps."""
+"""A schedule of integer steps, and the training density that draws each of them equally often."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..contracts import as_float64
 from ..errors import UserError
 from .base import SCHEDULES, VariancePreserving
+from .priors import PRIORS, SigmaPrior, clamp_half_open
 
 
 @SCHEDULES.add("discrete")
@@ -83,3 +84,27 @@ class Discrete(VariancePreserving):
     def edge_time(self, sigma: float) -> float:
         """Return the first step at or above sigma (`steps` if there is none)."""
         return float(torch.searchsorted(self.sigmas, sigma))
+
+
+@PRIORS.add("uniform-steps")
+@dataclass(frozen=True, kw_only=True)
+class UniformSteps(SigmaPrior):
+    """Steps uniform on a discrete schedule."""
+
+    schedule: Discrete = Discrete()
+
+    def _interval(self, low: float, high: float) -> tuple[int, int]:
+        return int(self.schedule.edge_time(low)), int(self.schedule.edge_time(high))
+
+    def mass(self, low: float, high: float) -> float:
+        """Return the share of steps whose sigma lies in [low, high)."""
+        first, last = self._interval(low, high)
+        return max(last - first, 0) / self.schedule.steps
+
+    def sample_within(self, u: Tensor, low: float, high: float) -> Tensor:
+        """Draw one of the steps between the edges."""
+        first, last = self._interval(low, high)
+        if not first < last:
+            raise self._empty(low, high)
+        step = (first + as_float64(u) * (last - first)).floor().clamp(max=last - 1)
+        return clamp_half_open(self.schedule.sigma(step), low, high)

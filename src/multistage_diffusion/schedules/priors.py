@@ -14,7 +14,6 @@ from ..contracts import as_float64
 from ..errors import UserError
 from ..registry import Registry
 from .base import Kinds, NoiseSchedule
-from .discrete import Discrete
 from .vp import VP
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -91,30 +90,6 @@ class UniformTime(SigmaPrior):
         if not start < end:
             raise self._empty(low, high)
         return clamp_half_open(self.schedule.sigma(start + as_float64(u) * (end - start)), low, high)
-
-
-@PRIORS.add("uniform-steps")
-@dataclass(frozen=True, kw_only=True)
-class UniformSteps(SigmaPrior):
-    """Steps uniform on a discrete schedule."""
-
-    schedule: Discrete = Discrete()  # noqa: RUF009 - frozen
-
-    def _interval(self, low: float, high: float) -> tuple[int, int]:
-        return int(self.schedule.edge_time(low)), int(self.schedule.edge_time(high))
-
-    def mass(self, low: float, high: float) -> float:
-        """Return the share of steps whose sigma lies in [low, high)."""
-        first, last = self._interval(low, high)
-        return max(last - first, 0) / self.schedule.steps
-
-    def sample_within(self, u: Tensor, low: float, high: float) -> Tensor:
-        """Draw one of the steps between the edges."""
-        first, last = self._interval(low, high)
-        if not first < last:
-            raise self._empty(low, high)
-        step = (first + as_float64(u) * (last - first)).floor().clamp(max=last - 1)
-        return clamp_half_open(self.schedule.sigma(step), low, high)
 
 
 @PRIORS.add("log-normal")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..schedules import VP
+from ..schedules.vp import VP
 from .boundaries import Array, Partition, cheapest_groups
 from .settings import require_setting
 

@@ -15,7 +15,7 @@ from .. import rng
 from ..contracts import Denoiser
 from ..data.opening import load_png
 from ..errors import UserError
-from ..schedules import VP
+from ..schedules.vp import VP
 from .posterior import TiledImages, posterior_means
 
 SIDE = 0.05  # distance from an edge, in t

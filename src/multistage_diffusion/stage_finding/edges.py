@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..schedules import VP, NoiseSchedule
+from ..schedules import NoiseSchedule
+from ..schedules.vp import VP
 from .boundaries import Objective, mean_within_distance, optimal_partitions
 from .intervals import Array
 from .result import StageResult

@@ -12,7 +12,8 @@ import torch
 from ..config import DiffusionConfig
 from ..errors import UserError
 from ..progress import Progress
-from ..schedules import VP, NoiseSchedule
+from ..schedules import NoiseSchedule
+from ..schedules.vp import VP
 from .baselines import baseline_partition
 from .boundaries import OverlapError
 from .edge_preview import edge_strip

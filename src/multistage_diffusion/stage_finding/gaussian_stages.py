@@ -16,7 +16,8 @@ from ..data.rows import read
 from ..errors import UserError
 from ..preconditioning import make_preconditioning
 from ..progress import Progress
-from ..schedules import VP, LogNormal, NoiseSchedule
+from ..schedules import LogNormal, NoiseSchedule
+from ..schedules.vp import VP
 from .edge_preview import edge_strip
 from .edges import MOST_STAGES, made_result, table_lines
 from .gaussian import (

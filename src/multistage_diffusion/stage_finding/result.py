@@ -13,7 +13,8 @@ from .. import files
 from ..config import DiffusionConfig, serialization
 from ..errors import UserError
 from ..records import FINITE, WHOLE, check, listed, maybe
-from ..schedules import VP, NoiseSchedule
+from ..schedules import NoiseSchedule
+from ..schedules.vp import VP
 from ..stages import Stages
 from .edge_preview import decode_png
 from .settings import BASELINES, Algorithm, StageSettings, require_setting

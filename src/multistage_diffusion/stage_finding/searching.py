@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..memory import require_memory
 from ..progress import Progress
-from ..schedules import VP, NoiseSchedule
+from ..schedules import NoiseSchedule
+from ..schedules.vp import VP
 from .boundaries import ThreeStages, optimal_partition
 from .edges import grid_times, stage_table
 from .intervals import Array, edge_intervals

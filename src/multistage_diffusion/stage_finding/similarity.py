@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import rng
 from ..progress import Progress
-from ..schedules import VP
+from ..schedules.vp import VP
 from .posterior import TiledImages, posterior_means, posterior_means_of
 
 Space = Literal["eps", "x0"]

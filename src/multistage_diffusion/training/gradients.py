@@ -18,7 +18,8 @@ from ..contracts import Conditioning
 from ..denoisers import MultiStageDenoiser
 from ..errors import UserError
 from ..progress import Progress
-from ..schedules import VP, NoiseSchedule
+from ..schedules import NoiseSchedule
+from ..schedules.vp import VP
 from .batches import Batch
 from .checkpoint import checkpoint_step, list_checkpoints
 from .losses import stage_losses

@@ -30,7 +30,8 @@ import torch
 
 from ..config import DataConfig, RunConfig
 from ..config.serialization import from_dict, read_json
-from ..data import ImageData, open_configured
+from ..data import ImageData
+from ..data.sources import open_configured
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..errors import UserError
 from ..files import append_line, json_bytes, locked, move_aside, new_folder, write_atomic, write_file, write_json

@@ -20,7 +20,8 @@ from ..latent.codecs import open_codec
 from ..latent.latents import encode_images
 from ..performance.devices import resolve_device
 from ..progress import Progress
-from ..schedules import VP, NoiseSchedule
+from ..schedules import NoiseSchedule
+from ..schedules.vp import VP
 from ..stage_finding import StageResult, StageSettings
 from ..stage_finding.boundaries import Objective, optimal_partition
 from ..stage_finding.edges import made_result, stage_table

@@ -12,9 +12,9 @@ import torch
 from .. import rng
 from ..config import DataConfig
 from ..config.serialization import to_dict
-from ..data import ImageData, open_configured
+from ..data import ImageData
 from ..data.rows import read
-from ..data.sources import located
+from ..data.sources import located, open_configured
 from ..errors import UserError
 from ..files import make_folder, move_aside, refuse_special, remove_folder, write_json
 from ..latent.codec_training import CodecSettings, CodecTrainer, codec_quality, reconstruct, write_codec

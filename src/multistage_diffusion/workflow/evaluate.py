@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..config import DataConfig, RunConfig, SamplingConfig
 from ..config.serialization import to_dict
-from ..data import ImageData, open_configured
+from ..data import ImageData
+from ..data.sources import open_configured
 from ..distributed import is_main_process
 from ..errors import UserError, explained, require
 from ..evaluation import (

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig
-from ..schedules import VP, Discrete
+from ..schedules.discrete import Discrete
+from ..schedules.vp import VP
 
 EDGES, HEADS = "sigma_edges", "num_head_channels"  # arguments that exports add to those of their layout
 PREFIX = "network."  # of the tensor names of a denoiser

@@ -15,7 +15,7 @@ from ..interop.shapes import published_state
 from ..nets.ddpmpp import DDPMppConfig
 from ..nets.ldm import LDMConfig
 from ..nets.unet import UNetConfig
-from ..schedules import Discrete
+from ..schedules.discrete import Discrete
 from ..training.checkpoint import checkpoint_step, trained_config
 from ..training.run import Run
 from .exchange import EDGES, HEADS, betas_of, layout_of

@@ -17,7 +17,7 @@ from ..files import disk_errors, write_json
 from ..interop.autoencoder import vq_model
 from ..interop.layouts import Published, Tensors, read_published
 from ..interop.shapes import network_of, our_state, resolution_of
-from ..schedules import Discrete, UniformSteps
+from ..schedules.discrete import Discrete, UniformSteps
 from ..stage_finding import StageResult
 from ..stages import Stages
 from ..training.checkpoint import Checkpoint, save_checkpoint

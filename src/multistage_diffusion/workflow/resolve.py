@@ -18,8 +18,8 @@ from torch import Tensor
 from ..config import DataConfig, RunConfig
 from ..config.serialization import override
 from ..contracts import Codec
-from ..data import ImageData, open_configured
-from ..data.sources import located
+from ..data import ImageData
+from ..data.sources import located, open_configured
 from ..latent.codecs import open_codec
 from ..latent.latents import LatentData
 from ..performance.devices import precision_name

@@ -9,12 +9,14 @@ from typing import Any
 from .. import files
 from ..config import CodecConfig, DataConfig, DiffusionConfig
 from ..config.serialization import to_dict
-from ..data import ImageData, open_configured
+from ..data import ImageData
+from ..data.sources import open_configured
 from ..errors import UserError
 from ..latent.latents import LatentData
 from ..performance.devices import joined
 from ..progress import Progress
-from ..schedules import VP, NoiseSchedule
+from ..schedules import NoiseSchedule
+from ..schedules.vp import VP
 from ..stage_finding import NoMiddleStageError, Sharing, StageResult, StageSettings, compute_stages
 from .latent import latents_for_stages
 

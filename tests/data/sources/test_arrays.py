@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multistage_diffusion.data import open_data
 from multistage_diffusion.data.rows import FileRows
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.errors import UserError
 
 

@@ -6,8 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from multistage_diffusion.data import open_data
-from multistage_diffusion.data.sources import cifar
+from multistage_diffusion.data.sources import cifar, open_data
 from multistage_diffusion.errors import UserError
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

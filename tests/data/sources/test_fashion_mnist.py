@@ -6,8 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from multistage_diffusion.data import open_data
-from multistage_diffusion.data.sources import fashion_mnist
+from multistage_diffusion.data.sources import fashion_mnist, open_data
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from multistage_diffusion.data import open_data
+from multistage_diffusion.data.sources import open_data
 
 
 def pixels(seed, *shape):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multistage_diffusion.data import open_data
+from multistage_diffusion.data.sources import open_data
 
 GREY = [np.random.default_rng(i).integers(0, 256, (4, 6), dtype=np.uint8) for i in range(6)]
 
