@@ -13,8 +13,9 @@ and beside them, to see what comes from the decoders and what from the rows that
     e  one network for all noise, trained on the rows of (c)
     f  several decoders of one width (setting V, where those of (c) are tailored to their stages)
 
-Settings: 16 and 32 (pixels a side; EDM's preconditioning and density), and V: the paper's own setting in small, NCSN++ with
-noise prediction, VP, times drawn evenly, 16x16 pixels, a width of 16, and decoders of 24, 16 and 4 channels.
+Settings: 16 and 32 (pixels a side; EDM's preconditioning and density), and two with networks of width 16 at 16x16 pixels:
+V, the paper's own setting in small: NCSN++ with noise prediction, VP, times drawn evenly, decoders of 24, 16 and 4 channels;
+E, the strong baseline: EDM's preconditioning, a density tuned for (a), stages of the Gaussian denoiser.
 
 The Fréchet distance of 5,000 samples to the training images, on the features of the classifier that ships with the package,
 is taken at evaluation points fixed beforehand. The ratio is the compute at which (c) first reaches the best distance of
@@ -49,7 +50,8 @@ from multistage_diffusion import find_stages, override, preset, resume, rng, tra
 from multistage_diffusion.config import DataConfig, RunConfig
 from multistage_diffusion.config.serialization import read_json, to_dict
 from multistage_diffusion.contracts import Denoiser
-from multistage_diffusion.data import open_data, to_float
+from multistage_diffusion.data import to_float
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.files import write_json
 from multistage_diffusion.optimal import OptimalDenoiser
@@ -120,6 +122,34 @@ class Setting:
         return self.chosen.get("c" if arm == "e" and arm not in self.chosen else arm)
 
 
+def _small_networks(**changes: Any) -> dict[str, Any]:
+    """Return what settings V and E have in common, with changes."""
+    return {
+        "network.channels": 1,
+        "network.encoder_width": 16,
+        "network.decoder_widths": [16, 16, 16],
+        "network.channel_mult": [1, 2],
+        "network.blocks_per_level": 1,
+        "network.dropout": 0.0,
+        "optimizer.lr": 4e-3,
+        "optimizer.warmup_steps": 200,
+        "training.batch": 128,
+        "training.flip": False,
+        "training.update_mode": "mixed",
+        "training.ema_halflife": 50_000.0,
+        "training.ema_rampup": 0.05,
+        "training.held_out_every": 512,
+        "training.held_out_rows": 512,
+        "training.checkpoint_every": 256,
+        "training.log_every": 128,
+        "training.sample_every": 0,
+        "evaluation.every": 1024,
+        "evaluation.features": "fashion-classifier",
+        "evaluation.count": 5000,
+        **changes,
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cuts:
     """Stage edges in sigma: of `msdiff stages`, and of even length in the time of the VP kernel."""
@@ -135,6 +165,7 @@ class Cuts:
         return cls(splits=found, even=even.edges_sigma)
 
 
+SIGMA_DATA_16 = 0.55  # standard deviation of the 16x16 images about their mean image
 V_SHARES = (0.32, 0.34, 0.34)  # with which (c)'s rows cost as much as (a)'s
 SETTINGS = {
     "16": Setting(
@@ -196,29 +227,7 @@ SETTINGS = {
     "V": Setting(
         size=16,
         preset="cifar10-dpm-one-stage",
-        base={
-            "network.channels": 1,
-            "network.encoder_width": 16,
-            "network.decoder_widths": [16, 16, 16],
-            "network.channel_mult": [1, 2],
-            "network.blocks_per_level": 1,
-            "network.dropout": 0.0,
-            "optimizer.lr": 4e-3,
-            "optimizer.warmup_steps": 200,
-            "training.batch": 128,
-            "training.flip": False,
-            "training.update_mode": "mixed",
-            "training.ema_halflife": 50_000.0,
-            "training.ema_rampup": 0.05,
-            "training.held_out_every": 512,
-            "training.held_out_rows": 512,
-            "training.checkpoint_every": 256,
-            "training.log_every": 128,
-            "training.sample_every": 0,
-            "evaluation.every": 1024,
-            "evaluation.features": "fashion-classifier",
-            "evaluation.count": 5000,
-        },
+        base=_small_networks(),
         splits={"algorithm 1": StageSettings()},
         variants={
             "a": ({},),
@@ -228,6 +237,35 @@ SETTINGS = {
         },
         chosen={"a": 0, "c": 0, "e": 0, "f": 0},
         steps={"tuning": 1024, "final": 8192},
+    ),
+    "E": Setting(
+        size=16,
+        preset="cifar10-edm-one-stage",
+        base=_small_networks(
+            **{
+                "network.augment_dim": 0,
+                "training.augment": 0.0,
+                "diffusion.sigma_data": SIGMA_DATA_16,
+                "sampling.solver": "dpm",
+                "sampling.method": "singlestep",
+                "sampling.order": 3,
+                "sampling.calls": 20,
+                "sampling.spacing": "log-snr",
+            }
+        ),
+        splits={
+            "algorithm 1": StageSettings(),
+            "gaussian": StageSettings(algorithm=2, stages=3, denoiser="gaussian"),
+        },
+        variants={
+            "a": (
+                {},
+                {"diffusion.prior.p_mean": -0.58, "diffusion.prior.p_std": 1.51},
+                {"diffusion.prior.p_mean": -0.7, "diffusion.prior.p_std": 1.0},
+            ),
+        },
+        chosen={},
+        steps={"tuning": 2048, "final": 8192},
     ),
 }
 

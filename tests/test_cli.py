@@ -150,7 +150,7 @@ def test_the_version(msdiff: Call) -> None:
     ("arguments", "words"),
     [
         (["trian"], ["command 'trian' is unknown; did you mean 'train'?"]),
-        (["x"], ["choose one of stages, train, train-codec, sample"]),
+        (["x"], ["choose one of quickstart, stages, train, train-codec, sample"]),
         (["stages"], ["Missing from msdiff stages: DATA"]),
         (["stages", "digits", "--algorithm", "3"], ["invalid choice '3' for argument '--algorithm'"]),
         (
@@ -565,8 +565,10 @@ def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monk
         ("stages digits --data-range 1 -1", "must be finite and ascending"),
         ("stages digits --device cuda:77", "device='cuda:77'"),
         ("stages nan.npy", "nan.npy: images are float32, not uint8"),
-        ("train", "give one of --preset NAME, --config FILE or --resume RUN"),
-        ("train --preset digits --config c.yaml --out new", "give one of --preset"),
+        ("train --out new", "DATA is missing: name the images (or give --preset NAME, --config FILE or --resume RUN)"),
+        ("train digits --data digits --out new", "both name the images"),
+        ("train digits", "--out is missing"),
+        ("train --preset digits --config c.yaml --out new", "both give the settings"),
         ("train --preset digits", "--out is missing"),
         ("train --preset digit --out new", "preset 'digit' is unknown; did you mean 'digits'?"),
         ("train --preset digits --out new --data nowhere", "nowhere"),

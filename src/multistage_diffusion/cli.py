@@ -27,6 +27,7 @@ from .escaping import shown
 from .version import __version__
 
 SUMMARIES = {
+    "quickstart": "Run all steps on your own images: stages, train, sample, evaluate, report.",
     "stages": "Find the noise ranges (stages) of a data set from the data themselves.",
     "train": "Train a multi-decoder model, or resume a run.",
     "train-codec": "Train a small autoencoder (a latent codec) on a data set, for runs on its latents.",
@@ -55,9 +56,9 @@ msdiff COMMAND --help shows a command's options, with examples; msdiff --version
 
 Examples
   msdiff demo
-  msdiff stages photos/ --size 64 64 --fit crop --out stages.json
-  msdiff train --preset digits --data digits --stages stages.json --out runs/digits
-  msdiff sample runs/digits --count 64 --out grid.png
+  msdiff quickstart photos/ --out runs/photos
+  msdiff train --preset digits --stages stages.json --out runs/digits
+  msdiff sample runs/photos --count 64 --out grid.png
 """
 
 _LONGEST = 1000  # characters of a message

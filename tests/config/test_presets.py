@@ -47,6 +47,6 @@ def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"preset 'digit' is unknown; did you mean 'digits'\?"):
         preset("digit")
     with pytest.raises(
-        ValueError, match="choose one of digits, fashion-mnist, fashion-mnist-latent, cifar10-dpm, cifar10-edm"
+        ValueError, match="choose one of digits, fashion-mnist, fashion-mnist-latent, images-32-cpu"
     ):
         preset("zzz")

@@ -1,8 +1,11 @@
+import dataclasses
+
 import pytest
+import torch
 
 from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.nets import build_network
-from multistage_diffusion.nets.cost import NetworkCost, network_cost, weighted_multiply_adds
+from multistage_diffusion.nets.cost import NetworkCost, network_cost, saved_bytes, weighted_multiply_adds
 
 CIFAR = NetworkConfig.of(encoder_width=128, decoder_widths=(192, 128, 16), blocks_per_level=8)
 EDM = NetworkConfig.of(
@@ -275,3 +278,26 @@ def test_meme_by_hand() -> None:
         assert stage.multiply_adds == expert.convolutions
         assert stage.true_flops == 2 * (expert.convolutions + expert.rest)
     assert cost.shared_parameters == 0
+
+
+SMALL = dataclasses.replace(TINY, encoder_width=16, decoder_widths=(32, 16), channel_mult=(1, 2))
+
+
+@pytest.mark.parametrize("network", [SMALL, dataclasses.replace(SMALL, dropout=0.3)])
+def test_the_memory_of_training_is_what_autograd_really_keeps(network: NetworkConfig) -> None:
+    """Counted without arithmetic; here beside real forward passes of 2 and of 5 rows."""
+    real = build_network(network).train()
+
+    def kept(rows: int, stage: int) -> int:
+        stored: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            return stored.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            held = real(torch.randn(rows, 1, 8, 12), torch.rand(rows), [rows * (k == stage) for k in range(2)])
+        del held
+        return sum(tensor.untyped_storage().nbytes() for tensor in stored.values())
+
+    for stage, counted in enumerate(saved_bytes(network, 8, 12)):
+        assert kept(5, stage) - kept(2, stage) == pytest.approx(3 * counted, rel=0.05)

@@ -12,6 +12,7 @@ from .evaluate import Evaluate, Stats
 from .export import Export
 from .import_run import Import
 from .plan import Plan
+from .quickstart import Quickstart
 from .report import Report
 from .sample import Sample
 from .stages import FindStages
@@ -19,6 +20,7 @@ from .tables import Presets, Tables
 from .train import Train
 
 COMMANDS: dict[str, type[Any]] = {
+    "quickstart": Quickstart,
     "stages": FindStages,
     "train": Train,
     "train-codec": TrainCodec,

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config.serialization import to_dict
 from ..console import Bar, TrainingProgress
-from ..evaluation.presentation import result_text
 from ..workflow.demo import demo
-from .options import Changes, Device, parse_changes, print_json, say
+from .options import Changes, Device, parse_changes
+from .quickstart import show_results
 
 
 @dataclass(kw_only=True)
@@ -33,13 +32,4 @@ class Demo:
         """Run the command."""
         with TrainingProgress() as progress:
             page, result = demo(self.out, parse_changes(self.set), device=self.device, callbacks=[progress], bar=Bar)
-        if self.json:
-            print_json({**to_dict(result), "report": str(page)})
-            return
-        say(result_text(result))
-        for name, what in (
-            ("samples.png", "samples"),
-            ("stages.png", "stages"),
-            (page.name, "report: open in a browser"),
-        ):
-            say(f"{self.out / name}  ({what})")
+        show_results(page, result, json=self.json)

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import tyro
+import yaml
+from tyro.conf import Positional
+
+from ..config import RunConfig
 from ..config.presets import preset
+from ..config.serialization import override, to_dict
 from ..console import Bar, TrainingProgress, console
-from ..distributed import is_main_process
+from ..distributed import in_many, is_main_process
 from ..errors import UserError
 from ..performance.profiling import Profile, require_profile_place
 from ..stage_finding import StageResult
@@ -17,18 +23,32 @@ from ..training.callbacks import Callback
 from ..training.run import Run
 from ..training.strategies import STRATEGIES
 from ..training.trainer import Trainer
+from ..workflow.auto import auto_config
 from ..workflow.resume import resume
 from ..workflow.train import train
 from .options import Changes, DataOptions, Device, data_option, dotted_changes, load_config, one_of, option, say
+
+AUTO = "auto"
+
+
+class Chosen(NamedTuple):
+    """The settings of a new run: a configuration, changes to it, and the stages."""
+
+    config: RunConfig
+    changes: dict[str, Any]
+    result: StageResult | None
 
 
 @dataclass(kw_only=True)
 class Train(DataOptions):
     """Train a multi-decoder model, or resume a run.
 
-    The settings are those of a preset or a configuration file; --set changes them (YAML values).
+    Without a preset or a configuration file, all settings are chosen for the images and this device, and printed with
+    the reasons. --set changes settings (YAML values).
 
     Examples
+      msdiff train photos/ --out runs/photos
+      msdiff train photos/ --size 64 64 --print-config
       msdiff train --preset digits --data digits --stages stages.json --out runs/digits
       msdiff train --preset fashion-mnist --data photos/ --size 32 48 --fit crop --out runs/photos
       msdiff train --preset digits --out runs/slow --set optimizer.lr=1e-4 training.steps=20000
@@ -41,8 +61,10 @@ class Train(DataOptions):
       torchrun --nproc-per-node 4 -m multistage_diffusion train --preset digits --out runs/four --strategy memory
     """
 
-    preset: Annotated[str | None, option("NAME")] = None
-    """The preset; msdiff presets lists them, msdiff describe NAME shows one."""
+    images: Annotated[Positional[str | None], tyro.conf.arg(name="DATA", metavar="DATA")] = None
+    """The images to train on; as --data."""
+    preset: Annotated[str | None, option("NAME", "auto")] = None
+    """The preset; auto chooses for the images and this device; msdiff presets lists them, msdiff describe NAME shows one."""
     config: Annotated[Path | None, option("FILE")] = None
     """A configuration file instead of a preset: JSON or YAML, e.g. the config.json of a run."""
     data: Annotated[str | None, data_option("the preset's")] = None
@@ -60,6 +82,8 @@ class Train(DataOptions):
     """A run to resume from its latest checkpoint."""
     set: Changes = ()
     """Changes to the preset, e.g. optimizer.lr=1e-4 network.decoder_widths=[64,48,16]."""
+    print_config: bool = False
+    """Print the configuration as YAML and train nothing."""
     replace: bool = False
     """Move an existing run at OUT aside."""
     strategy: Annotated[str, option(one_of(STRATEGIES), "time")] = "time"
@@ -74,6 +98,11 @@ class Train(DataOptions):
     def run(self) -> None:
         """Run the command."""
         changes = self.changes()
+        if self.resume is None:
+            self.check_new()
+        if self.print_config:
+            self.show(changes)
+            return
         if self.profile and self.resume is not None:
             require_profile_place(self.resume)
         with TrainingProgress() as progress, Bar("encoding", "images") as bar:
@@ -88,10 +117,31 @@ class Train(DataOptions):
             f"trained: {run.path} (next: msdiff sample {run.path}, msdiff evaluate {run.path}, msdiff report {run.path})"
         )
 
+    def check_new(self) -> None:
+        """Check the options of a new run, before anything is read."""
+        if self.preset is not None and self.config is not None:
+            raise UserError("--preset NAME and --config FILE both give the settings; give one of them")
+        if self.out is None and not self.print_config:
+            raise UserError("--out is missing: name the new run's folder (or --resume RUN)")
+        if self.out is not None and not in_many():  # several processes may resume a run there
+            Run.require_room(self.out, replace=self.replace)
+
+    def show(self, changes: dict[str, Any]) -> None:
+        """Print the configuration as YAML."""
+        if self.resume is not None:
+            config = override(Run.open(self.resume).config(), changes)
+        else:
+            chosen = self.chosen(changes)
+            stages = {} if chosen.result is None else {"stages": chosen.result.stages()}
+            config = override(chosen.config, {**stages, **chosen.changes})
+        say(yaml.safe_dump(to_dict(config), sort_keys=False).rstrip())
+
     def changes(self) -> dict[str, Any]:
         """Return the options that change the configuration as one mapping of dotted keys."""
+        if self.images is not None and self.data is not None:
+            raise UserError(f"DATA {self.images} and --data {self.data} both name the images; give one of them")
         options = {
-            "data.source": self.data,
+            "data.source": self.data if self.images is None else self.images,
             **self.dotted(),
             "codec.source": self.codec,
             "training.init_from": None if self.init_from is None else str(self.init_from),
@@ -121,15 +171,13 @@ class Train(DataOptions):
 
     def start(self, changes: dict[str, Any], callbacks: Sequence[Callback[Trainer]], bar: Bar) -> Run:
         """Start a run."""
-        if (self.preset is None) == (self.config is None):
-            raise UserError("give one of --preset NAME, --config FILE or --resume RUN")
-        if self.out is None:
-            raise UserError("--out is missing: name the new run's folder (or --resume RUN)")
+        assert self.out is not None
+        chosen = self.chosen(changes)
         return train(
-            load_config(self.config) if self.config is not None else preset(self.preset or ""),
+            chosen.config,
             self.out,
-            changes,
-            result=None if self.stages is None else StageResult.load(self.stages),
+            chosen.changes,
+            result=chosen.result,
             borrow=self.borrow,
             replace=self.replace,
             device=self.device,
@@ -138,3 +186,17 @@ class Train(DataOptions):
             trackers=self.track,
             progress=bar,
         )
+
+    def chosen(self, changes: dict[str, Any]) -> Chosen:
+        """Return the configuration of a new run: of a preset or a file, or chosen for the images."""
+        result = None if self.stages is None else StageResult.load(self.stages)
+        if self.config is not None:
+            return Chosen(load_config(self.config), changes, result)
+        if self.preset not in (None, AUTO):
+            return Chosen(preset(self.preset or ""), changes, result)
+        if "data.source" not in changes:
+            raise UserError("DATA is missing: name the images (or give --preset NAME, --config FILE or --resume RUN)")
+        with Bar("finding stages", "resamples") as bar:
+            auto = auto_config(changes["data.source"], changes, result=result, device=self.device, progress=bar)
+        console.print(auto.table())
+        return Chosen(auto.config, {}, auto.result)

@@ -18,6 +18,7 @@ from . import (
     SamplingConfig,
     TrainingConfig,
 )
+from .image_presets import IMAGE_PRESETS
 from .paper_presets import PAPER_PRESETS, vp_stages
 
 
@@ -128,6 +129,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
     "fashion-mnist-latent": fashion_mnist_latent,
+    **IMAGE_PRESETS,
     **PAPER_PRESETS,
 }
 

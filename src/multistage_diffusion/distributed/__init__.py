@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .heartbeat import RankLost
-from .world import ALONE, World, is_main_process, join, share
+from .world import ALONE, World, in_many, is_main_process, join, share
 
-__all__ = ["ALONE", "RankLost", "World", "is_main_process", "join", "share"]
+__all__ = ["ALONE", "RankLost", "World", "in_many", "is_main_process", "join", "share"]

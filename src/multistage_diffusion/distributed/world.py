@@ -280,6 +280,11 @@ def is_main_process() -> bool:
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
+def in_many() -> bool:
+    """Tell whether this process is one of several by the environment variables; usable before `join`."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def join(device: torch.device, *, patience: float = PATIENCE) -> World:
     """Join the world described by the environment variables; without WORLD_SIZE, or if it is 1, return ALONE.
 

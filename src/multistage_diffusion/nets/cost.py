@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import NetworkConfig
 from ..errors import UserError
-from .network import MultiDecoderNetwork, meta_network, meta_run, tensors_in
+from .network import MultiDecoderNetwork, build_network, meta_network, meta_run, tensors_in
 
 BACKWARD = 2  # backward FLOPs over forward FLOPs: a layer computes gradients of its input and of its weights
 
@@ -119,6 +120,33 @@ def feature_elements(config: NetworkConfig, height: int, width: int) -> int:
     for stage in range(len(network.decoders)):
         meta_run(network, height, width, _only(stage, network))
     return max(waiting) + max(working)
+
+
+@functools.lru_cache(maxsize=64)
+def saved_bytes(config: NetworkConfig, height: int, width: int) -> tuple[int, ...]:
+    """Count the bytes that autograd keeps for the backward pass of one image in float32, by stage.
+
+    Forward passes of the encoder and the stage's decoder are recorded on the meta device. The bytes of one image are the
+    difference between two images and one, without what all images share.
+    """
+    with torch.device("meta"):
+        network = build_network(config).train()
+
+    def kept(rows: int, stage: int) -> int:
+        stored: dict[int, Tensor] = {}  # holds the tensors, so that no other one takes their place
+
+        def keep(tensor: Tensor) -> Tensor:
+            return stored.setdefault(tensor.untyped_storage()._cdata, tensor)
+
+        images, noise = (
+            torch.empty(rows, config.channels, height, width, device="meta"),
+            torch.empty(rows, device="meta"),
+        )
+        with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            network(images, noise, [rows * n for n in _only(stage, network)])
+        return sum(tensor.untyped_storage().nbytes() for tensor in stored.values())
+
+    return tuple(kept(2, stage) - kept(1, stage) for stage in range(len(network.decoders)))
 
 
 def _numel(value: object) -> int:

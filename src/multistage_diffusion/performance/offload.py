@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from ..config import NetworkConfig, RunConfig
 from ..memory import available_memory, require_memory
 from ..nets import MultiDecoderNetwork
-from ..nets.cost import feature_elements
+from ..nets.cost import feature_elements, network_cost, saved_bytes
+from ..shares import stage_shares
 
 MOST = {"cpu": 256, "cuda": 1024}  # batch size above which sampling gets no faster
 SHARE = 0.6  # share of the free memory that a call may use; the rest is headroom for the allocator
+WORKSPACE = 1.25  # peak memory of a training step over what autograd keeps, on a CPU (1.10 to 1.22 measured)
 NOISE = 40 * 8  # bytes per element for drawing the starting noise in float64
 
 
@@ -109,6 +111,21 @@ def require_sampling_memory(
 def require_memory_of_samples(shape: Sequence[int], count: int) -> None:
     """Raise UserError if memory cannot hold so many samples: uint8, and twice while they are concatenated."""
     require_memory(2 * count * torch.Size(shape).numel(), f"count={count}", "draw fewer, with other seeds for more")
+
+
+def training_memory(config: RunConfig, rows: int) -> float:
+    """Predict the bytes of a float32 training step: weights, gradients, moments and EMA, and what so many rows keep.
+
+    What the rows keep is counted from the network. Half precision and gradient checkpointing need less.
+
+    Args:
+        config: of the run, with the shape of its images or latents.
+        rows: rows of a micro-batch.
+    """
+    network, shares = config.network, stage_shares(config.training, config.stages, config.diffusion.prior)
+    kept = sum(s * b for s, b in zip(shares, saved_bytes(network, *config.input_shape[1:]), strict=True))
+    parameters = network_cost(network, *config.input_shape[1:]).total_parameters
+    return 5 * 4 * parameters + WORKSPACE * rows * kept
 
 
 def require_training_memory(config: RunConfig, parameters: int, device: torch.device, processes: int) -> None:

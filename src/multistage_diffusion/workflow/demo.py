@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,13 @@ from ..config.presets import preset
 from ..config.serialization import override
 from ..errors import UserError
 from ..evaluation import EvaluationResult
-from ..progress import Progress
-from ..reporting.pictures import grid, save_png
 from ..training.callbacks import Callback
 from ..training.run import Run
 from ..training.trainer import Trainer
 from .differences import CHANGEABLE, differences
-from .evaluate import evaluate
-from .report import report
+from .quickstart import Bars, show
 from .resolve import RESOLVED
 from .resume import resume
-from .sample import sample
 from .stages import find_stages
 from .train import train
 
@@ -32,7 +27,7 @@ def demo(
     *,
     device: str | None = None,
     callbacks: Sequence[Callback[Trainer]] = (),
-    bar: Callable[[str], AbstractContextManager[Progress]],
+    bar: Bars,
 ) -> tuple[Path, EvaluationResult]:
     """Run stages, train, sample, evaluate and report on the digits; an interrupted demo is continued.
 
@@ -58,12 +53,7 @@ def demo(
         with bar("finding stages") as progress:
             result = find_stages(config.data, progress=progress, device=device)
         run = train(config, out, result=result, device=device, callbacks=callbacks)
-    with bar("sampling") as progress:
-        save_png(grid(sample(run, 100, device=device, progress=progress)), out / "samples.png")
-    with bar("evaluating") as progress:
-        scores = evaluate(run, count=1000, device=device, progress=progress)
-    with bar("reporting") as progress:
-        return report(run, device=device, progress=progress), scores
+    return show(run, device=device, bar=bar)
 
 
 def _refuse_foreign(out: Path, changes: Mapping[str, Any]) -> None:

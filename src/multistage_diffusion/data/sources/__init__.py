@@ -137,6 +137,11 @@ def located(source: str) -> str:
     return f"{source.partition(':')[0]}:{named.located(rest)}" if rest else source
 
 
+def is_folder_or_zip(source: str) -> bool:
+    """Return whether a source is an existing folder or zip file of images, whose sizes may differ."""
+    return _named(source) is None and (to_path(source).is_dir() or to_path(source).suffix.lower() == ".zip")
+
+
 def forms() -> str:
     """Return how a user writes each source, separated by commas."""
     return ", ".join([named.form for named in _all(Named).values()] + [files.form for files in _all(Files).values()])

@@ -38,7 +38,7 @@ def open_images(path: Path, options: Options) -> ImageData:
     Raises:
         UserError: if there are no images, if labels are missing or wrong (see `find_labels`), and as `decode_all`.
     """
-    with _files(path) as (names, read):
+    with files(path) as (names, read):
         found = sort_out(str(path), names)
         if not found.images:
             raise UserError(f"{path}: contains no images ({', '.join(SUFFIXES)})")
@@ -50,7 +50,7 @@ def open_images(path: Path, options: Options) -> ImageData:
 
 
 @contextmanager
-def _files(path: Path) -> Iterator[tuple[list[str], Callable[[str, int], bytes]]]:
+def files(path: Path) -> Iterator[tuple[list[str], Callable[[str, int], bytes]]]:
     """Yield the relative file names (forward slashes) and a function that reads one file up to a byte limit."""
     if path.is_dir():
         yield list(_walk(path)), lambda name, limit: read_file(path / name, limit)

@@ -1,0 +1,243 @@
+"""The choice of a whole configuration for one's own images: what `msdiff train DATA` uses without a preset.
+
+Everything is chosen from the images and the device, with a reason for each choice. Keys that the user gives stay as given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..config import DataConfig, RunConfig
+from ..config.image_presets import IMAGE_SIZES, preset_name
+from ..config.presets import PRESETS, preset
+from ..config.serialization import override
+from ..data import ImageData
+from ..data.peek import image_sizes
+from ..data.sources import is_folder_or_zip, open_data, to_path
+from ..errors import UserError
+from ..performance.devices import resolve_device
+from ..performance.offload import SHARE, free_memory, training_memory
+from ..progress import Progress
+from ..shares import prior_masses
+from ..stage_finding import StageResult, StageSettings
+from .stages import find_stages
+
+SIDES = {"cpu": 32, "gpu": 64}  # pixels to which larger images are reduced, unless a size is given
+LEAST_SIDE = 8  # of images in a folder
+COARSEST = 4  # least side of a network's coarsest feature maps
+FEW_IMAGES = 1000
+
+
+class Reason(NamedTuple):
+    """One choice: the setting, its value as text, and why it was chosen."""
+
+    setting: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoConfig:
+    """A configuration chosen for a data set.
+
+    Attributes:
+        config: of the run, for `train`.
+        result: of the stage finding, for `train`; None if the user gives the stages.
+        reasons: why, setting by setting.
+    """
+
+    config: RunConfig
+    result: StageResult | None
+    reasons: tuple[Reason, ...]
+
+    def table(self) -> str:
+        """Return the choices as text: setting, value and reason, a line each."""
+        widths = [max(len(reason[column]) for reason in self.reasons) for column in (0, 1)]
+        return "\n".join(
+            f"{setting:<{widths[0]}}  {value:<{widths[1]}}  {reason}" for setting, value, reason in self.reasons
+        )
+
+
+def auto_config(
+    data: str | DataConfig,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    result: StageResult | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> AutoConfig:
+    """Choose the configuration of a run on one's own images.
+
+    Args:
+        data: the source, or how it is read.
+        changes: dotted keys that the user gives, see `override`; they are not chosen.
+        result: stages that the user gives; None: they are found, by the Gaussian denoiser.
+        device: default CUDA when there is one.
+        progress: called with (done, total) while stages are found.
+
+    Raises:
+        UserError: if the data cannot be read, or a key does not fit.
+    """
+    given, where = dict(changes or {}), resolve_device(device)
+    kind = "gpu" if where.type == "cuda" else "cpu"
+    source, reasons = DataConfig(source=data) if isinstance(data, str) else data, list[Reason]()
+    if source.source in PRESETS and result is None:
+        reasons.append(Reason("preset", source.source, "made for these data"))
+        known = override(preset(source.source), given)
+        return AutoConfig(config=known, result=None, reasons=tuple(reasons))
+    source = _sized(source, given, kind, reasons)
+    images = open_data(source)
+    size = max(images.shape[1:])
+    name = preset_name(next((s for s in IMAGE_SIZES if s >= size), IMAGE_SIZES[-1]), kind)
+    config = _based(preset(name), source, images, given)
+    reasons.append(Reason("preset", name, f"for images of {images.shape[1]}x{images.shape[2]} on this device"))
+    stages_given = result is not None or any(key.startswith("stages.") for key in given)
+    if not stages_given:
+        result = find_stages(
+            images.split(source.held_out)[0],
+            StageSettings(algorithm=2, denoiser="gaussian", stages=len(config.network.decoder_widths)),
+            diffusion=config.diffusion,
+            codec=config.codec if config.codec.used else None,
+            device=device,
+            progress=progress,
+        )
+    config = _with_stages(config, result, given, reasons)
+    config = _fitting_memory(config, given, where, reasons)
+    reasons += _about(config, images)
+    return AutoConfig(config=config, result=result, reasons=tuple(reasons))
+
+
+def _sized(data: DataConfig, given: Mapping[str, Any], kind: str, reasons: list[Reason]) -> DataConfig:
+    """Return how the data are read: in the size that the user gives, else in one that suits device and images."""
+    known = {key.removeprefix("data."): value for key, value in given.items() if key.startswith("data.")}
+    data = override(data, known) if known else data
+    if data.size is not None:
+        fit = "crop" if data.fit == "exact" and "fit" not in known else data.fit
+        reasons.append(Reason("data.size", _by(data.size), "as given"))
+        return dataclasses.replace(data, fit=fit)
+    most = SIDES[kind]
+    if is_folder_or_zip(data.source):
+        sizes = image_sizes(to_path(data.source))
+        if not sizes:
+            return data  # opening says what is wrong
+        least = min(min(size) for size in sizes)
+        if len(set(sizes)) == 1 and max(sizes[0]) <= most:
+            reasons.append(Reason("data.size", _by(sizes[0]), "the images' own"))
+            return dataclasses.replace(data, size=sizes[0], fit="crop")
+        side = min(most, max(LEAST_SIDE, least - least % 8))
+        why = f"centre of images of {_range(sizes)}; --size H W for another"
+    else:
+        own = open_data(data).shape[1:]
+        if max(own) <= most:
+            reasons.append(Reason("data.size", _by(own), "the images' own"))
+            return data
+        side, why = most, f"centre of images of {_by(own)}; --size H W for another"
+    reasons.append(Reason("data.size", _by((side, side)), why))
+    return dataclasses.replace(data, size=(side, side), fit="crop")
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _range(sizes: list[tuple[int, int]]) -> str:
+    """Return the sizes of images as text: the smallest and the largest."""
+    ordered = sorted(set(sizes), key=lambda size: size[0] * size[1])
+    return _by(ordered[0]) if len(ordered) == 1 else f"{_by(ordered[0])} to {_by(ordered[-1])}"
+
+
+def _based(base: RunConfig, source: DataConfig, images: ImageData, given: Mapping[str, Any]) -> RunConfig:
+    """Return the preset with the user's data and keys, and a network that suits the size of the images."""
+    if base.codec.used and not given.get("codec.source"):
+        raise UserError(
+            f"data.size={_by(images.shape[1:])}: images above {IMAGE_SIZES[-2]} pixels are trained on latents; give --codec "
+            f"(of msdiff train-codec, or hf:NAME), or a smaller --size"
+        )
+    keys: dict[str, Any] = {
+        "data": dataclasses.replace(source, shape=images.shape),
+        "network.channels": images.shape[0],
+    }
+    if base.codec.used:
+        keys |= {"codec.shape": (), "network.channels": base.network.channels}
+    else:
+        multiples = tuple(base.network.channel_mult)  # type: ignore[attr-defined]
+        while len(multiples) > 1 and max(images.shape[1:]) < COARSEST * 2 ** (len(multiples) - 1):
+            multiples = multiples[:-1]
+        if multiples != base.network.channel_mult:  # type: ignore[attr-defined]
+            keys |= {"network.channel_mult": multiples, "network.attention_factors": (2 ** (len(multiples) - 1),)}
+    own = {key: value for key, value in given.items() if not key.startswith("data.")}
+    return override(base, {**{k: v for k, v in keys.items() if k not in own}, **own})
+
+
+def _with_stages(
+    config: RunConfig, result: StageResult | None, given: Mapping[str, Any], reasons: list[Reason]
+) -> RunConfig:
+    """Return the configuration with the stages, and with the noise that they were found for."""
+    if result is None:
+        return config
+    keys: dict[str, Any] = {"stages": result.stages()}
+    if result.diffusion is not None:
+        keys |= {"diffusion.sigma_data": round(result.diffusion.sigma_data, 4)}
+        reasons.append(
+            Reason(
+                "diffusion.sigma_data", f"{keys['diffusion.sigma_data']:g}", "standard deviation about the mean image"
+            )
+        )
+    keys = {key: value for key, value in keys.items() if key not in given}
+    edges = ", ".join(f"{sigma:.3g}" for sigma in result.edges_sigma)
+    shares = "/".join(f"{share:.0%}" for share in prior_masses(result.stages(), config.diffusion.prior))
+    reasons.append(Reason("stages", f"sigma {edges}", f"Gaussian denoiser of these images; {shares} of the noise"))
+    return override(config, keys)
+
+
+def _fitting_memory(
+    config: RunConfig, given: Mapping[str, Any], where: torch.device, reasons: list[Reason]
+) -> RunConfig:
+    """Return the configuration with a batch in as many parts as memory requires."""
+    batch = config.training.batch
+    if config.codec.used or "training.accumulate" in given:
+        return config
+    there = free_memory(where)
+    parts = next((p for p in _halvings(batch) if training_memory(config, -(-batch // p)) <= SHARE * there), batch)
+    needed = training_memory(config, -(-batch // parts))
+    why = f"about {needed / 2**30:.1f} GiB of the {there / 2**30:.1f} GiB free"
+    reasons.append(Reason("training.batch", f"{batch}" if parts == 1 else f"{batch} in {parts} parts", why))
+    return override(config, {"training.accumulate": parts})
+
+
+def _halvings(batch: int) -> Iterator[int]:
+    """Yield 1, 2, 4, ... up to the batch."""
+    parts = 1
+    while parts <= batch:
+        yield parts
+        parts *= 2
+
+
+def _about(config: RunConfig, images: ImageData) -> list[Reason]:
+    """Return what a user should know of the choices that do not depend on the images."""
+    network, training = config.network, config.training
+    widths = "/".join(map(str, network.decoder_widths))
+    found = [
+        Reason("network", f"{network.family} {network.encoder_width}, decoders {widths}", "of the preset"),
+        Reason("training.steps", str(training.steps), "of the preset; stop with Ctrl-C and resume at any time"),
+        Reason("training.flip", str(training.flip).lower(), "true doubles the images, if mirrored ones are right"),
+    ]
+    if images.labels is not None and not network.num_classes:
+        count = images.num_classes
+        found.append(
+            Reason("network.num_classes", "0", f"--set network.num_classes={count} learns the {count} classes")
+        )
+    if len(images) < FEW_IMAGES and not training.augment:
+        found.append(
+            Reason(
+                "training.augment",
+                "0",
+                f"{len(images)} images are few: --set network.augment_dim=9 training.augment=0.12",
+            )
+        )
+    return found

@@ -1,0 +1,162 @@
+"""The choice of a configuration for one's own images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from multistage_diffusion import train
+from multistage_diffusion.config import DataConfig
+from multistage_diffusion.config.presets import preset
+from multistage_diffusion.data.sources import open_data
+from multistage_diffusion.errors import UserError
+from multistage_diffusion.shares import prior_masses
+from multistage_diffusion.workflow import auto
+from multistage_diffusion.workflow.auto import auto_config
+
+PIXELS = (load_digits().images[:300] * 255 / 16).astype(np.uint8)
+SMALL = {
+    "network.encoder_width": 16,
+    "network.decoder_widths": [16, 16, 16],
+    "training.steps": 3,
+    "training.batch": 12,
+    "training.sample_every": 0,
+    "evaluation.every": 0,
+}
+
+
+def folder_of(tmp_path: Path, *sizes: tuple[int, int]) -> Path:
+    """Write the digits as images of these sizes, in turn."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, image in enumerate(PIXELS):
+        Image.fromarray(image).resize(sizes[number % len(sizes)][::-1]).save(folder / f"{number:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_of(tmp_path_factory.mktemp("auto"), (44, 60), (70, 37), (90, 90))
+
+
+def test_large_images_of_several_sizes_are_cropped_to_what_the_device_can_train(photos: Path) -> None:
+    found = auto_config(str(photos), device="cpu")
+    config = found.config
+    assert config.data.size == (32, 32)
+    assert config.data.fit == "crop"
+    assert config.data.shape == config.input_shape == (1, 32, 32)
+    assert config.name == "images-32-cpu"
+    assert config.network.channels == 1
+    reasons = {reason.setting: reason for reason in found.reasons}
+    assert reasons["data.size"].value == "32x32"
+    assert "37x70" in reasons["data.size"].reason or "70x37" in reasons["data.size"].reason
+    assert all(reason.setting in found.table() and reason.reason in found.table() for reason in found.reasons)
+
+
+@pytest.mark.slow
+def test_noise_and_stages_are_those_of_the_images(photos: Path) -> None:
+    config = auto_config(str(photos), device="cpu").config
+    images = open_data(str(photos), size=(32, 32), fit="crop").split(0.1)[0].tensor().double() / 127.5 - 1
+    assert config.diffusion.sigma_data == pytest.approx(
+        float((images - images.mean(0)).square().mean().sqrt()), rel=1e-2
+    )
+    masses = prior_masses(config.stages, config.diffusion.prior)
+    assert len(masses) == 3
+    assert min(masses) > 0.15  # no decoder starves
+
+
+def test_images_smaller_than_a_preset_keep_their_size_and_get_fewer_levels(tmp_path: Path) -> None:
+    config = auto_config(str(folder_of(tmp_path, (8, 8))), device="cpu").config
+    assert config.data.size == (8, 8)
+    assert config.network.channel_mult == (1, 2)
+    assert config.network.attention_factors == (2,)
+
+
+@pytest.mark.slow
+def test_small_images_of_several_sizes_get_the_largest_common_multiple_of_eight(tmp_path: Path) -> None:
+    assert auto_config(str(folder_of(tmp_path, (21, 30), (26, 19))), device="cpu").config.data.size == (16, 16)
+
+
+def test_keys_that_are_given_are_not_chosen(photos: Path) -> None:
+    given = {
+        "data.size": [16, 24],
+        "data.held_out": 0.3,
+        "diffusion.sigma_data": 0.4,
+        "diffusion.prior.p_mean": -0.5,
+        "training.accumulate": 4,
+        **SMALL,
+    }
+    found = auto_config(str(photos), given, device="cpu")
+    config = found.config
+    assert config.data.size == (16, 24)
+    assert config.data.held_out == 0.3
+    assert config.diffusion.sigma_data == 0.4
+    assert config.training.accumulate == 4
+    assert config.training.steps == 3
+    assert found.result is not None
+    assert found.result.diffusion is not None
+    assert found.result.diffusion.prior.p_mean == -0.5  # the stages are found for the density that is trained
+
+
+@pytest.mark.slow
+def test_stages_that_are_given_are_kept(photos: Path) -> None:
+    config = auto_config(str(photos), {"stages.interior": [0.3, 2.0]}, device="cpu").config
+    assert config.stages.interior == (0.3, 2.0)
+    other = auto_config(str(photos), device="cpu")
+    assert auto_config(str(photos), result=other.result, device="cpu").config.stages == other.config.stages
+
+
+@pytest.mark.slow
+def test_arrays_of_one_size_are_opened_as_they_are(tmp_path: Path) -> None:
+    np.save(tmp_path / "small.npy", PIXELS)
+    assert auto_config(str(tmp_path / "small.npy"), device="cpu").config.data.size is None
+    np.save(tmp_path / "large.npy", PIXELS.repeat(6, 1).repeat(6, 2))
+    found = auto_config(str(tmp_path / "large.npy"), device="cpu").config.data
+    assert (found.size, found.fit) == ((32, 32), "crop")
+
+
+def test_data_with_a_preset_of_their_own_get_it() -> None:
+    found = auto_config("digits", {"training.steps": 7}, device="cpu")
+    assert found.config.name == "digits"
+    assert found.config.training.steps == 7
+    assert found.config.stages == preset("digits").stages
+
+
+def test_a_batch_that_does_not_fit_is_divided(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = auto_config(str(photos), device="cpu").config
+    assert whole.training.accumulate == 1
+    monkeypatch.setattr(auto, "free_memory", lambda _: int(0.3 * 2**30 / auto.SHARE))
+    divided = auto_config(str(photos), device="cpu")
+    parts = divided.config.training.accumulate
+    assert parts > 1
+    rows = -(-whole.training.batch // parts)
+    assert auto.training_memory(whole, rows) <= 0.3 * 2**30 < auto.training_memory(whole, 2 * rows)
+    assert any(f"in {parts} parts" in reason.value for reason in divided.reasons)
+
+
+def test_images_above_the_largest_pixel_preset_need_a_codec(photos: Path) -> None:
+    with pytest.raises(UserError, match="trained on latents; give --codec"):
+        auto_config(DataConfig(source=str(photos), size=(160, 160), fit="crop"), device="cpu")
+
+
+def test_classes_and_few_images_are_pointed_out(tmp_path: Path) -> None:
+    np.savez(tmp_path / "classes.npz", images=PIXELS, labels=load_digits().target[:300])
+    words = auto_config(str(tmp_path / "classes.npz"), device="cpu").table()
+    assert "network.num_classes=10 learns the 10 classes" in words
+    assert "300 images are few" in words
+
+
+def test_a_folder_without_images_is_refused_as_by_opening_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="contains no images"):
+        auto_config(str(tmp_path), device="cpu")
+
+
+def test_the_choice_trains(photos: Path, tmp_path: Path) -> None:
+    chosen = auto_config(str(photos), {**SMALL, "data.size": [8, 8]}, device="cpu")
+    run = train(chosen.config, tmp_path / "run", result=chosen.result, device="cpu")
+    assert (tmp_path / "run" / "stages.json").exists()
+    assert [record["step"] for record in run.records() if record["kind"] == "train"][-1] == 3
