@@ -15,7 +15,9 @@ and beside them, to see what comes from the decoders and what from the rows that
 
 Settings: 16 and 32 (pixels a side; EDM's preconditioning and density), and two with networks of width 16 at 16x16 pixels:
 V, the paper's own setting in small: NCSN++ with noise prediction, VP, times drawn evenly, decoders of 24, 16 and 4 channels;
-E, the strong baseline: EDM's preconditioning, a density tuned for (a), stages of the Gaussian denoiser.
+E, the strong baseline: EDM's preconditioning, a density tuned for (a), stages of the Gaussian denoiser;
+edges, the pilot of which stages to prefer: as E with EDM's density and decoders of one width, so that only the edges differ:
+(c) of the Gaussian denoiser, (o) of the optimal denoiser, (d) of even length in time.
 
 The Fréchet distance of 5,000 samples to the training images, on the features of the classifier that ships with the package,
 is taken at evaluation points fixed beforehand. The ratio is the compute at which (c) first reaches the best distance of
@@ -80,8 +82,17 @@ ARMS = {
     "d": "several decoders, even",
     "e": "one network, rows of (c)",
     "f": "several decoders, one width",
+    "o": "several decoders, optimal denoiser's stages",
 }
-COLOURS = {"a": "#444444", "b": "#c44e52", "c": "#1f77b4", "d": "#dd8452", "e": "#8c8c8c", "f": "#55a868"}
+COLOURS = {
+    "o": "#8172b3",
+    "a": "#444444",
+    "b": "#c44e52",
+    "c": "#1f77b4",
+    "d": "#dd8452",
+    "e": "#8c8c8c",
+    "f": "#55a868",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +279,19 @@ SETTINGS = {
         steps={"tuning": 2048, "final": 8192},
     ),
 }
+SETTINGS["edges"] = dataclasses.replace(
+    SETTINGS["E"],
+    base={
+        **SETTINGS["E"].base,
+        "training.shares": "prior",
+        "training.floor_share": 0.05,
+        "training.overlap": 0.25,
+        "evaluation.every": 512,
+    },
+    variants={"a": ({},), "c": ({SPLIT: "gaussian"},), "o": ({SPLIT: "algorithm 1"},), "d": ({},)},
+    chosen={"a": 0, "c": 0, "o": 0, "d": 0},
+    steps={"tuning": 512, "final": 2048},
+)
 
 
 # For a GPU: a wider network on padded images. Nothing is chosen: it has not been run.
