@@ -26,6 +26,15 @@ MOST = {"sample": 9, "evaluate": 24, "report": 4}  # images; their numbers are n
 SHORT = ["training.steps=4", "training.batch=12", "training.held_out_rows=4", "training.log_every=2"]
 
 
+FAST = [
+    "training.sample_every=0",
+    "network.encoder_width=16",
+    "network.decoder_widths=[16,16,16]",
+    "sampling.calls=3",
+    "evaluation.every=0",
+]
+
+
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
@@ -53,8 +62,11 @@ def shortened(command: list[str]) -> list[str]:
     """Return a command with fewer training steps, samples and denoiser calls."""
     if command[0] == "train-codec":
         return [*command, "--steps", "3", "--width", "16"]
-    if command[0] == "train":
-        return [*command, *([] if "--set" in command else ["--set"]), *SHORT]
+    if "--print-config" in command:
+        return command
+    if command[0] in ("train", "quickstart"):
+        chosen = command[0] == "quickstart" or not {"--preset", "--config", "--resume"} & set(command)
+        return [*command, *([] if "--set" in command else ["--set"]), *SHORT, *(FAST if chosen else [])]
     if command[0] not in MOST:
         return command
     if "--count" in command:
@@ -97,6 +109,8 @@ def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )  # grey: Fréchet distances take a second, not eight
     for i, image in enumerate(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)):
         Image.fromarray(image).save(tmp_path / "photos" / f"{i}.png")
+    for block in blocks(page, "yaml"):
+        (tmp_path / "photos.yaml").write_text(block)
     found = commands(page)
     assert found
     for launch, command in found:

@@ -46,7 +46,5 @@ def test_the_averaging_of_the_paper_is_one_in_ten_thousand() -> None:
 def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"preset 'digit' is unknown; did you mean 'digits'\?"):
         preset("digit")
-    with pytest.raises(
-        ValueError, match="choose one of digits, fashion-mnist, fashion-mnist-latent, images-32-cpu"
-    ):
+    with pytest.raises(ValueError, match="choose one of digits, fashion-mnist, fashion-mnist-latent, images-32-cpu"):
         preset("zzz")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,31 @@ def test_features_that_memory_cannot_hold_are_refused_before_samples_are_drawn(
         UserError, match=r"count=1000000000, features='pixels' of 64 dimensions, needs at least .* smaller"
     ):
         measure(run, count=10**9)
+
+
+def of_features(run: Run, folder: Path, features: str) -> Run:
+    """Copy a run, with other features in its configuration."""
+    copy = Run(Path(shutil.copytree(run.path, folder / "copy")))
+    copy.config_file.write_text(json.dumps(to_dict(override(run.config(), {"evaluation.features": features}))))
+    return copy
+
+
+@pytest.mark.parametrize("measure", [evaluate, compare])
+def test_the_default_features_are_those_of_the_run(measure: Any, run: Run, tmp_path: Path) -> None:
+    copy = of_features(run, tmp_path, "thumbnails")
+    assert measure(copy, count=COUNT).extractor == "thumbnails"
+    assert measure(copy, count=COUNT, features="pixels").extractor == "pixels"
+
+
+@pytest.mark.parametrize("measure", [evaluate, compare])
+def test_a_script_that_only_the_run_names_is_not_loaded(
+    measure: Any, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MSDIFF_CACHE", str(tmp_path / "cache"))
+    torch.jit.script(torch.nn.Flatten()).save(tmp_path / "own.pt")
+    copy = of_features(run, tmp_path, str(tmp_path / "own.pt"))
+    with pytest.raises(UserError, match=r"own\.pt.*trust"):
+        measure(copy, count=COUNT)
 
 
 def test_comparisons_are_added_to_the_run(run: Run) -> None:

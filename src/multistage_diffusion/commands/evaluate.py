@@ -36,10 +36,12 @@ from .options import (
     say,
 )
 
-Features = Annotated[
-    str,
-    tyro.conf.arg(metavar="FEATURES", help_behavior_hint="(default: pixels)", help=features_help()),
-]
+
+def features_option(default: str) -> Any:
+    """Return the display of an option that takes the name of a feature extractor."""
+    return tyro.conf.arg(metavar="FEATURES", help_behavior_hint=f"(default: {default})", help=features_help())
+
+
 Weights = Annotated[Path | None, option("FILE", "downloaded")]
 Metrics = Annotated[
     tuple[str, ...],
@@ -81,7 +83,7 @@ class Evaluate(SamplerOptions, DataOptions):
     """Compute the variational bound of held-out images instead, in bits per dimension, per stage (RUN/likelihood.json)."""
     sigma_range: Annotated[tuple[float, float] | None, option("LOW HIGH", "the run's training noise")] = None
     """With --likelihood: range of sigma of the integral; only results of the same range are comparable."""
-    features: Features = "pixels"
+    features: Annotated[str | None, features_option("the run's evaluation.features")] = None
     inception_weights: Weights = None
     """A file with the weights of inception or vgg16."""
     metrics: Metrics = ()
@@ -104,7 +106,8 @@ class Evaluate(SamplerOptions, DataOptions):
             low, high = self.sigma_range
             raise UserError(f"--sigma-range {low:g} {high:g} needs --likelihood; add it, or leave out --sigma-range")
         config, given = run.config(), self.given()
-        agree(self.features)
+        if self.features is not None:
+            agree(self.features)
         if given and self.data is None:
             raise UserError(
                 f"--{next(iter(given)).replace('_', '-')} needs --data, or leave it out: the run's own data are read as in "
@@ -184,7 +187,7 @@ class Stats(DataOptions):
     data: Annotated[Positional[str], data_option()]
     out: Annotated[Path, option("FILE")]
     """Where to write the statistics (.npz)."""
-    features: Features = "pixels"
+    features: Annotated[str, features_option("pixels")] = "pixels"
     inception_weights: Weights = None
     """A file with the weights of inception or vgg16."""
     part: Literal["all", "train", "held-out"] = "train"

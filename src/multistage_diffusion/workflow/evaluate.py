@@ -63,7 +63,7 @@ def evaluate(
     data: DataConfig | None = None,
     *,
     count: int | None = None,
-    features: str = "pixels",
+    features: str | None = None,
     weights: Path | None = None,
     metrics: Sequence[str] = (),
     seed: int = 0,
@@ -80,7 +80,7 @@ def evaluate(
         run: a trained run, or its folder.
         data: data to compare with instead of the run's own; their training part replaces the run's training images.
         count: samples drawn; default as many as held-out images, but at least 500 and at most 5000.
-        features: name of a feature extractor, or a TorchScript file.
+        features: name of a feature extractor, or a TorchScript file; None: the run's evaluation.features.
         weights: a file of the features' weights; default: downloaded.
         metrics: names of metrics; default: all that can be computed.
         seed: seed of the samples.
@@ -96,7 +96,7 @@ def evaluate(
     run, (world, resolved) = opened_run(run), joined(device, "evaluate")
     read_evaluations(require_writable(run, "evaluation.json"))
     with world.report_failures():
-        extractor = get_features(features, weights)
+        features, extractor = _features(run, features, weights)
         config, opened, share = run.config(), *_compared_data(run, data)
         warn_of_empty(config.data.class_counts)
         train, held_out = opened.split(share)
@@ -129,6 +129,12 @@ def evaluate(
         return result
 
 
+def _features(run: Run, features: str | None, weights: Path | None) -> tuple[str, FeatureExtractor]:
+    """Return the features that the user names, or else the run's: their name and the extractor."""
+    name = features or run.config().evaluation.features
+    return name, get_features(name, weights, named=features is not None)
+
+
 def _labels(config: RunConfig, count: int, seed: int, *parts: ImageData) -> tuple[Tensor, ...]:
     """Return the class labels of a class-conditional run's samples and of labelled real images."""
     samples = sample_labels(config, count, seed=seed)
@@ -142,7 +148,7 @@ def compare(
     data: DataConfig | None = None,
     *,
     count: int | None = None,
-    features: str = "pixels",
+    features: str | None = None,
     weights: Path | None = None,
     metrics: Sequence[str] = (),
     seed: int = 0,
@@ -170,7 +176,8 @@ def compare(
     run, (world, resolved) = opened_run(run), joined(device, "evaluate --against")
     read_evaluations(require_writable(run, "evaluation.json"))
     with world.report_failures():
-        extractor = sharded(get_features(features, weights), world)
+        features, own = _features(run, features, weights)
+        extractor = sharded(own, world)
         opened, share = _compared_data(run, data)
         warn_of_empty(run.config().data.class_counts)
         if str(reference) == "train":
