@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -13,7 +14,15 @@ from multistage_diffusion.data.rows import ArrayRows
 from multistage_diffusion.schedules import LogNormal
 from multistage_diffusion.stage_finding import StageSettings, compute_stages
 from multistage_diffusion.stages import Stages
-from multistage_diffusion.workflow.checks import SAMPLED, sample_std, warn_of_density, warn_of_starved
+from multistage_diffusion.workflow.checks import (
+    LEAST_HELD_OUT,
+    SAMPLED,
+    sample_std,
+    warn_of_density,
+    warn_of_few,
+    warn_of_sigma_data,
+    warn_of_starved,
+)
 
 
 @pytest.mark.parametrize("count", [1, 7, 300])
@@ -71,3 +80,39 @@ def test_stages_of_another_density_are_warned_of(tiny_config: Any, tiny_data: An
     other = tiny_config(**(EDM | {"diffusion__prior": LogNormal(p_mean=0.0, p_std=1.2)})).diffusion
     with pytest.warns(UserWarning, match="p_mean -1.2, p_std 1.2.*but this run trains with edm and .*p_mean 0.0"):
         warn_of_density(result, other)
+
+
+@pytest.mark.parametrize(("std", "warned"), [(0.2, True), (0.25, False), (1.0, False), (1.01, True), (0.0, True)])
+@pytest.mark.parametrize("what", ["images", "latents"])
+def test_a_sigma_data_off_by_more_than_a_factor_of_two_is_named(
+    tiny_config: Any, std: float, warned: bool, what: str
+) -> None:
+    config = tiny_config(**{**EDM, "diffusion__sigma_data": 0.5})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_sigma_data(config, what, std)
+        warn_of_sigma_data(tiny_config(diffusion__precondition="vp-eps"), what, std)  # has no use for it
+    assert [str(w.message) for w in caught] == [
+        f"diffusion.sigma_data=0.5, but the {what}' standard deviation is {std:.2g}; consider --set "
+        f"diffusion.sigma_data={std:.2g}"
+    ] * warned
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((1000, LEAST_HELD_OUT), None),
+        ((40, 0), None),  # as asked for
+        ((105, LEAST_HELD_OUT - 1), "15 images held out: .*such as 0.13"),
+        ((20, 2), "2 images held out: .*more images would mend that"),
+    ],
+)
+def test_too_few_held_out_images_are_named(tiny_data: Any, sizes: tuple[int, int], words: str | None) -> None:
+    images = tiny_data(max(1, sum(sizes)))
+    parts = images.subset(range(sizes[0])), images.subset(range(sizes[0], sum(sizes)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_few(*parts)
+    assert len(caught) == (words is not None)
+    if words:
+        assert re.search(words, str(caught[0].message))

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from multistage_diffusion.config import CodecConfig, RunConfig
+from multistage_diffusion.config import CodecConfig, DiffusionConfig, RunConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override
 from multistage_diffusion.data import ImageData, to_uint8
 from multistage_diffusion.evaluation import frechet_distance, get_features
+from multistage_diffusion.schedules import LogNormal
 from multistage_diffusion.stage_finding import StageSettings, compute_stages
 from multistage_diffusion.training.checkpoint import load_tensors
 from multistage_diffusion.training.flops import flops_per_image
@@ -124,6 +125,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: RunConfig, tmp_path: 
         one, other = (load_tensors(run.checkpoint("latest"), name) for run in (whole, parts))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_sigma_data_that_does_not_suit_the_latents_is_warned_of(config: RunConfig, tmp_path: Path) -> None:
+    edm = {"diffusion": DiffusionConfig(precondition="edm", sigma_data=0.3, prior=LogNormal())}
+    with pytest.warns(UserWarning, match=r"sigma_data=0.3, but the latents' standard deviation is 1;"):
+        train(override(config, edm), tmp_path / "run")
 
 
 def test_images_are_encoded_once(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ from ..config import CodecConfig, DiffusionConfig, NetworkConfig, RunConfig
 from ..contracts import Codec
 from ..data import ImageData, to_float
 from ..errors import UserError
+from ..escaping import counted
+from ..latent.latents import LatentData
 from ..nets.cost import network_cost
 from ..performance.offload import require_training_memory
 from ..samplers import make_plan
@@ -23,6 +25,7 @@ from ..training.batches import BatchSource
 from ..training.warm_start import warm_start
 
 LEAST_SHARE = 0.02  # of the rows, for a stage
+LEAST_HELD_OUT = 16  # images
 SAMPLED = 4096  # images whose standard deviation is compared with diffusion.sigma_data
 
 
@@ -32,20 +35,38 @@ def warn_of_network(network: NetworkConfig) -> None:
         warnings.warn(text, stacklevel=3)
 
 
-def warn_of_borrowed(config: RunConfig, images: ImageData, *, stages: bool = True) -> None:
-    """Warn if sigma_data was made for other images; with `stages`, also if a preset's stages were."""
-    if config.codec.used:  # neither can be checked before the latents exist
-        return
+def warn_of_borrowed(config: RunConfig) -> None:
+    """Warn if a preset's stages were made for other images."""
     made_for = config.stages.origin.get("data", config.data.source)
-    if stages and len(config.stages) > 1 and made_for != config.data.source:
+    if len(config.stages) > 1 and made_for != config.data.source:
         warnings.warn(
             f"the stages are those of {made_for}; msdiff stages finds these data's own (--stages)", stacklevel=3
         )
-    std = sample_std(images)
-    if config.diffusion.precondition == "edm" and not 0.5 < config.diffusion.sigma_data / max(std, 1e-9) < 2.0:
+
+
+def warn_of_sigma_data(config: RunConfig, what: str, std: float) -> None:
+    """Warn if EDM's sigma_data is far from the standard deviation of the network's input.
+
+    Args:
+        config: complete.
+        what: "images" or "latents".
+        std: their standard deviation as the network sees them.
+    """
+    if config.diffusion.precondition == "edm" and not 0.5 <= config.diffusion.sigma_data / max(std, 1e-9) <= 2.0:
         warnings.warn(
-            f"diffusion.sigma_data={config.diffusion.sigma_data:g}, but the images' standard deviation is {std:.2g}; "
+            f"diffusion.sigma_data={config.diffusion.sigma_data:g}, but the {what}' standard deviation is {std:.2g}; "
             f"consider --set diffusion.sigma_data={std:.2g}",
+            stacklevel=3,
+        )
+
+
+def warn_of_few(training: ImageData, held_out: ImageData) -> None:
+    """Warn if so few images are held out that their loss and every comparison with them say little."""
+    if 0 < len(held_out) < LEAST_HELD_OUT:
+        share = LEAST_HELD_OUT / (len(training) + len(held_out))
+        mend = f"give a larger --held-out, such as {share:.2g}" if share <= 0.5 else "more images would mend that"
+        warnings.warn(
+            f"{counted(len(held_out), 'image')} held out: too few for a held-out loss or an evaluation to rely on; {mend}",
             stacklevel=3,
         )
 
@@ -97,6 +118,12 @@ def warn_of_starved(config: RunConfig) -> None:
                 "or training.floor_share=0.05",
                 stacklevel=3,
             )
+
+
+def latent_std(latents: LatentData) -> float:
+    """Return the standard deviation of at most SAMPLED latents, evenly spaced in the data."""
+    sample = latents.subset(np.unique(np.linspace(0, len(latents) - 1, SAMPLED).astype(np.int64)))
+    return float(sample.tensor().to(torch.float64).std(correction=0))
 
 
 def sample_std(images: ImageData) -> float:

@@ -15,6 +15,7 @@ from ..config.serialization import override
 from ..distributed import RankLost, World
 from ..errors import UserError, explained
 from ..files import NotWrittenError, write_json
+from ..latent.latents import LatentData
 from ..performance.devices import joined
 from ..performance.execution import check_execution, settled
 from ..progress import Progress
@@ -28,7 +29,17 @@ from ..training.strategies import make_strategy
 from ..training.tracking import Tracking
 from ..training.trainer import Trainer
 from ..version import __version__
-from .checks import require_same_images, warn_of_borrowed, warn_of_density, warn_of_network, warn_of_starved
+from .checks import (
+    latent_std,
+    require_same_images,
+    sample_std,
+    warn_of_borrowed,
+    warn_of_density,
+    warn_of_few,
+    warn_of_network,
+    warn_of_sigma_data,
+    warn_of_starved,
+)
 from .differences import CHANGEABLE, PLACES, differences, dotted
 from .evaluation_callback import EvaluationCallback, FidReference
 from .interrupts import stopped_by_signals
@@ -124,7 +135,11 @@ def _resolved(
             require_same_images(result, data, training)
         warn_of_density(result, config.diffusion)
     warn_of_network(resolved.config.network)
-    warn_of_borrowed(resolved.config, training, stages=result is None)
+    if result is None:
+        warn_of_borrowed(resolved.config)
+    if resolved.codec is None:
+        warn_of_sigma_data(resolved.config, "images", sample_std(training))
+    warn_of_few(*resolved.images)
     warn_of_starved(resolved.config)
     return resolved
 
@@ -168,6 +183,9 @@ def launch(
         warn_of_empty(resolved.config.data.class_counts)
         reference = FidReference.of(resolved.config, resolved.data, resolved.images[0], device)
         prepared = resolved.encoded(device, progress)
+        latents = prepared.parts[0]
+        if isinstance(latents, LatentData):  # known only now; those of pixels are checked before
+            warn_of_sigma_data(prepared.config, "latents", latent_std(latents))
         return prepared, _evaluation_callbacks(reference, prepared, device)
 
     tracking = Tracking.of(trackers)
