@@ -286,11 +286,11 @@ SETTINGS["edges"] = dataclasses.replace(
         "training.shares": "prior",
         "training.floor_share": 0.05,
         "training.overlap": 0.25,
-        "evaluation.every": 512,
+        "evaluation.every": 768,
     },
-    variants={"a": ({},), "c": ({SPLIT: "gaussian"},), "o": ({SPLIT: "algorithm 1"},), "d": ({},)},
-    chosen={"a": 0, "c": 0, "o": 0, "d": 0},
-    steps={"tuning": 512, "final": 2048},
+    variants={"c": ({SPLIT: "gaussian"},), "o": ({SPLIT: "algorithm 1"},), "d": ({},)},
+    chosen={"c": 0, "o": 0, "d": 0},
+    steps={"tuning": 512, "final": 1536},
 )
 
 
@@ -441,32 +441,56 @@ def first_reach(points: Sequence[Mapping[str, float]], target: float) -> float:
     return math.inf
 
 
-def ratio(base: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float]]) -> float:
-    """Return the compute at which `other` first reaches the best distance of `base`, over what `base` took to."""
+def ratio(base: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float]]) -> tuple[float, bool]:
+    """Return the compute at which `other` first reaches the best distance of `base`, over what `base` took to.
+
+    If `other` never reaches it, return its whole compute over that of `base`, a lower bound, and False.
+    """
     best = min(base, key=lambda point: point["frechet"])
-    return first_reach(other, best["frechet"]) / best["petaflops"]
+    reached = first_reach(other, best["frechet"])
+    known = math.isfinite(reached)
+    return (reached if known else other[-1]["petaflops"]) / best["petaflops"], known
 
 
-def interval(ratios: Sequence[float]) -> dict[str, Any]:
-    """Return the geometric mean of paired ratios with its 95 % interval (Student's t of their logarithms)."""
-    known = [r for r in ratios if math.isfinite(r)]
-    if len(known) < len(ratios) or len(known) < 2:  # never reached by some: there is a lower bound only
-        return {"ratios": [r if math.isfinite(r) else None for r in ratios], "mean": None, "low": None, "high": None}
-    logs = [math.log(r) for r in known]
-    half = T_975[len(logs) - 2] * statistics.stdev(logs) / math.sqrt(len(logs))
+def interval(ratios: Sequence[float], reached: Sequence[bool] = ()) -> dict[str, Any]:
+    """Return the geometric mean of paired ratios with its 95 % interval (Student's t of their logarithms).
+
+    Ratios that were not reached are lower bounds, censored at the end of their runs: then mean and low end are lower
+    bounds, too, and the interval has no upper end. A single ratio has no interval.
+    """
+    found = {"ratios": list(ratios), "reached": list(reached) or [True] * len(ratios)}
+    logs = [math.log(r) for r in ratios]
     mean = statistics.fmean(logs)
-    return {"ratios": known, "mean": math.exp(mean), "low": math.exp(mean - half), "high": math.exp(mean + half)}
+    if len(logs) < 2:
+        return {**found, "mean": math.exp(mean), "low": None, "high": None}
+    half = T_975[len(logs) - 2] * statistics.stdev(logs) / math.sqrt(len(logs))
+    high = math.exp(mean + half) if all(found["reached"]) else None
+    return {**found, "mean": math.exp(mean), "low": math.exp(mean - half), "high": high}
+
+
+def words(found: Mapping[str, Any]) -> str:
+    """Return an interval as text, e.g. "0.700 (0.600 to 0.817)" or "at least 1.020 (from 0.900)"."""
+    if not all(found["reached"]):
+        low = "" if found["low"] is None else f" (from {found['low']:.3f})"
+        return f"at least {found['mean']:.3f}{low}, not reached by {found['reached'].count(False)}"
+    return f"{found['mean']:.3f}" + (f" ({found['low']:.3f} to {found['high']:.3f})" if found["low"] else " (one seed)")
+
+
+def base_arm(runs: Mapping[str, Any]) -> str:
+    """Return the arm that the others are compared with: (a), or the first one of a setting without it."""
+    return next(arm for arm in ARMS if arm in runs)
 
 
 def summarise(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return, for every arm but (a), the ratios over the seeds that both have."""
+    """Return, for every arm but the first, the ratios over the seeds that both have."""
     found: dict[str, Any] = {}
-    for arm in (arm for arm in runs if arm != "a"):
-        seeds = sorted(set(runs["a"]) & set(runs[arm]), key=int)
+    base = runs[base_arm(runs)]
+    for arm in (arm for arm in runs if arm != base_arm(runs)):
+        seeds = sorted(set(base) & set(runs[arm]), key=int)
         if seeds:
-            ratios = [ratio(runs["a"][s]["curve"], runs[arm][s]["curve"]) for s in seeds]
-            ends = [runs[arm][s]["curve"][-1]["frechet"] / runs["a"][s]["curve"][-1]["frechet"] for s in seeds]
-            found[arm] = {"seeds": seeds, "compute": interval(ratios), "distance_at_the_end": interval(ends)}
+            ratios, reached = zip(*(ratio(base[s]["curve"], runs[arm][s]["curve"]) for s in seeds), strict=True)
+            ends = [runs[arm][s]["curve"][-1]["frechet"] / base[s]["curve"][-1]["frechet"] for s in seeds]
+            found[arm] = {"seeds": seeds, "compute": interval(ratios, reached), "distance_at_the_end": interval(ends)}
     return found
 
 
@@ -559,23 +583,24 @@ def collect(name: str, folder: Path, out: Path) -> dict[str, Any]:
         ):
             final.setdefault(arm, {})[seed] = {**entry, "errors": errors(run.denoiser("latest"), held_out)}
     known["final"] = {arm: final[arm] for arm in ARMS if arm in final}
-    known["summary"] = summarise(known["final"]) if "a" in final else {}
+    known["summary"] = summarise(known["final"]) if known["final"] else {}
     if final and "optimal_errors" not in known:
         known |= {"sigmas": list(SIGMAS), "optimal_errors": errors(OptimalDenoiser(training), held_out)}
     return known
 
 
 def error_table(known: Mapping[str, Any]) -> str:
-    """Return denoising errors by noise level: the optimal denoiser's, (a)'s, and the others' relative to (a)'s."""
+    """Return denoising errors by noise level: the optimal denoiser's, the first arm's, and the others' relative to it."""
+    base = base_arm(known["final"])
     mean = {
         arm: [statistics.fmean(at) for at in zip(*(run["errors"] for run in seeds.values()), strict=True)]
         for arm, seeds in known["final"].items()
     }
-    others = [arm for arm in mean if arm != "a"]
-    lines = [f"{'sigma':>7}{'optimal':>10}{'(a)':>10}" + "".join(f"{f'({arm})':>9}" for arm in others)]
+    others = [arm for arm in mean if arm != base]
+    lines = [f"{'sigma':>7}{'optimal':>10}{f'({base})':>10}" + "".join(f"{f'({arm})':>9}" for arm in others)]
     for i, (sigma, best) in enumerate(zip(known["sigmas"], known["optimal_errors"], strict=True)):
-        relative = "".join(f"{mean[arm][i] / mean['a'][i] - 1:+9.1%}" for arm in others)
-        lines.append(f"{sigma:7}{best:10.5f}{mean['a'][i]:10.5f}{relative}")
+        relative = "".join(f"{mean[arm][i] / mean[base][i] - 1:+9.1%}" for arm in others)
+        lines.append(f"{sigma:7}{best:10.5f}{mean[base][i]:10.5f}{relative}")
     return "\n".join(lines)
 
 
@@ -587,18 +612,11 @@ def report(known: Mapping[str, Any], name: str) -> None:
     for arm, seeds in known.get("final", {}).items():
         for seed, entry in seeds.items():
             print(f"({arm}) seed {seed}: " + ", ".join(f"{p['frechet']:.3f}" for p in entry["curve"]))
+    base = base_arm(known["final"]) if known.get("final") else "a"
     for arm, found in known.get("summary", {}).items():
-        c, e = found["compute"], found["distance_at_the_end"]
-        reached = (
-            f"{c['mean']:.3f} ({c['low']:.3f} to {c['high']:.3f})"
-            if c["mean"]
-            else f"not reached by all seeds {c['ratios']}"
-        )
         print(
-            f"({arm}) {ARMS[arm]}, setting {name}: compute to (a)'s best distance, relative to (a)'s: {reached}; distance at "
-            f"equal compute, relative to (a)'s: {e['mean']:.3f} ({e['low']:.3f} to {e['high']:.3f})"
-            if e["mean"]
-            else f"({arm}): one seed only: compute {c['ratios']}, distance {e['ratios']}"
+            f"({arm}) {ARMS[arm]}, setting {name}, relative to ({base}): compute to its best distance "
+            f"{words(found['compute'])}; distance at equal compute {words(found['distance_at_the_end'])}"
         )
 
 
@@ -647,9 +665,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(out, known)
     known = read_json(out)
     report(known, args.setting)
-    if "a" in known.get("final", {}):
-        print(error_table(known))
     if known.get("final"):
+        print(error_table(known))
         draw(known["final"], out.with_suffix(".png"))
 
 

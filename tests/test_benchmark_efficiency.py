@@ -47,9 +47,9 @@ def test_a_distance_is_first_reached_between_points_by_their_power_law(bench: Mo
 
 
 def test_the_ratio_is_of_the_compute_to_the_other_s_best(bench: ModuleType) -> None:
-    assert bench.ratio(power_law(1.0), power_law(1.25)) == pytest.approx(0.8)
-    assert bench.ratio(curve((1, 4), (2, 1), (3, 2)), curve((1, 2), (4, 1))) == pytest.approx(4 / 2)  # best at 2, not 3
-    assert bench.ratio(power_law(1.0), power_law(0.9)) == math.inf
+    assert bench.ratio(power_law(1.0), power_law(1.25)) == (pytest.approx(0.8), True)
+    assert bench.ratio(curve((1, 4), (2, 1), (3, 2)), curve((1, 2), (4, 1))) == (4 / 2, True)  # best at 2, not 3
+    assert bench.ratio(curve((1, 4), (2, 1), (3, 2)), curve((1, 2), (5, 1.1))) == (5 / 2, False)  # where it ended
 
 
 def test_the_interval_is_student_s_of_the_logarithms(bench: ModuleType) -> None:
@@ -63,8 +63,17 @@ def test_the_interval_is_student_s_of_the_logarithms(bench: ModuleType) -> None:
     assert (found["mean"], found["low"], found["high"]) == pytest.approx(
         (math.exp(mean), math.exp(low), math.exp(high)), rel=1e-3
     )
-    assert bench.interval([0.7, math.inf])["mean"] is None  # never reached: no mean is invented
-    assert bench.interval([0.7, math.inf])["ratios"] == [0.7, None]
+    assert bench.words(found) == f"{math.exp(mean):.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
+def test_ratios_that_were_not_reached_are_lower_bounds(bench: ModuleType) -> None:
+    known, censored = bench.interval([0.7, 1.1]), bench.interval([0.7, 1.1], [True, False])
+    assert (censored["mean"], censored["low"], censored["high"]) == (known["mean"], known["low"], None)
+    assert bench.words(censored) == f"at least {known['mean']:.3f} (from {known['low']:.3f}), not reached by 1"
+
+
+def test_one_seed_has_no_interval(bench: ModuleType) -> None:
+    assert bench.words(bench.interval([0.671])) == "0.671 (one seed)"
 
 
 def test_only_seeds_that_both_have_are_paired(bench: ModuleType) -> None:
@@ -81,13 +90,16 @@ def test_only_seeds_that_both_have_are_paired(bench: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_all_arms_and_variants_cost_the_same(bench: ModuleType) -> None:
-    cuts = bench.Cuts(splits={"algorithm 1": (0.8448, 10.275), "algorithm 2": (1.8, 11.9)}, even=(1.469, 9.596))
+    cuts = bench.Cuts(
+        splits={"algorithm 1": (0.8448, 10.275), "algorithm 2": (1.8, 11.9), "gaussian": (0.17, 0.54)},
+        even=(1.469, 9.596),
+    )
     for name, setting in bench.SETTINGS.items():
         assert len({len(variants) for variants in setting.variants.values()}) == 1  # the same tuning for all
         costs = [
             bench.flops_per_image(bench.configuration(name, arm, variant, 11, 400, cuts))
             for arm in setting.arms
-            for variant in range(len(setting.variants["a"]))
+            for variant in range(len(setting.variants[setting.arms[0]]))
         ]
         assert max(costs) / min(costs) - 1 < bench.TOLERANCE
     config = bench.configuration("16", "b", 0, 11, 400, cuts)
@@ -95,7 +107,7 @@ def test_all_arms_and_variants_cost_the_same(bench: ModuleType) -> None:
     assert (config.training.branch_at, config.training.steps, config.training.seed) == (100, 400, 11)
     assert bench.configuration("16", "a", 0, 11, 400, cuts).stages.interior == ()
     assert bench.configuration("16", "d", 0, 11, 400, cuts).stages.interior == cuts.even
-    for variant, name in enumerate(cuts.splits):
+    for variant, name in enumerate(bench.SETTINGS["16"].splits):
         c, e = (bench.configuration("16", arm, variant, 11, 400, cuts) for arm in "ce")
         assert c.stages.interior == e.stages.interior == cuts.splits[name]
         assert c.training.shares == e.training.shares
@@ -137,7 +149,7 @@ def test_what_is_known_is_printed_and_drawn(
     write_json(out, known)
     bench.main(["--report", "--out", str(out)])
     printed = capsys.readouterr().out
-    assert "relative to (a)'s: 0.500 (0.500 to 0.500)" in printed
+    assert "relative to (a): compute to its best distance 0.500 (0.500 to 0.500)" in printed
     assert [line.split() for line in printed.splitlines()[-3:]] == [
         ["sigma", "optimal", "(a)", "(c)"],
         ["0.1", "0.10000", "0.50000", "-50.0%"],
