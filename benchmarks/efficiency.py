@@ -1,6 +1,7 @@
 """Samples per unit of training compute: one shared network, separate networks, and several decoders on one encoder.
 
     python benchmarks/efficiency.py [--setting 16] [--phase final] [--arms a b c d] [--seeds 21 22 23] [--jobs 2]
+    python benchmarks/efficiency.py --setting V --sampling      # of runs that are done: distance by the cost of sampling
     python benchmarks/efficiency.py --report        # what is known so far: the ratio, its interval, the curves
 
 Four networks that cost equally much per training image, within 3 %, are trained on the same images, rows and noise:
@@ -48,15 +49,18 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from multistage_diffusion import find_stages, override, preset, resume, rng, train
-from multistage_diffusion.config import DataConfig, RunConfig
+from multistage_diffusion import compare, find_stages, override, preset, resume, rng, train
+from multistage_diffusion import statistics as statistics_of
+from multistage_diffusion.config import DataConfig, RunConfig, SamplingConfig
 from multistage_diffusion.config.serialization import read_json, to_dict
 from multistage_diffusion.contracts import Denoiser
 from multistage_diffusion.data import to_float
 from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.files import write_json
+from multistage_diffusion.nets.cost import network_cost
 from multistage_diffusion.optimal import OptimalDenoiser
+from multistage_diffusion.reporting.describe import calls_per_stage
 from multistage_diffusion.shares import row_counts, stage_shares, stage_weights
 from multistage_diffusion.stage_finding import StageSettings
 from multistage_diffusion.stages import Stages
@@ -70,6 +74,7 @@ RESULTS = Path(__file__).parent / "results"
 TUNING_SEED = 1
 BRANCH = "branch at"  # share of a run's steps in which all stages train one decoder (training.branch_at)
 SPLIT = "split"  # which of a setting's splits gives the stages
+CALLS = (8, 10, 14, 20, 29)  # of the denoiser per image, at which the cost of sampling is measured
 TOLERANCE = 0.03  # of the arms' compute per image
 SIGMAS = (0.05, 0.1, 0.2, 0.35, 0.6, 0.85, 1.2, 1.8, 2.5, 4.0, 8.0, 16.0)  # at which denoising errors are compared
 HELD_OUT_IMAGES = 1000  # held-out images of which they are the mean
@@ -392,6 +397,80 @@ def curve(run: Run) -> list[dict[str, float]]:
     return [{name: r[name] for name in names} for r in run.records() if r["kind"] == "quality" and r["frechet"]]
 
 
+# -- the cost of sampling ---------------------------------------------------------------------------------------------------
+
+
+def sampling_flops(config: RunConfig, sampling: SamplingConfig) -> int:
+    """Return the operations of sampling one image."""
+    cost = network_cost(config.network, *config.input_shape[1:])
+    return sum(n * s.true_flops for n, s in zip(calls_per_stage(config, sampling), cost.stages, strict=True))
+
+
+def sampled(path: Path, reference: Path, threads: int) -> list[dict[str, float]]:
+    """Return the Fréchet distance of a run's samples by the number of denoiser calls."""
+    torch.set_num_threads(threads)
+    run = Run.open(path)
+    config, found = run.config(), []
+    for calls in CALLS:
+        sampling = dataclasses.replace(config.sampling, calls=calls)
+        result = compare(
+            run,
+            reference,
+            count=config.evaluation.count,
+            features=config.evaluation.features,
+            metrics=("frechet",),
+            seed=config.evaluation.seed,
+            checkpoint="latest",
+            sampling=sampling,
+        )
+        gigaflops = sampling_flops(config, sampling) / 1e9
+        found.append({"calls": calls, "gigaflops": gigaflops, "frechet": result.metrics["frechet"].value})
+    return found
+
+
+def sample_all(name: str, folder: Path, out: Path, jobs: int, threads: int) -> None:
+    """Add to the results what sampling costs, of all final runs that are there and have not been sampled yet."""
+    known = read_json(out)
+    waiting = [
+        (arm, seed, path)
+        for arm, seeds in known["final"].items()
+        for seed, entry in seeds.items()
+        if "sampling" not in entry
+        and (path := folder / name / Job(name, arm, SETTINGS[name].choice(arm) or 0, int(seed), 0).name).exists()
+    ]
+    if not waiting:
+        return
+    reference = folder / name / "reference.npz"
+    if not reference.exists():
+        config = Run.open(waiting[0][2]).config()
+        statistics_of(config.data, reference, features=config.evaluation.features, keep=0)
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+        curves = pool.starmap(sampled, [(path, reference, threads) for _, _, path in waiting], chunksize=1)
+    for (arm, seed, _), points in zip(waiting, curves, strict=True):
+        known["final"][arm][seed]["sampling"] = points
+    write_json(out, known)
+
+
+def sampling_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return, for every arm but the first, the sampling FLOPs to the first one's best distance over what it took to."""
+    base, found = runs[base_arm(runs)], dict[str, Any]()
+    for arm in (arm for arm in runs if arm != base_arm(runs)):
+        seeds = [
+            s
+            for s in sorted(set(base) & set(runs[arm]), key=int)
+            if "sampling" in base[s] and "sampling" in runs[arm][s]
+        ]
+        if seeds:
+            curves = [[_by_flops(arms[s]["sampling"]) for arms in (base, runs[arm])] for s in seeds]
+            ratios, reached = zip(*(ratio(*pair) for pair in curves), strict=True)
+            found[arm] = {"seeds": seeds, **interval(ratios, reached)}
+    return found
+
+
+def _by_flops(points: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    return [{"petaflops": p["gigaflops"] / 1e6, "frechet": p["frechet"]} for p in points]
+
+
 # -- where the arms differ ------------------------------------------------------------------------------------------------
 
 
@@ -581,7 +660,8 @@ def collect(name: str, folder: Path, out: Path) -> dict[str, Any]:
             variant == setting.choice(arm)
             and checkpoint_step(list_checkpoints(run.checkpoints)[-1]) >= setting.steps["final"]
         ):
-            final.setdefault(arm, {})[seed] = {**entry, "errors": errors(run.denoiser("latest"), held_out)}
+            kept = {k: v for k, v in final.get(arm, {}).get(seed, {}).items() if k == "sampling"}
+            final.setdefault(arm, {})[seed] = {**entry, **kept, "errors": errors(run.denoiser("latest"), held_out)}
     known["final"] = {arm: final[arm] for arm in ARMS if arm in final}
     known["summary"] = summarise(known["final"]) if known["final"] else {}
     if final and "optimal_errors" not in known:
@@ -614,6 +694,9 @@ def report(known: Mapping[str, Any], name: str) -> None:
             print(f"({arm}) seed {seed}: " + ", ".join(f"{p['frechet']:.3f}" for p in entry["curve"]))
     base = base_arm(known["final"]) if known.get("final") else "a"
     for arm, found in known.get("summary", {}).items():
+        sampling = sampling_summary(known["final"]).get(arm)
+        if sampling:
+            print(f"({arm}) sampling FLOPs to ({base})'s best distance, relative to ({base}): {words(sampling)}")
         print(
             f"({arm}) {ARMS[arm]}, setting {name}, relative to ({base}): compute to its best distance "
             f"{words(found['compute'])}; distance at equal compute {words(found['distance_at_the_end'])}"
@@ -629,12 +712,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
     parser.add_argument("--folder", type=Path, default=Path("runs/efficiency"))
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--sampling", action="store_true", help="train nothing: sample the runs that are done")
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args(arguments)
     out = args.out or RESULTS / f"efficiency-{args.setting}.json"
     setting = SETTINGS[args.setting]
     arms = args.arms or setting.arms
-    if not args.report:
+    threads = max(1, torch.get_num_threads() // args.jobs)
+    if args.sampling:
+        sample_all(args.setting, args.folder, out, args.jobs, threads)
+    elif not args.report:
         cuts = Cuts.of(setting)
         steps = setting.steps[args.phase]
         if args.phase == "tuning":
@@ -655,7 +742,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 Job(args.setting, arm, setting.choice(arm), seed, steps)
                 for seed, arm in itertools.product(args.seeds, arms)
             ]
-        threads = max(1, torch.get_num_threads() // args.jobs)
         context = multiprocessing.get_context("spawn")
         with context.Pool(args.jobs, maxtasksperchild=1) as pool:
             pool.starmap(work, [(job, args.folder, cuts, threads) for job in jobs], chunksize=1)

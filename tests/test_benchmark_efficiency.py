@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from multistage_diffusion import override, preset, train
 from multistage_diffusion.config.serialization import read_json
 from multistage_diffusion.files import write_json
 
@@ -157,3 +160,79 @@ def test_what_is_known_is_printed_and_drawn(
     ]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert read_json(out)["final"] == runs
+
+
+def test_sampling_costs_what_its_calls_cost(bench: ModuleType) -> None:
+    cuts = bench.Cuts(splits={"algorithm 1": (0.8448, 10.275)}, even=(1.469, 9.596))
+    one, several = (bench.configuration("V", arm, 0, 11, 400, cuts) for arm in "ac")
+    sampling = dataclasses.replace(one.sampling, calls=10)
+    costs = [bench.network_cost(config.network, 16, 16).stages for config in (one, several)]
+    assert bench.sampling_flops(one, sampling) == 10 * costs[0][0].true_flops
+    calls = bench.calls_per_stage(several, sampling)
+    assert sum(calls) == 10
+    assert bench.sampling_flops(several, sampling) == sum(
+        n * s.true_flops for n, s in zip(calls, costs[1], strict=True)
+    )
+
+
+def test_the_sampling_ratio_is_of_the_flops_to_the_first_arm_s_best(bench: ModuleType) -> None:
+    def points(*pairs: tuple[float, float]) -> dict[str, Any]:
+        return {"sampling": [{"calls": 0, "gigaflops": x, "frechet": y} for x, y in pairs]}
+
+    runs = {
+        "a": {"1": points((1, 4), (2, 2)), "2": points((1, 4), (2, 2)), "3": {}},
+        "c": {"1": points((0.5, 4), (1, 2)), "2": points((0.5, 4), (1, 3)), "3": points((1, 1))},
+    }
+    found = bench.sampling_summary(runs)["c"]
+    assert found["seeds"] == ["1", "2"]
+    assert found["ratios"] == pytest.approx([0.5, 0.5])
+    assert found["reached"] == [True, False]
+
+
+@pytest.mark.slow
+def test_runs_that_are_done_are_sampled_once(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = np.random.default_rng(0).integers(0, 256, (80, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "noise.npy", data)
+    config = override(
+        preset("digits"),
+        {
+            "data.source": str(tmp_path / "noise.npy"),
+            "data.shape": [],
+            "training.steps": 2,
+            "training.batch": 9,
+            "evaluation.count": 70,
+        },
+    )
+    train(config, tmp_path / "runs" / "V" / "a0-seed21")
+    monkeypatch.setattr(bench, "CALLS", (4, 6))
+    out = tmp_path / "V.json"
+    write_json(
+        out, {"final": {"a": {"21": {"curve": power_law(1.0), "errors": [1.0]}, "22": {"curve": power_law(1.0)}}}}
+    )
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda _: AtOnce())
+    bench.sample_all("V", tmp_path / "runs", out, 1, 1)
+    found = read_json(out)["final"]["a"]
+    assert [point["calls"] for point in found["21"]["sampling"]] == [4, 6]
+    assert all(point["frechet"] > 0 for point in found["21"]["sampling"])
+    assert "sampling" not in found["22"]  # no run of it is there
+    before = out.read_bytes()
+    bench.sample_all("V", tmp_path / "runs", out, 1, 1)
+    assert out.read_bytes() == before
+
+
+class AtOnce:
+    """A pool that works in this process."""
+
+    def Pool(self, *_: Any, **__: Any) -> AtOnce:
+        return self
+
+    def __enter__(self) -> AtOnce:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def starmap(self, work: Any, jobs: Any, chunksize: int) -> list[Any]:
+        return [work(*job) for job in jobs]

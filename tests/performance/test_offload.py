@@ -3,7 +3,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,3 +169,32 @@ def test_a_device_holds_one_decoder(network: nn.Module) -> None:
         assert residents.stage == stage
         devices = [{p.device.type for p in decoder.parameters()} for decoder in network.decoders]
         assert devices == [{"cuda"} if k == stage else {"cpu"} for k in range(3)]
+
+
+STEP = """
+import torch
+from multistage_diffusion import override, preset
+from multistage_diffusion.denoisers import build_denoiser
+from multistage_diffusion.performance.offload import training_memory
+from multistage_diffusion.shares import row_counts, stage_shares
+
+def now(kind):
+    return 1024 * int(open("/proc/self/status").read().split(kind + ":")[1].split()[0])
+
+config = override(preset("images-32-cpu"), {"data.source": "x"})
+counts = row_counts(config.training, stage_shares(config.training, config.stages, config.diffusion.prior))
+denoiser = build_denoiser(config).train()
+before, own = now("VmRSS"), sum(4 * p.numel() for p in denoiser.parameters())
+sigma = torch.cat([torch.full((n,), v) for n, v in zip(counts, (0.1, 0.4, 1.0), strict=True)])
+denoiser(torch.randn(sum(counts), 3, 32, 32), sigma).square().mean().backward()
+print(training_memory(config, sum(counts)) - 3 * own, now("VmHWM") - before + own)  # moments and EMA are not there
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+def test_the_memory_of_a_training_step_is_predicted_by_counting() -> None:
+    done = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, check=True)
+    predicted, measured = map(float, done.stdout.split())
+    assert measured > 300 * 2**20
+    assert 0.85 < predicted / measured < 1.3
