@@ -30,7 +30,7 @@ SUMMARIES = {
     "stages": "Find the noise ranges (stages) of a data set from the data themselves.",
     "train": "Train a multi-decoder model, or resume a run.",
     "train-codec": "Train a small autoencoder (a latent codec) on a data set, for runs on its latents.",
-    "sample": "Draw samples of a run: a grid (.png), a folder of PNGs, or an array (.npz).",
+    "sample": "Draw samples of a run: a grid (.png), a folder of images, or an array (.npz).",
     "evaluate": "Compare samples of a run with real images: Fréchet distance, precision and recall, memorisation.",
     "stats": "Write the statistics of a data set's features, for reuse in many evaluations.",
     "plan": "Plan a model for a data set and a budget: stages from the data, decoder widths from two short probes.",

@@ -39,6 +39,7 @@ Record = Mapping[str, Any]
 POINTS = 300  # most points per curve; beyond that, neighbouring log lines are averaged
 PANELS = 3  # loss charts in a row
 GAP = 3  # pixels between images
+NAMED = 10  # classes named in the header
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,8 @@ def write_report(
     samples: Tensor,
     real: Tensor,
     neighbours: Neighbours | None = None,
+    sample_classes: Sequence[str] | None = None,
+    real_classes: Sequence[str] | None = None,
     stages_png: Path | None = None,
     evaluation: Sequence[Any] | None = None,
 ) -> Path:
@@ -101,6 +104,7 @@ def write_report(
         samples: uint8 (N, C, H, W), generated images.
         real: uint8 (M, C, H, W), held-out or training images to show beside them.
         neighbours: samples with their nearest training images.
+        sample_classes, real_classes: name of the class of each of these images; None: not shown.
         stages_png: picture of the similarity curves from which the stages were found.
         evaluation: results (EvaluationResult or its dictionary); default: those of RUN/evaluation.json.
 
@@ -119,7 +123,7 @@ def write_report(
         ("stages", "Stages", _stages(config, stages_png)),
         ("network", "Network", _network(architecture)),
         ("training", "Training", _training(train, held_out, len(config.stages)) + _evaluations(evaluated)),
-        ("samples", "Samples", _samples(config, samples, real)),
+        ("samples", "Samples", _samples(config, samples, real, sample_classes, real_classes)),
         ("neighbours", "Nearest training images", _neighbours(neighbours)),
         ("metrics", "Metrics", metrics or note("Not evaluated yet.")),
         ("origin", "Command and configuration", _origin(config, launches)),
@@ -135,6 +139,7 @@ def _header(config: RunConfig, train: Sequence[Record], launches: Sequence[Recor
     release = last.get("version", version("multistage-diffusion"))
     values = {
         "Data": config.data.source,
+        **({"Classes": _classes(config)} if config.network.num_classes else {}),
         "Stages": len(config.stages),
         "Images seen": f"{train[-1]['images']:,}" if train else "none logged",
         "Steps": f"{train[-1]['step']:,}" if train else "none logged",
@@ -144,6 +149,13 @@ def _header(config: RunConfig, train: Sequence[Record], launches: Sequence[Recor
         "Report written": datetime.now().strftime("%Y-%m-%d %H:%M"),
     }
     return f"<p>multistage-diffusion run</p><h1>{escape(config.name)}</h1>{facts(values)}"
+
+
+def _classes(config: RunConfig) -> str:
+    """Return the number of classes and the names of the first ones."""
+    count, names = config.network.num_classes, config.data.class_names
+    shown = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+    return f"{count}: {shown}" if names else str(count)
 
 
 def load_stages_png(path: Path) -> Image.Image:
@@ -294,12 +306,20 @@ def _curve(records: Sequence[Record], value: Any) -> tuple[list[float], list[flo
     return [sum(x) / len(x) for x, _ in groups], [sum(y) / len(y) for _, y in groups]
 
 
-def _samples(config: RunConfig, samples: Tensor, real: Tensor) -> str:
+def _samples(
+    config: RunConfig,
+    samples: Tensor,
+    real: Tensor,
+    sample_classes: Sequence[str] | None,
+    real_classes: Sequence[str] | None,
+) -> str:
     sampling = config.sampling
     made = picture(
-        grid(samples, pad=GAP), f"{len(samples)} samples, not selected ({sampling.solver}, {sampling.calls} calls)"
+        grid(samples, pad=GAP, captions=sample_classes),
+        f"{len(samples)} samples, not selected ({sampling.solver}, {sampling.calls} calls)",
     )
-    return f'<div class="pair">{made}{picture(grid(real, pad=GAP), f"{len(real)} real images")}</div>'
+    beside = picture(grid(real, pad=GAP, captions=real_classes), f"{len(real)} real images")
+    return f'<div class="pair">{made}{beside}</div>'
 
 
 def _neighbours(neighbours: Neighbours | None) -> str:

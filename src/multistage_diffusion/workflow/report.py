@@ -11,6 +11,7 @@ from ..evaluation import nearest_image
 from ..progress import Progress
 from ..reporting.describe import architecture_rows, describe
 from ..rng import generator
+from ..samplers.class_labels import names_of
 from ..training.run import Run
 from .sample import opened_run, require_writable, sample
 
@@ -47,12 +48,16 @@ def report(
     images = sample(run, count, checkpoint=checkpoint, in_turn=True, device=device, progress=progress)
     distance, index = nearest_image(images[:NEIGHBOURS], train_images)
     order = torch.randperm(len(real), generator=generator(("report", "real")))
+    known = None if real.labels is None or not config.network.num_classes else torch.from_numpy(real.labels)
+    labels = None if known is None else known[order[:count]]
     return write_report(
         run.path,
         config=config,
         architecture=architecture_rows(describe(config)),
         samples=images,
+        sample_classes=images.class_names,
         real=read(real, order[:count]),
+        real_classes=names_of(config, labels),
         neighbours=Neighbours(
             samples=images[:NEIGHBOURS],
             nearest=read(train_images, index),

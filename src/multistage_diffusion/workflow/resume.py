@@ -24,6 +24,7 @@ from .train import launch
 # Keys that an imported run records when it is first resumed.
 RECORDED = (
     "data.class_counts",
+    "data.class_names",
     "data.fingerprint",
     "codec.fingerprint",
     "codec.scale",
