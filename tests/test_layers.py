@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("data", "records", "shares"),
     # L1: finding stages, networks, pictures
-    ("nets", "optimal", "preconditioning", "reporting.captions", "trackers"),
+    ("nets", "optimal", "preconditioning", "reporting.captions", "reporting.palette", "trackers"),
     ("reporting.pictures",),
     ("performance", "reporting.html", "reporting.samples", "stage_finding"),
     # L2: from networks to images

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import new_folder, write_atomic, write_file
-from .captions import STRIP, draw_caption
+from .captions import STRIP as STRIP
+from .captions import draw_caption
 
 CELL = 64  # default side of a grid's cells in pixels; small images are enlarged up to it
 LINE = 128  # grey of the lines between cells, visible beside black and white images
@@ -63,7 +64,7 @@ def grid(
         raise UserError(f"captions: {len(captions)} for {len(images)} images; give one per image")
     count, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(count)) if columns is None else columns
-    scale = max(1, CELL // max(height, width)) if scale is None else scale
+    scale = cell(height, width)[0] // width if scale is None else scale
     for name, value, least in (("columns", columns, 1), ("scale", scale, 1), ("pad", pad, 0)):
         if value < least:
             raise UserError(f"{name}={value} must be at least {least}")
@@ -80,6 +81,12 @@ def grid(
         corner = (pad + i % columns * step_x, pad + i // columns * step_y + height * scale)
         draw_caption(picture, corner, width * scale, caption)
     return picture
+
+
+def cell(height: int, width: int) -> tuple[int, int]:
+    """Return (width, height), in pixels, of an image of this size in a grid of the default scale, without lines."""
+    scale = max(1, CELL // max(height, width))
+    return scale * width, scale * height
 
 
 def save_png(image: Image.Image, path: Path) -> None:
