@@ -54,6 +54,8 @@ EXTRAS = (
     "diffusers",
     "datasets",
     "huggingface_hub",
+    "trackio",
+    "wandb",
 )
 PICKLES = (
     "pickle",
