@@ -117,6 +117,31 @@ def test_the_overview_names_every_command(msdiff: Call) -> None:
         assert max(map(len, out.splitlines())) <= 130
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_a_shell_completes_commands_options_and_values(msdiff: Call, tmp_path: Path) -> None:
+    code, script, err = msdiff("--print-completion", "bash")
+    assert (code, err) == (0, "")
+    (tmp_path / "msdiff.bash").write_text(script)
+    asked = {"s": "sample stages stats", "sample --capt": "--captions", "sample --format w": "webp"}
+    ask = """source msdiff.bash
+function=$(complete -p msdiff | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+while IFS= read -r line; do
+  COMP_WORDS=(msdiff $line); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMPREPLY=()
+  $function msdiff "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+  echo "${COMPREPLY[*]}"
+done
+"""
+    lines = "".join(f"{line}\n" for line in asked)
+    done = subprocess.run(["bash", "-c", ask], cwd=tmp_path, input=lines, capture_output=True, text=True, check=True)
+    assert [" ".join(sorted(line.split())) for line in done.stdout.splitlines()] == list(asked.values())
+
+
+def test_completion_is_printed_for_known_shells(msdiff: Call) -> None:
+    assert "#compdef msdiff" in msdiff("--print-completion", "zsh")[1]
+    refused(msdiff("--print-completion"), "name one shell, bash or zsh")
+    refused(msdiff("--print-completion", "cmd"), "--print-completion cmd: name one shell, bash or zsh")
+
+
 def test_what_it_says_is_said_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(write=said.append, flush=lambda: None))

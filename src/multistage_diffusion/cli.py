@@ -51,6 +51,7 @@ Train diffusion models faster: one shared encoder, a tailored decoder for every 
 {commands}
 
 msdiff COMMAND --help shows a command's options, with examples; msdiff --version the version.
+msdiff --print-completion bash (or zsh) prints what lets a shell complete commands and options.
 --debug (or MSDIFF_DEBUG=1) shows the traceback of every error.
 
 Examples
@@ -60,6 +61,7 @@ Examples
   msdiff sample runs/digits --count 64 --out grid.png
 """
 
+SHELLS = ("bash", "zsh")  # for which completion scripts are made
 _LONGEST = 1000  # characters of a message
 
 
@@ -98,6 +100,8 @@ def _answer(name: str, arguments: Sequence[str], debug: bool) -> int:
     if name == "--version":
         print(f"msdiff {__version__}")
         return 0
+    if name == "--print-completion":
+        return _print_completion(arguments, debug)
     with warnings.catch_warnings(), _openings_reported():
         told: set[str] = set()  # the same from two places is one
 
@@ -108,6 +112,26 @@ def _answer(name: str, arguments: Sequence[str], debug: bool) -> int:
 
         warnings.showwarning = show
         return _run(name, arguments, debug)
+
+
+def _print_completion(arguments: Sequence[str], debug: bool) -> int:
+    """Print the script that completes commands, options and their values in a shell."""
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        return _fail(f"--print-completion {' '.join(arguments)}: name one shell, {' or '.join(SHELLS)}", debug)
+    import tyro
+
+    from .commands import COMMANDS
+
+    asked = ("--tyro-print-completion", arguments[0])
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            dict(COMMANDS), prog="msdiff", args=asked, config=(tyro.conf.FlagCreatePairsOff,)
+        )
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except ImportError as error:  # releases of tyro before 1.0 need shtab
+        return _fail(f"--print-completion: {error}", debug)
+    return 0
 
 
 def _run(name: str, arguments: Sequence[str], debug: bool) -> int:
