@@ -19,6 +19,7 @@ from . import palette
 from .palette import stage_colour, stage_variable
 from .pictures import data_uri
 
+LEAST = 1000.0  # pixels: no drawing needs more
 WIDE, NARROW = 10.0, 3.8  # widths of a chart in inches, for wide and narrow pages; both are in the page
 
 # a page uses only its own style and pictures: no scripts, no network
@@ -51,7 +52,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
   margin-bottom: 20px }
 .scroll { overflow-x: auto }
 .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-.drawing svg { min-width: 760px }
+.drawing svg { min-width: var(--w) }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: 9px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 thead th { color: var(--soft); font-size: 13px; font-weight: 500 }
@@ -203,8 +204,10 @@ def is_narrow(figure: Figure) -> bool:
 
 def drawing(svg: str, caption: str) -> str:
     """Return a drawing that cannot reflow: on narrow pages it scrolls sideways."""
+    width = re.search(r'viewBox="0 0 ([\d.]+) ', svg)
+    least = min(0.9 * float(width[1]) if width else LEAST, LEAST)  # at most a wide page; narrow text stays legible
     box = scrolling(inline(svg, caption), caption, " drawing")
-    return f"<figure>{box}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f'<figure style="--w:{least:.0f}px">{box}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _figure(draw: Callable[[Figure], None], width: float, height: float, caption: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
@@ -90,7 +91,7 @@ def draw_stages(figure: Figure, result: StageResult) -> None:
             upper.subplots(1, 2, width_ratios=(1.6, 1)) if wide else upper.subplots(2, 1, height_ratios=(1.7, 1))
         )
         axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-        (_draw_matrix if result.diffusion is None else _draw_distances)(upper, axes, result)
+        (_draw_matrix if result.diffusion is None else _draw_distances)(axes, result)
         choice.spines[["top", "right"]].set_visible(False)
         _draw_choice(choice, result)
 
@@ -129,7 +130,7 @@ def _wide(axes: Axes) -> bool:
 
 def _title(axes: Axes, words: str, details: str) -> None:
     if not _wide(axes):
-        words, details = (textwrap.fill(text, 42) for text in (words, details))
+        words, details = (textwrap.fill(text, 38) for text in (words, details))
     axes.set_title(f"{words}\n{details}", fontsize=10 if _wide(axes) else 9)
 
 
@@ -153,6 +154,7 @@ def _in_words(result: StageResult, what: str) -> str:
 def _sigma_axis(axes: Axes, measure: NoiseSchedule, least: float = 0.045) -> None:
     """Add sigma above an x axis of a schedule's time; ticks stand at least this share of the axis apart."""
     low, high = axes.get_xlim()
+    least *= 1 if _wide(axes) else 2
     ticks: list[tuple[float, str]] = []
     for sigma in _TICKS:
         t = float(measure.time(sigma))
@@ -228,7 +230,14 @@ def _draw_similarities(axes: Axes, curves: dict[str, Any], settings: StageSettin
     axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, below_by), ncols=columns)
 
 
-def _draw_matrix(figure: Figure | SubFigure, axes: Axes, result: StageResult) -> None:
+def _colour_scale(axes: Axes, shown: ScalarMappable, label: str) -> None:
+    """Add the scale of a matrix: at its right, or below it on narrow pages."""
+    wide, figure = _wide(axes), axes.get_figure()
+    assert figure is not None
+    figure.colorbar(shown, ax=axes, shrink=0.9, label=label, location="right" if wide else "bottom")
+
+
+def _draw_matrix(axes: Axes, result: StageResult) -> None:
     """Draw the similarity of all pairs of times (a cell extends from its time to the next) and the stages as blocks."""
     t = np.asarray(result.curves["t"])
     borders = np.append(t, 2 * t[-1] - t[-2])
@@ -236,7 +245,7 @@ def _draw_matrix(figure: Figure | SubFigure, axes: Axes, result: StageResult) ->
     lowest = min(0.0, float(np.min(result.curves["similarity"])))
     cells: Any = {"cmap": "cividis", "vmin": lowest, "vmax": 1, "rasterized": True}
     mesh = axes.pcolormesh(borders, borders, result.curves["similarity"], **cells)
-    figure.colorbar(mesh, ax=axes, shrink=0.9, label="mean cosine of gradients" if gradients else "mean similarity")
+    _colour_scale(axes, mesh, "mean cosine of gradients" if gradients else "mean similarity")
     ends = [float(borders[0]), *_cuts(result), float(borders[-1])]
     _draw_blocks(axes, ends)
     _label_edges(axes, result)
@@ -248,7 +257,7 @@ def _draw_matrix(figure: Figure | SubFigure, axes: Axes, result: StageResult) ->
     _sigma_axis(axes, result.time_measure, 0.08)
 
 
-def _draw_distances(figure: Figure | SubFigure, axes: Axes, result: StageResult) -> None:
+def _draw_distances(axes: Axes, result: StageResult) -> None:
     """Draw the distance of the network's outputs at all pairs of noise levels, and the stages as blocks.
 
     The axes are even in the share of training noise, and labelled with log-SNR and sigma.
@@ -256,7 +265,7 @@ def _draw_distances(figure: Figure | SubFigure, axes: Axes, result: StageResult)
     sigma, distance = np.asarray(result.curves["sigma"]), np.asarray(result.curves["distance"])
     share = (np.arange(len(sigma)) + 0.5) / len(sigma)
     shown = axes.imshow(np.sqrt(distance), cmap="cividis_r", vmin=0, origin="lower", extent=(0.0, 1.0, 0.0, 1.0))
-    figure.colorbar(shown, ax=axes, shrink=0.9, label="rms distance of the network's outputs")
+    _colour_scale(axes, shown, "rms distance of the network's outputs")
     cuts = np.interp(np.log(result.edges_sigma), np.log(sigma), share).tolist()
     _draw_blocks(axes, [0.0, *cuts, 1.0])
     ticks = np.interp((0.05, 0.25, 0.5, 0.75, 0.95), share, np.log(sigma))
