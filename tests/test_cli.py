@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import yaml
 from PIL import Image
@@ -37,6 +38,8 @@ from multistage_diffusion.files import write_json
 from multistage_diffusion.performance import devices
 from multistage_diffusion.stage_finding import StageSettings, gaussian_stages
 from multistage_diffusion.training.metrics import TrainingDiverged
+from multistage_diffusion.training.run import Run
+from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow import demo
 
 TINY = [
@@ -112,6 +115,31 @@ def test_the_overview_names_every_command(msdiff: Call) -> None:
         assert (code, err) == (0, "")
         assert all(f"  {name} " in out and summary in out for name, summary in cli.SUMMARIES.items())
         assert max(map(len, out.splitlines())) <= 130
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_a_shell_completes_commands_options_and_values(msdiff: Call, tmp_path: Path) -> None:
+    code, script, err = msdiff("--print-completion", "bash")
+    assert (code, err) == (0, "")
+    (tmp_path / "msdiff.bash").write_text(script)
+    asked = {"s": "sample stages stats", "sample --capt": "--captions", "sample --format w": "webp"}
+    ask = """source msdiff.bash
+function=$(complete -p msdiff | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+while IFS= read -r line; do
+  COMP_WORDS=(msdiff $line); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMPREPLY=()
+  $function msdiff "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+  echo "${COMPREPLY[*]}"
+done
+"""
+    lines = "".join(f"{line}\n" for line in asked)
+    done = subprocess.run(["bash", "-c", ask], cwd=tmp_path, input=lines, capture_output=True, text=True, check=True)
+    assert [" ".join(sorted(line.split())) for line in done.stdout.splitlines()] == list(asked.values())
+
+
+def test_completion_is_printed_for_known_shells(msdiff: Call) -> None:
+    assert "#compdef msdiff" in msdiff("--print-completion", "zsh")[1]
+    refused(msdiff("--print-completion"), "name one shell, bash or zsh")
+    refused(msdiff("--print-completion", "cmd"), "--print-completion cmd: name one shell, bash or zsh")
 
 
 def test_what_it_says_is_said_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,6 +469,47 @@ def test_sample_writes_grids_and_arrays(made: Path, msdiff: Call, tmp_path: Path
         found = [np.asarray(Image.open(tmp_path / name / f"{i:06d}.png")) for i in range(4)]
         assert int(np.abs(np.stack(found).astype(int) - array[:, 0].astype(int)).max()) <= 1
     assert msdiff("sample", made / "run", "--count", "4", "--out", "bf16.npz", "--precision", "bf16")[0] == 0
+
+
+@pytest.fixture(name="pets", scope="module")
+def fixture_pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step with three classes, two of them named."""
+    names = {"data__class_names": ("cats", "dogs"), "data__class_counts": (5, 4, 3)}
+    config = tiny.tiny_config(training__steps=1, network__num_classes=3, **names)
+    run = Run.create(tmp_path_factory.mktemp("pets") / "run", config)
+    Trainer(run, tiny.tiny_data(12, classes=3), device="cpu").fit()
+    return run.path
+
+
+def test_classes_are_asked_for_and_shown_by_name(pets: Path, msdiff: Call, tmp_path: Path) -> None:
+    code, out, _ = msdiff("sample", pets, "--count", "2", "--label", "dogs", "--out", "dogs")
+    assert (code, out) == (0, "written: dogs (2 samples of class dogs, dpm, 4 calls)\n")
+    assert sorted(p.name for p in (tmp_path / "dogs").iterdir()) == [
+        "000000-dogs.png",
+        "000001-dogs.png",
+        "dataset.json",
+    ]
+    for name, options in {"by-number": ("--label", "1"), "jpgs": ("--label", "dogs", "--format", "jpg")}.items():
+        assert msdiff("sample", pets, "--count", "2", *options, "--out", name)[0] == 0
+    first = [next((tmp_path / name).glob("000000*")).read_bytes() for name in ("dogs", "by-number", "jpgs")]
+    assert first[0] == first[1]
+    assert first[2].startswith(b"\xff\xd8")
+    heights = {}
+    for captions in ("auto", "off", "on"):
+        for label in ((), ("--label", "2")):
+            options = ("--count", "4", "--captions", captions, *label, "--out", "g.png", "--overwrite")
+            assert msdiff("sample", pets, *options)[0] == 0
+            with Image.open(tmp_path / "g.png") as image:
+                heights[captions, len(label)] = image.size[1] - 131
+    assert {key for key, value in heights.items() if value} == {("auto", 0), ("on", 0), ("on", 2)}
+
+
+def test_classes_captions_and_formats_that_are_not_there_are_refused(pets: Path, made: Path, msdiff: Call) -> None:
+    refused(msdiff("sample", pets, "--label", "eels"), "label=eels: it must be in 0..2, or one of cats, dogs")
+    refused(msdiff("sample", pets, "--label", "cat"), "did you mean 'cats'?")
+    refused(msdiff("sample", pets, "--captions", "on", "--out", "a.npz"), "only a .png grid has captions")
+    refused(msdiff("sample", made / "run", "--captions", "on"), "the run is unconditional")
+    refused(msdiff("sample", pets, "--format", "jpg", "--out", "a.npz"), "--format jpg: is of the images in a folder")
 
 
 def test_what_is_there_is_not_replaced_unasked(made: Path, msdiff: Call, tmp_path: Path) -> None:

@@ -26,7 +26,16 @@ from multistage_diffusion.config.serialization import to_dict
 ROOT = Path(__file__).parents[1]
 CONFIG = to_dict(RunConfig())
 KEYS = [f"{section}.{key}" for section, value in CONFIG.items() if isinstance(value, dict) for key in value]
-OTHERS = {"--logdir", "--max-restarts", "--model", "--setting"}  # options of other programs that pages name
+OTHERS = {
+    "--build-arg",
+    "--gpus",
+    "--index-url",
+    "--rm",
+    "--logdir",
+    "--max-restarts",
+    "--model",
+    "--setting",
+}  # options of other programs that pages name
 
 
 @pytest.fixture(name="pages", scope="module")
@@ -127,7 +136,13 @@ def test_pages_name_settings_that_exist() -> None:
 
 
 def test_pages_name_options_that_exist(commands: str) -> None:
-    known = {*re.findall(r"^`(--[a-z-]+)", commands, re.MULTILINE), "--help", "--version", "--debug"} | OTHERS
+    known = {
+        *re.findall(r"^`(--[a-z-]+)", commands, re.MULTILINE),
+        "--help",
+        "--version",
+        "--debug",
+        "--print-completion",
+    } | OTHERS
     for page, code in prose().items():
         found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", code))
         assert found <= known, f"{page}: {sorted(found - known)}"

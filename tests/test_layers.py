@@ -30,8 +30,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("data", "records", "shares"),
     # L1: finding stages, networks, pictures
-    ("nets", "optimal", "preconditioning", "reporting.pictures", "trackers"),
-    ("performance", "reporting.html", "stage_finding"),
+    ("nets", "optimal", "preconditioning", "reporting.captions", "reporting.palette", "trackers"),
+    ("reporting.pictures",),
+    ("performance", "reporting.html", "reporting.samples", "stage_finding"),
     # L2: from networks to images
     ("denoisers", "latent", "samplers"),
     # L3: training and judging, which do not know each other
@@ -53,6 +54,8 @@ EXTRAS = (
     "diffusers",
     "datasets",
     "huggingface_hub",
+    "trackio",
+    "wandb",
 )
 PICKLES = (
     "pickle",

@@ -31,7 +31,7 @@ SUMMARIES = {
     "stages": "Find the noise ranges (stages) of a data set from the data themselves.",
     "train": "Train a multi-decoder model, or resume a run.",
     "train-codec": "Train a small autoencoder (a latent codec) on a data set, for runs on its latents.",
-    "sample": "Draw samples of a run: a grid (.png), a folder of PNGs, or an array (.npz).",
+    "sample": "Draw samples of a run: a grid (.png), a folder of images, or an array (.npz).",
     "evaluate": "Compare samples of a run with real images: Fréchet distance, precision and recall, memorisation.",
     "stats": "Write the statistics of a data set's features, for reuse in many evaluations.",
     "plan": "Plan a model for a data set and a budget: stages from the data, decoder widths from two short probes.",
@@ -52,6 +52,7 @@ Train diffusion models faster: one shared encoder, a tailored decoder for every 
 {commands}
 
 msdiff COMMAND --help shows a command's options, with examples; msdiff --version the version.
+msdiff --print-completion bash (or zsh) prints what lets a shell complete commands and options.
 --debug (or MSDIFF_DEBUG=1) shows the traceback of every error.
 
 Examples
@@ -61,6 +62,7 @@ Examples
   msdiff sample runs/photos --count 64 --out grid.png
 """
 
+SHELLS = ("bash", "zsh")  # for which completion scripts are made
 _LONGEST = 1000  # characters of a message
 
 
@@ -99,6 +101,8 @@ def _answer(name: str, arguments: Sequence[str], debug: bool) -> int:
     if name == "--version":
         print(f"msdiff {__version__}")
         return 0
+    if name == "--print-completion":
+        return _print_completion(arguments, debug)
     with warnings.catch_warnings(), _openings_reported():
         told: set[str] = set()  # the same from two places is one
 
@@ -109,6 +113,26 @@ def _answer(name: str, arguments: Sequence[str], debug: bool) -> int:
 
         warnings.showwarning = show
         return _run(name, arguments, debug)
+
+
+def _print_completion(arguments: Sequence[str], debug: bool) -> int:
+    """Print the script that completes commands, options and their values in a shell."""
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        return _fail(f"--print-completion {' '.join(arguments)}: name one shell, {' or '.join(SHELLS)}", debug)
+    import tyro
+
+    from .commands import COMMANDS
+
+    asked = ("--tyro-print-completion", arguments[0])
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            dict(COMMANDS), prog="msdiff", args=asked, config=(tyro.conf.FlagCreatePairsOff,)
+        )
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except ImportError as error:  # releases of tyro before 1.0 need shtab
+        return _fail(f"--print-completion: {error}", debug)
+    return 0
 
 
 def _run(name: str, arguments: Sequence[str], debug: bool) -> int:

@@ -32,6 +32,21 @@ def test_paths_have_one_form(form):
     assert inner_path("../../etc/passwd") == "etc/passwd"
 
 
+def named(names, entries=None):
+    content = json.dumps({"labels": pairs() if entries is None else entries, "class_names": names}).encode()
+    return listed(content)
+
+
+def test_a_listing_may_name_its_classes():
+    assert named(["cats", "dogs", "eels"]) == ([0, 1, 2], ("cats", "dogs", "eels"))
+    assert named(None) == ([0, 1, 2], ())
+    with pytest.raises(UserError, match=r"set: dataset\.json: label 2, but 2 class_names; give one per class"):
+        named(["cats", "dogs"])
+    for wrong in ("cats", [1, 2, 3]):
+        with pytest.raises(UserError, match="class_names must be a list of texts"):
+            named(wrong)
+
+
 @pytest.mark.parametrize("listing", ["a/dataset.json", "c/dataset.json", "a/x/dataset.json"])
 def test_a_listing_beside_the_images_is_refused_by_name(listing):
     with pytest.raises(

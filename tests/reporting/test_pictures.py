@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.reporting.pictures import data_uri, folder_of_images, grid, save_npz, save_png
 
 RAMP = torch.arange(3 * 2 * 2, dtype=torch.uint8).view(3, 1, 2, 2)
@@ -102,6 +103,47 @@ def test_a_folder_of_images_that_failed_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_captions_stand_below_their_images() -> None:
+    plain = np.asarray(grid(RAMP, columns=2, scale=32, pad=1))
+    image = np.asarray(grid(RAMP, columns=2, scale=32, pad=1, captions=["cats", "dogs", "cats"]))
+    below = image.shape[0] - plain.shape[0]
+    assert (below % 2, image.shape[1]) == (0, plain.shape[1])
+    strip = below // 2
+    rows = [r for top in (0, 65 + strip) for r in range(top, top + 65)]
+    assert np.array_equal(image[[*rows, -1]], plain)  # the images and the lines are as without captions
+    first, second, third = image[65 : 65 + strip, 1:65], image[65 : 65 + strip, 66:130], image[-strip - 1 : -1, 1:65]
+    assert np.array_equal(first, third)
+    assert not np.array_equal(first, second)
+    assert first.max() > 200 > 60 > np.median(first)  # light text on a dark strip
+    colour = grid(RAMP.expand(-1, 3, -1, -1), columns=2, scale=32, pad=1, captions=["cats", "dogs", "cats"])
+    assert np.array_equal(np.asarray(colour.convert("L")), image)
+    with pytest.raises(ValueError, match="captions: 2 for 3 images"):
+        grid(RAMP, captions=["a", "b"])
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
+def test_a_folder_of_classes_names_its_files_and_classes(tmp_path: Path, kind: str) -> None:
+    images = torch.arange(0, 250, 10, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)[:4]
+    names = ["sea/ lions", "cats", "..", "cats"]
+    with folder_of_images(tmp_path / "s", torch.tensor([3, 0, 1, 0]), names, kind=kind) as write:
+        write(0, images)
+    files = ["000000-sea_lions", "000001-cats", "000002-_", "000003-cats"]
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [*(f"{f}.{kind}" for f in files), "dataset.json"]
+    for file, image in zip(files, images, strict=True):
+        with Image.open(tmp_path / "s" / f"{file}.{kind}") as found:
+            assert found.format == {"jpg": "JPEG"}.get(kind, kind.upper())
+            off = np.asarray(found).astype(int) - image.permute(1, 2, 0).numpy().astype(int)
+            assert np.abs(off).max() <= (1 if kind == "jpg" else 0)
+    data = open_data(tmp_path / "s")
+    assert (data.labels.tolist(), data.class_names) == ([3, 0, 1, 0], ("cats", "..", "2", "sea/ lions"))
+    with folder_of_images(
+        tmp_path / "s", torch.tensor([1, 0]), replace=True
+    ) as write:  # takes the place of its own kind
+        write(0, images[:2])
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["000000-1.png", "000001-0.png", "dataset.json"]
+    assert open_data(tmp_path / "s").class_names == ("0", "1")
 
 
 def test_npz_round_trip(tmp_path: Path) -> None:

@@ -12,11 +12,17 @@ import torch
 from PIL import Image
 
 from multistage_diffusion.config import DataConfig, NetworkConfig, RunConfig
-from multistage_diffusion.config.serialization import to_dict
+from multistage_diffusion.config.serialization import override, to_dict
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import EvaluationResult, MetricValue, PixelFeatures, evaluate_samples
 from multistage_diffusion.files import write_json
+from multistage_diffusion.reporting import palette
+from multistage_diffusion.reporting.captions import STRIP
+from multistage_diffusion.reporting.describe import describe
+from multistage_diffusion.reporting.network_drawing import draw_network
+from multistage_diffusion.reporting.pictures import grid, save_png
 from multistage_diffusion.reporting.report import POINTS, ArchitectureRow, Neighbours, _curve, write_report
+from multistage_diffusion.stage_finding import StageSettings, compute_stages
 from multistage_diffusion.stages import Stages
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -54,6 +60,13 @@ class Page(HTMLParser):
     def images(self) -> list[np.ndarray]:
         sources = [a["src"] or "" for tag, a in self.tags if tag == "img"]
         return [np.asarray(Image.open(io.BytesIO(base64.b64decode(s.split(",")[1])))) for s in sources]
+
+
+def charts(page: Page) -> int:
+    """Return the number of charts; each is in the page for wide and for narrow screens."""
+    kinds = [attributes.get("class") for tag, attributes in page.tags if tag == "svg"]
+    assert kinds.count("wide") == kinds.count("narrow") == len(kinds) / 2
+    return kinds.count("wide")
 
 
 def pictures(count: int, seed: int) -> torch.Tensor:
@@ -154,7 +167,7 @@ def test_a_full_report_stands_alone(tmp_path: Path, stages: int) -> None:
             assert (attributes.get(key) or "#").startswith(("#", "data:image/png;base64,")), (tag, attributes)
     assert "url(" not in page.source.replace("url(#", "")
     assert len(page.images()) == 1 + 2 + 3  # curves, two grids, three pairs
-    assert sum(tag == "svg" for tag, _ in page.tags) == 2
+    assert charts(page) == 2
     for words in ("5,120", "1 min 20 s", "some device", "0.000125", "64 images per second"):
         assert words in page.text
     for words in ("my digits", "msdiff train --data 'a & b' --out run", "1.91 M", "21 G", "950", "not comparable"):
@@ -179,7 +192,7 @@ def evaluation_section(folder: Path, distances: list[float | None]) -> Page:
 
 def test_distances_during_training_are_drawn_against_compute(tmp_path: Path) -> None:
     page = evaluation_section(tmp_path, [300.0, None, 40.0, 60.0])
-    assert sum(tag == "svg" for tag, _ in page.tags) == 3
+    assert charts(page) == 3
     for words in (
         "Fréchet distance: features pixel <features>, 2,000 samples",
         "Fréchet distance of samples during training against real.npz, by training compute",
@@ -200,14 +213,14 @@ def test_further_metrics_are_drawn_in_their_own_charts(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + old)
     images = pictures(1, 0)
     page = Page(write_report(tmp_path, config=make_config(1), architecture=[], samples=images, real=images))
-    assert sum(tag == "svg" for tag, _ in page.tags) == 2 + 3
+    assert charts(page) == 2 + 3
     for words in ("Recall: features pixel", "best: 0.75 at step 20", "Higher is better", "unknown of samples during"):
         assert words in page.text
 
 
 def test_distances_that_could_not_be_measured_are_not_drawn(tmp_path: Path) -> None:
     page = evaluation_section(tmp_path, [None])
-    assert sum(tag == "svg" for tag, _ in page.tags) == 2
+    assert charts(page) == 2
     assert "No samples could be evaluated during training." in page.text
 
 
@@ -218,6 +231,68 @@ def test_a_bare_run_makes_a_report(tmp_path: Path) -> None:
     for words in ("No training was logged", "Not evaluated", "Not compared", "No command", "No similarity curves"):
         assert words in page.text
     assert "[0, ∞)" in page.text
+
+
+def test_bars_show_rows_and_compute_if_they_are_known(tmp_path: Path) -> None:
+    config = make_config(2)
+    known = [
+        dataclasses.replace(row, rows=0.5, compute=share)
+        for row, share in zip(rows(config), (0.75, 0.25), strict=False)
+    ]
+    images = pictures(1, 0)
+    page = Page(write_report(tmp_path, config=config, architecture=known, samples=images, real=images))
+    for words in ("Share of the noise range (VP time, 0.001 to 1)", "Share of the training's images", "75%", "25%"):
+        assert words in page.text
+    styles = [a["style"] or "" for tag, a in page.tags if tag == "div" and "style" in a]
+    assert [float(style.split(":")[1].split(";")[0]) for style in styles[2:]] == [0.5, 0.5, 0.75, 0.25]
+
+
+def test_the_curves_of_the_stages_and_the_network_are_drawn(tmp_path: Path) -> None:
+    config = make_config(3)
+    found = compute_stages(pictures(200, 3).numpy(), StageSettings(algorithm=2, stages=3, samples=100))
+    described = describe(override(config, {"data.shape": [1, 8, 8]}))
+    svg = draw_network(config.network, described, "svg").decode()
+    images = pictures(1, 0)
+    arguments = {"config": config, "architecture": [], "samples": images, "real": images}
+    page = Page(write_report(tmp_path, **arguments, found=found, network_svg=svg))  # type: ignore[arg-type]
+    assert "://" not in page.source
+    assert [a.get("class") for tag, a in page.tags if tag == "svg"] == ["wide", "narrow", ""]
+    for words in ("How many stages?", "Shared encoder", "The network, to scale"):
+        assert words in page.text
+    assert page.text.replace("\n", " ").count("The optimal denoiser changes at σ = ") == 2
+    assert palette.INK not in page.source.split("</style>")[1]
+
+
+def test_samples_over_training_are_cut_from_their_grids(tmp_path: Path) -> None:
+    config = override(make_config(1), {"data.shape": [1, 8, 8]})
+    drawn = {step: pictures(25, step) for step in range(10, 110, 10)}
+    for step, images in drawn.items():
+        captions = [str(i) for i in range(25)] if step > 50 else None
+        save_png(grid(images, captions=captions), tmp_path / "samples" / f"step_{step:08d}.png")
+    images = pictures(1, 0)
+    page = Page(write_report(tmp_path, config=config, architecture=[], samples=images, real=images))
+    alts = [a["alt"] or "" for tag, a in page.tags if tag == "img"]
+    assert len(alts) == len(set(alts))
+    shown = [int(alt.split()[-1]) for alt in alts if alt.startswith("samples after step")]
+    assert len(shown) == 6
+    assert (shown[0], shown[-1]) == (10, 100)
+    for step, image in zip(shown, page.images()[2:], strict=True):
+        strip = STRIP if step > 50 else 0
+        assert image.shape == (3 * (65 + strip) + 1, 3 * 65 + 1)
+        down = 65 + strip
+        assert np.array_equal(image[1 + down : 65 + down : 8, 66:130:8], drawn[step][6, 0].numpy())  # row 2, column 2
+
+
+def test_classes_have_their_names(tmp_path: Path) -> None:
+    changes = {"network.num_classes": 3, "data.class_names": ["cats", "<dogs>", "eels"]}
+    config, images = override(make_config(1), changes), pictures(4, 0)
+    classes = ["cats", "<dogs>", "eels", "cats"]
+    page = Page(
+        write_report(tmp_path, config=config, architecture=[], samples=images, real=images, sample_classes=classes)
+    )
+    assert "3: cats, <dogs>, eels" in page.text
+    made, real = page.images()
+    assert made.shape[0] == real.shape[0] + 2 * STRIP
 
 
 def test_images_arrive_unchanged(tmp_path: Path) -> None:

@@ -14,7 +14,16 @@ from multistage_diffusion.config import DataConfig
 from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import PixelFeatures, frechet_distance
-from multistage_diffusion.samplers.class_labels import class_counts, frequent_labels, labels_in_turn, warn_of_empty
+from multistage_diffusion.samplers.class_labels import (
+    class_counts,
+    class_name,
+    class_names,
+    class_number,
+    frequent_labels,
+    labels_in_turn,
+    names_of,
+    warn_of_empty,
+)
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
 
@@ -110,3 +119,40 @@ def test_unequal_classes_are_measured_rightly(tiny_config):
     frequent = distance(frequent_labels(config, 2000, seed=0))
     in_turn = distance(labels_in_turn(config, 2000))
     assert frequent < in_turn / 3
+
+
+def test_a_class_is_given_by_its_name_or_its_number(tiny_config):
+    pets = tiny_config(network__num_classes=4, data__class_names=("cats", "dogs", "0"))
+    assert [class_number(pets, given) for given in ("cats", "dogs", 1, "1", 3, "3")] == [0, 1, 1, 1, 3, 3]
+    assert class_number(pets, "0") == 2  # a folder's name is what a user sees
+    assert class_number(pets, 0) == 0
+    assert [class_name(pets, number) for number in range(4)] == ["cats", "dogs", "0", "3"]
+    assert names_of(pets, torch.tensor([1, 3, 1])) == ["dogs", "3", "dogs"]
+    assert names_of(pets, None) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "message"),
+    [
+        ((), "cats", r"label=cats: it must be in 0\.\.3"),
+        (("cats", "dogs"), 4, r"label=4: it must be in 0\.\.3, or one of cats, dogs"),
+        (("cats", "dogs"), "-1", r"label=-1: it must be in 0\.\.3, or one of cats, dogs"),
+        (("cats", "dogs"), "cat", r"label=cat: it must be in 0\.\.3; did you mean 'cats'"),
+        (("crane", "owl", "crane"), "crane", "label=crane: is the name of classes 0, 2; give the number"),
+    ],
+)
+def test_a_class_that_is_not_there_is_refused_with_the_names(tiny_config, names, given, message):
+    with pytest.raises(UserError, match=message):
+        class_number(tiny_config(network__num_classes=4, data__class_names=names), given)
+
+
+def test_names_that_are_the_numbers_are_none(tiny_data):
+    assert class_names(tiny_data(classes=3), 3) == ()
+    named = open_data(CASES / "win.zip")
+    assert class_names(named, 2) == ("cats", "dogs")
+    assert class_names(named, 0) == ()
+
+
+def test_a_warning_of_empty_classes_names_them():
+    with pytest.warns(UserWarning, match=r"2 of 3 classes have no training images \(1 dogs, 2\)"):
+        warn_of_empty((5, 0, 0), ("cats", "dogs"))

@@ -40,6 +40,11 @@ def test_tensorboard_holds_every_logged_number(tmp_path, tiny_config, tiny_data)
     assert events.Tags()["tensors"] == ["configuration/text_summary"]
     text = events.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0].decode()
     assert json.loads(text) == to_dict(run.config())
+    settings = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    plugin = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
+    kept = plugin.HParamsPluginData.FromString(settings).session_start_info.hparams
+    assert kept["optimizer.lr"].number_value == run.config().optimizer.lr
+    assert kept["network.decoder_widths"].string_value == "[12, 8, 4]"
     (image,) = events.Images("samples")
     assert (image.step, image.width, image.height) == (4, 2 * 65 + 1, 2 * 65 + 1)
     assert len(expected) == 2 * (3 + 3 + 4 + 2)  # losses of two kinds, norms of four parts, rate and learning rate

@@ -94,5 +94,5 @@ def test_an_unknown_tracker_is_refused():
     assert [type(tracker).__name__ for tracker in Tracking.of(["tensorboard", "tensorboard"]).trackers] == [
         "TensorBoard"
     ]
-    with pytest.raises(UserError, match="track='wandb' must be one of tensorboard"):
-        Tracking.of(["wandb"])
+    with pytest.raises(UserError, match="track='csv' must be one of tensorboard, trackio, wandb"):
+        Tracking.of(["csv"])

@@ -149,13 +149,30 @@ def test_nothing_stays_open(name: str) -> None:
     assert config.codec.used == bool(config.codec.fingerprint and config.codec.scale and config.codec.shape)
 
 
+def named(*names: str) -> ImageData:
+    images = tiny_data(classes=len(names))
+    return ImageData(images.storage, images.labels, "named", names)
+
+
+def test_class_names_are_those_of_the_data_or_those_given() -> None:
+    config = tiny_config(network__num_classes=3)
+    given = override(config, {"data.class_names": ["x", "y", "z"]})
+    pets = named("cats", "dogs", "eels")
+    found = [
+        resolved(c, d, None).config.data.class_names for c in (config, given) for d in (pets, named("0", "1", "2"))
+    ]
+    assert found == [("cats", "dogs", "eels"), (), ("cats", "dogs", "eels"), ("x", "y", "z")]
+    assert resolved(tiny_config(), pets, None).config.data.class_names == ()  # not class-conditional
+
+
 def test_every_documented_key_exists_and_is_set_by_a_case() -> None:
     assert set(RESOLVED) <= set(dotted(tiny_config()))
     known = {key for case in CASES.values() for key in case.sets}
-    assert set(RESOLVED) - known == {"codec.source", "training.init_from"}  # see the tests of paths
+    # see the tests of paths and of class names
+    assert set(RESOLVED) - known == {"codec.source", "training.init_from", "data.class_names"}
     # what an imported run gets when it is first resumed may be recorded then
     imported = {key for name, case in CASES.items() if name.startswith("imported") for key in case.sets}
-    assert imported <= set(RECORDED) <= set(RESOLVED)
+    assert imported | {"data.class_names"} <= set(RECORDED) <= set(RESOLVED)
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..errors import UserError
 from ..escaping import counted
 from ..reporting.pictures import MOST_IN_GRID, folder_of_images, grid, save_npz, save_png
 from ..samplers import make_plan, shortcoming
-from ..samplers.class_labels import warn_of_empty
+from ..samplers.class_labels import names_of, warn_of_empty
 from ..training.run import Run
 from ..workflow.sample import sample, sample_labels
 from .options import Device, RunFolder, SamplerOptions, check_out, option, print_json, say
@@ -23,14 +24,15 @@ from .options import Device, RunFolder, SamplerOptions, check_out, option, print
 
 @dataclass(kw_only=True)
 class Sample(SamplerOptions):
-    """Draw samples of a run: a grid (.png), a folder of PNGs, or an array (.npz).
+    """Draw samples of a run: a grid (.png), a folder of images, or an array (.npz).
 
     Sample i depends on the seed and i alone, not on the count or the batch.
 
     Examples
       msdiff sample runs/digits --count 64 --seed 0 --solver dpm --calls 20 --out grid.png
       msdiff sample runs/digits --count 5000 --out samples.npz
-      msdiff sample runs/digits --count 100 --out samples/
+      msdiff sample runs/digits --count 100 --out samples/ --format webp
+      msdiff sample runs/pets --label cats --out cats.png
     """
 
     run_folder: RunFolder
@@ -41,8 +43,12 @@ class Sample(SamplerOptions):
     """Seed."""
     out: Path = Path("samples.png")
     """FILE.png for a grid, FILE.npz for an array, anything else for a folder."""
-    label: Annotated[int | None, option("INT", "all: in turn in a grid, else as frequent as in training")] = None
-    """Class of all samples (class-conditional runs)."""
+    label: Annotated[str | None, option("CLASS", "all: in turn in a grid, else as frequent as in training")] = None
+    """Name or number of the class of all samples (class-conditional runs)."""
+    captions: Literal["auto", "on", "off"] = "auto"
+    """Write the class below each sample of a grid; auto: if the samples are of several classes."""
+    format: Annotated[Literal["png", "jpg", "webp"] | None, option("{png,jpg,webp}", "png")] = None
+    """Of the images in a folder: png and webp (both without loss) or jpg (quality 95)."""
     checkpoint: str = "best"
     """best, latest or a step."""
     batch: Annotated[int | None, option("INT", "as many as fit into memory")] = None
@@ -66,7 +72,11 @@ class Sample(SamplerOptions):
         suffix = self.out.suffix.lower()
         folder = suffix not in (".png", ".npz")
         if suffix in (".jpg", ".jpeg", ".webp", ".gif", ".npy", ".zip"):
-            raise UserError(f"--out {self.out}: samples are written as a .png grid, an .npz array or a folder of PNGs")
+            raise UserError(
+                f"--out {self.out}: samples are written as a .png grid, an .npz array or a folder of images (--format)"
+            )
+        if self.format is not None and not folder:
+            raise UserError(f"--format {self.format}: is of the images in a folder, and --out {self.out} is none")
         check_out(self.out, self.overwrite, folder=folder)
         if suffix == ".png" and self.count > MOST_IN_GRID:
             raise UserError(
@@ -79,10 +89,13 @@ class Sample(SamplerOptions):
         in_turn = suffix == ".png"
         labels = sample_labels(config, self.count, seed=self.seed, label=self.label, in_turn=in_turn)
         if self.label is None:
-            warn_of_empty(config.data.class_counts)
+            warn_of_empty(config.data.class_counts, config.data.class_names)
+        names = names_of(config, labels)
+        captions = self._captions(names, grid=in_turn)
         written: AbstractContextManager[Any] = nullcontext()
         if folder and is_main_process():
-            written = folder_of_images(self.out, labels, replace=self.overwrite)
+            kind = self.format or "png"
+            written = folder_of_images(self.out, labels, names, kind=kind, replace=self.overwrite)
         with Bar("sampling", "calls") as bar, written as write:
             images = sample(
                 run,
@@ -103,12 +116,20 @@ class Sample(SamplerOptions):
         if not is_main_process():
             return
         if suffix == ".png":
-            save_png(grid(images), self.out)
+            save_png(grid(images, captions=captions), self.out)
         elif suffix == ".npz":
             save_npz(images, self.out, labels)
+        of = f" of class {names[0]}" if names is not None and self.label is not None else ""
         if self.json:
             print_json({"out": str(self.out), "count": self.count, "seed": self.seed, "sampling": to_dict(sampling)})
         else:
-            say(
-                f"written: {self.out} ({counted(self.count, 'sample')}, {sampling.solver}, {counted(sampling.calls, 'call')})"
-            )
+            made = f"{counted(self.count, 'sample')}{of}, {sampling.solver}, {counted(sampling.calls, 'call')}"
+            say(f"written: {self.out} ({made})")
+
+    def _captions(self, names: Sequence[str] | None, *, grid: bool) -> Sequence[str] | None:
+        """Return the captions of a grid; None for none."""
+        if self.captions == "on" and (names is None or not grid):
+            why = "the run is unconditional" if names is None else "only a .png grid has captions"
+            raise UserError(f"--captions on: {why}; leave it out")
+        wanted = self.captions == "on" or (self.captions == "auto" and len(set(names or ())) > 1)
+        return names if wanted and grid else None

@@ -90,8 +90,8 @@ class Train(DataOptions):
     """What each process of torchrun holds: time: the whole network; memory: the decoders of its stages; fsdp: a slice of all."""
     profile: bool = False
     """Measure the times of the parts of some steps, print them, and write a trace to RUN/profile."""
-    track: Annotated[tuple[str, ...], option("TRACKER ...")] = ()
-    """Programs that receive metrics, samples and the configuration: tensorboard (extra: track)."""
+    track: Annotated[tuple[str, ...] | None, option("TRACKER ...", "none, or those of the run that is resumed")] = None
+    """Programs that receive metrics, samples and the configuration: tensorboard, wandb, trackio; none for none."""
     device: Device = None
     """cpu, cuda or cuda:N"""
 
@@ -165,9 +165,13 @@ class Train(DataOptions):
             device=self.device,
             strategy=self.strategy,
             callbacks=callbacks,
-            trackers=self.track,
+            trackers=None if self.track is None else self.trackers(),
             progress=bar,
         )
+
+    def trackers(self) -> tuple[str, ...]:
+        """Return the trackers that were asked for."""
+        return () if self.track is None or self.track == ("none",) else self.track
 
     def start(self, changes: dict[str, Any], callbacks: Sequence[Callback[Trainer]], bar: Bar) -> Run:
         """Start a run."""
@@ -183,7 +187,7 @@ class Train(DataOptions):
             device=self.device,
             strategy=self.strategy,
             callbacks=callbacks,
-            trackers=self.track,
+            trackers=self.trackers(),
             progress=bar,
         )
 

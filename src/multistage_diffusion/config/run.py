@@ -37,6 +37,8 @@ class DataConfig:
         shape: (channels, height, width) of an image, recorded and checked in the same way.
         class_counts: training images of each class, recorded when a class-conditional run starts; samples for
             evaluation have these frequencies.
+        class_names: names of the classes, in order, recorded when a class-conditional run starts on data that name them;
+            may be given for data that only number them. () or too few: classes have their numbers as names.
     """
 
     source: str = "digits"
@@ -48,6 +50,7 @@ class DataConfig:
     fingerprint: str = ""
     shape: tuple[int, ...] = ()
     class_counts: tuple[int, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(0 <= self.held_out < 1, f"data.held_out={self.held_out} must be in [0, 1)")

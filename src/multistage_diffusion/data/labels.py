@@ -27,7 +27,7 @@ def find_labels(
 
     Raises:
         UserError: if there are several dataset.json files, one is in a folder that does not hold all images, or one is
-            invalid or lacks an image.
+            invalid, lacks an image or names too few classes.
     """
     if not listings:
         return _folder_labels(images)
@@ -38,7 +38,7 @@ def find_labels(
         raise UserError(
             f"{source}: {listing} cannot be read ({one_line(error)}); repair it, or remove it to use sub-folders as classes"
         ) from None
-    return _listed_labels(f"{source}: {listing}", posixpath.dirname(listing), images, content), ()
+    return _listed_labels(f"{source}: {listing}", posixpath.dirname(listing), images, content)
 
 
 def _one_above_all(source: str, images: Sequence[str], listings: Sequence[str]) -> str:
@@ -67,12 +67,18 @@ def _folder_labels(images: Sequence[str]) -> tuple[list[int] | None, tuple[str, 
     return [number[p.split("/")[0]] for p in inner], tuple(classes)
 
 
-def _listed_labels(where: str, folder: str, images: Sequence[str], content: bytes) -> list[int] | None:
-    """Read {"labels": [[path, class], ...]} with paths relative to the listing's folder; null means no labels."""
+def _listed_labels(
+    where: str, folder: str, images: Sequence[str], content: bytes
+) -> tuple[list[int] | None, tuple[str, ...]]:
+    """Read {"labels": [[path, class], ...]} with paths relative to the listing's folder; null means no labels.
+
+    A further key "class_names" may hold a name for every class; EDM's tools ignore it.
+    """
     try:
-        entries = json.loads(content, object_pairs_hook=_no_key_twice)["labels"]
+        listing = json.loads(content, object_pairs_hook=_no_key_twice)
+        entries = listing["labels"]
         if entries is None:
-            return None
+            return None, ()
         pairs = [_pair(entry) for entry in _list(entries)]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
@@ -90,7 +96,19 @@ def _listed_labels(where: str, folder: str, images: Sequence[str], content: byte
         label = table[name]
         if type(label) is not int or not -_LABEL_LIMIT < label < _LABEL_LIMIT:
             raise UserError(f"{where}: label of {name} is {str(label)[:40]}; labels must be integers from 0")
-    return [table[name] for name in images]
+    labels = [table[name] for name in images]
+    return labels, _listed_names(where, listing.get("class_names"), max(labels, default=-1))
+
+
+def _listed_names(where: str, names: Any, largest: int) -> tuple[str, ...]:
+    """Return the class names of a listing; () if it has none."""
+    if names is None:
+        return ()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: class_names must be a list of texts, one per class, not {str(names)[:40]}")
+    if largest >= len(names):
+        raise UserError(f"{where}: label {largest}, but {len(names)} class_names; give one per class, or none")
+    return tuple(names)
 
 
 def inner_path(name: str) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.patheffects import withStroke
@@ -17,10 +16,9 @@ from matplotlib.patheffects import withStroke
 from ..config.network import NetworkConfig
 from .describe import sampler_words
 from .network_layout import BOTTOM, ROW, Block, Column, Layout, network_layout
+from .palette import CARD, INK, LINE, SHARED, SOFT, stage_colour, tint
 
-# Okabe and Ito's colours, which can be distinguished with any colour vision
-STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
-SHARED_COLOUR, INK, SOFT, SKIP, TRACK = "#5B6573", "#1D2330", "#667085", "#A3ABB8", "#E8EBF0"
+SKIP = "#a3abb8"  # of skip connections
 
 
 def draw_network(config: NetworkConfig, described: dict[str, Any], kind: str) -> bytes:
@@ -35,7 +33,7 @@ def draw_network(config: NetworkConfig, described: dict[str, Any], kind: str) ->
     fonts = {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"]}
     style: Any = {**fonts, "svg.fonttype": "none", "svg.hashsalt": "network"}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(layout.width, layout.height), facecolor="white")
+        figure = Figure(figsize=(layout.width, layout.height), facecolor=CARD)
         FigureCanvasAgg(figure)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, layout.width), ylim=(0, layout.height))
@@ -57,15 +55,7 @@ def draw_network(config: NetworkConfig, described: dict[str, Any], kind: str) ->
 
 
 def _colour(stage: int | None) -> str:
-    return SHARED_COLOUR if stage is None else STAGE_COLOURS[stage % len(STAGE_COLOURS)]
-
-
-def _tint(colour: str) -> tuple[float, ...]:
-    return tuple(1 - 0.3 * (1 - part) for part in to_rgb(colour))
-
-
-def _dark(colour: str) -> tuple[float, ...]:
-    return tuple(0.75 * part for part in to_rgb(colour))
+    return SHARED if stage is None else stage_colour(stage)
 
 
 def _box(axes: Axes, x: float, y: float, width: float, height: float, colour: Any, edge: Any = "none") -> None:
@@ -80,7 +70,7 @@ def _box(axes: Axes, x: float, y: float, width: float, height: float, colour: An
 
 def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str, width: float) -> None:
     """Draw a path that ends in an arrow; its white rim shows that crossing lines do not meet."""
-    rim = [withStroke(linewidth=width + 3, foreground="white")]
+    rim = [withStroke(linewidth=width + 3, foreground=CARD)]
     xs, ys = zip(*points, strict=True)
     axes.plot(xs, ys, color=colour, linewidth=width, path_effects=rim, zorder=2, solid_joinstyle="round")
     arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
@@ -153,7 +143,7 @@ def _draw_column(axes: Axes, column: Column) -> None:
     """Draw the blocks of an encoder (read downwards) or of a decoder (read upwards), with their channels."""
     colour, down = _colour(column.stage), column.part == "encoder"
     for block in column.blocks:
-        _box(axes, block.x, block.y, block.width, block.height, _tint(colour), colour)
+        _box(axes, block.x, block.y, block.width, block.height, tint(colour), colour)
         text = f"{block.box.channels}{' ◆' * block.box.attention}"
         room = 0.09 * len(str(block.box.channels)) + 0.16 * block.box.attention + 0.1
         inside = block.width > room and block.height > 0.16
@@ -188,7 +178,7 @@ def _draw_heads(
     total = described["sampler"]["calls"]
     if encoder.stage is None:
         name = "Shared encoder" if len(decoders) > 1 else "Encoder"
-        _draw_head(axes, encoder.x, y, [name, "every σ", "every call"], SHARED_COLOUR)
+        _draw_head(axes, encoder.x, y, [name, "every σ", "every call"], SHARED)
     for column in decoders:
         stage = stages[column.stage or 0]
         x = column.x if encoder.stage is None else (encoder.x + column.x) / 2
@@ -201,7 +191,7 @@ def _draw_heads(
 
 
 def _draw_head(axes: Axes, x: float, y: float, lines: Sequence[str], colour: str) -> None:
-    axes.text(x, y, lines[0], fontsize=12, fontweight="bold", color=_dark(colour), ha="center", va="center")
+    axes.text(x, y, lines[0], fontsize=12, fontweight="bold", color=colour, ha="center", va="center")
     for i, line in enumerate(lines[1:], start=1):
         axes.text(x, y - 0.04 - 0.19 * i, line, fontsize=9.5, color=INK, ha="center", va="center")
 
@@ -224,7 +214,7 @@ def _draw_shares(axes: Axes, layout: Layout, described: dict[str, Any]) -> None:
             axes.text(x - 0.65, y + 0.08, _short(value), fontsize=9.5, color=INK, va="center")
             percent = f"{100 * share:.0f} %" if share >= 0.01 else "< 1 %"
             axes.text(x + 0.65, y + 0.08, percent, fontsize=9.5, color=INK, va="center", ha="right")
-            _box(axes, x, y - 0.08, 1.3, 0.09, TRACK)
+            _box(axes, x, y - 0.08, 1.3, 0.09, LINE)
             if share > 0:
                 _box(axes, x - 0.65 + 0.65 * share, y - 0.08, 1.3 * share, 0.09, _colour(stage))
 
@@ -258,7 +248,7 @@ def _draw_key(axes: Axes, layout: Layout, calls: int) -> None:
         if x > 0.3 and x + across > layout.width - 0.1:
             x, y = 0.3, y - 0.24
         if i == 0:
-            _box(axes, x + width / 2, y, width, pixels * layout.pixel, TRACK, SOFT)
+            _box(axes, x + width / 2, y, width, pixels * layout.pixel, LINE, SOFT)
         elif mark > 0:
             _line(axes, [(x, y), (x + mark, y)], *((INK, 1.6) if i == 1 else (SKIP, 1.4)))
         axes.text(x + mark + 0.08, y, item, fontsize=9, color=SOFT, va="center")

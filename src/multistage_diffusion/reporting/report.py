@@ -1,6 +1,7 @@
 """The report of a run in one HTML file: stages, network, losses, samples, metrics, and the command that made it.
 
-The file opens from disk without a network: it contains its style, charts (SVG) and pictures (PNG data URLs).
+The file opens from disk without a network: it contains its style, charts (SVG) and pictures (PNG data URLs). It follows the
+reader's theme, light or dark, and fits pages from 390 pixels on.
 """
 
 from __future__ import annotations
@@ -31,14 +32,19 @@ from ..evaluation.presentation import counts_sentence, features_sentence, rows
 from ..evaluation.registry import Display
 from ..files import write_atomic
 from ..records import read_evaluations, read_launches, read_metrics
-from .html import INK, chart, colour, escape, facts, label, note, page, picture, table, tidy
-from .pictures import data_uri, grid
+from ..stage_finding import StageResult
+from ..stage_finding.plots import draw_stages, stages_height
+from .html import NARROW, WIDE, bar, chart, drawing, escape, facts, is_narrow, label, note, page, picture, table, tidy
+from .palette import INK, SHARED, stage_colour, stage_variable
+from .pictures import STRIP, cell, data_uri, grid
 
 Record = Mapping[str, Any]
 
 POINTS = 300  # most points per curve; beyond that, neighbouring log lines are averaged
 PANELS = 3  # loss charts in a row
 GAP = 3  # pixels between images
+FRAMES = 6  # pictures of samples over training
+NAMED = 10  # classes named in the header
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +95,11 @@ def write_report(
     samples: Tensor,
     real: Tensor,
     neighbours: Neighbours | None = None,
+    sample_classes: Sequence[str] | None = None,
+    real_classes: Sequence[str] | None = None,
     stages_png: Path | None = None,
+    found: StageResult | None = None,
+    network_svg: str | None = None,
     evaluation: Sequence[Any] | None = None,
 ) -> Path:
     """Write RUN/report.html and return its path.
@@ -101,7 +111,10 @@ def write_report(
         samples: uint8 (N, C, H, W), generated images.
         real: uint8 (M, C, H, W), held-out or training images to show beside them.
         neighbours: samples with their nearest training images.
-        stages_png: picture of the similarity curves from which the stages were found.
+        sample_classes, real_classes: name of the class of each of these images; None: not shown.
+        stages_png: picture of the curves from which the stages were found, if there is no `found`.
+        found: the result that the stages are from; its curves are drawn.
+        network_svg: drawing of the network, see `network_drawing`.
         evaluation: results (EvaluationResult or its dictionary); default: those of RUN/evaluation.json.
 
     Raises:
@@ -115,11 +128,12 @@ def write_report(
     held_out = [r for r in records if r["kind"] == "held_out"]
     evaluated = [r for r in records if r["kind"] == "quality"]
     metrics = "".join(_metrics(read_result(to_dict(result))) for result in evaluation)
+    pair = _samples(config, samples, real, sample_classes, real_classes)
     sections = [
-        ("stages", "Stages", _stages(config, stages_png)),
-        ("network", "Network", _network(architecture)),
+        ("stages", "Stages", _stages(config, architecture, stages_png, found)),
+        ("network", "Network", _network(architecture, network_svg)),
         ("training", "Training", _training(train, held_out, len(config.stages)) + _evaluations(evaluated)),
-        ("samples", "Samples", _samples(config, samples, real)),
+        ("samples", "Samples", pair + _strip(run / "samples", config)),
         ("neighbours", "Nearest training images", _neighbours(neighbours)),
         ("metrics", "Metrics", metrics or note("Not evaluated yet.")),
         ("origin", "Command and configuration", _origin(config, launches)),
@@ -135,6 +149,7 @@ def _header(config: RunConfig, train: Sequence[Record], launches: Sequence[Recor
     release = last.get("version", version("multistage-diffusion"))
     values = {
         "Data": config.data.source,
+        **({"Classes": _classes(config)} if config.network.num_classes else {}),
         "Stages": len(config.stages),
         "Images seen": f"{train[-1]['images']:,}" if train else "none logged",
         "Steps": f"{train[-1]['step']:,}" if train else "none logged",
@@ -146,6 +161,13 @@ def _header(config: RunConfig, train: Sequence[Record], launches: Sequence[Recor
     return f"<p>multistage-diffusion run</p><h1>{escape(config.name)}</h1>{facts(values)}"
 
 
+def _classes(config: RunConfig) -> str:
+    """Return the number of classes and the names of the first ones."""
+    count, names = config.network.num_classes, config.data.class_names
+    shown = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+    return f"{count}: {shown}" if names else str(count)
+
+
 def load_stages_png(path: Path) -> Image.Image:
     """Return the picture of a run's stages.
 
@@ -155,28 +177,40 @@ def load_stages_png(path: Path) -> Image.Image:
     return load_png(path, str(path), "remove it, or write it again with msdiff stages")
 
 
-def _stages(config: RunConfig, stages_png: Path | None) -> str:
-    """Draw the schedule's training times as a bar cut at the stage edges; below it the similarity curves."""
+def _stages(
+    config: RunConfig, architecture: Sequence[ArchitectureRow], stages_png: Path | None, found: StageResult | None
+) -> str:
+    """Draw what each stage gets as bars; below them the curves from which the stages were found."""
     schedule, stages = config.diffusion.schedule, config.stages
     cuts = [min(max(schedule.edge_time(edge), schedule.t_min), schedule.t_max) for edge in stages.interior]
     spans = list(pairwise([schedule.t_min, *cuts, schedule.t_max]))
     whole = schedule.t_max - schedule.t_min
-    bar, key = "", ""
+    kind = schedule.kind.upper() if len(schedule.kind) < 4 else schedule.kind  # VP, VE, EDM
+    time = f"{kind} time, {schedule.t_min:.4g} to {schedule.t_max:.4g}"
+    bars = bar(f"Share of the noise range ({time})", [(end - start) / whole for start, end in spans])
+    bars += '<p class="ends"><span>clean image</span><span>pure noise</span></p>'
+    for name, title in (("rows", "Share of the training's images"), ("compute", "Share of the training's compute")):
+        shares = [s for row in architecture if (s := getattr(row, name)) is not None]
+        bars += bar(title, shares) if len(shares) == len(stages) else ""
+    key = ""
     for k, (start, end) in enumerate(spans):
-        mark = f'style="flex:{(end - start) / whole:.6f};--c:{colour(k)}"'
-        interval = f"{_interval(stages.interval(k))}, {schedule.kind} time {start:.4g} to {end:.4g}"
-        bar += f"<div {mark}><b>{k + 1}</b><span>{(end - start) / whole:.0%}</span></div>"
-        key += f"<li><i {mark}></i><b>Stage {k + 1}</b> σ in {escape(interval)}</li>"
-    curves = note("No similarity curves: the stages were given, not found on the data.")
+        interval = f"{_interval(stages.interval(k))}, {kind} time {start:.4g} to {end:.4g}"
+        key += f'<li><i style="--c:{stage_variable(k)}"></i><b>Stage {k + 1}</b> σ in {escape(interval)}</li>'
+    return f'{bars}<ul class="key">{key}</ul>{_curves(stages_png, found)}'
+
+
+def _curves(stages_png: Path | None, found: StageResult | None) -> str:
+    """Draw the curves from which the stages were found, or show their picture."""
+    words = "How the stages were found: what was measured on the data over the noise, and where it was cut."
+    if found is not None:
+        heights = [stages_height(found, width) for width in (WIDE, NARROW)]
+        return chart(lambda figure: draw_stages(figure, found), heights[0], words, heights[1])
     if stages_png is not None:
-        curves = picture(
-            load_stages_png(stages_png), "Similarity curves on the data, and the stages cut from them.", smooth=True
-        )
-    ends = '<p class="ends"><span>clean image</span><span>pure noise</span></p>'
-    return f'<div class="bar">{bar}</div>{ends}<ul class="key">{key}</ul>{curves}'
+        return picture(load_stages_png(stages_png), words, smooth=True)
+    return note("No similarity curves: the stages were given, not found on the data.")
 
 
-def _network(rows: Sequence[ArchitectureRow]) -> str:
+def _network(rows: Sequence[ArchitectureRow], svg: str | None) -> str:
     head = ("", "Width", "σ interval", "Time interval", "Parameters", "Multiply-adds", "Rows", "Compute")
     lines = [
         (
@@ -190,9 +224,14 @@ def _network(rows: Sequence[ArchitectureRow]) -> str:
         )
         for row in rows
     ]
-    return table(head, lines) + note(
-        "Multiply-adds are for one image and one call. A stage's numbers include its encoder, shared or not. Rows and "
-        "compute are shares of the training."
+    drawn = "" if svg is None else drawing(svg, "The network, to scale: the encoder, and the decoder of each stage.")
+    return (
+        drawn
+        + table(head, lines, name="Parameters and arithmetic of the network")
+        + note(
+            "Multiply-adds are for one image and one call. A stage's numbers include its encoder, shared or not. Rows and "
+            "compute are shares of the training."
+        )
     )
 
 
@@ -206,6 +245,7 @@ def _training(train: Sequence[Record], held_out: Sequence[Record], stages: int) 
             lambda figure: _draw_losses(figure, train, held_out, stages),
             2.9 * math.ceil(stages / PANELS),
             "Loss per stage: training (line) and held-out images under the averaged weights (dots).",
+            2.2 * stages,
         )
         + chart(
             lambda figure: _draw_norms(figure, train),
@@ -217,13 +257,13 @@ def _training(train: Sequence[Record], held_out: Sequence[Record], stages: int) 
 
 
 def _draw_losses(figure: Figure, train: Sequence[Record], held_out: Sequence[Record], stages: int) -> None:
-    columns = min(stages, PANELS)
+    columns = 1 if is_narrow(figure) else min(stages, PANELS)
     panels = figure.subplots(math.ceil(stages / columns), columns, squeeze=False).flat
     for k, axes in enumerate(panels):
         if k >= stages:
             axes.set_axis_off()
             continue
-        axes.plot(*_curve(train, lambda r, k=k: r["loss"][k]), color=colour(k), linewidth=1.4)
+        axes.plot(*_curve(train, lambda r, k=k: r["loss"][k]), color=stage_colour(k), linewidth=1.4)
         held = [(r["images"], r["loss"][k]) for r in held_out if r["loss"][k] is not None]
         if held:
             axes.plot(*zip(*held, strict=True), "o", color=INK, markersize=3)
@@ -235,12 +275,12 @@ def _draw_norms(figure: Figure, train: Sequence[Record]) -> None:
     axes = figure.subplots()
     for name in dict.fromkeys(name for r in train for name in r["grad_norm"]):
         part, _, stage = name.partition(".")
-        tint = colour(int(stage) - 1) if stage.isdigit() else "#8a93a5"
+        tint = stage_colour(int(stage) - 1) if stage.isdigit() else SHARED
         points = _curve(train, lambda r, name=name: r["grad_norm"].get(name))
         axes.plot(*points, color=tint, linewidth=1.2, label=label(f"{part} {stage}".strip()))
     axes.set_xlabel("images seen")
     tidy(axes, "linear", "log")
-    axes.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), fontsize=9)
+    axes.legend(frameon=False, ncols=2 if is_narrow(figure) else 5, loc="lower left", bbox_to_anchor=(0, 1), fontsize=9)
 
 
 def _evaluations(evaluated: Sequence[Record]) -> str:
@@ -270,18 +310,17 @@ def _evaluation_chart(display: Display, points: Sequence[tuple[Record, float]]) 
 def _draw_evaluation(figure: Figure, display: Display, points: Sequence[tuple[Record, float]]) -> None:
     axes = figure.subplots()
     x, y = [record["petaflops"] for record, _ in points], [value for _, value in points]
-    axes.plot(x, y, "o-", color=colour(0), linewidth=1.4, markersize=4)
+    axes.plot(x, y, "o-", color=SHARED, linewidth=1.4, markersize=4)
     if display.better:
         best = (min if display.better == "lower" else max)(range(len(y)), key=y.__getitem__)
         step = points[best][0]["step"]
         axes.plot(x[best], y[best], "o", color=INK, markersize=6, label=f"best: {y[best]:.4g} at step {step:,}")
-        axes.legend(frameon=False, loc="upper right", fontsize=9)
+        axes.legend(frameon=False, loc="best", fontsize=9)
     axes.set_xlabel("training PFLOPs")
     last, _ = points[-1]
     features = f"features {label(last['extractor'])}, {last['count']:,} samples"
-    tidy(
-        axes, "linear", "log" if min(y) > 0 and display.unit != "%" else "linear", f"{label(display.label)}: {features}"
-    )
+    title = f"{label(display.label)}:{chr(10) if is_narrow(figure) else ' '}{features}"
+    tidy(axes, "linear", "log" if min(y) > 0 and display.unit != "%" else "linear", title)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
@@ -294,12 +333,41 @@ def _curve(records: Sequence[Record], value: Any) -> tuple[list[float], list[flo
     return [sum(x) / len(x) for x, _ in groups], [sum(y) / len(y) for _, y in groups]
 
 
-def _samples(config: RunConfig, samples: Tensor, real: Tensor) -> str:
+def _samples(
+    config: RunConfig,
+    samples: Tensor,
+    real: Tensor,
+    sample_classes: Sequence[str] | None,
+    real_classes: Sequence[str] | None,
+) -> str:
     sampling = config.sampling
     made = picture(
-        grid(samples, pad=GAP), f"{len(samples)} samples, not selected ({sampling.solver}, {sampling.calls} calls)"
+        grid(samples, pad=GAP, captions=sample_classes),
+        f"{len(samples)} samples, not selected ({sampling.solver}, {sampling.calls} calls)",
     )
-    return f'<div class="pair">{made}{picture(grid(real, pad=GAP), f"{len(real)} real images")}</div>'
+    beside = picture(grid(real, pad=GAP, captions=real_classes), f"{len(real)} real images")
+    return f'<div class="pair">{made}{beside}</div>'
+
+
+def _strip(folder: Path, config: RunConfig) -> str:
+    """Show the same samples at some steps of the training, from its sample grids."""
+    found = sorted(path for path in folder.glob("step_*.png") if path.stem[5:].isdecimal())
+    if len(found) < 2 or not config.data.shape:
+        return ""
+    some = [found[round(i * (len(found) - 1) / (FRAMES - 1))] for i in range(FRAMES)] if len(found) > FRAMES else found
+    figures = "".join(_frame(path, config.data.shape[1:]) for path in some)
+    return f'<div class="pairs">{figures}</div>{note("The same samples (equal noise) while the network was trained.")}'
+
+
+def _frame(path: Path, size: tuple[int, ...]) -> str:
+    """Return the upper left part of a grid of samples, with the step below it."""
+    picture, step = load_png(path, str(path), "remove it"), f"{int(path.stem[5:]):,}"
+    across, down = (side + 1 for side in cell(*size))
+    if (picture.height - 1) % down:  # with captions
+        down += STRIP
+    part = picture.crop((0, 0, min(3 * across + 1, picture.width), min(3 * down + 1, picture.height)))
+    text = f'alt="samples after step {step}" src="{data_uri(part)}"'
+    return f"<figure><img {text}><figcaption>step {step}</figcaption></figure>"
 
 
 def _neighbours(neighbours: Neighbours | None) -> str:
@@ -307,9 +375,9 @@ def _neighbours(neighbours: Neighbours | None) -> str:
         return note("Not compared yet.")
     pairs = torch.stack((neighbours.samples, neighbours.nearest), dim=1)
     figures = "".join(
-        f'<figure><img alt="a sample and its nearest training image" src="{data_uri(grid(pair, columns=2, pad=GAP))}">'
-        f"<figcaption>{distance:.3g}</figcaption></figure>"
-        for pair, distance in zip(pairs, neighbours.distances, strict=True)
+        f'<figure><img alt="sample {i} and its nearest training image" '
+        f'src="{data_uri(grid(pair, columns=2, pad=GAP))}"><figcaption>{distance:.3g}</figcaption></figure>'
+        for i, (pair, distance) in enumerate(zip(pairs, neighbours.distances, strict=True), start=1)
     )
     words = (
         "Left a sample, right the training image nearest to it; below, their Euclidean distance (pixels in [-1, 1])."
@@ -324,7 +392,7 @@ def _metrics(result: EvaluationResult) -> str:
     heads = ["", "Samples", *(["Real images"] if with_real else []), "Settings", "Meaning"]
     lines = [[row.label, row.value, *([row.real] if with_real else []), row.settings, row.words] for row in found]
     notes = f"{features_sentence(result)} {counts_sentence(result)} Preprocessing: {result.preprocessing}."
-    return table(heads, lines, words=len(heads) - 1) + note(notes)
+    return table(heads, lines, words=len(heads) - 1, name=f"Metrics with features {result.extractor}") + note(notes)
 
 
 def _origin(config: RunConfig, launches: Sequence[Record]) -> str:

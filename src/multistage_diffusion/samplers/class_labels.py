@@ -1,8 +1,13 @@
-"""Class labels of samples: drawn with the training images' frequencies for metrics, cycled through for previews."""
+"""Class labels of samples: drawn with the training images' frequencies for metrics, cycled through for previews.
+
+A class has a number, from 0, and a name: the data's, or else its number as text.
+"""
 
 from __future__ import annotations
 
+import difflib
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,7 +18,7 @@ from ..data import ImageData
 from ..errors import UserError
 from ..rng import uniform
 
-_NAMED = 10  # classes that a warning lists
+_NAMED = 10  # classes that a message lists
 
 
 def class_counts(images: ImageData, classes: int) -> tuple[int, ...]:
@@ -28,14 +33,62 @@ def class_counts(images: ImageData, classes: int) -> tuple[int, ...]:
     return tuple(np.bincount(images.labels, minlength=classes).tolist())
 
 
-def warn_of_empty(counts: tuple[int, ...]) -> None:
-    """Warn about classes without training images: the network has not learnt them."""
-    empty = [str(label) for label, count in enumerate(counts) if not count]
+def class_names(images: ImageData, classes: int) -> tuple[str, ...]:
+    """Return the names of the classes; () if classes is 0, or the images' classes have numbers only."""
+    names = images.class_names[:classes]
+    return () if names == tuple(str(label) for label in range(len(names))) else names
+
+
+def class_name(config: RunConfig, label: int) -> str:
+    """Return the name of a class of a run."""
+    names = config.data.class_names
+    return names[label] if label < len(names) else str(label)
+
+
+def names_of(config: RunConfig, labels: Tensor | None) -> list[str] | None:
+    """Return the class name of each label, int64 (N,); None without labels."""
+    return None if labels is None else [class_name(config, label) for label in labels.tolist()]
+
+
+def class_number(config: RunConfig, label: int | str) -> int:
+    """Return the number of a class that is given by its number or its name; a name is tried first.
+
+    Raises:
+        UserError: if the run is unconditional, has no such class, or has several of this name.
+    """
+    classes = config.network.num_classes
+    if not classes:
+        raise UserError(f"label={label}: the run is unconditional; leave it out")
+    names = config.data.class_names[:classes]
+    named = [number for number, name in enumerate(names) if name == label]
+    if len(named) > 1:
+        raise UserError(f"label={label}: is the name of classes {_listed(named)}; give the number")
+    if named:
+        return named[0]
+    number = label if isinstance(label, int) else int(label) if label.isdecimal() else -1
+    if 0 <= number < classes:
+        return number
+    near = difflib.get_close_matches(str(label), names, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else f", or one of {_listed(names)}" if names else ""
+    raise UserError(f"label={label}: it must be in 0..{classes - 1}{hint}")
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(str(value) for value in values[:_NAMED]) + (", ..." if len(values) > _NAMED else "")
+
+
+def warn_of_empty(counts: tuple[int, ...], names: tuple[str, ...] = ()) -> None:
+    """Warn about classes without training images: the network has not learnt them.
+
+    Args:
+        counts: training images of each class.
+        names: names of the first classes; the others are named by their numbers.
+    """
+    empty = [f"{label} {names[label]}" if label < len(names) else str(label) for label, n in enumerate(counts) if not n]
     if empty:
-        named = ", ".join(empty[:_NAMED]) + (", ..." if len(empty) > _NAMED else "")
         warnings.warn(
-            f"{len(empty)} of {len(counts)} classes have no training images ({named}): no samples are drawn of them unless "
-            "--label asks for one; labels count from 0 (network.num_classes)",
+            f"{len(empty)} of {len(counts)} classes have no training images ({_listed(empty)}): no samples are drawn of them "
+            "unless --label asks for one; labels count from 0 (network.num_classes)",
             stacklevel=3,
         )
 

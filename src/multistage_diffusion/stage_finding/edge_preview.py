@@ -19,7 +19,7 @@ from ..schedules.vp import VP
 from .posterior import TiledImages, posterior_means
 
 SIDE = 0.05  # distance from an edge, in t
-_ROWS, _GAP = 3, 2
+ROWS, GAP = 3, 2
 _WIDEST = 1 << 14  # maximum side of a strip, in pixels
 _LARGEST = 64  # maximum side of a displayed image, in pixels
 
@@ -44,7 +44,7 @@ def edge_strip(
         seed: determines images and noise.
         denoiser: gives E[y | x]; None: the optimal denoiser of the images.
     """
-    rows = torch.arange(_ROWS, device=data.device)
+    rows = torch.arange(ROWS, device=data.device)
     own = (rng.uniform((seed, "strip-y"), rows, 1)[:, 0] * len(data)).long()
     noise = rng.normal((seed, "strip-noise"), rows, (data.dim,))
     clean = data.rows(own)
@@ -53,7 +53,7 @@ def edge_strip(
         times = torch.tensor([cut - SIDE, cut + SIDE], dtype=torch.float64, device=data.device)
         sigmas = measure.sigma(times.clamp(measure.t_min, measure.t_max))
         if denoiser is None:
-            means = posterior_means(data, own, noise, sigmas[:, None].expand(-1, _ROWS)) + clean
+            means = posterior_means(data, own, noise, sigmas[:, None].expand(-1, ROWS)) + clean
         else:
             image = clean + data.mean_image
             means = torch.stack([denoiser(image + float(s) * noise, float(s)) for s in sigmas]) - data.mean_image
@@ -63,7 +63,7 @@ def edge_strip(
     tiles = torch.stack(columns, dim=1) + data.mean_image  # (rows, columns, D)
     low, high = data.data_range
     pixels = tiles.sub(low).mul(255 / (high - low)).round().clamp(0, 255).to(torch.uint8).cpu()
-    return _png(pixels.reshape(_ROWS, len(columns), *shape))
+    return _png(pixels.reshape(ROWS, len(columns), *shape))
 
 
 def _png(tiles: Tensor) -> str:
@@ -71,7 +71,7 @@ def _png(tiles: Tensor) -> str:
     rows, columns, channels, height, width = tiles.shape
     step = -(-max(height, width) // _LARGEST)
     tiles = tiles[..., ::step, ::step]
-    tiles = torch.nn.functional.pad(tiles, (_GAP, _GAP, _GAP, _GAP), value=255)
+    tiles = torch.nn.functional.pad(tiles, (GAP, GAP, GAP, GAP), value=255)
     sheet = tiles.permute(0, 3, 1, 4, 2).reshape(rows * tiles.shape[3], columns * tiles.shape[4], channels).numpy()
     buffer = io.BytesIO()
     Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(buffer, format="PNG", optimize=True)

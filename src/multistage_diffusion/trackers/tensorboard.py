@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
-from .registry import TRACKERS, Tracker
+from .registry import TRACKERS, Tracker, not_installed
 
 
 @TRACKERS.add("tensorboard")
@@ -26,7 +25,7 @@ class TensorBoard(Tracker):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("tensorboard is not installed: pip install 'multistage-diffusion[track]'") from None
+            raise not_installed("tensorboard") from None
         self._make = SummaryWriter
         self._writer: Any = None
         self._by_flops: Any = None
@@ -37,10 +36,14 @@ class TensorBoard(Tracker):
         self._writer = self._make(str(self._folder), purge_step=step + 1)
 
     def config(self, config: dict[str, Any]) -> None:
-        """Write the configuration as text."""
+        """Write the configuration as text, and its numbers and words as hyper-parameters of the Fréchet distance."""
         # Markdown shows indented lines as they are
         text = "\n".join(f"    {line}" for line in json.dumps(config, indent=2).splitlines())
         self._writer.add_text("configuration", text, self._step + 1)
+        from torch.utils.tensorboard.summary import hparams
+
+        for summary in hparams(_flat(config), {"quality/frechet": 0.0}):
+            self._writer.file_writer.add_summary(summary)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write each number."""
@@ -66,3 +69,14 @@ class TensorBoard(Tracker):
         for writer in (self._writer, self._by_flops):
             if writer is not None:
                 writer.close()
+
+
+def _flat(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Return the numbers and words of a configuration by dotted key; lists as text."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{where}{key}.")
+        elif value is not None:
+            flat[where + key] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+    return flat

@@ -5,6 +5,7 @@ RUN/stages.json      the stage-finding result of its stages (if any)
 RUN/metrics.jsonl    losses and evaluations
 RUN/launches.jsonl   every command that trained the run
 RUN/imported.json    the file from which the run was imported (if any)
+RUN/trackers.json    the trackers (if any), and what each of them keeps
 RUN/execution.json   the autotuning result (if autotuning ran)
 RUN/evaluation.json  results of msdiff evaluate
 RUN/likelihood.json  results of msdiff evaluate --likelihood
@@ -53,6 +54,7 @@ OWN_FILES = (
     "execution.json",
     "evaluation.json",
     "likelihood.json",
+    "trackers.json",
 )
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..reporting.pictures import grid, save_png
-from ..samplers.class_labels import labels_in_turn
+from ..samplers.class_labels import labels_in_turn, names_of
 from ..samplers.sampling import sample_images
 from .callbacks import Callback
 from .trainer import Trainer
@@ -17,6 +17,8 @@ from .trainer import Trainer
 
 class SampleGrid(Callback[Trainer]):
     """Samples from the averaged weights and fixed noise every training.sample_every steps: RUN/samples/step_N.png.
+
+    Each sample of a class-conditional run has its class as a caption.
 
     Args:
         shape: (C, H, W) of the network's output.
@@ -39,6 +41,7 @@ class SampleGrid(Callback[Trainer]):
         config, training = trainer.config, trainer.config.training
         if not training.sample_every or trainer.step % training.sample_every:
             return
+        labels = labels_in_turn(config, training.sample_count)
         try:
             images = sample_images(
                 trainer.averaged(),
@@ -47,7 +50,7 @@ class SampleGrid(Callback[Trainer]):
                 config=config.sampling,
                 schedule=config.diffusion.schedule,
                 seed=training.seed,
-                labels=labels_in_turn(config, training.sample_count),
+                labels=labels,
                 device=trainer.device,
                 decode=self.decode,
                 autocast=trainer.passes.autocast,
@@ -57,7 +60,7 @@ class SampleGrid(Callback[Trainer]):
             warnings.warn(f"no sample grid at step {trainer.step}: {error}", stacklevel=2)
             return
         if trainer.world.is_main_process:
-            picture = grid(images)
+            picture = grid(images, captions=names_of(config, labels))
             save_png(picture, trainer.run.path / "samples" / f"step_{trainer.step:08d}.png")
             if self.show is not None:
                 self.show(trainer.step, picture)

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from ..config.serialization import to_dict
-from ..trackers.registry import TRACKERS, Tracker
+from ..trackers.registry import TRACKERS, Tracker, track
 from .callbacks import Callback
 from .trainer import Trainer
 
@@ -18,10 +18,11 @@ class Tracking(Callback[Trainer]):
 
     Args:
         trackers: the trackers, newly made.
+        names: their names, which the run keeps for when it is resumed; None: it keeps none.
     """
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
-        self.trackers = trackers
+    def __init__(self, trackers: Sequence[Tracker], names: Sequence[str] | None = None) -> None:
+        self.trackers, self.names = trackers, names
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Tracking:
@@ -30,10 +31,13 @@ class Tracking(Callback[Trainer]):
         Raises:
             UserError: for an unknown name, or a package that is not installed.
         """
-        return cls([TRACKERS[name]() for name in dict.fromkeys(names)])
+        once = tuple(dict.fromkeys(names))
+        return cls([TRACKERS[name]() for name in once], once)
 
     def started(self, trainer: Trainer) -> None:
         """Open the trackers and send the configuration."""
+        if self.names is not None:
+            track(trainer.run.path, self.names)
         for tracker in self.trackers:
             tracker.open(trainer.run.path, trainer.step)
             tracker.config(to_dict(trainer.config))

@@ -15,6 +15,7 @@ PLACES = ("data.source", "codec.source", "codec.scale", "training.init_from", "e
 # Keys that may change when a run is resumed: its length, output intervals, how steps are computed; never the results.
 CHANGEABLE = (
     "data.source",
+    "data.class_names",
     "codec.source",
     "training.steps",
     "training.log_every",

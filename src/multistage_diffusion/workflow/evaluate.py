@@ -98,7 +98,7 @@ def evaluate(
     with world.report_failures():
         features, extractor = _features(run, features, weights)
         config, opened, share = run.config(), *_compared_data(run, data)
-        warn_of_empty(config.data.class_counts)
+        warn_of_empty(config.data.class_counts, config.data.class_names)
         train, held_out = opened.split(share)
         count = min(max(len(held_out), 500), 5000) if count is None else count
         require(count > 0, f"count={count} must be positive")
@@ -179,7 +179,8 @@ def compare(
         features, own = _features(run, features, weights)
         extractor = sharded(own, world)
         opened, share = _compared_data(run, data)
-        warn_of_empty(run.config().data.class_counts)
+        known = run.config().data
+        warn_of_empty(known.class_counts, known.class_names)
         if str(reference) == "train":
             found = part_reference(extractor, opened, "train", share, KEPT, resolved, progress)
         else:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 
 from ..data.rows import read
+from ..errors import UserError
 from ..evaluation import nearest_image
 from ..progress import Progress
 from ..reporting.describe import architecture_rows, describe
 from ..rng import generator
+from ..samplers.class_labels import names_of
+from ..stage_finding import StageResult
 from ..training.run import Run
 from .sample import opened_run, require_writable, sample
 
@@ -34,7 +38,8 @@ def report(
         device: default CUDA when there is one.
         progress: called with (done, total).
     """
-    from ..reporting.report import Neighbours, load_stages_png, write_report  # matplotlib takes a while to import
+    from ..reporting.network_drawing import draw_network  # matplotlib takes a while to import
+    from ..reporting.report import Neighbours, load_stages_png, write_report
 
     run = opened_run(run)
     config = run.config()
@@ -47,16 +52,35 @@ def report(
     images = sample(run, count, checkpoint=checkpoint, in_turn=True, device=device, progress=progress)
     distance, index = nearest_image(images[:NEIGHBOURS], train_images)
     order = torch.randperm(len(real), generator=generator(("report", "real")))
+    known = None if real.labels is None or not config.network.num_classes else torch.from_numpy(real.labels)
+    labels = None if known is None else known[order[:count]]
+    described = describe(config)
     return write_report(
         run.path,
         config=config,
-        architecture=architecture_rows(describe(config)),
+        architecture=architecture_rows(described),
         samples=images,
+        sample_classes=images.class_names,
         real=read(real, order[:count]),
+        real_classes=names_of(config, labels),
         neighbours=Neighbours(
             samples=images[:NEIGHBOURS],
             nearest=read(train_images, index),
             distances=distance.tolist(),
         ),
         stages_png=stages_png if stages_png.exists() else None,
+        found=_found(run),
+        network_svg=draw_network(config.network, described, "svg").decode(),
     )
+
+
+def _found(run: Run) -> StageResult | None:
+    """Return the result that the run's stages are from; None if there is none, or it is of another release."""
+    path = run.path / "stages.json"
+    if not path.exists():
+        return None
+    try:
+        return StageResult.load(path)
+    except UserError as error:
+        warnings.warn(f"{error}; the report shows stages.png instead", stacklevel=3)
+        return None

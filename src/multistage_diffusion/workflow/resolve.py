@@ -24,7 +24,7 @@ from ..latent.codecs import open_codec
 from ..latent.latents import LatentData
 from ..performance.devices import precision_name
 from ..progress import Progress
-from ..samplers.class_labels import class_counts
+from ..samplers.class_labels import class_counts, class_names
 from ..stage_finding import StageResult
 from .checks import check, require_same_input
 from .latent import decoder, encode_parts, located_codec
@@ -37,6 +37,7 @@ RESOLVED = {
     "data.shape": "shape of the images",
     "data.fingerprint": "fingerprint of the images",
     "data.class_counts": "training images of each class, if the network is class-conditional",
+    "data.class_names": "names of the classes, if the network is class-conditional and the data have names",
     "codec.source": _PATH,
     "codec.shape": "shape of the latents of these images",
     "codec.fingerprint": "fingerprint of the codec",
@@ -171,11 +172,12 @@ def _absolute(path: str) -> str:
 
 
 def _of_images(config: RunConfig, data: ImageData, training: ImageData) -> dict[str, Any]:
-    """Set data.shape, data.fingerprint and data.class_counts."""
+    """Set data.shape, data.fingerprint, data.class_counts and data.class_names."""
     return {
         "data.shape": data.shape,
         "data.fingerprint": data.fingerprint,
         "data.class_counts": class_counts(training, config.network.num_classes),
+        "data.class_names": class_names(training, config.network.num_classes) or config.data.class_names,
     }
 
 

@@ -13,6 +13,7 @@ from ..config.serialization import override
 from ..errors import UserError
 from ..performance.devices import joined
 from ..progress import Progress
+from ..trackers.registry import tracked
 from ..training.callbacks import Callback
 from ..training.checkpoint import checkpoint_step, list_checkpoints, trained_config
 from ..training.run import Run
@@ -24,6 +25,7 @@ from .train import launch
 # Keys that an imported run records when it is first resumed.
 RECORDED = (
     "data.class_counts",
+    "data.class_names",
     "data.fingerprint",
     "codec.fingerprint",
     "codec.scale",
@@ -39,7 +41,7 @@ def resume(
     device: str | None = None,
     strategy: str = "time",
     callbacks: Sequence[Callback[Trainer]] = (),
-    trackers: Sequence[str] = (),
+    trackers: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """Resume a run from its latest checkpoint, with any strategy and any number of processes.
@@ -50,7 +52,7 @@ def resume(
         device: default CUDA when there is one.
         strategy: see `train`.
         callbacks: progress display, profile, ...
-        trackers: names of trackers, such as "tensorboard".
+        trackers: names of trackers, such as "tensorboard"; None: those of the training that is resumed.
         progress: called with (done, total) while images are encoded into latents.
 
     Raises:
@@ -62,6 +64,7 @@ def resume(
         with world.synchronize_errors():
             run = Run.open(Path(path))
             encodes = run.config().codec.used
+            trackers = tracked(run.path) if trackers is None else trackers
         return launch(
             lambda: _resolved(run, changes or {}, place, world.size),
             lambda _: run,

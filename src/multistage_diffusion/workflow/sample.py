@@ -23,7 +23,8 @@ from ..performance.offload import (
     require_sampling_memory,
 )
 from ..progress import Progress
-from ..samplers.class_labels import frequent_labels, labels_in_turn
+from ..reporting.samples import Samples
+from ..samplers.class_labels import class_number, frequent_labels, labels_in_turn, names_of
 from ..samplers.sampling import sample_images
 from ..training.run import Run
 from .latent import decoder
@@ -55,7 +56,7 @@ def sample(
     seed: int = 0,
     sampling: SamplingConfig | None = None,
     checkpoint: str = "best",
-    label: int | None = None,
+    label: int | str | None = None,
     in_turn: bool = False,
     batch: int | None = None,
     device: str | None = None,
@@ -64,7 +65,7 @@ def sample(
     offload: bool = False,
     finished: Callable[[int, Tensor], object] | None = None,
     progress: Progress | None = None,
-) -> Tensor:
+) -> Samples:
     """Draw samples of a run; each of several processes (see distributed.join) draws a share and receives all samples.
 
     Args:
@@ -73,7 +74,8 @@ def sample(
         seed: seed of the samples; sample i is the same for any count and batch.
         sampling: another sampler than the run's own.
         checkpoint: "best", "latest" or a step.
-        label: class of all samples of a class-conditional run; None draws each sample's class, see `sample_labels`.
+        label: name or number of the class of all samples of a class-conditional run; None draws each sample's class,
+            see `sample_labels`.
         in_turn: take the classes in turn instead, for viewing, not for measuring.
         batch: samples drawn at once; None: as many as fit into free memory, up to the number beyond which speed is
             constant.
@@ -85,7 +87,7 @@ def sample(
         progress: called with (done, total).
 
     Returns:
-        uint8 (count, C, H, W).
+        A tensor uint8 (count, C, H, W) that also knows the samples' classes; its method `pil` gives images of Pillow.
 
     Raises:
         UserError: if there is no such checkpoint, class, sampler or precision.
@@ -107,7 +109,7 @@ def sample(
         equip(denoiser, resolved, compile=compile, offload=offload)
         if batch is None:
             batch = images_at_once(config.network, config.input_shape, count, resolved, rows)
-        return sample_images(
+        images = sample_images(
             denoiser,
             config.input_shape,
             count,
@@ -123,31 +125,28 @@ def sample(
             finished=finished,
             world=world,
         )
+    return Samples.of(images, labels, names_of(config, labels))
 
 
 def sample_labels(
-    config: RunConfig, count: int, *, seed: int = 0, label: int | None = None, in_turn: bool = False
+    config: RunConfig, count: int, *, seed: int = 0, label: int | str | None = None, in_turn: bool = False
 ) -> Tensor | None:
     """Return the class of every sample that `sample` draws, int64 (count,); None for an unconditional run.
 
     Args:
         config: the run's.
         count, seed: see `sample`; label i depends on (seed, i) alone.
-        label: class of all samples; None: drawn with the frequencies of the training images.
+        label: name or number of the class of all samples; None: drawn with the frequencies of the training images.
         in_turn: take the classes that have training images in turn.
 
     Raises:
         UserError: if count is not positive or more than memory can hold, or there is no such class.
     """
     require(count > 0, f"count={count} must be positive")
-    classes = config.network.num_classes
     require_memory_of_samples(config.input_shape, count)  # before labels of so many are made
     if label is None:
         return labels_in_turn(config, count) if in_turn else frequent_labels(config, count, seed)
-    if not 0 <= label < classes:
-        known = f"it must be in 0..{classes - 1}" if classes else "the run is unconditional; leave it out"
-        raise UserError(f"label={label}: {known}")
-    return torch.full((count,), label)
+    return torch.full((count,), class_number(config, label))
 
 
 def equip(denoiser: MultiStageDenoiser, device: torch.device, *, compile: bool = False, offload: bool = False) -> None:

@@ -180,7 +180,8 @@ def launch(
 
     def prepare() -> Prepared:
         resolved = resolve()
-        warn_of_empty(resolved.config.data.class_counts)
+        known = resolved.config.data
+        warn_of_empty(known.class_counts, known.class_names)
         reference = FidReference.of(resolved.config, resolved.data, resolved.images[0], device)
         prepared = resolved.encoded(device, progress)
         latents = prepared.parts[0]
