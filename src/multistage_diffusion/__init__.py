@@ -51,7 +51,9 @@ if TYPE_CHECKING:
     from .stages import Stages as Stages
     from .training.run import Run as Run
     from .version import __version__ as __version__
+    from .workflow.auto import auto_config as auto_config
     from .workflow.codec import train_codec as train_codec
+    from .workflow.compare_runs import compare_runs as compare_runs
     from .workflow.evaluate import compare as compare
     from .workflow.evaluate import evaluate as evaluate
     from .workflow.evaluate import statistics as statistics
@@ -66,7 +68,9 @@ if TYPE_CHECKING:
 
 # name -> module, imported at first access: `msdiff --help` does not import torch
 _HOME = {
+    "auto_config": "workflow.auto",
     "compare": "workflow.evaluate",
+    "compare_runs": "workflow.compare_runs",
     "evaluate": "workflow.evaluate",
     "export_published": "workflow.export",
     "import_published": "workflow.import_run",

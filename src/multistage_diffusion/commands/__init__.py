@@ -6,6 +6,7 @@ Results go to standard output (JSON with --json), progress and notes to standard
 from typing import Any
 
 from .codec import TrainCodec
+from .compare import Compare
 from .demo import Demo
 from .describe import Describe
 from .evaluate import Evaluate, Stats
@@ -26,6 +27,7 @@ COMMANDS: dict[str, type[Any]] = {
     "train-codec": TrainCodec,
     "sample": Sample,
     "evaluate": Evaluate,
+    "compare": Compare,
     "stats": Stats,
     "plan": Plan,
     "describe": Describe,

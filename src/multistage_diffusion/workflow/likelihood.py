@@ -77,7 +77,7 @@ def measure_likelihood(
     step = checkpoint_step(run.checkpoint(checkpoint))
     result = likelihood(
         run.denoiser(str(step), device=resolved),
-        _inputs(config, chosen, resolved),
+        network_inputs(config, chosen, resolved),
         config.stages,
         low,
         high,
@@ -110,7 +110,7 @@ def _range(config: RunConfig, sigma_min: float | None, sigma_max: float | None) 
     return low, high
 
 
-def _inputs(config: RunConfig, images: ImageData, device: torch.device) -> Tensor:
+def network_inputs(config: RunConfig, images: ImageData, device: torch.device) -> Tensor:
     """Return the network's inputs for clean images: pixels in [-1, 1], or latents times the run's scale."""
     if not config.codec.used:
         return to_float(images.tensor())

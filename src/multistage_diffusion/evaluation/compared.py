@@ -1,0 +1,49 @@
+"""The result of comparing runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .denoising_errors import Difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRun:
+    """A run in a comparison.
+
+    Attributes:
+        name: name of its folder; unique in the comparison.
+        step: step of the checkpoint.
+        edges: interior stage edges, sigma.
+        errors: mean squared error per dimension at each noise level.
+        differences: of the errors from the first run's, relative to them; empty for the first run.
+        bound: difference of the variational bound from the first run's, in nats per dimension; None for the first run.
+        training: (petaFLOPs of training, Fréchet distance) of the evaluations while training.
+        sampling: (gigaFLOPs per image, Fréchet distance) of the evaluations of this checkpoint.
+    """
+
+    name: str
+    step: int
+    edges: tuple[float, ...]
+    errors: tuple[float, ...]
+    differences: tuple[Difference, ...]
+    bound: Difference | None
+    training: tuple[tuple[float, float], ...]
+    sampling: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsComparison:
+    """Runs compared on the same rows and noise; the first one is the base.
+
+    Attributes:
+        sigmas: the noise levels, ascending.
+        rows: number of held-out images.
+        features: of the Fréchet distances in the curves; empty if there are none.
+        runs: in the order given.
+    """
+
+    sigmas: tuple[float, ...]
+    rows: int
+    features: str
+    runs: tuple[ComparedRun, ...]

@@ -1,0 +1,80 @@
+"""Denoising errors by noise level, for the comparison of denoisers on the same images and noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..contracts import Conditioning, Denoiser
+from ..progress import Progress
+from ..rng import normal
+
+
+@torch.no_grad()
+def denoising_errors(
+    denoiser: Denoiser,
+    data: Tensor,
+    sigmas: Tensor,
+    *,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return the squared error per dimension of every row at every noise level, float64 (M, N).
+
+    The noise depends only on (seed, level, row), so two denoisers meet the same noise.
+
+    Args:
+        denoiser: any Denoiser.
+        data: (N, ...) floating point: pixels in [-1, 1], or latents times the run's scale.
+        sigmas: noise levels, float64 (M,).
+        labels: class labels int64 (N,) for the denoiser, or None.
+        seed: seed of the noise.
+        batch: rows per denoiser call.
+        device: where the denoiser runs.
+        progress: called with (rows done, rows in total), where each level counts its rows.
+    """
+    found = torch.empty(len(sigmas), len(data), dtype=torch.float64)
+    for level, sigma in enumerate(sigmas.tolist()):
+        for rows in torch.split(torch.arange(len(data)), batch):
+            y = data[rows].to(device)
+            noise = normal(("compare", seed, level), rows, y.shape[1:], y.dtype).to(device)
+            cond = None if labels is None else Conditioning(labels=labels[rows].to(device))
+            spread = torch.full((len(rows),), sigma, dtype=torch.float64, device=y.device)
+            error = denoiser(y + sigma * noise, spread, cond).double() - y.double()
+            found[level, rows] = error.square().flatten(1).mean(1).cpu()
+            if progress is not None:
+                progress(level * len(data) + int(rows[-1]) + 1, found.numel())
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A mean of paired differences over rows, and its standard error."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, rows: Tensor, scale: float = 1.0) -> Difference:
+        """Return the mean difference of values (N,), N >= 2, over a scale."""
+        return cls(mean=float(rows.mean()) / scale, error=float(rows.std()) / math.sqrt(len(rows)) / scale)
+
+
+def relative_differences(errors: Tensor, base: Tensor) -> tuple[Difference, ...]:
+    """Return, for every noise level, the difference of two denoisers' errors (M, N) over the mean error of `base`."""
+    return tuple(Difference.of(own - other, float(other.mean())) for own, other in zip(errors, base, strict=True))
+
+
+def bound_difference(errors: Tensor, base: Tensor, sigmas: Tensor) -> Difference:
+    """Return the difference of two denoisers' variational bounds over the range of the levels, in nats per dimension.
+
+    The bound's integrand is error / sigma² over ln sigma (see `likelihood`), integrated by trapezoids.
+    """
+    integrand = (errors - base) / sigmas[:, None] ** 2
+    return Difference.of(torch.trapezoid(integrand, sigmas.log(), dim=0))
