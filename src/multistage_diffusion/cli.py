@@ -33,7 +33,7 @@ SUMMARIES = {
     "train-codec": "Train a small autoencoder (a latent codec) on a data set, for runs on its latents.",
     "sample": "Draw samples of a run: a grid (.png), a folder of images, or an array (.npz).",
     "evaluate": "Compare samples of a run with real images: Fréchet distance, precision and recall, memorisation.",
-    "compare": "Compare runs on the same held-out images and noise: errors by noise level, quality by compute.",
+    "compare": "Compare runs on the same held-out images and noise; the first one is the base.",
     "stats": "Write the statistics of a data set's features, for reuse in many evaluations.",
     "plan": "Plan a model for a data set and a budget: stages from the data, decoder widths from two short probes.",
     "describe": "Show a run's (or preset's) stages, widths, parameters and multiply-adds; draw its network.",
