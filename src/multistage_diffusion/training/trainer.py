@@ -210,11 +210,11 @@ class Trainer:
                 self._log(self.log.record(self.step, self.images, self.optimization.lr))
             due = bool(training.held_out_every) and (self.step % training.held_out_every == 0 or last)
             kept = bool(training.keep_every) and self.step % training.keep_every == 0
-            score = self._score_held_out(log=True) if due and self.held_out else None
+            score = self._score_held_out(log=True) if due and self.held_out and not self.stopped else None
             stopping = self.stopped  # read once: a later request takes effect after the next step
             if self.step % training.checkpoint_every == 0 or kept or last or stopping or evaluated is not None:
-                # every checkpoint needs a score to find the best one
-                if score is None and training.held_out_every and self.held_out:
+                # every checkpoint needs a score to find the best one, but a stop does not wait for it
+                if score is None and training.held_out_every and self.held_out and not stopping:
                     score = self._score_held_out(log=False)
                 self.save(score, None if evaluated is None else evaluated.quality)
             if stopping:
