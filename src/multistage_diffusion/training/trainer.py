@@ -22,7 +22,7 @@ from ..performance.execution import settled
 from . import branching
 from . import checkpoint as ckpt
 from .batches import BatchSource, TrainingData, held_out_batch
-from .callbacks import Callback, Evaluated
+from .callbacks import Callback, Evaluated, StopRequested, until_stopped
 from .ema import EMA
 from .losses import StageAllocation, stage_losses
 from .metrics import StepMetrics, TrainingLog, refuse_scale
@@ -186,7 +186,11 @@ class Trainer:
 
         counts, weights = next(self.allocation.updates(self.step))
 
+        check = until_stopped(self)
+
         def passes() -> None:
+            if check is not None:
+                check(0, 0)
             self.optimization.zero_grad()
             with self.world.translate_errors():
                 self.passes.gradients(self.step, counts, weights)
@@ -194,7 +198,11 @@ class Trainer:
         remaining = self.config.training.steps - self.step
         size = sum(parameter.nbytes for parameter in self.denoiser.parameters())
         compute = self.passes.compute
-        self.autotuned = choose(self.run, self.config, self.world, self.device, size, remaining, compute, passes)
+        try:
+            self.autotuned = choose(self.run, self.config, self.world, self.device, size, remaining, compute, passes)
+        except StopRequested:  # one step follows, so that there is a checkpoint
+            self.optimization.zero_grad()
+            return
         self.optimization.zero_grad()
         for callback in self.callbacks:
             callback.chosen(self)
