@@ -210,6 +210,22 @@ def test_what_cannot_be_done_is_passed_over_but_the_plain_way_must_work(tmp_path
         Trial(tmp_path / "two", tiny_config(), monkeypatch, {PLAIN: -1.0, LAST: 1.0}).choose()
 
 
+def test_what_ends_the_trial_leaves_the_plain_way(tmp_path, tiny_config, monkeypatch) -> None:
+    class Ends(Exception):
+        pass
+
+    tried = Trial(tmp_path / "run", tiny_config(), monkeypatch, {PLAIN: 2.0, LAST: 1.0})
+
+    def ends() -> None:
+        if tried.computed[-1] == LAST:
+            raise Ends
+
+    monkeypatch.setattr(tried, "passes", ends)
+    with pytest.raises(Ends):
+        tried.choose()
+    assert tried.computed[-2:] == [LAST, PLAIN]
+
+
 def test_compiling_is_tried_where_it_can_pay(tmp_path, tiny_config, monkeypatch) -> None:
     config = tiny_config()
     every = [*candidates(config, CUDA, alone=True), *candidates(config, CUDA, alone=True, compiling=True)]

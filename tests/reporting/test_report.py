@@ -247,6 +247,7 @@ def test_bars_show_rows_and_compute_if_they_are_known(tmp_path: Path) -> None:
     assert [float(style.split(":")[1].split(";")[0]) for style in styles[2:]] == [0.5, 0.5, 0.75, 0.25]
 
 
+@pytest.mark.slow
 def test_the_curves_of_the_stages_and_the_network_are_drawn(tmp_path: Path) -> None:
     config = make_config(3)
     found = compute_stages(pictures(200, 3).numpy(), StageSettings(algorithm=2, stages=3, samples=100))

@@ -48,7 +48,7 @@ def test_matrix_with_a_block_for_every_stage(tmp_path, stages):
         assert (np.diff((columns > 0.5 * columns.max()).astype(int)) == 1).sum() == 2  # its left and its right side
 
 
-@pytest.mark.parametrize("algorithm", [1, 2, "snr"])
+@pytest.mark.parametrize("algorithm", [1, pytest.param(2, marks=pytest.mark.slow), "snr"])
 def test_sigma_stands_above_the_time_and_the_title_is_a_sentence(algorithm):
     settings = (
         StageSettings(algorithm=algorithm) if algorithm == "snr" else StageSettings(algorithm=algorithm, samples=100)

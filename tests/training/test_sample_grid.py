@@ -63,3 +63,17 @@ def test_samples_that_are_not_finite_do_not_stop_training(tmp_path, tiny_config,
         trainer.fit()
     assert trainer.step == 2
     assert not (run.path / "samples").exists()
+
+
+def test_a_stop_does_not_wait_for_a_grid(tmp_path, tiny_config, tiny_data, monkeypatch):
+    run = Run.create(tmp_path / "run", tiny_config(training__steps=4, training__sample_every=2))
+
+    def interrupted(*_, progress, **__):
+        trainer.stop()
+        progress(1, 4)
+
+    monkeypatch.setattr("multistage_diffusion.training.sample_grid.sample_images", interrupted)
+    trainer = Trainer(run, tiny_data(), device="cpu", callbacks=[SampleGrid((1, 4, 4))])
+    trainer.fit()
+    assert (trainer.step, trainer.stopped) == (2, True)
+    assert not (run.path / "samples").exists()

@@ -157,6 +157,18 @@ def test_stop_ends_after_the_step_with_a_checkpoint_to_go_on_from(new_trainer, t
     assert outcome(resumed.run) == outcome(whole.run)
 
 
+def test_a_stop_does_not_wait_for_the_trial(new_trainer, monkeypatch):
+    def choose(*arguments):
+        trainer.stop()
+        arguments[-1]()
+        raise AssertionError("the trial went on")
+
+    monkeypatch.setattr("multistage_diffusion.performance.autotune.choose", choose)
+    trainer = new_trainer(training__steps=6)
+    trainer.fit()
+    assert [ckpt.checkpoint_step(p) for p in ckpt.list_checkpoints(trainer.run.checkpoints)] == [1]
+
+
 def test_a_finished_run_has_nothing_left_to_do(new_trainer, tiny_data):
     trainer = new_trainer(training__steps=2)
     trainer.fit()

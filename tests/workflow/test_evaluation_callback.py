@@ -149,6 +149,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, kind: str, st
     assert outcome(resume(broken.path)) == outcome(whole)
 
 
+def test_a_stop_does_not_wait_for_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainers: list[Trainer] = []
+
+    class Knows(Callback[Trainer]):
+        def started(self, trainer: Trainer) -> None:
+            trainers.append(trainer)
+
+    def interrupted(*_: object, progress: Any = None, **__: object) -> torch.Tensor:
+        if progress is not None:  # not the check before training
+            trainers[0].stop()
+            progress(1, 60)
+            raise AssertionError("sampling went on")
+        return torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(evaluation_callback_module, "sample_images", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 3 with a checkpoint"):
+        train(tiny(tmp_path), tmp_path / "run", callbacks=[Knows()])
+    run = Run(tmp_path / "run")
+    assert steps(run) == [3]
+    assert {record["kind"] for record in run.records()} <= {"train"}  # neither evaluated nor scored
+
+
 # -- the best, and the end --------------------------------------------------------------------------------------------
 
 

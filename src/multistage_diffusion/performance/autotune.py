@@ -130,9 +130,13 @@ def choose(
         medians = torch.tensor([statistics.median(taken[way]) for way in ways], dtype=torch.float64, device=device)
         return dict(zip(ways, world.all_reduce(medians, "max").tolist(), strict=True))
 
-    seconds = typical([plain, *others], WARM)
-    if compiled and min(seconds.values()) * steps >= COMPILING_PAYS:
-        seconds |= typical(compiled, WARM[:1])
+    try:
+        seconds = typical([plain, *others], WARM)
+        if compiled and min(seconds.values()) * steps >= COMPILING_PAYS:
+            seconds |= typical(compiled, WARM[:1])
+    except Exception:  # such as a stop, after which a step may follow
+        compute(plain)
+        raise
     best = min(seconds, key=lambda execution: seconds[execution])
     if seconds[best] > GAIN * seconds[plain]:
         best = plain

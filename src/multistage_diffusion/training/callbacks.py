@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from ..progress import Progress
+
 TrainerT = TypeVar("TrainerT", contravariant=True)
 
 
@@ -22,6 +24,25 @@ class Evaluated:
     record: dict[str, Any]
     quality: float | None = None
     stop_reason: str = ""
+
+
+class StopRequested(Exception):
+    """Work between two steps is given up, because the training is to stop."""
+
+
+def until_stopped(trainer: Any) -> Progress | None:
+    """Return a progress callback for work between two steps that raises StopRequested once the trainer is to stop.
+
+    None for several processes: they do such work together, and learn of a stop only after a step.
+    """
+    if trainer.world.size > 1:
+        return None
+
+    def check(*_: int) -> None:
+        if trainer.stopping:
+            raise StopRequested
+
+    return check
 
 
 class Callback(Protocol[TrainerT]):

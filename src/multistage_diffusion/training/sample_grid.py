@@ -11,7 +11,7 @@ from torch import Tensor
 from ..reporting.pictures import grid, save_png
 from ..samplers.class_labels import labels_in_turn, names_of
 from ..samplers.sampling import sample_images
-from .callbacks import Callback
+from .callbacks import Callback, StopRequested, until_stopped
 from .trainer import Trainer
 
 
@@ -39,7 +39,7 @@ class SampleGrid(Callback[Trainer]):
     def stepped(self, trainer: Trainer) -> None:
         """Draw a grid every training.sample_every steps."""
         config, training = trainer.config, trainer.config.training
-        if not training.sample_every or trainer.step % training.sample_every:
+        if not training.sample_every or trainer.step % training.sample_every or trainer.stopped:
             return
         labels = labels_in_turn(config, training.sample_count)
         try:
@@ -55,7 +55,10 @@ class SampleGrid(Callback[Trainer]):
                 decode=self.decode,
                 autocast=trainer.passes.autocast,
                 world=trainer.world,
+                progress=until_stopped(trainer),
             )
+        except StopRequested:
+            return
         except FloatingPointError as error:  # an early network may diverge in sampling; training continues
             warnings.warn(f"no sample grid at step {trainer.step}: {error}", stacklevel=2)
             return

@@ -22,7 +22,7 @@ from ..performance.execution import settled
 from . import branching
 from . import checkpoint as ckpt
 from .batches import BatchSource, TrainingData, held_out_batch
-from .callbacks import Callback, Evaluated
+from .callbacks import Callback, Evaluated, StopRequested, until_stopped
 from .ema import EMA
 from .losses import StageAllocation, stage_losses
 from .metrics import StepMetrics, TrainingLog, refuse_scale
@@ -186,7 +186,11 @@ class Trainer:
 
         counts, weights = next(self.allocation.updates(self.step))
 
+        check = until_stopped(self)
+
         def passes() -> None:
+            if check is not None:
+                check(0, 0)
             self.optimization.zero_grad()
             with self.world.translate_errors():
                 self.passes.gradients(self.step, counts, weights)
@@ -194,7 +198,11 @@ class Trainer:
         remaining = self.config.training.steps - self.step
         size = sum(parameter.nbytes for parameter in self.denoiser.parameters())
         compute = self.passes.compute
-        self.autotuned = choose(self.run, self.config, self.world, self.device, size, remaining, compute, passes)
+        try:
+            self.autotuned = choose(self.run, self.config, self.world, self.device, size, remaining, compute, passes)
+        except StopRequested:  # one step follows, so that there is a checkpoint
+            self.optimization.zero_grad()
+            return
         self.optimization.zero_grad()
         for callback in self.callbacks:
             callback.chosen(self)
@@ -210,11 +218,11 @@ class Trainer:
                 self._log(self.log.record(self.step, self.images, self.optimization.lr))
             due = bool(training.held_out_every) and (self.step % training.held_out_every == 0 or last)
             kept = bool(training.keep_every) and self.step % training.keep_every == 0
-            score = self._score_held_out(log=True) if due and self.held_out else None
+            score = self._score_held_out(log=True) if due and self.held_out and not self.stopped else None
             stopping = self.stopped  # read once: a later request takes effect after the next step
             if self.step % training.checkpoint_every == 0 or kept or last or stopping or evaluated is not None:
-                # every checkpoint needs a score to find the best one
-                if score is None and training.held_out_every and self.held_out:
+                # every checkpoint needs a score to find the best one, but a stop does not wait for it
+                if score is None and training.held_out_every and self.held_out and not stopping:
                     score = self._score_held_out(log=False)
                 self.save(score, None if evaluated is None else evaluated.quality)
             if stopping:

@@ -38,7 +38,7 @@ from ..evaluation.registry import Need
 from ..performance.devices import autocast_dtype
 from ..samplers.class_labels import frequent_labels
 from ..samplers.sampling import sample_images
-from ..training.callbacks import Callback, Evaluated
+from ..training.callbacks import Callback, Evaluated, StopRequested, until_stopped
 from ..training.flops import flops_per_image
 from ..training.trainer import Trainer
 
@@ -181,12 +181,15 @@ class EvaluationCallback(Callback[Trainer]):
         return self._stop_reason(trainer, [])
 
     def stepped(self, trainer: Trainer) -> Evaluated | None:
-        """Evaluate if an evaluation is due."""
+        """Evaluate if an evaluation is due and the training is not to stop; a stop that is requested meanwhile ends it."""
         settings = trainer.config.evaluation
-        if trainer.step % settings.every and trainer.step != trainer.config.training.steps:
+        if trainer.stopped or (trainer.step % settings.every and trainer.step != trainer.config.training.steps):
             return None
         start = time.perf_counter()
-        frechet, metrics = self._measure(trainer)
+        try:
+            frechet, metrics = self._measure(trainer)
+        except StopRequested:
+            return None
         record = {
             "kind": "quality",
             "step": trainer.step,
@@ -204,14 +207,16 @@ class EvaluationCallback(Callback[Trainer]):
     def _measure(self, trainer: Trainer) -> tuple[float | None, dict[str, float]]:
         """Return the Fréchet distance (None: samples are not finite) and the values of further metrics."""
         try:
-            samples = self._draw(trainer.averaged(), trainer.config, trainer.config.evaluation.count, trainer.world)
+            samples = self._draw(trainer.averaged(), trainer.config, trainer.config.evaluation.count, trainer)
         except FloatingPointError as error:  # early in training, samples may not be finite; training continues
             warnings.warn(f"no Fréchet distance at step {trainer.step}: {error}", stacklevel=2)
             return None, {}
         distance = self.reference.distance(samples, self.device, trainer.world)
+        if trainer.stopped:
+            raise StopRequested
         return distance, self.reference.values(samples, self.device, trainer.world)
 
-    def _draw(self, denoiser: Denoiser, config: RunConfig, count: int, world: World = ALONE) -> Tensor:
+    def _draw(self, denoiser: Denoiser, config: RunConfig, count: int, trainer: Trainer | None = None) -> Tensor:
         return sample_images(
             denoiser,
             config.input_shape,
@@ -223,7 +228,8 @@ class EvaluationCallback(Callback[Trainer]):
             device=self.device,
             decode=self.decode,
             autocast=autocast_dtype(config.training.precision, self.device),
-            world=world,
+            world=ALONE if trainer is None else trainer.world,
+            progress=None if trainer is None else until_stopped(trainer),
         )
 
     def _stop_reason(self, trainer: Trainer, records: list[dict[str, Any]]) -> str:
