@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ..progress import Progress
+if TYPE_CHECKING:
+    from ..progress import Progress
 
 TrainerT = TypeVar("TrainerT", contravariant=True)
 
