@@ -85,6 +85,15 @@ def to_dict(value: Any) -> Any:
     return value
 
 
+def cache_folder(kind: str) -> Path:
+    """Return the folder for results of one kind that can be made again.
+
+    It is $MSDIFF_CACHE/KIND, else $XDG_CACHE_HOME/multistage-diffusion/KIND, else ~/.cache/multistage-diffusion/KIND.
+    """
+    above = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "multistage-diffusion"
+    return Path(os.environ.get("MSDIFF_CACHE") or above).expanduser() / kind
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and its missing parents so that they survive a power cut.
 

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 
 from multistage_diffusion.config.run import MAX_PIXELS
 from multistage_diffusion.data import opening
-from multistage_diffusion.data.decoding import decode_all
+from multistage_diffusion.data.image_files import ImageFiles
+from multistage_diffusion.data.index import make_index
 from multistage_diffusion.data.opening import decode, load_png, one_line, open_image, supported
 from multistage_diffusion.data.options import Options
 from multistage_diffusion.errors import UserError
@@ -371,4 +372,4 @@ def test_a_dark_scan_with_a_transparent_corner_is_warned_about():
     scan[..., 0] = TWELVE
     scan[0, 0] = 0
     with pytest.warns(UserWarning, match=r"no value of its 1 16-bit images is above 4095, which is 15 of 255"):
-        decode_all("set", ["scan"], lambda _: png16(4, scan), Options())
+        make_index(ImageFiles("set", ["scan"], lambda _: png16(4, scan)), None, Options())[0].warn()

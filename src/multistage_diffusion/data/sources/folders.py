@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from ...errors import UserError
 from ...reading import read_file, require_regular
 from ..bounded import FILE_LIMIT, read_member
 from ..dataset import ImageData
-from ..decoding import decode_all
+from ..decoded import open_files
+from ..image_files import FileTimes, ImageFiles, Stamps, file_times, require_unchanged
 from ..labels import find_labels, inner_path
 from ..opening import SUFFIXES, one_line
 from ..options import Options
@@ -36,33 +34,68 @@ def open_images(path: Path, options: Options) -> ImageData:
         options: how images are read.
 
     Raises:
-        UserError: if there are no images, if labels are missing or wrong (see `find_labels`), and as `decode_all`.
+        UserError: if there are no images, if labels are missing or wrong (see `find_labels`), and as `open_files`.
     """
-    with _files(path) as (names, read):
-        found = sort_out(str(path), names)
-        if not found.images:
-            raise UserError(f"{path}: contains no images ({', '.join(SUFFIXES)})")
-        labels, class_names = find_labels(str(path), found.images, found.listings, read)
-        decoded = decode_all(str(path), found.images, lambda number: read(found.images[number], FILE_LIMIT), options)
-    kept_labels = None if labels is None else np.array(labels, np.int64)[decoded.kept]
-    skipped = {**found.skipped, **decoded.skipped}
-    return ImageData(decoded.images, kept_labels, str(path), class_names, decoded.content, skipped)
+    names, read = _folder(path) if path.is_dir() else _archive(path)
+    found = sort_out(str(path), names)
+    if not found.images:
+        raise UserError(f"{path}: contains no images ({', '.join(SUFFIXES)})")
+    labels, class_names = find_labels(str(path), found.images, found.listings, read)
+    files = _folder_files(path, found.images) if path.is_dir() else _archive_files(path, found.images, read)
+    return open_files(files, labels, options, class_names, found.skipped)
 
 
-@contextmanager
-def _files(path: Path) -> Iterator[tuple[list[str], Callable[[str, int], bytes]]]:
-    """Yield the relative file names (forward slashes) and a function that reads one file up to a byte limit."""
-    if path.is_dir():
-        yield list(_walk(path)), lambda name, limit: read_file(path / name, limit)
-        return
+Read = Callable[[str, int], bytes]  # reads the file of a name, up to a number of bytes
+
+
+def _folder(path: Path) -> tuple[list[str], Read]:
+    """Return the relative file names (forward slashes) of a folder and what reads a file."""
+    return list(_walk(path)), lambda name, limit: read_file(path / name, limit)
+
+
+def _folder_files(path: Path, names: Sequence[str]) -> ImageFiles:
+    """Return images of a folder; one that changes after this is an error when it is read."""
+    places = [os.path.join(path, name) for name in names]
+    times = [_times(place) for place in places]
+
+    def read(number: int) -> bytes:
+        content = read_file(Path(places[number]), FILE_LIMIT)
+        require_unchanged(times[number], _times(places[number]))
+        return content
+
+    known = [(name, found) for name, found in zip(names, times, strict=True) if found is not None]
+    return ImageFiles(str(path), names, read, Stamps.of(path, known) if len(known) == len(names) else None)
+
+
+def _times(place: str) -> FileTimes | None:
+    """Return the length and times of a file; None if it cannot be examined, which is told when it is read."""
+    try:
+        return file_times(os.stat(place))
+    except (OSError, ValueError):
+        return None
+
+
+def _archive(path: Path) -> tuple[list[str], Read]:
+    """Return the normalised names of a zip file's members and what reads a member; the file stays open with it."""
     try:
         require_regular(path)
         archive = zipfile.ZipFile(path)
     except Exception as error:  # zipfile raises many exception types on broken files
         raise UserError(f"{path}: not a readable zip file ({one_line(error)})") from None
-    with archive:
-        members = _members(path, archive)
-        yield list(members), lambda name, limit: read_member(archive, members[name], limit)
+    members = _members(path, archive)
+    return list(members), lambda name, limit: read_member(archive, members[name], limit)
+
+
+def _archive_files(path: Path, names: Sequence[str], read: Read) -> ImageFiles:
+    """Return images of a zip file; if it changes after this, reading is an error."""
+    times = file_times(path.stat())
+
+    def read_image(number: int) -> bytes:
+        content = read(names[number], FILE_LIMIT)
+        require_unchanged(times, _times(str(path)))
+        return content
+
+    return ImageFiles(str(path), names, read_image, Stamps.of(path, [(path.name, times)]))
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...errors import UserError
 from ...reading import read_file
 from ..bounded import FILE_LIMIT
 from ..dataset import ImageData
-from ..decoding import decode_all
+from ..decoded import open_files
+from ..image_files import ImageFiles
 from ..opening import one_line
 from ..options import Options
 from . import SOURCES, Named, absolute, to_path
@@ -33,7 +32,7 @@ def open_hub(rest: str, options: Options) -> ImageData:
 
     Raises:
         UserError: if the library `datasets` is missing, if the data set, split or image column does not exist, and as
-            `decode_all`.
+            `open_files`.
     """
     title = f"hf:{rest}"
     name, _, split = rest.partition(":")  # a split may hold colons: train[:1000]
@@ -46,13 +45,11 @@ def open_hub(rest: str, options: Options) -> ImageData:
         raise UserError(
             f"{title}: {len(rows)} rows of {', '.join(rows.features)}; needs images (a column of type Image)"
         )
-    decoded = decode_all(title, [f"row {i}" for i in range(len(rows))], _reader(rows, image), options)
+    files = ImageFiles(title, [f"row {i}" for i in range(len(rows))], _reader(rows, image))
     if label is None:
         _warn_of_untyped(title, rows)
-        return ImageData(decoded.images, None, title, (), decoded.content, decoded.skipped)
-    labels = np.asarray(rows[label][:])[decoded.kept]
-    names = tuple(rows.features[label].names)
-    return ImageData(decoded.images, labels, title, names, decoded.content, decoded.skipped)
+        return open_files(files, None, options)
+    return open_files(files, rows[label][:], options, tuple(rows.features[label].names))
 
 
 def _load(title: str, path: Path, split: str) -> Any:

@@ -1,0 +1,127 @@
+"""Rows of image files, decoded when they are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from threading import Lock
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UserError
+from .dataset import ImageData
+from .decoding import Pixels, coloured, load
+from .image_files import ImageFiles
+from .kept_indexes import find_index
+from .opening import one_line
+from .options import Options
+from .rows import ArrayRows, Index, KeptRows, Rows, fits_memory
+from .workers import AT_ONCE, workers
+
+
+def open_files(
+    files: ImageFiles,
+    labels: Sequence[int] | None,
+    options: Options,
+    class_names: tuple[str, ...] = (),
+    skipped: Mapping[str, int] | None = None,
+) -> ImageData:
+    """Open image files as a data set.
+
+    A small set is kept in memory once it is decoded; of a large one, each image is decoded when it is drawn.
+
+    Args:
+        files: the files.
+        labels: class number of each file, or None.
+        options: how images are read.
+        class_names: see `ImageData`.
+        skipped: number of other files that are not used, by reason.
+
+    Raises:
+        UserError: as `index.make_index`; and, when images are drawn, if a file has changed or can no longer be read.
+    """
+    given = None if labels is None else np.array(labels, np.int64)
+    index, pixels = find_index(files, given, options)
+    index.warn()
+    rows: Rows = DecodedRows(files, index.kept, index.shape, options) if pixels is None else ArrayRows(pixels)
+    if pixels is None and fits_memory(len(rows), index.shape):
+        rows = KeptRows(rows)
+    own = None if given is None else given[index.kept]
+    unused = {**(skipped or {}), **index.skipped}
+    return ImageData(rows, own, files.source, class_names, index.padded, unused, index.content)
+
+
+class DecodedRows:
+    """Image files as rows; each is decoded when it is drawn, on all cores.
+
+    Args:
+        files: the files.
+        kept: numbers of those that are rows, int64 (N,).
+        shape: (C, H, W) of every row; grey images are repeated in C channels.
+        options: how images are read.
+    """
+
+    def __init__(self, files: ImageFiles, kept: Index, shape: tuple[int, int, int], options: Options) -> None:
+        self._files, self._kept, self._options = files, kept, options
+        self._shape = shape
+        self._begun: dict[int, tuple[Future[list[Pixels]], int]] = {}  # task of a row, and its place in the result
+        self._lock = Lock()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape (C, H, W) of every row."""
+        return self._shape
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def prefetch(self, indices: Index) -> None:
+        """Begin to decode rows in the background, see `rows.prefetch`."""
+        with self._lock:
+            if len(self._begun) > 4 * len(indices) + AT_ONCE:  # what was announced and never drawn
+                for future, _ in self._begun.values():
+                    future.cancel()
+                self._begun.clear()
+            self._begin(indices)
+
+    def rows(self, indices: Index) -> npt.NDArray[np.uint8]:
+        """Return the rows at `indices`, see `Rows`.
+
+        Raises:
+            UserError: naming the file that has changed or can no longer be read.
+        """
+        own, places = np.unique(indices, return_inverse=True)
+        with self._lock:
+            self._begin(own)
+            tasks = [self._begun.pop(int(row)) for row in own]
+        found = np.empty((len(own), *self._shape), np.uint8)
+        for target, (future, place) in zip(found, tasks, strict=True):
+            target[:] = future.result()[place]
+        return found[places.reshape(-1)]
+
+    def _begin(self, rows: Index) -> None:
+        """Submit tasks for the rows that have none."""
+        missing = [int(row) for row in dict.fromkeys(rows.tolist()) if row not in self._begun]
+        pool = workers()
+        at_once = max(1, min(AT_ONCE, -(-len(missing) // pool.number)))
+        for start in range(0, len(missing), at_once):
+            own = missing[start : start + at_once]
+            future = pool.submit(lambda own=own: [self._row(row) for row in own])  # type: ignore[misc]
+            self._begun.update((row, (future, place)) for place, row in enumerate(own))
+
+    def _row(self, row: int) -> Pixels:
+        number = int(self._kept[row])
+        try:
+            pixels = coloured(load(self._files.read(number), self._options).pixels, self._shape[0])
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow and zipfile raise many exception types on broken files
+            raise self._changed(number, one_line(error)) from None
+        if pixels.shape != self._shape:
+            raise self._changed(number, f"it has become {pixels.shape[1]}x{pixels.shape[2]}")
+        return pixels
+
+    def _changed(self, number: int, fault: str) -> UserError:
+        name = self._files.names[number]
+        return UserError(f"{self._files.source}: {name} cannot be read any more ({fault}); restore it and start again")

@@ -1,0 +1,89 @@
+"""Threads that decode images: Pillow, NumPy and hashing compute without Python's lock."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import cache
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+AT_ONCE = 8  # images of one task: few, so that an error or Ctrl-C ends the work soon
+
+
+class Workers:
+    """Threads that do tasks in the order in which they are submitted; they never delay the end of the process.
+
+    Args:
+        number: of threads.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        for _ in range(number):
+            Thread(target=self._work, name="msdiff-decoding", daemon=True).start()
+
+    def submit(self, task: Callable[[], T]) -> Future[T]:
+        """Begin a task when a thread is free; return its future result."""
+        future: Future[T] = Future()
+        self._tasks.put((future, task))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            future, task = self._tasks.get()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(task())
+                except BaseException as error:
+                    future.set_exception(error)
+            del future, task  # frees the result while the thread waits
+
+
+def workers() -> Workers:
+    """Return the threads of this process, one per core that it may use."""
+    return _of_process(os.getpid())  # a forked process has none of its parent's threads
+
+
+@cache
+def _of_process(_: int) -> Workers:
+    return Workers(usable_cores())
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def each(work: Callable[[int], T], numbers: Sequence[int]) -> Iterator[T]:
+    """Yield work(number) of each number, in order; the workers compute a few tasks ahead.
+
+    After an error, Ctrl-C or an early end of the iteration no further number is begun.
+
+    Raises:
+        Exception: the first that `work` raises, in the order of the numbers.
+    """
+    stop, pool = Event(), workers()
+    waiting: deque[Future[list[T]]] = deque()
+    start = 0
+
+    def some(own: Sequence[int]) -> list[T]:
+        return [work(number) for number in own if not stop.is_set()]
+
+    try:
+        while waiting or start < len(numbers):
+            while len(waiting) <= 2 * pool.number and start < len(numbers):
+                own = numbers[start : start + AT_ONCE]
+                waiting.append(pool.submit(lambda own=own: some(own)))  # type: ignore[misc]
+                start += AT_ONCE
+            yield from waiting.popleft().result()
+    finally:
+        stop.set()
+        for future in waiting:
+            future.cancel()
