@@ -74,11 +74,15 @@ def test_what_was_announced_is_decoded_in_the_background_and_once():
     assert sorted(read.read) == [4, 5, 5, 6, 8]  # a row is kept until it is drawn, not longer
 
 
-def test_what_is_announced_and_never_drawn_does_not_pile_up():
-    found = decoded_rows(Counted())
-    for start in range(30):
-        found.prefetch(np.array([start]))
-    assert len(found._begun) <= 4 + decoded.AT_ONCE + 1
+def test_what_is_announced_and_never_drawn_does_not_pile_up(monkeypatch):
+    monkeypatch.setattr(decoded, "AHEAD", 3 * 72)  # three images
+    read = Counted()
+    found = decoded_rows(read)
+    for start in range(0, 30, 10):
+        found.prefetch(np.arange(start, start + 10))
+    assert sorted(found._begun) == [0, 1, 2, 10, 11, 12, 20, 21, 22]
+    found.prefetch(np.arange(30, 40))
+    assert sorted(found._begun) == [30, 31, 32]
     np.testing.assert_array_equal(found.rows(np.arange(40)), IMAGES)
 
 

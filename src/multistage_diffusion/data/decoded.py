@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from threading import Lock
@@ -18,6 +19,8 @@ from .opening import one_line
 from .options import Options
 from .rows import ArrayRows, Index, KeptRows, Rows, fits_memory
 from .workers import AT_ONCE, workers
+
+AHEAD = 128 << 20  # most bytes of pixels that one announcement decodes
 
 
 def open_files(
@@ -77,13 +80,14 @@ class DecodedRows:
         return len(self._kept)
 
     def prefetch(self, indices: Index) -> None:
-        """Begin to decode rows in the background, see `rows.prefetch`."""
+        """Begin to decode rows in the background, see `rows.prefetch`; at most AHEAD bytes, the first of the rows."""
+        most = max(1, AHEAD // math.prod(self._shape))
         with self._lock:
-            if len(self._begun) > 4 * len(indices) + AT_ONCE:  # what was announced and never drawn
+            if len(self._begun) > 2 * most:  # rows that were announced and never drawn
                 for future, _ in self._begun.values():
                     future.cancel()
                 self._begun.clear()
-            self._begin(indices)
+            self._begin(indices[:most])
 
     def rows(self, indices: Index) -> npt.NDArray[np.uint8]:
         """Return the rows at `indices`, see `Rows`.

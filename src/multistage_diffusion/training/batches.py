@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from .. import rng
 from ..config import RunConfig
 from ..contracts import Conditioning
 from ..data import to_float
-from ..data.rows import Rows, batches, read, row_type
+from ..data.rows import Rows, batches, prefetch, read, row_type
 from ..distributed import share
 from ..errors import UserError
 from .augment import LABELS, augment
@@ -162,6 +162,24 @@ class BatchSource:
                 sigmas.append(self._sigma(step, stage, u, (stage << 32) + row))
                 picks.append(self._pick(stage, step * counts[stage] + row))
         return self._assemble(step, torch.cat(picks), torch.cat(sigmas), rows, tuple(sizes))
+
+    def prefetch(self, step: int, draws: Iterable[tuple[Sequence[int], Sequence[range]]]) -> None:
+        """Begin to read, in the background, the rows of a step that will be drawn soon; on a device they are there already.
+
+        Args:
+            step: iteration, from 0.
+            draws: `counts` and `of` of each draw of the step, in order.
+        """
+        if isinstance(self.data, Tensor):
+            return
+        picks = [
+            self._pick(stage, step * counts[stage] + torch.arange(rows.start, rows.stop))
+            for counts, of in draws
+            for stage, rows in enumerate(of)
+            if len(rows)
+        ]
+        if picks:
+            prefetch(self.data, torch.cat(picks).numpy())
 
     def _sigma(self, step: int, stage: int, u: Tensor, rows: Tensor) -> Tensor:
         """Map uniforms to the stage's interval, widened by training.overlap, or at random to the whole prior.
