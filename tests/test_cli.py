@@ -30,11 +30,12 @@ from multistage_diffusion.commands import COMMANDS
 from multistage_diffusion.commands.options import load_config, parse_changes
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import read_json, to_dict
-from multistage_diffusion.console import TrainingProgress
+from multistage_diffusion.console import Bar, TrainingProgress
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.escaping import shown
 from multistage_diffusion.files import write_json
 from multistage_diffusion.performance import devices
+from multistage_diffusion.progress import shown_reading
 from multistage_diffusion.stage_finding import StageSettings, gaussian_stages
 from multistage_diffusion.training.metrics import TrainingDiverged
 from multistage_diffusion.workflow import demo
@@ -981,3 +982,14 @@ def test_ctrl_c_in_the_import_of_a_module_in_c_is_no_bug(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(COMMANDS["describe"], "run", interrupted)
     assert msdiff("describe", "digits") == (2, "", "msdiff: interrupted\n")
+
+
+def test_the_reading_of_images_is_shown_by_a_bar_during_a_command() -> None:
+    assert shown_reading.get() is None
+    with cli._openings_reported():
+        shown = shown_reading.get()
+        assert shown is not None
+        with shown() as bar:
+            assert isinstance(bar, Bar)
+            assert (bar.title, bar.unit) == ("reading", "images")
+    assert shown_reading.get() is None

@@ -24,6 +24,7 @@ from typing import Any, TextIO
 
 from .errors import UserError, explained
 from .escaping import shown
+from .progress import Progress, shown_reading
 from .version import __version__
 
 SUMMARIES = {
@@ -203,16 +204,27 @@ class _Reporter(logging.Handler):
 
 @contextlib.contextmanager
 def _openings_reported() -> Iterator[None]:
-    """Print the library's log messages about the data sets it opens."""
+    """Print the library's log messages about the data sets it opens, and show how far the reading of images is."""
     logger, teller = logging.getLogger(f"{__package__}.data"), _Reporter()
     level = logger.level
     logger.addHandler(teller)
     logger.setLevel(logging.INFO)
+    before = shown_reading.set(_reading_bar)
     try:
         yield
     finally:
+        shown_reading.reset(before)
         logger.removeHandler(teller)
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _reading_bar() -> Iterator[Progress]:
+    """Show how many images have been read."""
+    from .console import Bar
+
+    with Bar("reading", "images") as bar:
+        yield bar
 
 
 def _say(message: object, start: str = "msdiff: ") -> None:

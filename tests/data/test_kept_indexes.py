@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multistage_diffusion.data import index, kept_indexes, open_data, rows
+from multistage_diffusion.data import ImageData, index, kept_indexes, open_data, rows
 from multistage_diffusion.data.options import Options
 
 
@@ -70,7 +70,7 @@ def test_the_second_opening_reads_the_index_and_is_the_same(folder, passes, in_m
 
 
 def kept(tmp_path):
-    return sorted((tmp_path / "cache" / "indexes").iterdir())
+    return sorted((tmp_path / "cache" / "indexes").glob("*.safetensors"))
 
 
 def test_other_options_have_another_index(folder, passes, tmp_path):
@@ -158,5 +158,48 @@ def test_a_cache_that_cannot_be_written_costs_only_a_warning(folder, tmp_path, m
 def test_files_of_unknown_times_have_no_index(passes):
     buffer = index.ImageFiles("set", ["a"], lambda _: b"P5\n1 1\n255\n\7")
     for _ in range(2):
-        assert kept_indexes.find_index(buffer, None, Options())[1].tolist() == [[[[7]]]]
+        assert kept_indexes.find_index(buffer, None, Options()).pixels.tolist() == [[[[7]]]]
     assert passes == [1, 1]
+
+
+@pytest.fixture(name="hashed")
+def fixture_hashed(monkeypatch):
+    """The number of images of every computed fingerprint of a part."""
+    sizes, compute = [], ImageData._fingerprint
+
+    def counted(data):
+        sizes.append(len(data))
+        return compute(data)
+
+    monkeypatch.setattr(ImageData, "_fingerprint", counted)
+    return sizes
+
+
+def test_fingerprints_of_parts_are_computed_once(folder, hashed, monkeypatch):
+    monkeypatch.setattr(rows, "IN_MEMORY", 0)
+    training, held_out = opened(folder)[0].split(0.4)
+    found = [training.fingerprint, held_out.fingerprint, training.subset([1, 0]).fingerprint]
+    assert hashed == [len(training), len(held_out), 2]
+    assert found[0] == ImageData(training.array(), training.labels, "array").fingerprint
+    hashed.clear()
+    again, others = opened(folder)[0].split(0.4)
+    assert [again.fingerprint, others.fingerprint, again.subset([1, 0]).fingerprint] == found
+    assert hashed == []
+    assert again.subset([0, 1]).fingerprint != found[2]
+
+
+@pytest.mark.parametrize("damage", ["text", "a value", "other images"])
+def test_damaged_fingerprints_of_parts_are_computed_again(folder, hashed, damage, tmp_path):
+    training, _ = opened(folder)[0].split(0.4)
+    expected = training.fingerprint
+    (path,) = (tmp_path / "cache" / "indexes").glob("*.json")
+    if damage == "other images":
+        time.sleep(0.02)
+        change(folder / "a" / "02.png", "same length and time")
+        (folder / "a" / "02.png").write_bytes((folder / "a" / "00.png").read_bytes())
+    else:
+        path.write_text("{]" if damage == "text" else path.read_text().replace(expected, expected[::-1]))
+    hashed.clear()
+    found, _ = opened(folder)[0].split(0.4)
+    assert (found.fingerprint == expected) == (damage != "other images")
+    assert len(hashed) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..escaping import counted
 from .content import Content, Fingerprint, position
-from .rows import LabelledRows, Rows, View, as_rows, chunks
+from .rows import Index, LabelledRows, Rows, View, as_rows, chunks
 
 _CHUNK_BYTES = 1 << 24
 _MAX_CLASSES = 1 << 16
@@ -34,6 +34,7 @@ class ImageData(LabelledRows):
         content: (height, width) of the centred unpadded part, if all images were padded from one size; else None.
         skipped: number of unused files beside the images, by reason.
         known: fingerprint and positions, if they have been computed; None: computed when they are needed.
+        parts: returns the fingerprint of some rows, given them and what computes it, from an earlier time if it is known.
 
     Attributes:
         labels: int64 (N,), or None.
@@ -51,6 +52,7 @@ class ImageData(LabelledRows):
         content: tuple[int, int] | None = None,
         skipped: Mapping[str, int] | None = None,
         known: Content | None = None,
+        parts: Callable[[Index, Callable[[], str]], str] | None = None,
     ) -> None:
         if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4):
             raise UserError(f"{name}: images must be uint8 (N, C, H, W), not {images.dtype} of shape {images.shape}")
@@ -62,6 +64,7 @@ class ImageData(LabelledRows):
             checked = _checked_labels(labels, len(images), name)
             super().__init__(as_rows(images), checked, name, _class_names(checked, class_names, name))
         self.content, self.skipped, self._known = content, dict(skipped or {}), known
+        self._parts = parts
 
     def describe(self) -> str:
         """Return one line with the image count, class count, size, grey or colour, and the unused files."""
@@ -86,6 +89,11 @@ class ImageData(LabelledRows):
         """SHA-256, in hex, of the shape, the pixels and the labels (without `name`, `class_names` and `content`)."""
         if self._known is not None:
             return self._known.fingerprint
+        if self._parts is not None and isinstance(self.storage, View):
+            return self._parts(self.storage.index, self._fingerprint)
+        return self._fingerprint()
+
+    def _fingerprint(self) -> str:
         fingerprint = Fingerprint(len(self), self.shape)
         for images in self.chunks():
             fingerprint.add(images)
@@ -95,7 +103,9 @@ class ImageData(LabelledRows):
         """Return a view of the images at the given indices, in that order."""
         index = self._index(indices)
         labels = None if self.labels is None else self.labels[index]
-        return ImageData(View(self.storage, index), labels, self.name, self.class_names, self.content)
+        return ImageData(
+            View(self.storage, index), labels, self.name, self.class_names, self.content, parts=self._parts
+        )
 
     def split(self, held_out: float) -> tuple[ImageData, ImageData]:
         """Return (train, held-out) data as views.

@@ -45,14 +45,16 @@ def open_files(
         UserError: as `index.make_index`; and, when images are drawn, if a file has changed or can no longer be read.
     """
     given = None if labels is None else np.array(labels, np.int64)
-    index, pixels = find_index(files, given, options)
+    found = find_index(files, given, options)
+    index, pixels = found.index, found.pixels
     index.warn()
     rows: Rows = DecodedRows(files, index.kept, index.shape, options) if pixels is None else ArrayRows(pixels)
     if pixels is None and fits_memory(len(rows), index.shape):
         rows = KeptRows(rows)
     own = None if given is None else given[index.kept]
     unused = {**(skipped or {}), **index.skipped}
-    return ImageData(rows, own, files.source, class_names, index.padded, unused, index.content)
+    parts = None if found.parts is None else found.parts.fingerprint
+    return ImageData(rows, own, files.source, class_names, index.padded, unused, index.content, parts)
 
 
 class DecodedRows:

@@ -6,7 +6,9 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from PIL import features
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..files import cache_folder, write_atomic
+from ..errors import UserError
+from ..files import cache_folder, write_atomic, write_json
+from ..reading import JSON_LIMIT, parse_json, read_text
 from .content import Content
 from .decoding import Pixels
 from .image_files import ImageFiles
@@ -29,10 +33,60 @@ WORTH = 1.0  # seconds that making an index takes at least if it is kept
 SETTLED = 2 * 10**9  # nanoseconds; a file changed so shortly before could change again without a new time
 
 _FORMAT = 1  # of the kept files; another number makes all of them again
+_PARTS = 64  # fingerprints of parts that are kept of a data set
 _DECODERS = ("jpg", "zlib", "webp", "libtiff", "jpg_2000", "avif")  # libraries of Pillow
 
 
-def find_index(files: ImageFiles, labels: Labels | None, options: Options) -> tuple[Index, Pixels | None]:
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The index of image files.
+
+    Attributes:
+        index: the index.
+        pixels: the images as one array, if they have been decoded and memory holds them.
+        parts: fingerprints of parts of the data set; None: the index is not kept.
+    """
+
+    index: Index
+    pixels: Pixels | None = None
+    parts: PartFingerprints | None = None
+
+
+class PartFingerprints:
+    """Fingerprints of parts of a data set, kept beside its index: computing one decodes all images of the part.
+
+    Args:
+        path: the file, which may be missing.
+        key: what the index depends on; fingerprints of another are forgotten.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self._key = path, key
+
+    def fingerprint(self, part: npt.NDArray[np.int64], compute: Callable[[], str]) -> str:
+        """Return the fingerprint of the rows `part`, from an earlier time or computed now."""
+        known, name = self._read(), hashlib.sha256(part.astype("<i8").tobytes()).hexdigest()
+        if name not in known:
+            recent = dict(list(known.items())[1 - _PARTS :])
+            known = {**recent, name: compute()}
+            with suppress(OSError):  # the warning of the index is enough
+                write_json(self.path, {"key": self._key, "parts": known, "sha256": self._digest(known)})
+        return known[name]
+
+    def _read(self) -> dict[str, str]:
+        """Return what is kept; nothing if it is missing, damaged or of another index."""
+        try:
+            kept = parse_json(read_text(self.path, JSON_LIMIT), self.path)
+            parts = {str(name): str(value) for name, value in kept["parts"].items()}
+            return parts if kept["sha256"] == self._digest(parts) else {}
+        except (UserError, AttributeError, KeyError, TypeError):
+            return {}
+
+    def _digest(self, parts: Mapping[str, str]) -> str:
+        return hashlib.sha256(repr((self._key, sorted(parts.items()))).encode()).hexdigest()
+
+
+def find_index(files: ImageFiles, labels: Labels | None, options: Options) -> Found:
     """Return the index of image files: that of an earlier opening, or a new one, for which all are decoded once.
 
     An index is kept in the cache folder if making it took a while. It is made again if it is damaged, or if names, lengths or
@@ -41,25 +95,23 @@ def find_index(files: ImageFiles, labels: Labels | None, options: Options) -> tu
     Args:
         files, labels, options: see `make_index`.
 
-    Returns:
-        The index; and the images as one array, if they have been decoded and memory holds them, else None.
-
     Raises:
         UserError: as `make_index`.
     """
     opened = time.time_ns()
     stamps = files.stamps
     if stamps is None:
-        return make_index(files, labels, options)
+        return Found(*make_index(files, labels, options))
     path, key = _path(stamps.place, options), _key(stamps.digest, labels, options)
     known = _read(path, key)
     if known is not None:
-        return known, None
+        return Found(known, None, PartFingerprints(path.with_suffix(".json"), key))
     started = time.monotonic()
     index, pixels = make_index(files, labels, options)
-    if time.monotonic() - started >= WORTH and stamps.newest < opened - SETTLED:
-        _write(path, key, index)
-    return index, pixels
+    if time.monotonic() - started < WORTH or stamps.newest >= opened - SETTLED:
+        return Found(index, pixels)
+    _write(path, key, index)
+    return Found(index, pixels, PartFingerprints(path.with_suffix(".json"), key))
 
 
 def _path(place: str, options: Options) -> Path:
