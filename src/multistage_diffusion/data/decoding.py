@@ -44,9 +44,11 @@ def load(content: bytes, options: Options) -> Loaded:
         Exception: of many types, for a file that cannot be decoded.
     """
     size, fit = options.size, options.fit
-    decoded = decode(content, options.max_pixels)
-    image, found = decoded.image, (decoded.image.height, decoded.image.width)
-    pixels = planes(image if size is None or not reachable(found, size, fit) else fit_image(image, size, fit))
+    decoded = decode(content, options.max_pixels, size if fit in ("crop", "resize") else None)
+    image, found = decoded.image, decoded.found
+    if size is not None and reachable(found, size, fit):
+        image = fit_image(image, size, fit, decoded.extent)
+    pixels = planes(image)
     return Loaded(pixels, found, decoded.several, decoded.brightest, position(pixels))
 
 

@@ -26,27 +26,33 @@ def reachable(found: tuple[int, int], size: tuple[int, int], fit: Fit) -> bool:
     return fit != "pad" or (found[0] <= size[0] and found[1] <= size[1])
 
 
-def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
+def fit_image(
+    image: Image.Image, size: tuple[int, int], fit: Fit, extent: tuple[float, float] | None = None
+) -> Image.Image:
     """Convert an 8-bit grey or RGB image that is `reachable` to size = (height, width).
 
     "crop" scales the image (Lanczos) to cover the size and keeps the centre, in one resampling. "resize" scales it
     (Lanczos) and changes the aspect ratio. "pad" centres it unscaled on black; an odd remainder adds one pixel below or
     to the right. "exact" returns the image unchanged.
+
+    `extent` is the (height, width) that the image's content takes, for one whose last row or column is less than a pixel;
+    None: all.
     """
     height, width = size
     assert reachable((image.height, image.width), size, fit)
     if image.size == (width, height):
         return image
+    down, across = (image.height, image.width) if extent is None else extent
     if fit == "resize":
-        return image.resize((width, height), Image.Resampling.LANCZOS)
+        return image.resize((width, height), Image.Resampling.LANCZOS, box=(0, 0, across, down))
     if fit == "pad":
         canvas = Image.new(image.mode, (width, height), 0)
         canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
         return canvas
-    scale = min(image.width / width, image.height / height)
-    left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+    scale = min(across / width, down / height)
+    left, top = (across - scale * width) / 2, (down - scale * height) / 2
     box = (left, top, left + scale * width, top + scale * height)
-    box = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], image.width), min(box[3], image.height))
+    box = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], across), min(box[3], down))
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from ..config.run import MAX_PIXELS
 from ..errors import UserError
@@ -63,6 +64,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LYING = (5, 6, 7, 8)  # orientations that exchange height and width
+_DRAFTS = (8, 4, 2)  # how much smaller the decoder of JPEG can make an image
 
 # Without a handler, Python would print Pillow's log messages about a damaged file beside our own message.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -74,6 +77,8 @@ class Decoded:
 
     Attributes:
         image: 8-bit grey ("L") or colour ("RGB"), upright, transparent parts white.
+        found: (height, width) of the upright image in the file; larger than `image` if that was decoded smaller.
+        extent: (height, width) of `found` in pixels of `image`: its size, or a fraction of a pixel less.
         several: whether the file holds further images (frames of an animation, pages).
         brightest: the largest value, of any channel, of the visible pixels of a 16-bit image (not of those that are
             fully transparent); None for fewer bits, or if no pixel is visible. If Pillow keeps only the upper bytes (as
@@ -81,6 +86,8 @@ class Decoded:
     """
 
     image: Image.Image
+    found: tuple[int, int]
+    extent: tuple[float, float]
     several: bool
     brightest: int | None
 
@@ -165,14 +172,23 @@ class _OwnLimit:
 _own_limit = _OwnLimit()
 
 
-def decode(content: bytes, max_pixels: int) -> Decoded:
+def decode(content: bytes, max_pixels: int, least: tuple[int, int] | None = None) -> Decoded:
     """Decode the first image of a file of one of FORMATS.
+
+    Args:
+        content: of the file.
+        max_pixels: images with more pixels are refused.
+        least: (height, width) to which the upright image will be reduced. A JPEG image is then decoded to a half, a quarter
+            or an eighth of its size, which is faster, if that leaves at least twice as many pixels in either direction.
+            None: it is decoded whole.
 
     Raises:
         UserError: for another format, more pixels than max_pixels, or pixels of unknown range (floating point, 32-bit).
         Exception: of many types, from Pillow, for damaged files.
     """
     image = open_image(content, max_pixels=max_pixels)
+    height, width = image.height, image.width
+    drafted = 1 if least is None else _draft(image, least)
     several = image.format != "MPO" and bool(getattr(image, "is_animated", False))  # MPO: a photo and previews
     tiles = repr(getattr(image, "tile", ""))
     deep, grey = image.mode.startswith("I") or ";16" in tiles, "'LA;16" in tiles  # Pillow opens the latter as colour
@@ -180,9 +196,11 @@ def decode(content: bytes, max_pixels: int) -> Decoded:
         _load(image)
     _require_known_range(image)
     upright = _upright(image)
+    found = (upright.height, upright.width) if drafted == 1 else _turned((height, width), image)
+    extent = (found[0] / drafted, found[1] / drafted)
     if upright.mode.startswith("I"):
         eight, brightest = _from_sixteen_bits(upright, image)
-        return Decoded(eight, several, brightest)
+        return Decoded(eight, found, extent, several, brightest)
     if deep and isinstance(image.info.get("transparency"), tuple):
         raise UserError(
             "it has 16-bit colours with one transparent colour; convert it to 8 bits, or to an alpha channel"
@@ -190,7 +208,39 @@ def decode(content: bytes, max_pixels: int) -> Decoded:
     eight = _eight_bits(upright)
     eight = eight.convert("L") if grey else eight
     brightest = _largest_byte(upright, eight) if deep else None  # Pillow kept only the upper byte of each value
-    return Decoded(eight, several, None if brightest is None else brightest * 256 + 255)
+    return Decoded(eight, found, extent, several, None if brightest is None else brightest * 256 + 255)
+
+
+def _draft(image: Image.Image, least: tuple[int, int]) -> int:
+    """Let a JPEG image be decoded to a half, a quarter or an eighth of its size; return 2, 4 or 8, or 1 if it is not.
+
+    The decoder then computes fewer coefficients of its cosine transform. Two pixels for one that is wanted are left, in
+    either direction, for the resampling that follows. The size of an image that is also turned must be divisible, because
+    the last column of others would be less than a pixel wide, and turned to another side.
+    """
+    if not isinstance(image, JpegImageFile) or len(image.tile) != 1:
+        return 1
+    height, width = _turned(least, image)
+    room = min(image.width // (2 * width), image.height // (2 * height))
+    straight = _orientation(image) not in _UPRIGHT
+    for factor in _DRAFTS:
+        if factor <= room and (straight or not (image.width % factor or image.height % factor)):
+            image.draft(None, (image.width // factor, image.height // factor))
+            return factor
+    return 1
+
+
+def _turned(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
+    """Return (height, width) after, or before, an image is turned upright."""
+    return size[::-1] if _orientation(image) in _LYING else size
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image; 1 (upright) if its EXIF data are unreadable."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow raises many exception types on bad EXIF data; the pixels are still good
+        return 1
 
 
 def _load(image: Image.Image) -> None:
@@ -203,10 +253,7 @@ def _load(image: Image.Image) -> None:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; leave the image unchanged if its EXIF data are unreadable."""
-    try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # Pillow raises many exception types on bad EXIF data; the pixels are still good
-        return image
+    turn = _UPRIGHT.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
