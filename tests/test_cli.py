@@ -993,3 +993,16 @@ def test_the_reading_of_images_is_shown_by_a_bar_during_a_command() -> None:
             assert isinstance(bar, Bar)
             assert (bar.title, bar.unit) == ("reading", "images")
     assert shown_reading.get() is None
+
+
+def test_a_data_set_is_packed_into_one_file(msdiff: Call, made: Path) -> None:
+    size = ["--size", "8", "8", "--fit", "crop"]
+    code, out, _ = msdiff("pack", made / "photos", *size, "--out", "photos.zip", "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert (told["out"], told["images"], told["shape"], told["classes"]) == ("photos.zip", 60, [3, 8, 8], [])
+    assert msd.open_data("photos.zip").fingerprint == told["fingerprint"]
+    refused(msdiff("pack", made / "photos", *size, "--out", "photos.zip"), "exists", "--overwrite")
+    refused(msdiff("pack", "photos.zip", "--out", "photos.zip", "--overwrite"), "is DATA")
+    refused(msdiff("pack", "photos.zip", "--out", "a.npy", "--held-out", "0.1"), "--held-out 0.1", "leave it out")
+    assert msdiff("pack", "photos.zip", "--out", "photos.npy")[1].startswith("written: photos.npy (60 images")

@@ -34,6 +34,7 @@ SUMMARIES = {
     "sample": "Draw samples of a run: a grid (.png), a folder of PNGs, or an array (.npz).",
     "evaluate": "Compare samples of a run with real images: Fréchet distance, precision and recall, memorisation.",
     "stats": "Write the statistics of a data set's features, for reuse in many evaluations.",
+    "pack": "Write all images of a data set, at one size and without loss, into one file that is read faster.",
     "plan": "Plan a model for a data set and a budget: stages from the data, decoder widths from two short probes.",
     "describe": "Show a run's (or preset's) stages, widths, parameters and multiply-adds; draw its network.",
     "report": "Write RUN/report.html: one file with stages, network, losses, samples, neighbours, metrics and configuration.",

@@ -87,3 +87,14 @@ def test_a_listing_that_cannot_be_read_is_named_with_the_mend():
         UserError, match=r"set: dataset\.json cannot be read \(compression type 9.*repair it, or remove it"
     ):
         find_labels("set", IMAGES, ["dataset.json"], broken)
+
+
+def test_a_listing_may_name_the_classes():
+    def named(names):
+        content = json.dumps({"labels": pairs(), "class_names": names}).encode()
+        return find_labels("set", IMAGES, ("dataset.json",), lambda name, limit: content)
+
+    assert named(["cat", "dog", "eel", "owl"]) == ([0, 1, 2], ("cat", "dog", "eel", "owl"))
+    for wrong in ("cat", [1, 2, 3], {"cat": 0}):
+        with pytest.raises(UserError, match=r"dataset\.json must be .*class_names is no list of names"):
+            named(wrong)

@@ -11,6 +11,7 @@ from .describe import Describe
 from .evaluate import Evaluate, Stats
 from .export import Export
 from .import_run import Import
+from .pack import Pack
 from .plan import Plan
 from .report import Report
 from .sample import Sample
@@ -25,6 +26,7 @@ COMMANDS: dict[str, type[Any]] = {
     "sample": Sample,
     "evaluate": Evaluate,
     "stats": Stats,
+    "pack": Pack,
     "plan": Plan,
     "describe": Describe,
     "report": Report,

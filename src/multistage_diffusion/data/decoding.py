@@ -54,8 +54,8 @@ def load(content: bytes, options: Options) -> Loaded:
 
 def planes(image: Image.Image) -> Pixels:
     """Return an 8-bit grey or RGB image as an array (C, H, W)."""
-    bands = image.split()
-    content = b"".join(band.tobytes() for band in bands)  # faster than a transposed copy
+    bands = image.getbands()
+    content = b"".join(image.tobytes("raw", band) for band in bands)  # faster than a transposed copy
     return np.frombuffer(content, np.uint8).reshape(len(bands), image.height, image.width)
 
 

@@ -38,7 +38,7 @@ def find_labels(
         raise UserError(
             f"{source}: {listing} cannot be read ({one_line(error)}); repair it, or remove it to use sub-folders as classes"
         ) from None
-    return _listed_labels(f"{source}: {listing}", posixpath.dirname(listing), images, content), ()
+    return _listed_labels(f"{source}: {listing}", posixpath.dirname(listing), images, content)
 
 
 def _one_above_all(source: str, images: Sequence[str], listings: Sequence[str]) -> str:
@@ -67,12 +67,19 @@ def _folder_labels(images: Sequence[str]) -> tuple[list[int] | None, tuple[str, 
     return [number[p.split("/")[0]] for p in inner], tuple(classes)
 
 
-def _listed_labels(where: str, folder: str, images: Sequence[str], content: bytes) -> list[int] | None:
-    """Read {"labels": [[path, class], ...]} with paths relative to the listing's folder; null means no labels."""
+def _listed_labels(
+    where: str, folder: str, images: Sequence[str], content: bytes
+) -> tuple[list[int] | None, tuple[str, ...]]:
+    """Read {"labels": [[path, class], ...]} with paths relative to the listing's folder; null means no labels.
+
+    The file may have the names of the classes, {"class_names": [name, ...]}, as those of `msdiff pack` do.
+    """
     try:
-        entries = json.loads(content, object_pairs_hook=_no_key_twice)["labels"]
+        found = json.loads(content, object_pairs_hook=_no_key_twice)
+        entries = found["labels"]
         if entries is None:
-            return None
+            return None, ()
+        names = _names(found.get("class_names", []))
         pairs = [_pair(entry) for entry in _list(entries)]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
@@ -90,7 +97,7 @@ def _listed_labels(where: str, folder: str, images: Sequence[str], content: byte
         label = table[name]
         if type(label) is not int or not -_LABEL_LIMIT < label < _LABEL_LIMIT:
             raise UserError(f"{where}: label of {name} is {str(label)[:40]}; labels must be integers from 0")
-    return [table[name] for name in images]
+    return [table[name] for name in images], names
 
 
 def inner_path(name: str) -> str:
@@ -104,6 +111,12 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"duplicate key {next(key for key in found if keys.count(key) > 1)!r}")
     return found
+
+
+def _names(names: Any) -> tuple[str, ...]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"class_names is no list of names: {str(names)[:40]}")
+    return tuple(names)
 
 
 def _list(entries: Any) -> list[Any]:

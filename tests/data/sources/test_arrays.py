@@ -208,3 +208,18 @@ def test_keys_that_are_not_used_are_named(tmp_path):
     np.savez(tmp_path / "a.npz", images=pixels(2, 4, 4), y=np.zeros(2, np.int64))
     with pytest.warns(UserWarning, match=r"a\.npz: y not used; labels are read from labels, label, arr_1"):
         assert open_data(tmp_path / "a.npz").labels is None
+
+
+def test_labels_may_be_beside_a_npy_file(tmp_path):
+    images = np.zeros((3, 4, 5), np.uint8)
+    np.save(tmp_path / "set.npy", images)
+    assert open_data(tmp_path / "set.npy").labels is None
+    np.save(tmp_path / "set.labels.npy", np.array([2, 0, 1]))
+    data = open_data(tmp_path / "set.npy")
+    assert (data.labels.tolist(), data.num_classes) == ([2, 0, 1], 3)
+    np.save(tmp_path / "set.labels.npy", np.array([2, 0]))
+    with pytest.raises(UserError, match=r"set\.npy: 2 labels for 3 images"):
+        open_data(tmp_path / "set.npy")
+    np.save(tmp_path / "set.labels.npy", np.array([{}], object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"set\.npy: .*set\.labels\.npy, its labels: "):
+        open_data(tmp_path / "set.npy")
