@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import UserError
 
@@ -28,7 +27,7 @@ class Stamps:
     """What changes when a file of a data set changes.
 
     Attributes:
-        place: absolute path of the data set.
+        place: what tells the data set from others: its absolute path, or its name.
         digest: SHA-256, in hex, of the names, lengths and times of all files.
         newest: the latest of the times, in nanoseconds since 1970.
     """
@@ -38,13 +37,13 @@ class Stamps:
     newest: int
 
     @classmethod
-    def of(cls, place: Path, files: Iterable[tuple[str, FileTimes]]) -> Stamps:
+    def of(cls, place: str, files: Iterable[tuple[str, FileTimes]]) -> Stamps:
         """Return the stamps of files with their names, in an order that depends on the names only."""
         digest, newest = hashlib.sha256(), 0
         for name, times in files:
             digest.update(f"{name!r} {times}\n".encode("utf-8", "surrogateescape"))
             newest = max(newest, times[1], times[2])
-        return cls(str(place.resolve()), digest.hexdigest(), newest)
+        return cls(place, digest.hexdigest(), newest)
 
 
 def file_times(found: os.stat_result) -> FileTimes:

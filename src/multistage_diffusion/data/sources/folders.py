@@ -64,7 +64,9 @@ def _folder_files(path: Path, names: Sequence[str]) -> ImageFiles:
         return content
 
     known = [(name, found) for name, found in zip(names, times, strict=True) if found is not None]
-    return ImageFiles(str(path), names, read, Stamps.of(path, known) if len(known) == len(names) else None)
+    return ImageFiles(
+        str(path), names, read, Stamps.of(str(path.resolve()), known) if len(known) == len(names) else None
+    )
 
 
 def _times(place: str) -> FileTimes | None:
@@ -95,7 +97,7 @@ def _archive_files(path: Path, names: Sequence[str], read: Read) -> ImageFiles:
         require_unchanged(times, _times(str(path)))
         return content
 
-    return ImageFiles(str(path), names, read_image, Stamps.of(path, [(path.name, times)]))
+    return ImageFiles(str(path), names, read_image, Stamps.of(str(path.resolve()), [(path.name, times)]))
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
