@@ -1,5 +1,6 @@
 import io
 import os
+import shutil
 import threading
 import time
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multistage_diffusion.data import decoded, open_data, rows
+from multistage_diffusion.data import decoded, decoding, open_data, rows
 from multistage_diffusion.data.decoded import DecodedRows, open_files
 from multistage_diffusion.data.image_files import ImageFiles
 from multistage_diffusion.data.options import Options
@@ -168,3 +169,17 @@ def test_labels_follow_the_files_that_are_used():
     assert data.class_names == tuple("abcde")
     assert data.skipped == {"not images": 2, "unreadable": 1}
     np.testing.assert_array_equal(data.array()[:, 0], [ARRAYS[0], ARRAYS[3]])
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_processes_read_folders_and_archives_as_one_process_does(tmp_path, monkeypatch, kind):
+    folder = saved(tmp_path / "set")
+    source = folder if kind == "folder" else shutil.make_archive(str(tmp_path / "set"), kind, folder)
+    expected = open_data(source)
+    monkeypatch.setattr(decoding, "MANY", 2)
+    monkeypatch.setattr(rows, "IN_MEMORY", 0)
+    found = open_data(source)
+    assert found.fingerprint == expected.fingerprint
+    order = np.random.default_rng(0).permutation(40)
+    np.testing.assert_array_equal(found.rows(order), expected.rows(order))
+    assert found.storage._decoder._processes is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from threading import Lock
 
 import numpy as np
@@ -12,10 +13,9 @@ import numpy.typing as npt
 
 from ..errors import UserError
 from .dataset import ImageData
-from .decoding import Pixels, coloured, load
+from .decoding import Decoder, Loaded, Pixels, coloured
 from .image_files import ImageFiles
 from .kept_indexes import find_index
-from .opening import one_line
 from .options import Options
 from .rows import ArrayRows, Index, KeptRows, Rows, fits_memory
 from .workers import AT_ONCE, workers
@@ -68,8 +68,8 @@ class DecodedRows:
     """
 
     def __init__(self, files: ImageFiles, kept: Index, shape: tuple[int, int, int], options: Options) -> None:
-        self._files, self._kept, self._options = files, kept, options
-        self._shape = shape
+        self._files, self._kept, self._shape = files, kept, shape
+        self._decoder = Decoder(files, options)
         self._begun: dict[int, tuple[Future[list[Pixels]], int]] = {}  # task of a row, and its place in the result
         self._lock = Lock()
 
@@ -113,21 +113,21 @@ class DecodedRows:
         at_once = max(1, min(AT_ONCE, -(-len(missing) // pool.number)))
         for start in range(0, len(missing), at_once):
             own = missing[start : start + at_once]
-            future = pool.submit(lambda own=own: [self._row(row) for row in own])  # type: ignore[misc]
+            future = pool.submit(partial(self._decode, own))
             self._begun.update((row, (future, place)) for place, row in enumerate(own))
 
-    def _row(self, row: int) -> Pixels:
-        number = int(self._kept[row])
-        try:
-            pixels = coloured(load(self._files.read(number), self._options).pixels, self._shape[0])
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow and zipfile raise many exception types on broken files
-            raise self._changed(number, one_line(error)) from None
-        if pixels.shape != self._shape:
-            raise self._changed(number, f"it has become {pixels.shape[1]}x{pixels.shape[2]}")
-        return pixels
+    def _decode(self, rows: Sequence[int]) -> list[Pixels]:
+        numbers = [int(self._kept[row]) for row in rows]
+        return [self._checked(*one) for one in zip(numbers, self._decoder.load(numbers), strict=True)]
 
-    def _changed(self, number: int, fault: str) -> UserError:
-        name = self._files.names[number]
-        return UserError(f"{self._files.source}: {name} cannot be read any more ({fault}); restore it and start again")
+    def _checked(self, number: int, found: Loaded | str) -> Pixels:
+        name, source = self._files.names[number], self._files.source
+        if isinstance(found, str):
+            raise UserError(f"{source}: {name} cannot be read any more ({found}); restore it and start again")
+        pixels = coloured(found.pixels, self._shape[0])
+        if pixels.shape != self._shape:
+            now = f"{pixels.shape[1]}x{pixels.shape[2]}"
+            raise UserError(
+                f"{source}: {name} cannot be read any more (it has become {now}); restore it and start again"
+            )
+        return pixels

@@ -1,8 +1,13 @@
-"""Decoding of one image file to the pixels of a row."""
+"""Decoding of image files to the pixels of rows."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +15,13 @@ from PIL import Image
 
 from .content import position
 from .fitting import fit_image, reachable
-from .opening import decode
+from .image_files import ImageFiles
+from .opening import decode, one_line
 from .options import Options
+from .processes import Answer, Processes, available
+from .workers import workers
+
+MANY = 256  # files from which on processes are worth their start
 
 Pixels = npt.NDArray[np.uint8]
 Size = tuple[int, int]  # height, width
@@ -50,6 +60,72 @@ def load(content: bytes, options: Options) -> Loaded:
         image = fit_image(image, size, fit, decoded.extent)
     pixels = planes(image)
     return Loaded(pixels, found, decoded.several, decoded.brightest, position(pixels))
+
+
+class Decoder:
+    """Decodes image files by number: of many files in processes, one per core, else in the calling thread.
+
+    Args:
+        files: the files.
+        options: how images are read.
+    """
+
+    def __init__(self, files: ImageFiles, options: Options) -> None:
+        self._files, self._options = files, options
+        self._lock = Lock()
+        self._processes: Processes | None = None
+
+    def load(self, numbers: Sequence[int]) -> list[Loaded | str]:
+        """Return the images of some files, or the reason why one cannot be read; called from several threads.
+
+        Raises:
+            MemoryError: if memory runs out.
+            UserError: if a process that decodes images is killed.
+        """
+        if len(self._files.names) < MANY or not available():
+            return [self._load(number) for number in numbers]
+        with self._lock:
+            if self._processes is None:
+                self._processes = Processes(partial(_answer, self._load), workers().number)
+        told, pixels = self._processes.ask([int(number) for number in numbers])
+        found: list[Loaded | str] = []
+        for one in told:
+            if one is None:
+                raise MemoryError
+            if isinstance(one, str):
+                found.append(one)
+                continue
+            shape, size, several, brightest, place = one
+            count = math.prod(shape)
+            found.append(Loaded(pixels[:count].reshape(shape), (size[0], size[1]), several, brightest, place))
+            pixels = pixels[count:]
+        return found
+
+    def _load(self, number: int) -> Loaded | str:
+        try:
+            return load(self._files.read(number), self._options)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow and zipfile raise many exception types on broken files
+            return one_line(error)
+
+
+def _answer(load: Callable[[int], Loaded | str], numbers: Sequence[int]) -> Answer:
+    """Return images as a process sends them: None where memory ran out."""
+    told: list[Any] = []
+    arrays = []
+    for number in numbers:
+        try:
+            found = load(number)
+        except MemoryError:
+            told.append(None)
+            continue
+        if isinstance(found, str):
+            told.append(found)
+            continue
+        told.append((found.pixels.shape, found.found, found.several, found.brightest, found.position))
+        arrays.append(found.pixels)
+    return told, arrays
 
 
 def planes(image: Image.Image) -> Pixels:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from ..errors import UserError
 FileTimes = tuple[int, int, int]  # length in bytes; when content and attributes were last changed, in nanoseconds
 
 
-def require_unchanged(before: FileTimes | None, now: FileTimes | None) -> None:
+def require_unchanged(before: FileTimes, now: FileTimes) -> None:
     """Refuse a file that has changed.
 
     Raises:
@@ -20,6 +21,33 @@ def require_unchanged(before: FileTimes | None, now: FileTimes | None) -> None:
     """
     if before != now:
         raise UserError("it has changed since the data set was opened")
+
+
+def read_unchanged(path: str, before: FileTimes, start: int = 0, size: int | None = None) -> bytes:
+    """Return a part of a file, by default all, that is as it was when the data set was opened.
+
+    Raises:
+        UserError: the reason why it cannot be read; the caller names the file.
+    """
+    try:
+        # O_NONBLOCK: a named pipe may have replaced the file
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise UserError("it is no longer a file")
+            require_unchanged(before, file_times(found))
+            wanted = before[0] if size is None else size
+            content = os.pread(handle, wanted, start)
+            while len(content) < wanted and (more := os.pread(handle, wanted - len(content), start + len(content))):
+                content += more
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise UserError(error.strerror or str(error)) from None
+    if len(content) < wanted:
+        raise UserError("it is cut short")
+    return content
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ import numpy.typing as npt
 
 from ..errors import UserError
 from .content import Content, Fingerprint, content_of, position
-from .decoding import Loaded, Pixels, Size, coloured, load
+from .decoding import Decoder, Loaded, Pixels, Size, coloured
 from .fitting import padded_content, reachable, wrong_size
 from .image_files import ImageFiles
-from .opening import one_line
 from .options import Options
 from .rows import fits_memory
 from .workers import each
@@ -67,19 +66,11 @@ def make_index(files: ImageFiles, labels: Labels | None, options: Options) -> tu
         UserError: if an image is unreadable, differs in size or cannot reach the size (naming the file), or if no image is
             readable.
     """
-    reading = _Reading(files, options)
-
-    def attempt(number: int) -> Loaded | str:
-        try:
-            return load(files.read(number), options)
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow and zipfile raise many exception types on broken files
-            return one_line(error)
-
+    decoder = Decoder(files, options)
+    reading = _Reading(files, options, decoder)
     total = len(files.names)
     with options.reading(total) as progress:
-        for number, result in enumerate(each(attempt, range(total))):
+        for number, result in enumerate(each(decoder.load, range(total))):
             reading.add(number, result)
             progress(number + 1, total)
     return reading.finish(labels)
@@ -92,8 +83,8 @@ class _Reading:
     images are read again for it, at the end.
     """
 
-    def __init__(self, files: ImageFiles, options: Options) -> None:
-        self.files, self.options = files, options
+    def __init__(self, files: ImageFiles, options: Options, decoder: Decoder) -> None:
+        self.files, self.options, self.decoder = files, options, decoder
         self.kept: list[int] = []
         self.sizes: dict[Size, str] = {}  # each original size, with the first file that has it
         self.bad: list[str] = []
@@ -186,7 +177,11 @@ class _Reading:
 
             def again() -> Iterator[Pixels]:
                 nonlocal done
-                for found in each(lambda n: load(self.files.read(n), self.options), self.kept):
+                for number, found in zip(self.kept, each(self.decoder.load, self.kept), strict=True):
+                    if isinstance(found, str):
+                        raise UserError(
+                            f"{self.files.source}: {self.files.names[number]} cannot be read any more ({found})"
+                        )
                     yield coloured(found.pixels, self.shape[0])[None]
                     done += 1
                     progress(done, len(kept))

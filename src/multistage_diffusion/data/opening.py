@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import threading
 from collections.abc import Sequence
@@ -156,6 +157,12 @@ class _OwnLimit:
     def __init__(self) -> None:
         self._lock, self._users, self._before = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
 
+    def renew(self) -> None:
+        """Forget the threads of the process that forked this one."""
+        if self._users:
+            self._users, Image.MAX_IMAGE_PIXELS = 0, self._before
+        self._lock = threading.Lock()
+
     def __enter__(self) -> None:
         with self._lock:
             if self._users == 0:
@@ -170,6 +177,7 @@ class _OwnLimit:
 
 
 _own_limit = _OwnLimit()
+os.register_at_fork(after_in_child=_own_limit.renew)
 
 
 def decode(content: bytes, max_pixels: int, least: tuple[int, int] | None = None) -> Decoded:
@@ -307,7 +315,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if grey else "RGB")
+    wanted = "L" if grey else "RGB"
+    image = image if image.mode == wanted else image.convert(wanted)
     if palette:  # pngquant and GIF tools write grey images with a palette of grey colours
         red, green, blue = (np.asarray(band) for band in image.split())
         if np.array_equal(red, green) and np.array_equal(red, blue):

@@ -1,4 +1,4 @@
-"""Threads that decode images: Pillow, NumPy and hashing compute without Python's lock."""
+"""Threads that compute in the background; those that decode many images let processes do it (see `processes`)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import cache
+from functools import cache, partial
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Thread
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -61,29 +61,27 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def each(work: Callable[[int], T], numbers: Sequence[int]) -> Iterator[T]:
-    """Yield work(number) of each number, in order; the workers compute a few tasks ahead.
+def each(work: Callable[[Sequence[int]], list[T]], numbers: Sequence[int]) -> Iterator[T]:
+    """Yield the results of all numbers, in order; the workers compute a few tasks ahead.
 
-    After an error, Ctrl-C or an early end of the iteration no further number is begun.
+    After an error, Ctrl-C or an early end of the iteration no further task is begun.
+
+    Args:
+        work: returns the results of a few numbers.
+        numbers: the numbers.
 
     Raises:
         Exception: the first that `work` raises, in the order of the numbers.
     """
-    stop, pool = Event(), workers()
+    pool = workers()
     waiting: deque[Future[list[T]]] = deque()
     start = 0
-
-    def some(own: Sequence[int]) -> list[T]:
-        return [work(number) for number in own if not stop.is_set()]
-
     try:
         while waiting or start < len(numbers):
             while len(waiting) <= 2 * pool.number and start < len(numbers):
-                own = numbers[start : start + AT_ONCE]
-                waiting.append(pool.submit(lambda own=own: some(own)))  # type: ignore[misc]
+                waiting.append(pool.submit(partial(work, numbers[start : start + AT_ONCE])))
                 start += AT_ONCE
             yield from waiting.popleft().result()
     finally:
-        stop.set()
         for future in waiting:
             future.cancel()

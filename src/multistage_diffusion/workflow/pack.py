@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -83,11 +84,15 @@ def _write_zip(data: ImageData, out: Path, overwrite: bool, progress: Progress) 
     names: list[str] = []
     with new_file(out, overwrite=overwrite) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for part in _images(data, progress):
-            for content in each(lambda row, part=part: _png(part[row]), range(len(part))):  # type: ignore[misc]
+            for content in each(partial(_pngs, part), range(len(part))):
                 number = f"{len(names):08d}"
                 names.append(f"{number[:5]}/img{number}.png")
                 archive.writestr(zipfile.ZipInfo(names[-1], _DATE), content)
         archive.writestr(zipfile.ZipInfo(LISTING, _DATE), _listing(data, names))
+
+
+def _pngs(images: npt.NDArray[np.uint8], rows: Sequence[int]) -> list[bytes]:
+    return [_png(images[row]) for row in rows]
 
 
 def _png(image: npt.NDArray[np.uint8]) -> bytes:

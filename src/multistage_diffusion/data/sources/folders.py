@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import stat
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ...errors import UserError
-from ...reading import read_file, require_regular
+from ...reading import read_file, require_length, require_regular
 from ..bounded import FILE_LIMIT, read_member
 from ..dataset import ImageData
 from ..decoded import open_files
-from ..image_files import FileTimes, ImageFiles, Stamps, file_times, require_unchanged
+from ..image_files import FileTimes, ImageFiles, Stamps, file_times, read_unchanged, require_unchanged
 from ..labels import find_labels, inner_path
 from ..opening import SUFFIXES, one_line
 from ..options import Options
@@ -59,9 +62,11 @@ def _folder_files(path: Path, names: Sequence[str]) -> ImageFiles:
     times = [_times(place) for place in places]
 
     def read(number: int) -> bytes:
-        content = read_file(Path(places[number]), FILE_LIMIT)
-        require_unchanged(times[number], _times(places[number]))
-        return content
+        before = times[number]
+        if before is None:
+            return read_file(Path(places[number]), FILE_LIMIT)
+        require_length(before[0], FILE_LIMIT)
+        return read_unchanged(places[number], before)
 
     known = [(name, found) for name, found in zip(names, times, strict=True) if found is not None]
     return ImageFiles(
@@ -70,22 +75,58 @@ def _folder_files(path: Path, names: Sequence[str]) -> ImageFiles:
 
 
 def _times(place: str) -> FileTimes | None:
-    """Return the length and times of a file; None if it cannot be examined, which is told when it is read."""
+    """Return the length and times of a regular file; None for anything else, which is told when it is read."""
     try:
-        return file_times(os.stat(place))
+        found = os.stat(place)
     except (OSError, ValueError):
         return None
+    return file_times(found) if stat.S_ISREG(found.st_mode) else None
 
 
 def _archive(path: Path) -> tuple[list[str], Read]:
     """Return the normalised names of a zip file's members and what reads a member; the file stays open with it."""
     try:
         require_regular(path)
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(_OwnPlace(path))
     except Exception as error:  # zipfile raises many exception types on broken files
         raise UserError(f"{path}: not a readable zip file ({one_line(error)})") from None
     members = _members(path, archive)
     return list(members), lambda name, limit: read_member(archive, members[name], limit)
+
+
+class _OwnPlace(io.RawIOBase):
+    """A file that is open for reading at a place of its own in every process; what forked processes share is not used."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle, self._place = os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0:
+            size = max(0, os.fstat(self._handle).st_size - self._place)
+        content = os.pread(self._handle, size, self._place)
+        self._place += len(content)
+        return content
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: os.fstat(self._handle).st_size}[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._place = start + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._handle)
+        super().close()
 
 
 def _archive_files(path: Path, names: Sequence[str], read: Read) -> ImageFiles:
@@ -94,7 +135,7 @@ def _archive_files(path: Path, names: Sequence[str], read: Read) -> ImageFiles:
 
     def read_image(number: int) -> bytes:
         content = read(names[number], FILE_LIMIT)
-        require_unchanged(times, _times(str(path)))
+        require_unchanged(times, file_times(path.stat()))
         return content
 
     return ImageFiles(str(path), names, read_image, Stamps.of(str(path.resolve()), [(path.name, times)]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from ...reading import brief, require_length, require_regular
 from ..bounded import FILE_LIMIT
 from ..dataset import ImageData
 from ..decoded import open_files
-from ..image_files import FileTimes, ImageFiles, Stamps, file_times, require_unchanged
+from ..image_files import FileTimes, ImageFiles, Stamps, file_times, read_unchanged
 from ..labels import find_labels, inner_path
 from ..opening import SUFFIXES, one_line
 from ..options import Options
@@ -84,18 +83,7 @@ class _Shards:
         """
         member = self.members[name]
         require_length(member.size, limit)
-        try:
-            handle = os.open(self.paths[member.shard], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(error.strerror or str(error)) from None
-        try:
-            require_unchanged(self.times[member.shard], file_times(os.fstat(handle)))
-            content = os.pread(handle, member.size, member.offset)
-        finally:
-            os.close(handle)
-        if len(content) < member.size:
-            raise UserError("its tar file is cut short")
-        return content
+        return read_unchanged(str(self.paths[member.shard]), self.times[member.shard], member.offset, member.size)
 
 
 def open_tar(path: Path, options: Options) -> ImageData:
