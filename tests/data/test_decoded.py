@@ -1,13 +1,18 @@
 import io
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import multistage_diffusion
 from multistage_diffusion.data import decoded, decoding, open_data, rows
 from multistage_diffusion.data.decoded import DecodedRows, open_files
 from multistage_diffusion.data.image_files import ImageFiles
@@ -183,3 +188,32 @@ def test_processes_read_folders_and_archives_as_one_process_does(tmp_path, monke
     order = np.random.default_rng(0).permutation(40)
     np.testing.assert_array_equal(found.rows(order), expected.rows(order))
     assert found.storage._decoder._processes is not None
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_photos_are_read_is_answered_within_two_seconds(tmp_path):
+    """Photos of 12 megapixels, each of which takes a process a quarter of a second."""
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)).resize((4000, 3000))
+    buffer = io.BytesIO()
+    photo.save(buffer, "jpeg", quality=90)
+    for i in range(300):
+        (tmp_path / f"{i:03}.jpg").write_bytes(buffer.getvalue())
+    script = (
+        "import sys\n"
+        "from multistage_diffusion.data import open_data\n"
+        "told = lambda *_: print('reading', flush=True)\n"
+        "try:\n"
+        "    open_data(sys.argv[1], size=(2999, 3999), fit='crop', progress=told)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('stopped', flush=True)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(multistage_diffusion.__file__).parents[1])}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"reading\n"
+        start = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        assert b"stopped\n" in iter(child.stdout.readline, b"")
+        assert time.monotonic() - start < 2.0
+        assert child.wait(30) == 0

@@ -5,7 +5,9 @@ import time
 import pytest
 
 from multistage_diffusion.data import workers
-from multistage_diffusion.data.workers import AT_ONCE, Workers, each, usable_cores
+from multistage_diffusion.data.workers import Workers, each, task_size, usable_cores
+
+AT_ONCE = task_size(1)
 
 
 def mapped(work):
@@ -79,3 +81,18 @@ def test_a_forked_process_has_workers_of_its_own():
     if child == 0:
         os._exit(0 if list(each(mapped(abs), range(20))) == list(range(20)) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize(("job", "number"), [("", 8), ("1", 8), ("3", 2), ("16", 1), ("0", 8), ("x", 8)])
+def test_the_processes_of_a_job_share_the_cores(monkeypatch, job, number):
+    monkeypatch.setattr(workers, "usable_cores", lambda: 8)
+    monkeypatch.setattr(workers, "Workers", lambda number: number)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", job)
+    assert workers._of_process.__wrapped__(0) == number
+
+
+def test_tasks_of_large_images_are_small():
+    assert [task_size(n) for n in (0, 1, 3 * 64 * 64, 3 * 512 * 512, 3 * 4000 * 3000)] == [8, 8, 8, 2, 1]
+    done = []
+    assert list(each(lambda numbers: [done.append(len(numbers))] * len(numbers), range(7), 3)) == [None] * 7
+    assert sorted(done) == [1, 3, 3]

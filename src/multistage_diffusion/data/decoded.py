@@ -18,7 +18,7 @@ from .image_files import ImageFiles
 from .kept_indexes import find_index
 from .options import Options
 from .rows import ArrayRows, Index, KeptRows, Rows, fits_memory
-from .workers import AT_ONCE, workers
+from .workers import task_size, workers
 
 AHEAD = 128 << 20  # most bytes of pixels that one announcement decodes
 
@@ -108,9 +108,10 @@ class DecodedRows:
 
     def _begin(self, rows: Index) -> None:
         """Submit tasks for the rows that have none."""
+        self._decoder.start()
         missing = [int(row) for row in dict.fromkeys(rows.tolist()) if row not in self._begun]
         pool = workers()
-        at_once = max(1, min(AT_ONCE, -(-len(missing) // pool.number)))
+        at_once = max(1, min(task_size(math.prod(self._shape)), -(-len(missing) // pool.number)))
         for start in range(0, len(missing), at_once):
             own = missing[start : start + at_once]
             future = pool.submit(partial(self._decode, own))

@@ -75,6 +75,12 @@ class Decoder:
         self._lock = Lock()
         self._processes: Processes | None = None
 
+    def start(self) -> None:
+        """Start the processes, if there are many files and they have not started: best in the program's main thread."""
+        with self._lock:
+            if self._processes is None and len(self._files.names) >= MANY and available():
+                self._processes = Processes(partial(_answer, self._load), workers().number)
+
     def load(self, numbers: Sequence[int]) -> list[Loaded | str]:
         """Return the images of some files, or the reason why one cannot be read; called from several threads.
 
@@ -82,11 +88,9 @@ class Decoder:
             MemoryError: if memory runs out.
             UserError: if a process that decodes images is killed.
         """
-        if len(self._files.names) < MANY or not available():
+        self.start()
+        if self._processes is None:
             return [self._load(number) for number in numbers]
-        with self._lock:
-            if self._processes is None:
-                self._processes = Processes(partial(_answer, self._load), workers().number)
         told, pixels = self._processes.ask([int(number) for number in numbers])
         found: list[Loaded | str] = []
         for one in told:

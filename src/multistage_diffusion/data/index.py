@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from .fitting import padded_content, reachable, wrong_size
 from .image_files import ImageFiles
 from .options import Options
 from .rows import fits_memory
-from .workers import each
+from .workers import each, task_size
 
 Labels = npt.NDArray[np.int64]
 
@@ -67,12 +68,20 @@ def make_index(files: ImageFiles, labels: Labels | None, options: Options) -> tu
             readable.
     """
     decoder = Decoder(files, options)
+    decoder.start()
     reading = _Reading(files, options, decoder)
     total = len(files.names)
     with options.reading(total) as progress:
-        for number, result in enumerate(each(decoder.load, range(total))):
+        number = 0
+        while number < total and not reading.kept:  # the first image tells how large the tasks are
+            reading.add(number, decoder.load([number])[0])
+            number += 1
+        rest = range(number, total)
+        for number, result in zip(rest, each(decoder.load, rest, reading.at_once()), strict=True):
             reading.add(number, result)
             progress(number + 1, total)
+        if not rest:
+            progress(total, total)
     return reading.finish(labels)
 
 
@@ -94,6 +103,10 @@ class _Reading:
         self.shape = (0, 0, 0)
         self.pixels: Pixels | None = None  # all images, if memory holds them
         self.fingerprint: Fingerprint | None = None
+
+    def at_once(self) -> int:
+        """Return how many images make a task."""
+        return task_size(math.prod(self.shape))
 
     def add(self, number: int, result: Loaded | str) -> None:
         """Add what became of a file: its image, or why it cannot be read."""
@@ -177,7 +190,7 @@ class _Reading:
 
             def again() -> Iterator[Pixels]:
                 nonlocal done
-                for number, found in zip(self.kept, each(self.decoder.load, self.kept), strict=True):
+                for number, found in zip(self.kept, each(self.decoder.load, self.kept, self.at_once()), strict=True):
                     if isinstance(found, str):
                         raise UserError(
                             f"{self.files.source}: {self.files.names[number]} cannot be read any more ({found})"

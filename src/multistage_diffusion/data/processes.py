@@ -10,7 +10,8 @@ import socket
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -42,28 +43,39 @@ class Processes:
     """
 
     def __init__(self, answer: Callable[[Any], Answer], number: int) -> None:
-        self._idle: SimpleQueue[tuple[socket.socket, int]] = SimpleQueue()
-        made = [_forked(answer) for _ in range(number)]
-        for one in made:
-            self._idle.put(one)
-        weakref.finalize(self, _end, made, os.getpid())
+        self._answer = answer
+        self._made: dict[int, socket.socket] = {}
+        self._idle: SimpleQueue[int] = SimpleQueue()
+        for _ in range(number):
+            self._idle.put(self._new())
+        weakref.finalize(self, _end_all, self._made, os.getpid())
 
     def ask(self, question: Any) -> tuple[Any, npt.NDArray[np.uint8]]:
         """Return the answer of a process that is idle, and its arrays as one (uint8, flat); called from several threads.
 
         Raises:
-            UserError: if the process has ended.
+            UserError: if the process has ended; another takes its place.
         """
-        connection, process = self._idle.get()
+        process = self._idle.get()
+        connection, asked = self._made[process], process
         try:
             _send(connection, question, ())
             return _receive(connection)
-        except (OSError, EOFError):
-            raise UserError(
-                f"process {process}, which decodes images, has ended; was it killed because memory ran out? Start again"
-            ) from None
+        except BaseException as error:  # Ctrl-C too: half an answer may be left
+            _end(process, self._made.pop(process))
+            process = self._new()
+            if isinstance(error, OSError | EOFError):
+                raise UserError(
+                    f"process {asked}, which decodes images, has ended; was it killed because memory ran out? Start again"
+                ) from None
+            raise
         finally:
-            self._idle.put((connection, process))
+            self._idle.put(process)
+
+    def _new(self) -> int:
+        connection, process = _forked(self._answer)
+        self._made[process] = connection
+        return process
 
 
 def _forked(answer: Callable[[Any], Answer]) -> tuple[socket.socket, int]:
@@ -100,12 +112,19 @@ def _serve(connection: socket.socket, answer: Callable[[Any], Answer]) -> None:
         os._exit(code)
 
 
-def _end(made: Sequence[tuple[socket.socket, int]], owner: int) -> None:
-    for connection, _ in made:
+def _end_all(made: Mapping[int, socket.socket], owner: int) -> None:
+    for process, connection in made.items():
         connection.close()
-    if os.getpid() == owner:
-        for _, process in made:
-            os.waitpid(process, 0)
+        if os.getpid() == owner:
+            _end(process, connection)
+
+
+def _end(process: int, connection: socket.socket) -> None:
+    """End a process at once: it holds nothing that could be lost."""
+    connection.close()
+    with suppress(ProcessLookupError, ChildProcessError):
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
 
 
 def _send(connection: socket.socket, told: Any, arrays: Sequence[npt.NDArray[np.uint8]]) -> None:

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-AT_ONCE = 8  # images of one task: few, so that an error or Ctrl-C ends the work soon
+_AT_ONCE = 8  # most images of one task: few, so that an error or Ctrl-C ends the work soon
+_BYTES = 2 << 20  # most bytes of one task's images, because some tasks are computed ahead
 
 
 class Workers:
@@ -47,13 +48,14 @@ class Workers:
 
 
 def workers() -> Workers:
-    """Return the threads of this process, one per core that it may use."""
+    """Return the threads of this process: one per core that it may use, divided by the processes of a job on this machine."""
     return _of_process(os.getpid())  # a forked process has none of its parent's threads
 
 
 @cache
 def _of_process(_: int) -> Workers:
-    return Workers(usable_cores())
+    job = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun
+    return Workers(max(1, usable_cores() // (int(job) if job.isdecimal() and int(job) else 1)))
 
 
 def usable_cores() -> int:
@@ -61,7 +63,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def each(work: Callable[[Sequence[int]], list[T]], numbers: Sequence[int]) -> Iterator[T]:
+def task_size(image: int) -> int:
+    """Return how many images of this many bytes make a task."""
+    return max(1, min(_AT_ONCE, _BYTES // max(1, image)))
+
+
+def each(work: Callable[[Sequence[int]], list[T]], numbers: Sequence[int], at_once: int = _AT_ONCE) -> Iterator[T]:
     """Yield the results of all numbers, in order; the workers compute a few tasks ahead.
 
     After an error, Ctrl-C or an early end of the iteration no further task is begun.
@@ -69,6 +76,7 @@ def each(work: Callable[[Sequence[int]], list[T]], numbers: Sequence[int]) -> It
     Args:
         work: returns the results of a few numbers.
         numbers: the numbers.
+        at_once: numbers of one task.
 
     Raises:
         Exception: the first that `work` raises, in the order of the numbers.
@@ -79,8 +87,8 @@ def each(work: Callable[[Sequence[int]], list[T]], numbers: Sequence[int]) -> It
     try:
         while waiting or start < len(numbers):
             while len(waiting) <= 2 * pool.number and start < len(numbers):
-                waiting.append(pool.submit(partial(work, numbers[start : start + AT_ONCE])))
-                start += AT_ONCE
+                waiting.append(pool.submit(partial(work, numbers[start : start + at_once])))
+                start += at_once
             yield from waiting.popleft().result()
     finally:
         for future in waiting:
