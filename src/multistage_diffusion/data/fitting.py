@@ -11,7 +11,7 @@ from PIL import Image
 from ..errors import UserError
 from ..memory import require_memory
 from .options import Fit
-from .rows import Rows, chunks
+from .rows import Index, Rows, chunks
 
 _AT_ONCE = 64  # images read at a time
 
@@ -67,10 +67,44 @@ def fit_rows(images: Rows, size: tuple[int, int], fit: Fit, name: str) -> npt.ND
         raise wrong_size(name, "its images", (height, width), size, fit)
     require_pixels(len(images), channels, size)
     fitted = np.empty((len(images), channels, *size), np.uint8)
-    for row, image in zip(fitted, (image for part in chunks(images, _AT_ONCE) for image in part), strict=True):
+    for start, part in zip(range(0, len(images), _AT_ONCE), chunks(images, _AT_ONCE), strict=True):
+        _fit(part, fitted[start : start + len(part)], fit)
+    return fitted
+
+
+def _fit(images: npt.NDArray[np.uint8], fitted: npt.NDArray[np.uint8], fit: Fit) -> None:
+    """Convert images (n, C, H, W) to the size of `fitted` (n, C, height, width), which is written."""
+    size = (fitted.shape[2], fitted.shape[3])
+    for row, image in zip(fitted, images, strict=True):
         for plane, source in zip(row, image, strict=True):
             plane[:] = np.asarray(fit_image(Image.fromarray(source), size, fit))
-    return fitted
+
+
+class FittedRows:
+    """Images that are converted to one size when they are drawn.
+
+    Args:
+        source: the images, C = 1 or 3.
+        size: (height, width).
+        fit: how they are converted; their size must be `reachable`.
+    """
+
+    def __init__(self, source: Rows, size: tuple[int, int], fit: Fit) -> None:
+        self._source, self._size, self._fit = source, size, fit
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape (C, H, W) of every row."""
+        return (self._source.shape[0], *self._size)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def rows(self, indices: Index) -> npt.NDArray[np.uint8]:
+        """Return the rows at `indices`, see `Rows`."""
+        fitted = np.empty((len(indices), *self.shape), np.uint8)
+        _fit(self._source.rows(indices), fitted, self._fit)
+        return fitted
 
 
 def require_pixels(count: int, channels: int, size: tuple[int, int]) -> None:

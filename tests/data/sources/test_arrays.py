@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multistage_diffusion.data import open_data
+from multistage_diffusion.data import open_data, rows
+from multistage_diffusion.data.fitting import FittedRows
 from multistage_diffusion.data.rows import FileRows
 from multistage_diffusion.errors import UserError
 
@@ -223,3 +224,19 @@ def test_labels_may_be_beside_a_npy_file(tmp_path):
     np.save(tmp_path / "set.labels.npy", np.array([{}], object), allow_pickle=True)
     with pytest.raises(UserError, match=r"set\.npy: .*set\.labels\.npy, its labels: "):
         open_data(tmp_path / "set.npy")
+
+
+@pytest.mark.parametrize("fit", ["crop", "resize", "pad"])
+def test_images_of_an_array_larger_than_memory_are_fitted_when_drawn(tmp_path, monkeypatch, fit):
+    images = np.random.default_rng(0).integers(0, 256, (9, 3, 4, 5), dtype=np.uint8)
+    np.save(tmp_path / "set.npy", images)
+    size = (6, 7) if fit == "pad" else (3, 2)
+    small = open_data(tmp_path / "set.npy", size=size, fit=fit)
+    monkeypatch.setattr(rows, "IN_MEMORY", 0)
+    large = open_data(tmp_path / "set.npy", size=size, fit=fit)
+    assert isinstance(large.storage, FittedRows)
+    assert not isinstance(small.storage, FittedRows)
+    np.testing.assert_array_equal(large.rows([8, 0, 8]), small.rows([8, 0, 8]))
+    assert (large.fingerprint, large.shape, large.content) == (small.fingerprint, small.shape, small.content)
+    with pytest.raises(UserError, match=r"not data\.size=9x9; add --fit crop"):
+        open_data(tmp_path / "set.npy", size=(9, 9))
