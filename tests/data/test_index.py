@@ -65,6 +65,7 @@ SETS = {
     "grey, then colour": [*GREY, *COLOUR],
     "colour, then grey": [*COLOUR, *GREY],
     "one is bad": [*GREY, b"x", COLOUR[0]],
+    "one of colour is bad": [COLOUR[0], b"x", COLOUR[1]],
     "the first is bad": [b"x", *COLOUR],
 }
 
