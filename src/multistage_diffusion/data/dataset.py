@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..escaping import counted
+from ..progress import reading
 from .content import Content, Fingerprint, position
 from .rows import Index, LabelledRows, Rows, View, as_rows, chunks
 
@@ -94,9 +95,12 @@ class ImageData(LabelledRows):
         return self._fingerprint()
 
     def _fingerprint(self) -> str:
-        fingerprint = Fingerprint(len(self), self.shape)
-        for images in self.chunks():
-            fingerprint.add(images)
+        fingerprint, done = Fingerprint(len(self), self.shape), 0
+        with reading() as told:
+            for images in self.chunks():
+                fingerprint.add(images)
+                done += len(images)
+                told(done, len(self))
         return fingerprint.finish(self.labels)
 
     def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> ImageData:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
+from ..progress import reading
 from .content import Content, Fingerprint, content_of, position
 from .decoding import Decoder, Loaded, Pixels, Size, coloured
 from .fitting import padded_content, reachable, wrong_size
@@ -69,20 +70,20 @@ def make_index(files: ImageFiles, labels: Labels | None, options: Options) -> tu
     """
     decoder = Decoder(files, options)
     decoder.start()
-    reading = _Reading(files, options, decoder)
+    state = _Reading(files, options, decoder)
     total = len(files.names)
-    with options.reading(total) as progress:
+    with reading(options.progress) as progress:
         number = 0
-        while number < total and not reading.kept:  # the first image tells how large the tasks are
-            reading.add(number, decoder.load([number])[0])
+        while number < total and not state.kept:  # the first image tells how large the tasks are
+            state.add(number, decoder.load([number])[0])
             number += 1
         rest = range(number, total)
-        for number, result in zip(rest, each(decoder.load, rest, reading.at_once()), strict=True):
-            reading.add(number, result)
+        for number, result in zip(rest, each(decoder.load, rest, state.at_once()), strict=True):
+            state.add(number, result)
             progress(number + 1, total)
         if not rest:
             progress(total, total)
-    return reading.finish(labels)
+    return state.finish(labels)
 
 
 class _Reading:
@@ -185,7 +186,7 @@ class _Reading:
             return Content(self.fingerprint.finish(labels), np.array(self.positions, np.float64))
         if pixels is not None:
             return content_of([pixels], len(kept), self.shape, labels)
-        with self.options.reading(len(kept)) as progress:
+        with reading(self.options.progress) as progress:
             done = 0
 
             def again() -> Iterator[Pixels]:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..config.run import MAX_PIXELS
 from ..errors import UserError
-from ..progress import Progress, shown_reading
+from ..progress import Progress
 
 Fit = Literal["exact", "crop", "resize", "pad"]
-
-_PAUSE = 0.1  # seconds between two calls of `progress`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,25 +33,6 @@ class Options:
     skip_bad: bool = False
     max_pixels: int = MAX_PIXELS
     progress: Progress | None = None
-
-    @contextmanager
-    def reading(self, total: int) -> Iterator[Progress]:
-        """Yield what tells `progress` (else what `progress.shown_reading` shows) how many of `total` files are read.
-
-        It passes on only the last call and what comes at least a tenth of a second after another.
-        """
-        show = shown_reading.get() if self.progress is None and total > 1 else None
-        with nullcontext(self.progress) if show is None else show() as shown:
-            last = time.monotonic()
-
-            def told(done: int, total: int) -> None:
-                nonlocal last
-                now = time.monotonic()
-                if shown is not None and (done == total or now - last >= _PAUSE):
-                    last = now
-                    shown(done, total)
-
-            yield told
 
     def __post_init__(self) -> None:
         if self.size is not None and min(self.size) <= 0:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..memory import available_memory, require_memory
+from ..progress import reading
 
 Index = npt.NDArray[np.int64]
 
@@ -183,8 +184,12 @@ class KeptRows:
 
     def array(self) -> npt.NDArray[Any]:
         """Return the array that holds all rows; the missing ones are read first."""
-        for start in range(0, len(self), _AT_ONCE):
-            self._read(np.arange(start, min(start + _AT_ONCE, len(self))))
+        with reading() as told:
+            for start in range(0, len(self), _AT_ONCE):
+                stop = min(start + _AT_ONCE, len(self))
+                self.prefetch(np.arange(stop, min(stop + _AT_ONCE, len(self))))
+                self._read(np.arange(start, stop))
+                told(stop, len(self))
         return self._array
 
     def _read(self, indices: Index) -> None:

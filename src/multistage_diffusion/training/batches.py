@@ -20,6 +20,7 @@ from ..data import to_float
 from ..data.rows import Rows, batches, prefetch, read, row_type
 from ..distributed import share
 from ..errors import UserError
+from ..progress import reading
 from .augment import LABELS, augment
 
 _AT_ONCE = 1024  # rows read at a time when all of them are moved to the device
@@ -260,8 +261,10 @@ def _on_device(data: Rows | Tensor, device: torch.device) -> Tensor:
     first = next(parts).to(device)
     rows = torch.empty(len(data), *first.shape[1:], dtype=first.dtype, device=device)
     rows[: len(first)] = first
-    for number, part in enumerate(parts, 1):
-        rows[number * _AT_ONCE :][: len(part)] = part.to(device)
+    with reading() as told:
+        for number, part in enumerate(parts, 1):
+            rows[number * _AT_ONCE :][: len(part)] = part.to(device)
+            told(min(len(data), (number + 1) * _AT_ONCE), len(data))
     return rows
 
 

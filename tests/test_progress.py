@@ -2,9 +2,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from multistage_diffusion.data import options
-from multistage_diffusion.data.options import Options
-from multistage_diffusion.progress import shown_reading
+from multistage_diffusion import progress
+from multistage_diffusion.progress import reading, shown_reading
 
 
 class Program:
@@ -26,35 +25,38 @@ class Program:
 @pytest.fixture(name="program")
 def fixture_program(monkeypatch):
     program = Program()
-    monkeypatch.setattr(options, "time", program)
+    monkeypatch.setattr(progress, "time", program)
     before = shown_reading.set(program.show)
     yield program
     shown_reading.reset(before)
 
 
 def test_reading_is_told_every_tenth_of_a_second_and_at_the_end(program):
-    with Options().reading(100) as told:
+    own = []
+    with reading(lambda done, total: own.append((done, total))) as told:
+        for done in range(1, 100):
+            program.now += 0.03
+            told(done, 99)
+    assert own == [*((4 * i, 99) for i in range(1, 25)), (99, 99)]
+    assert (program.told, program.open) == ([], 0)
+
+
+def test_a_program_shows_what_takes_longer_than_a_second(program):
+    with reading() as told:
         assert program.open == 1
         for done in range(1, 101):
-            program.now += 0.03
+            program.now += 0.25
             told(done, 100)
     assert program.open == 0
-    assert program.told == [(4 * i, 100) for i in range(1, 26)]
+    assert program.told == [(done, 100) for done in range(4, 101)]
     program.told.clear()
-    with Options().reading(3) as told:
+    with reading() as told:
         for done in range(1, 4):
+            program.now += 0.25
             told(done, 3)
-    assert program.told == [(3, 3)]
-
-
-def test_a_callback_that_is_given_takes_the_place_of_what_the_program_shows(program):
-    own = []
-    with Options(progress=lambda done, total: own.append((done, total))).reading(2) as told:
-        told(2, 2)
-    assert (own, program.told, program.open) == ([(2, 2)], [], 0)
-
-
-def test_one_image_is_not_worth_a_bar(program):
-    with Options().reading(1) as told:
-        told(1, 1)
     assert program.told == []
+
+
+def test_without_a_program_nothing_is_shown():
+    with reading() as told:
+        told(1, 1)
