@@ -42,6 +42,7 @@ def test_an_image_comes_at_the_size_with_what_is_known_of_its_file():
     assert found.pixels.shape == (3, 2, 2)
     assert (found.found, found.several, found.brightest) == ((6, 4), False, None)
     assert found.position == position(found.pixels)
+    assert load(png(pixels(0, 6, 4, 3)), Options(), positions=False).position == 0.0
 
 
 def test_an_image_that_cannot_reach_the_size_keeps_its_own():

@@ -92,7 +92,7 @@ def test_the_processes_of_a_job_share_the_cores(monkeypatch, job, number):
 
 
 def test_tasks_of_large_images_are_small():
-    assert [task_size(n) for n in (0, 1, 3 * 64 * 64, 3 * 512 * 512, 3 * 4000 * 3000)] == [8, 8, 8, 2, 1]
+    assert [task_size(n) for n in (0, 1, 3 * 64 * 64, 3 * 512 * 512, 3 * 4000 * 3000)] == [16, 16, 16, 2, 1]
     done = []
     assert list(each(lambda numbers: [done.append(len(numbers))] * len(numbers), range(7), 3)) == [None] * 7
     assert sorted(done) == [1, 3, 3]

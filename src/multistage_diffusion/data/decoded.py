@@ -69,7 +69,7 @@ class DecodedRows:
 
     def __init__(self, files: ImageFiles, kept: Index, shape: tuple[int, int, int], options: Options) -> None:
         self._files, self._kept, self._shape = files, kept, shape
-        self._decoder = Decoder(files, options)
+        self._decoder = Decoder(files, options, positions=False)
         self._begun: dict[int, tuple[Future[list[Pixels]], int]] = {}  # task of a row, and its place in the result
         self._lock = Lock()
 

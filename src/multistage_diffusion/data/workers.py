@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_AT_ONCE = 8  # most images of one task: few, so that an error or Ctrl-C ends the work soon
+_AT_ONCE = 16  # most images of one task: few, so that an error or Ctrl-C ends the work soon
 _BYTES = 2 << 20  # most bytes of one task's images, because some tasks are computed ahead
 
 
