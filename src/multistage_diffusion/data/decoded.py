@@ -97,14 +97,15 @@ class DecodedRows:
         Raises:
             UserError: naming the file that has changed or can no longer be read.
         """
-        own, places = np.unique(indices, return_inverse=True)
+        wanted = indices.tolist()
         with self._lock:
-            self._begin(own)
-            tasks = [self._begun.pop(int(row)) for row in own]
-        found = np.empty((len(own), *self._shape), np.uint8)
-        for target, (future, place) in zip(found, tasks, strict=True):
+            self._begin(indices)
+            tasks = {row: self._begun.pop(row) for row in dict.fromkeys(wanted)}
+        found = np.empty((len(wanted), *self._shape), np.uint8)
+        for target, row in zip(found, wanted, strict=True):
+            future, place = tasks[row]
             target[:] = future.result()[place]
-        return found[places.reshape(-1)]
+        return found
 
     def _begin(self, rows: Index) -> None:
         """Submit tasks for the rows that have none."""
