@@ -31,11 +31,12 @@ from multistage_diffusion.commands import COMMANDS
 from multistage_diffusion.commands.options import load_config, parse_changes
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import read_json, to_dict
-from multistage_diffusion.console import TrainingProgress
+from multistage_diffusion.console import Bar, TrainingProgress
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.escaping import shown
 from multistage_diffusion.files import write_json
 from multistage_diffusion.performance import devices
+from multistage_diffusion.progress import shown_reading
 from multistage_diffusion.stage_finding import StageSettings, gaussian_stages
 from multistage_diffusion.training.metrics import TrainingDiverged
 from multistage_diffusion.training.run import Run
@@ -1052,3 +1053,27 @@ def test_ctrl_c_in_the_import_of_a_module_in_c_is_no_bug(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(COMMANDS["describe"], "run", interrupted)
     assert msdiff("describe", "digits") == (2, "", "msdiff: interrupted\n")
+
+
+def test_the_reading_of_images_is_shown_by_a_bar_during_a_command() -> None:
+    assert shown_reading.get() is None
+    with cli._openings_reported():
+        shown = shown_reading.get()
+        assert shown is not None
+        with shown() as bar:
+            assert isinstance(bar, Bar)
+            assert (bar.title, bar.unit) == ("reading", "images")
+    assert shown_reading.get() is None
+
+
+def test_a_data_set_is_packed_into_one_file(msdiff: Call, made: Path) -> None:
+    size = ["--size", "8", "8", "--fit", "crop"]
+    code, out, _ = msdiff("pack", made / "photos", *size, "--out", "photos.zip", "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert (told["out"], told["images"], told["shape"], told["classes"]) == ("photos.zip", 60, [3, 8, 8], [])
+    assert msd.open_data("photos.zip").fingerprint == told["fingerprint"]
+    refused(msdiff("pack", made / "photos", *size, "--out", "photos.zip"), "exists", "--overwrite")
+    refused(msdiff("pack", "photos.zip", "--out", "photos.zip", "--overwrite"), "is DATA")
+    refused(msdiff("pack", "photos.zip", "--out", "a.npy", "--held-out", "0.1"), "--held-out 0.1", "leave it out")
+    assert msdiff("pack", "photos.zip", "--out", "photos.npy")[1].startswith("written: photos.npy (60 images")

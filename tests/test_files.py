@@ -14,7 +14,7 @@ import pytest
 from multistage_diffusion import files
 from multistage_diffusion.config.serialization import read_json
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.files import write_atomic, write_json
+from multistage_diffusion.files import cache_folder, new_file, write_atomic, write_json
 
 
 def full(*_: object) -> None:
@@ -241,3 +241,61 @@ def test_a_full_disk_names_the_folder_that_is_made_and_not_its_temporary_name(
         patch.setattr(files.os, "fsync", full)
         with pytest.raises(UserError, match=rf"^{re.escape(named)}"):
             files.write_file(folder / "config.json", b"{}")
+
+
+def test_a_file_written_in_parts_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "set.zip"
+    with new_file(path) as file:
+        file.write(b"one")
+        assert not path.exists()
+        file.write(b"two")
+    assert path.read_bytes() == b"onetwo"
+
+    def interrupted() -> None:
+        with new_file(path, overwrite=True) as file:
+            file.write(b"three")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_bytes() == b"onetwo"
+    assert [p.name for p in path.parent.iterdir()] == ["set.zip"]
+
+
+def test_a_file_that_exists_or_comes_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "set.zip"
+
+    def overtaken() -> None:
+        with new_file(path) as file:
+            file.write(b"new")
+            path.write_bytes(b"other")
+
+    with pytest.raises(UserError, match=r"set\.zip: exists"):
+        overtaken()
+    assert path.read_bytes() == b"other"
+    path.chmod(0o640)
+    with new_file(path, overwrite=True) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert [p.name for p in tmp_path.iterdir()] == ["set.zip"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace", "open"])
+def test_a_disk_error_in_parts_names_the_file(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, failing, full)
+        with pytest.raises(UserError, match=r"set\.zip: cannot be written"), new_file(tmp_path / "set.zip") as file:
+            file.write(b"new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MSDIFF_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder("x") == tmp_path / ".cache" / "multistage-diffusion" / "x"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder("x") == tmp_path / "xdg" / "multistage-diffusion" / "x"
+    monkeypatch.setenv("MSDIFF_CACHE", str(tmp_path / "own"))
+    assert cache_folder("x") == tmp_path / "own" / "x"

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from .workflow.evaluate import statistics as statistics
     from .workflow.export import export_published as export_published
     from .workflow.import_run import import_published as import_published
+    from .workflow.pack import pack as pack
     from .workflow.plan import plan as plan
     from .workflow.report import report as report
     from .workflow.resume import resume as resume
@@ -74,6 +75,7 @@ _HOME = {
     "evaluate": "workflow.evaluate",
     "export_published": "workflow.export",
     "import_published": "workflow.import_run",
+    "pack": "workflow.pack",
     "plan": "workflow.plan",
     "report": "workflow.report",
     "resume": "workflow.resume",

@@ -24,6 +24,7 @@ from typing import Any, TextIO
 
 from .errors import UserError, explained
 from .escaping import shown
+from .progress import Progress, shown_reading
 from .version import __version__
 
 SUMMARIES = {
@@ -35,6 +36,7 @@ SUMMARIES = {
     "evaluate": "Compare samples of a run with real images: Fréchet distance, precision and recall, memorisation.",
     "compare": "Compare runs on the same held-out images and noise; the first one is the base.",
     "stats": "Write the statistics of a data set's features, for reuse in many evaluations.",
+    "pack": "Write all images of a data set, at one size and without loss, into one file that is read faster.",
     "plan": "Plan a model for a data set and a budget: stages from the data, decoder widths from two short probes.",
     "describe": "Show a run's (or preset's) stages, widths, parameters and multiply-adds; draw its network.",
     "report": "Write RUN/report.html: one file with stages, network, losses, samples, neighbours, metrics and configuration.",
@@ -229,16 +231,27 @@ class _Reporter(logging.Handler):
 
 @contextlib.contextmanager
 def _openings_reported() -> Iterator[None]:
-    """Print the library's log messages about the data sets it opens."""
+    """Print the library's log messages about the data sets it opens, and show how far the reading of images is."""
     logger, teller = logging.getLogger(f"{__package__}.data"), _Reporter()
     level = logger.level
     logger.addHandler(teller)
     logger.setLevel(logging.INFO)
+    before = shown_reading.set(_reading_bar)
     try:
         yield
     finally:
+        shown_reading.reset(before)
         logger.removeHandler(teller)
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _reading_bar() -> Iterator[Progress]:
+    """Show how many images have been read."""
+    from .console import Bar
+
+    with Bar("reading", "images") as bar:
+        yield bar
 
 
 def _say(message: object, start: str = "msdiff: ") -> None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import UserError
 from .stale_files import OURS, REPLACED, held, lock_own, sweep, temporary_name
@@ -85,6 +85,15 @@ def to_dict(value: Any) -> Any:
     return value
 
 
+def cache_folder(kind: str) -> Path:
+    """Return the folder for results of one kind that can be made again.
+
+    It is $MSDIFF_CACHE/KIND, else $XDG_CACHE_HOME/multistage-diffusion/KIND, else ~/.cache/multistage-diffusion/KIND.
+    """
+    above = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "multistage-diffusion"
+    return Path(os.environ.get("MSDIFF_CACHE") or above).expanduser() / kind
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and its missing parents so that they survive a power cut.
 
@@ -127,6 +136,42 @@ def write_atomic(path: Path, data: bytes) -> None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def new_file(path: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """Write a large file in parts so that it is either complete or unchanged: temporary name, fsync, rename.
+
+    Args:
+        path: the file.
+        overwrite: replace an existing file, which keeps its mode.
+
+    Yields:
+        The file under its temporary name, opened for writing; after an error or Ctrl-C it is removed.
+
+    Raises:
+        UserError: if it cannot be written, exists, or is something other than a file.
+    """
+    refuse_special(path)
+    make_folder(path.parent)
+    sweep(path.parent)
+    temporary = temporary_name(path)
+    try:
+        with disk_errors(path), os.fdopen(_new_file(temporary), "w+b") as file:
+            mode = _mode(path)
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if os.path.lexists(path) and not overwrite:
+                raise UserError(f"{path}: exists; choose another name")
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -40,6 +40,7 @@ COMMANDS = [
             "sample",
             "evaluate",
             "stats",
+            "pack",
             "plan",
             "describe",
             "report",
@@ -58,6 +59,7 @@ COMMANDS = [
             ("import", "--out", "x"),
             ("stages",),
             ("stats", "--out", "x.npz"),
+            ("pack", "--out", "x.zip"),
             ("plan", "--preset", "digits"),
             ("train-codec", "--out", "x"),
         )

@@ -1,15 +1,19 @@
 import io
-import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from multistage_diffusion import memory
-from multistage_diffusion.data.decoding import decode_all
+from multistage_diffusion.data import decoding
+from multistage_diffusion.data.content import position
+from multistage_diffusion.data.decoding import Decoder, coloured, load, planes
+from multistage_diffusion.data.image_files import ImageFiles
 from multistage_diffusion.data.options import Options
-from multistage_diffusion.data.sources import open_data
-from multistage_diffusion.errors import UserError
+from multistage_diffusion.data.processes import available
+
+
+def pixels(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def png(array):
@@ -18,108 +22,67 @@ def png(array):
     return buffer.getvalue()
 
 
-def pixels(seed, *shape):
-    return np.random.default_rng(seed).integers(1, 256, shape, dtype=np.uint8)
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3)])
+def test_planes_are_the_channels_first(shape):
+    array = pixels(0, *shape)
+    found = planes(Image.fromarray(array))
+    np.testing.assert_array_equal(found, array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+    assert found.flags.c_contiguous
 
 
-def run(arrays, **options):
-    options = Options(**options)
-    files = [array if isinstance(array, bytes) else png(array) for array in arrays]
-    return decode_all("set", [f"file {i}" for i in range(len(files))], files.__getitem__, options)
+def test_grey_is_repeated_and_colour_stays():
+    grey, colour = pixels(0, 1, 2, 3), pixels(1, 3, 2, 3)
+    np.testing.assert_array_equal(coloured(grey, 3), np.concatenate([grey] * 3))
+    assert coloured(grey, 1) is grey
+    assert coloured(colour, 3) is colour
 
 
-def test_bad_files_are_left_out_by_number():
-    with pytest.warns(UserWarning, match=r"set: skipped 2 of 4 images; the first is file 0 \("):
-        decoded = run([b"", pixels(1, 2, 3), b"x", pixels(3, 2, 3)], skip_bad=True)
-    assert decoded.kept.tolist() == [1, 3]
-    np.testing.assert_array_equal(decoded.images[:, 0], [pixels(1, 2, 3), pixels(3, 2, 3)])
+def test_an_image_comes_at_the_size_with_what_is_known_of_its_file():
+    found = load(png(pixels(0, 6, 4, 3)), Options(size=(2, 2), fit="crop"))
+    assert found.pixels.shape == (3, 2, 2)
+    assert (found.found, found.several, found.brightest) == ((6, 4), False, None)
+    assert found.position == position(found.pixels)
+    assert load(png(pixels(0, 6, 4, 3)), Options(), positions=False).position == 0.0
 
 
-def test_images_that_memory_cannot_hold_are_refused_at_the_first(monkeypatch):
-    monkeypatch.setattr(memory, "available_memory", lambda: 3 * 2 * 5 - 1)
-    with pytest.raises(UserError, match=r"data\.size=2x5 for 3 images needs at least"):
-        run([pixels(i, 2, 5) for i in range(3)])
-    assert len(run([pixels(i, 2, 5) for i in range(2)]).images) == 2
+def test_an_image_that_cannot_reach_the_size_keeps_its_own():
+    assert load(png(pixels(0, 6, 4)), Options(size=(5, 5), fit="pad")).pixels.shape == (1, 6, 4)
 
 
-def test_one_padded_size_is_the_content():
-    decoded = run([pixels(i, 2, 3) for i in range(3)], size=(4, 6), fit="pad")
-    assert decoded.content == (2, 3)
-    np.testing.assert_array_equal(decoded.images[:, 0, 1:3, 1:4], [pixels(i, 2, 3) for i in range(3)])
-    assert decoded.images.shape == (3, 1, 4, 6)
+def files(count, bad=()):
+    contents = [
+        b"bad" if i in bad else png(pixels(i, 3 + i % 2, 5, 3) if i % 3 else pixels(i, 4, 5)) for i in range(count)
+    ]
+    return ImageFiles("set", [f"file {i}" for i in range(count)], contents.__getitem__)
 
 
-def test_several_padded_sizes_have_no_common_content():
-    decoded = run([pixels(0, 2, 3), pixels(1, 4, 2)], size=(4, 6), fit="pad")
-    assert decoded.content is None
-    np.testing.assert_array_equal(decoded.images[1, 0, :, 2:4], pixels(1, 4, 2))
+@pytest.mark.skipif(not available(), reason="this system does not fork")
+def test_many_files_are_decoded_in_processes_to_the_same(monkeypatch):
+    numbers = [7, 2, 11, 5, 7]
+    few = Decoder(files(12, bad=(5,)), Options()).load(numbers)
+    monkeypatch.setattr(decoding, "MANY", 12)
+    decoder = Decoder(files(12, bad=(5,)), Options())
+    many = decoder.load(numbers)
+    assert decoder._processes is not None
+    for own, other in zip(few, many, strict=True):
+        if isinstance(own, str):
+            assert own == other
+            continue
+        np.testing.assert_array_equal(own.pixels, other.pixels)
+        assert (own.found, own.several, own.brightest, own.position) == (
+            other.found,
+            other.several,
+            other.brightest,
+            other.position,
+        )
+    assert isinstance(many[3], str)
 
 
-def test_an_image_too_large_to_pad_is_refused_even_when_bad_ones_are_skipped():
-    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"set: file 1: height x width 5x2 is larger than"):
-        run([pixels(0, 2, 3), pixels(1, 5, 2)], size=(4, 6), fit="pad", skip_bad=True)
+@pytest.mark.parametrize("many", [1, 1000])
+def test_memory_that_runs_out_is_told(monkeypatch, many):
+    def full(_):
+        raise MemoryError
 
-
-def test_unequal_sizes_name_every_mend():
-    with pytest.raises(
-        ValueError, match=r"file 0 is 2x3 but file 1 is 4x2 .*--fit crop \(or --fit resize, or --fit pad\)"
-    ):
-        run([pixels(0, 2, 3), pixels(1, 4, 2)])
-
-
-def test_resized_and_cropped_images_may_have_had_any_size():
-    for fit in ("crop", "resize"):
-        decoded = run([pixels(0, 2, 3), pixels(1, 4, 2)], size=(3, 3), fit=fit)
-        assert (decoded.images.shape, decoded.content) == ((2, 1, 3, 3), None)
-
-
-def test_folders_tell_their_content(tmp_path):
-    for i in range(3):
-        Image.fromarray(pixels(i, 2, 3)).save(tmp_path / f"{i}.png")
-    assert open_data(tmp_path, size=(4, 4), fit="pad").content == (2, 3)
-    assert open_data(tmp_path).content is None
-
-
-def test_values_of_fewer_bits_in_sixteen_are_warned_about():
-    """A 12-bit scan stored in 16-bit files ends at 15 of 255."""
-    twelve = (pixels(0, 4, 5).astype(np.uint16) << 4) + 15
-    twelve[0, 0] = 4095
-    with pytest.warns(
-        UserWarning,
-        match=r"set: no value of its 2 16-bit images is above 4095, which is 15 of 255 in 8 bits; .* by 16$",
-    ):
-        run([twelve, twelve // 2])
-    with pytest.warns(UserWarning, match=r"if they hold 14-bit data, multiply them by 4$"):
-        run([twelve * 4])
-
-
-@pytest.mark.parametrize("largest", [16384, 65535])
-def test_one_bright_image_shows_that_the_bits_are_used(largest):
-    dark = np.full((4, 5), 100, np.uint16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        run([dark, np.full((4, 5), largest, np.uint16)])
-        run([np.zeros((4, 5), np.uint8)])
-
-
-def test_animations_are_counted_in_one_warning():
-    frames = [Image.fromarray(pixels(i, 2, 3)) for i in range(2)]
-    buffer = io.BytesIO()
-    frames[0].save(buffer, "tiff", save_all=True, append_images=frames[1:])
-    with pytest.warns(
-        UserWarning, match=r"set: 2 files contain several images \(frames or pages\).*; the first such file is file 1"
-    ):
-        decoded = run([pixels(5, 2, 3), buffer.getvalue(), buffer.getvalue()])
-    np.testing.assert_array_equal(decoded.images[1, 0], pixels(0, 2, 3))
-
-
-def test_files_left_out_are_counted():
-    with pytest.warns(UserWarning, match="skipped 2"):
-        assert run([b"", pixels(1, 2, 3), b"x"], skip_bad=True).skipped == {"unreadable": 2}
-    assert run([pixels(1, 2, 3)]).skipped == {}
-
-
-def test_too_many_pixels_are_a_matter_of_the_option():
-    with pytest.raises(ValueError, match=r"file 0 cannot be read \(it has 6 pixels.*--max-pixels 6\)"):
-        run([pixels(0, 2, 3)], max_pixels=5)
-    assert run([pixels(0, 2, 3)], max_pixels=6).images.shape == (1, 1, 2, 3)
+    monkeypatch.setattr(decoding, "MANY", many)
+    with pytest.raises(MemoryError):
+        Decoder(ImageFiles("set", ["a"], full), Options()).load([0])

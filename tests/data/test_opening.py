@@ -12,7 +12,9 @@ from PIL import Image, ImageOps
 
 from multistage_diffusion.config.run import MAX_PIXELS
 from multistage_diffusion.data import opening
-from multistage_diffusion.data.decoding import decode_all
+from multistage_diffusion.data.decoding import load
+from multistage_diffusion.data.image_files import ImageFiles
+from multistage_diffusion.data.index import make_index
 from multistage_diffusion.data.opening import decode, load_png, one_line, open_image, supported
 from multistage_diffusion.data.options import Options
 from multistage_diffusion.errors import UserError
@@ -371,4 +373,76 @@ def test_a_dark_scan_with_a_transparent_corner_is_warned_about():
     scan[..., 0] = TWELVE
     scan[0, 0] = 0
     with pytest.warns(UserWarning, match=r"no value of its 1 16-bit images is above 4095, which is 15 of 255"):
-        decode_all("set", ["scan"], lambda _: png16(4, scan), Options())
+        make_index(ImageFiles("set", ["scan"], lambda _: png16(4, scan)), None, Options())[0].warn()
+
+
+# -- JPEG images that are decoded smaller -----------------------------------------------------------------------------
+
+
+def photo(height, width):
+    """A colour image with structure at all scales, weaker at finer ones, as photographs have."""
+    draws = np.random.default_rng(3)
+    total = np.zeros((height, width, 3))
+    for level in range(1, 9):
+        coarse = draws.normal(size=(2**level, 2**level, 3)).astype(np.float32)
+        planes = [Image.fromarray(coarse[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(3)]
+        total += np.stack([np.asarray(plane) for plane in planes], -1) * 40 / level
+    return (total + 128).clip(0, 255).astype(np.uint8)
+
+
+def jpeg(image, turned=1):
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    return file(image, "jpeg", quality=95, exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("found", "least", "factor"),
+    [
+        ((320, 480), (20, 20), 8),
+        ((320, 480), (21, 20), 4),
+        ((320, 480), (20, 31), 4),
+        ((320, 480), (80, 80), 2),
+        ((320, 480), (81, 80), 1),
+        ((320, 480), (500, 500), 1),
+        ((327, 481), (20, 20), 8),
+    ],
+)
+def test_twice_the_pixels_that_are_wanted_are_left(found, least, factor):
+    decoded = decode(jpeg(np.zeros((*found, 3), np.uint8)), MAX_PIXELS, least)
+    assert (decoded.image.height, decoded.image.width) == tuple(-(-n // factor) for n in found)
+    assert decoded.found == found
+    assert decoded.extent == (found[0] / factor, found[1] / factor)
+
+
+@pytest.mark.parametrize("turned", range(1, 9))
+def test_a_turned_image_is_decoded_smaller_only_if_its_size_is_divisible(turned):
+    lying = turned > 4
+    for (height, width), divisible in (((320, 480), True), ((321, 480), False)):
+        decoded = decode(jpeg(np.zeros((height, width), np.uint8), turned), MAX_PIXELS, (20, 60) if lying else (20, 20))
+        assert decoded.found == ((width, height) if lying else (height, width))
+        factor = 1 if turned > 1 and not divisible else 2 if lying else 8
+        assert decoded.image.width == -(-decoded.found[1] // factor)
+
+
+def test_other_formats_and_images_that_keep_their_size_are_decoded_whole():
+    image = photo(64, 64)
+    for content in (file(image), file(image, "webp")):
+        assert decode(content, MAX_PIXELS, (4, 4)).image.size == (64, 64)
+    assert decode(jpeg(image), MAX_PIXELS).image.size == (64, 64)
+
+
+@pytest.mark.parametrize("turned", [1, 3, 6])
+@pytest.mark.parametrize("fit", ["crop", "resize"])
+@pytest.mark.parametrize("shape", [(512, 640), (427, 641), (203, 350)])
+def test_decoding_smaller_changes_a_level_of_grey_on_average(shape, fit, turned, monkeypatch):
+    content, options = jpeg(photo(*shape), turned), Options(size=(24, 24), fit=fit)
+    smaller = load(content, options).pixels.astype(float)
+    monkeypatch.setattr(opening, "_DRAFTS", ())
+    whole = load(content, options).pixels.astype(float)
+    change = smaller - whole
+    assert np.abs(change).mean() < 1.1
+    assert np.abs(change).max() < 12
+    # the change is no shift: its projection on the images' slope is less than a twentieth of a pixel
+    for slope in np.gradient(whole, axis=(1, 2)):
+        assert abs((change * slope).sum() / (slope**2).sum()) < 0.05

@@ -7,7 +7,19 @@ import torch
 
 from multistage_diffusion import memory
 from multistage_diffusion.data import ImageData
-from multistage_diffusion.data.rows import ArrayRows, FileRows, View, as_rows, batches, chunks, read, row_type, taken
+from multistage_diffusion.data.rows import (
+    ArrayRows,
+    FileRows,
+    KeptRows,
+    View,
+    as_rows,
+    batches,
+    chunks,
+    prefetch,
+    read,
+    row_type,
+    taken,
+)
 from multistage_diffusion.errors import UserError
 
 
@@ -179,3 +191,47 @@ def test_an_index_out_of_range_is_an_error_at_once():
     with pytest.raises(IndexError):
         ImageData(Counted(10), None, "made").subset([10])
     assert ImageData(Counted(10), None, "made").subset([-1]).array()[0, 0, 0, 0] == 9
+
+
+def test_kept_rows_are_read_once():
+    source = Counted(600)
+    kept = KeptRows(source)
+    asked = source.asked.copy()
+    assert kept.rows(np.array([5, 2, 5]))[:, 0, 0, 0].tolist() == [5, 2, 5]
+    assert kept.rows(np.array([2, 3]))[:, 0, 0, 0].tolist() == [2, 3]
+    assert source.asked == [*asked, 2, 1]
+    whole = kept.array()
+    assert whole[:, 0, 0, 0].tolist() == (np.arange(600) % 251).tolist()
+    assert sum(source.asked) == 600
+    assert kept.array() is whole
+    assert ImageData(kept, None, "set").array() is whole
+    assert not np.shares_memory(kept.rows(np.array([5, 6])), whole)
+
+
+class Announced(Counted):
+    """Rows that note what is announced."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.announced = []
+
+    def prefetch(self, indices: np.ndarray) -> None:
+        self.announced.append(indices.tolist())
+
+
+def test_rows_are_announced_through_views():
+    source = Announced(100)
+    kept = KeptRows(source)
+    data = ImageData(kept, None, "set").subset([90, 80, 70])
+    data.prefetch([2, 0])
+    kept.rows(np.array([70]))
+    data.prefetch([2, 0, 0])
+    data.prefetch([2])
+    assert source.announced == [[70, 90], [90]]
+    prefetch(ArrayRows(LAYOUTS["plain"]), np.arange(3))  # nothing to do
+
+
+def test_the_next_chunk_is_announced():
+    source = Announced(10)
+    assert [len(part) for part in chunks(source, 4)] == [4, 4, 2]
+    assert source.announced == [[4, 5, 6, 7], [8, 9]]

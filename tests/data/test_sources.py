@@ -57,7 +57,8 @@ def test_digits_can_be_resized(digits):
         ("Fashion_MNIST", "did you mean 'fashion-mnist'"),
         (
             "cifar-10",
-            r"did you mean 'cifar10'\? known: .*, hf:NAME\[:SPLIT\], \.npy or \.npz, a folder or \.zip of images$",
+            r"did you mean 'cifar10'\? known: .*, hf:NAME\[:SPLIT\], webdataset:FOLDER, \.npy or \.npz, a folder or \.zip of "
+            r"images, \.parquet, a \.tar of images$",
         ),
         ("no/such/folder", r"data\.source='no/such/folder': no file, folder or data set of this name; known: cifar10"),
         ("missing.zip", r"data\.source='missing\.zip': no file"),
@@ -236,7 +237,7 @@ def test_one_file_adds_a_source(toy):
     assert open_data("toy", size=(12, 10), fit="pad").shape == (1, 12, 10)
     assert located("toy:100") == "toy:100"
     assert "toy[:COUNT]" in forms()
-    with pytest.raises(UserError, match=r"did you mean 'toy'\? known: .*toy\[:COUNT\], \.npy"):
+    with pytest.raises(UserError, match=r"did you mean 'toy'\? known: .*toy\[:COUNT\], webdataset:FOLDER, \.npy"):
         open_data("toys")
     with pytest.raises(UserError, match=r"data\.source='toy:': nothing follows the colon; write toy\[:COUNT\]"):
         open_data("toy:")
@@ -284,10 +285,10 @@ def test_the_trainer_loads_no_sources():
     )
     loaded, message = done.stdout.splitlines()
     names = {name.strip(" '").removeprefix("multistage_diffusion.data.") for name in loaded.strip("[]").split(",")}
-    assert names == {"dataset", "rows"}
+    assert names == {"content", "dataset", "options", "rows", "sources"}
     assert message.endswith(
-        "known: cifar10:FOLDER, digits, fashion-mnist[:FOLDER], hf:NAME[:SPLIT], .npy or .npz, "
-        "a folder or .zip of images"
+        "known: cifar10:FOLDER, digits, fashion-mnist[:FOLDER], hf:NAME[:SPLIT], webdataset:FOLDER, .npy or .npz, "
+        "a folder or .zip of images, .parquet, a .tar of images"
     )
 
 

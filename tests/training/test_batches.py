@@ -231,6 +231,39 @@ def test_an_overlap_widens_each_interval_at_its_inner_edges_and_no_further(tiny_
         assert set(STAGES.index(held_out_batch(config, numbered(17), stage, CPU).sigma).tolist()) == {stage}
 
 
+class Announced:
+    """Rows that note what is announced and what is drawn."""
+
+    def __init__(self, data) -> None:
+        self.data, self.shape, self.announced, self.drawn = data, data.shape, [], []
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def rows(self, indices):
+        self.drawn += indices.tolist()
+        return self.data.rows(indices)
+
+    def prefetch(self, indices) -> None:
+        self.announced.append(indices.tolist())
+
+
+def test_exactly_the_rows_of_the_step_are_announced(tiny_config):
+    rows = Announced(numbered(17))
+    source = BatchSource(tiny_config(), ImageData(rows, None, "set"), CPU)
+    parts = [((7, 0, 3), (range(0, 4), range(0), range(0, 2))), ((7, 0, 3), (range(4, 7), range(0), range(2, 3)))]
+    for step in (0, 1, 5):  # in the last, a stage is in its third epoch
+        rows.announced.clear()
+        source.prefetch(step, parts)
+        rows.drawn.clear()
+        for counts, of in parts:
+            source.draw(step, counts, of)
+        assert rows.announced == [rows.drawn]
+        assert len(rows.drawn) == 10
+    source.prefetch(6, [])
+    assert len(rows.announced) == 1
+
+
 # -- several processes ------------------------------------------------------------------------------------------------
 
 

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
 import math
 import time
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from multistage_diffusion.data import ImageData
+from multistage_diffusion.data.decoded import DecodedRows
+from multistage_diffusion.data.image_files import ImageFiles
+from multistage_diffusion.data.options import Options
 from multistage_diffusion.performance import autotune, cpu
 from multistage_diffusion.performance.cpu import dropout
 from multistage_diffusion.performance.devices import autocast_dtype, resolve_device
@@ -799,3 +805,53 @@ def test_held_out_losses_that_are_not_finite_are_null_in_the_log(new_trainer, ti
 def test_devices_that_cannot_train_are_refused(device, message):
     with pytest.raises(ValueError, match=message):
         resolve_device(device)
+
+
+def drawn_from_files(data: ImageData, read: list[int]) -> ImageData:
+    """Return the same images, decoded from PNG files whenever they are drawn; the files read are noted."""
+    files = []
+    for image in data.array():
+        buffer = io.BytesIO()
+        Image.fromarray(image[0]).save(buffer, "png")
+        files.append(buffer.getvalue())
+
+    def one(number: int) -> bytes:
+        read.append(number)
+        return files[number]
+
+    found = ImageFiles("set", [str(number) for number in range(len(files))], one)
+    return ImageData(DecodedRows(found, np.arange(len(files)), data.shape, Options()), data.labels, data.name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_that_are_decoded_when_drawn_train_as_those_of_memory(new_trainer, tiny_data, mode):
+    """Losses and weights are the same bits, with several micro-batches and after a stop and a resume."""
+    changes = {"training__update_mode": mode, "training__steps": 6, "training__flip": True, "training__accumulate": 2}
+    changes["training__held_out_every"] = 3
+    expected = new_trainer("memory", data=tiny_data(), held_out=tiny_data(8, seed=1), **changes)
+    expected.fit()
+    read: list[int] = []
+    data, others = drawn_from_files(tiny_data(), read), drawn_from_files(tiny_data(8, seed=1), [])
+
+    def stop(trainer: Trainer) -> None:
+        if trainer.step == 3:
+            trainer.stop()
+
+    first = new_trainer("files", data=data, held_out=others, stepped=stop, **changes)
+    first.fit()
+    assert first.step == 3
+    again = Trainer(first.run, drawn_from_files(tiny_data(), read), others, device="cpu")
+    again.fit()
+    assert equal(parameters(again), parameters(expected))
+    assert equal(adam(again), adam(expected))
+    kept, found = (
+        [
+            (line["kind"], line["loss"])
+            for line in map(json.loads, run.metrics_file.read_text().splitlines())
+            if "loss" in line
+        ]
+        for run in (expected.run, first.run)
+    )
+    assert kept == found
+    assert len(kept) == 8
+    assert read

@@ -12,6 +12,7 @@ from .describe import Describe
 from .evaluate import Evaluate, Stats
 from .export import Export
 from .import_run import Import
+from .pack import Pack
 from .plan import Plan
 from .quickstart import Quickstart
 from .report import Report
@@ -29,6 +30,7 @@ COMMANDS: dict[str, type[Any]] = {
     "evaluate": Evaluate,
     "compare": Compare,
     "stats": Stats,
+    "pack": Pack,
     "plan": Plan,
     "describe": Describe,
     "report": Report,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +14,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..escaping import counted
-from .rows import LabelledRows, Rows, View, as_rows, chunks
+from ..progress import reading
+from .content import Content, Fingerprint, position
+from .rows import Index, LabelledRows, Rows, View, as_rows, chunks
 
 _CHUNK_BYTES = 1 << 24
 _MAX_CLASSES = 1 << 16
@@ -33,6 +34,8 @@ class ImageData(LabelledRows):
         class_names: one name per class; default: the class numbers.
         content: (height, width) of the centred unpadded part, if all images were padded from one size; else None.
         skipped: number of unused files beside the images, by reason.
+        known: fingerprint and positions, if they have been computed; None: computed when they are needed.
+        parts: returns the fingerprint of some rows, given them and what computes it, from an earlier time if it is known.
 
     Attributes:
         labels: int64 (N,), or None.
@@ -49,6 +52,8 @@ class ImageData(LabelledRows):
         class_names: tuple[str, ...] = (),
         content: tuple[int, int] | None = None,
         skipped: Mapping[str, int] | None = None,
+        known: Content | None = None,
+        parts: Callable[[Index, Callable[[], str]], str] | None = None,
     ) -> None:
         if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4):
             raise UserError(f"{name}: images must be uint8 (N, C, H, W), not {images.dtype} of shape {images.shape}")
@@ -59,7 +64,8 @@ class ImageData(LabelledRows):
         else:
             checked = _checked_labels(labels, len(images), name)
             super().__init__(as_rows(images), checked, name, _class_names(checked, class_names, name))
-        self.content, self.skipped = content, dict(skipped or {})
+        self.content, self.skipped, self._known = content, dict(skipped or {}), known
+        self._parts = parts
 
     def describe(self) -> str:
         """Return one line with the image count, class count, size, grey or colour, and the unused files."""
@@ -82,18 +88,28 @@ class ImageData(LabelledRows):
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the shape, the pixels and the labels (without `name`, `class_names` and `content`)."""
-        digest = hashlib.sha256(repr((len(self), *self.shape)).encode())
-        for images in self.chunks():
-            digest.update(images.reshape(-1).data)
-        if self.labels is not None:
-            digest.update(self.labels.astype("<i8").tobytes())
-        return digest.hexdigest()
+        if self._known is not None:
+            return self._known.fingerprint
+        if self._parts is not None and isinstance(self.storage, View):
+            return self._parts(self.storage.index, self._fingerprint)
+        return self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        fingerprint, done = Fingerprint(len(self), self.shape), 0
+        with reading() as told:
+            for images in self.chunks():
+                fingerprint.add(images)
+                done += len(images)
+                told(done, len(self))
+        return fingerprint.finish(self.labels)
 
     def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> ImageData:
         """Return a view of the images at the given indices, in that order."""
         index = self._index(indices)
         labels = None if self.labels is None else self.labels[index]
-        return ImageData(View(self.storage, index), labels, self.name, self.class_names, self.content)
+        return ImageData(
+            View(self.storage, index), labels, self.name, self.class_names, self.content, parts=self._parts
+        )
 
     def split(self, held_out: float) -> tuple[ImageData, ImageData]:
         """Return (train, held-out) data as views.
@@ -123,7 +139,9 @@ class ImageData(LabelledRows):
     @cached_property
     def _positions(self) -> npt.NDArray[np.float64]:
         """Position of each image in [0, 1), float64 (N,)."""
-        return np.fromiter((_position(image) for part in self.chunks() for image in part), np.float64, len(self))
+        if self._known is not None:
+            return self._known.positions
+        return np.fromiter((position(image) for part in self.chunks() for image in part), np.float64, len(self))
 
 
 def _checked_labels(labels: npt.NDArray[np.integer[Any]], count: int, name: str) -> npt.NDArray[np.int64]:
@@ -142,12 +160,6 @@ def _class_names(labels: npt.NDArray[np.int64], names: tuple[str, ...], name: st
     if names and largest >= len(names):
         raise UserError(f"{name}: label {largest}, but {len(names)} class_names; labels count from 0")
     return names or tuple(str(label) for label in range(largest + 1))
-
-
-def _position(image: npt.NDArray[np.uint8]) -> float:
-    """Map the content of an image to [0, 1)."""
-    digest = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53  # 53 bits: exact in a float, never rounded up to 1
 
 
 def to_float(images: Tensor | npt.NDArray[np.uint8]) -> Tensor:

@@ -11,7 +11,7 @@ from PIL import Image
 from ..errors import UserError
 from ..memory import require_memory
 from .options import Fit
-from .rows import Rows, chunks
+from .rows import Index, Rows, chunks
 
 _AT_ONCE = 64  # images read at a time
 
@@ -26,27 +26,33 @@ def reachable(found: tuple[int, int], size: tuple[int, int], fit: Fit) -> bool:
     return fit != "pad" or (found[0] <= size[0] and found[1] <= size[1])
 
 
-def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
+def fit_image(
+    image: Image.Image, size: tuple[int, int], fit: Fit, extent: tuple[float, float] | None = None
+) -> Image.Image:
     """Convert an 8-bit grey or RGB image that is `reachable` to size = (height, width).
 
     "crop" scales the image (Lanczos) to cover the size and keeps the centre, in one resampling. "resize" scales it
     (Lanczos) and changes the aspect ratio. "pad" centres it unscaled on black; an odd remainder adds one pixel below or
     to the right. "exact" returns the image unchanged.
+
+    `extent` is the (height, width) that the image's content takes, for one whose last row or column is less than a pixel;
+    None: all.
     """
     height, width = size
     assert reachable((image.height, image.width), size, fit)
     if image.size == (width, height):
         return image
+    down, across = (image.height, image.width) if extent is None else extent
     if fit == "resize":
-        return image.resize((width, height), Image.Resampling.LANCZOS)
+        return image.resize((width, height), Image.Resampling.LANCZOS, box=(0, 0, across, down))
     if fit == "pad":
         canvas = Image.new(image.mode, (width, height), 0)
         canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
         return canvas
-    scale = min(image.width / width, image.height / height)
-    left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+    scale = min(across / width, down / height)
+    left, top = (across - scale * width) / 2, (down - scale * height) / 2
     box = (left, top, left + scale * width, top + scale * height)
-    box = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], image.width), min(box[3], image.height))
+    box = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], across), min(box[3], down))
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
@@ -61,10 +67,44 @@ def fit_rows(images: Rows, size: tuple[int, int], fit: Fit, name: str) -> npt.ND
         raise wrong_size(name, "its images", (height, width), size, fit)
     require_pixels(len(images), channels, size)
     fitted = np.empty((len(images), channels, *size), np.uint8)
-    for row, image in zip(fitted, (image for part in chunks(images, _AT_ONCE) for image in part), strict=True):
+    for start, part in zip(range(0, len(images), _AT_ONCE), chunks(images, _AT_ONCE), strict=True):
+        _fit(part, fitted[start : start + len(part)], fit)
+    return fitted
+
+
+def _fit(images: npt.NDArray[np.uint8], fitted: npt.NDArray[np.uint8], fit: Fit) -> None:
+    """Convert images (n, C, H, W) to the size of `fitted` (n, C, height, width), which is written."""
+    size = (fitted.shape[2], fitted.shape[3])
+    for row, image in zip(fitted, images, strict=True):
         for plane, source in zip(row, image, strict=True):
             plane[:] = np.asarray(fit_image(Image.fromarray(source), size, fit))
-    return fitted
+
+
+class FittedRows:
+    """Images that are converted to one size when they are drawn.
+
+    Args:
+        source: the images, C = 1 or 3.
+        size: (height, width).
+        fit: how they are converted; their size must be `reachable`.
+    """
+
+    def __init__(self, source: Rows, size: tuple[int, int], fit: Fit) -> None:
+        self._source, self._size, self._fit = source, size, fit
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape (C, H, W) of every row."""
+        return (self._source.shape[0], *self._size)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def rows(self, indices: Index) -> npt.NDArray[np.uint8]:
+        """Return the rows at `indices`, see `Rows`."""
+        fitted = np.empty((len(indices), *self.shape), np.uint8)
+        _fit(self._source.rows(indices), fitted, self._fit)
+        return fitted
 
 
 def require_pixels(count: int, channels: int, size: tuple[int, int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import threading
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from ..config.run import MAX_PIXELS
 from ..errors import UserError
@@ -63,6 +65,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LYING = (5, 6, 7, 8)  # orientations that exchange height and width
+_DRAFTS = (8, 4, 2)  # how much smaller the decoder of JPEG can make an image
 
 # Without a handler, Python would print Pillow's log messages about a damaged file beside our own message.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -74,6 +78,8 @@ class Decoded:
 
     Attributes:
         image: 8-bit grey ("L") or colour ("RGB"), upright, transparent parts white.
+        found: (height, width) of the upright image in the file; larger than `image` if that was decoded smaller.
+        extent: (height, width) of `found` in pixels of `image`: its size, or a fraction of a pixel less.
         several: whether the file holds further images (frames of an animation, pages).
         brightest: the largest value, of any channel, of the visible pixels of a 16-bit image (not of those that are
             fully transparent); None for fewer bits, or if no pixel is visible. If Pillow keeps only the upper bytes (as
@@ -81,6 +87,8 @@ class Decoded:
     """
 
     image: Image.Image
+    found: tuple[int, int]
+    extent: tuple[float, float]
     several: bool
     brightest: int | None
 
@@ -149,6 +157,12 @@ class _OwnLimit:
     def __init__(self) -> None:
         self._lock, self._users, self._before = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
 
+    def renew(self) -> None:
+        """Forget the threads of the process that forked this one."""
+        if self._users:
+            self._users, Image.MAX_IMAGE_PIXELS = 0, self._before
+        self._lock = threading.Lock()
+
     def __enter__(self) -> None:
         with self._lock:
             if self._users == 0:
@@ -163,16 +177,26 @@ class _OwnLimit:
 
 
 _own_limit = _OwnLimit()
+os.register_at_fork(after_in_child=_own_limit.renew)
 
 
-def decode(content: bytes, max_pixels: int) -> Decoded:
+def decode(content: bytes, max_pixels: int, least: tuple[int, int] | None = None) -> Decoded:
     """Decode the first image of a file of one of FORMATS.
+
+    Args:
+        content: of the file.
+        max_pixels: images with more pixels are refused.
+        least: (height, width) to which the upright image will be reduced. A JPEG image is then decoded to a half, a quarter
+            or an eighth of its size, which is faster, if that leaves at least twice as many pixels in either direction.
+            None: it is decoded whole.
 
     Raises:
         UserError: for another format, more pixels than max_pixels, or pixels of unknown range (floating point, 32-bit).
         Exception: of many types, from Pillow, for damaged files.
     """
     image = open_image(content, max_pixels=max_pixels)
+    height, width = image.height, image.width
+    drafted = 1 if least is None else _draft(image, least)
     several = image.format != "MPO" and bool(getattr(image, "is_animated", False))  # MPO: a photo and previews
     tiles = repr(getattr(image, "tile", ""))
     deep, grey = image.mode.startswith("I") or ";16" in tiles, "'LA;16" in tiles  # Pillow opens the latter as colour
@@ -180,9 +204,11 @@ def decode(content: bytes, max_pixels: int) -> Decoded:
         _load(image)
     _require_known_range(image)
     upright = _upright(image)
+    found = (upright.height, upright.width) if drafted == 1 else _turned((height, width), image)
+    extent = (found[0] / drafted, found[1] / drafted)
     if upright.mode.startswith("I"):
         eight, brightest = _from_sixteen_bits(upright, image)
-        return Decoded(eight, several, brightest)
+        return Decoded(eight, found, extent, several, brightest)
     if deep and isinstance(image.info.get("transparency"), tuple):
         raise UserError(
             "it has 16-bit colours with one transparent colour; convert it to 8 bits, or to an alpha channel"
@@ -190,7 +216,39 @@ def decode(content: bytes, max_pixels: int) -> Decoded:
     eight = _eight_bits(upright)
     eight = eight.convert("L") if grey else eight
     brightest = _largest_byte(upright, eight) if deep else None  # Pillow kept only the upper byte of each value
-    return Decoded(eight, several, None if brightest is None else brightest * 256 + 255)
+    return Decoded(eight, found, extent, several, None if brightest is None else brightest * 256 + 255)
+
+
+def _draft(image: Image.Image, least: tuple[int, int]) -> int:
+    """Let a JPEG image be decoded to a half, a quarter or an eighth of its size; return 2, 4 or 8, or 1 if it is not.
+
+    The decoder then computes fewer coefficients of its cosine transform. Two pixels for one that is wanted are left, in
+    either direction, for the resampling that follows. The size of an image that is also turned must be divisible, because
+    the last column of others would be less than a pixel wide, and turned to another side.
+    """
+    if not isinstance(image, JpegImageFile) or len(image.tile) != 1:
+        return 1
+    height, width = _turned(least, image)
+    room = min(image.width // (2 * width), image.height // (2 * height))
+    straight = _orientation(image) not in _UPRIGHT
+    for factor in _DRAFTS:
+        if factor <= room and (straight or not (image.width % factor or image.height % factor)):
+            image.draft(None, (image.width // factor, image.height // factor))
+            return factor
+    return 1
+
+
+def _turned(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
+    """Return (height, width) after, or before, an image is turned upright."""
+    return size[::-1] if _orientation(image) in _LYING else size
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image; 1 (upright) if its EXIF data are unreadable."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow raises many exception types on bad EXIF data; the pixels are still good
+        return 1
 
 
 def _load(image: Image.Image) -> None:
@@ -203,10 +261,7 @@ def _load(image: Image.Image) -> None:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; leave the image unchanged if its EXIF data are unreadable."""
-    try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # Pillow raises many exception types on bad EXIF data; the pixels are still good
-        return image
+    turn = _UPRIGHT.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
@@ -260,7 +315,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if grey else "RGB")
+    wanted = "L" if grey else "RGB"
+    image = image if image.mode == wanted else image.convert(wanted)
     if palette:  # pngquant and GIF tools write grey images with a palette of grey colours
         red, green, blue = (np.asarray(band) for band in image.split())
         if np.array_equal(red, green) and np.array_equal(red, blue):

@@ -22,7 +22,7 @@ class Options:
             (unscaled on black).
         skip_bad: skip unreadable image files with one warning instead of raising.
         max_pixels: images with more pixels count as unreadable.
-        progress: called with (files read, total files) while image files are decoded.
+        progress: called with (files read, total files) while image files are decoded; None: shown as the program does.
 
     Raises:
         UserError: if size or fit is invalid, or fit is given without size.

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from .bounded import FILE_LIMIT
-from .sources.folders import files
+from .sources.folders import contents
 from .visible import sort_out
 
 PEEKED = 64  # images whose size is read
@@ -27,14 +27,13 @@ def image_sizes(path: Path, count: int = PEEKED) -> list[tuple[int, int]]:
     Raises:
         UserError: if the folder or file cannot be read.
     """
-    sizes = []
-    with files(path) as (names, read):
-        found = sort_out(str(path), names).images
-        for number in np.unique(np.linspace(0, len(found) - 1, count).astype(int)) if found else ():
-            try:
-                with Image.open(io.BytesIO(read(found[number], FILE_LIMIT))) as image:
-                    turned = image.getexif().get(0x0112, 1) >= 5  # the EXIF orientations that swap height and width
-                    sizes.append((image.width, image.height) if turned else (image.height, image.width))
-            except Exception:  # Pillow raises many exception types on broken files
-                continue
+    names, read = contents(path)
+    found, sizes = sort_out(str(path), names).images, []
+    for number in np.unique(np.linspace(0, len(found) - 1, count).astype(int)) if found else ():
+        try:
+            with Image.open(io.BytesIO(read(found[number], FILE_LIMIT))) as image:
+                turned = image.getexif().get(0x0112, 1) >= 5  # the EXIF orientations that swap height and width
+                sizes.append((image.width, image.height) if turned else (image.height, image.width))
+        except Exception:  # Pillow raises many exception types on broken files
+            continue
     return sizes

@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..memory import require_memory
+from ..memory import available_memory, require_memory
+from ..progress import reading
 
 Index = npt.NDArray[np.int64]
+
+IN_MEMORY = 1 << 30  # bytes of the largest set of decoded images that is kept in memory
+_AT_ONCE = 256  # rows read at a time where all are read
 
 
 class Rows(Protocol):
@@ -144,6 +148,71 @@ class View:
         """Return the rows at `indices` of the view, see `Rows`."""
         return self.source.rows(self.index[indices])
 
+    def prefetch(self, indices: Index) -> None:
+        """Begin to read rows of the view, see `prefetch`."""
+        prefetch(self.source, self.index[indices])
+
+
+class KeptRows:
+    """Rows that are kept in memory once they have been read.
+
+    Args:
+        source: the rows.
+    """
+
+    def __init__(self, source: Rows) -> None:
+        self.source = source
+        self._known = np.zeros(len(source), bool)
+        self._array = np.empty((len(source), *source.shape), row_type(source))  # takes no memory before it is written
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape (C, H, W) of every row."""
+        return self.source.shape
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def rows(self, indices: Index) -> npt.NDArray[Any]:
+        """Return the rows at `indices`, see `Rows`."""
+        self._read(indices)
+        return self._array[indices]
+
+    def prefetch(self, indices: Index) -> None:
+        """Begin to read rows, see `prefetch`."""
+        prefetch(self.source, self._missing(indices))
+
+    def array(self) -> npt.NDArray[Any]:
+        """Return the array that holds all rows; the missing ones are read first."""
+        with reading() as told:
+            for start in range(0, len(self), _AT_ONCE):
+                stop = min(start + _AT_ONCE, len(self))
+                self.prefetch(np.arange(stop, min(stop + _AT_ONCE, len(self))))
+                self._read(np.arange(start, stop))
+                told(stop, len(self))
+        return self._array
+
+    def _read(self, indices: Index) -> None:
+        missing = self._missing(indices)
+        if len(missing):
+            self._array[missing] = self.source.rows(missing)
+            self._known[missing] = True  # last: another thread may read meanwhile
+
+    def _missing(self, indices: Index) -> Index:
+        return np.unique(indices[~self._known[indices]])
+
+
+def prefetch(rows: object, indices: Index) -> None:
+    """Begin to read rows that will be asked for soon, in the background; rows that cost nothing to read ignore it."""
+    begin = getattr(rows, "prefetch", None)
+    if begin is not None and len(indices):
+        begin(indices)
+
+
+def fits_memory(count: int, shape: Sequence[int]) -> bool:
+    """Return whether `count` uint8 images of this shape (C, H, W) are kept in memory; else each is decoded when drawn."""
+    return count * math.prod(shape) <= min(IN_MEMORY, available_memory() // 4)
+
 
 def as_rows(data: Rows | npt.NDArray[Any] | Tensor) -> Rows:
     """Return an array or a tensor on the CPU, (N, C, H, W), as rows that share its memory; return rows unchanged."""
@@ -160,7 +229,9 @@ def row_type(rows: Rows) -> np.dtype[Any]:
 def chunks(rows: Rows, at_once: int) -> Iterator[npt.NDArray[Any]]:
     """Yield all rows in order, `at_once` at a time."""
     for start in range(0, len(rows), at_once):
-        yield rows.rows(np.arange(start, min(start + at_once, len(rows))))
+        next_start = start + at_once
+        prefetch(rows, np.arange(next_start, min(next_start + at_once, len(rows))))
+        yield rows.rows(np.arange(start, min(next_start, len(rows))))
 
 
 def batches(data: Tensor | Rows, at_once: int) -> Iterator[Tensor]:
@@ -216,6 +287,10 @@ class LabelledRows:
         """Return the rows at `indices`, in any order and with repeats, as a new array (n, C, H, W)."""
         return self.storage.rows(np.asarray(indices, np.int64))
 
+    def prefetch(self, indices: Sequence[int] | Index) -> None:
+        """Begin to read rows, see `rows.prefetch`."""
+        prefetch(self.storage, np.asarray(indices, np.int64))
+
     def array(self) -> npt.NDArray[Any]:
         """Return all rows as one array (N, C, H, W): an array that holds them (do not write to it), else a new one.
 
@@ -224,6 +299,8 @@ class LabelledRows:
         """
         if isinstance(self.storage, ArrayRows):
             return self.storage.array
+        if isinstance(self.storage, KeptRows):
+            return self.storage.array()
         size = len(self) * math.prod(self.shape) * row_type(self.storage).itemsize
         require_memory(size, f"{self.name}: one array of all {len(self)} rows", "use fewer or smaller images")
         return self.rows(np.arange(len(self)))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from contextlib import suppress
 from pathlib import Path
 
 from ..config.serialization import read_lines
 from ..errors import UserError
-from ..files import append_line, make_folder
+from ..files import append_line, cache_folder, make_folder
 
 SCRIPTS = (".pt", ".pth", ".ts")
 _here: set[str] = set()  # digests of the files named in this process
@@ -44,4 +43,4 @@ def agreed(digest: str) -> bool:
 
 
 def _file() -> Path:
-    return Path(os.environ.get("MSDIFF_CACHE") or "~/.cache/multistage-diffusion").expanduser() / "agreed.jsonl"
+    return cache_folder("agreed.jsonl")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..contracts import Codec
 from ..data import ImageData, to_float
 from ..data.rows import LabelledRows, Rows, View, as_rows, batches
 from ..errors import NotFiniteError, UserError
-from ..files import write_atomic
+from ..files import cache_folder, write_atomic
 from ..progress import Progress
 
 PIXELS_AT_ONCE = 1 << 18  # pixels per batch: 256 images of 32x32, 4 of 256x256
@@ -156,7 +155,7 @@ def cached_latents(
 
 def default_cache() -> Path:
     """Return the default cache folder of latents."""
-    return Path(os.environ.get("MSDIFF_CACHE") or "~/.cache/multistage-diffusion").expanduser() / "latents"
+    return cache_folder("latents")
 
 
 def _key(codec: Codec, data: ImageData, mirrored: bool) -> str:

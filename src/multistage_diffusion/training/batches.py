@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,9 +17,10 @@ from .. import rng
 from ..config import RunConfig
 from ..contracts import Conditioning
 from ..data import to_float
-from ..data.rows import Rows, batches, read, row_type
+from ..data.rows import Rows, batches, prefetch, read, row_type
 from ..distributed import share
 from ..errors import UserError
+from ..progress import reading
 from .augment import LABELS, augment
 
 _AT_ONCE = 1024  # rows read at a time when all of them are moved to the device
@@ -163,6 +164,24 @@ class BatchSource:
                 picks.append(self._pick(stage, step * counts[stage] + row))
         return self._assemble(step, torch.cat(picks), torch.cat(sigmas), rows, tuple(sizes))
 
+    def prefetch(self, step: int, draws: Iterable[tuple[Sequence[int], Sequence[range]]]) -> None:
+        """Begin to read, in the background, the rows of a step that will be drawn soon; on a device they are there already.
+
+        Args:
+            step: iteration, from 0.
+            draws: `counts` and `of` of each draw of the step, in order.
+        """
+        if isinstance(self.data, Tensor):
+            return
+        picks = [
+            self._pick(stage, step * counts[stage] + torch.arange(rows.start, rows.stop))
+            for counts, of in draws
+            for stage, rows in enumerate(of)
+            if len(rows)
+        ]
+        if picks:
+            prefetch(self.data, torch.cat(picks).numpy())
+
     def _sigma(self, step: int, stage: int, u: Tensor, rows: Tensor) -> Tensor:
         """Map uniforms to the stage's interval, widened by training.overlap, or at random to the whole prior.
 
@@ -242,8 +261,10 @@ def _on_device(data: Rows | Tensor, device: torch.device) -> Tensor:
     first = next(parts).to(device)
     rows = torch.empty(len(data), *first.shape[1:], dtype=first.dtype, device=device)
     rows[: len(first)] = first
-    for number, part in enumerate(parts, 1):
-        rows[number * _AT_ONCE :][: len(part)] = part.to(device)
+    with reading() as told:
+        for number, part in enumerate(parts, 1):
+            rows[number * _AT_ONCE :][: len(part)] = part.to(device)
+            told(min(len(data), (number + 1) * _AT_ONCE), len(data))
     return rows
 
 

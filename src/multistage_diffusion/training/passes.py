@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,17 @@ class Passes:
         self._threads = _threads(execution.thread_parallel)
         execute(self.denoiser.network, execution)
         self.denoiser.graphs = Graphs(self.denoiser.network) if execution.cuda_graphs else None
+
+    def prefetch(self, step: int, updates: Iterable[tuple[tuple[int, ...], tuple[float, ...]]]) -> None:
+        """Begin to read the rows that this process will draw in a step, see `BatchSource.prefetch`.
+
+        Args:
+            step: iteration, from 0.
+            updates: rows of each stage in each update of the step, and weights, which are not used.
+        """
+        accumulate = self.config.training.accumulate
+        draws = ((c, part.rows) for c, _ in updates for part in self.strategy.micro_batches(c, accumulate))
+        self.source.prefetch(step, draws)
 
     def gradients(self, step: int, counts: tuple[int, ...], weights: tuple[float, ...]) -> Tensor:
         """Accumulate gradients, and sum them over processes.

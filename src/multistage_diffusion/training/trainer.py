@@ -210,6 +210,7 @@ class Trainer:
     def _loop(self) -> None:
         training = self.config.training
         self.log.restart(self.images)
+        self._prefetch(self.step)
         while self.step < training.steps and not self.ended:
             self._iterate()
             evaluated = self._evaluated()
@@ -246,12 +247,18 @@ class Trainer:
         training = self.config.training
         if self.step == training.branch_at and branching.tied(self.denoiser.network):
             self._branch()
+        self._prefetch(self.step + 1)
         torch.manual_seed(rng.fold(dropout_key(training.seed, self.step, self.world.rank)) >> 1)
         for counts, weights in self.allocation.updates(self.step):
             self._optimize(counts, weights)
         with self.passes.timer.part("average"):
             self.ema.update(training.batch, self.images)
         self.step += 1
+
+    def _prefetch(self, step: int) -> None:
+        """Begin to read the rows of a step while the one before is computed."""
+        if step < self.config.training.steps:
+            self.passes.prefetch(step, self.allocation.updates(step))
 
     def _branch(self) -> None:
         """Give every stage its own copy of the shared parts, including EMA weights and optimiser state."""

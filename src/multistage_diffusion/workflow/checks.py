@@ -79,8 +79,10 @@ def require_same_images(result: StageResult, data: ImageData, training: ImageDat
     Raises:
         UserError: if they were found on others.
     """
-    same = {data.fingerprint, training.fingerprint} & {result.fingerprint, result.data_fingerprint}
-    if result.fingerprint and not same and result.settings.algorithm not in ("timestep", "snr"):
+    if not result.fingerprint or result.settings.algorithm in ("timestep", "snr"):
+        return
+    known = {result.fingerprint, result.data_fingerprint}
+    if data.fingerprint not in known and training.fingerprint not in known:
         raise UserError(
             "--stages: they were found on other images, or on these in another size; run msdiff stages on these, or give "
             "--borrow to use them all the same"

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from multistage_diffusion.data import rows
+from multistage_diffusion.data.fitting import FittedRows
 from multistage_diffusion.data.rows import FileRows
 from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.errors import UserError
@@ -208,3 +210,34 @@ def test_keys_that_are_not_used_are_named(tmp_path):
     np.savez(tmp_path / "a.npz", images=pixels(2, 4, 4), y=np.zeros(2, np.int64))
     with pytest.warns(UserWarning, match=r"a\.npz: y not used; labels are read from labels, label, arr_1"):
         assert open_data(tmp_path / "a.npz").labels is None
+
+
+def test_labels_may_be_beside_a_npy_file(tmp_path):
+    images = np.zeros((3, 4, 5), np.uint8)
+    np.save(tmp_path / "set.npy", images)
+    assert open_data(tmp_path / "set.npy").labels is None
+    np.save(tmp_path / "set.labels.npy", np.array([2, 0, 1]))
+    data = open_data(tmp_path / "set.npy")
+    assert (data.labels.tolist(), data.num_classes) == ([2, 0, 1], 3)
+    np.save(tmp_path / "set.labels.npy", np.array([2, 0]))
+    with pytest.raises(UserError, match=r"set\.npy: 2 labels for 3 images"):
+        open_data(tmp_path / "set.npy")
+    np.save(tmp_path / "set.labels.npy", np.array([{}], object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"set\.npy: .*set\.labels\.npy, its labels: "):
+        open_data(tmp_path / "set.npy")
+
+
+@pytest.mark.parametrize("fit", ["crop", "resize", "pad"])
+def test_images_of_an_array_larger_than_memory_are_fitted_when_drawn(tmp_path, monkeypatch, fit):
+    images = np.random.default_rng(0).integers(0, 256, (9, 3, 4, 5), dtype=np.uint8)
+    np.save(tmp_path / "set.npy", images)
+    size = (6, 7) if fit == "pad" else (3, 2)
+    small = open_data(tmp_path / "set.npy", size=size, fit=fit)
+    monkeypatch.setattr(rows, "IN_MEMORY", 0)
+    large = open_data(tmp_path / "set.npy", size=size, fit=fit)
+    assert isinstance(large.storage, FittedRows)
+    assert not isinstance(small.storage, FittedRows)
+    np.testing.assert_array_equal(large.rows([8, 0, 8]), small.rows([8, 0, 8]))
+    assert (large.fingerprint, large.shape, large.content) == (small.fingerprint, small.shape, small.content)
+    with pytest.raises(UserError, match=r"not data\.size=9x9; add --fit crop"):
+        open_data(tmp_path / "set.npy", size=(9, 9))

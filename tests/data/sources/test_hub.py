@@ -1,3 +1,4 @@
+import io
 import shutil
 import sys
 from pathlib import Path
@@ -6,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from multistage_diffusion.data import kept_indexes, rows
 from multistage_diffusion.data.sources import open_data
+from multistage_diffusion.errors import UserError
 
 GREY = [np.random.default_rng(i).integers(0, 256, (4, 6), dtype=np.uint8) for i in range(6)]
 
@@ -29,6 +32,12 @@ def table(datasets, arrays=GREY, **columns):
     rows = {"number": range(len(arrays)), "picture": [Image.fromarray(a) for a in arrays]}
     rows |= {name: values for name, (values, _) in columns.items()}
     return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+def file_of(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def labelled(datasets):
@@ -177,3 +186,58 @@ def test_labels_of_another_type_are_not_dropped_without_a_word(datasets, tmp_pat
         UserWarning, match=r"saved: column label is of type Value, so there are no labels; cast it to Class"
     ):
         assert open_data(f"hf:{tmp_path / 'saved'}").labels is None
+
+
+def parquet(path, columns):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_a_parquet_file_is_read(datasets, tmp_path):
+    labelled(datasets).to_parquet(tmp_path / "set.parquet")
+    data = open_data(tmp_path / "set.parquet")
+    np.testing.assert_array_equal(data.array()[:, 0], GREY)
+    assert data.labels.tolist() == [2, 0, 1, 1, 0, 2]
+    assert data.class_names == ("cat", "dog", "eel")
+
+
+@pytest.mark.parametrize("shape", ["bytes", "structure"])
+def test_a_parquet_file_of_other_programs_is_read(datasets, tmp_path, shape):
+    files = [file_of(array) for array in GREY]
+    column = files if shape == "bytes" else [{"bytes": content, "path": "x.png"} for content in files]
+    path = parquet(tmp_path / "set.parquet", {"name": list("abcdef"), "jpg": column, "label": [0, 1, 2, 0, 1, 2]})
+    data = open_data(path)
+    np.testing.assert_array_equal(data.array()[:, 0], GREY)
+    assert data.labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_parquet_file_without_images_or_that_is_none_is_an_error(datasets, tmp_path):
+    with pytest.raises(UserError, match=r"set\.parquet: 2 rows of number; needs images"):
+        open_data(parquet(tmp_path / "set.parquet", {"number": [1, 2]}))
+    (tmp_path / "bad.parquet").write_bytes(b"no table")
+    with pytest.raises(UserError, match=r"bad\.parquet: cannot be loaded"):
+        open_data(tmp_path / "bad.parquet")
+
+
+def test_a_parquet_file_needs_the_library(tmp_path, monkeypatch):
+    (tmp_path / "set.parquet").touch()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"set\.parquet' needs datasets: pip install 'multistage-diffusion\[data\]'"):
+        open_data(tmp_path / "set.parquet")
+
+
+def test_images_of_tables_are_read_when_drawn_and_indexed_once(datasets, tmp_path, monkeypatch):
+    monkeypatch.setenv("MSDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept_indexes, "WORTH", 0.0)
+    monkeypatch.setattr(kept_indexes, "SETTLED", -(10**9))
+    monkeypatch.setattr(rows, "IN_MEMORY", 0)
+    (tmp_path / "set").mkdir()
+    labelled(datasets).to_parquet(tmp_path / "set" / "train-0.parquet")
+    sources = [f"hf:{tmp_path / 'set'}", f"hf:{tmp_path / 'set'}:train[:2]"]
+    first = [open_data(source).fingerprint for source in sources]
+    monkeypatch.setattr(kept_indexes, "make_index", lambda *_: pytest.fail("the index was made again"))
+    data = [open_data(source) for source in sources]
+    assert [found.fingerprint for found in data] == first
+    np.testing.assert_array_equal(data[0].rows([5, 1])[:, 0], [GREY[5], GREY[1]])
+    assert len(data[1]) == 2

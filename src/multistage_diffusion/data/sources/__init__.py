@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from ...config.run import MAX_PIXELS, DataConfig
 from ...errors import UserError
 from ...progress import Progress
@@ -16,6 +19,7 @@ from ...reading import require_regular
 from ...registry import Registry
 from ..dataset import ImageData
 from ..options import Fit, Options
+from ..rows import Rows, fits_memory
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
@@ -195,8 +199,12 @@ def _fitted(data: ImageData, options: Options) -> ImageData:
     size, found = options.size, data.shape[1:]
     if size is None or found == tuple(size):
         return data
-    from ..fitting import fit_rows, padded_content  # imports Pillow
+    from ..fitting import FittedRows, fit_rows, padded_content, reachable  # imports Pillow
 
-    images = fit_rows(data, size, options.fit, data.name)
+    images: Rows | npt.NDArray[np.uint8]
+    if fits_memory(len(data), (data.shape[0], *size)) or not reachable(found, size, options.fit):
+        images = fit_rows(data, size, options.fit, data.name)
+    else:
+        images = FittedRows(data, size, options.fit)
     content = padded_content([found], size, options.fit)
     return ImageData(images, data.labels, data.name, data.class_names, content, data.skipped)

@@ -28,8 +28,9 @@ _LABEL_KEYS = ("labels", "label", "arr_1")
 def open_array(path: Path, options: Options) -> ImageData:
     """Open uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3.
 
-    The images of a .npy file are read on access. A .npz file holds the images as `images` or `arr_0` and
-    optional integer labels (N,) as `labels`, `label` or `arr_1`. Pickled content is never loaded.
+    The images of a .npy file are read on access; optional labels (N,) are beside it, in NAME.labels.npy. A .npz file holds
+    the images as `images` or `arr_0` and optional integer labels (N,) as `labels`, `label` or `arr_1`. Pickled content is
+    never loaded.
 
     Raises:
         UserError: naming the file, for any other content.
@@ -57,7 +58,7 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
             images = np.lib.format.open_memmap(path, mode="r")
             if images.offset + images.nbytes < path.stat().st_size:
                 raise UserError("more data follow the first array")
-            return {"images": images}
+            return {"images": images, **_labels_beside(path)}
         with zipfile.ZipFile(path) as archive:
             members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
             if len(members) < len(archive.infolist()):
@@ -76,6 +77,23 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
             f"{path}: {', '.join(unused[:5])} not used; labels are read from {', '.join(_LABEL_KEYS)}", stacklevel=4
         )
     return arrays
+
+
+def labels_file(path: Path) -> Path:
+    """Return where the labels of a .npy file of images are."""
+    return path.with_suffix(".labels.npy")
+
+
+def _labels_beside(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Return the labels beside a .npy file of images, if there are any."""
+    beside = labels_file(path)
+    if not beside.exists():
+        return {}
+    try:
+        require_regular(beside)
+        return {"labels": np.array(np.lib.format.open_memmap(beside, mode="r"))}
+    except Exception as error:  # NumPy raises many exception types on broken files
+        raise UserError(f"{beside.name}, its labels: {one_line(error)}") from None
 
 
 def _keys(members: Collection[str]) -> dict[str, str]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import stat
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from ...errors import UserError
-from ...reading import read_file, require_regular
+from ...reading import read_file, require_length, require_regular
 from ..bounded import FILE_LIMIT, read_member
 from ..dataset import ImageData
-from ..decoding import decode_all
+from ..decoded import open_files
+from ..image_files import FileTimes, ImageFiles, Stamps, file_times, read_unchanged, require_unchanged
 from ..labels import find_labels, inner_path
 from ..opening import SUFFIXES, one_line
 from ..options import Options
@@ -36,33 +37,117 @@ def open_images(path: Path, options: Options) -> ImageData:
         options: how images are read.
 
     Raises:
-        UserError: if there are no images, if labels are missing or wrong (see `find_labels`), and as `decode_all`.
+        UserError: if there are no images, if labels are missing or wrong (see `find_labels`), and as `open_files`.
     """
-    with files(path) as (names, read):
-        found = sort_out(str(path), names)
-        if not found.images:
-            raise UserError(f"{path}: contains no images ({', '.join(SUFFIXES)})")
-        labels, class_names = find_labels(str(path), found.images, found.listings, read)
-        decoded = decode_all(str(path), found.images, lambda number: read(found.images[number], FILE_LIMIT), options)
-    kept_labels = None if labels is None else np.array(labels, np.int64)[decoded.kept]
-    skipped = {**found.skipped, **decoded.skipped}
-    return ImageData(decoded.images, kept_labels, str(path), class_names, decoded.content, skipped)
+    names, read = contents(path)
+    found = sort_out(str(path), names)
+    if not found.images:
+        raise UserError(f"{path}: contains no images ({', '.join(SUFFIXES)})")
+    labels, class_names = find_labels(str(path), found.images, found.listings, read)
+    files = _folder_files(path, found.images) if path.is_dir() else _archive_files(path, found.images, read)
+    return open_files(files, labels, options, class_names, found.skipped)
 
 
-@contextmanager
-def files(path: Path) -> Iterator[tuple[list[str], Callable[[str, int], bytes]]]:
-    """Yield the relative file names (forward slashes) and a function that reads one file up to a byte limit."""
-    if path.is_dir():
-        yield list(_walk(path)), lambda name, limit: read_file(path / name, limit)
-        return
+Read = Callable[[str, int], bytes]  # reads the file of a name, up to a number of bytes
+
+
+def contents(path: Path) -> tuple[list[str], Read]:
+    """Return the file names of a folder or zip file (forward slashes), and what reads a file.
+
+    Raises:
+        UserError: if the folder or file cannot be read.
+    """
+    return _folder(path) if path.is_dir() else _archive(path)
+
+
+def _folder(path: Path) -> tuple[list[str], Read]:
+    """Return the relative file names (forward slashes) of a folder and what reads a file."""
+    return list(_walk(path)), lambda name, limit: read_file(path / name, limit)
+
+
+def _folder_files(path: Path, names: Sequence[str]) -> ImageFiles:
+    """Return images of a folder; one that changes after this is an error when it is read."""
+    places = [os.path.join(path, name) for name in names]
+    times = [_times(place) for place in places]
+
+    def read(number: int) -> bytes:
+        before = times[number]
+        if before is None:
+            return read_file(Path(places[number]), FILE_LIMIT)
+        require_length(before[0], FILE_LIMIT)
+        return read_unchanged(places[number], before)
+
+    known = [(name, found) for name, found in zip(names, times, strict=True) if found is not None]
+    return ImageFiles(
+        str(path), names, read, Stamps.of(str(path.resolve()), known) if len(known) == len(names) else None
+    )
+
+
+def _times(place: str) -> FileTimes | None:
+    """Return the length and times of a regular file; None for anything else, which is told when it is read."""
+    try:
+        found = os.stat(place)
+    except (OSError, ValueError):
+        return None
+    return file_times(found) if stat.S_ISREG(found.st_mode) else None
+
+
+def _archive(path: Path) -> tuple[list[str], Read]:
+    """Return the normalised names of a zip file's members and what reads a member; the file stays open with it."""
     try:
         require_regular(path)
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(_OwnPlace(path))
     except Exception as error:  # zipfile raises many exception types on broken files
         raise UserError(f"{path}: not a readable zip file ({one_line(error)})") from None
-    with archive:
-        members = _members(path, archive)
-        yield list(members), lambda name, limit: read_member(archive, members[name], limit)
+    members = _members(path, archive)
+    return list(members), lambda name, limit: read_member(archive, members[name], limit)
+
+
+class _OwnPlace(io.RawIOBase):
+    """A file that is open for reading at a place of its own in every process; what forked processes share is not used."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle, self._place = os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0:
+            size = max(0, os.fstat(self._handle).st_size - self._place)
+        content = os.pread(self._handle, size, self._place)
+        self._place += len(content)
+        return content
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: os.fstat(self._handle).st_size}[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._place = start + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._handle)
+        super().close()
+
+
+def _archive_files(path: Path, names: Sequence[str], read: Read) -> ImageFiles:
+    """Return images of a zip file; if it changes after this, reading is an error."""
+    times = file_times(path.stat())
+
+    def read_image(number: int) -> bytes:
+        content = read(names[number], FILE_LIMIT)
+        require_unchanged(times, file_times(path.stat()))
+        return content
+
+    return ImageFiles(str(path), names, read_image, Stamps.of(str(path.resolve()), [(path.name, times)]))
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
