@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..escaping import counted
 from ..progress import reading
 from .content import Content, Fingerprint, position
 from .rows import Index, LabelledRows, Rows, View, as_rows, chunks
@@ -69,6 +68,8 @@ class ImageData(LabelledRows):
 
     def describe(self) -> str:
         """Return one line with the image count, class count, size, grey or colour, and the unused files."""
+        from ..escaping import counted  # the trainer has no use for it
+
         channels, height, width = self.shape
         parts = [
             counted(len(self), "image"),
