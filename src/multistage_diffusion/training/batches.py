@@ -21,7 +21,6 @@ from ..data.rows import Rows, batches, prefetch, read, row_type
 from ..distributed import share
 from ..errors import UserError
 from ..progress import reading
-from .augment import LABELS, augment
 
 _AT_ONCE = 1024  # rows read at a time when all of them are moved to the device
 
@@ -137,7 +136,11 @@ class BatchSource:
             raise UserError(
                 f"network.num_classes={classes} but data {data.name!r} has {data.num_classes} classes; set it to that"
             )
-        if training.augment and config.network.augment_dim != LABELS:
+        if not training.augment:
+            return
+        from .augment import LABELS  # most runs do not augment
+
+        if config.network.augment_dim != LABELS:
             raise UserError(
                 f"training.augment={training.augment} needs network.augment_dim={LABELS}, not "
                 f"{config.network.augment_dim}: the network must be told what was done to an image"
@@ -224,6 +227,8 @@ class BatchSource:
         noise = rng.normal((seed, "noise", step), rows, y.shape[1:])
         labels = done = None
         if training.augment:
+            from .augment import augment
+
             y, done = augment(y, training.augment, (seed, "augment", step), rows, flip=training.flip)
         elif training.flip:
             coins = rng.uniform((seed, "flips", step), rows, 1)
