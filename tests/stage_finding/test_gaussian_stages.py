@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 
 from multistage_diffusion.config import DiffusionConfig
 from multistage_diffusion.errors import UserError
+from multistage_diffusion.reporting import palette
 from multistage_diffusion.schedules import LogNormal
 from multistage_diffusion.schedules.edm import EDM
 from multistage_diffusion.stage_finding import StageResult, StageSettings, compute_stages, gaussian_stages
@@ -133,8 +134,9 @@ def test_it_is_stored_and_drawn(result: StageResult, tmp_path: Path) -> None:
     assert decode_png(result.strip).shape == (3 * 12, 8 * 12)
     plot_stages(result, tmp_path / "stages.png")
     picture = np.asarray(Image.open(tmp_path / "stages.png").convert("RGB")).astype(int)
-    orange = abs(picture - np.array([0xD5, 0x5E, 0x00])).max(-1) < 8  # the stages' frames
-    assert orange.sum() > 1000
+    for stage in range(3):
+        colour = np.array([int(palette.stage_colour(stage)[i : i + 2], 16) for i in (1, 3, 5)])
+        assert (abs(picture - colour).max(-1) < 8).sum() > 300  # the stage's frame
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_only_length_and_records_may_change(run: Run) -> None:
     ):
         with pytest.raises(
             ValueError,
-            match=r"may not change when a run is resumed; start a new run, or change only data.source, codec.source, train",
+            match=r"may not change when a run is resumed; start a new run, or change only data.source, data.class_names, codec.source, train",
         ):
             resume(run.path, changes)
     resume(run.path, {"optimizer.lr": run.config().optimizer.lr})  # the same again is no change
@@ -330,7 +330,7 @@ def test_guidance_counts_two_rows_a_sample_in_memory(
     asked = []
     monkeypatch.setattr(sample_module, "require_sampling_memory", lambda *given: asked.append(given[-1]))
     monkeypatch.setattr(sample_module, "images_at_once", lambda *given: asked.append(given[-1]) or 1)
-    monkeypatch.setattr(sample_module, "sample_images", lambda *_, **__: None)
+    monkeypatch.setattr(sample_module, "sample_images", lambda *_, **__: torch.zeros(1, 1, 8, 8))
     sampling = dataclasses.replace(run.config().sampling, guidance=guidance)
     sample(run, 1, sampling=sampling, device="cpu")
     assert asked == [rows, rows]
@@ -338,7 +338,12 @@ def test_guidance_counts_two_rows_a_sample_in_memory(
 
 def test_the_network_samples_in_the_precision_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(sample_module, "sample_images", lambda *_, autocast, **__: seen.append(autocast))
+
+    def noted(*_: Any, autocast: torch.dtype | None, **__: Any) -> torch.Tensor:
+        seen.append(autocast)
+        return torch.zeros(1, 1, 8, 8)
+
+    monkeypatch.setattr(sample_module, "sample_images", noted)
     for precision in ("auto", "fp32", "bf16", "fp16"):
         sample(run, 1, precision=precision, device="cpu")
     assert seen == [None, None, torch.bfloat16, torch.float16]
@@ -438,7 +443,7 @@ def test_the_report_is_one_file(run: Run) -> None:
     page = report(run, count=4)
     assert page == run.path / "report.html"
     text = page.read_text()
-    assert "Similarity curves on the data" in text
+    assert "what was measured on the data over the noise" in text
     assert "4 samples, not selected" in text
     assert "shared encoder" in text
 

@@ -131,7 +131,7 @@ def evaluate(
 
 def _features(run: Run, features: str | None, weights: Path | None) -> tuple[str, FeatureExtractor]:
     """Return the features that the user names, or else the run's: their name and the extractor."""
-    name = features or run.config().evaluation.features
+    name = run.config().evaluation.features if features is None else features
     return name, get_features(name, weights, named=features is not None)
 
 
