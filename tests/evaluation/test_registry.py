@@ -169,7 +169,7 @@ def test_a_toy_tracker_receives_the_numbers_of_the_log(run: Run, toys: ModuleTyp
     calls = [call for call in toys.CALLS if call[0] != "scalars"]
     assert calls[0] == ("open", run.path, 0)
     assert calls[1][1]["evaluation"]["metrics"] == ["toy-distance"]
-    (kind, step, (height, width)), last = calls[2:]
+    (kind, step, (width, height)), last = calls[2:]
     assert (kind, step, width, last) == ("images", 2, 2 * 65 + 1, ("close",))
     assert height > width  # captions: the class of each sample
     received = [call[1:] for call in toys.CALLS if call[0] == "scalars"]
