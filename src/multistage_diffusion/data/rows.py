@@ -22,6 +22,7 @@ from ..progress import reading
 
 Index = npt.NDArray[np.int64]
 
+LEAST_DRAWN = 16  # images that memory must hold at a time
 IN_MEMORY = 1 << 30  # bytes of the largest set of decoded images that is kept in memory
 _AT_ONCE = 256  # rows read at a time where all are read
 
@@ -210,7 +211,17 @@ def prefetch(rows: object, indices: Index) -> None:
 
 
 def fits_memory(count: int, shape: Sequence[int]) -> bool:
-    """Return whether `count` uint8 images of this shape (C, H, W) are kept in memory; else each is decoded when drawn."""
+    """Return whether `count` uint8 images of this shape (C, H, W) are kept in memory; else each is decoded when drawn.
+
+    Raises:
+        UserError: naming the size, if memory does not hold even the few that are drawn at a time.
+    """
+    height, width = shape[-2:]
+    require_memory(
+        min(count, LEAST_DRAWN) * math.prod(shape),
+        f"data.size={height}x{width} for {count} images",
+        "give a smaller --size, or fewer images",
+    )
     return count * math.prod(shape) <= min(IN_MEMORY, available_memory() // 4)
 
 

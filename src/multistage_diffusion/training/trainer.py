@@ -175,6 +175,7 @@ class Trainer:
             try:
                 if self.step < self.config.training.steps and not self.ended:
                     self._autotune()
+                self._make_up()
                 self._loop()
             finally:
                 for callback in self.callbacks:
@@ -206,6 +207,20 @@ class Trainer:
         self.optimization.zero_grad()
         for callback in self.callbacks:
             callback.chosen(self)
+
+    def _make_up(self) -> None:
+        """Score the held-out rows where a stop came before it, so that a resumed run records what any other does."""
+        every = self.config.training.held_out_every
+        due = bool(every) and self.step > 0 and (self.step % every == 0 or self.step == self.config.training.steps)
+        if not (due and self.held_out):
+            return
+        saved = latest_checkpoint(self.run.checkpoints, self.world)
+        if saved is None or ckpt.checkpoint_step(saved) != self.step:
+            return
+        scored = any(record["kind"] == "held_out" and record["step"] == self.step for record in self.run.records())
+        if self.world.broadcast_object(scored):
+            return
+        self.save(self._score_held_out(log=True), ckpt.read_state(saved)["quality"])
 
     def _loop(self) -> None:
         training = self.config.training
