@@ -7,6 +7,7 @@ import torch
 
 from multistage_diffusion import memory
 from multistage_diffusion.data import ImageData
+from multistage_diffusion.data import rows as rows_module
 from multistage_diffusion.data.rows import (
     ArrayRows,
     FileRows,
@@ -15,6 +16,7 @@ from multistage_diffusion.data.rows import (
     as_rows,
     batches,
     chunks,
+    fits_memory,
     prefetch,
     read,
     row_type,
@@ -235,3 +237,14 @@ def test_the_next_chunk_is_announced():
     source = Announced(10)
     assert [len(part) for part in chunks(source, 4)] == [4, 4, 2]
     assert source.announced == [[4, 5, 6, 7], [8, 9]]
+
+
+def test_sizes_of_which_memory_does_not_hold_a_few_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "require_memory", lambda needed, *words: asked.append((needed, *words[:1])))
+    asked: list[tuple[int, str]] = []
+    fits_memory(1000, (3, 20, 30))
+    fits_memory(5, (3, 20, 30))
+    assert asked == [
+        (16 * 1800, "data.size=20x30 for 1000 images"),
+        (5 * 1800, "data.size=20x30 for 5 images"),
+    ]
