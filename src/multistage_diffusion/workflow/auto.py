@@ -6,10 +6,12 @@ Everything is chosen from the images and the device, with a reason for each choi
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ..config import DataConfig, RunConfig
@@ -25,12 +27,14 @@ from ..performance.offload import SHARE, free_memory, training_memory
 from ..progress import Progress
 from ..shares import prior_masses
 from ..stage_finding import StageResult, StageSettings
+from .checks import SAMPLED
 from .stages import find_stages
 
 SIDES = {"cpu": 32, "gpu": 64}  # pixels to which larger images are reduced, unless a size is given
 LEAST_SIDE = 8  # of images in a folder
 COARSEST = 4  # least side of a network's coarsest feature maps
 FEW_IMAGES = 1000
+LEAST_DEVIATION = 0.01  # of images that hardly differ
 
 
 class Reason(NamedTuple):
@@ -76,7 +80,7 @@ def auto_config(
     Args:
         data: the source, or how it is read.
         changes: dotted keys that the user gives, see `override`; they are not chosen.
-        result: stages that the user gives; None: they are found, by the Gaussian denoiser.
+        result: stages that the user gives; None: even in the time of the VP kernel.
         device: default CUDA when there is one.
         progress: called with (done, total) while stages are found.
 
@@ -100,12 +104,12 @@ def auto_config(
     if not stages_given:
         result = find_stages(
             images.split(source.held_out)[0],
-            StageSettings(algorithm=2, denoiser="gaussian", stages=len(config.network.decoder_widths)),
-            diffusion=config.diffusion,
+            StageSettings(algorithm="timestep", stages=len(config.network.decoder_widths)),
             codec=config.codec if config.codec.used else None,
             device=device,
             progress=progress,
         )
+    config = _with_sigma_data(config, images.split(source.held_out)[0], given, reasons)
     config = _with_stages(config, result, given, reasons)
     config = _fitting_memory(config, given, where, reasons)
     reasons += _about(config, images)
@@ -174,25 +178,43 @@ def _based(base: RunConfig, source: DataConfig, images: ImageData, given: Mappin
     return override(base, {**{k: v for k, v in keys.items() if k not in own}, **own})
 
 
+def _with_sigma_data(
+    config: RunConfig, images: ImageData, given: Mapping[str, Any], reasons: list[Reason]
+) -> RunConfig:
+    """Return the configuration with sigma_data: of the images about their mean image; 1 for latents, scaled to that."""
+    if "diffusion.sigma_data" in given:
+        return config
+    if config.codec.used:
+        reasons.append(Reason("diffusion.sigma_data", "1", "the scale of the latents"))
+        return override(config, {"diffusion.sigma_data": 1.0})
+    found = round(deviation(images), 4)
+    reasons.append(Reason("diffusion.sigma_data", f"{found:g}", "standard deviation about the mean image"))
+    return override(config, {"diffusion.sigma_data": found})
+
+
+def deviation(images: ImageData) -> float:
+    """Return the standard deviation of a pixel in [-1, 1] about the mean image, of at most SAMPLED images."""
+    count, numbers = 0, np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(np.int64))
+    total, squares = np.zeros(images.shape), np.zeros(images.shape)
+    for part in images.subset(numbers).chunks():
+        levels = part.astype(np.float64) / 127.5 - 1.0
+        count += len(part)
+        total += levels.sum(0)
+        squares += (levels**2).sum(0)
+    return max(LEAST_DEVIATION, math.sqrt(max(0.0, float((squares / count - (total / count) ** 2).mean()))))
+
+
 def _with_stages(
     config: RunConfig, result: StageResult | None, given: Mapping[str, Any], reasons: list[Reason]
 ) -> RunConfig:
-    """Return the configuration with the stages, and with the noise that they were found for."""
+    """Return the configuration with the stages of a result; None: those that it has."""
     if result is None:
         return config
-    keys: dict[str, Any] = {"stages": result.stages()}
-    if result.diffusion is not None:
-        keys |= {"diffusion.sigma_data": round(result.diffusion.sigma_data, 4)}
-        reasons.append(
-            Reason(
-                "diffusion.sigma_data", f"{keys['diffusion.sigma_data']:g}", "standard deviation about the mean image"
-            )
-        )
-    keys = {key: value for key, value in keys.items() if key not in given}
     edges = ", ".join(f"{sigma:.3g}" for sigma in result.edges_sigma)
     shares = "/".join(f"{share:.0%}" for share in prior_masses(result.stages(), config.diffusion.prior))
-    reasons.append(Reason("stages", f"sigma {edges}", f"Gaussian denoiser of these images; {shares} of the noise"))
-    return override(config, keys)
+    how = "even in VP time" if result.settings.algorithm == "timestep" else "as given"
+    reasons.append(Reason("stages", f"sigma {edges}", f"{how}; {shares} of the training noise"))
+    return config if "stages.interior" in given else override(config, {"stages": result.stages()})
 
 
 def _fitting_memory(
