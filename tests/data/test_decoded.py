@@ -201,7 +201,7 @@ def test_ctrl_c_while_photos_are_read_is_answered_within_two_seconds(tmp_path):
         (tmp_path / f"{i:03}.jpg").write_bytes(buffer.getvalue())
     script = (
         "import sys\n"
-        "from multistage_diffusion.data import open_data\n"
+        "from multistage_diffusion.data.sources import open_data\n"
         "told = lambda *_: print('reading', flush=True)\n"
         "try:\n"
         "    open_data(sys.argv[1], size=(2999, 3999), fit='crop', progress=told)\n"

@@ -95,6 +95,7 @@ SHORT = [
 @pytest.fixture(autouse=True)
 def toy(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Put the file into the folder of families, which is read at the first lookup."""
+    FAMILIES.names()  # imports all others, which add themselves once only
     folder = tmp_path_factory.mktemp("nets")
     (folder / "toy.py").write_text(TOY)
     monkeypatch.setattr(multistage_diffusion.nets, "__path__", [*multistage_diffusion.nets.__path__, str(folder)])

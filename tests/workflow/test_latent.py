@@ -262,6 +262,8 @@ def test_a_network_blind_to_its_noise_is_warned_of(
         train(narrow, tmp_path / "narrow", result=result)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "the stages are those of CIFAR-10")
+        warnings.filterwarnings("ignore", "8 images held out")
         train(config, tmp_path / "wide", result=result)
 
 
