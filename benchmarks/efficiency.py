@@ -17,8 +17,8 @@ and beside them, to see what comes from the decoders and what from the rows that
 Settings: 16 and 32 (pixels a side; EDM's preconditioning and density), and two with networks of width 16 at 16x16 pixels:
 V, the paper's own setting in small: NCSN++ with noise prediction, VP, times drawn evenly, decoders of 24, 16 and 4 channels;
 E, the strong baseline: EDM's preconditioning, a density tuned for (a), stages of the Gaussian denoiser;
-edges, the pilot of which stages to prefer: as E with EDM's density and decoders of one width, so that only the edges differ:
-(c) of the Gaussian denoiser, (o) of the optimal denoiser, (d) of even length in time.
+edges, the pilot of which stages to prefer: as E with EDM's density; decoders of one width, so that only the edges differ: (c) of
+the Gaussian denoiser, (o) of the optimal denoiser, (d) of even length in time; --phase tuning adds variants of them.
 
 The Fréchet distance of 5,000 samples to the training images, on the features of the classifier that ships with the package,
 is taken at evaluation points fixed beforehand. The ratio is the compute at which (c) first reaches the best distance of
@@ -293,9 +293,18 @@ SETTINGS["edges"] = dataclasses.replace(
         "training.overlap": 0.25,
         "evaluation.every": 768,
     },
-    variants={"c": ({SPLIT: "gaussian"},), "o": ({SPLIT: "algorithm 1"},), "d": ({},)},
-    chosen={"c": 0, "o": 0, "d": 0},
-    steps={"tuning": 512, "final": 1536},
+    variants={
+        "a": ({}, {"diffusion.prior.p_mean": -0.58, "diffusion.prior.p_std": 1.51}),
+        "c": (
+            {SPLIT: "gaussian"},
+            {SPLIT: "gaussian", BRANCH: 0.5},
+            {SPLIT: "gaussian", "network.decoder_widths": [24, 16, 4], "training.shares": V_SHARES},
+        ),
+        "o": ({SPLIT: "algorithm 1"},),
+        "d": ({}, {"network.decoder_widths": [16, 8, 4]}),
+    },
+    chosen={"a": 0, "c": 0, "o": 0, "d": 0},
+    steps={"tuning": 1536, "final": 1536},
 )
 
 

@@ -98,6 +98,8 @@ def test_all_arms_and_variants_cost_the_same(bench: ModuleType) -> None:
         even=(1.469, 9.596),
     )
     for name, setting in bench.SETTINGS.items():
+        if name == "edges":  # compares variants, and chooses none
+            continue
         assert len({len(variants) for variants in setting.variants.values()}) == 1  # the same tuning for all
         costs = [
             bench.flops_per_image(bench.configuration(name, arm, variant, 11, 400, cuts))
