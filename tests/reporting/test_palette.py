@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from multistage_diffusion.reporting import palette
 from multistage_diffusion.reporting.palette import ON_DARK, SHARED, SHARED_ON_DARK, STAGE_COLOURS, contrast, tint
@@ -80,3 +81,10 @@ def test_every_colour_of_a_picture_is_a_variable_of_both_pages() -> None:
 
 def test_colours_go_round() -> None:
     assert palette.stage_colour(len(STAGE_COLOURS)) == palette.stage_colour(0) == STAGE_COLOURS[0]
+
+
+def test_the_width_is_that_of_the_whole_figure() -> None:
+    figure = Figure(figsize=(5, 3))
+    parts = figure.subfigures(1, 2)
+    assert palette.figure_width(parts[0].add_subplot()) == 5
+    assert palette.figure_width(Figure(figsize=(4, 3)).add_subplot()) == 4

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..escaping import shown
 from . import palette
-from .palette import stage_colour, stage_variable
+from .palette import figure_width, stage_colour, stage_variable
 from .pictures import data_uri
 
 LEAST = 1000.0  # pixels: no drawing needs more
@@ -244,8 +244,7 @@ def tidy(axes: Axes, x: str, y: str, title: str = "") -> None:
         if scale == "log":
             axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,), numticks=8))
             axis.set_minor_formatter(NullFormatter())
-    figure = axes.get_figure(root=True)
-    if x == "linear" and figure is not None and is_narrow(figure):
+    if x == "linear" and figure_width(axes) <= NARROW:
         axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from functools import cache
 
+from matplotlib.axes import Axes
+
 # White text on them has a contrast of at least 4.5; any two differ for every kind of colour vision, see the tests.
 STAGE_COLOURS = ("#0072b2", "#c2410c", "#1f4d2b", "#96577f", "#282894", "#51285e")
 ON_DARK = (
@@ -90,3 +92,10 @@ def _hex(parts: tuple[float, ...]) -> str:
 def _luminance(colour: str) -> float:
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (p / 255 for p in _parts(colour))]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def figure_width(axes: Axes) -> float:
+    """Return the width in inches of the whole figure of axes, also of axes in a sub-figure."""
+    part = axes.figure
+    assert part is not None
+    return float(part.figure.get_figwidth())  # the figure of a sub-figure is the whole one

@@ -22,7 +22,7 @@ from matplotlib.patches import Rectangle
 
 from .. import files
 from ..escaping import counted
-from ..reporting.palette import BAND, INK, SHARED, SOFT, WHITE, stage_colour, tint
+from ..reporting.palette import BAND, INK, SHARED, SOFT, WHITE, figure_width, stage_colour, tint
 from ..schedules import NoiseSchedule
 from ..schedules.vp import VP
 from .edge_preview import GAP, ROWS, SIDE, decode_png
@@ -125,8 +125,7 @@ def _edge_labels(result: StageResult, separator: str) -> list[str]:
 
 
 def _wide(axes: Axes) -> bool:
-    figure = axes.get_figure(root=True)
-    return figure is not None and figure.get_figwidth() > _NARROW
+    return figure_width(axes) > _NARROW
 
 
 def _title(axes: Axes, words: str, details: str) -> None:
