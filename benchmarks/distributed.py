@@ -5,7 +5,7 @@ Run it as: python benchmarks/distributed.py [--preset NAME] [--processes N] [--b
 
 Every process is a real one (torchrun, gloo) with the real trainer on random images. Bytes are counted where gradients are
 handed to all-reduce: by the trainer's reducer, and by DDP's communication hook; beside them stands the formula of
-performance/cost_model.py. DDP is torch's, around the whole network, with the same rows, objective and optimiser. Processes of one
+training/cost_model.py. DDP is torch's, around the whole network, with the same rows, objective and optimiser. Processes of one
 machine share its cores, so that seconds say little about a cluster: they are printed for the ratio only.
 """
 
@@ -34,10 +34,10 @@ from multistage_diffusion.data import ImageData
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.distributed import World, join
 from multistage_diffusion.files import write_json
-from multistage_diffusion.performance.cost_model import Machine, step_costs
 from multistage_diffusion.shares import row_counts, stage_shares, stage_weights
 from multistage_diffusion.training.batches import BatchSource
 from multistage_diffusion.training.callbacks import Callback
+from multistage_diffusion.training.cost_model import Machine, step_costs
 from multistage_diffusion.training.ema import EMA
 from multistage_diffusion.training.losses import objective, stage_losses
 from multistage_diffusion.training.optimizer import make_optimizer

@@ -51,16 +51,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multistage_diffusion import compare, find_stages, override, preset, resume, rng, train
 from multistage_diffusion import statistics as statistics_of
-from multistage_diffusion.config import DataConfig, RunConfig, SamplingConfig
+from multistage_diffusion.config import DataConfig, RunConfig
 from multistage_diffusion.config.serialization import read_json, to_dict
 from multistage_diffusion.contracts import Denoiser
 from multistage_diffusion.data import to_float
 from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.files import write_json
-from multistage_diffusion.nets.cost import network_cost
 from multistage_diffusion.optimal import OptimalDenoiser
-from multistage_diffusion.reporting.describe import calls_per_stage
+from multistage_diffusion.reporting.describe import sampling_flops
 from multistage_diffusion.shares import row_counts, stage_shares, stage_weights
 from multistage_diffusion.stage_finding import StageSettings
 from multistage_diffusion.stages import Stages
@@ -407,12 +406,6 @@ def curve(run: Run) -> list[dict[str, float]]:
 
 
 # -- the cost of sampling ---------------------------------------------------------------------------------------------------
-
-
-def sampling_flops(config: RunConfig, sampling: SamplingConfig) -> int:
-    """Return the operations of sampling one image."""
-    cost = network_cost(config.network, *config.input_shape[1:])
-    return sum(n * s.true_flops for n, s in zip(calls_per_stage(config, sampling), cost.stages, strict=True))
 
 
 def sampled(path: Path, reference: Path, threads: int) -> list[dict[str, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
 import sys
@@ -162,19 +161,6 @@ def test_what_is_known_is_printed_and_drawn(
     ]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert read_json(out)["final"] == runs
-
-
-def test_sampling_costs_what_its_calls_cost(bench: ModuleType) -> None:
-    cuts = bench.Cuts(splits={"algorithm 1": (0.8448, 10.275)}, even=(1.469, 9.596))
-    one, several = (bench.configuration("V", arm, 0, 11, 400, cuts) for arm in "ac")
-    sampling = dataclasses.replace(one.sampling, calls=10)
-    costs = [bench.network_cost(config.network, 16, 16).stages for config in (one, several)]
-    assert bench.sampling_flops(one, sampling) == 10 * costs[0][0].true_flops
-    calls = bench.calls_per_stage(several, sampling)
-    assert sum(calls) == 10
-    assert bench.sampling_flops(several, sampling) == sum(
-        n * s.true_flops for n, s in zip(calls, costs[1], strict=True)
-    )
 
 
 def test_the_sampling_ratio_is_of_the_flops_to_the_first_arm_s_best(bench: ModuleType) -> None:

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("data", "records", "shares"),
     # L1: finding stages, networks, pictures
-    ("nets", "optimal", "preconditioning", "reporting.captions", "reporting.palette", "trackers"),
+    ("nets", "optimal", "preconditioning", "palette", "reporting.captions", "trackers"),
     ("reporting.pictures",),
     ("performance", "reporting.html", "reporting.samples", "stage_finding"),
     # L2: from networks to images
@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # L3: training and judging, which do not know each other
     ("evaluation", "interop", "training"),
     # L4: what a user calls
-    ("latent.codec_training", "performance.cost_model", "performance.profiling", "planning", "reporting"),
+    ("latent.codec_training", "planning", "reporting"),
     ("console", "workflow"),
     ("commands",),
     ("cli",),

@@ -124,18 +124,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         UserError: if it cannot be written, or the path is something other than a file.
     """
-    refuse_special(path)
-    make_folder(path.parent)
-    sweep(path.parent)
-    with disk_errors(path):
-        temporary = temporary_name(path)
-        try:
-            _write_new(temporary, data, _mode(path), becomes=path)
-            sync_folder(path.parent)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+    with new_file(path, overwrite=True) as file:
+        file.write(data)
 
 
 @contextmanager
@@ -180,21 +170,10 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         UserError: if it cannot be written.
     """
-    with disk_errors(path):
-        _write_new(path, data)
-
-
-def _write_new(path: Path, data: bytes, mode: int | None = None, becomes: Path | None = None) -> None:
-    """Create a file, locked until it has its final name, so that no other process takes it for a leftover."""
-    handle = _new_file(path)
-    with os.fdopen(handle, "wb") as file:
-        if mode is not None:
-            os.fchmod(handle, mode)
+    with disk_errors(path), os.fdopen(_new_file(path), "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(handle)
-        if becomes is not None:
-            os.replace(path, becomes)
+        os.fsync(file.fileno())
 
 
 def _new_file(path: Path) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -9,12 +10,15 @@ import pytest
 from multistage_diffusion.config import RunConfig, SamplingConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override
+from multistage_diffusion.nets.cost import network_cost
 from multistage_diffusion.reporting.describe import (
     architecture_rows,
+    calls_per_stage,
     describe,
     description_table,
     edge_time,
     sampler_words,
+    sampling_flops,
 )
 from multistage_diffusion.schedules.discrete import Discrete
 from multistage_diffusion.schedules.edm import EDM
@@ -183,3 +187,14 @@ def test_open_ends_have_finite_times(schedule: VP | EDM | Discrete) -> None:
 def test_no_shape_is_a_clear_error() -> None:
     with pytest.raises(ValueError, match=r"data.shape=\[\] must be \[channels, height, width\]"):
         describe(RunConfig())
+
+
+def test_sampling_costs_what_its_calls_cost() -> None:
+    config = preset("cifar10-edm")
+    sampling = dataclasses.replace(config.sampling, solver="ddim", calls=10)
+    calls = calls_per_stage(config, sampling)
+    assert sum(calls) == 10
+    stages = network_cost(config.network, 32, 32).stages
+    assert sampling_flops(config, sampling) == sum(n * stage.true_flops for n, stage in zip(calls, stages, strict=True))
+    one = override(config, {"stages.interior": [], "network.decoder_widths": [128]})
+    assert sampling_flops(one, sampling) == 10 * network_cost(one.network, 32, 32).stages[0].true_flops

@@ -5,6 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from multistage_diffusion.palette import STAGE_COLOURS, tint
 from multistage_diffusion.reporting.html import (
     NARROW,
     WIDE,
@@ -20,7 +21,6 @@ from multistage_diffusion.reporting.html import (
     table,
     tidy,
 )
-from multistage_diffusion.reporting.palette import STAGE_COLOURS, tint
 
 
 def draw(figure: Figure) -> None:

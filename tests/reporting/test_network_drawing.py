@@ -16,10 +16,10 @@ from multistage_diffusion.cli import main
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override
+from multistage_diffusion.palette import STAGE_COLOURS
 from multistage_diffusion.reporting.describe import describe
 from multistage_diffusion.reporting.network_drawing import draw_network
 from multistage_diffusion.reporting.network_layout import network_layout
-from multistage_diffusion.reporting.palette import STAGE_COLOURS
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -2,7 +2,6 @@ import base64
 import dataclasses
 import io
 import json
-import math
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,17 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+from multistage_diffusion import palette
 from multistage_diffusion.config import DataConfig, NetworkConfig, RunConfig
 from multistage_diffusion.config.serialization import override, to_dict
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import EvaluationResult, MetricValue, PixelFeatures, evaluate_samples
 from multistage_diffusion.files import write_json
-from multistage_diffusion.reporting import palette
 from multistage_diffusion.reporting.captions import STRIP
 from multistage_diffusion.reporting.describe import describe
 from multistage_diffusion.reporting.network_drawing import draw_network
 from multistage_diffusion.reporting.pictures import grid, save_png
-from multistage_diffusion.reporting.report import POINTS, ArchitectureRow, Neighbours, _curve, write_report
+from multistage_diffusion.reporting.report import ArchitectureRow, Neighbours, write_report
 from multistage_diffusion.stage_finding import StageSettings, compute_stages
 from multistage_diffusion.stages import Stages
 
@@ -353,16 +352,6 @@ def test_metrics_are_explained(tmp_path: Path) -> None:
     assert "\nReal images\n" not in text
     with pytest.raises(ValueError, match="evaluation: against is missing; evaluate"):
         write_report(tmp_path, **arguments, evaluation=[{"extractor": "x"}])  # type: ignore[arg-type]
-
-
-def test_curves_are_thinned_by_averaging() -> None:
-    records = [{"images": i, "loss": [float(i % 2), None, math.nan]} for i in range(2 * POINTS)]
-    x, y = _curve(records, lambda r: r["loss"][0])
-    assert len(x) == POINTS
-    assert x[:2] == [0.5, 2.5]
-    assert set(y) == {0.5}
-    assert _curve(records, lambda r: r["loss"][1]) == ([], [])
-    assert _curve(records, lambda r: r["loss"][2]) == ([], [])
 
 
 def test_broken_files_and_unequal_neighbours_are_named(tmp_path: Path) -> None:

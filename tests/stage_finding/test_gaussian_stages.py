@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from multistage_diffusion import palette
 from multistage_diffusion.config import DiffusionConfig
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.reporting import palette
 from multistage_diffusion.schedules import LogNormal
 from multistage_diffusion.schedules.edm import EDM
 from multistage_diffusion.stage_finding import StageResult, StageSettings, compute_stages, gaussian_stages

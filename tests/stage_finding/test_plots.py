@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from multistage_diffusion.reporting import palette
+from multistage_diffusion import palette
 from multistage_diffusion.schedules.ve import VE
 from multistage_diffusion.stage_finding import StageSettings, compute_stages
 from multistage_diffusion.stage_finding.edge_preview import decode_png

@@ -18,9 +18,9 @@ from tiny import tiny_config, tiny_data
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.distributed import ALONE, World
 from multistage_diffusion.nets.cost import network_cost
-from multistage_diffusion.performance.cost_model import step_costs
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.checkpoint import list_checkpoints, load_tensors, read_state
+from multistage_diffusion.training.cost_model import step_costs
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow.sample import sample

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -86,6 +88,24 @@ def test_small_images_of_several_sizes_get_the_largest_common_multiple_of_eight(
     assert auto_config(str(folder_of(tmp_path, (21, 30), (26, 19))), device="cpu").config.data.size == (16, 16)
 
 
+def test_images_of_several_sizes_in_another_source_are_cropped_to_what_the_device_can_train(tmp_path: Path) -> None:
+    folder_of(tmp_path, (44, 60), (70, 37))
+    archive = shutil.make_archive(str(tmp_path / "photos"), "tar", tmp_path / "photos")
+    found = auto_config(archive, device="cpu")
+    assert (found.config.data.size, found.config.data.fit) == ((32, 32), "crop")
+    assert "images of several sizes" in found.table()
+
+
+def test_processes_share_the_memory_of_cpus_and_agree_on_the_smallest() -> None:
+    class Four:
+        size = 4
+
+        def all_gather_object(self, own: int) -> list[int]:
+            return [own, 8000, 4000, 6000]
+
+    assert auto._memory_of_each(Four(), torch.device("cpu")) == 1000  # type: ignore[arg-type]
+
+
 def test_keys_that_are_given_are_not_chosen(photos: Path) -> None:
     given = {
         "data.size": [16, 24],
@@ -102,6 +122,9 @@ def test_keys_that_are_given_are_not_chosen(photos: Path) -> None:
     assert config.diffusion.sigma_data == 0.4
     assert config.training.accumulate == 4
     assert config.training.steps == 3
+    why = {reason.setting: reason.reason for reason in found.reasons}
+    assert why["network"] == "as given"
+    assert why["training.steps"].startswith("as given;")
     assert config.diffusion.prior.p_mean == -0.5
 
 
@@ -118,7 +141,7 @@ def test_stages_that_are_given_are_kept(photos: Path) -> None:
 @pytest.mark.slow
 def test_arrays_of_one_size_are_opened_as_they_are(tmp_path: Path) -> None:
     np.save(tmp_path / "small.npy", PIXELS)
-    assert auto_config(str(tmp_path / "small.npy"), device="cpu").config.data.size is None
+    assert auto_config(str(tmp_path / "small.npy"), device="cpu").config.data.size == (8, 8)
     np.save(tmp_path / "large.npy", PIXELS.repeat(6, 1).repeat(6, 2))
     found = auto_config(str(tmp_path / "large.npy"), device="cpu").config.data
     assert (found.size, found.fit) == ((32, 32), "crop")

@@ -163,12 +163,22 @@ def test_a_stop_does_not_wait_for_an_evaluation(tmp_path: Path, monkeypatch: pyt
             raise AssertionError("sampling went on")
         return torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
 
-    monkeypatch.setattr(evaluation_callback_module, "sample_images", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="stopped at step 3 with a checkpoint"):
-        train(tiny(tmp_path), tmp_path / "run", callbacks=[Knows()])
-    run = Run(tmp_path / "run")
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    config = tiny(tmp_path, training__held_out_every=3)
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation_callback_module, "sample_images", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 3 with a checkpoint"):
+            train(config, tmp_path / "stopped" / "run", callbacks=[Knows()])
+    run = Run(tmp_path / "stopped" / "run")
     assert steps(run) == [3]
     assert {record["kind"] for record in run.records()} <= {"train"}  # neither evaluated nor scored
+
+    whole = train(config, tmp_path / "whole" / "run")
+    (files, records), (expected, known) = outcome(resume(run.path)), outcome(whole)  # both are made up for
+    assert files == expected
+    assert sorted(map(str, records)) == sorted(map(str, known))
+    assert run.checkpoint("best").name == whole.checkpoint("best").name
 
 
 # -- the best, and the end --------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from multistage_diffusion.stage_finding import StageSettings, compute_stages
 from multistage_diffusion.training.checkpoint import load_tensors
 from multistage_diffusion.training.flops import flops_per_image
 from multistage_diffusion.training.run import Run
+from multistage_diffusion.workflow.auto import auto_config
 from multistage_diffusion.workflow.evaluate import evaluate
 from multistage_diffusion.workflow.latent import decoder, reconstruct
 from multistage_diffusion.workflow.report import report
@@ -131,6 +132,17 @@ def test_a_sigma_data_that_does_not_suit_the_latents_is_warned_of(config: RunCon
     edm = {"diffusion": DiffusionConfig(precondition="edm", sigma_data=0.3, prior=LogNormal())}
     with pytest.warns(UserWarning, match=r"sigma_data=0.3, but the latents' standard deviation is 1;"):
         train(override(config, edm), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_configuration_is_chosen_for_latents_too(config: RunConfig, codec: Path, tmp_path: Path) -> None:
+    small = {key: value for key, value in TINY.items() if key.startswith(("network.d", "training."))}
+    given = {**small, "codec.source": str(codec), "network.encoder_width": 16, "network.decoder_widths": [16, 16, 16]}
+    chosen = auto_config(config.data.source, {**given, "evaluation.every": 0}, device="cpu")
+    assert chosen.config.diffusion.sigma_data == 1.0
+    run = train(chosen.config, tmp_path / "run", result=chosen.result, device="cpu")
+    assert run.config().input_shape == (4, 4, 3)
+    assert run.config().stages == chosen.config.stages
 
 
 def test_images_are_encoded_once(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,9 @@ from ..config.serialization import override, to_dict
 from ..console import Bar, TrainingProgress, console
 from ..distributed import in_many, is_main_process
 from ..errors import UserError
-from ..performance.profiling import Profile, require_profile_place
 from ..stage_finding import StageResult
 from ..training.callbacks import Callback
+from ..training.profiling import Profile, require_profile_place
 from ..training.run import Run
 from ..training.strategies import STRATEGIES
 from ..training.trainer import Trainer

@@ -37,8 +37,8 @@ class DataConfig:
         shape: (channels, height, width) of an image, recorded and checked in the same way.
         class_counts: training images of each class, recorded when a class-conditional run starts; samples for
             evaluation have these frequencies.
-        class_names: names of the classes, in order, recorded when a class-conditional run starts on data that name them;
-            may be given for data that only number them. () or too few: classes have their numbers as names.
+        class_names: names of the classes, recorded when a class-conditional run starts on data that name them, or given for
+            data that only number them. () or too few: classes have their numbers as names.
     """
 
     source: str = "digits"

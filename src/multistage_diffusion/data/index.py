@@ -16,7 +16,7 @@ from .content import Content, Fingerprint, content_of, position
 from .decoding import Decoder, Loaded, Pixels, Size, coloured
 from .fitting import padded_content, reachable, wrong_size
 from .image_files import ImageFiles
-from .options import Options
+from .options import Options, SizesDifferError
 from .rows import fits_memory
 from .workers import each, task_size
 
@@ -163,7 +163,7 @@ class _Reading:
             return
         if len(self.sizes) > 1:
             (h0, w0), first = next(iter(self.sizes.items()))
-            raise UserError(
+            raise SizesDifferError(
                 f"{source}: images differ in size: {first} is {h0}x{w0} but {name} is {found[0]}x{found[1]} (height x "
                 f"width); add --size H W --fit crop (or --fit resize, or --fit pad)"
             )

@@ -12,6 +12,10 @@ from ..progress import Progress
 Fit = Literal["exact", "crop", "resize", "pad"]
 
 
+class SizesDifferError(UserError):
+    """Images have several sizes, and no size was given to which they are brought."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of `open_data`, with which every source is opened.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .denoising_errors import Difference
+from .likelihood import Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,8 @@ class ComparedRun:
     step: int
     edges: tuple[float, ...]
     errors: tuple[float, ...]
-    differences: tuple[Difference, ...]
-    bound: Difference | None
+    differences: tuple[Estimate, ...]
+    bound: Estimate | None
     training: tuple[tuple[float, float], ...]
     sampling: tuple[tuple[float, float], ...]
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ..contracts import Conditioning, Denoiser
 from ..progress import Progress
 from ..rng import normal
+from .likelihood import Estimate
 
 
 @torch.no_grad()
@@ -53,28 +51,18 @@ def denoising_errors(
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """A mean of paired differences over rows, and its standard error."""
+def relative_differences(errors: Tensor, base: Tensor) -> tuple[Estimate, ...]:
+    """Return, for every noise level, the difference of two denoisers' errors (M, N) over the mean error of `base`.
 
-    mean: float
-    error: float
-
-    @classmethod
-    def of(cls, rows: Tensor, scale: float = 1.0) -> Difference:
-        """Return the mean difference of values (N,), N >= 2, over a scale."""
-        return cls(mean=float(rows.mean()) / scale, error=float(rows.std()) / math.sqrt(len(rows)) / scale)
+    The differences are paired: their standard errors are those of the rows' differences.
+    """
+    return tuple(Estimate.of((own - other) / other.mean()) for own, other in zip(errors, base, strict=True))
 
 
-def relative_differences(errors: Tensor, base: Tensor) -> tuple[Difference, ...]:
-    """Return, for every noise level, the difference of two denoisers' errors (M, N) over the mean error of `base`."""
-    return tuple(Difference.of(own - other, float(other.mean())) for own, other in zip(errors, base, strict=True))
-
-
-def bound_difference(errors: Tensor, base: Tensor, sigmas: Tensor) -> Difference:
+def bound_difference(errors: Tensor, base: Tensor, sigmas: Tensor) -> Estimate:
     """Return the difference of two denoisers' variational bounds over the range of the levels, in nats per dimension.
 
     The bound's integrand is error / sigma² over ln sigma (see `likelihood`), integrated by trapezoids.
     """
     integrand = (errors - base) / sigmas[:, None] ** 2
-    return Difference.of(torch.trapezoid(integrand, sigmas.log(), dim=0))
+    return Estimate.of(torch.trapezoid(integrand, sigmas.log(), dim=0))

@@ -14,16 +14,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from ..evaluation.compared import RunsComparison
-from ..evaluation.denoising_errors import Difference
+from ..evaluation.likelihood import Estimate
 from ..files import write_atomic
+from ..palette import INK, SOFT, stage_colour
 from .html import chart, escape, facts, label, note, page, table, tidy
-from .palette import INK, SOFT, stage_colour
 
 BITS = 1 / math.log(2)
 _HEIGHT = 3.6  # inches of a chart
 
 
-def bound_words(bound: Difference | None, pixels: bool) -> str:
+def bound_words(bound: Estimate | None, pixels: bool) -> str:
     """Return the difference of the variational bound as text, e.g. "-0.012 ± 0.003 bits/dim"; empty for None."""
     if bound is None:
         return ""

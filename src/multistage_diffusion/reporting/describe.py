@@ -114,6 +114,12 @@ def calls_per_stage(config: RunConfig, sampling: SamplingConfig | None = None) -
     return calls
 
 
+def sampling_flops(config: RunConfig, sampling: SamplingConfig | None = None) -> int:
+    """Return the true FLOPs of sampling one image by a sampler (default: the run's), without guidance."""
+    cost = network_cost(config.network, *config.input_shape[1:])
+    return sum(n * stage.true_flops for n, stage in zip(calls_per_stage(config, sampling), cost.stages, strict=True))
+
+
 def edge_time(schedule: NoiseSchedule, sigma: float) -> float:
     """Return the time of a stage edge; sigma = 0 gives 0, and sigma = inf the schedule's t_max."""
     if sigma <= 0:

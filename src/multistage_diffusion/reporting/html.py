@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 
+from .. import palette
 from ..escaping import shown
-from . import palette
-from .palette import figure_width, stage_colour, stage_variable
+from ..palette import figure_width, stage_colour, stage_variable
 from .pictures import data_uri
 
 LEAST = 1000.0  # pixels: no drawing needs more

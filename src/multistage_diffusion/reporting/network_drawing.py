@@ -14,9 +14,9 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.patheffects import withStroke
 
 from ..config.network import NetworkConfig
+from ..palette import CARD, INK, LINE, SHARED, SOFT, stage_colour, tint
 from .describe import sampler_words
 from .network_layout import BOTTOM, ROW, Block, Column, Layout, network_layout
-from .palette import CARD, INK, LINE, SHARED, SOFT, stage_colour, tint
 
 SKIP = "#a3abb8"  # of skip connections
 

@@ -22,7 +22,7 @@ from matplotlib.patches import Rectangle
 
 from .. import files
 from ..escaping import counted
-from ..reporting.palette import BAND, INK, SHARED, SOFT, WHITE, figure_width, stage_colour, tint
+from ..palette import BAND, INK, SHARED, SOFT, WHITE, figure_width, stage_colour, tint
 from ..schedules import NoiseSchedule
 from ..schedules.vp import VP
 from .edge_preview import GAP, ROWS, SIDE, decode_png

@@ -60,6 +60,10 @@ class Callback(Protocol[TrainerT]):
         """Training starts or resumes at trainer.step; a text that is returned says why it ends before the first step."""
         return None
 
+    def resumed(self, trainer: TrainerT) -> Evaluated | None:
+        """Training goes on from a checkpoint; return the evaluation of its weights that a stop has left out."""
+        return None
+
     def chosen(self, trainer: TrainerT) -> None:
         """The trainer has chosen its execution; autotuning may have taken minutes."""
         return

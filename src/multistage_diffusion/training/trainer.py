@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -209,18 +209,25 @@ class Trainer:
             callback.chosen(self)
 
     def _make_up(self) -> None:
-        """Score the held-out rows where a stop came before it, so that a resumed run records what any other does."""
-        every = self.config.training.held_out_every
-        due = bool(every) and self.step > 0 and (self.step % every == 0 or self.step == self.config.training.steps)
-        if not (due and self.held_out):
-            return
+        """Evaluate and score what a stop at this step came before, so that a resumed run records what any other does."""
         saved = latest_checkpoint(self.run.checkpoints, self.world)
         if saved is None or ckpt.checkpoint_step(saved) != self.step:
             return
-        scored = any(record["kind"] == "held_out" and record["step"] == self.step for record in self.run.records())
-        if self.world.broadcast_object(scored):
-            return
-        self.save(self._score_held_out(log=True), ckpt.read_state(saved)["quality"])
+        evaluated = self._taken(callback.resumed(self) for callback in self.callbacks)
+        score = self._score_held_out(log=True) if self._owes_score() else None
+        if evaluated is not None or score is not None:
+            state = ckpt.read_state(saved)
+            quality = state["quality"] if evaluated is None else evaluated.quality
+            self.save(state["score"] if score is None else score, quality)
+
+    def _owes_score(self) -> bool:
+        """Return whether a held-out loss is due at this step that has not been logged."""
+        every = self.config.training.held_out_every
+        due = bool(every) and (self.step % every == 0 or self.step == self.config.training.steps)
+        if not (due and self.held_out):
+            return False
+        logged = any(record["kind"] == "held_out" and record["step"] == self.step for record in self.run.records())
+        return not self.world.broadcast_object(logged)
 
     def _loop(self) -> None:
         training = self.config.training
@@ -228,7 +235,7 @@ class Trainer:
         self._prefetch(self.step)
         while self.step < training.steps and not self.ended:
             self._iterate()
-            evaluated = self._evaluated()
+            evaluated = self._taken(callback.stepped(self) for callback in self.callbacks)
             last = self.step == training.steps or bool(self.ended)
             if self.step % training.log_every == 0 or last:
                 self._log(self.log.record(self.step, self.images, self.optimization.lr))
@@ -244,11 +251,10 @@ class Trainer:
             if stopping:
                 return
 
-    def _evaluated(self) -> Evaluated | None:
-        """Call the callbacks after a step; log and return their evaluation, if there is one."""
+    def _taken(self, answers: Iterable[Evaluated | None]) -> Evaluated | None:
+        """Log the evaluation among the answers of the callbacks, if there is one, and return it."""
         found = None
-        for callback in self.callbacks:
-            evaluated = callback.stepped(self)
+        for evaluated in answers:
             if evaluated is not None:
                 found = evaluated
                 self.ended = evaluated.stop_reason or self.ended

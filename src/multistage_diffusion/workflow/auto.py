@@ -19,10 +19,12 @@ from ..config.image_presets import IMAGE_SIZES, preset_name
 from ..config.presets import PRESETS, preset
 from ..config.serialization import override
 from ..data import ImageData
+from ..data.options import SizesDifferError
 from ..data.peek import image_sizes
 from ..data.sources import is_folder_or_zip, open_data, to_path
+from ..distributed import World
 from ..errors import UserError
-from ..performance.devices import resolve_device
+from ..performance.devices import joined
 from ..performance.offload import SHARE, free_memory, training_memory
 from ..progress import Progress
 from ..shares import prior_masses
@@ -87,7 +89,7 @@ def auto_config(
     Raises:
         UserError: if the data cannot be read, or a key does not fit.
     """
-    given, where = dict(changes or {}), resolve_device(device)
+    given, (world, where) = dict(changes or {}), joined(device, "auto")
     kind = "gpu" if where.type == "cuda" else "cpu"
     source, reasons = DataConfig(source=data) if isinstance(data, str) else data, list[Reason]()
     if source.source in PRESETS and result is None:
@@ -111,8 +113,8 @@ def auto_config(
         )
     config = _with_sigma_data(config, images.split(source.held_out)[0], given, reasons)
     config = _with_stages(config, result, given, reasons)
-    config = _fitting_memory(config, given, where, reasons)
-    reasons += _about(config, images)
+    config = _fitting_memory(config, given, _memory_of_each(world, where), world.size, reasons)
+    reasons += _about(config, images, given)
     return AutoConfig(config=config, result=result, reasons=tuple(reasons))
 
 
@@ -124,25 +126,30 @@ def _sized(data: DataConfig, given: Mapping[str, Any], kind: str, reasons: list[
         fit = "crop" if data.fit == "exact" and "fit" not in known else data.fit
         reasons.append(Reason("data.size", _by(data.size), "as given"))
         return dataclasses.replace(data, fit=fit)
-    most = SIDES[kind]
-    if is_folder_or_zip(data.source):
-        sizes = image_sizes(to_path(data.source))
-        if not sizes:
-            return data  # opening says what is wrong
-        least = min(min(size) for size in sizes)
-        if len(set(sizes)) == 1 and max(sizes[0]) <= most:
-            reasons.append(Reason("data.size", _by(sizes[0]), "the images' own"))
-            return dataclasses.replace(data, size=sizes[0], fit="crop")
-        side = min(most, max(LEAST_SIDE, least - least % 8))
-        why = f"centre of images of {_range(sizes)}; --size H W for another"
-    else:
-        own = open_data(data).shape[1:]
-        if max(own) <= most:
-            reasons.append(Reason("data.size", _by(own), "the images' own"))
-            return data
-        side, why = most, f"centre of images of {_by(own)}; --size H W for another"
-    reasons.append(Reason("data.size", _by((side, side)), why))
+    sizes, most = _sizes(data), SIDES[kind]
+    if len(sizes) == 1 and max(sizes[0]) <= most:
+        reasons.append(Reason("data.size", _by(sizes[0]), "the images' own"))
+        return dataclasses.replace(data, size=sizes[0], fit="crop")
+    least = min((min(size) for size in sizes), default=most)
+    side = min(most, max(LEAST_SIDE, least - least % 8))
+    reasons.append(
+        Reason("data.size", _by((side, side)), f"centre of images of {_range(sizes)}; --size H W for another")
+    )
     return dataclasses.replace(data, size=(side, side), fit="crop")
+
+
+def _sizes(data: DataConfig) -> list[tuple[int, int]]:
+    """Return the sizes (height, width) of the images, smallest area first; [] if they differ and are not known.
+
+    Of a folder or zip file some are looked at; what is opened otherwise mostly has one size.
+    """
+    if is_folder_or_zip(data.source) and (found := image_sizes(to_path(data.source))):
+        return sorted(set(found), key=lambda size: size[0] * size[1])
+    try:
+        height, width = open_data(data).shape[1:]
+    except SizesDifferError:
+        return []
+    return [(height, width)]
 
 
 def _by(size: tuple[int, ...]) -> str:
@@ -150,9 +157,10 @@ def _by(size: tuple[int, ...]) -> str:
 
 
 def _range(sizes: list[tuple[int, int]]) -> str:
-    """Return the sizes of images as text: the smallest and the largest."""
-    ordered = sorted(set(sizes), key=lambda size: size[0] * size[1])
-    return _by(ordered[0]) if len(ordered) == 1 else f"{_by(ordered[0])} to {_by(ordered[-1])}"
+    """Return the smallest and the largest of several sizes as text."""
+    if not sizes:
+        return "several sizes"
+    return _by(sizes[0]) if len(sizes) == 1 else f"{_by(sizes[0])} to {_by(sizes[-1])}"
 
 
 def _based(base: RunConfig, source: DataConfig, images: ImageData, given: Mapping[str, Any]) -> RunConfig:
@@ -217,17 +225,25 @@ def _with_stages(
     return config if "stages.interior" in given else override(config, {"stages": result.stages()})
 
 
+def _memory_of_each(world: World, where: torch.device) -> int:
+    """Return the bytes that the process with the least of them may use; processes on CPUs are taken to share theirs."""
+    least: int = min(world.all_gather_object(free_memory(where)))
+    return least // (world.size if where.type == "cpu" else 1)
+
+
 def _fitting_memory(
-    config: RunConfig, given: Mapping[str, Any], where: torch.device, reasons: list[Reason]
+    config: RunConfig, given: Mapping[str, Any], there: int, processes: int, reasons: list[Reason]
 ) -> RunConfig:
-    """Return the configuration with a batch in as many parts as memory requires."""
+    """Return the configuration with a batch in as many parts as the memory of each process requires."""
     batch = config.training.batch
     if config.codec.used or "training.accumulate" in given:
         return config
-    there = free_memory(where)
-    parts = next((p for p in _halvings(batch) if training_memory(config, -(-batch // p)) <= SHARE * there), batch)
-    needed = training_memory(config, -(-batch // parts))
-    why = f"about {needed / 2**30:.1f} GiB of the {there / 2**30:.1f} GiB free"
+
+    def needed(parts: int) -> float:
+        return training_memory(config, -(-batch // (parts * processes)))
+
+    parts = next((parts for parts in _halvings(batch) if needed(parts) <= SHARE * there), batch)
+    why = f"about {needed(parts) / 2**30:.1f} GiB of the {there / 2**30:.1f} GiB free"
     reasons.append(Reason("training.batch", f"{batch}" if parts == 1 else f"{batch} in {parts} parts", why))
     return override(config, {"training.accumulate": parts})
 
@@ -240,13 +256,21 @@ def _halvings(batch: int) -> Iterator[int]:
         parts *= 2
 
 
-def _about(config: RunConfig, images: ImageData) -> list[Reason]:
+def _about(config: RunConfig, images: ImageData, given: Mapping[str, Any]) -> list[Reason]:
     """Return what a user should know of the choices that do not depend on the images."""
     network, training = config.network, config.training
+
+    def source(prefix: str) -> str:
+        return "as given" if any(key.startswith(prefix) for key in given) else "of the preset"
+
     widths = "/".join(map(str, network.decoder_widths))
     found = [
-        Reason("network", f"{network.family} {network.encoder_width}, decoders {widths}", "of the preset"),
-        Reason("training.steps", str(training.steps), "of the preset; stop with Ctrl-C and resume at any time"),
+        Reason("network", f"{network.family} {network.encoder_width}, decoders {widths}", source("network.")),
+        Reason(
+            "training.steps",
+            str(training.steps),
+            f"{source('training.steps')}; stop with Ctrl-C and resume at any time",
+        ),
         Reason("training.flip", str(training.flip).lower(), "true doubles the images, if mirrored ones are right"),
     ]
     if images.labels is not None and not network.num_classes:

@@ -15,11 +15,10 @@ from ..config.serialization import from_dict
 from ..errors import UserError
 from ..evaluation.compared import ComparedRun, RunsComparison
 from ..evaluation.denoising_errors import bound_difference, denoising_errors, relative_differences
-from ..nets.cost import network_cost
 from ..performance.devices import resolve_device
 from ..progress import Progress
 from ..records import read_evaluations
-from ..reporting.describe import calls_per_stage
+from ..reporting.describe import sampling_flops
 from ..training.checkpoint import checkpoint_step
 from ..training.run import Run
 from .likelihood import network_inputs, noise_range
@@ -156,13 +155,11 @@ def _training_curve(run: Run, features: str) -> tuple[tuple[float, float], ...]:
 
 def _sampling_curve(run: Run, config: RunConfig, step: int, features: str) -> tuple[tuple[float, float], ...]:
     """Return (gigaFLOPs per image, Fréchet distance) of a checkpoint's evaluations, by cost."""
-    cost, found = network_cost(config.network, *config.input_shape[1:]), dict[float, float]()
+    found = dict[float, float]()
     for entry in read_evaluations(run.path / "evaluation.json"):
         distance = _distance(entry)
         if distance is not None and entry.get("step") == step and entry.get("extractor") == features:
-            calls = calls_per_stage(config, from_dict(SamplingConfig, entry["sampling"]))
-            flops = sum(n * stage.true_flops for n, stage in zip(calls, cost.stages, strict=True))
-            found[flops / 1e9] = distance
+            found[sampling_flops(config, from_dict(SamplingConfig, entry["sampling"])) / 1e9] = distance
     return tuple(sorted(found.items()))
 
 

@@ -150,6 +150,11 @@ def _prefixed(text: str) -> Iterator[None]:
         raise UserError(f"{text}{error}") from None
 
 
+def _due(trainer: Trainer) -> bool:
+    """Return whether an evaluation is due at the trainer's step."""
+    return trainer.step % trainer.config.evaluation.every == 0 or trainer.step == trainer.config.training.steps
+
+
 class EvaluationCallback(Callback[Trainer]):
     """Evaluates samples of the EMA weights every evaluation.every steps; ends training that no longer improves.
 
@@ -182,8 +187,17 @@ class EvaluationCallback(Callback[Trainer]):
 
     def stepped(self, trainer: Trainer) -> Evaluated | None:
         """Evaluate if an evaluation is due and the training is not to stop; a stop that is requested meanwhile ends it."""
-        settings = trainer.config.evaluation
-        if trainer.stopped or (trainer.step % settings.every and trainer.step != trainer.config.training.steps):
+        return self._evaluate(trainer) if _due(trainer) else None
+
+    def resumed(self, trainer: Trainer) -> Evaluated | None:
+        """Make up for an evaluation that a stop has left out."""
+        known = any(r["kind"] == "quality" and r["step"] == trainer.step for r in trainer.run.records())
+        left_out = _due(trainer) and not trainer.world.broadcast_object(known)
+        return self._evaluate(trainer) if left_out else None
+
+    def _evaluate(self, trainer: Trainer) -> Evaluated | None:
+        """Evaluate, unless the training is to stop."""
+        if trainer.stopped:
             return None
         start = time.perf_counter()
         try:
@@ -198,7 +212,7 @@ class EvaluationCallback(Callback[Trainer]):
             "frechet": frechet,
             "metrics": metrics,
             "extractor": self.reference.extractor.name,
-            "count": settings.count,
+            "count": trainer.config.evaluation.count,
             "reference": self.reference.source,
             "seconds": time.perf_counter() - start,
         }

@@ -9,8 +9,8 @@ import torch
 
 from multistage_diffusion.config.serialization import read_json
 from multistage_diffusion.performance.execution import Execution
-from multistage_diffusion.performance.profiling import Profile
 from multistage_diffusion.performance.timing import PARTS
+from multistage_diffusion.training.profiling import Profile
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 

@@ -25,7 +25,7 @@ from ..config import RunConfig
 from ..distributed import World
 from ..nets.cost import BACKWARD, network_cost
 from ..shares import row_counts, stage_shares
-from ..training.strategies import make_strategy
+from .strategies import make_strategy
 
 WEIGHT, GRADIENT, MOMENTS, AVERAGE = 4, 4, 8, 4  # bytes per parameter in fp32, also with bf16 autocast
 

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from multistage_diffusion.reporting import palette
-from multistage_diffusion.reporting.palette import ON_DARK, SHARED, SHARED_ON_DARK, STAGE_COLOURS, contrast, tint
+from multistage_diffusion import palette
+from multistage_diffusion.palette import ON_DARK, SHARED, SHARED_ON_DARK, STAGE_COLOURS, contrast, tint
 
 VISION = {
     "normal": np.eye(3),

@@ -12,12 +12,12 @@ import torch
 
 from ..errors import UserError
 from ..files import write_json
-from ..training.callbacks import Callback
-from ..training.flops import flops_per_image
-from ..training.trainer import Trainer
-from .devices import clock, peak_memory
-from .execution import Execution
-from .roofline import Roofline, measure_roofline
+from ..performance.devices import clock, peak_memory
+from ..performance.execution import Execution
+from ..performance.roofline import Roofline, measure_roofline
+from .callbacks import Callback
+from .flops import flops_per_image
+from .trainer import Trainer
 
 SKIPPED = 3  # first steps, which reserve memory and select kernels
 TIMED = 10

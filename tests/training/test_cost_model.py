@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from multistage_diffusion.nets.cost import network_cost
-from multistage_diffusion.performance.cost_model import Machine, step_costs
+from multistage_diffusion.training.cost_model import Machine, step_costs
 
 SHAPE = (1, 4, 4)
 MACHINE = Machine(flops=1e6, bandwidth=1e5, latency=1e-3)
