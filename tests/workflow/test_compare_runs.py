@@ -20,6 +20,7 @@ from multistage_diffusion.reporting.comparison_page import write_comparison
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.workflow.compare_runs import compare_runs
 from multistage_diffusion.workflow.evaluate import compare
+from multistage_diffusion.workflow.likelihood import noise_range
 from multistage_diffusion.workflow.train import train
 
 
@@ -54,6 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(config(folder / "mine.npy"), folder / "one")
     train(config(folder / "mine.npy", **{"training.seed": 1}), folder / "other")
     train(config(folder / "foreign.npy"), folder / "foreign")
+    train(config(folder / "mine.npy", **{"data.held_out": 0.3}), folder / "other-share")
+    train(config(folder / "mine.npy", **{"diffusion.prior.p_mean": 1.0}), folder / "other-noise")
     return folder
 
 
@@ -84,9 +87,9 @@ def test_a_run_does_not_differ_from_its_copy(folder: Path, tmp_path: Path) -> No
 
 def test_curves_are_those_of_training_and_of_evaluations_by_cost(folder: Path, tmp_path: Path) -> None:
     copy = Run(Path(shutil.copytree(folder / "one", tmp_path / "copy")))
-    for calls in (5, 3):
+    for calls, checkpoint in ((5, "latest"), (3, "latest"), (4, "1")):  # the last one is not of the checkpoint compared
         sampling = override(copy.config().sampling, {"calls": calls})
-        compare(copy, count=12, sampling=sampling, checkpoint="latest")
+        compare(copy, count=12, sampling=sampling, checkpoint=checkpoint)
     found = compare_runs([copy, folder / "other"], levels=2, checkpoint="latest").runs
     records = [r for r in copy.records() if r["kind"] == "quality"]
     assert found[0].training == tuple((r["petaflops"], r["frechet"]) for r in records)
@@ -95,6 +98,15 @@ def test_curves_are_those_of_training_and_of_evaluations_by_cost(folder: Path, t
     assert cost[0] < cost[1] == pytest.approx(cost[0] * 5 / 3, rel=1e-6)  # decoders of one width
     assert min(distances) > 0
     assert found[1].sampling == ()
+
+
+def test_levels_are_of_the_noise_that_all_runs_are_trained_on(folder: Path) -> None:
+    found = compare_runs([folder / "one", folder / "other-noise"], levels=5, count=2)
+    ranges = [noise_range(Run.open(folder / name).config()) for name in ("one", "other-noise")]
+    assert ranges[0][0] < ranges[1][0] < ranges[0][1] < ranges[1][1]
+    assert (found.sigmas[0], found.sigmas[-1]) == pytest.approx((ranges[1][0], ranges[0][1]))
+    steps = np.diff(np.log(found.sigmas))
+    assert steps == pytest.approx(steps[0])
 
 
 def test_the_page_shows_what_there_is(folder: Path, tmp_path: Path) -> None:
@@ -115,6 +127,7 @@ def test_the_page_shows_what_there_is(folder: Path, tmp_path: Path) -> None:
     [
         (["one"], {}, "1 run to compare: name two or more"),
         (["one", "foreign"], {}, r"foreign: data.fingerprint=.* differs from .*; compare runs on the same images"),
+        (["one", "other-share"], {}, "other-share: data.held_out=0.3 differs from 0.1"),
         (["one", "other"], {"count": 1}, "count=1 and levels=24 must be at least 2"),
         (["one", "other"], {"levels": 1}, "levels=1 must be at least 2"),
         (["one", "none"], {}, "none"),
