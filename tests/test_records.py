@@ -90,9 +90,10 @@ def test_every_field_with_every_wrong_type(config: RunConfig, tmp_path: Path, mo
     monkeypatch.setattr(
         "multistage_diffusion.reporting.report.write_atomic", lambda *_: (tmp_path / "report.html").touch()
     )
-    monkeypatch.setattr(
-        "multistage_diffusion.reporting.report.chart", lambda draw, height, caption, narrow=None: caption
-    )
+    for module in ("report", "training_charts"):
+        monkeypatch.setattr(
+            f"multistage_diffusion.reporting.{module}.chart", lambda draw, height, caption, narrow=None: caption
+        )
     for name, records in GOOD.items():
         write(tmp_path, name, records)
     refused = 0

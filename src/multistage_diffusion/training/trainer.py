@@ -211,14 +211,14 @@ class Trainer:
     def _make_up(self) -> None:
         """Evaluate and score what a stop at this step came before, so that a resumed run records what any other does."""
         saved = latest_checkpoint(self.run.checkpoints, self.world)
-        if saved is None or ckpt.checkpoint_step(saved) != self.step:
+        if not self.step or saved is None or ckpt.checkpoint_step(saved) != self.step:
             return
         evaluated = self._taken(callback.resumed(self) for callback in self.callbacks)
         score = self._score_held_out(log=True) if self._owes_score() else None
         if evaluated is not None or score is not None:
             state = ckpt.read_state(saved)
-            quality = state["quality"] if evaluated is None else evaluated.quality
-            self.save(state["score"] if score is None else score, quality)
+            quality = state.get("quality") if evaluated is None else evaluated.quality
+            self.save(state.get("score") if score is None else score, quality)
 
     def _owes_score(self) -> bool:
         """Return whether a held-out loss is due at this step that has not been logged."""
