@@ -9,7 +9,14 @@ from torch import nn
 from multistage_diffusion.config import OptimizerConfig
 from multistage_diffusion.nets import build_network
 from multistage_diffusion.training import branching
-from multistage_diffusion.training.optimizer import clip, learning_rate, make_optimizer, parameters_by_part, part_norms
+from multistage_diffusion.training.optimizer import (
+    Optimization,
+    clip,
+    learning_rate,
+    make_optimizer,
+    parameters_by_part,
+    part_norms,
+)
 
 
 def test_the_learning_rate_rises_stays_and_falls():
@@ -79,3 +86,22 @@ def test_a_parameter_that_stages_share_is_in_one_part_only(tiny_config):
         ids = [id(p) for part in found.values() for p in part]
         assert len(ids) == len(set(ids))
     assert {id(p) for part in shared.values() for p in part} == {id(p) for p in network.parameters()}
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_an_update_is_the_same_whatever_the_layout_of_a_gradient(tiny_config, kind):
+    """Fused Adam reads a gradient in the order of memory: one in channels-last layout would update other weights."""
+    updated = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        network = build_network(tiny_config().network)
+        optimization = Optimization(OptimizerConfig(kind=kind, lr=0.1), torch.device("cpu"), scaling=False)
+        optimization.watch(network)
+        for step in range(2):
+            for parameter in network.parameters():
+                drawn = torch.randn(parameter.shape)
+                parameter.grad = drawn.to(memory_format=layout) if drawn.dim() == 4 else drawn
+            optimization.update(step)
+        updated.append([parameter.detach() for parameter in network.parameters()])
+    assert any(parameter.shape[-1] == 3 for parameter in updated[0])
+    assert all(torch.equal(*pair) for pair in zip(*updated, strict=True))

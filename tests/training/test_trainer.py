@@ -517,10 +517,10 @@ def test_the_way_of_computing_changes_no_run(new_trainer):
 
 @pytest.mark.parametrize("precision", ["fp64", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("mode", "accumulate", "threads", "branch_at"),
-    [("mixed", 1, 2, 0), ("mixed", 2, 3, 0), ("sequential", 1, 2, 0), ("mixed", 1, 2, 2)],
+    ("mode", "accumulate", "threads", "branch_at", "last"),
+    [("mixed", 1, 2, 0, True), ("mixed", 2, 3, 0, False), ("sequential", 1, 2, 0, False), ("mixed", 1, 2, 2, True)],
 )
-def test_threads_change_no_run_but_for_rounding(new_trainer, mode, accumulate, threads, branch_at, precision):
+def test_threads_change_no_run_but_for_rounding(new_trainer, mode, accumulate, threads, branch_at, last, precision):
     runs = []
     for number in (1, threads):
         trainer = new_trainer(
@@ -536,6 +536,7 @@ def test_threads_change_no_run_but_for_rounding(new_trainer, mode, accumulate, t
             training__steps=3,
             training__log_every=3,
             execution__thread_parallel=number,
+            execution__channels_last=last and number > 1,
         )
         trainer.fit()
         (record,) = [r for r in trainer.run.records() if r["kind"] == "train"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,19 @@ def part_gradients(parts: Parts) -> dict[str, list[Tensor]]:
     return {name: grads for name, grads in found.items() if grads}
 
 
+def match_layouts(parameters: Iterable[nn.Parameter]) -> None:
+    """Store each gradient in the memory layout of its parameter.
+
+    On the CPU, fused Adam reads parameter, gradient and moments in the order in which they lie in memory, whatever their
+    strides: a convolution's gradient in channels-last layout would update the wrong weights. Tensor.backward() keeps to
+    the parameter's layout, but torch.autograd.grad() does not.
+    """
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and gradient.stride() != parameter.stride():
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+
+
 class Optimization:
     """Updates the parameters of a network from their gradients.
 
@@ -132,6 +145,7 @@ class Optimization:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step)
+        match_layouts(parameter for part in self.parts.values() for parameter in part)
         if skip is not None:
             self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
