@@ -13,18 +13,23 @@ import numpy as np
 import processes
 import pytest
 import torch
+from PIL import Image
 from tiny import tiny_config, tiny_data
 
 from multistage_diffusion.config import RunConfig
+from multistage_diffusion.data import kept_indexes
+from multistage_diffusion.data.index import make_index
 from multistage_diffusion.distributed import ALONE, World
 from multistage_diffusion.nets.cost import network_cost
+from multistage_diffusion.stage_finding import StageSettings
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.checkpoint import list_checkpoints, load_tensors, read_state
 from multistage_diffusion.training.cost_model import step_costs
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow.sample import sample
-from multistage_diffusion.workflow.train import _in_turn, train
+from multistage_diffusion.workflow.stages import find_stages
+from multistage_diffusion.workflow.train import train
 
 UNEVEN = (0.6, 0.3, 0.1)
 
@@ -363,7 +368,7 @@ def test_samples_and_evaluations_are_shared_out_and_the_same(tmp_path):
 # -- starting ---------------------------------------------------------------------------------------------------------
 
 
-def took_turns(world: World, folder: Path, encodes: bool) -> bool:
+def took_turns(world: World, folder: Path) -> bool:
     """Return whether rank 0's preparation was over when this process's began."""
 
     def prepare() -> bool:
@@ -373,13 +378,36 @@ def took_turns(world: World, folder: Path, encodes: bool) -> bool:
             (folder / "cache").touch()
         return done
 
-    return _in_turn(world, encodes, prepare)
+    return world.main_first(prepare)
 
 
-def test_one_process_encodes_before_the_others(tmp_path):
-    for encodes in (False, True):
-        (tmp_path / str(encodes)).mkdir()
-        assert processes.run(2, took_turns, tmp_path / str(encodes), encodes) == [False, encodes]
+def test_one_process_prepares_before_the_others(tmp_path):
+    assert processes.run(2, took_turns, tmp_path) == [False, True]
+
+
+def indexes_made(world: World, folder: Path) -> list[int]:
+    """Find stages and train on a folder of images; return how many indexes this process had made after each."""
+    made = []
+
+    def counted(*arguments):
+        made.append(arguments)
+        return make_index(*arguments)
+
+    kept_indexes.WORTH, kept_indexes.SETTLED, kept_indexes.make_index = 0.0, 0, counted
+    os.environ["MSDIFF_CACHE"] = str(folder / "cache")
+    config = tiny_config(data__source=str(folder / "images"), training__steps=1)
+    find_stages(config.data, StageSettings(samples=100, times=8, grid=1000))
+    after_stages = len(made)
+    train(config, folder / "run", device="cpu")
+    return [after_stages, len(made)]
+
+
+@pytest.mark.slow
+def test_one_process_reads_the_images_of_a_folder_for_all(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(tiny_data(24).array()):
+        Image.fromarray(image[0]).save(tmp_path / "images" / f"{number}.png")
+    assert processes.run(2, indexes_made, tmp_path) == [[1, 1], [0, 0]]
 
 
 def test_a_single_process_that_torchrun_starts_again_goes_on(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -36,6 +36,7 @@ GOODBYE = 30.0  # seconds that rank 0, which may host the store, waits at exit f
 Reduction = Literal["sum", "max"]
 _OPERATIONS: dict[Reduction, dist.ReduceOp.RedOpType] = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 ErrorType = TypeVar("ErrorType", bound=BaseException)
+T = TypeVar("T")
 _MENDABLE = (NotFiniteError, UserError, ValueError, OSError, FloatingPointError)  # the first match is reported
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -243,6 +244,19 @@ class World:
             raise self.known_to_all(lost) from error
         finally:
             self._heart.waiting = None
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns, on the main process before the others, which find what it wrote into caches.
+
+        Raises:
+            UserError, ValueError, OSError, FloatingPointError: see `synchronize_errors`; the work must not communicate.
+        """
+        found: list[T] = []
+        for turn in (True, False):
+            with self.synchronize_errors():
+                if turn == self.is_main_process:
+                    found.append(work())
+        return found[0]
 
     @contextmanager
     def report_failures(self) -> Iterator[None]:

@@ -63,7 +63,6 @@ def resume(
     with world.report_failures():
         with world.synchronize_errors():
             run = Run.open(Path(path))
-            encodes = run.config().codec.used
             trackers = tracked(run.path) if trackers is None else trackers
         return launch(
             lambda: _resolved(run, changes or {}, place, world.size),
@@ -74,7 +73,6 @@ def resume(
             callbacks=callbacks,
             trackers=trackers,
             progress=progress,
-            encodes=encodes,
         )
 
 

@@ -59,8 +59,8 @@ def find_stages(
     settings, (world, resolved) = settings or StageSettings(), joined(device, "stages")
     with world.report_failures():
         sharing = Sharing(world=world, image_shards=image_shards)
+        images, held_out, whole = world.main_first(lambda: _opened(data))
         with world.synchronize_errors():
-            images, held_out, whole = _opened(data)
             kept: dict[str, Any] = {}
             found: ImageData | LatentData = images
             if codec is not None:

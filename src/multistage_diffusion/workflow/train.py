@@ -108,7 +108,6 @@ def train(
             callbacks=callbacks,
             trackers=trackers,
             progress=progress,
-            encodes=given.codec.used,
         )
 
 
@@ -167,15 +166,15 @@ def launch(
     callbacks: Sequence[Callback[Trainer]],
     trackers: Sequence[str],
     progress: Progress | None,
-    encodes: bool,
 ) -> Run:
     """Prepare a run on all processes, compare their configurations, and train it to its end.
+
+    The main process opens and encodes the images first; the others find the index and the latents in the cache.
 
     Args:
         resolve: resolves the run; nothing is written to the run's folder.
         open_run: returns the run's folder, given the complete configuration; called when all processes agree.
         world, device, strategy, callbacks, trackers, progress: see `train`.
-        encodes: whether images are encoded; the main process then prepares first.
     """
 
     def prepare() -> Prepared:
@@ -190,22 +189,11 @@ def launch(
         return prepared, _evaluation_callbacks(reference, prepared, device)
 
     tracking = Tracking.of(trackers)
-    prepared, evaluations = _in_turn(world, encodes, prepare)
+    prepared, evaluations = world.main_first(prepare)
     check_execution(settled(prepared.config.execution), device, world.size)
     make_strategy(strategy, prepared.config, prepared.config.input_shape, world)  # refuses before anything is written
     world.require_equal(_facts(prepared.config, device, strategy))
     return _fit(open_run(prepared.config), prepared, device, [*evaluations, *callbacks], tracking, world, strategy)
-
-
-def _in_turn(world: World, encodes: bool, prepare: Callable[[], Prepared]) -> Prepared:
-    """Prepare on all processes; if images are encoded, the main process is first, and the others read its cache."""
-    found: Prepared | None = None
-    for turn in ("first", "others"):
-        with world.synchronize_errors():
-            if (turn == "first") == (world.is_main_process or not encodes):
-                found = prepare()
-    assert found is not None
-    return found
 
 
 def _evaluation_callbacks(
