@@ -17,6 +17,7 @@ and beside them, to see what comes from the decoders and what from the rows that
 Settings: 16 and 32 (pixels a side; EDM's preconditioning and density), and two with networks of width 16 at 16x16 pixels:
 V, the paper's own setting in small: NCSN++ with noise prediction, VP, times drawn evenly, decoders of 24, 16 and 4 channels;
 E, the strong baseline: EDM's preconditioning, a density tuned for (a), stages of the Gaussian denoiser;
+B, branching: (a) of setting V is trained on, and (c) and (f) start from it, all with a new optimiser (--init-from);
 edges, the pilot of which stages to prefer: as E with EDM's density; decoders of one width, so that only the edges differ: (c) of
 the Gaussian denoiser, (o) of the optimal denoiser, (d) of even length in time; --phase tuning adds variants of them.
 
@@ -71,6 +72,7 @@ from multistage_diffusion.training.run import Run
 
 RESULTS = Path(__file__).parent / "results"
 TUNING_SEED = 1
+START = "start from"  # (setting, arm) whose run of the same seed the run starts from
 BRANCH = "branch at"  # share of a run's steps in which all stages train one decoder (training.branch_at)
 SPLIT = "split"  # which of a setting's splits gives the stages
 CALLS = (8, 10, 14, 20, 29)  # of the denoiser per image, at which the cost of sampling is measured
@@ -283,6 +285,11 @@ SETTINGS = {
         steps={"tuning": 2048, "final": 8192},
     ),
 }
+SETTINGS["B"] = dataclasses.replace(
+    SETTINGS["V"],
+    base={**SETTINGS["V"].base, START: ("V", "a"), "evaluation.every": 512},
+    steps={"tuning": 512, "final": 4096},
+)
 SETTINGS["edges"] = dataclasses.replace(
     SETTINGS["E"],
     base={
@@ -334,7 +341,7 @@ def data_config(size: int) -> DataConfig:
 
 
 def configuration(name: str, arm: str, variant: int, seed: int, steps: int, cuts: Cuts) -> RunConfig:
-    """Return the run of an arm."""
+    """Return the run of an arm, without the run that it starts from."""
     setting = SETTINGS[name]
     changes = setting.changes(arm, variant)
     changes["training.branch_at"] = round(steps * changes.pop(BRANCH, 0.0))
@@ -344,7 +351,7 @@ def configuration(name: str, arm: str, variant: int, seed: int, steps: int, cuts
         stages = ()
     keys = {
         "data": dataclasses.replace(data_config(setting.size), shape=(1, setting.size, setting.size)),
-        **setting.base,
+        **{key: value for key, value in setting.base.items() if key != START},
         "stages": Stages(stages, {"data": "fashion-mnist"}),
         "network.separate": arm == "b",
         **changes,
@@ -396,7 +403,21 @@ def work(job: Job, folder: Path, cuts: Cuts, threads: int) -> None:
         if not done or checkpoint_step(done[-1]) < job.steps:
             resume(out)
     else:
-        train(configuration(job.setting, job.arm, job.variant, job.seed, job.steps, cuts), out)
+        start = started_from(job, folder)
+        changes = {} if start is None else {"training.init_from": str(start)}
+        train(configuration(job.setting, job.arm, job.variant, job.seed, job.steps, cuts), out, changes)
+
+
+def started_from(job: Job, folder: Path) -> Path | None:
+    """Return the run that another starts from; None if it starts from scratch."""
+    if START not in SETTINGS[job.setting].base:
+        return None
+    setting, arm = SETTINGS[job.setting].base[START]
+    first = Job(setting, arm, SETTINGS[setting].chosen[arm], job.seed, SETTINGS[setting].steps["final"])
+    path = folder / setting / first.name
+    if not (path / "config.json").exists():
+        raise SystemExit(f"{path}: is not there; train it first (--setting {setting} --arms {arm} --seeds {job.seed})")
+    return path
 
 
 def curve(run: Run) -> list[dict[str, float]]:

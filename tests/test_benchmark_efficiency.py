@@ -90,6 +90,18 @@ def test_only_seeds_that_both_have_are_paired(bench: ModuleType) -> None:
     assert found["c"]["distance_at_the_end"]["ratios"] == pytest.approx([1 / math.sqrt(2), 0.5])
 
 
+def test_runs_start_from_the_run_of_their_seed(bench: ModuleType, tmp_path: Path) -> None:
+    assert bench.started_from(bench.Job("V", "c", 0, 7, 4096), tmp_path) is None
+    job = bench.Job("B", "c", 0, 7, 4096)
+    with pytest.raises(
+        SystemExit, match=r"V/a0-seed7: is not there; train it first \(--setting V --arms a --seeds 7\)"
+    ):
+        bench.started_from(job, tmp_path)
+    (tmp_path / "V" / "a0-seed7").mkdir(parents=True)
+    (tmp_path / "V" / "a0-seed7" / "config.json").touch()
+    assert bench.started_from(job, tmp_path) == tmp_path / "V" / "a0-seed7"
+
+
 @pytest.mark.slow
 def test_all_arms_and_variants_cost_the_same(bench: ModuleType) -> None:
     cuts = bench.Cuts(

@@ -151,11 +151,12 @@ def test_times_are_in_words(seconds: float, words: str) -> None:
 
 def test_a_warm_start_says_what_was_cloned(capsys: pytest.CaptureFixture[str]) -> None:
     new = trainer(0)
-    new.warm_start = SimpleNamespace(cloned=("encoder", "decoder.2"), fresh=("decoder.1",))
+    new.warm_start = SimpleNamespace(cloned=("encoder", "decoder.2"), resized=("decoder.3",), fresh=("decoder.1",))
     new.config = override(new.config, {"training.init_from": "runs/one"})
     with TrainingProgress() as progress:
         progress.started(new)
-    assert "initial weights from runs/one: encoder, decoder.2; random: decoder.1" in capsys.readouterr().err
+    told = "initial weights from runs/one: encoder, decoder.2; of another width: decoder.3; random: decoder.1"
+    assert told in " ".join(capsys.readouterr().err.split())
 
 
 def test_autotuning_tells_what_it_has_found(capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,7 +122,10 @@ class TrainingProgress(Callback[Trainer]):
         if trainer.warm_start is not None:
             start = trainer.warm_start
             fresh = f"; random: {', '.join(start.fresh)}" if start.fresh else ""
-            console.print(f"initial weights from {config.training.init_from}: {', '.join(start.cloned)}{fresh}")
+            resized = f"; of another width: {', '.join(start.resized)}" if start.resized else ""
+            console.print(
+                f"initial weights from {config.training.init_from}: {', '.join(start.cloned)}{resized}{fresh}"
+            )
         self._bar.__enter__()
         self._bar(trainer.step, config.training.steps)
 

@@ -54,16 +54,26 @@ def test_clones_in_every_stage_are_the_same_denoiser(trained, tiny_config, tiny_
     torch.testing.assert_close(at_every_stage(trainer.ema.module), expected)
 
 
-def test_wider_and_narrower_decoders_start_from_scratch(trained, tiny_config, tiny_data, tmp_path) -> None:
+def test_wider_and_narrower_decoders_start_from_the_trained_one(trained, tiny_config, tiny_data, tmp_path) -> None:
     run = trained()
     start = warm_start(run.path, tiny_config())
     assert start.cloned == ("encoder", "decoder.2")
-    assert start.fresh == ("decoder.1", "decoder.3")
+    assert start.resized == ("decoder.1", "decoder.3")
+    assert start.fresh == ()
     trainer = started(tmp_path / "three", tiny_config(training__init_from=str(run.path)), tiny_data())
     same = at_every_stage(trainer.denoiser) - at_every_stage(run.denoiser())
-    assert same[2:4].abs().max() < 1e-6
-    assert same[:2].abs().max() > 1e-3
-    assert same[4:].abs().max() > 1e-3
+    assert same[:4].abs().max() < 1e-5  # 12 channels instead of 8, and the same 8
+    assert same[4:].abs().max() > 1e-3  # 4 of the 8
+    again = warm_start(run.path, tiny_config())
+    assert all(torch.equal(again.tensors[name], value) for name, value in start.tensors.items())
+
+
+def test_a_decoder_without_the_trained_projection_starts_from_scratch(trained, tiny_config) -> None:
+    three = trained("three", stages__interior=[0.2, 0.6], network__decoder_widths=[12, 8, 4])
+    config = tiny_config(network__decoder_widths=[16, 8, 8], stages__interior=[0.3, 0.9])
+    start = warm_start(three.path, config)
+    assert start.resized == ("decoder.3",)
+    assert start.fresh == ("decoder.1",)  # 8 + 8 inputs, 16 outputs: a block without projection
 
 
 def test_as_many_stages_are_cloned_one_by_one(trained, tiny_config) -> None:

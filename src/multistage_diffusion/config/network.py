@@ -64,6 +64,7 @@ class NetworkConfig(ABC):
         title: name of the family in a drawing; empty: that of the setting.
         per_stage: settings with one value for each stage; None stands for no values.
         in_shapes: settings that decide shapes or names of weights, so that weights of other settings do not fit.
+        resizable: whether a decoder can start from one of another width by its first channels, see training.resizing.
     """
 
     family: str = field(init=False, default="")
@@ -78,6 +79,7 @@ class NetworkConfig(ABC):
     title: ClassVar[str] = ""
     per_stage: ClassVar[tuple[str, ...]] = ("decoder_widths",)
     in_shapes: ClassVar[tuple[str, ...]] = ()
+    resizable: ClassVar[bool] = False
 
     @staticmethod
     def of(family: str = DEFAULT_FAMILY, **settings: Any) -> NetworkConfig:

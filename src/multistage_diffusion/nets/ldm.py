@@ -37,6 +37,7 @@ class LDMConfig(UNetConfig):
     decoder_attention: tuple[bool, ...] | None = None
 
     title: ClassVar[str] = "LDM U-Net"
+    resizable: ClassVar[bool] = True
     per_stage: ClassVar[tuple[str, ...]] = (*UNetConfig.per_stage, "decoder_attention")
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ class SongUNetConfig(UNetConfig):
     """
 
     norm_groups: int = GROUPS
+
+    resizable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.norm_groups > 0, f"network.norm_groups={self.norm_groups} must be positive")

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import rng
 from ..config import RunConfig
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..errors import UserError
 from ..preconditioning import make_preconditioning
+from .resizing import resized as resized_decoder
 from .run import Run
 
 _LABELS = ("embedding.label.", "embedding.augment.")
@@ -26,11 +28,13 @@ class WarmStart:
     Attributes:
         tensors: {name in the new denoiser: trained tensor}.
         cloned: names of the parts copied from the trained run.
+        resized: names of the decoders that start from a decoder of another width, see `resizing`.
         fresh: names of the parts that start from scratch.
     """
 
     tensors: dict[str, Tensor]
     cloned: tuple[str, ...]
+    resized: tuple[str, ...]
     fresh: tuple[str, ...]
 
 
@@ -38,8 +42,8 @@ def warm_start(path: Path | str, config: RunConfig) -> WarmStart:
     """Load the averaged weights of a trained run's best checkpoint for a new network.
 
     The shared encoder is copied as a whole. A decoder of the new network is copied from the run's only decoder, or from
-    the decoder of the same stage if both have the same number of stages. Parts with different shapes start from
-    scratch.
+    the decoder of the same stage if both have the same number of stages. A decoder of another width starts from it, see
+    `resizing`. Other parts with different shapes start from scratch.
 
     Args:
         path: the trained run.
@@ -58,7 +62,7 @@ def warm_start(path: Path | str, config: RunConfig) -> WarmStart:
             )
     with torch.device("meta"):
         target = build_denoiser(config)
-    return _matched(path, run.denoiser("best"), target)
+    return _matched(path, run.denoiser("best"), target, config.training.seed)
 
 
 def _meanings(config: RunConfig) -> dict[str, object]:
@@ -71,32 +75,50 @@ def _meanings(config: RunConfig) -> dict[str, object]:
     return meanings
 
 
-def _matched(path: Path | str, source: MultiStageDenoiser, target: MultiStageDenoiser) -> WarmStart:
+def _matched(path: Path | str, source: MultiStageDenoiser, target: MultiStageDenoiser, seed: int) -> WarmStart:
     pairs: dict[str, Tensor] = {}
-    cloned, fresh = [], []
+    cloned, resized, fresh = [], [], []
     prefixes = {module: prefix for prefix, module in target.named_modules()}
     for name, part in target.network.parts().items():
-        given = _counterpart(name, source, target)
+        known = _counterpart(name, source, target)
+        given = None if known is None else source.network.parts()[known]
         if given is not None and _fits(given, part):
             pairs |= _tensors(given, prefixes[part], part)
             cloned.append(name)
         elif name == "encoder":
             raise UserError(f"training.init_from={path}: {_difference(given, part)}; the encoders must be alike")
+        elif known is not None and (tensors := _resized(source, known, target, name, seed)) is not None:
+            pairs |= {f"{prefixes[part]}.{key}": value for key, value in tensors.items()}
+            resized.append(name)
         else:
             fresh.append(name)
     if not cloned:
         raise UserError(f"training.init_from={path}: no part of its network fits the new one; nothing would be cloned")
-    return WarmStart(tensors=pairs, cloned=tuple(cloned), fresh=tuple(fresh))
+    return WarmStart(tensors=pairs, cloned=tuple(cloned), resized=tuple(resized), fresh=tuple(fresh))
 
 
-def _counterpart(name: str, source: MultiStageDenoiser, target: MultiStageDenoiser) -> nn.Module | None:
-    """Return the trained part from which a new part can be copied, or None."""
+def _counterpart(name: str, source: MultiStageDenoiser, target: MultiStageDenoiser) -> str | None:
+    """Return the name of the trained part from which a new part can be copied, or None."""
     kind, _, stage = name.partition(".")
-    parts = source.network.parts()
-    trained = [part for key, part in parts.items() if key.partition(".")[0] == kind]
+    trained = [key for key in source.network.parts() if key.partition(".")[0] == kind]
     if len(trained) == 1:
         return trained[0]
     return trained[int(stage) - 1] if stage and len(source.stages) == len(target.stages) else None
+
+
+def _resized(
+    source: MultiStageDenoiser, known: str, target: MultiStageDenoiser, name: str, seed: int
+) -> dict[str, Tensor] | None:
+    """Return the weights of a new decoder that starts from a trained one of another width; None if it cannot."""
+    trained, config = source.network.config, target.network.config
+    if not config.resizable or config.separate or trained.separate:
+        return None
+    before, stage = (int(key.partition(".")[2]) - 1 for key in (known, name))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.fold((seed, "resized decoder", stage)) >> 1)
+        fresh = config.decoder(stage, config.encoder_width)
+    widths = trained.decoder_widths[before], config.decoder_widths[stage]
+    return resized_decoder(source.network.parts()[known], fresh, *widths)
 
 
 def _fits(given: nn.Module, part: nn.Module) -> bool:

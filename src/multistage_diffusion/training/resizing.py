@@ -1,0 +1,113 @@
+"""A decoder of one width from a trained decoder of another: the warm start of decoders tailored to their stages.
+
+A narrower decoder starts as a slice of the trained one: its first channels, as in slimmable networks (Yu et al. 2019,
+"Slimmable neural networks"). A wider one has the trained channels first; its new channels start with random weights, but
+no trained channel reads them, so that their effect starts at zero (as in Net2Net, Chen et al. 2016). It computes exactly
+what the trained one does if every GroupNorm keeps its channels per group: up to 4 x norm_groups channels in NCSN++ and
+DDPM++.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..nets.blocks import Attention
+
+Places = tuple[Tensor, Tensor]  # of the same channels in the new and in the trained decoder, int64 (n,) each
+
+
+class _Unequal(Exception):
+    """Raised where two decoders differ in more than their widths."""
+
+
+def resized(given: nn.Module, fresh: nn.Module, before: int, after: int) -> dict[str, Tensor] | None:
+    """Return the weights of a decoder of width `after` that starts from a trained one of width `before`.
+
+    Args:
+        given: the trained decoder.
+        fresh: the new decoder with initial weights; it is left as it is.
+        before, after: values of network.decoder_widths.
+
+    Returns:
+        A tensor for each name in the new decoder's state; None if the decoders differ in more than their widths, or if a
+        block has lost its projection because its inputs are as many as its outputs at the new width.
+    """
+    theirs = dict(given.state_dict())
+    attention = [name for name, module in fresh.named_modules() if isinstance(module, Attention)]
+    queries = {f"{name}.qkv.{kind}" for name in attention for kind in ("weight", "bias")}
+    found = {}
+    try:
+        for name, new in fresh.state_dict().items():
+            old = theirs.pop(name, None)
+            if old is None:
+                old = _identity(name, given)
+            found[name] = _placed(old, new, before, after, queries=name in queries)
+    except _Unequal:
+        return None
+    return None if theirs else found
+
+
+def _identity(name: str, given: nn.Module) -> Tensor:
+    """Return what the projection of a trained block would be that has none, because it has equal inputs and outputs.
+
+    Raises:
+        _Unequal: if another layer is missing.
+    """
+    path, _, kind = name.rpartition(".")
+    block, _, layer = path.rpartition(".")
+    norm = given.state_dict().get(f"{block}.norm1.weight")
+    if layer != "skip" or norm is None:
+        raise _Unequal
+    return torch.eye(len(norm))[:, :, None, None] if kind == "weight" else torch.zeros(len(norm))
+
+
+def _placed(old: Tensor, new: Tensor, before: int, after: int, *, queries: bool) -> Tensor:
+    """Return a new tensor that holds an old one: rows are the outputs of a layer, columns its inputs.
+
+    Args:
+        old, new: tensors of the same layer in the trained and in the new decoder.
+        before, after: widths of the decoders.
+        queries: whether the rows are queries, keys and values of one attention head.
+    """
+    if old.shape == new.shape:
+        return old.clone()
+    if old.ndim != new.ndim or old.shape[2:] != new.shape[2:]:
+        raise _Unequal
+    value = new.clone()
+    kept, taken = _places(len(old), len(new), before, after, chunks=3 if queries else 1)
+    old_rows = old[taken].to(new.dtype)
+    if queries:  # the scale is channels^-1/2, so the old queries grow with the channels; new ones add nothing
+        third = len(new) // 3
+        value[:third] = 0.0
+        old_rows[: len(taken) // 3] *= math.sqrt(len(new) / len(old))
+    if old.ndim == 1:
+        value[kept] = old_rows
+        return value
+    columns, taken_columns = _places(old.shape[1], new.shape[1], before, after)
+    rows = torch.zeros_like(value[kept])  # trained channels do not read new ones
+    rows[:, columns] = old_rows[:, taken_columns]
+    value[kept] = rows
+    return value
+
+
+def _places(old: int, new: int, before: int, after: int, chunks: int = 1) -> Places:
+    """Return where the channels that two layers share stand in each.
+
+    A layer has m w + b channels: m for each of the decoder's w, and then b of the encoder, which do not depend on w.
+
+    Raises:
+        _Unequal: if there are no such numbers.
+    """
+    own, rest = divmod(new - old, chunks * (after - before))
+    fixed = old // chunks - own * before
+    if rest or old % chunks or own < 0 or fixed < 0:
+        raise _Unequal
+    shared, there, here = own * min(before, after), own * before, own * after
+    starts = [(chunk * (here + fixed), chunk * (there + fixed)) for chunk in range(chunks)]
+    first = [(torch.arange(shared) + a, torch.arange(shared) + b) for a, b in starts]
+    last = [(torch.arange(fixed) + a + here, torch.arange(fixed) + b + there) for a, b in starts]
+    pairs = [pair for both in zip(first, last, strict=True) for pair in both]
+    return torch.cat([kept for kept, _ in pairs]), torch.cat([taken for _, taken in pairs])
