@@ -273,6 +273,29 @@ def test_split_prints_the_table_of_all_numbers_of_stages(msdiff: Call, tmp_path:
     assert written == "written: stages.json, stages.png"
 
 
+def test_stages_are_printed_in_the_conventions_of_a_shift(
+    msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gaussian_stages, "RESAMPLES", 5)
+    find = ("stages", "digits", "--denoiser", "gaussian", "--samples", "300", "--stages", "2", "--shift", "5")
+    code, out, _ = msdiff(*find)
+    (sigma,) = read_json(tmp_path / "stages.json")["edges_sigma"]
+    assert code == 0
+    assert "stage 1 | 2 in other conventions:" in out
+    assert f"t-flow          {sigma / (5 + sigma):<12.6g} " in out
+    assert "boundaries" not in read_json(tmp_path / "stages.json")
+    assert msdiff("stages", "digits", "--shift", "0")[0] == 2
+
+
+@pytest.mark.slow
+def test_stages_in_the_conventions_of_a_shift_as_json(msdiff: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gaussian_stages, "RESAMPLES", 5)
+    code, out, _ = msdiff("stages", "digits", "--denoiser", "gaussian", "--stages", "2", "--shift", "5", "--json")
+    found = json.loads(out)
+    (sigma,), (boundary,) = found["edges_sigma"], found["boundaries"]
+    assert (code, boundary["index"]) == (0, pytest.approx(5 / (5 + sigma)))
+
+
 def test_stages_of_the_wiener_denoiser_say_their_shares(
     msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
