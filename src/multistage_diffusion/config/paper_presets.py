@@ -42,7 +42,7 @@ EDGES_T: dict[int, tuple[float, ...]] = {
 EDGES_SIGMA = (2.5103, 7.6577)
 EDGES_STEP = (442, 631)  # of LDM's 1000 steps: sigma 2.149 and 5.301, unlike those of VP
 # The paper samples with the solvers as published, whose last state still contains noise.
-PUBLISHED = SamplingConfig(lower_final="published", denoise_last="never")
+PUBLISHED = SamplingConfig(lower_final="published", denoise_last="never", third_order="published")
 CUT_ON = {"rule": "published", "data_range": [0.0, 1.0], "data": "CIFAR-10"}
 
 
