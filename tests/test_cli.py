@@ -1100,3 +1100,21 @@ def test_a_data_set_is_packed_into_one_file(msdiff: Call, made: Path) -> None:
     refused(msdiff("pack", "photos.zip", "--out", "photos.zip", "--overwrite"), "is DATA")
     refused(msdiff("pack", "photos.zip", "--out", "a.npy", "--held-out", "0.1"), "--held-out 0.1", "leave it out")
     assert msdiff("pack", "photos.zip", "--out", "photos.npy")[1].startswith("written: photos.npy (60 images")
+
+
+def test_another_codec_than_the_preset_s_has_neither_its_subfolder_nor_its_scale(msdiff: Call, tmp_path: Path) -> None:
+    base = ("train", "--preset", "celebahq-ldm", "--data", "digits", "--print-config", "--codec")
+
+    def codec(*given: str) -> dict[str, object]:
+        code, out, _ = msdiff(*base, *given)
+        assert code == 0
+        return dict(yaml.safe_load(out)["codec"])
+
+    own = codec("codecs/own")
+    assert (own["source"], own["subfolder"], own["scale"], own["shape"]) == ("codecs/own", "", None, [])
+    same = codec("hf:CompVis/ldm-celebahq-256")
+    assert (same["subfolder"], same["scale"]) == ("vqvae", 1.0)
+    chosen = codec("codecs/own", "--set", "codec.subfolder=vae", "codec.scale=config")
+    assert (chosen["subfolder"], chosen["scale"]) == ("vae", "config")
+    code, _, err = msdiff(*base, "codecs/own", "--set", "codec.scale=-1")
+    assert (code, err.split(";")[0]) == (2, "msdiff: codec.scale=-1.0 must be positive and finite, or 'config'\n")

@@ -133,8 +133,8 @@ def original_settings(config: RunConfig) -> dict[str, Any]:
             "timesteps": schedule.steps,
             "num_head_channels": network.head_channels,
         }
-        if config.codec.used and config.codec.scale is not None:
-            found["scale_factor"] = config.codec.scale
+        if config.codec.used and config.codec.factor is not None:
+            found["scale_factor"] = config.codec.factor
         return {**found, "stage_interval": [*cuts, schedule.steps]} if cuts else found
     if network.family != "ncsnpp" or len(stages) == 1:
         return {}
@@ -150,8 +150,8 @@ def _buffers(config: RunConfig) -> Tensors:
     if config.network.family != "ldm" or not isinstance(schedule, Discrete):
         return {}
     buffers = {name: value.float() for name, value in diffusion_buffers(betas_of(schedule)).items()}
-    if config.codec.used and config.codec.scale is not None:
-        buffers["scale_factor"] = torch.tensor(config.codec.scale, dtype=torch.float64)
+    if config.codec.used and config.codec.factor is not None:
+        buffers["scale_factor"] = torch.tensor(config.codec.factor, dtype=torch.float64)
     return buffers
 
 

@@ -345,7 +345,7 @@ def _on_latents(
         own = own if own.used and own.shape[0] == channels else CodecConfig()
     latents = dataclasses.replace(
         own,
-        scale=(own.scale or 1.0) if scale is None else scale.item(),
+        scale=(own.factor or 1.0) if scale is None else scale.item(),
         shape=(channels, height, width),
         fingerprint="",
     )

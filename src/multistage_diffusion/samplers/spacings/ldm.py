@@ -34,7 +34,7 @@ class LDMSteps(Time):
             spent = "" if calls == self.config.calls else f" leaves {calls} with sampling.denoise_last, which"
             raise UserError(
                 f"sampling.calls={self.config.calls}{spent} must be 2 to {steps // 2} and divide the schedule's {steps} steps "
-                "for spacing 'ldm', as latent diffusion makes another number of calls otherwise (denoise_last=never makes it exact)"
+                "for spacing 'ldm': latent diffusion makes another number of calls otherwise (give denoise_last=never, too)"
             )
         return self.back(0.0), self.back(1.0 + steps // calls * (calls - 1))
 
