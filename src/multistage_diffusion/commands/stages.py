@@ -69,6 +69,8 @@ class FindStages(DataOptions):
     """Noisy images that are compared; with --denoiser gaussian images whose covariance is measured."""
     times: int = _DEFAULTS.times
     """Times per noisy image (algorithm 1); 1 with 50000 samples is the paper's estimator."""
+    nodes: int = _DEFAULTS.nodes
+    """Times among which algorithm 2 chooses its edges, evenly spaced; 21 is the published grid."""
     precision: Annotated[float | None, option("FLOAT", "that of the number of samples")] = None
     """Draw samples until the 95 % intervals of the edges end at most this far from them, in t."""
     eta: float = _DEFAULTS.eta

@@ -148,13 +148,17 @@ def declared_scale(config: CodecConfig) -> tuple[float, float]:
             raise UserError(
                 f"codec.scale='config': {config.source} declares {name} of each channel, which is not supported; give a number"
             )
-    scale, shift = found.get("scaling_factor"), found.get("shift_factor")
-    for name, value in (("scaling_factor", scale), ("shift_factor", shift or 0.0)):
-        if type(value) not in (int, float):
+    numbers = []
+    for name, value in (
+        ("scaling_factor", found.get("scaling_factor")),
+        ("shift_factor", found.get("shift_factor") or 0),
+    ):
+        if not isinstance(value, int | float) or isinstance(value, bool):
             raise UserError(
                 f"codec.scale='config': {config.source} declares {name}={brief(value)}; give codec.scale a number"
             )
-    return float(scale), float(shift or 0.0)
+        numbers.append(float(value))
+    return numbers[0], numbers[1]
 
 
 def codec_fingerprint(folder: Path) -> str:
