@@ -165,3 +165,40 @@ def test_score_sde_s_ddpm_and_image_pyramids_are_refused_by_name(name: str) -> N
         weights = {key: value for key, value in weights.items() if not key.startswith("all_modules.4.GroupNorm_0")}
     with pytest.raises(ValueError, match="has blocks of score_sde's DDPM, or a pyramid that adds images"):
         network_of("ncsnpp", weights)
+
+
+# released networks, of which docs/published.md says that they import; widths are those of their code's configurations
+DEEP = {"channel_mult": (1, 2, 2, 2), "attention_factors": (2,)}
+RELEASED = {
+    "score_sde CIFAR-10": ("ncsnpp", 32, {**DEEP, "blocks_per_level": 4}),
+    "score_sde CIFAR-10 deep": ("ncsnpp", 32, {**DEEP, "blocks_per_level": 8}),
+    "EDM CIFAR-10": ("ddpmpp", 32, {"channel_mult": (2, 2, 2), "attention_factors": (2,), "augment_dim": 9}),
+    "EDM CIFAR-10 conditional": (
+        *("ddpmpp", 32),
+        {"channel_mult": (2, 2, 2), "attention_factors": (2,), "augment_dim": 9, "num_classes": 10},
+    ),
+    "EDM FFHQ": ("ddpmpp", 64, {"channel_mult": (1, 2, 2, 2), "attention_factors": (4,), "augment_dim": 9}),
+    "LDM FFHQ": (
+        *("ldm", 64),
+        {
+            "encoder_width": 224,
+            "decoder_widths": (224,),
+            "channel_mult": (1, 2, 3, 4),
+            "blocks_per_level": 2,
+            "attention_factors": (2, 4, 8),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_networks_are_read_off_their_shapes(name: str) -> None:
+    family, size, settings = RELEASED[name]
+    groups = {} if family == "ldm" else {"norm_groups": 32}
+    config = NetworkConfig.of(family, **{"dropout": 0.1, **settings, **groups})
+    names = published_names(config, (size, size))
+    with torch.device("meta"):
+        weights = restore_published(build_network(config).state_dict(), names)
+    read = network_of(family, weights, norm_groups=32)  # type: ignore[arg-type]
+    assert read == dataclasses.replace(config, dropout=read.dropout)
+    assert family != "ddpmpp" or resolution_of(weights) == size
