@@ -179,7 +179,7 @@ def test_the_version(msdiff: Call) -> None:
     ("arguments", "words"),
     [
         (["trian"], ["command 'trian' is unknown; did you mean 'train'?"]),
-        (["x"], ["choose one of quickstart, stages, train, train-codec, sample"]),
+        (["x"], ["choose one of quickstart, stages, boundary, train, train-codec, sample"]),
         (["stages"], ["Missing from msdiff stages: DATA"]),
         (["stages", "digits", "--algorithm", "3"], ["invalid choice '3' for argument '--algorithm'"]),
         (
