@@ -107,13 +107,23 @@ def write_ldm(path: Path, weights: Weights, ema: Weights | None, **others: Any) 
     return path
 
 
-def write_edm(path: Path, weights: Weights, *, groups: int = 16, protocol: int = 4, **changes: Any) -> Path:
-    """Write {ema, loss_fn, augment_pipe, dataset_kwargs} as EDM's training does: persistent objects with their source."""
+INTERVALS = [[[0, 2.5103]], [[2.5103, 7.6577]], [[7.6577, float("inf")]]]  # the multi-stage network's default
+
+
+def write_edm(
+    path: Path, weights: Weights, *, groups: int = 16, protocol: int = 4, intervals: Any = INTERVALS, **changes: Any
+) -> Path:
+    """Write {ema, loss_fn, augment_pipe, dataset_kwargs} as EDM's training does: persistent objects with their source.
+
+    The multi-stage code's network has its intervals as an attribute, whether it was given them as an argument or not;
+    None leaves the attribute out.
+    """
+    several = any(name.startswith("model.decs.") for name in weights)
     kwargs = {
         "img_resolution": 16,
         "img_channels": 3,
         "label_dim": 0,
-        "model_type": "SongUNet",
+        "model_type": "MultistageUNet" if several else "SongUNet",
         "embedding_type": "positional",
         "encoder_type": "standard",
         "decoder_type": "standard",
@@ -127,6 +137,11 @@ def write_edm(path: Path, weights: Weights, *, groups: int = 16, protocol: int =
     with fake_modules():
         net = _module(weights, groups, kwargs)
         net.kind = changes.pop("kind", "EDMPrecond")
+        inner: Any = net._modules.get("model", net)
+        if inner is not net:
+            inner.kind = changes.pop("network", kwargs["model_type"])
+        if several and intervals is not None:
+            inner.stage_interval = intervals
         if odd := changes.pop("odd", ""):
             net.get_submodule(odd).num_groups = 8  # type: ignore[assignment]
         content = {

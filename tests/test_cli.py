@@ -179,7 +179,7 @@ def test_the_version(msdiff: Call) -> None:
     ("arguments", "words"),
     [
         (["trian"], ["command 'trian' is unknown; did you mean 'train'?"]),
-        (["x"], ["choose one of quickstart, stages, train, train-codec, sample"]),
+        (["x"], ["choose one of quickstart, stages, boundary, train, train-codec, sample"]),
         (["stages"], ["Missing from msdiff stages: DATA"]),
         (["stages", "digits", "--algorithm", "3"], ["invalid choice '3' for argument '--algorithm'"]),
         (
@@ -271,6 +271,29 @@ def test_split_prints_the_table_of_all_numbers_of_stages(msdiff: Call, tmp_path:
         [str(row["stages"]), f"{row['distance']:.4f}", f"({row['distance_held_out']:.4f})"] for row in table
     ]
     assert written == "written: stages.json, stages.png"
+
+
+def test_stages_are_printed_in_the_conventions_of_a_shift(
+    msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gaussian_stages, "RESAMPLES", 5)
+    find = ("stages", "digits", "--denoiser", "gaussian", "--samples", "300", "--stages", "2", "--shift", "5")
+    code, out, _ = msdiff(*find)
+    (sigma,) = read_json(tmp_path / "stages.json")["edges_sigma"]
+    assert code == 0
+    assert "stage 1 | 2 in other conventions:" in out
+    assert f"t-flow          {sigma / (5 + sigma):<12.6g} " in out
+    assert "boundaries" not in read_json(tmp_path / "stages.json")
+    assert msdiff("stages", "digits", "--shift", "0")[0] == 2
+
+
+@pytest.mark.slow
+def test_stages_in_the_conventions_of_a_shift_as_json(msdiff: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gaussian_stages, "RESAMPLES", 5)
+    code, out, _ = msdiff("stages", "digits", "--denoiser", "gaussian", "--stages", "2", "--shift", "5", "--json")
+    found = json.loads(out)
+    (sigma,), (boundary,) = found["edges_sigma"], found["boundaries"]
+    assert (code, boundary["index"]) == (0, pytest.approx(5 / (5 + sigma)))
 
 
 def test_stages_of_the_wiener_denoiser_say_their_shares(
@@ -1077,3 +1100,21 @@ def test_a_data_set_is_packed_into_one_file(msdiff: Call, made: Path) -> None:
     refused(msdiff("pack", "photos.zip", "--out", "photos.zip", "--overwrite"), "is DATA")
     refused(msdiff("pack", "photos.zip", "--out", "a.npy", "--held-out", "0.1"), "--held-out 0.1", "leave it out")
     assert msdiff("pack", "photos.zip", "--out", "photos.npy")[1].startswith("written: photos.npy (60 images")
+
+
+def test_another_codec_than_the_preset_s_has_neither_its_subfolder_nor_its_scale(msdiff: Call, tmp_path: Path) -> None:
+    base = ("train", "--preset", "celebahq-ldm", "--data", "digits", "--print-config", "--codec")
+
+    def codec(*given: str) -> dict[str, object]:
+        code, out, _ = msdiff(*base, *given)
+        assert code == 0
+        return dict(yaml.safe_load(out)["codec"])
+
+    own = codec("codecs/own")
+    assert (own["source"], own["subfolder"], own["scale"], own["shape"]) == ("codecs/own", "", None, [])
+    same = codec("hf:CompVis/ldm-celebahq-256")
+    assert (same["subfolder"], same["scale"]) == ("vqvae", 1.0)
+    chosen = codec("codecs/own", "--set", "codec.subfolder=vae", "codec.scale=config")
+    assert (chosen["subfolder"], chosen["scale"]) == ("vae", "config")
+    code, _, err = msdiff(*base, "codecs/own", "--set", "codec.scale=-1")
+    assert (code, err.split(";")[0]) == (2, "msdiff: codec.scale=-1.0 must be positive and finite, or 'config'\n")

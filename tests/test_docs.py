@@ -20,7 +20,17 @@ from multistage_diffusion.data.sources import fashion_mnist
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # pages whose commands take more than ten seconds; README stands for them in quick tests
-LONG = ("classes", "evaluation", "get-started", "latent", "own-images", "performance", "planning", "stage-finding")
+LONG = (
+    "boundaries",
+    "classes",
+    "evaluation",
+    "get-started",
+    "latent",
+    "own-images",
+    "performance",
+    "planning",
+    "stage-finding",
+)
 TORCHRUN, MODULE = [sys.executable, "-m", "torch.distributed.run"], "-m multistage_diffusion "
 MOST = {"sample": 9, "evaluate": 24, "report": 4}  # images; their numbers are not what a page shows
 SHORT = ["training.steps=4", "training.batch=12", "training.held_out_rows=4", "training.log_every=2"]

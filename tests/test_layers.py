@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("files",),
     ("contracts", "distributed"),
     ("rng", "schedules"),
-    ("stages",),
+    ("conventions", "stages"),
     ("config",),
     ("data", "records", "shares"),
     # L1: finding stages, networks, pictures

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .config.serialization import override as override
     from .contracts import Conditioning as Conditioning
     from .contracts import Denoiser as Denoiser
+    from .conventions import Boundary as Boundary
+    from .conventions import boundary as boundary
     from .data import ImageData as ImageData
     from .data import to_float as to_float
     from .data import to_uint8 as to_uint8
@@ -94,6 +96,8 @@ _HOME = {
     "RunConfig": "config",
     "SamplingConfig": "config",
     "TrainingConfig": "config",
+    "Boundary": "conventions",
+    "boundary": "conventions",
     "Conditioning": "contracts",
     "Denoiser": "contracts",
     "GaussianMixture": "data.mixture",

@@ -30,6 +30,7 @@ from .version import __version__
 SUMMARIES = {
     "quickstart": "Run all steps on your own images: stages, train, sample, evaluate, report.",
     "stages": "Find the noise ranges (stages) of a data set from the data themselves.",
+    "boundary": "Print a boundary between experts, given in one convention, in all others.",
     "train": "Train a multi-decoder model, or resume a run.",
     "train-codec": "Train a small autoencoder (a latent codec) on a data set, for runs on its latents.",
     "sample": "Draw samples of a run: a grid (.png), a folder of images, or an array (.npz).",

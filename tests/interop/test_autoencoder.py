@@ -9,7 +9,7 @@ import pytest
 import torch
 from foreign_files import Weights, compvis_weights
 
-from multistage_diffusion.interop.autoencoder import diffusers_name, vq_model
+from multistage_diffusion.interop.autoencoder import diffusers_name, downsampling, first_stage
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -35,7 +35,7 @@ def model(attention: bool = True, code_width: int | None = 5) -> Any:
 @pytest.mark.parametrize("code_width", [None, 5])
 def test_a_first_stage_encodes_and_decodes_as_before(attention: bool, code_width: int | None) -> None:
     original = model(attention, code_width)
-    read = vq_model(compvis_weights(original) | {"loss.discriminator.main.0.weight": torch.zeros(1)})
+    read = first_stage(compvis_weights(original) | {"loss.discriminator.main.0.weight": torch.zeros(1)})
     images = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
         latents = original.encode(images).latents
@@ -60,18 +60,46 @@ def test_names_of_the_autoencoder_of_latent_diffusion() -> None:
     assert diffusers_name("encoder.down.1.block.0.nin_shortcut.weight", 3) == shortcut
 
 
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_kl_first_stage_encodes_and_decodes_as_before(attention: bool) -> None:
+    torch.manual_seed(0)
+    kinds = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D")
+    original = diffusers.AutoencoderKL(
+        down_block_types=kinds,
+        up_block_types=("AttnUpDecoderBlock2D" if attention else "UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=32,
+    ).eval()
+    weights = compvis_weights(original)
+    assert weights["encoder.conv_out.weight"].shape[0] == weights["quant_conv.weight"].shape[0] == 8  # mean, variance
+    read = first_stage(weights | {"loss.logvar": torch.zeros(())}, scale=0.25)
+    assert type(read) is diffusers.AutoencoderKL
+    images = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        latents = original.encode(images).latent_dist.mean
+        assert torch.equal(read.encode(images).latent_dist.mean, latents)
+        assert torch.equal(read.decode(latents).sample, original.decode(latents).sample)
+    assert read.config.scaling_factor == 0.25
+    assert (downsampling(weights), downsampling({})) == (2, None)
+
+
 def without(weights: Weights, key: str) -> Weights:
     return {name: value for name, value in weights.items() if name != key}
 
 
-def test_what_is_no_vq_autoencoder_is_named() -> None:
+def test_what_is_no_autoencoder_is_named() -> None:
     weights = compvis_weights(model())
     for changed, words in (
-        (without(weights, "quantize.embedding.weight"), "is no VQ autoencoder (it has no quantize.embedding.weight)"),
-        (without(weights, "encoder.conv_out.weight"), "no whole VQ autoencoder ('encoder.conv_out.weight')"),
+        (
+            without(weights, "quantize.embedding.weight"),
+            "no whole VQ or KL autoencoder (its encoder makes 3 channels, not mean and variance of 5)",
+        ),
+        (without(weights, "encoder.conv_out.weight"), "no whole VQ or KL autoencoder ('encoder.conv_out.weight')"),
         (without(weights, "encoder.conv_out.bias"), "encoder.conv_out.bias does not fit a VQModel, one of 1"),
         (weights | {"more.weight": torch.zeros(1)}, "more.weight does not fit a VQModel, one of 1"),
         (weights | {"quant_conv.bias": torch.zeros(9)}, "quant_conv.bias does not fit a VQModel, one of 1"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
-            vq_model(changed)
+            first_stage(changed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from multistage_diffusion.interop.layouts import SUFFIXES, Published, published_bytes, read_published
+from multistage_diffusion.interop.layouts import SUFFIXES, published_bytes, read_published
 from multistage_diffusion.interop.names import is_buffer
+from multistage_diffusion.interop.parts import Published
 
 
 def learnt(weights: Weights) -> Weights:
@@ -135,11 +137,76 @@ def test_an_edm_pickle_is_read_without_its_source(stages: str, protocol: int, tm
         ({"kwargs": {"resample_filter": (1, 3, 3, 1)}}, "resample_filter=[1, 3, 3, 1]"),
         ({"kwargs": {"resample_filter": torch.ones(4)}}, "resample_filter=a Tensor"),
         ({"kind": "VPPrecond"}, "holds a VPPrecond"),
+        ({"network": "DhariwalUNet"}, "holds a DhariwalUNet (ADM); of EDM's networks only DDPM++ is read"),
+        ({"kwargs": {"model_type": "DhariwalUNet"}}, "holds a DhariwalUNet (ADM)"),
         ({"ema": None}, "has no averaged network under 'ema', but 'ema', 'loss_fn'"),
     ],
 )
 def test_another_network_of_edm_is_named(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     assert words in refusal(write_edm(tmp_path / "edm.pkl", golden("edm")[1], **changes))
+
+
+def test_the_intervals_of_an_edm_pickle_are_its_edges(tmp_path: Path) -> None:
+    weights, path = golden("edm")[1], tmp_path / "edm.pkl"
+    assert read_published(write_edm(path, weights)).arguments["sigma_edges"] == [2.5103, 7.6577]
+    own = [[[0, 0.5]], [(0.5, 3)], ((3, 80.0),)]
+    assert read_published(write_edm(path, weights, intervals=own)).arguments["sigma_edges"] == [0.5, 3.0]
+    # what the network reads is its attribute
+    assert read_published(write_edm(path, weights, kwargs={"stage_interval": own})).arguments["sigma_edges"] != [
+        0.5,
+        3.0,
+    ]
+    given = write_edm(path, weights, intervals=None, kwargs={"stage_interval": own})
+    assert read_published(given).arguments["sigma_edges"] == [0.5, 3.0]
+    assert "sigma_edges" not in read_published(write_edm(path, weights, intervals=None)).arguments
+    assert "sigma_edges" not in read_published(write_edm(path, one_stage("edm", weights))).arguments
+
+
+@pytest.mark.parametrize(
+    ("intervals", "words"),
+    [
+        ([[[0, 1], [5, 9]], [[1, 5]], [[9, 80]]], "stage_interval: stage 1 is a union of 2 intervals"),
+        ([[[0, 1]], [[2, 5]], [[5, 80]]], "stage_interval: stage 1 ends at 1 but stage 2 begins at 2"),
+        ([[[5, 80]], [[1, 5]], [[0, 1]]], "stage_interval: stage 1 ends at 80 but stage 2 begins at 1"),
+        ([0, 1, 2], "stage_interval=[0, 1, 2] is no list of [[low, high]]"),
+        ([[[1, 0]]], "is no list of [[low, high]]"),
+        ([[["0", 1]]], "is no list of [[low, high]]"),
+        (7, "stage_interval=7 is no list"),
+        ([], "stage_interval=[] is no list"),
+    ],
+)
+def test_intervals_that_are_no_stages_are_refused(intervals: Any, words: str, tmp_path: Path) -> None:
+    text = refusal(write_edm(tmp_path / "edm.pkl", golden("edm")[1], intervals=intervals))
+    assert words in text
+
+
+def test_the_arguments_of_the_multi_stage_network_tell_the_edges_of_safetensors(tmp_path: Path) -> None:
+    weights = learnt(golden("edm")[1])
+    arguments = {"stage_interval": [[[0.0, 0.5]], [[0.5, 3.0]], [[3.0, float("inf")]]]}
+    published = Published(family="ddpmpp", model=weights, ema=averaged(weights), arguments=arguments)
+    (path := tmp_path / "x.safetensors").write_bytes(published_bytes(published))
+    assert read_published(path).arguments["sigma_edges"] == [0.5, 3.0]
+
+
+def test_edm_s_training_state_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "training-state-002500.pt"
+    with fake_modules():
+        net = Persistent("EDMPrecond")
+        net.add_module("model", nn.Linear(2, 2))
+        torch.save({"net": net, "optimizer_state": {"state": {}, "param_groups": []}}, path)
+    assert refusal(path).startswith(
+        "refused: it is EDM's training state, which stores the network as source code; import the network-snapshot-*.pkl"
+    )
+
+
+def test_score_sde_s_ve_networks_are_refused_by_name(tmp_path: Path) -> None:
+    weights = one_stage("ncsnpp", golden("ncsnpp")[1])
+    moved = {re.sub(r"(?<=all_modules\.)\d+", lambda m: str(int(m[0]) + 1), name): v for name, v in weights.items()}
+    path = write_score_sde(tmp_path / "x.pth", {**moved, "all_modules.0.W": torch.zeros(8)}, None)
+    content = torch.load(path, weights_only=True)
+    content["ema"] = {"shadow_params": list(moved.values())}  # without the frequencies, which are not trained
+    torch.save(content, path)
+    assert refusal(path).startswith("embeds the noise by random Fourier features (all_modules.0.W), as score_sde's VE")
 
 
 def test_arguments_of_the_network_inside_count_too(tmp_path: Path) -> None:
@@ -208,11 +275,14 @@ def test_an_exported_ddpmpp_has_edm_s_names_and_arguments(tmp_path: Path) -> Non
         model=learnt(weights),
         ema=learnt(averaged(weights)),
         arguments={"sigma_data": 0.75, "channel_mult": [1, 2]},
+        settings={"sigma_edges": [1.5]},
     )
     (path := tmp_path / "x.safetensors").write_bytes(published_bytes(published))
     with safe_open(path, "pt") as file:
         keys = set(file.keys())
-        assert json.loads(file.metadata()["arguments"]) == {**published.arguments, "norm_groups": 16}
+        # EDM's constructor takes no other arguments than its own
+        assert json.loads(file.metadata()["arguments"]) == published.arguments
+        assert json.loads(file.metadata()["msdiff"]) == {"sigma_edges": [1.5], "norm_groups": 16}
         # every parameter and buffer that EDM's module has, and nothing else
         assert keys == {f"{part}.{name}" for part in ("net", "ema") for name in weights}
         for name in keys:

@@ -1,6 +1,8 @@
 """A network's configuration from the shapes of its published tensors."""
 
 import dataclasses
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +50,8 @@ def test_a_golden_network_s_configuration_is_read_off_its_shapes(name: str) -> N
 )
 def test_the_paper_s_networks_are_read_off_their_shapes(name: str) -> None:
     config = preset(name).network
-    read = network_of(config.family, shapes_of(config))  # type: ignore[arg-type]
+    groups = getattr(config, "norm_groups", 16)  # not in the shapes
+    read = network_of(config.family, shapes_of(config), norm_groups=groups)  # type: ignore[arg-type]
     # that a network's only decoder attends goes without saying
     untold = {"decoder_attention": None} if getattr(config, "decoder_attention", None) == (True,) else {}
     assert read == dataclasses.replace(config, dropout=read.dropout, **untold)
@@ -112,9 +115,9 @@ def test_a_missing_tensor_is_named(name: str, key: str, words: str) -> None:
 
 def test_unexpected_and_misshapen_tensors_are_named_and_counted() -> None:
     weights = learnt("ldm")
-    weights |= {"label_emb.weight": torch.zeros(10, 128), "time_embed.0.bias": torch.zeros(4)}
+    weights |= {"label.weight": torch.zeros(10, 128), "time_embed.0.bias": torch.zeros(4)}
     config = network_of("ldm", weights, head_channels=16)
-    words = r"1 unexpected \(label_emb.weight\), 1 of another shape \(time_embed.0.bias: \[4\], not \[128\]\)"
+    words = r"1 unexpected \(label.weight\), 1 of another shape \(time_embed.0.bias: \[4\], not \[128\]\)"
     with pytest.raises(ValueError, match=words):
         our_state(weights, config, (8, 8))
 
@@ -134,3 +137,68 @@ def test_score_sde_s_ddpmpp_is_told_from_its_ncsnpp() -> None:
     weights = {key: value for key, value in one_stage("ncsnpp", learnt("ncsnpp")).items() if "Conv2d_0" not in key}
     with pytest.raises(ValueError, match="resamples without an input pyramid"):
         network_of("ncsnpp", weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"label_emb.weight": (10, 128)}, "is class-conditional (num_classes), see label_emb.weight"),
+        ({"input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": (4, 4)}, "attends to a condition, such as text"),
+        ({"input_blocks.1.0.emb_layers.1.weight": (64, 128)}, "scales and shifts by the noise (use_scale_shift_norm)"),
+        ({"de_modules.1.2.2.in_layers.0.weight": (4,)}, "resamples in residual blocks (resblock_updown)"),
+        ({"output_blocks.2.1.in_layers.0.weight": (4,)}, "resamples in residual blocks (resblock_updown)"),
+        ({"id_predictor.1.weight": (4,)}, "predicts codebook entries (n_embed)"),
+        ({"input_blocks.0.0.weight": (32, 7, 3, 3)}, "takes 7 channels and makes 3: it is told of other images"),
+    ],
+)
+def test_other_networks_of_latent_diffusion_are_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    weights = learnt("ldm")
+    assert weights["input_blocks.1.0.emb_layers.1.weight"].shape == (32, 128)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        network_of("ldm", weights | {name: torch.zeros(shape) for name, shape in changes.items()}, head_channels=16)
+
+
+@pytest.mark.parametrize("name", ["all_modules.4.Conv_0.weight", "all_modules.3.NIN_0.W"])
+def test_score_sde_s_ddpm_and_image_pyramids_are_refused_by_name(name: str) -> None:
+    weights = one_stage("ncsnpp", learnt("ncsnpp")) | {name: torch.zeros(8, 8, 1, 1)}
+    if "NIN" not in name:  # a convolution outside a block
+        weights = {key: value for key, value in weights.items() if not key.startswith("all_modules.4.GroupNorm_0")}
+    with pytest.raises(ValueError, match="has blocks of score_sde's DDPM, or a pyramid that adds images"):
+        network_of("ncsnpp", weights)
+
+
+# released networks, of which docs/published.md says that they import; widths are those of their code's configurations
+DEEP = {"channel_mult": (1, 2, 2, 2), "attention_factors": (2,)}
+RELEASED = {
+    "score_sde CIFAR-10": ("ncsnpp", 32, {**DEEP, "blocks_per_level": 4}),
+    "score_sde CIFAR-10 deep": ("ncsnpp", 32, {**DEEP, "blocks_per_level": 8}),
+    "EDM CIFAR-10": ("ddpmpp", 32, {"channel_mult": (2, 2, 2), "attention_factors": (2,), "augment_dim": 9}),
+    "EDM CIFAR-10 conditional": (
+        *("ddpmpp", 32),
+        {"channel_mult": (2, 2, 2), "attention_factors": (2,), "augment_dim": 9, "num_classes": 10},
+    ),
+    "EDM FFHQ": ("ddpmpp", 64, {"channel_mult": (1, 2, 2, 2), "attention_factors": (4,), "augment_dim": 9}),
+    "LDM FFHQ": (
+        *("ldm", 64),
+        {
+            "encoder_width": 224,
+            "decoder_widths": (224,),
+            "channel_mult": (1, 2, 3, 4),
+            "blocks_per_level": 2,
+            "attention_factors": (2, 4, 8),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_networks_are_read_off_their_shapes(name: str) -> None:
+    family, size, settings = RELEASED[name]
+    groups = {} if family == "ldm" else {"norm_groups": 32}
+    config = NetworkConfig.of(family, **{"dropout": 0.1, **settings, **groups})
+    names = published_names(config, (size, size))
+    with torch.device("meta"):
+        weights = restore_published(build_network(config).state_dict(), names)
+    read = network_of(family, weights, norm_groups=32)  # type: ignore[arg-type]
+    assert read == dataclasses.replace(config, dropout=read.dropout)
+    assert family != "ddpmpp" or resolution_of(weights) == size

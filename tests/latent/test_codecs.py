@@ -14,7 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from multistage_diffusion.config import CodecConfig
 from multistage_diffusion.contracts import Codec
-from multistage_diffusion.latent.codecs import CONFIG, WEIGHTS, DiffusersCodec, IdentityCodec, open_codec
+from multistage_diffusion.errors import UserError
+from multistage_diffusion.latent.codecs import (
+    CONFIG,
+    WEIGHTS,
+    DiffusersCodec,
+    IdentityCodec,
+    declared_scale,
+    open_codec,
+)
 
 diffusers = pytest.importorskip("diffusers")
 hub = pytest.importorskip("huggingface_hub")
@@ -53,6 +61,41 @@ def opened(source: Path | str, **settings: Any) -> Codec:
 
 def pixels(*shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+# -- scale and shift --------------------------------------------------------------------------------------------------
+
+
+def test_an_autoencoder_declares_its_scale_and_shift(tmp_path: Path) -> None:
+    kl(scaling_factor=0.3611, shift_factor=0.1159).save_pretrained(tmp_path / "vae" / "sub")
+    assert declared_scale(CodecConfig(source=str(tmp_path / "vae"), subfolder="sub")) == (0.3611, 0.1159)
+    kl(scaling_factor=0.5).save_pretrained(tmp_path / "plain")
+    assert declared_scale(CodecConfig(source=str(tmp_path / "plain"))) == (0.5, 0.0)
+
+
+def test_scales_that_are_not_declared_are_named(tmp_path: Path) -> None:
+    config = CodecConfig(source=str(tmp_path / "vae"))
+    kl(latents_mean=[0.0, 1.0]).save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match="declares latents_mean of each channel, which is not supported"):
+        declared_scale(config)
+    kl().save_pretrained(tmp_path / "vae")
+    settings = json.loads((tmp_path / "vae" / "config.json").read_text())
+    del settings["scaling_factor"]
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"declares scaling_factor=None; give codec.scale a number"):
+        declared_scale(config)
+    with pytest.raises(UserError, match="the identity declares none"):
+        declared_scale(CodecConfig(source="identity"))
+
+
+def test_a_shift_is_taken_off_and_put_back(folder: Path) -> None:
+    plain, shifted = opened(folder), opened(folder, shift=0.25)
+    images = pixels(2, 1, 4, 6)
+    latents = plain.encode(images)
+    assert torch.equal(shifted.encode(images), latents - 0.25)
+    assert torch.allclose(shifted.decode(latents - 0.25), plain.decode(latents), atol=1e-6)
+    assert shifted.fingerprint != plain.fingerprint  # other latents: not those in the cache
+    assert shifted.fingerprint == opened(folder, shift=0.25).fingerprint
 
 
 # -- what codecs do ---------------------------------------------------------------------------------------------------

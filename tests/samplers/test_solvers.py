@@ -196,6 +196,33 @@ def test_order_three_is_exact_for_predictions_linear_in_lambda(case, spacing):
         torch.testing.assert_close(arrived, exact(x, s, t), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("third_order", ["exact", "published"])
+@pytest.mark.parametrize("solver", ["dpm", "dpm++"])
+def test_multistep_order_three_halves_the_second_derivative_as_published(solver: str, third_order: str) -> None:
+    """With f = lambda² a step integrates a parabola: the whole one, or the one with half the second derivative."""
+    data, states = solver == "dpm++", list[tuple[float, Tensor]]()
+
+    def denoiser(x: Tensor, sigma: float, cond: Conditioning | None = None) -> Tensor:
+        states.append((sigma, x))
+        f = math.log(sigma) ** 2
+        return torch.full_like(x, f) if data else x - sigma * f
+
+    case = {"solver": solver, "method": "multistep", "order": 3, "third_order": third_order}
+    plan = make_plan(replace(PUBLISHED, **case, calls=13, spacing="time", sigma_min=0.05), VP())
+    sample(denoiser, torch.tensor([[3.0], [-5.0]], dtype=torch.float64), plan)
+    points, weights = np.polynomial.legendre.leggauss(24)
+    for i in (2, 6, 11):
+        (s, x), (t, arrived) = states[i], states[i + 1]
+        start, end = -math.log(s), -math.log(t)
+        expected = math.exp(start - end) * x if data else x
+        for point, weight in zip(points, weights, strict=True):
+            d = 0.5 * (end - start) * (point + 1)
+            f = start**2 + 2 * start * d + (d**2 if third_order == "exact" else d**2 / 2)
+            kernel = math.exp(start + d - end) if data else -math.exp(-start - d)
+            expected = expected + 0.5 * (end - start) * weight * kernel * f
+        torch.testing.assert_close(arrived, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("spacing", ["log-snr", "edm"])
 def test_heun_is_of_order_two(mixture, spacing):
     """To sigma = 0, against the same sampler refined: the last Euler step starts where D hardly changes."""

@@ -185,6 +185,15 @@ def test_algorithm_2_records_its_grid_and_settings(clustered):
         assert low <= edge <= high
 
 
+def test_algorithm_2_has_the_published_grid_when_asked():
+    found = compute_stages(SOME, dataclasses.replace(PAIRS, nodes=21))
+    assert found.curves["t"] == pytest.approx([*(0.001 + 0.05 * np.arange(20)), 1.0], abs=1e-12)
+    assert np.array(found.curves["similarity"]).shape == (21, 21)
+    assert set(found.edges_t) <= set(found.curves["t"])
+    assert found.settings.nodes == 21
+    assert grid_times(VP(t_min=0.2), 11).tolist() == pytest.approx([0.2, *np.arange(0.3, 1.0, 0.1), 1.0])
+
+
 def test_one_stage_has_no_edges():
     one = compute_stages(SOME, dataclasses.replace(PAIRS, stages=1))
     assert (one.edges_t, one.edges_sigma, one.intervals_t, len(one.stages())) == ((), (), (), 1)

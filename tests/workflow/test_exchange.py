@@ -214,7 +214,7 @@ def refusal(file: Path, out: Path, **arguments: object) -> str:
 
 def test_two_decoders_need_their_stages(tmp_path: Path) -> None:
     weights = {k: v for k, v in golden("edm")[1].items() if "decs.2." not in k}
-    file, out = write_edm(tmp_path / "edm.pkl", weights), tmp_path / "run"
+    file, out = write_edm(tmp_path / "edm.pkl", weights, intervals=None), tmp_path / "run"
     assert refusal(file, out).startswith(
         "holds 2 decoders, but the stages are 3; give the stages that the decoders were trained on"
     )
@@ -226,6 +226,135 @@ def test_two_decoders_need_their_stages(tmp_path: Path) -> None:
         training=dataclasses.replace(config.training, shares=(0.9, 0.1)),
     )
     assert import_published(file, out, base=base).config().stages.interior == (1.5,)
+
+
+EDGES = (0.5, 3.0)
+
+
+def warnings_of(recorded: pytest.WarningsRecorder) -> list[str]:
+    return [str(warning.message) for warning in recorded]
+
+
+def test_the_edges_of_an_edm_pickle_are_the_run_s(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    weights = golden("edm")[1]
+    own = [[[0, 0.5]], [[0.5, 3.0]], [[3.0, float("inf")]]]
+    run = import_published(write_edm(tmp_path / "edm.pkl", weights, intervals=own), tmp_path / "run")
+    assert run.config().stages.interior == EDGES
+    assert warnings_of(recwarn) == []
+    # sigma = 1 is of the second decoder there, and of the first between the published edges
+    case = golden("edm")[2]["case0"]
+    at = torch.full((len(case["x"]),), 1.0, dtype=torch.float64)
+    other = import_published(write_edm(tmp_path / "edm.pkl", weights), tmp_path / "other").denoiser()
+    cond = Conditioning(augment=case["augment_labels"])
+    with torch.no_grad():
+        assert relative(run.denoiser()(case["x"], at, cond), other(case["x"], at, cond)) > 0.05
+    again = import_published(export_published(run, tmp_path / "x.safetensors"), tmp_path / "again")
+    assert again.config().stages.interior == EDGES
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_assumed_edges_are_warned_of_and_given_ones_are_not(
+    name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    weights = golden(name)[1]
+    edm = name == "edm"
+    file = write_edm(tmp_path / "x.pkl", weights, intervals=None) if edm else write(name, tmp_path, weights)
+    heads = {"head_channels": 16} if name == "ldm" else {}
+    assert import_published(file, tmp_path / "a", **heads).config().stages.interior == PAPER[name].stages.interior
+    (said,) = warnings_of(recwarn)
+    assert said.startswith(
+        f"{file}: does not tell at which noise its 3 decoders change; the edges of preset {PAPER[name].name}"
+    )
+    assert "(sigma = 2." in said
+    assert said.endswith("import it again with --edges")
+    recwarn.clear()
+    assert import_published(file, tmp_path / "b", edges=EDGES, **heads).config().stages.interior == EDGES
+    assert warnings_of(recwarn) == []
+    import_published(file, tmp_path / "c", base=PAPER[name], **heads)  # a preset is named for other reasons, too
+    assert len(warnings_of(recwarn)) == 1
+
+
+def test_edges_are_given_for_any_number_of_decoders(tmp_path: Path) -> None:
+    weights = {k: v for k, v in golden("edm")[1].items() if "decs.2." not in k}
+    file = write_edm(tmp_path / "edm.pkl", weights, intervals=None)
+    assert import_published(file, tmp_path / "two", edges=[1.5]).config().stages.interior == (1.5,)
+    Import(file=file, out=tmp_path / "command", edges=(1.5,)).run()
+    assert Run.open(tmp_path / "command").config().stages.interior == (1.5,)
+    assert refusal(file, tmp_path / "x", edges=EDGES).startswith("holds 2 decoders, but the stages are 3; give")
+    assert refusal(file, tmp_path / "x", edges=[-1.0]).startswith("stages: edges [-1.0] must be positive")
+    fourth = {k.replace("decs.1.", "decs.3."): v for k, v in golden("edm")[1].items() if "decs.1." in k}
+    file = write_edm(tmp_path / "edm.pkl", golden("edm")[1] | fourth, intervals=None)
+    assert len(import_published(file, tmp_path / "four", edges=[0.5, 1, 2]).config().stages) == 4
+
+
+def wide_ncsnpp(folder: Path) -> Path:
+    """Write a network of the multi-stage code in which 16 and 32 groups differ."""
+    config = NetworkConfig.of(
+        "ncsnpp", encoder_width=64, decoder_widths=(64, 64), channel_mult=(2,), blocks_per_level=1, attention_factors=()
+    )
+    torch.manual_seed(0)
+    weights = published_state(build_network(config).state_dict(), config, (8, 8))
+    return write_score_sde(folder / "wide.pth", weights, weights)
+
+
+def test_assumed_groups_are_warned_of_and_given_ones_are_not(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    file = wide_ncsnpp(tmp_path)
+    edges = {"edges": (1.0,), "size": (8, 8)}
+    run = import_published(file, tmp_path / "a", **edges)  # type: ignore[arg-type]
+    (said,) = warnings_of(recwarn)
+    assert "does not tell the groups of its GroupNorms; up to 16 are assumed" in said
+    assert said.endswith("import it again with --norm-groups")
+    recwarn.clear()
+    other = import_published(file, tmp_path / "b", norm_groups=32, **edges)  # type: ignore[arg-type]
+    assert warnings_of(recwarn) == []
+    assert (run.config().network.norm_groups, other.config().network.norm_groups) == (16, 32)  # type: ignore[attr-defined]
+    again = import_published(export_published(other, tmp_path / "x.pth"), tmp_path / "again", size=(8, 8))
+    assert again.config().network == other.config().network
+    Import(file=file, out=tmp_path / "c", norm_groups=32, edges=(1.0,), size=(8, 8)).run()
+    assert Run.open(tmp_path / "c").config().network == dataclasses.replace(other.config().network)
+    assert warnings_of(recwarn) == []
+
+
+def test_groups_that_cannot_be_given_are_refused(tmp_path: Path) -> None:
+    file = write_edm(tmp_path / "edm.pkl", golden("edm")[1])
+    assert refusal(file, tmp_path / "x", norm_groups=32) == "norm_groups=32: the file says 16; leave it out"
+    file = write_ldm(tmp_path / "x.ckpt", golden("ldm")[1], None)
+    assert refusal(file, tmp_path / "x", norm_groups=16, head_channels=16).startswith(
+        "norm_groups=16: an LDM U-Net always"
+    )
+
+
+def made_run(folder: Path, config: RunConfig) -> Run:
+    """Write a run of random weights."""
+    run = Run.create(folder, config)
+    state = dict(build_denoiser(config).state_dict())
+    save_checkpoint(
+        run.checkpoints,
+        Checkpoint(model=state, ema=state, optimizer={}, state={"step": 5, "score": None, "config": config}),
+    )
+    return run
+
+
+def test_an_imported_run_keeps_its_sampler_through_export(tmp_path: Path) -> None:
+    run = imported("edm", tmp_path)
+    own = SamplingConfig(solver="dpm++", order=2, calls=12, spacing="edm", sigma_min=0.01, guidance_interval=(0.1, 1.0))
+    run = made_run(tmp_path / "changed", dataclasses.replace(run.config(), sampling=own))
+    again = import_published(export_published(run, tmp_path / "x.safetensors"), tmp_path / "again")
+    assert again.config().sampling == own
+    run = made_run(
+        tmp_path / "vp", dataclasses.replace(imported("ncsnpp", tmp_path, replace=True).config(), sampling=own)
+    )
+    again = import_published(export_published(run, tmp_path / "x.pth"), tmp_path / "vp-again", size=(16, 16))
+    assert again.config().sampling == own
+
+
+def test_a_sampler_that_is_not_known_is_left_out(tmp_path: Path) -> None:
+    weights = golden("ncsnpp")[1]
+    arguments = {"sigma_edges": [1.0, 2.0], "norm_groups": 16, "sampling": {"solver": "of-a-later-release"}}
+    file = write_score_sde(tmp_path / "x.pth", weights, weights, arguments=arguments)
+    with pytest.warns(UserWarning, match=r"the sampling settings of the file are left out: .*of-a-later-release"):
+        run = import_published(file, tmp_path / "run", size=(16, 16))
+    assert run.config().sampling == PAPER["ncsnpp"].sampling
 
 
 def test_what_does_not_go_together_is_named(tmp_path: Path) -> None:
@@ -244,7 +373,7 @@ def test_what_does_not_go_together_is_named(tmp_path: Path) -> None:
     file = write_ldm(tmp_path / "x.ckpt", golden("ldm")[1], None)
     assert "head_channels=48 does not divide" in refusal(file, out, head_channels=48)
     file = write_ldm(tmp_path / "x.ckpt", golden("ldm")[1] | {"label_emb.weight": torch.zeros(10, 128)}, None)
-    assert "1 unexpected (label_emb.weight)" in refusal(file, out, head_channels=16)
+    assert "is class-conditional (num_classes), see label_emb.weight" in refusal(file, out, head_channels=16)
 
 
 @pytest.mark.parametrize("name", ["ncsnpp", "edm"])
@@ -366,8 +495,45 @@ def test_a_codec_that_cannot_be_used_is_left_out(tmp_path: Path, monkeypatch: py
     with pytest.warns(UserWarning, match=r"the codec is left out: a latent codec needs diffusers: pip install"):
         run = import_published(file, tmp_path / "run", size=(8, 8), head_channels=16)
     assert not (run.path / "codec").exists()
-    assert run.config().codec.source == preset("celebahq-ldm").codec.source
-    assert (run.config().codec.shape, run.config().data.shape) == ((3, 8, 8), (3, 32, 32))
+    assert run.config().codec.source == ""  # not another codec of as many channels
+    assert (run.config().codec.shape, run.config().data.shape) == ((3, 8, 8), (3, 16, 16))  # the file's, of two levels
+    assert import_published(file, tmp_path / "b", base=PAPER["ldm"], head_channels=16).config().codec.source == ""
+
+
+def test_a_codec_is_named_by_the_file_or_by_the_user_alone(tmp_path: Path) -> None:
+    weights = golden("ldm")[1]
+    file = write_ldm(tmp_path / "model.ckpt", weights, weights)
+    codec = import_published(file, tmp_path / "a", head_channels=16).config().codec
+    assert (codec.source, codec.shape, codec.scale) == ("", (3, 64, 64), 1.0)
+    assert (
+        import_published(file, tmp_path / "b", base=PAPER["ldm"], head_channels=16).config().codec == PAPER["ldm"].codec
+    )
+    with pytest.raises(UserError, match=r"codec.source is empty: name an autoencoder \(--codec"):
+        sample(tmp_path / "a", 1, sampling=FEW, device="cpu")
+
+
+def test_a_kl_first_stage_becomes_the_run_s_codec(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32, 32),
+        latent_channels=3,
+        norm_num_groups=32,
+    ).eval()
+    state = {f"first_stage_model.{name}": value for name, value in compvis_weights(model).items()}
+    weights = golden("ldm")[1]
+    file = write_ldm(tmp_path / "model.ckpt", weights, weights, state=state | {"scale_factor": torch.tensor(0.25)})
+    run = import_published(file, tmp_path / "run", size=(8, 8), head_channels=16)
+    from multistage_diffusion.latent.codecs import open_codec
+
+    config = run.config()
+    assert (config.codec.scale, config.codec.shape, config.data.shape) == (0.25, (3, 8, 8), (3, 16, 16))
+    latents = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(open_codec(config.codec).decode(latents), model.decode(latents).sample)
+    assert json.loads((run.path / "codec" / "config.json").read_text())["scaling_factor"] == 0.25
 
 
 def test_tensors_of_other_networks_are_warned_of(tmp_path: Path) -> None:
@@ -469,7 +635,10 @@ def test_the_commands_import_and_export(
 ) -> None:
     run = shared("ncsnpp", None)
     Export(run_folder=run.path, out=tmp_path / "x.pth").run()
-    assert capsys.readouterr().out == f"written: {tmp_path / 'x.pth'}\n"
+    written, groups, intervals = capsys.readouterr().out.splitlines()
+    assert written == f"written: {tmp_path / 'x.pth'}"
+    assert groups.endswith("model.group = 16")
+    assert intervals.endswith("model.stage_interval = [[[0.0, 0.442]], [[0.442, 0.631]], [[0.631, 1.0]]]")
     again = Import(file=tmp_path / "x.pth", out=tmp_path / "again", preset="cifar10-dpm-table7-2", size=(16, 16))
     again.run()
     printed = capsys.readouterr().out

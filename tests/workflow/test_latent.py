@@ -15,6 +15,7 @@ from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override
 from multistage_diffusion.data import ImageData, to_uint8
 from multistage_diffusion.evaluation import frechet_distance, get_features
+from multistage_diffusion.latent.codecs import open_codec
 from multistage_diffusion.schedules import LogNormal
 from multistage_diffusion.stage_finding import StageSettings, compute_stages
 from multistage_diffusion.training.checkpoint import load_tensors
@@ -109,6 +110,20 @@ def test_a_run_records_what_its_latents_are(config: RunConfig, tmp_path: Path) -
     latents = [encoded(config, tmp_path, part) for part in run.data().split(0.1)]
     assert trained.codec.scale == pytest.approx(1 / float(latents[0].double().std(correction=0)), rel=1e-3)
     assert (run.path / "samples" / "step_00000004.png").exists()
+
+
+def test_a_run_takes_the_scale_that_its_codec_declares(config: RunConfig, tmp_path: Path) -> None:
+    model = diffusers.AutoencoderKL.from_pretrained(tmp_path / "codec")
+    model.register_to_config(scaling_factor=0.5, shift_factor=0.25)
+    model.save_pretrained(tmp_path / "codec")
+    run = train(override(config, {"codec.scale": "config"}), tmp_path / "run")
+    codec = run.config().codec
+    assert (codec.scale, codec.shift) == (0.5, 0.25)
+    images, _ = run.data().split(0.1)
+    latents = open_codec(codec).encode(torch.from_numpy(images.array()).float() / 127.5 - 1)
+    assert torch.allclose(latents, encoded(config, tmp_path, images) - 0.25, atol=1e-5)
+    assert sample(run, 2).shape == (2, 1, 8, 6)
+    resume(run.path, {"training.steps": 6})
 
 
 def encoded(config: RunConfig, tmp_path: Path, part) -> torch.Tensor:

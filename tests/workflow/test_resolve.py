@@ -168,8 +168,8 @@ def test_class_names_are_those_of_the_data_or_those_given() -> None:
 def test_every_documented_key_exists_and_is_set_by_a_case() -> None:
     assert set(RESOLVED) <= set(dotted(tiny_config()))
     known = {key for case in CASES.values() for key in case.sets}
-    # see the tests of paths and of class names
-    assert set(RESOLVED) - known == {"codec.source", "training.init_from", "data.class_names"}
+    # see the tests of paths, of class names and of the scale that a codec declares (test_latent.py)
+    assert set(RESOLVED) - known == {"codec.source", "codec.shift", "training.init_from", "data.class_names"}
     # what an imported run gets when it is first resumed may be recorded then
     imported = {key for name, case in CASES.items() if name.startswith("imported") for key in case.sets}
     assert imported | {"data.class_names"} <= set(RECORDED) <= set(RESOLVED)

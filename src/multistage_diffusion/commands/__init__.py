@@ -5,6 +5,7 @@ Results go to standard output (JSON with --json), progress and notes to standard
 
 from typing import Any
 
+from .boundary import ConvertBoundary
 from .codec import TrainCodec
 from .compare import Compare
 from .demo import Demo
@@ -24,6 +25,7 @@ from .train import Train
 COMMANDS: dict[str, type[Any]] = {
     "quickstart": Quickstart,
     "stages": FindStages,
+    "boundary": ConvertBoundary,
     "train": Train,
     "train-codec": TrainCodec,
     "sample": Sample,

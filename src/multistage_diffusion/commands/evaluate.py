@@ -74,7 +74,7 @@ class Evaluate(SamplerOptions, DataOptions):
     """Other images to compare with; options that are not given are the run's."""
     against: Annotated[str, option("{held-out,train,FILE}", "held-out")] = "held-out"
     """held-out: as many held-out images. train: statistics of all training images, as in published FIDs. FILE: statistics
-    written by msdiff stats."""
+    written by msdiff stats, or a batch of images (.npz), such as ADM's."""
     count: Annotated[
         int | None, option("INT", "as many as the real images, from 500 to 5000, with statistics to 50000")
     ] = None
@@ -181,6 +181,7 @@ class Stats(DataOptions):
 
     Examples
       msdiff stats digits --out digits.npz
+      msdiff stats VIRTUAL_imagenet64_labeled.npz --features inception --out imagenet64.npz
       msdiff stats cifar10:data/ --features inception --part all --out cifar10.npz
     """
 
@@ -190,9 +191,11 @@ class Stats(DataOptions):
     features: Annotated[str, features_option("pixels")] = "pixels"
     inception_weights: Weights = None
     """A file with the weights of inception or vgg16."""
-    part: Literal["all", "train", "held-out"] = "train"
+    part: Annotated[
+        Literal["all", "train", "held-out"] | None, option("{all,train,held-out}", "train; all of an .npz file")
+    ] = None
     """Part of the data set. Published statistics are of all images of a data set's training split."""
-    keep: int = KEPT
+    keep: Annotated[int | None, option("INT", f"{KEPT}; all of an .npz file")] = None
     """Number of images whose features are kept as well, for metrics that need features, such as precision and recall."""
     device: Device = None
     """cpu, cuda or cuda:N"""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..workflow.export import export_published
+from ..training.run import Run
+from ..workflow.export import export_published, original_settings
 from .options import RunFolder, check_out, print_json, say
 
 
@@ -36,7 +37,11 @@ class Export:
         """Run the command."""
         check_out(self.out, self.overwrite)
         file = export_published(self.run_folder, self.out, checkpoint=self.checkpoint, overwrite=self.overwrite)
+        config = Run.open(self.run_folder).config()
         if self.json:
-            print_json({"out": str(file), "run": str(self.run_folder), "checkpoint": self.checkpoint})
+            made = {"out": str(file), "run": str(self.run_folder), "checkpoint": self.checkpoint}
+            print_json({**made, "original_settings": original_settings(config)})
         else:
             say(f"written: {file}")
+            for name, value in original_settings(config).items():
+                say(f"in the original code's configuration: {name} = {value}")

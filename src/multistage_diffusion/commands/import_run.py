@@ -18,13 +18,15 @@ from .options import option, print_json, say
 class Import:
     """Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt.
 
-    No code in the file is executed. The network is derived from tensor names and shapes. Stages, training and sampling
-    are those of a preset, by default of the paper's preset with as many decoders. The run has no data; to train it, give
+    No code in the file is executed. The network is derived from tensor names and shapes. Training is that of a preset, by
+    default of the paper's preset with as many decoders; so are stages and sampling, unless the file tells them. A warning
+    names what is assumed and would change the images. The run has no data; to train it, give
     some: msdiff train --resume RUN --data DATA.
 
     Examples
       msdiff import checkpoint_26.pth --out runs/published
       msdiff import model.ckpt --out runs/ldm --size 32 32 --head-channels 64
+      msdiff import network-snapshot-002500.pkl --out runs/two --edges 1.5
       msdiff import digits.safetensors --preset digits --out runs/again
     """
 
@@ -36,10 +38,14 @@ class Import:
     """The preset whose training, sampling and stages the run gets."""
     size: Annotated[tuple[int, int] | None, option("H W", "the preset's")] = None
     """Height and width of the network's input: images, or latents for LDM."""
-    stages: Annotated[Path | None, option("FILE", "the preset's")] = None
+    stages: Annotated[Path | None, option("FILE", "the file's, else the preset's")] = None
     """A stages.json with the noise ranges that the decoders were trained on."""
+    edges: Annotated[tuple[float, ...] | None, option("SIGMA ...", "the file's, else the preset's")] = None
+    """The edges between these noise ranges, in sigma: one fewer than decoders."""
     head_channels: Annotated[int | None, option("INT", "32")] = None
     """Channels of an attention head (LDM only)."""
+    norm_groups: Annotated[int | None, option("INT", "the file's, else 32, of the multi-stage code 16")] = None
+    """Largest number of groups of a GroupNorm (NCSN++ and DDPM++)."""
     replace: bool = False
     """Move an existing run at OUT aside."""
     json: bool = False
@@ -53,7 +59,9 @@ class Import:
             base=None if self.preset is None else preset(self.preset),
             size=self.size,
             result=None if self.stages is None else StageResult.load(self.stages),
+            edges=self.edges,
             head_channels=self.head_channels,
+            norm_groups=self.norm_groups,
             replace=self.replace,
         )
         config = run.config()

@@ -112,6 +112,8 @@ class SamplerOptions:
         None
     )
     """Use the last call to remove the noise that is left; auto: if it is visible."""
+    third_order: Annotated[Literal["exact", "published"] | None, option("{exact,published}", "the run's")] = None
+    """Multistep order 3 with its exact second derivative, or half of it, as in the published code (dpm and dpm++)."""
 
     def sampling_config(self, own: SamplingConfig) -> SamplingConfig:
         """Return a run's sampling configuration with these options applied."""

@@ -14,6 +14,7 @@ from tyro.conf import Positional
 from ..config import CodecConfig, DataConfig
 from ..config.presets import preset
 from ..console import Bar
+from ..conventions import Boundary, boundary, boundary_lines
 from ..distributed import is_main_process
 from ..errors import UserError
 from ..schedules import SCHEDULES
@@ -22,6 +23,7 @@ from ..stage_finding import StageResult, StageSettings
 from ..stage_finding.settings import StageDenoiser
 from ..workflow.clustering import find_stages_by_gradients
 from ..workflow.stages import curves_file, find_stages
+from .boundary import boundary_json
 from .options import DataOptions, Device, check_out, data_option, one_of, option, print_json, say
 
 _DEFAULTS = StageSettings()
@@ -67,6 +69,8 @@ class FindStages(DataOptions):
     """Noisy images that are compared; with --denoiser gaussian images whose covariance is measured."""
     times: int = _DEFAULTS.times
     """Times per noisy image (algorithm 1); 1 with 50000 samples is the paper's estimator."""
+    nodes: int = _DEFAULTS.nodes
+    """Times among which algorithm 2 chooses its edges, evenly spaced; 21 is the published grid."""
     precision: Annotated[float | None, option("FLOAT", "that of the number of samples")] = None
     """Draw samples until the 95 % intervals of the edges end at most this far from them, in t."""
     eta: float = _DEFAULTS.eta
@@ -85,6 +89,8 @@ class FindStages(DataOptions):
     """Find the stages in the latents of this autoencoder: a folder or hf:NAME."""
     schedule: Annotated[str, tyro.conf.arg(metavar=one_of(SCHEDULES))] = "vp"
     """Noise schedule in whose time the edges are printed."""
+    shift: Annotated[float | None, option("FLOAT", "not printed")] = None
+    """Print each edge in the conventions of two-expert trainers, too, with this shift of rectified flow (see msdiff boundary)."""
     seed: int = _DEFAULTS.seed
     """Seed of the samples."""
     memory: float = 2.0
@@ -108,6 +114,8 @@ class FindStages(DataOptions):
             raise UserError("--preset: only denoiser gaussian uses a training density; give --denoiser gaussian, too")
         if self.schedule not in SCHEDULES:
             raise UserError(f"--schedule {self.schedule}: must be one of {', '.join(SCHEDULES)}")
+        if self.shift is not None:
+            boundary(1.0, shift=self.shift)  # refuses an impossible shift before the work
         picture = self.out.with_suffix(".png")
         if self.out == picture:
             raise UserError(f"--out {self.out}: the result is JSON; name it {self.out.with_suffix('.json')}")
@@ -143,9 +151,22 @@ class FindStages(DataOptions):
         if not is_main_process():
             return
         if self.json:
-            print_json(result.to_dict())
+            print_json(result.to_dict() | self._conventions(result))
         else:
-            say(f"{edges_text(result)}\nwritten: {self.out}, {picture}")
+            say(edges_text(result))
+            for k, found in enumerate(self._boundaries(result), start=1):
+                say("\n".join([f"stage {k} | {k + 1} in other conventions:", *boundary_lines(found)]))
+            say(f"written: {self.out}, {picture}")
+
+    def _boundaries(self, result: StageResult) -> list[Boundary]:
+        """Return the edges as boundaries, if --shift asks for them."""
+        if self.shift is None:
+            return []
+        return [boundary(sigma, shift=self.shift) for sigma in result.edges_sigma]
+
+    def _conventions(self, result: StageResult) -> dict[str, Any]:
+        """Return what --shift adds to the JSON."""
+        return {} if self.shift is None else {"boundaries": [boundary_json(b) for b in self._boundaries(result)]}
 
     def _unit(self) -> str:
         """Return what the progress bar counts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import tyro
 import yaml
 from tyro.conf import Positional
 
-from ..config import RunConfig
+from ..config import CodecConfig, RunConfig
 from ..config.presets import preset
 from ..config.serialization import override, to_dict
 from ..console import Bar, TrainingProgress, console
@@ -191,13 +192,19 @@ class Train(DataOptions):
             progress=bar,
         )
 
+    def of_another_codec(self, config: RunConfig) -> RunConfig:
+        """Return a configuration without what belongs to its codec (subfolder, scale, ...) if --codec names another."""
+        if self.codec in (None, config.codec.source):
+            return config
+        return dataclasses.replace(config, codec=CodecConfig())
+
     def chosen(self, changes: dict[str, Any]) -> Chosen:
         """Return the configuration of a new run: of a preset or a file, or chosen for the images."""
         result = None if self.stages is None else StageResult.load(self.stages)
         if self.config is not None:
-            return Chosen(load_config(self.config), changes, result)
+            return Chosen(self.of_another_codec(load_config(self.config)), changes, result)
         if self.preset not in (None, AUTO):
-            return Chosen(preset(self.preset or ""), changes, result)
+            return Chosen(self.of_another_codec(preset(self.preset or "")), changes, result)
         if "data.source" not in changes:
             raise UserError("DATA is missing: name the images (or give --preset NAME, --config FILE or --resume RUN)")
         with Bar("finding stages", "resamples") as bar:

@@ -70,26 +70,36 @@ class CodecConfig:
     Attributes:
         source: a folder with a diffusers AutoencoderKL or VQModel (such as msdiff train-codec writes), or hf:NAME.
         subfolder: subfolder of the autoencoder ("vae" in a whole pipeline).
-        scale: factor of the latents in the network's input; None: 1 / their standard deviation, recorded when a run
-            starts.
+        scale: factor of the latents in the network's input; None: 1 / their standard deviation; "config": the
+            autoencoder's own scaling_factor, with its shift_factor. The number is recorded when a run starts.
+        shift: number that is subtracted from the latents before they are multiplied by the scale.
         shape: (channels, height, width) of a latent, recorded when a run starts.
         fingerprint: hash of the autoencoder's weights, recorded when a run starts and checked at every use.
     """
 
     source: str = ""
     subfolder: str = ""
-    scale: float | None = None
+    scale: float | Literal["config"] | None = None
+    shift: float = 0.0
     shape: tuple[int, ...] = ()
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
+        known = self.scale == "config" or self.factor is None or 0 < self.factor < math.inf
         require(
-            self.scale is None or 0 < self.scale < math.inf, f"codec.scale={self.scale} must be positive and finite"
+            known and self.scale in ("config", self.factor),
+            f"codec.scale={self.scale} must be positive and finite, or 'config'",
         )
+        require(math.isfinite(self.shift), f"codec.shift={self.shift} must be finite")
         require(
             not self.shape or (len(self.shape) == 3 and min(self.shape) > 0),
             f"codec.shape={list(self.shape)} must be [channels, height, width]",
         )
+
+    @property
+    def factor(self) -> float | None:
+        """The scale as a number; None while it is open, or to be read from the autoencoder."""
+        return None if isinstance(self.scale, str) else self.scale
 
     @property
     def used(self) -> bool:

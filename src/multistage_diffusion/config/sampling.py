@@ -24,7 +24,8 @@ class SamplingConfig:
         method: "singlestep" or "multistep", for solvers that have a choice (DPM-Solver families).
         order: for solvers that have a choice (DPM-Solver families: 1 to 3).
         calls: denoiser calls per image.
-        spacing: "log-snr", "time" (of the run's schedule), "edm" (rho) or another of SPACINGS.
+        spacing: "log-snr", "time" (of the run's schedule), "edm" (rho), "ldm" (latent diffusion's own steps of a discrete
+            schedule, 951, 901 .. 1 in 20 calls) or another of SPACINGS.
         sigma_min, sigma_max: where trajectories end and start; None: the schedule's own range.
         rho: for EDM spacing.
         churn: S_churn of Heun (Karras et al. 2022, Algorithm 2); 0 is deterministic.
@@ -34,6 +35,9 @@ class SamplingConfig:
             lowers its last orders only below 10 calls.
         denoise_last: whether the last call is at sigma_min and its output is the result, without the noise left at
             sigma_min. "auto": if that noise is visible (sigma_min of a grey level or more) and calls exceed the order.
+        third_order: how multistep steps of order 3 (DPM-Solver families) weigh the second difference of the predictions.
+            "exact": twice, as f'' is twice the second difference; this gives order 3. "published": once, as the solvers'
+            authors' code does; the error then is of order 2.
         guidance: classifier-free guidance w of a class-conditional run, D = D_none + w (D_label - D_none): 0 is
             unconditional, 1 conditional; other values evaluate the network twice, in one batch.
         guidance_interval: (low, high); guidance acts only for low < sigma <= high. Elsewhere w is 1 and the network is
@@ -54,6 +58,7 @@ class SamplingConfig:
     eta: float = 0.0
     lower_final: Literal["always", "published"] = "always"
     denoise_last: Literal["auto", "always", "never"] = "auto"
+    third_order: Literal["exact", "published"] = "exact"
     guidance: float = 1.0
     guidance_interval: tuple[float, float] | None = None
     threshold: float | None = None
@@ -66,6 +71,7 @@ class SamplingConfig:
             "method": solver.methods,
             "lower_final": ("always", "published"),
             "denoise_last": ("auto", "always", "never"),
+            "third_order": ("exact", "published"),
         }
         for name, known in choices.items():
             value = getattr(self, name)

@@ -37,6 +37,7 @@ _BESIDES = (
     "pathlib.WindowsPath",
     "typing.Any",
 )
+_EDM_OBJECT = "torch_utils.persistence._reconstruct_persistent_obj"
 _MAPPINGS = (".defaultdict", ".AttributeDict")
 
 
@@ -125,6 +126,11 @@ def _strangers(path: Path) -> list[str]:
         if file.read(len(_ZIP)) != _ZIP:
             return []
     names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    if _EDM_OBJECT in names:
+        raise Refused(
+            "refused: it is EDM's training state, which stores the network as source code; import the network-snapshot-*.pkl "
+            "of the same training, its average"
+        )
     for name in names:
         if name not in _BESIDES and not name.startswith(_FRAMEWORKS):
             raise Refused(_refusal(name))
@@ -229,7 +235,7 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch.storage._load_from_bytes": _storage,
-    "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
+    _EDM_OBJECT: _persistent,
     # used in augmentation and loss objects only, never for weights
     **dict.fromkeys(("numpy.ndarray", "numpy.dtype"), Record),
     **{

@@ -14,8 +14,8 @@ from ..config import NetworkConfig
 from ..errors import UserError
 from ..nets.blocks import GROUPS
 from ..nets.network import meta_network
-from .layouts import Family, Tensors
 from .names import convert_published, published_names, restore_published
+from .parts import Family, Tensors
 
 
 def network_of(
@@ -132,6 +132,7 @@ def _ncsnpp(shape: _Shapes) -> dict[str, Any]:
     """Read `en_modules.i` and `de_modules.stage.i`, or `all_modules.i`: Linear, Linear, conv, blocks, ..."""
     stages = shape.numbers(r"de_modules\.(\d+)\.")
     encoder = "en_modules" if stages else "all_modules"
+    _require_plain_ncsnpp(shape, encoder)
     width = shape(f"{encoder}.0.weight", 2)[1]
     levels = len(shape.numbers(rf"{encoder}\.(\d+)\.Conv2d_0\.weight")) + 1  # each but the last ends in a pyramid step
     blocks = shape.numbers(rf"{encoder}\.(\d+)\.Conv_0\.weight")
@@ -196,8 +197,47 @@ def _ddpmpp(shape: _Shapes) -> dict[str, Any]:
     }
 
 
+def _require_plain_ldm(shape: _Shapes) -> None:
+    """Raise UserError, naming the difference, for latent diffusion's networks that are built of other parts."""
+    names = shape.tensors
+    blocks = [name.removesuffix(".emb_layers.1.weight") for name in names if name.endswith(".emb_layers.1.weight")]
+    scaled = [
+        block
+        for block in blocks
+        if shape(f"{block}.emb_layers.1.weight", 2)[0] == 2 * shape(f"{block}.in_layers.2.weight", 4)[0]
+    ]
+    updown = [name for name in names if re.match(r"(output_blocks|de_modules\.\d+)\.\d+\.[12]\.in_layers\.", name)]
+    crossing = [name for name in names if ".transformer_blocks." in name]
+    for found, what in (
+        (crossing, "attends to a condition, such as text or a class (use_spatial_transformer)"),
+        ([name for name in names if name.startswith("label_emb.")], "is class-conditional (num_classes)"),
+        ([f"{block}.emb_layers.1.weight" for block in scaled], "scales and shifts by the noise (use_scale_shift_norm)"),
+        (updown, "resamples in residual blocks (resblock_updown)"),
+        ([name for name in names if name.startswith("id_predictor")], "predicts codebook entries (n_embed)"),
+    ):
+        if found:
+            raise UserError(
+                f"{what}, see {found[0]}; of latent diffusion's networks only unconditional ones of plain blocks are read, as "
+                "those of CelebA-HQ, FFHQ and LSUN bedrooms"
+            )
+
+
+def _require_plain_ncsnpp(shape: _Shapes, modules: str) -> None:
+    """Raise UserError for score_sde's networks with convolutions outside their blocks: DDPM, and pyramids of images."""
+    convolved = shape.numbers(rf"{modules}\.(\d+)\.Conv_0\.weight")
+    bare = [i for i in convolved if f"{modules}.{i}.GroupNorm_0.weight" not in shape.tensors]
+    mixed = [i for i in convolved if f"{modules}.{i}.NIN_0.W" in shape.tensors]
+    if bare or mixed:
+        where = f"{modules}.{(bare or mixed)[0]}"
+        raise UserError(
+            f"has blocks of score_sde's DDPM, or a pyramid that adds images (input_skip), at {where}; only NCSN++ with "
+            "the residual input pyramid is read"
+        )
+
+
 def _ldm(shape: _Shapes) -> dict[str, Any]:
     """Read `input_blocks.i.j` and `de_modules.stage.i.j` with `outs.stage`, or `output_blocks.i.j` with `out`."""
+    _require_plain_ldm(shape)
     width, channels, *_ = shape("input_blocks.0.0.weight", 4)
     downs = shape.numbers(r"input_blocks\.(\d+)\.0\.op\.")
     entries = [i for i in shape.numbers(r"input_blocks\.(\d+)\.") if i and i not in downs]
@@ -207,6 +247,12 @@ def _ldm(shape: _Shapes) -> dict[str, Any]:
     mults = [_times(shape(n := f"input_blocks.{i}.0.in_layers.2.weight", 4)[0], width, n) for i in first]
     stages = shape.numbers(r"de_modules\.(\d+)\.")
     outs = [f"outs.{k}.2.weight" if stages else "out.2.weight" for k in stages or [0]]
+    made = shape(outs[0], 4)[0]
+    if made != channels:
+        raise UserError(
+            f"takes {channels} channels and makes {made}: it is told of other images, as networks of inpainting and "
+            "super-resolution are; only unconditional ones are read"
+        )
     factors = tuple(2**level for level, i in enumerate(first) if shape.any(rf"input_blocks\.{i}\.1\.qkv\."))
     decoders = [rf"de_modules\.{k}" if stages else "output_blocks" for k in stages or [0]]
     attends = tuple(shape.any(rf"{decoder}\.\d+\.1\.qkv\.") for decoder in decoders)

@@ -51,11 +51,13 @@ class DiffusersCodec:
         module: float32; changed in place to evaluation mode without gradients.
         fingerprint: of its configuration and weights (`codec_fingerprint`).
         name: its source; starts every error message.
+        shift: number that `encode` subtracts from the latents and `decode` adds; it is part of the fingerprint.
     """
 
-    def __init__(self, module: Any, fingerprint: str = "", name: str = "codec") -> None:
+    def __init__(self, module: Any, fingerprint: str = "", name: str = "codec", shift: float = 0.0) -> None:
         self.module = module.eval().requires_grad_(False)
-        self.fingerprint, self.name = fingerprint, name
+        self.name, self.shift = name, shift
+        self.fingerprint = hashlib.sha256(f"{fingerprint} {shift!r}".encode()).hexdigest() if shift else fingerprint
         self._quantised = hasattr(module, "quantize")
 
     @torch.no_grad()
@@ -69,12 +71,13 @@ class DiffusersCodec:
         self.latent_shape((channels, height, width))
         encoded = self.module.encode(images.to(torch.float32))
         latents: Tensor = encoded.latents if self._quantised else encoded.latent_dist.mean
-        return latents
+        return latents - self.shift if self.shift else latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Map unscaled latents (B, c, h, w) to images, float32 (B, C, H, W); a VQModel first quantises them."""
-        images: Tensor = self.module.decode(latents.to(torch.float32)).sample
+        latents = latents.to(torch.float32)
+        images: Tensor = self.module.decode(latents + self.shift if self.shift else latents).sample
         return images
 
     def latent_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -127,6 +130,37 @@ def open_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec
     return codec
 
 
+def declared_scale(config: CodecConfig) -> tuple[float, float]:
+    """Return (scale, shift) that an autoencoder's own config.json declares: scaling_factor and shift_factor.
+
+    Args:
+        config: names the autoencoder.
+
+    Raises:
+        UserError: if it declares no scale, or statistics of each channel, which are not supported.
+    """
+    if config.source == "identity":
+        raise UserError("codec.scale='config': the identity declares none; give a number")
+    settings = read_json(_folder(config) / CONFIG)
+    found = settings if isinstance(settings, Mapping) else {}
+    for name in ("latents_mean", "latents_std"):
+        if found.get(name) is not None:
+            raise UserError(
+                f"codec.scale='config': {config.source} declares {name} of each channel, which is not supported; give a number"
+            )
+    numbers = []
+    for name, value in (
+        ("scaling_factor", found.get("scaling_factor")),
+        ("shift_factor", found.get("shift_factor") or 0),
+    ):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise UserError(
+                f"codec.scale='config': {config.source} declares {name}={brief(value)}; give codec.scale a number"
+            )
+        numbers.append(float(value))
+    return numbers[0], numbers[1]
+
+
 def codec_fingerprint(folder: Path) -> str:
     """Return the SHA-256, in hex, of a codec's configuration and weights, without the diffusers version."""
     config = read_json(folder / CONFIG)
@@ -137,7 +171,7 @@ def codec_fingerprint(folder: Path) -> str:
 
 
 def _open_diffusers(config: CodecConfig, device: torch.device | str) -> DiffusersCodec:
-    folder = _fetched(config) if config.source.startswith("hf:") else _local(config)
+    folder = _folder(config)
     name = "/".join(part for part in (config.source, config.subfolder) if part)
     settings = read_json(folder / CONFIG)
     kind = settings.get("_class_name") if isinstance(settings, Mapping) else None
@@ -160,7 +194,11 @@ def _open_diffusers(config: CodecConfig, device: torch.device | str) -> Diffuser
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
     if lacking:
         raise UserError(f"{name}: {WEIGHTS} lacks {len(lacking)} of the tensors of its config.json ({lacking[0]})")
-    return DiffusersCodec(module.to(device), codec_fingerprint(folder), name)
+    return DiffusersCodec(module.to(device), codec_fingerprint(folder), name, config.shift)
+
+
+def _folder(config: CodecConfig) -> Path:
+    return _fetched(config) if config.source.startswith("hf:") else _local(config)
 
 
 def _require_sizes(settings: Mapping[str, Any], name: str) -> None:

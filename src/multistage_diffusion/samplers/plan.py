@@ -32,7 +32,10 @@ def make_plan(config: SamplingConfig, schedule: NoiseSchedule) -> Plan:
     _check(config, solver, fewest)
     low, high = _sigma_range(config, schedule)
     last = not solver.ends_at_zero and _denoises_last(config, fewest, low)
-    steps = solver.steps(config, config.calls - last, _spacing(config, schedule, low, high), low, high)
+    spacing: Spacing = SPACINGS[config.spacing](config, schedule)
+    low, high = spacing.ends(low, high, config.calls - last)
+    _check_ends(spacing, low, high)
+    steps = solver.steps(config, config.calls - last, spacing, low, high)
     if last:
         steps = [*steps, Step(calls=(low,), end=0.0, order=1)]
     return Plan(
@@ -71,13 +74,11 @@ def _sigma_range(config: SamplingConfig, schedule: NoiseSchedule) -> tuple[float
     return low, high
 
 
-def _spacing(config: SamplingConfig, schedule: NoiseSchedule, low: float, high: float) -> Spacing:
-    """Return the spacing, after checking that it has coordinates of both ends."""
-    spacing: Spacing = SPACINGS[config.spacing](config, schedule)
+def _check_ends(spacing: Spacing, low: float, high: float) -> None:
+    """Check that a spacing has coordinates of both ends."""
     for name, sigma in (("sigma_min", low), ("sigma_max", high)):
         if not math.isclose(spacing.back(spacing.to(sigma)), sigma, rel_tol=1e-6):
             raise UserError(spacing.fault(name, sigma))
-    return spacing
 
 
 def _denoises_last(config: SamplingConfig, fewest: int, low: float) -> bool:

@@ -15,10 +15,9 @@ from ..schedules.vp import VP
 from .boundaries import Objective, mean_within_distance, optimal_partitions
 from .intervals import Array
 from .result import StageResult
-from .settings import StageSettings
+from .settings import NODES, StageSettings
 
 MOST_STAGES = 8  # in the table
-_NODE_SPACING = 0.025  # of Algorithm 2's grid, as a share of t_max
 
 
 def made_result(
@@ -129,7 +128,10 @@ def table_lines(
     return lines
 
 
-def grid_times(measure: VP) -> Tensor:
-    """Return Algorithm 2's grid: t_min, t_min + 0.025 t_max, ... and t_max (0.001, 0.026, ..., 0.976, 1 for VP)."""
-    inner = np.arange(measure.t_min, measure.t_max, _NODE_SPACING * measure.t_max)
-    return torch.from_numpy(np.round(np.append(inner, measure.t_max), 9))
+def grid_times(measure: VP, nodes: int = NODES) -> Tensor:
+    """Return Algorithm 2's grid, which divides t_max into nodes - 1 parts: t_min, t_min + t_max / (nodes - 1), ... and t_max.
+
+    For VP and 41 nodes 0.001, 0.026, ..., 0.976, 1; for 21, the published grid, 0.001, 0.051, ..., 0.951, 1.
+    """
+    inner = measure.t_min + np.arange(nodes - 1) * measure.t_max / (nodes - 1)
+    return torch.from_numpy(np.round(np.append(inner[inner < measure.t_max], measure.t_max), 9))

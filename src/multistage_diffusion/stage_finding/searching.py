@@ -180,7 +180,7 @@ class Pairs(Search):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.nodes = grid_times(self.measure)
+        self.nodes = grid_times(self.measure, self.settings.nodes)
         require_setting(
             self.measure.t_min > 0,
             "schedule.t_min=0: algorithm 2 compares the denoiser at t_min with others, and without noise there is none; "

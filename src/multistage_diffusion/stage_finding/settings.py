@@ -14,6 +14,7 @@ from .similarity import Space
 Algorithm = Literal[1, 2, "timestep", "snr", "gradient"]
 StageDenoiser = Literal["optimal", "gaussian"]
 BASELINES: tuple[Algorithm, ...] = ("timestep", "snr", "gradient")  # draw no samples of the optimal denoiser
+NODES = 41  # times of algorithm 2
 IMAGES = 4096  # whose covariance is measured, denoiser "gaussian"
 # Default limit of samples with `precision`; algorithm 2 stores all pairs of times of each sample.
 MOST_SAMPLES = {1: 1_000_000, 2: 20_000}
@@ -42,8 +43,9 @@ class StageSettings:
         samples: with denoiser "gaussian" the number of images whose covariance is measured, by default 4,096. Otherwise the
             number K of noisy images, with `precision` the maximum. None: 1,000; with `precision` 1,000,000
             (algorithm 1) or 20,000 (algorithm 2). Algorithm 1 compares each sample at `times` times, algorithm 2 at all
-            820 pairs of 41 times.
+            pairs of `nodes` times.
         times: times per sample (algorithm 1). 1 with 50,000 samples is the published estimator.
+        nodes: times of algorithm 2, evenly spaced in t; its edges are among them. The published run had 21.
         precision: half-width of the edges' 95 % intervals, in t, at which sampling stops; None: draw `samples` samples.
         eta: largest difference of a coordinate that counts as agreement, in the units of `space`.
         alpha: similarity threshold of the outer stages (algorithm 1).
@@ -67,6 +69,7 @@ class StageSettings:
     stages: int = 3
     samples: int | None = None
     times: int = 32
+    nodes: int = NODES
     precision: float | None = None
     eta: float = 2 / 256
     alpha: float = 0.9
@@ -107,6 +110,11 @@ class StageSettings:
             self.samples is None or self.samples >= 100, f"samples={self.samples} must be at least 100, to average over"
         )
         require_setting(1 <= self.times <= 10**6, f"times={self.times} must be at least 1 and at most a million")
+        require_setting(3 <= self.nodes <= 1001, f"nodes={self.nodes} must be at least 3 and at most 1001")
+        require_setting(
+            self.nodes == NODES or (self.algorithm == 2 and self.denoiser == "optimal"),
+            f"nodes={self.nodes}: only algorithm 2 with denoiser optimal has such a grid; leave it out",
+        )
         require_setting(
             self.precision is None or 1e-6 <= self.precision < 1, f"precision={self.precision} must be in [1e-6, 1)"
         )

@@ -188,8 +188,8 @@ def require_same_input(result: StageResult, config: CodecConfig, codec: Codec | 
         )
     if result.codec != codec.fingerprint:
         raise UserError("stages: they were found on the latents of another codec; run msdiff stages with this codec")
-    if config.scale is not None and result.scale is not None and abs(config.scale / result.scale - 1) > 1e-3:
+    if config.factor is not None and result.scale is not None and abs(config.factor / result.scale - 1) > 1e-3:
         raise UserError(
-            f"stages: they were found on latents times {result.scale:.6g}, but codec.scale={config.scale:.6g}; leave "
+            f"stages: they were found on latents times {result.scale:.6g}, but codec.scale={config.factor:.6g}; leave "
             "codec.scale out"
         )

@@ -81,7 +81,7 @@ def find_stages_by_gradients(
         measure=measure,
         fingerprint=config.data.fingerprint,
         codec=codec.fingerprint,
-        scale=codec.scale if codec.used else None,
+        scale=codec.factor if codec.used else None,
     )
     if out is not None:
         save_stages(result, Path(out))
@@ -174,5 +174,5 @@ def _as_seen(codec: CodecConfig, images: Tensor, device: torch.device) -> Tensor
     """Return images, uint8 (R, C, H, W), as inputs of the network: floats in [-1, 1], or scaled latents."""
     if not codec.used:
         return to_float(images.to(device))
-    assert codec.scale is not None
-    return encode_images(open_codec(codec, device), images, device=device).to(device) * codec.scale
+    assert codec.factor is not None
+    return encode_images(open_codec(codec, device), images, device=device).to(device) * codec.factor

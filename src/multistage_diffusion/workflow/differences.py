@@ -17,6 +17,7 @@ CHANGEABLE = (
     "data.source",
     "data.class_names",
     "codec.source",
+    "codec.subfolder",
     "training.steps",
     "training.log_every",
     "training.held_out_every",

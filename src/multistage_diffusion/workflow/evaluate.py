@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +23,6 @@ from ..evaluation import (
     evaluate_samples,
     get_features,
     held_out_metrics,
-    load_reference,
-    make_reference,
     require_features,
     save_reference,
     sharded,
@@ -39,6 +38,7 @@ from ..samplers.class_labels import warn_of_empty
 from ..training.checkpoint import checkpoint_step
 from ..training.run import Run
 from .latent import reconstruct
+from .references import is_batch, part_reference, read_reference
 from .sample import opened_run, require_writable, sample, sample_labels
 
 
@@ -163,7 +163,7 @@ def compare(
 
     Args:
         run: a trained run, or its folder.
-        reference: "train" (all training images), or a file written by `statistics`.
+        reference: "train" (all training images), or a file: of statistics (`statistics`), or a batch of images (.npz).
         data: data to use instead of the run's own, for "train".
         count: samples drawn; default as many as the reference has images, but at least 500 and at most 50,000.
         features, weights, metrics, seed, checkpoint, sampling, device, progress: see `evaluate`.
@@ -184,7 +184,7 @@ def compare(
         if str(reference) == "train":
             found = part_reference(extractor, opened, "train", share, KEPT, resolved, progress)
         else:
-            found = load_reference(Path(reference))
+            found = read_reference(Path(reference), extractor, resolved, progress)
             found.require(extractor, opened.fingerprint, opened.shape)
         count = min(max(found.moments.count or MOST_SAMPLES, 500), MOST_SAMPLES) if count is None else count
         chosen = statistics_metrics(metrics, extractor, found, count)
@@ -238,38 +238,14 @@ def _save(
         raise NotSavedError(f"the result was not saved: {line}", result) from None
 
 
-def part_reference(
-    extractor: FeatureExtractor,
-    data: ImageData,
-    part: str,
-    held_out: float,
-    keep: int,
-    device: torch.device,
-    progress: Progress | None,
-) -> Reference:
-    """Compute the statistics of a data set, or of its training or held-out images."""
-    images = data if part == "all" else data.split(held_out)[part == "held-out"]
-    return make_reference(
-        extractor,
-        images,
-        data=data.name,
-        fingerprint=data.fingerprint,
-        part=part,
-        held_out=None if part == "all" else held_out,
-        keep=keep,
-        device=device,
-        progress=progress,
-    )
-
-
 def statistics(
     data: DataConfig | str,
     out: Path | str,
     *,
     features: str = "pixels",
     weights: Path | None = None,
-    part: str = "train",
-    keep: int = KEPT,
+    part: str | None = None,
+    keep: int | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Reference:
@@ -280,22 +256,29 @@ def statistics(
         out: the .npz file.
         features: name of a feature extractor, or a TorchScript file.
         weights: a file of the features' weights; default: downloaded.
-        part: "all", "train" or "held-out" images.
-        keep: number of images whose features are kept as well, for precision, recall and KID.
+        part: "all", "train" or "held-out" images. None: "train", or "all" of an .npz file: such a file is a batch of
+            reference images, with which samples of any run of the same size can be compared.
+        keep: number of images whose features are kept as well, for precision, recall and KID. None: 10,000, or all of an
+            .npz file.
         device: default CUDA when there is one.
         progress: called with (images done, images in total).
 
     Raises:
         UserError: for an unknown part or features, missing weights, a negative keep, or fewer than 2 images.
     """
+    config = DataConfig(source=data) if isinstance(data, str) else data
+    batch = part is None and is_batch(Path(config.source))
+    part = part or ("all" if batch else "train")
     if part not in PARTS:
         raise UserError(f"part={part!r} must be one of {', '.join(PARTS)}")
-    if keep < 0:
+    if keep is not None and keep < 0:
         raise UserError(f"keep={keep} must be >= 0")
     extractor = get_features(features, weights)
-    config = DataConfig(source=data) if isinstance(data, str) else data
     opened, resolved = open_configured(config), resolve_device(device)
-    require_features(f"features={features!r}", extractor, opened.shape, min(keep, len(opened)), resolved)
-    reference = part_reference(extractor, opened, part, config.held_out, keep, resolved, progress)
+    kept = (len(opened) if batch else KEPT) if keep is None else keep
+    require_features(f"features={features!r}", extractor, opened.shape, min(kept, len(opened)), resolved)
+    reference = part_reference(extractor, opened, part, config.held_out, kept, resolved, progress)
+    if batch:
+        reference = dataclasses.replace(reference, fingerprint=None)  # of no run's data: nothing to compare it with
     save_reference(reference, Path(out))
     return reference

@@ -27,7 +27,6 @@ from ..evaluation import (
     frechet_between,
     get_features,
     image_moments,
-    load_reference,
     make_reference,
     require_features,
     sharded,
@@ -41,6 +40,7 @@ from ..samplers.sampling import sample_images
 from ..training.callbacks import Callback, Evaluated, StopRequested, until_stopped
 from ..training.flops import flops_per_image
 from ..training.trainer import Trainer
+from .references import read_reference
 
 TRAINING_IMAGES = "training images"  # the name of the reference in records if no file was given
 
@@ -86,7 +86,7 @@ class FidReference:
         count = kept + settings.count if settings.metrics else EXTRACT_BATCH
         require_features(field, extractor, data.shape, count, device)
         if settings.reference:
-            reference, source = _read(Path(settings.reference), extractor, data), settings.reference
+            reference, source = _read(Path(settings.reference), extractor, data, device), settings.reference
         elif len(training) < 2:
             raise UserError(
                 f"evaluation.every={settings.every} needs at least 2 training images as reference, not {len(training)}; set "
@@ -134,9 +134,9 @@ def _needs(metric: str) -> frozenset[Need]:
         return METRICS[metric].needs
 
 
-def _read(path: Path, extractor: FeatureExtractor, data: ImageData) -> Reference:
+def _read(path: Path, extractor: FeatureExtractor, data: ImageData, device: torch.device) -> Reference:
     with _prefixed("evaluation.reference: "):
-        reference = load_reference(path)
+        reference = read_reference(path, extractor, device)
         reference.require(extractor, data.fingerprint, data.shape)
         return reference
 

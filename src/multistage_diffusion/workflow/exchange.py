@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import RunConfig
+from ..nets.blocks import group_count
+from ..nets.network import meta_network
+from ..nets.song import SongUNetConfig
 from ..schedules.discrete import Discrete
 from ..schedules.vp import VP
 
-EDGES, HEADS = "sigma_edges", "num_head_channels"  # arguments that exports add to those of their layout
 PREFIX = "network."  # of the tensor names of a denoiser
 
 
@@ -32,3 +34,9 @@ def betas_of(schedule: Discrete) -> Tensor:
     """Return beta of every step, float64 (steps,): alpha_bar = 1/(1 + sigma²) is the product of 1 - beta."""
     kept = torch.sigmoid(-2.0 * schedule.log_sigmas)
     return 1.0 - kept / torch.cat([kept.new_ones(1), kept[:-1]])
+
+
+def regrouped(network: SongUNetConfig, most: int) -> int:
+    """Return how many GroupNorms of a network would have another number of groups with at most `most` of them."""
+    norms = [module for module in meta_network(network).modules() if isinstance(module, nn.GroupNorm)]
+    return sum(norm.num_groups != group_count(norm.num_channels, most) for norm in norms)

@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import CodecConfig, DataConfig, DiffusionConfig, NetworkConfig, RunConfig, TrainingConfig
+from ..config import (
+    CodecConfig,
+    DataConfig,
+    DiffusionConfig,
+    NetworkConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainingConfig,
+)
 from ..config.paper_presets import PAPER_PRESETS
 from ..config.serialization import from_dict
 from ..errors import UserError
 from ..files import disk_errors, write_json
-from ..interop.autoencoder import vq_model
-from ..interop.layouts import Published, Tensors, read_published
+from ..interop.autoencoder import downsampling, first_stage
+from ..interop.layouts import read_published
+from ..interop.parts import EDGES, HEADS, ORIGINAL, SAMPLING, Published, Tensors
 from ..interop.shapes import network_of, our_state, resolution_of
+from ..nets.blocks import GROUPS
+from ..nets.song import SongUNetConfig
 from ..schedules.discrete import Discrete, UniformSteps
 from ..stage_finding import StageResult
 from ..stages import Stages
 from ..training.checkpoint import Checkpoint, save_checkpoint
 from ..training.metrics import MetricAccumulator
 from ..training.run import Run
-from .exchange import EDGES, HEADS, PREFIX, betas_of, layout_of
+from .exchange import PREFIX, betas_of, layout_of, regrouped
+
+ASSUMED = "assumed"  # in the origin of stages that the file did not tell: the preset that they are of
 
 
 def import_published(
@@ -33,22 +47,28 @@ def import_published(
     base: RunConfig | None = None,
     size: tuple[int, int] | None = None,
     result: StageResult | None = None,
+    edges: Sequence[float] | None = None,
     head_channels: int | None = None,
+    norm_groups: int | None = None,
     replace: bool = False,
 ) -> Run:
     """Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt, or an export.
 
     No code in the file is executed. The network is derived from tensor names and shapes. The run has one checkpoint, at
-    step 0, and no data; resume it with some.
+    step 0, and no data; resume it with some. What the file does not tell and is not given is assumed, with a warning
+    where a wrong value would change the images.
 
     Args:
         file: the checkpoint.
         out: the run's new folder.
-        base: gives training, sampling and, if their number fits, the stages; default: the paper's preset of the same
-            family and number of stages.
+        base: gives training and, if the file does not tell them, sampling and stages; default: the paper's preset of the
+            same family and number of stages.
         size: (height, width) of the network's input; default: that of base (EDM's files contain it).
         result: gives the stages, with the edges that the network was trained on.
+        edges: the same edges as numbers, in sigma, ascending.
         head_channels: channels per attention head of an LDM U-Net; default: the value in an exported run, else 32.
+        norm_groups: largest number of GroupNorm groups of an NCSN++ or DDPM++; default: that of the file, else 32 for
+            score_sde's own code and 16 for the multi-stage code.
         replace: move an existing run aside.
 
     Returns:
@@ -61,14 +81,17 @@ def import_published(
     weights = published.model or published.ema
     assert weights is not None
     try:
-        heads = _heads(published, head_channels)
-        network = network_of(published.family, weights, norm_groups=published.norm_groups, head_channels=heads)
-        base = base or _paper_preset(network)
+        heads, groups = _heads(published, head_channels), _norm_groups(published, norm_groups)
+        network = network_of(published.family, weights, norm_groups=groups, head_channels=heads)
+        chosen, base = base is not None, base or _paper_preset(network)
         size = _size(published, weights, size, base)
         tensors = [our_state(part, network, size) for part in (published.model, published.ema) if part is not None]
-        config = _config(published, network, base, size, result)
+        stages = _stages(published, network, base, _given_stages(result, edges))
+        config = _config(published, network, base, size, stages)
         codec, folder = _first_stage(file, published), Path(out) / "codec"
-        config = dataclasses.replace(_on_latents(config, base, published, codec, folder), name=Path(out).name)
+        own = base.codec if chosen and not published.codec else CodecConfig()
+        config = dataclasses.replace(_on_latents(config, base, own, published, codec, folder), name=Path(out).name)
+        _warn_of_assumptions(file, published, config, groups if norm_groups is None else None)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     if published.ema is None:
@@ -89,6 +112,17 @@ def _heads(published: Published, given: int | None) -> int:
     if given is not None and published.family != "ldm":
         raise UserError(f"head_channels={given}: a network of family {published.family!r} has one head; leave it out")
     return int(_number(published, HEADS, 32)) if given is None else given
+
+
+def _norm_groups(published: Published, given: int | None) -> int:
+    """Return the largest number of GroupNorm groups: the given value, or the file's."""
+    if given is None:
+        return published.norm_groups
+    if published.family == "ldm":
+        raise UserError(f"norm_groups={given}: an LDM U-Net always has 32; leave it out")
+    if published.norm_groups_known and published.norm_groups != given and published.family == "ddpmpp":
+        raise UserError(f"norm_groups={given}: the file says {published.norm_groups}; leave it out")
+    return given
 
 
 def _number(published: Published, name: str, default: float) -> float:
@@ -118,27 +152,42 @@ def _size(published: Published, weights: Tensors, size: tuple[int, int] | None, 
     return resolution, resolution
 
 
-def _config(
-    published: Published, network: NetworkConfig, base: RunConfig, size: tuple[int, int], result: StageResult | None
-) -> RunConfig:
-    """Return the configuration of the run, without its codec and name."""
+def _require_base(network: NetworkConfig, base: RunConfig) -> None:
     if layout_of(base) != network.family:
         raise UserError(
             f"holds a network of family {network.family!r} with its published preconditioning, but the preset "
             f"{base.name!r} is for family {base.network.family!r} with {base.diffusion.precondition!r}; name another preset"
         )
+
+
+def _config(
+    published: Published, network: NetworkConfig, base: RunConfig, size: tuple[int, int], stages: Stages
+) -> RunConfig:
+    """Return the configuration of the run, without its codec and name."""
     dropout = base.network.dropout
     if network.family == "ddpmpp":
         dropout = _number(published, "dropout", dropout)
-    diffusion = _diffusion(published, base.diffusion)
     return dataclasses.replace(
         base,
         data=_data(base.data, (network.channels, *size)),
         network=dataclasses.replace(network, dropout=float(dropout)),
-        diffusion=diffusion,
-        stages=_stages(published, network, base, diffusion, result),
+        diffusion=_diffusion(published, base.diffusion),
+        stages=stages,
         training=_training(base.training, network),
+        sampling=_sampling(published, base.sampling),
     )
+
+
+def _sampling(published: Published, base: SamplingConfig) -> SamplingConfig:
+    """Return the sampler that an exported run had; base's if the file does not tell."""
+    said = published.arguments.get(SAMPLING)
+    if not isinstance(said, dict):
+        return base
+    try:
+        return from_dict(SamplingConfig, said, SAMPLING)
+    except UserError as error:  # of a later release, or with a solver that is not registered here
+        warnings.warn(f"the sampling settings of the file are left out: {error}", stacklevel=4)
+        return base
 
 
 def _data(data: DataConfig, shape: tuple[int, int, int]) -> DataConfig:
@@ -186,29 +235,63 @@ def _diffusion(published: Published, base: DiffusionConfig) -> DiffusionConfig:
     )
 
 
-def _stages(
-    published: Published,
-    network: NetworkConfig,
-    base: RunConfig,
-    diffusion: DiffusionConfig,
-    result: StageResult | None,
-) -> Stages:
+def _given_stages(result: StageResult | None, edges: Sequence[float] | None) -> Stages | None:
+    """Return the stages that the caller gives, if any."""
+    if result is not None and edges is not None:
+        raise UserError(f"edges={list(edges)}: --stages gives them, too; give one of them")
+    if edges is not None:
+        return Stages(tuple(edges), {"rule": "given at import"})
+    return None if result is None else result.stages()
+
+
+def _stages(published: Published, network: NetworkConfig, base: RunConfig, given: Stages | None) -> Stages:
     """Return the stages that a network was trained on: the given ones, those of the file, or base's."""
+    _require_base(network, base)
     decoders, said = len(network.decoder_widths), published.arguments.get(EDGES)
-    if result is not None:
-        stages = result.stages()
+    if given is not None:
+        stages = given
     elif isinstance(said, list):
         stages = from_dict(Stages, {"interior": said, "origin": {"rule": "of the imported network"}}, "stages")
     elif decoders == 1:
         stages = Stages()
     else:
-        stages = _moved(base.stages, base.diffusion, diffusion)
+        stages = _moved(base.stages, base.diffusion, _diffusion(published, base.diffusion))
+        stages = Stages(stages.interior, {**stages.origin, ASSUMED: base.name})
     if len(stages) != decoders:
         raise UserError(
             f"holds {decoders} decoders, but the stages are {len(stages)}; give the stages that the decoders were trained on "
-            "(--stages stages.json, or a --preset of as many stages)"
+            "(--edges in sigma, --stages stages.json, or a --preset of as many stages)"
         )
     return stages
+
+
+def _warn_of_assumptions(file: Path, published: Published, config: RunConfig, groups: int | None) -> None:
+    """Warn of what was assumed and changes the images if it is wrong.
+
+    Args:
+        file: the checkpoint.
+        published: its content.
+        config: of the run.
+        groups: the number of GroupNorm groups, None if the caller gave it.
+    """
+    assumed = config.stages.origin.get(ASSUMED)
+    if assumed:
+        edges = " ".join(f"{edge:g}" for edge in config.stages.interior)
+        warnings.warn(
+            f"{file}: does not tell at which noise its {len(config.stages)} decoders change; the edges of preset {assumed} are "
+            f"assumed (sigma = {edges}). If it was trained with others, import it again with --edges",
+            stacklevel=3,
+        )
+    network = config.network
+    if groups is not None and not published.norm_groups_known and isinstance(network, SongUNetConfig):
+        other = ORIGINAL if groups == GROUPS else GROUPS
+        if differing := regrouped(network, other):
+            warnings.warn(
+                f"{file}: does not tell the groups of its GroupNorms; up to {groups} are assumed, as in the published "
+                f"configuration ({differing} of its layers would have others with {other}). If it was trained with others, "
+                "import it again with --norm-groups",
+                stacklevel=3,
+            )
 
 
 def _moved(stages: Stages, before: DiffusionConfig, after: DiffusionConfig) -> Stages:
@@ -227,14 +310,26 @@ def _first_stage(file: Path, published: Published) -> Any:
     if not published.codec:
         return None
     try:
-        return vq_model(published.codec)
+        scale = published.buffers.get("scale_factor")
+        return first_stage(published.codec, scale.item() if scale is not None and scale.numel() == 1 else 1.0)
     except UserError as error:
         warnings.warn(f"{file}: the codec is left out: {error}", stacklevel=3)
         return None
 
 
-def _on_latents(config: RunConfig, base: RunConfig, published: Published, codec: Any, folder: Path) -> RunConfig:
-    """Return a configuration on the latents of an autoencoder: the file's own, or base's."""
+def _on_latents(
+    config: RunConfig, base: RunConfig, own: CodecConfig, published: Published, codec: Any, folder: Path
+) -> RunConfig:
+    """Return a configuration on the latents of an autoencoder.
+
+    Args:
+        config: as yet on pixels.
+        base: of the preset.
+        own: the codec to name if the file has none.
+        published: the file.
+        codec: the file's first stage as a model of diffusers, None if there is none.
+        folder: where it will be written.
+    """
     if codec is None and not base.codec.used:
         return config
     channels, height, width = config.data.shape
@@ -245,11 +340,12 @@ def _on_latents(config: RunConfig, base: RunConfig, published: Published, codec:
         factor, colours = 2 ** (len(codec.config.block_out_channels) - 1), codec.config.in_channels
         own = CodecConfig(source=str(folder.resolve()))
     else:
-        factor, colours = base.data.shape[1] // base.codec.shape[1], base.data.shape[0]
-        own = base.codec if base.codec.shape[0] == channels else CodecConfig()
+        # an autoencoder is no matter of channels: unless the preset was named, the user has to name one
+        factor, colours = downsampling(published.codec) or base.data.shape[1] // base.codec.shape[1], base.data.shape[0]
+        own = own if own.used and own.shape[0] == channels else CodecConfig()
     latents = dataclasses.replace(
         own,
-        scale=(own.scale or 1.0) if scale is None else scale.item(),
+        scale=(own.factor or 1.0) if scale is None else scale.item(),
         shape=(channels, height, width),
         fingerprint="",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ..config import CodecConfig, RunConfig
 from ..contracts import Codec
 from ..data import ImageData, to_uint8
 from ..data.rows import Rows
-from ..latent.codecs import open_codec
+from ..latent.codecs import declared_scale, open_codec
 from ..latent.latents import LatentData, cached_latents, encode_images
 from ..progress import Progress
 
@@ -24,6 +25,14 @@ def located_codec(source: str) -> str:
     """Return a codec's source with the absolute path of its folder, because a run is used from other folders too."""
     path = Path(source).expanduser()
     return str(path.resolve()) if source not in ("", "identity") and path.exists() else source
+
+
+def with_declared_scale(config: CodecConfig) -> CodecConfig:
+    """Return a codec's configuration with the autoencoder's own scale and shift in place of scale="config"."""
+    if config.scale != "config":
+        return config
+    scale, shift = declared_scale(config)
+    return dataclasses.replace(config, scale=scale, shift=shift)
 
 
 def encode_parts(
@@ -61,8 +70,9 @@ def latents_for_stages(
     config: CodecConfig, data: ImageData, device: torch.device | str, progress: Progress | None = None
 ) -> tuple[LatentData, dict[str, Any]]:
     """Return the scaled latents of a data set, and the codec and scale that stage finding records."""
+    config = with_declared_scale(config)
     codec = open_codec(config, device)
-    latents, scale = cached_latents(codec, data, scale=config.scale, device=device, progress=progress)
+    latents, scale = cached_latents(codec, data, scale=config.factor, device=device, progress=progress)
     return latents, {"codec": codec.fingerprint, "scale": scale}
 
 

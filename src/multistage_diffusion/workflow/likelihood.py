@@ -114,5 +114,5 @@ def network_inputs(config: RunConfig, images: ImageData, device: torch.device) -
     """Return the network's inputs for clean images: pixels in [-1, 1], or latents times the run's scale."""
     if not config.codec.used:
         return to_float(images.tensor())
-    latents, _ = cached_latents(open_codec(config.codec, device), images, scale=config.codec.scale, device=device)
+    latents, _ = cached_latents(open_codec(config.codec, device), images, scale=config.codec.factor, device=device)
     return latents.tensor()

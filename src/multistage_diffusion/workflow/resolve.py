@@ -27,7 +27,7 @@ from ..progress import Progress
 from ..samplers.class_labels import class_counts, class_names
 from ..stage_finding import StageResult
 from .checks import check, require_same_input
-from .latent import decoder, encode_parts, located_codec
+from .latent import decoder, encode_parts, located_codec, with_declared_scale
 
 _PATH = "absolute, because a run is used from other folders, too"
 
@@ -41,7 +41,9 @@ RESOLVED = {
     "codec.source": _PATH,
     "codec.shape": "shape of the latents of these images",
     "codec.fingerprint": "fingerprint of the codec",
-    "codec.scale": "scale of the latents on which the stages were found; else, if open, measured on the training latents",
+    "codec.scale": "scale of the latents on which the stages were found; else, if open, measured on the training latents; "
+    "of 'config' the autoencoder's scaling_factor",
+    "codec.shift": "shift_factor of the autoencoder, if codec.scale is 'config'",
     "network.channels": "channels of the images or latents",
     "training.init_from": _PATH,
     "training.precision": "choice of 'auto' on this device; a run that is resumed on another device keeps it",
@@ -96,7 +98,7 @@ class ResolvedRun:
         latents, scale = encode_parts(
             self.codec,
             self.images,
-            scale=self.config.codec.scale,
+            scale=self.config.codec.factor,
             mirrored=self.config.training.flip,
             device=device,
             progress=progress,
@@ -127,6 +129,7 @@ def resolve_run(
     Raises:
         UserError: if anything would stop the training later; see `check`.
     """
+    config = _with_declared_scale(config)
     codec = open_codec(config.codec, device) if config.codec.used else None
     images = data.split(config.data.held_out)
     resolved = override(
@@ -141,6 +144,14 @@ def resolve_run(
     )
     check(resolved, images, device, processes)
     return ResolvedRun(config=resolved, data=data, images=images, codec=codec)
+
+
+def _with_declared_scale(config: RunConfig) -> RunConfig:
+    """Set codec.scale and codec.shift if the scale is the autoencoder's own."""
+    found = with_declared_scale(config.codec)
+    if found == config.codec:
+        return config
+    return override(config, {"codec.scale": found.scale, "codec.shift": found.shift})
 
 
 def open_new(data: DataConfig) -> ImageData:

@@ -100,8 +100,8 @@ def sample(
     require_sampling_memory(config.network, config.input_shape, count, batch, resolved, rows)
     decode = None
     if config.codec.used:
-        assert config.codec.scale is not None
-        decode = decoder(open_codec(config.codec, resolved), config.codec.scale)
+        assert config.codec.factor is not None
+        decode = decoder(open_codec(config.codec, resolved), config.codec.factor)
     if precision == "fp64":
         raise UserError("precision='fp64' is for training only; take auto, fp32, bf16 or fp16")
     with world.report_failures():

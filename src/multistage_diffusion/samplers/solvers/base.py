@@ -29,12 +29,14 @@ class Step:
         end: the sigma at which the step ends; 0 for a final call whose output is the result, and where the solver ends at 0.
         order: order of the update.
         noise_std: standard deviation of the noise that the solver adds in the step; 0 for none.
+        curvature: weight of the second difference in a multistep step of order 3 (sampling.third_order).
     """
 
     calls: tuple[float, ...]
     end: float
     order: int
     noise_std: float = 0.0
+    curvature: float = 2.0
 
     @property
     def length(self) -> float:

@@ -67,7 +67,11 @@ class DPMSolver(Solver):
             orders = multistep_orders(len(sigmas) - 1, config.order)
         else:
             orders = lowered_multistep_orders(sigmas, config.order, cls.longest.get("multistep", {}))
-        return [Step(calls=(s,), end=t, order=o) for (s, t), o in zip(pairwise(sigmas), orders, strict=True)]
+        curvature = 1.0 if config.third_order == "published" else 2.0
+        return [
+            Step(calls=(s,), end=t, order=o, curvature=curvature)
+            for (s, t), o in zip(pairwise(sigmas), orders, strict=True)
+        ]
 
     @classmethod
     def _singlestep(cls, config: SamplingConfig, sigmas: list[float], spacing: Spacing) -> list[Step]:
@@ -101,7 +105,7 @@ class DPMSolver(Solver):
         else:
             self.past = [(-math.log(start), f0), *self.past[:2]]
             if step.order > 1:
-                change = self._with_past(change, step.order, flow)
+                change = self._with_past(change, step, flow)
         return flow.decay * x + change
 
     @classmethod
@@ -143,20 +147,20 @@ class DPMSolver(Solver):
         d2 = self._predict(denoise, x2, inner[1]) - f0
         return (flow.w2 / r2) * d2
 
-    def _with_past(self, change: Tensor, order: int, flow: _Flow) -> Tensor:
+    def _with_past(self, change: Tensor, step: Step, flow: _Flow) -> Tensor:
         """Add the derivatives' part of Adams-Bashforth in lambda (2022b, Algorithm 2).
 
-        Order 3 estimates f' and f'' by divided differences. f'' is twice the second difference; without the factor 2
-        the order is lost.
+        Order 3 estimates f' and f'' by divided differences. f'' is twice the second difference (`step.curvature`);
+        without the factor 2, as in the published code, the order is lost.
         """
         (lambda0, f0), (lambda1, f1) = self.past[:2]
         first = (f0 - f1) / (lambda0 - lambda1)
-        if order == 2:
+        if step.order == 2:
             return change + (0.5 * flow.w1 * flow.h) * first
         lambda2, f2 = self.past[2]
         second = (first - (f1 - f2) / (lambda1 - lambda2)) / (lambda0 - lambda2)
         slope = first + (lambda0 - lambda1) * second
-        return change + (flow.w2 * flow.h) * slope + (2.0 * flow.w3 * flow.h**2) * second
+        return change + (flow.w2 * flow.h) * slope + (step.curvature * flow.w3 * flow.h**2) * second
 
 
 @SOLVERS.add("dpm++")

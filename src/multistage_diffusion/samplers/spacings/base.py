@@ -36,6 +36,16 @@ class Spacing(ABC):
         """
         return f"sampling.{name}={sigma:.6g} cannot be reached in spacing {self.config.spacing!r}; take another spacing"
 
+    def ends(self, low: float, high: float, calls: int) -> tuple[float, float]:
+        """Return the sigmas at which a trajectory of so many calls ends and starts; here those of the configuration.
+
+        Args:
+            low: sampling.sigma_min, or the schedule's.
+            high: sampling.sigma_max, or the schedule's.
+            calls: denoiser calls of the solver, without a last one at the end.
+        """
+        return low, high
+
     def points(self, start: float, end: float, count: int) -> list[float]:
         """Return the count + 1 sigmas that divide start to end evenly; the ends are exact."""
         first, last = self.to(start), self.to(end)
