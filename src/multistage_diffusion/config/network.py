@@ -48,7 +48,7 @@ class NetworkConfig(ABC):
     - drawing: `title`, `boxes` and `notes`.
 
     Its blocks are `nets.network.Block`s, on which execution.recompute and execution.compile act, and its convolutions of
-    images `nets.blocks.ImageConv`s, on which execution.channels_last acts. It runs on the meta device, where it is counted.
+    images `nets.blocks.ImageConv`s, on which execution.channels_last acts; one without feature maps says so. It runs on the meta device, where it is counted.
 
     Attributes:
         family: name of the family, in nets/: "ncsnpp" (score_sde's NCSN++), "ddpmpp" (EDM's DDPM++), "ldm" (latent
@@ -64,6 +64,7 @@ class NetworkConfig(ABC):
         title: name of the family in a drawing; empty: that of the setting.
         per_stage: settings with one value for each stage; None stands for no values.
         in_shapes: settings that decide shapes or names of weights, so that weights of other settings do not fit.
+        feature_maps: whether it computes feature maps, whose memory format execution.channels_last decides.
     """
 
     family: str = field(init=False, default="")
@@ -78,6 +79,7 @@ class NetworkConfig(ABC):
     title: ClassVar[str] = ""
     per_stage: ClassVar[tuple[str, ...]] = ("decoder_widths",)
     in_shapes: ClassVar[tuple[str, ...]] = ()
+    feature_maps: ClassVar[bool] = True
 
     @staticmethod
     def of(family: str = DEFAULT_FAMILY, **settings: Any) -> NetworkConfig:

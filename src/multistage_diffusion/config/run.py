@@ -361,6 +361,11 @@ class RunConfig:
             self.sampling.threshold is None or not self.codec.used,
             f"sampling.threshold={self.sampling.threshold}: dynamic thresholding is of pixels, not of latents; set it to null",
         )
+        require(
+            self.network.feature_maps or self.execution.channels_last is not True,
+            f"execution.channels_last=True: network.family={self.network.family!r} computes tokens, not feature maps; set it "
+            "to auto or false",
+        )
         if self.training.branch_at:
             require(
                 self.network.alike,
