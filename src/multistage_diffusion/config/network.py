@@ -48,7 +48,8 @@ class NetworkConfig(ABC):
     - drawing: `title`, `boxes` and `notes`.
 
     Its blocks are `nets.network.Block`s, on which execution.recompute and execution.compile act, and its convolutions of
-    images `nets.blocks.ImageConv`s, on which execution.channels_last acts; one without feature maps says so. It runs on the meta device, where it is counted.
+    images `nets.blocks.ImageConv`s, on which execution.channels_last acts (or `feature_maps` is false). It runs on the meta
+    device, where it is counted.
 
     Attributes:
         family: name of the family, in nets/: "ncsnpp" (score_sde's NCSN++), "ddpmpp" (EDM's DDPM++), "ldm" (latent

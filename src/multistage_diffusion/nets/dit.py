@@ -86,8 +86,9 @@ class DiTEmbedding(nn.Module):
         self.linear0, self.linear1 = linear(FREQUENCIES, width), linear(width, width)
         self.label = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
         self.augment = linear(config.augment_dim, width, bias=False) if config.augment_dim else None
-        for layer in (self.linear0, self.linear1, *([self.label] if self.label else [])):
-            nn.init.normal_(layer.weight, std=0.02)
+        tables = [] if self.label is None else [self.label.weight]
+        for weight in (self.linear0.weight, self.linear1.weight, *tables):
+            nn.init.normal_(weight, std=0.02)
 
     def forward(self, noise: Tensor, cond: Conditioning) -> Tensor:
         """Return the embedding (B, width) after a SiLU, with which all blocks begin, in the network's dtype.
@@ -131,7 +132,8 @@ class DiTBlock(Block):
         h = self.attention(modulated(self.norm0(x), shift0, scale0))
         x = x + gate0[:, None] * self.dropout(h)
         h = self.mlp(modulated(self.norm1(x), shift1, scale1))
-        return x + gate1[:, None] * self.dropout(h)
+        out: Tensor = x + gate1[:, None] * self.dropout(h)
+        return out
 
 
 def _initialise(*modules: nn.Module) -> None:

@@ -144,15 +144,16 @@ class Patches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W), sides multiples of the patch, to (B, H W / patch², width), row by row."""
+        rows, channels, height, width = x.shape
         p = self.patch
-        pixels = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
+        pixels = x.reshape(rows, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         out: Tensor = self.linear(pixels.flatten(3).flatten(1, 2))
         return out
 
 
 def unpatched(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """Map tokens (B, rows columns, patch² C), each [row, column, channel] of its pixels, to (B, C, H, W)."""
-    pixels = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, grid)
+    pixels = tokens.reshape(len(tokens), *grid, patch, patch, -1)
     return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
@@ -179,7 +180,7 @@ def interpolated(positions: Tensor, base: tuple[int, int], grid: tuple[int, int]
     """Return learnt positions (1, N, D) of a grid for another grid, by bicubic interpolation."""
     if grid == base:
         return positions
-    maps = positions.transpose(1, 2).unflatten(2, base)
+    maps = positions.transpose(1, 2).reshape(1, -1, *base)
     return F.interpolate(maps, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
 
