@@ -158,7 +158,7 @@ def _training(training: TrainingConfig, network: NetworkConfig) -> TrainingConfi
     }
     if not network.augment_dim:
         fitting["augment"] = 0.0
-    return dataclasses.replace(training, init_from="", ema_rampup=0.0, **fitting)
+    return dataclasses.replace(training, init_from="", freeze="nothing", ema_rampup=0.0, **fitting)
 
 
 def _diffusion(published: Published, base: DiffusionConfig) -> DiffusionConfig:
