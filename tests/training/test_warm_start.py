@@ -176,5 +176,5 @@ def test_a_frozen_encoder_that_would_have_to_learn_labels_is_refused(trained, ti
 
 @pytest.mark.parametrize("changes", [{"training__init_from": ""}, {"network__separate": True}])
 def test_freezing_needs_a_shared_encoder_to_start_from(trained, tiny_config, changes) -> None:
-    with pytest.raises(ValueError, match="training.freeze='encoder' needs training.init_from"):
+    with pytest.raises(ValueError, match=r"training.freeze='encoder' needs training.init_from"):
         tiny_config(**frozen(trained(), **changes))

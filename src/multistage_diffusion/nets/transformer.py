@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from ..errors import require
 from .blocks import check_labels
 from .network import Encoded
 
+ALIKE = 1.5  # largest factor between the ratios of depth to width that a plan compares
 LEAST_EPS = 1e-6  # eps of norms that are not a setting
 
 
@@ -107,6 +109,24 @@ class TransformerConfig(NetworkConfig):
         """Return the blocks of a stage's decoder and the heads of each."""
         depth, heads = self.depth(stage), self.decoder_widths[stage] // self.decoder_head(stage)
         return [f"{depth} block{'s' * (depth > 1)}, {heads} head{'s' * (heads > 1)}"]
+
+    def largest_decoders(self, stages: int) -> dict[str, Any]:
+        """Return settings of so many decoders of the largest width and depth, with the heads of all or of the first."""
+        depth = max(map(self.depth, range(len(self.decoder_widths))))
+        heads = None if self.decoder_head_channels is None else (self.decoder_head_channels[0],) * stages
+        own = {"decoder_depths": (depth,) * stages, "decoder_head_channels": heads}
+        return {**super().largest_decoders(stages), **own}
+
+    def decoder_choices(self, width: int) -> Sequence[dict[str, Any]]:
+        """Return the depths whose ratio to the width is within ALIKE of the largest decoder's, at least the nearest one.
+
+        Loss hardly depends on this ratio within a wide range (Kaplan et al. 2020, Scaling laws for neural language
+        models, 3.1).
+        """
+        depth = max(map(self.depth, range(len(self.decoder_widths))))
+        right = depth * width / max(self.decoder_widths)
+        fitting = range(math.ceil(right / ALIKE), math.floor(right * ALIKE) + 1)
+        return [{"decoder_depths": number} for number in fitting or (max(round(right), 1),)]
 
     def functional_settings(self) -> dict[str, object]:
         """Return the settings that must be equal for the same weights to compute the same; heads are not in shapes."""
