@@ -14,7 +14,8 @@ def flops_per_image(config: RunConfig) -> float:
     """Return the FLOPs per image of a training step, 2 per multiply-add.
 
     This is three times the forward pass (Kaplan et al. 2020, "Scaling laws for neural language models", 2.1), averaged
-    over the stages; of a frozen encoder only the forward pass. The weights of this average are each stage's rows, or its share of the steps if a step trains one
+    over the stages; of a frozen encoder only the forward pass.
+    The weights of this average are each stage's rows, or its share of the steps if a step trains one
     stage. Only convolutions, linear layers and attention products count; the optimiser and the EMA do not.
 
     Args:
