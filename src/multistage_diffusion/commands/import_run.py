@@ -16,7 +16,7 @@ from .options import option, print_json, say
 
 @dataclass(kw_only=True)
 class Import:
-    """Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt.
+    """Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt, transformers.
 
     No code in the file is executed. The network is derived from tensor names and shapes. Stages, training and sampling
     are those of a preset, by default of the paper's preset with as many decoders. The run has no data; to train it, give
@@ -26,10 +26,11 @@ class Import:
       msdiff import checkpoint_26.pth --out runs/published
       msdiff import model.ckpt --out runs/ldm --size 32 32 --head-channels 64
       msdiff import digits.safetensors --preset digits --out runs/again
+      msdiff import transformer.pt --encoder-depth 20 --out runs/trunk
     """
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """The checkpoint, or a file that msdiff export wrote."""
+    """The checkpoint, a file that msdiff export wrote, or a folder with a transformer of diffusers."""
     out: Path
     """The run's new folder."""
     preset: Annotated[str | None, option("NAME", "the paper's preset with as many decoders")] = None
@@ -38,8 +39,14 @@ class Import:
     """Height and width of the network's input: images, or latents for LDM."""
     stages: Annotated[Path | None, option("FILE", "the preset's")] = None
     """A stages.json with the noise ranges that the decoders were trained on."""
-    head_channels: Annotated[int | None, option("INT", "32")] = None
-    """Channels of an attention head (LDM only)."""
+    head_channels: Annotated[int | None, option("INT", "32; of a transformer as published")] = None
+    """Channels of an attention head (LDM and transformers)."""
+    encoder_depth: Annotated[int | None, option("INT", "half")] = None
+    """Blocks of a transformer that become the encoder, which all stages can share; the others become the decoder."""
+    classes: Annotated[int | None, option("INT", "rows of the class table less one")] = None
+    """Classes of a transformer whose class table does not tell whether its last row stands for no label."""
+    drop_sigma: bool = False
+    """Leave out a transformer's outputs for a learnt variance."""
     replace: bool = False
     """Move an existing run at OUT aside."""
     json: bool = False
@@ -54,6 +61,9 @@ class Import:
             size=self.size,
             result=None if self.stages is None else StageResult.load(self.stages),
             head_channels=self.head_channels,
+            encoder_depth=self.encoder_depth,
+            classes=self.classes,
+            drop_sigma=self.drop_sigma,
             replace=self.replace,
         )
         config = run.config()

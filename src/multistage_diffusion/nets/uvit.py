@@ -6,15 +6,30 @@ one decoder of the encoder's width and depth this is the published network.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config.network import FAMILIES
+from ..config.network import FAMILIES, NetworkConfig
 from ..contracts import Conditioning
+from ..errors import require
 from .blocks import check_augmentation, cosines_first, no_autocast
+from .layouts import (
+    LAYOUTS,
+    PublishedLayout,
+    Tensors,
+    as_convolution,
+    counted_blocks,
+    head_channels,
+    named_back,
+    renamed,
+    require_published,
+    shape_of,
+    square_side,
+)
 from .network import Block
 from .transformer import (
     MLP,
@@ -213,3 +228,99 @@ class UViTDecoder(nn.Module):
         grid = encoded.grid
         out = unpatched(self.linear(self.norm(h[:, -grid[0] * grid[1] :])), grid, self.patch)
         return out if self.conv is None else self.conv(out)
+
+
+@LAYOUTS.add("uvit")
+class OriginalUViT(PublishedLayout):
+    """The layout of U-ViT's own code: a state dict of the averaged weights (nnet_ema.pth)."""
+
+    family, code, suffix, averaged = "uvit", "U-ViT (.pth)", ".pth", True
+    marks = frozenset({"pos_embed", "mid_block.norm1.weight", "decoder_pred.weight"})
+    # noise prediction in the time of VP, told as 999 t
+    diffusion: ClassVar[dict[str, Any]] = {"precondition": "vp-eps", "schedule": {"kind": "vp"}}
+
+    @classmethod
+    def settings(cls, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings; the last row of the class table stands for no label, unless `classes` says otherwise."""
+        width, channels, patch, _ = shape_of(tensors, "patch_embed.proj.weight", 4)
+        depth, rows = counted_blocks(tensors, "in_blocks."), 0
+        require(
+            told.get("encoder_depth") in (None, depth),
+            f"encoder_depth={told.get('encoder_depth')}: a U-ViT is divided at its middle, after {depth} blocks",
+        )
+        if "label_emb.weight" in tensors:
+            rows = shape_of(tensors, "label_emb.weight", 2)[0]
+        classes = told.get("classes") or max(rows - 1, 0)
+        require(
+            told.get("classes") == rows - 1 or rows == 0 or rows % 10 != 0,
+            f"label_emb.weight has {rows} rows; give --classes {rows - 1} if the last of them stands for no label (networks "
+            "without such a row are not imported)",
+        )
+        require(
+            classes == max(rows - 1, 0), f"classes={classes}: label_emb.weight has {rows} rows, one more than classes"
+        )
+        patches = shape_of(tensors, "pos_embed", 3)[1] - 1 - (rows > 0)
+        side = patch * square_side(patches, "pos_embed")
+        return {
+            "channels": channels,
+            "patch": patch,
+            "encoder_width": width,
+            "decoder_widths": (width,),
+            "encoder_depth": depth,
+            "decoder_depths": (counted_blocks(tensors, "out_blocks."),),
+            "head_channels": head_channels(width, told),
+            "mlp_ratio": shape_of(tensors, "mid_block.mlp.fc1.weight", 2)[0] / width,
+            "num_classes": classes,
+            "size": (side, side),
+            "qkv_bias": "mid_block.attn.qkv.bias" in tensors,
+            "time_mlp": "time_embed.0.weight" in tensors,
+            "final_conv": "final_layer.weight" in tensors,
+        }
+
+    @classmethod
+    def ours(cls, tensors: Mapping[str, Tensor], config: NetworkConfig) -> Tensors:
+        """Return our state dict."""
+        assert isinstance(config, UViTConfig)
+        state, positions = renamed(tensors, cls.pairs(config)), tensors["pos_embed"]
+        state["encoders.0.patches.linear.weight"] = state["encoders.0.patches.linear.weight"].flatten(1)
+        if config.num_classes:
+            state["encoders.0.embedding.label.position"], positions = positions[:, :1], positions[:, 1:]
+        return state | {"encoders.0.embedding.position": positions[:, :1], "encoders.0.positions": positions[:, 1:]}
+
+    @classmethod
+    def theirs(cls, state: Mapping[str, Tensor], config: NetworkConfig) -> Tensors:
+        """Return the published tensors."""
+        assert isinstance(config, UViTConfig)
+        require_published(config, norm="layer", qk_norm=False, decoder_depths=(config.encoder_depth,))
+        require(config.grid[0] == config.grid[1], f"network.size={list(config.size)}: a published U-ViT is square")
+        tensors = named_back(state, cls.pairs(config))
+        tensors["patch_embed.proj.weight"] = as_convolution(tensors["patch_embed.proj.weight"], config.patch)
+        names = ["encoders.0.embedding.position", "encoders.0.positions"]
+        if config.num_classes:
+            names.insert(0, "encoders.0.embedding.label.position")
+        return tensors | {"pos_embed": torch.cat([state[name] for name in names], dim=1)}
+
+    @classmethod
+    def pairs(cls, config: UViTConfig) -> Iterator[tuple[str, str]]:
+        """Yield published and our names of layers."""
+        yield "patch_embed.proj", "encoders.0.patches.linear"
+        yield "time_embed.0", "encoders.0.embedding.mlp.0"
+        yield "time_embed.2", "encoders.0.embedding.mlp.2"
+        yield "label_emb", "encoders.0.embedding.label.table"
+        blocks = [("mid_block", "encoders.0.middle")]
+        blocks += [(f"in_blocks.{i}", f"encoders.0.blocks.{i}") for i in range(config.encoder_depth)]
+        blocks += [(f"out_blocks.{i}", f"decoders.0.blocks.{i}") for i in range(config.depth(0))]
+        for theirs, ours in blocks:
+            for layer, own in (
+                ("norm1", "norm0"),
+                ("attn.qkv", "attention.qkv"),
+                ("attn.proj", "attention.proj"),
+                ("norm2", "norm1"),
+                ("mlp.fc1", "mlp.linear0"),
+                ("mlp.fc2", "mlp.linear1"),
+                ("skip_linear", "skip"),
+            ):
+                yield f"{theirs}.{layer}", f"{ours}.{own}"
+        yield "norm", "decoders.0.norm"
+        yield "decoder_pred", "decoders.0.linear"
+        yield "final_layer", "decoders.0.conv"

@@ -23,7 +23,9 @@ from ..stages import Stages
 from ..training.checkpoint import Checkpoint, save_checkpoint
 from ..training.metrics import MetricAccumulator
 from ..training.run import Run
+from . import exchange_layouts as layouts
 from .exchange import EDGES, HEADS, PREFIX, betas_of, layout_of
+from .exchange_layouts import Found, find_layout
 
 
 def import_published(
@@ -34,9 +36,14 @@ def import_published(
     size: tuple[int, int] | None = None,
     result: StageResult | None = None,
     head_channels: int | None = None,
+    encoder_depth: int | None = None,
+    classes: int | None = None,
+    drop_sigma: bool = False,
     replace: bool = False,
 ) -> Run:
     """Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt, or an export.
+
+    Files and folders in a layout of `nets.layouts.LAYOUTS`, such as published transformers, are read, too.
 
     No code in the file is executed. The network is derived from tensor names and shapes. The run has one checkpoint, at
     step 0, and no data; resume it with some.
@@ -48,7 +55,11 @@ def import_published(
             family and number of stages.
         size: (height, width) of the network's input; default: that of base (EDM's files contain it).
         result: gives the stages, with the edges that the network was trained on.
-        head_channels: channels per attention head of an LDM U-Net; default: the value in an exported run, else 32.
+        head_channels: channels per attention head of an LDM U-Net or a transformer; default: the value in an exported
+            run, else 32; of a transformer those of the published network of its width.
+        encoder_depth: blocks of a transformer that become the encoder which all stages can share; default: half.
+        classes: classes of a transformer whose class table does not tell.
+        drop_sigma: leave out a transformer's outputs for a learnt variance.
         replace: move an existing run aside.
 
     Returns:
@@ -57,7 +68,17 @@ def import_published(
     Raises:
         UserError: in one line: the file is damaged, hostile or does not fit, or its stages are unknown.
     """
-    file, published = Path(file), read_published(Path(file))
+    file = Path(file)
+    asked = {"head_channels": head_channels, "encoder_depth": encoder_depth, "classes": classes}
+    found = find_layout(file)
+    if found is not None:
+        return _import_layout(
+            file, Path(out), found, base, {**asked, "drop_sigma": drop_sigma or None}, replace=replace
+        )
+    for name, value in {"encoder_depth": encoder_depth, "classes": classes, "drop_sigma": drop_sigma or None}.items():
+        if value is not None:
+            raise UserError(f"{name}={value}: is of transformers only; leave it out")
+    published = read_published(file)
     weights = published.model or published.ema
     assert weights is not None
     try:
@@ -82,6 +103,24 @@ def import_published(
         _save(run, config, model=tensors[0], ema=tensors[-1])
 
     return Run.create(Path(out), config, replace=replace, fill=fill)
+
+
+def _import_layout(
+    file: Path, out: Path, found: Found, base: RunConfig | None, asked: dict[str, Any], *, replace: bool
+) -> Run:
+    """Create a run from a network in a family's own layout."""
+    try:
+        network = layouts.network_of(found, asked)
+        states = layouts.states_of(found, network)
+        config = dataclasses.replace(layouts.config_of(found, network, base), name=out.name)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+    def fill(run: Run) -> None:
+        write_json(run.imported_file, {"file": file.name})
+        _save(run, config, model=states[0], ema=states[-1])
+
+    return Run.create(out, config, replace=replace, fill=fill)
 
 
 def _heads(published: Published, given: int | None) -> int:
