@@ -1,7 +1,9 @@
 """What the transformers share: settings, patches, positions, attention; test_network.py holds what all families share."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import multistage_diffusion
 from multistage_diffusion.config import DiffusionConfig, ExecutionConfig, NetworkConfig, RunConfig
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.nets import build_network
@@ -230,3 +233,15 @@ def test_counted_arithmetic_is_that_of_the_formulas() -> None:
     blocks = 6 * (multiply_adds(width, 16) + 6 * width**2)
     ends = 16 * 2 * (width * 4 * 2) + 2 * width**2 + 256 * width + width**2
     assert dit.multiply_adds == blocks + ends
+
+
+def test_no_other_file_names_these_families() -> None:
+    package = Path(multistage_diffusion.__file__).parent
+    own = {"nets/dit.py", "nets/uvit.py"}
+    naming = [
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if re.search(r"\b(dit|uvit|u-vit|DiT\w*|UViT\w*)\b", path.read_text(), re.IGNORECASE)
+        and "presets" not in path.name
+    ]
+    assert set(naming) == own

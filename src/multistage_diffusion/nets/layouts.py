@@ -25,8 +25,8 @@ class PublishedLayout(ABC):
 
     A layout stands in the file of its family:
 
-        @LAYOUTS.add("dit")
-        class Original(PublishedLayout): ...
+        @LAYOUTS.add("mine")
+        class Mine(PublishedLayout): ...
 
     Attributes:
         family: of the network.

@@ -44,7 +44,6 @@ from .transformer import (
 )
 
 EPS = 1e-5  # of all norms
-SPREAD = 0.02  # standard deviation of weights and positions at the start
 
 
 @FAMILIES.add("uvit")
@@ -58,11 +57,14 @@ class UViTConfig(TransformerConfig):
         qkv_bias: whether queries, keys and values have biases.
         time_mlp: map the token of noise by an MLP.
         final_conv: end with a 3x3 convolution of the image.
+        init_std: standard deviation of weights and positions at the start: 0.02 as published, for widths of 512 and more;
+            about 0.45 / sqrt(width) for others.
     """
 
     qkv_bias: bool = False
     time_mlp: bool = False
     final_conv: bool = True
+    init_std: float = 0.02
 
     title: ClassVar[str] = "U-ViT"
     in_shapes: ClassVar[tuple[str, ...]] = (
@@ -74,6 +76,14 @@ class UViTConfig(TransformerConfig):
         "norm",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.init_std <= 1, f"network.init_std={self.init_std} must be in (0, 1]")
+
+    def functional_settings(self) -> dict[str, object]:
+        """Return the settings that must be equal for the same weights to compute the same: not how they begin."""
+        return {name: value for name, value in super().functional_settings().items() if name != "network.init_std"}
+
     def encoder(self, stage: int, width: int) -> nn.Module:
         """Build the encoder of a stage."""
         return UViTEncoder(self, stage, width)
@@ -83,33 +93,32 @@ class UViTConfig(TransformerConfig):
         return UViTDecoder(self, stage, encoder_width)
 
 
-def narrow_linear(features_in: int, features_out: int) -> nn.Linear:
-    """Return a linear layer with normal weights of standard deviation 0.02 and zero biases."""
+def normal_linear(features_in: int, features_out: int, std: float) -> nn.Linear:
+    """Return a linear layer with normal weights and zero biases."""
     layer = nn.Linear(features_in, features_out)
-    _initialise(layer)
+    _initialise(layer, std)
     return layer
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialise(module: nn.Module, std: float) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=SPREAD)
+            nn.init.trunc_normal_(layer.weight, std=std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
 
-def _positions(count: int, width: int) -> nn.Parameter:
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, count, width), std=SPREAD))
+def _positions(count: int, width: int, std: float) -> nn.Parameter:
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, count, width), std=std))
 
 
 class LabelToken(nn.Module):
     """The token of a class, with its position; a row of its own stands for no label."""
 
-    def __init__(self, classes: int, width: int) -> None:
+    def __init__(self, classes: int, width: int, std: float) -> None:
         super().__init__()
-        self.classes = classes
         self.table = nn.Embedding(classes + 1, width)
-        self.position = _positions(1, width)
+        self.position = _positions(1, width, std)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Map rows of the table (B,) to tokens (B, 1, width)."""
@@ -122,12 +131,11 @@ class UViTEmbedding(nn.Module):
 
     def __init__(self, config: UViTConfig, width: int) -> None:
         super().__init__()
-        self.classes = config.num_classes
-        self.position = _positions(1, width)
-        self.mlp = nn.Sequential(narrow_linear(width, 4 * width), nn.SiLU(), narrow_linear(4 * width, width))
-        if not config.time_mlp:
-            self.mlp = nn.Sequential()
-        self.label = LabelToken(config.num_classes, width) if config.num_classes else None
+        self.classes, std = config.num_classes, config.init_std
+        self.position = _positions(1, width, std)
+        layers = [normal_linear(width, 4 * width, std), nn.SiLU(), normal_linear(4 * width, width, std)]
+        self.mlp = nn.Sequential(*(layers if config.time_mlp else []))
+        self.label = LabelToken(config.num_classes, width, std) if config.num_classes else None
         self.augment = nn.Linear(config.augment_dim, width, bias=False) if config.augment_dim else None
 
     def forward(self, noise: Tensor, cond: Conditioning) -> Tensor:
@@ -166,7 +174,7 @@ class UViTBlock(Block):
         self.norm1 = token_norm(config.norm, width, eps=EPS, affine=True)
         self.mlp = MLP(width, config.mlp_ratio, approximate="none")
         self.dropout = nn.Dropout(config.dropout)
-        _initialise(self)
+        _initialise(self, config.init_std)
 
     def compute(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """Map tokens (B, N, D), and those of a skip if the block takes one, to tokens (B, N, D)."""
@@ -186,7 +194,7 @@ class UViTEncoder(nn.Module):
         self.patch, self.base = config.patch, config.grid
         self.embedding = UViTEmbedding(config, width)
         self.patches = Patches(config.channels, config.patch, width)
-        self.positions = _positions(self.base[0] * self.base[1], width)
+        self.positions = _positions(self.base[0] * self.base[1], width, config.init_std)
         head = config.encoder_head(stage)
         self.blocks = nn.ModuleList(UViTBlock(config, width, head) for _ in range(config.encoder_depth))
         self.middle = UViTBlock(config, width, head)
@@ -214,10 +222,11 @@ class UViTDecoder(nn.Module):
         self.patch = config.patch
         width, head, depth = config.decoder_widths[stage], config.decoder_head(stage), config.depth(stage)
         self.taken = tuple(j * config.encoder_depth // depth for j in range(depth))
-        self.map = narrow_linear(encoder_width, width) if width != encoder_width else None
+        std = config.init_std
+        self.map = normal_linear(encoder_width, width, std) if width != encoder_width else None
         self.blocks = nn.ModuleList(UViTBlock(config, width, head, skip=encoder_width) for _ in range(depth))
         self.norm = token_norm(config.norm, width, eps=EPS, affine=True)
-        self.linear = narrow_linear(width, config.channels * config.patch**2)
+        self.linear = normal_linear(width, config.channels * config.patch**2, std)
         self.conv = nn.Conv2d(config.channels, config.channels, 3, padding=1) if config.final_conv else None
 
     def forward(self, encoded: Tokens) -> Tensor:
