@@ -135,7 +135,7 @@ def digits_uvit(digits: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
                 decoder_widths=(128, 96, 64),
                 encoder_depth=2,
                 decoder_depths=(2, 2, 1),
-                head_channels=32,
+                head_channels=16,
                 size=(8, 8),
                 time_mlp=True,
             ),
