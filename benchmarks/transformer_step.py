@@ -1,6 +1,6 @@
 """Speed of a transformer's training step, beside torch.mm at its own shapes and diffusers' DiT of equal FLOPs.
 
-Run it as: python benchmarks/transformers.py [--families NAME ...] [--batch N] [--steps N] [--device DEVICE] [--out [FILE]]
+Run it as: python benchmarks/transformer_step.py [--families NAME ...] [--batch N] [--steps N] [--device DEVICE] [--out [FILE]]
 
 The network: 3x32x32, patch 2, width 256, heads of 64, three stages of equal width (encoder of 4 blocks, decoders of 4, 3
 and 2), EDM preconditioning, trained by the real trainer on random images. In the same process its peer, a
@@ -38,7 +38,7 @@ from multistage_diffusion.performance.roofline import _seconds
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 
-RESULT = Path(__file__).parent / "results" / "transformers.json"
+RESULT = Path(__file__).parent / "results" / "transformer_step.json"
 SHAPE, WIDTH, HEAD = (3, 32, 32), 256, 64
 Product = tuple[int, int, int]  # rows, features in and features out of a linear layer
 
