@@ -131,15 +131,16 @@ def digits_uvit(digits: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
                 "uvit",
                 channels=1,
                 patch=2,
-                encoder_width=128,
-                decoder_widths=(128, 96, 64),
+                encoder_width=96,
+                decoder_widths=(96, 96, 64),
                 encoder_depth=2,
                 decoder_depths=(2, 2, 1),
                 head_channels=16,
                 size=(8, 8),
-                time_mlp=True,
+                init_std=0.09,  # the published 0.02 learns far more slowly at such widths
             ),
-            optimizer=OptimizerConfig(kind="adamw", lr=1e-3, betas=(0.9, 0.99), warmup_steps=200),
+            optimizer=OptimizerConfig(kind="adamw", lr=4e-3, betas=(0.9, 0.99), warmup_steps=100, decay_after=1000),
+            training=dataclasses.replace(base.training, steps=3600),
         )
 
     return made
