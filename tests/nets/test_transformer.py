@@ -13,6 +13,7 @@ from torch import nn
 
 import multistage_diffusion
 from multistage_diffusion.config import DiffusionConfig, ExecutionConfig, NetworkConfig, RunConfig
+from multistage_diffusion.config.presets import preset
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.nets import build_network
 from multistage_diffusion.nets.cost import network_cost
@@ -24,6 +25,7 @@ from multistage_diffusion.nets.transformer import (
     sincos_positions,
     unpatched,
 )
+from multistage_diffusion.reporting.describe import describe, description_table
 from multistage_diffusion.reporting.network_boxes import network_boxes
 from multistage_diffusion.schedules import LogNormal
 from multistage_diffusion.schedules.edm import EDM
@@ -215,6 +217,13 @@ def test_blocks_heads_and_depth_are_drawn(family: str) -> None:
     tokens = 24 + (family == "uvit")
     assert encoder.size == (tokens,)
     assert boxes.skips == ({(tokens,): 3} if family == "uvit" else {})
+
+
+def test_a_description_says_what_each_decoder_consists_of() -> None:
+    text = description_table(describe(preset("uvit-small-32")))
+    lines = ["decoder 1: 6 blocks, 8 heads", "decoder 2: 4 blocks, 6 heads", "decoder 3: 2 blocks, 4 heads"]
+    assert [line for line in text.splitlines() if line.startswith("decoder ")] == lines
+    assert "decoder 1:" not in description_table(describe(preset("digits")))
 
 
 def multiply_adds(width: int, tokens: int) -> int:
