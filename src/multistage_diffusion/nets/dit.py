@@ -181,7 +181,7 @@ class DiTEncoder(nn.Module):
         grid, emb = (x.shape[2] // self.patch, x.shape[3] // self.patch), self.embedding(noise, cond)
         positions = self.positions
         if grid != self.base:
-            positions = sincos_positions(positions.shape[2], grid, self.base).to(positions)
+            positions = sincos_positions(positions.shape[2], grid, self.base, positions.device).to(positions.dtype)
         h = self.patches(x) + positions
         for block in self.blocks:
             h = block(h, emb)

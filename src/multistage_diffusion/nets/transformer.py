@@ -177,7 +177,9 @@ def unpatched(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-def sincos_positions(width: int, grid: tuple[int, int], base: tuple[int, int]) -> Tensor:
+def sincos_positions(
+    width: int, grid: tuple[int, int], base: tuple[int, int], device: torch.device | None = None
+) -> Tensor:
     """Return 2-d sine-cosine positions (1, rows columns, width), float32 (He et al. 2022, Masked autoencoders).
 
     The first half is [sin, cos](column 10000^(-4 i / width)), i < width / 4, the second half that of the row.
@@ -186,14 +188,19 @@ def sincos_positions(width: int, grid: tuple[int, int], base: tuple[int, int]) -
         width: a multiple of 4.
         grid: rows and columns.
         base: rows and columns of the grid whose positions are whole numbers; those of other grids cover its range.
+        device: where they are computed, which saves a copy.
     """
-    rows, columns = (torch.arange(n, dtype=torch.float64) * (b / n) for n, b in zip(grid, base, strict=True))
-    frequencies = torch.exp(torch.arange(width // 4, dtype=torch.float64) * (-4 * math.log(10000) / width))
+    rows, columns = (_numbers(n, device) * (b / n) for n, b in zip(grid, base, strict=True))
+    frequencies = torch.exp(_numbers(width // 4, device) * (-4 * math.log(10000) / width))
     across, down = (
         torch.cat([angle.sin(), angle.cos()], dim=1) for angle in (torch.outer(p, frequencies) for p in (columns, rows))
     )
     found = torch.cat([across.expand(grid[0], -1, -1), down[:, None].expand(-1, grid[1], -1)], dim=2)
     return found.flatten(0, 1)[None].float()
+
+
+def _numbers(count: int, device: torch.device | None) -> Tensor:
+    return torch.arange(count, dtype=torch.float64, device=device)
 
 
 def interpolated(positions: Tensor, base: tuple[int, int], grid: tuple[int, int]) -> Tensor:
