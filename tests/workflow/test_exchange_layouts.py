@@ -198,6 +198,8 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     assert run.config().network.num_classes == 9
     with pytest.raises(UserError, match="encoder_depth=2: a U-ViT is divided at its middle, after 1 blocks"):
         import_published(file, tmp_path / "other", head_channels=heads(settings), classes=9, encoder_depth=2)
+    with pytest.raises(UserError, match="size: has no meaning for a network of one stage whose file tells its size"):
+        import_published(file, tmp_path / "other", size=(8, 8))
     assert not (tmp_path / "other").exists()
 
 
@@ -220,5 +222,5 @@ def test_what_the_published_code_cannot_read_is_not_exported(tmp_path: Path, tin
 
 def test_options_of_transformers_are_refused_elsewhere(tmp_path: Path) -> None:
     save_file({"net.model.enc.x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="encoder_depth=2: is of transformers only"):
+    with pytest.raises(UserError, match="encoder_depth: has no meaning for what is not a transformer"):
         import_published(tmp_path / "x.safetensors", tmp_path / "run", encoder_depth=2)

@@ -248,9 +248,10 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, ratio: float, approximate: str) -> None:
         super().__init__()
-        self.linear0 = nn.Linear(width, int(width * ratio))
+        hidden = max(round(width * ratio), 1)
+        self.linear0 = nn.Linear(width, hidden)
         self.gelu = nn.GELU(approximate)
-        self.linear1 = nn.Linear(int(width * ratio), width)
+        self.linear1 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, width) to the same shape."""

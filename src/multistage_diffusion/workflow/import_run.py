@@ -69,15 +69,12 @@ def import_published(
         UserError: in one line: the file is damaged, hostile or does not fit, or its stages are unknown.
     """
     file = Path(file)
-    asked = {"head_channels": head_channels, "encoder_depth": encoder_depth, "classes": classes}
+    own = {"encoder_depth": encoder_depth, "classes": classes, "drop_sigma": drop_sigma or None}
     found = find_layout(file)
     if found is not None:
-        return _import_layout(
-            file, Path(out), found, base, {**asked, "drop_sigma": drop_sigma or None}, replace=replace
-        )
-    for name, value in {"encoder_depth": encoder_depth, "classes": classes, "drop_sigma": drop_sigma or None}.items():
-        if value is not None:
-            raise UserError(f"{name}={value}: is of transformers only; leave it out")
+        _require_nothing({"size": size, "stages": result}, "a network of one stage whose file tells its size")
+        return _import_layout(file, Path(out), found, base, {**own, "head_channels": head_channels}, replace=replace)
+    _require_nothing(own, "what is not a transformer")
     published = read_published(file)
     weights = published.model or published.ema
     assert weights is not None
@@ -103,6 +100,13 @@ def import_published(
         _save(run, config, model=tensors[0], ema=tensors[-1])
 
     return Run.create(Path(out), config, replace=replace, fill=fill)
+
+
+def _require_nothing(given: dict[str, Any], what: str) -> None:
+    """Raise UserError if an option is given that has no meaning for what is imported."""
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name}: has no meaning for {what}; leave it out")
 
 
 def _import_layout(
