@@ -126,10 +126,26 @@ def make_peer(
     shape: Sequence[int], width: int, batch: int, device: torch.device, autocast: torch.dtype | None
 ) -> Callable[[int], float]:
     """Return what trains a peer as diffusers' own examples do: steps -> seconds of a step."""
+    return ordinary_loop(peer(shape, width), shape, batch, device, autocast)
+
+
+def ordinary_loop(
+    model: Any, shape: Sequence[int], batch: int, device: torch.device, autocast: torch.dtype | None, **inputs: Any
+) -> Callable[[int], float]:
+    """Return what trains a model of diffusers as its own examples do: steps -> seconds of a step.
+
+    Args:
+        model: called with noisy images and times.
+        shape: of an image.
+        batch: images of a step.
+        device: where it is trained.
+        autocast: dtype; None for float32.
+        **inputs: other inputs of the model, the same in every step.
+    """
     from diffusers import DDPMScheduler
     from diffusers.training_utils import EMAModel
 
-    model = peer(shape, width).to(device)
+    model.to(device)
     scheduler, ema = DDPMScheduler(1000), EMAModel(model.parameters(), decay=0.9999)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-6, eps=1e-8)
     generator = torch.Generator().manual_seed(0)
@@ -141,7 +157,7 @@ def make_peer(
         noise = torch.randn_like(clean)
         times = torch.randint(0, 1000, (batch,), device=device)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            predicted = model(scheduler.add_noise(clean, noise, times), times).sample
+            predicted = model(scheduler.add_noise(clean, noise, times), timestep=times, **inputs).sample
             loss = F.mse_loss(predicted.float(), noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

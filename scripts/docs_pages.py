@@ -17,6 +17,7 @@ import posixpath
 import re
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -154,20 +155,26 @@ def entry(key: str, hint: Any, default: Any, text: str) -> str:
 
 def own_entries(base: type, known: Any, prefix: str) -> str:
     """Return a Markdown list of the fields that only some concrete classes of a section have."""
-    common, parts, done = {f.name for f in dataclasses.fields(base)}, [], set[str]()
+    common = {f.name for f in dataclasses.fields(base)}
+    owners: dict[tuple[str, str], list[str]] = {}  # by what is written; a setting of one name may mean different things
     for name in known:
-        cls = known[name]
-        hints = typing.get_type_hints(cls)
-        told = {n: text for c in reversed(cls.__mro__) if c.__doc__ for n, text in attributes(c).items()}
-        for f in dataclasses.fields(cls):
-            if f.name in common or f.name in done:
-                continue
-            done.add(f.name)
-            owners = [n for n in known if f.name in {g.name for g in dataclasses.fields(known[n])}]
-            of = "" if len(owners) == len(tuple(known)) else f" Families: {', '.join(f'`{n}`' for n in owners)}."
-            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
-            parts.append(entry(prefix + f.name, hints[f.name], default, told[f.name]) + of)
+        for key, text in _own(known[name], prefix, common):
+            owners.setdefault((key, text), []).append(name)
+    parts = []
+    for (_, text), names in owners.items():
+        everywhere = len(names) == len(tuple(known))
+        parts.append(text + ("" if everywhere else f" Families: {', '.join(f'`{n}`' for n in names)}."))
     return "\n\n".join(parts)
+
+
+def _own(cls: type, prefix: str, common: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and text of the fields of a concrete class."""
+    hints = typing.get_type_hints(cls)
+    told = {n: text for c in reversed(cls.__mro__) if c.__doc__ for n, text in attributes(c).items()}
+    for f in dataclasses.fields(cls):
+        if f.name not in common:
+            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+            yield f.name, entry(prefix + f.name, hints[f.name], default, told[f.name])
 
 
 def kinds(known: Any) -> str:

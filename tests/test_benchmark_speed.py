@@ -30,7 +30,7 @@ def fixture_load(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
         return importlib.import_module(name)
 
     yield load
-    for name in ("common", "train_step", "sample"):
+    for name in ("common", "train_step", "sample", "transformer_step"):
         sys.modules.pop(name, None)
 
 
@@ -81,6 +81,35 @@ def test_sampling_is_measured_beside_its_peer(load, tmp_path: Path) -> None:
     adds = [stage.true_flops / 2 for stage in stages]
     assert 6 * min(adds) < digits["multiply_adds_per_image"] < 6 * max(adds)
     assert digits["seconds_of_50000"] == pytest.approx(50_000 / digits["images_per_s"])
+
+
+@pytest.mark.slow
+def test_a_transformer_is_measured_beside_its_products_and_its_peer(
+    load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load("transformer_step")
+    monkeypatch.setattr(autotune, "LEAST_STEPS", math.inf)
+    network = module.configuration("uvit", 4).network
+    products = module.linear_products(network, [2, 1, 1])
+    tokens, width = 257, 256  # of patches and noise
+    assert products[4 * tokens, width, 3 * width] == 5  # queries, keys and values in the encoder
+    assert products[2 * tokens, 2 * width, width] == 4  # skips in the first decoder
+    linear = sum(times * 2 * math.prod(product) for product, times in products.items())
+    attention = 4 * tokens**2 * width * (4 * 5 + 2 * 4 + 3 + 2)
+    convolutions = 4 * 2 * 32 * 32 * 9 * 3 * 3
+    stages = network_cost(network, 32, 32).stages
+    counted = sum(rows * stage.true_flops for rows, stage in zip([2, 1, 1], stages, strict=True))
+    assert counted == linear + attention + convolutions
+    depth, flops = module.fitting_depth(4e9)
+    assert abs(flops - 4e9) <= abs(module.peer_flops(depth + 1) - 4e9)
+    assert flops == pytest.approx(module.peer_flops(depth))
+    out = tmp_path / "transformer_step.json"
+    arguments = ["--families", "dit", "--batch", "4", "--steps", "1", "--rounds", "1", "--device", "cpu"]
+    module.main([*arguments, "--out", str(out)])
+    result = json.loads(out.read_text())["networks"]["dit"]
+    assert result["images_per_s"] * 3 * result["flops_per_image"] / 1e9 == pytest.approx(result["gflops_per_s"])
+    assert result["gflops_per_s"] / result["matrix_gflops_per_s"] == pytest.approx(result["share_of_matrix"])
+    assert "times diffusers' DiT per FLOP" in capsys.readouterr().out
 
 
 def test_a_roofline_measured_several_times_is_its_median(load) -> None:

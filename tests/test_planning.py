@@ -228,6 +228,46 @@ def test_both_neighbours_of_a_budget_are_named() -> None:
     assert str(error.value).endswith(f"can be met: {costs[0] / 1e6:.4g} and {costs[1] / 1e6:.4g} MFLOPs")
 
 
+# -- depth ------------------------------------------------------------------------------------------------------------
+
+DIT = NetworkConfig.of(
+    "dit", channels=1, encoder_width=16, decoder_widths=(32, 16, 16), decoder_depths=(4, 2, 1), encoder_depth=2, head_channels=8
+)  # fmt: skip
+
+
+def test_a_transformer_s_options_have_depths_in_proportion_to_their_widths() -> None:
+    options = width_options(DIT, 2, SIZE, 2e6)
+    found = {width: [dict(o.others)["decoder_depths"] for o in options if o.width == width] for width in (8, 16, 32)}
+    assert found == {8: [1], 16: [2, 3], 32: [3, 4, 5, 6]}
+    assert all(option.width % 8 == 0 for option in options)
+    for option in options:
+        alone = DIT.single_stage(2, option.width, **dict(option.others))
+        cost = network_cost(alone, *SIZE)
+        assert option.flops == cost.stages[0].true_flops - cost.shared_true_flops
+    assert min(o.flops for o in options if o.width == options[-1].width) > 2e6
+
+
+def test_depths_are_chosen_with_the_widths() -> None:
+    whole = mean_flops(DIT, SHARES, SIZE)
+    chosen = Budget.of(whole, DIT, SHARES, SIZE).choose([1.0, 0.1, 0.1])
+    assert chosen is not None
+    assert chosen[0].width > chosen[1].width
+    planned_network = dataclasses.replace(
+        DIT,
+        decoder_widths=tuple(o.width for o in chosen),
+        decoder_depths=tuple(dict(o.others)["decoder_depths"] for o in chosen),
+    )
+    assert mean_flops(planned_network, SHARES, SIZE) == pytest.approx(whole, rel=0.03)
+
+
+def test_probes_of_other_numbers_of_stages_are_as_deep_as_the_deepest() -> None:
+    assert DIT.largest_decoders(2) == {
+        "decoder_widths": (32, 32),
+        "decoder_depths": (4, 4),
+        "decoder_head_channels": None,
+    }
+
+
 # -- words ------------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +293,8 @@ def planned(stage: int, **changes: object) -> PlannedStage:
 
 
 def test_the_reasons_name_the_stages_that_they_are_about() -> None:
+    deep = [planned(1, others={"decoder_depths": 3}), planned(2, others={"decoder_depths": 1})]
+    assert "Their decoder_depths are 3 / 1." in reasons(deep, 20e6, 19.9e6)
     plain = reasons([planned(1), planned(2)], 20e6, 19.9e6)
     assert len(plain) == 3
     assert plain[0].startswith("A wider decoder helps stage 1 most: ")

@@ -15,8 +15,9 @@ import bisect
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from .config import NetworkConfig
 from .errors import UserError
@@ -29,13 +30,19 @@ WIDEST = 4096
 
 @dataclass(frozen=True)
 class WidthOption:
-    """A candidate width of a decoder, and its forward FLOPs for one row (2 per multiply-add)."""
+    """A candidate width of a decoder, its forward FLOPs for one row (2 per multiply-add), and what else it sets.
+
+    `others` are names and values of other settings per stage, see `NetworkConfig.decoder_choices`.
+    """
 
     width: int
     flops: int
+    others: tuple[tuple[str, Any], ...] = ()
 
 
-def decoder_flops(network: NetworkConfig, stage: int, width: int, size: tuple[int, int]) -> int | None:
+def decoder_flops(
+    network: NetworkConfig, stage: int, width: int, size: tuple[int, int], others: Mapping[str, Any] | None = None
+) -> int | None:
     """Return the forward FLOPs of one stage's decoder for one row (including its encoder if nothing is shared).
 
     Args:
@@ -43,21 +50,22 @@ def decoder_flops(network: NetworkConfig, stage: int, width: int, size: tuple[in
         stage: index, 0 for the lowest noise.
         width: width of the decoder.
         size: (height, width) of the network's input.
+        others: other settings per stage instead of the stage's own.
 
     Returns:
         None if that width is not valid there, or the family warns about it.
     """
-    alone = _alone(network, stage, width)
+    alone = _alone(network, stage, width, others or {})
     if alone is None:
         return None
     flops, shared = _cost(alone, size)
     return flops - shared
 
 
-def _alone(network: NetworkConfig, stage: int, width: int) -> NetworkConfig | None:
+def _alone(network: NetworkConfig, stage: int, width: int, others: Mapping[str, Any]) -> NetworkConfig | None:
     """Return a network with one stage's decoder alone, at another width; None if that is not valid or no good."""
     try:
-        alone = network.single_stage(stage, width)
+        alone = network.single_stage(stage, width, **others)
     except UserError:
         return None
     return None if alone.advice() else alone
@@ -83,6 +91,8 @@ def _cost(network: NetworkConfig, size: tuple[int, int]) -> tuple[int, int]:
 def width_options(network: NetworkConfig, stage: int, size: tuple[int, int], most: float) -> list[WidthOption]:
     """Return the valid widths of one stage's decoder, ascending, up to the first that takes more than `most` FLOPs.
 
+    A width comes once for each of the family's `decoder_choices`.
+
     Args:
         network: the base, with one decoder per stage.
         stage: index, 0 for the lowest noise.
@@ -91,11 +101,13 @@ def width_options(network: NetworkConfig, stage: int, size: tuple[int, int], mos
     """
     options = []
     for width in sorted({*range(STEP, WIDEST + 1, STEP), *network.decoder_widths}):
-        flops = decoder_flops(network, stage, width, size)
-        if flops is None:
-            continue
-        options.append(WidthOption(width, flops))
-        if flops > most:
+        found = []
+        for others in network.decoder_choices(width):
+            flops = decoder_flops(network, stage, width, size, others)
+            if flops is not None:
+                found.append(WidthOption(width, flops, tuple(others.items())))
+        options += found
+        if found and min(option.flops for option in found) > most:
             break
     return options
 
@@ -109,7 +121,7 @@ def probe_widths(network: NetworkConfig) -> tuple[int, int]:
         UserError: if fewer than two widths are valid for every stage.
     """
     largest, stages = max(network.decoder_widths), range(len(network.decoder_widths))
-    valid = [w for w in range(2, largest + 1) if all(_alone(network, k, w) is not None for k in stages)]
+    valid = [w for w in range(2, largest + 1) if all(_alone(network, k, w, {}) is not None for k in stages)]
     if len(valid) < 2:
         raise UserError(
             f"network.decoder_widths={list(network.decoder_widths)}: a plan compares two widths, but up to {largest} no two "
@@ -272,6 +284,7 @@ class PlannedStage:
         gain_counted: the gain that the plan uses, see `counted_gain`.
         flops_ideal: FLOPs of the decoder if any width were possible.
         width, flops: of the chosen decoder.
+        others: its other settings that were planned.
     """
 
     stage: int
@@ -289,6 +302,7 @@ class PlannedStage:
     flops_ideal: float
     width: int
     flops: int
+    others: dict[str, Any] = field(default_factory=dict)
 
 
 def reasons(stages: Sequence[PlannedStage], budget: float, flops: float) -> list[str]:
@@ -309,6 +323,7 @@ def reasons(stages: Sequence[PlannedStage], budget: float, flops: float) -> list
         f"{_listed(s.width for s in stages)} serve that best; they cost {flops / 1e6:.4g}, and share k x decoder k is "
         f"{_listed(100 * s.share * s.flops / sum(o.share * o.flops for o in stages) for s in stages)} % of the decoders'.",
     ]
+    said += [f"Their {name} are {_listed(s.others[name] for s in stages)}." for name in stages[0].others]
     unsure = [s.stage for s, value in zip(stages, worth, strict=True) if value and s.gain < s.gain_error]
     if unsure:
         said.append(

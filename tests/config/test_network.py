@@ -99,5 +99,5 @@ def test_a_family_is_found_by_name_and_knows_it() -> None:
         assert FAMILIES[family].family == family
     assert NetworkConfig.of("ddpmpp", encoder_width=16).family == "ddpmpp"
     assert NetworkConfig.of().family == "ncsnpp"
-    with pytest.raises(UserError, match=r"network.family='unet' must be one of ddpmpp, ldm, meme, ncsnpp"):
+    with pytest.raises(UserError, match=r"network.family='unet' must be one of ddpmpp, dit, ldm, meme, ncsnpp, uvit"):
         NetworkConfig.of("unet")

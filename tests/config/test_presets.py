@@ -24,7 +24,8 @@ def test_a_preset_fits_together(name: str) -> None:
     config = preset(name)
     channels, height, width = config.input_shape
     assert channels == config.network.channels
-    assert min(height, width) >= 2 ** (len(config.network.channel_mult) - 1)
+    assert min(height, width) >= config.network.multiple
+    config.network.require_size(height, width)
     assert len(config.network.decoder_widths) == len(config.stages)
     sigmas = make_plan(config.sampling, config.diffusion.schedule).calls
     assert len(sigmas) == config.sampling.calls
@@ -46,5 +47,7 @@ def test_the_averaging_of_the_paper_is_one_in_ten_thousand() -> None:
 def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"preset 'digit' is unknown; did you mean 'digits'\?"):
         preset("digit")
-    with pytest.raises(ValueError, match="choose one of digits, fashion-mnist, fashion-mnist-latent, images-32-cpu"):
+    with pytest.raises(
+        ValueError, match="choose one of digits, digits-uvit, fashion-mnist, fashion-mnist-latent, dit-b-latent"
+    ):
         preset("zzz")

@@ -241,11 +241,11 @@ def test_a_network_without_a_family_is_of_the_default_one() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"family": "unet"}, "network.family='unet' is unknown; choose one of ddpmpp, ldm, meme, ncsnpp"),
+        ({"family": "unet"}, "network.family='unet' is unknown; choose one of ddpmpp, dit, ldm, meme, ncsnpp, uvit"),
         ({"family": 3}, "network.family=3 is unknown"),
         (
             {"family": "ddpmpp", "head_channels": 16},
-            "network.head_channels: unknown key of family 'ddpmpp'; it is a setting of ldm",
+            "network.head_channels: unknown key of family 'ddpmpp'; it is a setting of dit, ldm, uvit",
         ),
         (
             {"family": "ldm", "norm_groups": 16},

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.nets import MultiDecoderNetwork, build_network
-from multistage_diffusion.nets.ldm import HeadedAttention, LDMBlock, LDMDecoder, LDMEncoder, cosines_first
+from multistage_diffusion.nets.blocks import cosines_first
+from multistage_diffusion.nets.ldm import HeadedAttention, LDMBlock, LDMDecoder, LDMEncoder
 
 SMALL = NetworkConfig.of(
     family="ldm",

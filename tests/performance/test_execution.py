@@ -20,6 +20,9 @@ FAMILIES = {
     "ldm": {"head_channels": 16, "encoder_width": 32, "decoder_widths": (64, 32, 32)},
     "meme": {"separate": True, "decoder_widths": (16, 16, 16), "attention_shares": (1.0, 0.5, 0.0)},
 }
+TRANSFORMERS = {
+    family: {"encoder_depth": 2, "decoder_depths": (1, 2, 3), "head_channels": 4} for family in ("dit", "uvit")
+}
 
 
 def network(family: str, channels: int = 1, **changes: object) -> MultiDecoderNetwork:
@@ -29,11 +32,9 @@ def network(family: str, channels: int = 1, **changes: object) -> MultiDecoderNe
         "channels": channels,
         "encoder_width": 16,
         "decoder_widths": (24, 16, 8),
-        "channel_mult": (1, 2),
-        "blocks_per_level": 1,
-        "attention_factors": (2,),
         "dropout": 0.0,
-        **FAMILIES[family],
+        **({"channel_mult": (1, 2), "blocks_per_level": 1, "attention_factors": (2,)} if family in FAMILIES else {}),
+        **(FAMILIES | TRANSFORMERS)[family],
         **changes,
     }
     torch.manual_seed(0)
@@ -87,7 +88,7 @@ def test_channels_last_reaches_every_convolution_and_changes_nothing(family: str
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(net, channels), strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *TRANSFORMERS])
 def test_recomputing_changes_nothing(family: str) -> None:
     net = network(family, dropout=0.5).train()
     found, kept = [], []

@@ -19,6 +19,8 @@ FAMILIES = {
     "separate": {"network__separate": True},
     "ncsnpp": {"network__family": "ncsnpp", **VP, "diffusion__prior__schedule": {"kind": "vp"}},
     "ldm": {"network__family": "ldm", "network__encoder_width": 64, "network__decoder_widths": (96, 64, 64)},
+    "dit": {"network__family": "dit", "network__head_channels": 16},
+    "uvit": {"network__family": "uvit", "network__head_channels": 16},
     "latents": {"codec__shape": (3, 16, 16), "data__shape": (1, 64, 64)},
 }
 
@@ -38,6 +40,9 @@ def small(tiny_config):
             "data__shape": (3, 16, 16),
             "training__shares": (0.6, 0.3, 0.1),
         }
+        if changes.get("network__family") in ("dit", "uvit"):
+            unet = ("network__channel_mult", "network__blocks_per_level", "network__attention_factors")
+            settings = {key: value for key, value in settings.items() if key not in unet}
         return tiny_config(**{**settings, **changes})
 
     return make
@@ -56,7 +61,9 @@ def measured(config: RunConfig, counts: tuple[int, ...], data) -> float:
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(f, marks=[pytest.mark.slow] * (f in ("ncsnpp", "latents", "separate", "ldm", "ddpmpp")))
+        pytest.param(
+            f, marks=[pytest.mark.slow] * (f in ("ncsnpp", "latents", "separate", "ldm", "ddpmpp", "dit", "uvit"))
+        )
         for f in FAMILIES
     ],
 )

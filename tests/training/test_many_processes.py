@@ -32,6 +32,7 @@ from multistage_diffusion.workflow.stages import find_stages
 from multistage_diffusion.workflow.train import train
 
 UNEVEN = (0.6, 0.3, 0.1)
+TRANSFORMER = {"network__encoder_depth": 2, "network__decoder_depths": (2, 1, 3), "network__head_channels": 4}
 
 
 def config(**changes: object) -> RunConfig:
@@ -131,11 +132,26 @@ def require_same(a: Path, b: Path, tolerance: float = 1e-10) -> None:
             *(2, "memory", {"network__augment_dim": 9, "optimizer__kind": "adamw", "optimizer__weight_decay": 0.1}),
             marks=pytest.mark.slow,
         ),
+        pytest.param(*(3, "memory", TRANSFORMER | {"network__family": "dit"}), marks=pytest.mark.slow),
+        pytest.param(*(2, "fsdp", TRANSFORMER | {"network__family": "uvit"}), marks=pytest.mark.slow),
+        pytest.param(
+            *(2, "fsdp", TRANSFORMER | {"network__family": "dit", "execution__recompute": True}), marks=pytest.mark.slow
+        ),
     ],
     ids=[
         *("2 time", "3 memory", "2 fsdp", "fsdp one-stage", "fsdp sequential", "fsdp separate branch", "fsdp branch"),
         *("fsdp weight decay", "fsdp recompute"),
-        *("4 memory", "sequential", "one-stage", "branch", "no rows", "weight decay"),
+        *(
+            "4 memory",
+            "sequential",
+            "one-stage",
+            "branch",
+            "no rows",
+            "weight decay",
+            "dit memory",
+            "uvit fsdp",
+            "dit fsdp",
+        ),
     ],
 )
 def test_twenty_steps_are_the_same_on_any_number_of_processes(tmp_path, size, strategy, changes):
@@ -143,6 +159,23 @@ def test_twenty_steps_are_the_same_on_any_number_of_processes(tmp_path, size, st
     trained(ALONE, tmp_path / "one", settings, "time")
     assert processes.run(size, trained, tmp_path / "many", settings, strategy) == [20] * size
     require_same(tmp_path / "one", tmp_path / "many", tolerance=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "strategy"), [(2, "time"), (3, "memory"), (2, "fsdp")])
+def test_a_frozen_encoder_is_left_alone_on_any_number_of_processes(tmp_path, size, strategy):
+    trained(ALONE, tmp_path / "start", config(training__steps=2, training__precision="fp32"), "time")
+    settings = config(training__init_from=str(tmp_path / "start"), training__freeze="encoder")
+    trained(ALONE, tmp_path / "one", settings, "time")
+    assert processes.run(size, trained, tmp_path / "many", settings, strategy) == [20] * size
+    require_same(tmp_path / "one", tmp_path / "many", tolerance=1e-12)
+    start, end = tensors(tmp_path / "start"), tensors(tmp_path / "many")
+    assert all(torch.equal(end[f"model.{n}"], start[f"ema.{n}"].double()) for n in encoder_names(end))
+    assert not any(name.startswith("optimizer.") and ".encoders." in name for name in end)
+
+
+def encoder_names(found: dict[str, torch.Tensor]) -> list[str]:
+    return [name.removeprefix("model.") for name in found if name.startswith("model.") and ".encoders." in name]
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ import torch
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.denoisers import MultiStageDenoiser
+from multistage_diffusion.nets.cost import network_cost
+from multistage_diffusion.training.flops import flops_per_image
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.training.warm_start import warm_start
@@ -135,3 +137,54 @@ def test_a_run_that_shares_nothing_is_refused(trained, tiny_config) -> None:
         warm_start(two.path, tiny_config())
     with pytest.raises(ValueError, match="not a run"):
         warm_start(two.path / "none", tiny_config())
+
+
+def frozen(run: Run, **changes: object) -> dict[str, object]:
+    start = {"training__init_from": str(run.path), "training__freeze": "encoder"}
+    return {"network__decoder_widths": [8, 8, 8], **start, **changes}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_frozen_encoder_keeps_its_bits_and_decoders_learn(trained, tiny_config, tiny_data, tmp_path, threads) -> None:
+    run = trained()
+    config = tiny_config(**frozen(run, execution__thread_parallel=threads, network__dropout=0.0))
+    trainer = started(tmp_path / "three", config, tiny_data())
+    before = {name: value.clone() for name, value in trainer.denoiser.state_dict().items()}
+    trainer.fit()
+    for module in (trainer.denoiser, trainer.ema.module):
+        same = {name: torch.equal(value, before[name]) for name, value in module.state_dict().items()}
+        assert all(same[name] for name in same if ".encoders." in name)
+        assert not any(same[name] for name in same if ".decoders." in name)
+    norms = [record["grad_norm"] for record in trainer.run.records() if record["kind"] == "train"]
+    assert all(set(norm) == {"decoder.1", "decoder.2", "decoder.3"} for norm in norms)
+
+
+def test_a_frozen_run_resumes_to_the_same_bits(trained, tiny_config, tiny_data, tmp_path) -> None:
+    run = trained()
+    whole = started(tmp_path / "whole", tiny_config(**frozen(run)), tiny_data())
+    whole.fit()
+    part = started(tmp_path / "part", tiny_config(**frozen(run, training__steps=2)), tiny_data())
+    part.fit()
+    again = Trainer(part.run, tiny_data(), config=tiny_config(**frozen(run)), device="cpu")
+    again.fit()
+    ours, theirs = (trainer.denoiser.state_dict() for trainer in (again, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_frozen_encoder_costs_its_forward_pass_only(trained, tiny_config) -> None:
+    run = trained()
+    learning, kept = (tiny_config(**frozen(run, training__freeze=freeze)) for freeze in ("nothing", "encoder"))
+    encoder = network_cost(kept.network, 4, 4).shared_true_flops
+    assert flops_per_image(learning) - flops_per_image(kept) == pytest.approx(2 * encoder)
+
+
+def test_a_frozen_encoder_that_would_have_to_learn_labels_is_refused(trained, tiny_config) -> None:
+    run = trained()
+    with pytest.raises(ValueError, match=r"training.freeze='encoder': the encoder of .* has network.num_classes=0"):
+        warm_start(run.path, tiny_config(**frozen(run, network__num_classes=3)))
+
+
+@pytest.mark.parametrize("changes", [{"training__init_from": ""}, {"network__separate": True}])
+def test_freezing_needs_a_shared_encoder_to_start_from(trained, tiny_config, changes) -> None:
+    with pytest.raises(ValueError, match=r"training.freeze='encoder' needs training.init_from"):
+        tiny_config(**frozen(trained(), **changes))

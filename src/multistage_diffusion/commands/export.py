@@ -25,7 +25,7 @@ class Export:
     run_folder: RunFolder
     """A trained run's folder."""
     out: Path
-    """FILE.pth (NCSN++), FILE.ckpt (LDM U-Net) or FILE.safetensors (DDPM++)."""
+    """FILE.pth (NCSN++), FILE.ckpt (LDM U-Net), FILE.safetensors (DDPM++); one-stage transformers: see docs/transformers.md."""
     checkpoint: str = "best"
     """best, latest or a step."""
     overwrite: bool = False

@@ -21,17 +21,18 @@ class Import:
     No code in the file is executed. The network is derived from tensor names and shapes. Training is that of a preset, by
     default of the paper's preset with as many decoders; so are stages and sampling, unless the file tells them. A warning
     names what is assumed and would change the images. The run has no data; to train it, give
-    some: msdiff train --resume RUN --data DATA.
+    some: msdiff train --resume RUN --data DATA. Published transformers are read, too (docs/transformers.md).
 
     Examples
       msdiff import checkpoint_26.pth --out runs/published
       msdiff import model.ckpt --out runs/ldm --size 32 32 --head-channels 64
       msdiff import network-snapshot-002500.pkl --out runs/two --edges 1.5
       msdiff import digits.safetensors --preset digits --out runs/again
+      msdiff import transformer.pt --encoder-depth 20 --out runs/trunk
     """
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """The checkpoint, or a file that msdiff export wrote."""
+    """The checkpoint, a file that msdiff export wrote, or a folder with a transformer of diffusers."""
     out: Path
     """The run's new folder."""
     preset: Annotated[str | None, option("NAME", "the paper's preset with as many decoders")] = None
@@ -42,10 +43,16 @@ class Import:
     """A stages.json with the noise ranges that the decoders were trained on."""
     edges: Annotated[tuple[float, ...] | None, option("SIGMA ...", "the file's, else the preset's")] = None
     """The edges between these noise ranges, in sigma: one fewer than decoders."""
-    head_channels: Annotated[int | None, option("INT", "32")] = None
-    """Channels of an attention head (LDM only)."""
     norm_groups: Annotated[int | None, option("INT", "the file's, else 32, of the multi-stage code 16")] = None
     """Largest number of groups of a GroupNorm (NCSN++ and DDPM++)."""
+    head_channels: Annotated[int | None, option("INT", "32; of a transformer as published")] = None
+    """Channels of an attention head (LDM and transformers)."""
+    encoder_depth: Annotated[int | None, option("INT", "half")] = None
+    """Blocks of a transformer that become the encoder, which all stages can share; the others become the decoder."""
+    classes: Annotated[int | None, option("INT", "rows of the class table less one")] = None
+    """Classes of a transformer whose class table does not tell whether its last row stands for no label."""
+    drop_sigma: bool = False
+    """Leave out a transformer's outputs for a learnt variance."""
     replace: bool = False
     """Move an existing run at OUT aside."""
     json: bool = False
@@ -62,6 +69,9 @@ class Import:
             edges=self.edges,
             head_channels=self.head_channels,
             norm_groups=self.norm_groups,
+            encoder_depth=self.encoder_depth,
+            classes=self.classes,
+            drop_sigma=self.drop_sigma,
             replace=self.replace,
         )
         config = run.config()

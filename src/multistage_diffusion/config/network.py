@@ -46,9 +46,11 @@ class NetworkConfig(ABC):
     - sizes: `multiple`, to which inputs are padded.
     - counting: `counted_layers`, if its publications do not count all multiply-adds; `elements`, if there is a formula.
     - drawing: `title`, `boxes` and `notes`.
+    - planning: `largest_decoders` and `decoder_choices`, if more than widths differ between decoders.
 
     Its blocks are `nets.network.Block`s, on which execution.recompute and execution.compile act, and its convolutions of
-    images `nets.blocks.ImageConv`s, on which execution.channels_last acts. It runs on the meta device, where it is counted.
+    images `nets.blocks.ImageConv`s, on which execution.channels_last acts (or `feature_maps` is false). It runs on the meta
+    device, where it is counted.
 
     Attributes:
         family: name of the family, in nets/: "ncsnpp" (score_sde's NCSN++), "ddpmpp" (EDM's DDPM++), "ldm" (latent
@@ -65,6 +67,7 @@ class NetworkConfig(ABC):
         per_stage: settings with one value for each stage; None stands for no values.
         in_shapes: settings that decide shapes or names of weights, so that weights of other settings do not fit.
         resizable: whether a decoder can start from one of another width by its first channels, see training.resizing.
+        feature_maps: whether it computes feature maps, whose memory format execution.channels_last decides.
     """
 
     family: str = field(init=False, default="")
@@ -80,6 +83,7 @@ class NetworkConfig(ABC):
     per_stage: ClassVar[tuple[str, ...]] = ("decoder_widths",)
     in_shapes: ClassVar[tuple[str, ...]] = ()
     resizable: ClassVar[bool] = False
+    feature_maps: ClassVar[bool] = True
 
     @staticmethod
     def of(family: str = DEFAULT_FAMILY, **settings: Any) -> NetworkConfig:
@@ -193,15 +197,29 @@ class NetworkConfig(ABC):
         values = (getattr(self, name) for name in self.per_stage)
         return all(len(set(value)) == 1 for value in values if value is not None)
 
-    def single_stage(self, stage: int, width: int) -> NetworkConfig:
+    def single_stage(self, stage: int, width: int, **others: object) -> NetworkConfig:
         """Return the settings of a network with one stage's decoder alone, at another width.
 
+        Args:
+            stage: index, 0 for the lowest noise.
+            width: of the decoder.
+            **others: other settings per stage that the decoder gets instead of its own.
+
         Raises:
-            UserError: if that width is not valid there.
+            UserError: if that is not valid there.
         """
         given = {name: value for name in self.per_stage if (value := getattr(self, name)) is not None}
         own: dict[str, Any] = {name: (value[stage],) for name, value in given.items()}
-        return dataclasses.replace(self, **{**own, "decoder_widths": (width,)})
+        asked = {name: (value,) for name, value in others.items()}
+        return dataclasses.replace(self, **{**own, **asked, "decoder_widths": (width,)})
+
+    def largest_decoders(self, stages: int) -> dict[str, Any]:
+        """Return settings of so many decoders, all as large as the largest: from which a plan's probes are made."""
+        return {"decoder_widths": (max(self.decoder_widths),) * stages}
+
+    def decoder_choices(self, width: int) -> Sequence[dict[str, Any]]:
+        """Return what else than its width a plan may set of a stage's decoder of this width, a value for each name."""
+        return [{}]
 
     def functional_settings(self) -> dict[str, object]:
         """Return the settings, by key, that must be equal for the same weights to compute the same."""

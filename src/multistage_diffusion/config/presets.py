@@ -20,6 +20,7 @@ from . import (
 )
 from .image_presets import IMAGE_PRESETS
 from .paper_presets import PAPER_PRESETS, vp_stages
+from .transformer_presets import TRANSFORMER_PRESETS, digits_uvit
 
 
 def digits() -> RunConfig:
@@ -127,8 +128,10 @@ def fashion_mnist_latent() -> RunConfig:
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
+    "digits-uvit": digits_uvit(digits),
     "fashion-mnist": fashion_mnist,
     "fashion-mnist-latent": fashion_mnist_latent,
+    **TRANSFORMER_PRESETS,
     **IMAGE_PRESETS,
     **PAPER_PRESETS,
 }

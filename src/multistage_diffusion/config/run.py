@@ -209,6 +209,7 @@ class TrainingConfig:
         branch_at: steps in which all stages train one common decoder; afterwards each stage continues with its own copy
             (0: own decoders from the start). Decoders must be alike.
         init_from: a trained run from whose encoder and fitting decoders the network starts; empty: from scratch.
+        freeze: "encoder" keeps the shared encoder as init_from gives it, so that only decoders are trained; "nothing".
         precision: "auto" (on CUDA bf16 if supported, else fp16; on the CPU fp32), "fp32", "bf16", "fp16" (with loss
             scaling) or "fp64" (slow; for checking that two ways of training are the same).
         seed: seed of all random numbers.
@@ -238,6 +239,7 @@ class TrainingConfig:
     overlap: float = 0.0
     branch_at: int = 0
     init_from: str = ""
+    freeze: Literal["nothing", "encoder"] = "nothing"
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
     seed: int = 0
     log_every: int = 50
@@ -371,6 +373,11 @@ class RunConfig:
             self.sampling.threshold is None or not self.codec.used,
             f"sampling.threshold={self.sampling.threshold}: dynamic thresholding is of pixels, not of latents; set it to null",
         )
+        require(
+            self.network.feature_maps or self.execution.channels_last is not True,
+            f"execution.channels_last=True: network.family={self.network.family!r} computes tokens, not feature maps; set it "
+            "to auto or false",
+        )
         if self.training.branch_at:
             require(
                 self.network.alike,
@@ -382,6 +389,12 @@ class RunConfig:
                 not self.training.init_from,
                 f"training.branch_at={self.training.branch_at} and training.init_from={self.training.init_from!r} both say how "
                 "decoders begin; give one of them",
+            )
+        if self.training.freeze != "nothing":
+            require(
+                bool(self.training.init_from) and not self.network.separate,
+                f"training.freeze={self.training.freeze!r} needs training.init_from, a run whose encoder is kept, and an "
+                "encoder that all stages share (network.separate=false); set it to nothing",
             )
         shares, weights = self.training.shares, self.training.weights
         for stage in range(decoders):

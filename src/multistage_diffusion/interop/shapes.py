@@ -60,7 +60,17 @@ def our_state(tensors: Mapping[str, Tensor], config: NetworkConfig, size: tuple[
         UserError: with the first missing, unexpected and wrongly shaped tensors and their counts.
     """
     names = published_names(config, size)
-    needed = _needed(config, size)
+    require_tensors(tensors, _needed(config, size), config)
+    converted = convert_published(tensors, names)
+    return {name: value.to(torch.float32, copy=True).contiguous() for name, value in converted.items()}
+
+
+def require_tensors(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor], config: NetworkConfig) -> None:
+    """Raise UserError unless tensors have the names and shapes of those that a network needs.
+
+    Raises:
+        UserError: with the first missing, unexpected and wrongly shaped tensors and their counts.
+    """
     missing = [name for name in needed if name not in tensors]
     extra = [name for name in tensors if name not in needed]
     wrong = [name for name in needed if name in tensors and tensors[name].shape != needed[name].shape]
@@ -75,8 +85,6 @@ def our_state(tensors: Mapping[str, Tensor], config: NetworkConfig, size: tuple[
             f"does not fit a {config.family} network of encoder width {config.encoder_width} and decoder widths "
             f"{list(config.decoder_widths)}; of its tensors, {', '.join(faults)}"
         )
-    converted = convert_published(tensors, names)
-    return {name: value.to(torch.float32, copy=True).contiguous() for name, value in converted.items()}
 
 
 def published_state(state: Mapping[str, Tensor], config: NetworkConfig, size: tuple[int, int]) -> Tensors:

@@ -74,7 +74,7 @@ class GroupNorm(nn.GroupNorm):
         """Map (B, C, ...) to the same shape."""
         if x.dtype == self.weight.dtype:
             return super().forward(x)
-        with _no_autocast(x.device):
+        with no_autocast(x.device):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -94,6 +94,14 @@ def sinusoids(noise: Tensor, width: int) -> Tensor:
     i = torch.arange(half, device=noise.device, dtype=noise.dtype)
     angle = noise[:, None] * torch.exp(i * (-math.log(10000) / (half - 1)))
     return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def cosines_first(noise: Tensor, width: int, shift: float = 0.0) -> Tensor:
+    """Return [cos, sin](noise * 10000^(-i / (half - shift))), i < half = width / 2: (B, width), in noise's dtype."""
+    half = width // 2
+    i = torch.arange(half, device=noise.device, dtype=noise.dtype)
+    angle = noise[:, None] * torch.exp(i * (-math.log(10000) / (half - shift)))
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 class NoiseEmbedding(nn.Module):
@@ -129,32 +137,25 @@ class NoiseEmbedding(nn.Module):
                 out of range. The range is checked on the CPU only; on a GPU the check would cost a synchronisation.
         """
         dtype = self.linear0.weight.dtype
-        with _no_autocast(noise.device):
+        with no_autocast(noise.device):
             emb = self.features(noise.to(torch.promote_types(dtype, torch.float32)), self.width).to(dtype)
+            check_labels(cond, len(noise), self.label.in_features if self.label is not None else 0)
+            check_augmentation(cond, len(noise), self.augment.in_features if self.augment is not None else 0)
             if self.label is not None:
                 emb = emb + self.label(_scaled_one_hot(cond.labels, len(noise), self.label.weight))
-            elif cond.labels is not None:
-                raise UserError("cond.labels were given to a network with num_classes=0; leave them out")
-            if cond.augment is not None:
-                emb = emb + self._augmentation(cond.augment, len(noise))
+            if self.augment is not None and cond.augment is not None:
+                emb = emb + self.augment(cond.augment.to(dtype))
             hidden = F.silu(self.linear0(emb))
             return F.silu(self.linear1(hidden))
 
-    def _augmentation(self, augment: Tensor, rows: int) -> Tensor:
-        if self.augment is None:
-            raise UserError("cond.augment was given to a network with augment_dim=0; leave it out")
-        expected = (rows, self.augment.in_features)
-        if augment.shape != expected:
-            raise UserError(f"cond.augment has shape {tuple(augment.shape)}; this batch and network need {expected}")
-        result: Tensor = self.augment(augment.to(self.augment.weight.dtype))
-        return result
 
-
-def _scaled_one_hot(labels: Tensor | None, rows: int, weight: Tensor) -> Tensor:
-    """Return one-hot labels times sqrt(classes); rows are zero for label -1 or if labels is None."""
-    classes = weight.shape[1]
+def check_labels(cond: Conditioning, rows: int, classes: int) -> None:
+    """Raise UserError if class labels do not fit a network of so many classes; see NoiseEmbedding."""
+    labels = cond.labels
     if labels is None:
-        return weight.new_zeros(rows, classes)
+        return
+    if not classes:
+        raise UserError("cond.labels were given to a network with num_classes=0; leave them out")
     if labels.shape != (rows,):
         raise UserError(f"cond.labels has shape {tuple(labels.shape)}; this batch needs ({rows},)")
     if labels.device.type == "cpu" and bool(((labels < -1) | (labels >= classes)).any()):
@@ -162,11 +163,31 @@ def _scaled_one_hot(labels: Tensor | None, rows: int, weight: Tensor) -> Tensor:
             f"cond.labels hold {labels.min().item()} to {labels.max().item()}; the network has num_classes={classes}: "
             f"use 0 to {classes - 1}, or -1 for none"
         )
+
+
+def check_augmentation(cond: Conditioning, rows: int, length: int) -> None:
+    """Raise UserError if augmentation labels do not fit a network with labels of this length."""
+    if cond.augment is None:
+        return
+    if not length:
+        raise UserError("cond.augment was given to a network with augment_dim=0; leave it out")
+    if cond.augment.shape != (rows, length):
+        raise UserError(
+            f"cond.augment has shape {tuple(cond.augment.shape)}; this batch and network need {(rows, length)}"
+        )
+
+
+def _scaled_one_hot(labels: Tensor | None, rows: int, weight: Tensor) -> Tensor:
+    """Return one-hot labels times sqrt(classes); rows are zero for label -1 or if labels is None."""
+    classes = weight.shape[1]
+    if labels is None:
+        return weight.new_zeros(rows, classes)
     hot = labels[:, None] == torch.arange(classes, device=labels.device)
     return hot.to(weight.dtype) * math.sqrt(classes)
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
+def no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context that computes in the dtype of the inputs, even inside autocast."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

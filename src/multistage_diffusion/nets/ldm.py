@@ -5,7 +5,6 @@ Source: Rombach et al. 2022, "High-resolution image synthesis with latent diffus
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from ..config.network import FAMILIES
 from ..contracts import Conditioning
 from ..errors import require
-from .blocks import BoxUp, GroupNorm, ImageConv, NoiseEmbedding, conv, linear
+from .blocks import BoxUp, GroupNorm, ImageConv, NoiseEmbedding, conv, cosines_first, linear
 from .network import Block, Encoded
 from .unet import UNetConfig
 
@@ -88,14 +87,6 @@ class LDMConfig(UNetConfig):
 def group_norm32(channels: int) -> GroupNorm:
     """Return GroupNorm with 32 groups and eps 1e-5."""
     return GroupNorm(GROUPS, channels, eps=1e-5)
-
-
-def cosines_first(noise: Tensor, width: int) -> Tensor:
-    """Return [cos, sin](noise * 10000^(-i / half)), i < half = width / 2: shape (B, width), in noise's dtype."""
-    half = width // 2
-    i = torch.arange(half, device=noise.device, dtype=noise.dtype)
-    angle = noise[:, None] * torch.exp(i * (-math.log(10000) / half))
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 class HeadedAttention(nn.Module):

@@ -61,7 +61,7 @@ class Encoded:
         if len(counts) == 1:
             return [self]
         groups = zip(*(part.split_with_sizes(list(counts)) for part in (self.h, self.emb, *self.skips)), strict=True)
-        return [Encoded(h=h, skips=tuple(skips), emb=emb) for h, emb, *skips in groups]
+        return [dataclasses.replace(self, h=h, skips=tuple(skips), emb=emb) for h, emb, *skips in groups]
 
 
 class MultiDecoderNetwork(nn.Module):

@@ -42,7 +42,8 @@ def candidates(
     settings, cuda = config.execution, device.type == "cuda"
     fixed_rows = config.training.update_mode == "mixed" and config.training.accumulate == 1
     graphs_help = cuda and alone and fixed_rows and not settings.recompute
-    channels_last = (False, True) if settings.channels_last == "auto" else (settings.channels_last,)
+    formats = (False, True) if config.network.feature_maps else (False,)
+    channels_last = formats if settings.channels_last == "auto" else (settings.channels_last,)
     if settings.compile != "auto":
         compiled = () if compiling else (settings.compile,)
     else:

@@ -88,7 +88,7 @@ def largest_convolution(network: NetworkConfig, shape: Sequence[int], counts: Se
 
     built = meta_network(network)
     kinds = [[m for m in built.modules() if isinstance(m, kind)] for kind in (nn.Conv2d, nn.Linear)]
-    for layer in kinds[0] or kinds[1]:
+    for layer in (kinds[0] if network.feature_maps else []) or kinds[1]:
         layer.register_forward_hook(note)
     _, height, width = shape
     meta_run(built, height, width, counts)

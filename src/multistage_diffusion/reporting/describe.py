@@ -67,6 +67,7 @@ def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[
             {
                 "stage": k + 1,
                 "decoder_width": config.network.decoder_widths[k],
+                "notes": config.network.notes(k),
                 "sigma": [low, high if math.isfinite(high) else None],
                 "t": list(times[k]),
                 "length": lengths[k],
@@ -180,6 +181,8 @@ def description_table(described: dict[str, Any]) -> str:
             "",
             *_columns(_training_rows(stages), left=1),
             "",
+            *[f"decoder {stage['stage']}: {note}" for stage in stages for note in stage["notes"]],
+            *[""] * any(stage["notes"] for stage in stages),
             f"whole network: {described['parameters'] / 1e6:.4g} M parameters; mean multiply-adds of a call:",
             f"  {by_calls:.5g} M over {sampler_words(described['sampler'])}",
             f"  {by_length:.5g} M over times uniform in t",

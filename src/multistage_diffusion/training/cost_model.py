@@ -10,7 +10,7 @@ number of processes with decoder k. Per strategy:
     memory: 20 (P_0 + P_k) bytes held,           ring(W, P_0) + ring(n_k, P_k) sent
     fsdp:   20 / W (P_0 + sum_k P_k) bytes held, ring(W, P_0) + 3/2 ring(W, sum_k P_k) sent
 
-fsdp also holds the parts in use, gathered: 4 P_0 + 4 P_k bytes.
+fsdp also holds the parts in use, gathered: 4 P_0 + 4 P_k bytes. A frozen encoder has weights and EMA only (8 bytes).
 
 The time of a step is a model, not a measurement: rows times FLOPs per row divided by the device's rate, plus the part
 of the all_reduce that does not overlap with the backward pass. The backward pass is two thirds of the compute time.
@@ -25,6 +25,7 @@ from ..config import RunConfig
 from ..distributed import World
 from ..nets.cost import BACKWARD, network_cost
 from ..shares import row_counts, stage_shares
+from .flops import training_flops
 from .strategies import make_strategy
 
 WEIGHT, GRADIENT, MOMENTS, AVERAGE = 4, 4, 8, 4  # bytes per parameter in fp32, also with bf16 autocast
@@ -84,15 +85,16 @@ def step_costs(
     shared = cost.shared_parameters
     decoders = {f"decoder.{k}": stage.parameters - shared for k, stage in enumerate(cost.stages, start=1)}
     parameters = {"encoder": shared, **decoders}
+    frozen = ["encoder"] if config.training.freeze == "encoder" else []
     found, plan = [], make_strategy(strategy, config, shape, World(0, size))
     for rank in range(size):
         placed = copy.copy(plan)
         placed.world = World(rank, size)
-        shares = [(share, parameters[name]) for name, share in placed.part_shares(parameters).items()]
-        exchanged = [(share, GRADIENT * p) for share, p in shares if share.processes > 1]
+        shares = [(share, parameters[n], n not in frozen) for n, share in placed.part_shares(parameters).items()]
+        exchanged = [(share, GRADIENT * p) for share, p, learns in shares if share.processes > 1 and learns]
         sent = sum(s.transfers * (s.processes - 1) / s.processes * bytes_ for s, bytes_ in exchanged)
         rows = placed.rows(counts)
-        flops = (1 + BACKWARD) * sum(len(r) * s.true_flops for r, s in zip(rows, cost.stages, strict=True))
+        flops = training_flops(config, cost, [len(r) for r in rows])
         seconds = None
         if machine is not None:
             computing = flops / machine.flops
@@ -102,7 +104,9 @@ def step_costs(
             seconds = computing + max(0.0, exchange - computing * BACKWARD / (1 + BACKWARD))
         found.append(
             StepCost(
-                held=(WEIGHT + GRADIENT + MOMENTS + AVERAGE) * sum(share.held * p for share, p in shares),
+                held=sum(
+                    (WEIGHT + AVERAGE + (GRADIENT + MOMENTS) * learns) * share.held * p for share, p, learns in shares
+                ),
                 reduced=sum(bytes_ for _, bytes_ in exchanged),
                 sent=sent,
                 flops=flops,

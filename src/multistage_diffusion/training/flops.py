@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..config import RunConfig
 from ..errors import UserError
-from ..nets.cost import BACKWARD, network_cost
+from ..nets.cost import BACKWARD, NetworkCost, network_cost
 from ..shares import row_counts, stage_shares
 
 
@@ -12,7 +14,8 @@ def flops_per_image(config: RunConfig) -> float:
     """Return the FLOPs per image of a training step, 2 per multiply-add.
 
     This is three times the forward pass (Kaplan et al. 2020, "Scaling laws for neural language models", 2.1), averaged
-    over the stages. The weights of this average are each stage's rows, or its share of the steps if a step trains one
+    over the stages; of a frozen encoder only the forward pass.
+    The weights of this average are each stage's rows, or its share of the steps if a step trains one
     stage. Only convolutions, linear layers and attention products count; the optimiser and the EMA do not.
 
     Args:
@@ -26,6 +29,12 @@ def flops_per_image(config: RunConfig) -> float:
         raise UserError(f"{field}={list(shape)} must be [channels, height, width]")
     shares = stage_shares(config.training, config.stages, config.diffusion.prior)
     rows = shares if config.training.update_mode == "one-stage" else row_counts(config.training, shares)
-    stages = network_cost(config.network, *shape[1:]).stages
-    forward = sum(count * stage.true_flops for count, stage in zip(rows, stages, strict=True)) / sum(rows)
-    return (1 + BACKWARD) * forward
+    cost = network_cost(config.network, *shape[1:])
+    return training_flops(config, cost, rows) / sum(rows)
+
+
+def training_flops(config: RunConfig, cost: NetworkCost, rows: Sequence[float]) -> float:
+    """Return the FLOPs of forward and backward passes on so many rows of each stage, see `flops_per_image`."""
+    forward = sum(count * stage.true_flops for count, stage in zip(rows, cost.stages, strict=True))
+    frozen = cost.shared_true_flops * sum(rows) if config.training.freeze == "encoder" else 0
+    return (1 + BACKWARD) * forward - BACKWARD * frozen

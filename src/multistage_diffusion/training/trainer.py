@@ -121,6 +121,8 @@ class Trainer:
         denoiser = build_denoiser(self.config)
         if shared:
             branching.tie(denoiser.network)
+        if self.config.training.freeze == "encoder":
+            denoiser.network.encoders.requires_grad_(False)
         double = self.config.training.precision == "fp64"
         self.strategy.place(denoiser.network, self.device, torch.float64 if double else torch.float32)
         return denoiser

@@ -50,8 +50,8 @@ def warm_start(path: Path | str, config: RunConfig) -> WarmStart:
         config: configuration of the new run.
 
     Raises:
-        UserError: if there is no such run, its network output has another meaning, the shared encoders differ, or no
-            part fits.
+        UserError: if there is no such run, its network output has another meaning, the shared encoders differ, no part
+            fits, or a frozen encoder would have to learn labels.
     """
     run = Run.open(path)
     own, trained = _meanings(config), _meanings(run.config())
@@ -62,7 +62,15 @@ def warm_start(path: Path | str, config: RunConfig) -> WarmStart:
             )
     with torch.device("meta"):
         target = build_denoiser(config)
-    return _matched(path, run.denoiser("best"), target, config.training.seed)
+    source = run.denoiser("best")
+    for name in ("num_classes", "augment_dim") if config.training.freeze == "encoder" else ():
+        had, wanted = (getattr(network, name) for network in (source.network.config, config.network))
+        if wanted and wanted != had:
+            raise UserError(
+                f"training.freeze='encoder': the encoder of {path} has network.{name}={had}, so that {wanted} could not be "
+                "learnt; set training.freeze to nothing"
+            )
+    return _matched(path, source, target, config.training.seed)
 
 
 def _meanings(config: RunConfig) -> dict[str, object]:

@@ -20,6 +20,7 @@ from ..interop.parts import EDGES, HEADS, ORIGINAL, SAMPLING, Published, Tensors
 from ..interop.shapes import published_state
 from ..nets.blocks import GROUPS
 from ..nets.ddpmpp import DDPMppConfig
+from ..nets.layouts import LAYOUTS
 from ..nets.ldm import LDMConfig
 from ..nets.song import SongUNetConfig
 from ..nets.unet import UNetConfig
@@ -27,6 +28,9 @@ from ..schedules.discrete import Discrete
 from ..training.checkpoint import checkpoint_step, trained_config
 from ..training.run import Run
 from .exchange import betas_of, layout_of, regrouped
+from .exchange_layouts import export_layout
+
+PARTS: tuple[Literal["model", "ema"], ...] = ("model", "ema")
 
 
 def export_published(
@@ -34,7 +38,8 @@ def export_published(
 ) -> Path:
     """Write a run's weights and their EMA in the published layout of its family.
 
-    NCSN++ is written as score_sde's .pth, the LDM U-Net as latent diffusion's .ckpt. DDPM++ is written as .safetensors
+    NCSN++ is written as score_sde's .pth, the LDM U-Net as latent diffusion's .ckpt, a one-stage transformer in the layout
+    that its family brings along (`nets.layouts.LAYOUTS`). DDPM++ is written as .safetensors
     with EDM's names and arguments, because EDM's pickles would have to contain EDM's source code. The file also holds
     what shapes do not show (stage edges, channels of an attention head, the run's sampler), so that `import_published`
     restores the same run. A warning says where the original code would compute something else with the file.
@@ -54,6 +59,11 @@ def export_published(
     run, file = run if isinstance(run, Run) else Run.open(Path(run)), Path(file)
     folder = run.checkpoint(checkpoint)
     config = trained_config(folder)
+    own = _in_own_layout(run, checkpoint, config, file)
+    if own is not None:
+        _require_room(file, overwrite=overwrite)
+        write_atomic(file, own)
+        return file
     if not layout_of(config):
         raise UserError(
             f"{run.path}: no published layout exists for family {config.network.family!r} with precondition "
@@ -63,10 +73,9 @@ def export_published(
     suffix = SUFFIXES[config.network.family]
     if file.suffix != suffix:
         raise UserError(f"--out {file}: family {config.network.family!r} is written as {suffix}; give that suffix")
-    if file.exists() and not overwrite:
-        raise UserError(f"--out {file}: exists; choose another name or give --overwrite")
+    _require_room(file, overwrite=overwrite)
     _, height, width = config.input_shape
-    model, ema = (_published_part(run, checkpoint, part, (height, width)) for part in ("model", "ema"))
+    model, ema = (_published_part(run, checkpoint, part, (height, width)) for part in PARTS)
     network = config.network
     assert isinstance(network, UNetConfig)  # those with a layout
     for difference in differences(config):
@@ -83,6 +92,19 @@ def export_published(
     )
     write_atomic(file, published_bytes(published))
     return file
+
+
+def _require_room(file: Path, *, overwrite: bool) -> None:
+    if file.exists() and not overwrite:
+        raise UserError(f"--out {file}: exists; choose another name or give --overwrite")
+
+
+def _in_own_layout(run: Run, checkpoint: str, config: RunConfig, file: Path) -> bytes | None:
+    """Return the content of a file in a layout that the run's family brings along; None if it brings none."""
+    if not any(LAYOUTS[name].family == config.network.family for name in LAYOUTS):
+        return None
+    model, ema = (dict(run.denoiser(checkpoint, part).network.state_dict()) for part in PARTS)
+    return export_layout(config, file, model=model, ema=ema)
 
 
 def _published_part(run: Run, checkpoint: str, part: Literal["model", "ema"], size: tuple[int, int]) -> Tensors:

@@ -35,7 +35,9 @@ from ..stages import Stages
 from ..training.checkpoint import Checkpoint, save_checkpoint
 from ..training.metrics import MetricAccumulator
 from ..training.run import Run
+from . import exchange_layouts as layouts
 from .exchange import PREFIX, betas_of, layout_of, regrouped
+from .exchange_layouts import Found, find_layout
 
 ASSUMED = "assumed"  # in the origin of stages that the file did not tell: the preset that they are of
 
@@ -50,9 +52,14 @@ def import_published(
     edges: Sequence[float] | None = None,
     head_channels: int | None = None,
     norm_groups: int | None = None,
+    encoder_depth: int | None = None,
+    classes: int | None = None,
+    drop_sigma: bool = False,
     replace: bool = False,
 ) -> Run:
     """Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt, or an export.
+
+    Files and folders in a layout of `nets.layouts.LAYOUTS`, such as published transformers, are read, too.
 
     No code in the file is executed. The network is derived from tensor names and shapes. The run has one checkpoint, at
     step 0, and no data; resume it with some. What the file does not tell and is not given is assumed, with a warning
@@ -66,9 +73,13 @@ def import_published(
         size: (height, width) of the network's input; default: that of base (EDM's files contain it).
         result: gives the stages, with the edges that the network was trained on.
         edges: the same edges as numbers, in sigma, ascending.
-        head_channels: channels per attention head of an LDM U-Net; default: the value in an exported run, else 32.
         norm_groups: largest number of GroupNorm groups of an NCSN++ or DDPM++; default: that of the file, else 32 for
             score_sde's own code and 16 for the multi-stage code.
+        head_channels: channels per attention head of an LDM U-Net or a transformer; default: the value in an exported
+            run, else 32; of a transformer those of the published network of its width.
+        encoder_depth: blocks of a transformer that become the encoder which all stages can share; default: half.
+        classes: classes of a transformer whose class table does not tell.
+        drop_sigma: leave out a transformer's outputs for a learnt variance.
         replace: move an existing run aside.
 
     Returns:
@@ -77,7 +88,15 @@ def import_published(
     Raises:
         UserError: in one line: the file is damaged, hostile or does not fit, or its stages are unknown.
     """
-    file, published = Path(file), read_published(Path(file))
+    file = Path(file)
+    own = {"encoder_depth": encoder_depth, "classes": classes, "drop_sigma": drop_sigma or None}
+    found = find_layout(file)
+    if found is not None:
+        given = {"size": size, "stages": result, "edges": edges, "norm_groups": norm_groups}
+        _require_nothing(given, "a network of one stage whose file tells its size")
+        return _import_layout(file, Path(out), found, base, {**own, "head_channels": head_channels}, replace=replace)
+    _require_nothing(own, "what is not a transformer")
+    published = read_published(file)
     weights = published.model or published.ema
     assert weights is not None
     try:
@@ -89,8 +108,8 @@ def import_published(
         stages = _stages(published, network, base, _given_stages(result, edges))
         config = _config(published, network, base, size, stages)
         codec, folder = _first_stage(file, published), Path(out) / "codec"
-        own = base.codec if chosen and not published.codec else CodecConfig()
-        config = dataclasses.replace(_on_latents(config, base, own, published, codec, folder), name=Path(out).name)
+        latents = base.codec if chosen and not published.codec else CodecConfig()
+        config = dataclasses.replace(_on_latents(config, base, latents, published, codec, folder), name=Path(out).name)
         _warn_of_assumptions(file, published, config, groups if norm_groups is None else None)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
@@ -105,6 +124,31 @@ def import_published(
         _save(run, config, model=tensors[0], ema=tensors[-1])
 
     return Run.create(Path(out), config, replace=replace, fill=fill)
+
+
+def _require_nothing(given: dict[str, Any], what: str) -> None:
+    """Raise UserError if an option is given that has no meaning for what is imported."""
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name}: has no meaning for {what}; leave it out")
+
+
+def _import_layout(
+    file: Path, out: Path, found: Found, base: RunConfig | None, asked: dict[str, Any], *, replace: bool
+) -> Run:
+    """Create a run from a network in a family's own layout."""
+    try:
+        network = layouts.network_of(found, asked)
+        states = layouts.states_of(found, network)
+        config = dataclasses.replace(layouts.config_of(found, network, base), name=out.name)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+    def fill(run: Run) -> None:
+        write_json(run.imported_file, {"file": file.name})
+        _save(run, config, model=states[0], ema=states[-1])
+
+    return Run.create(out, config, replace=replace, fill=fill)
 
 
 def _heads(published: Published, given: int | None) -> int:
@@ -207,7 +251,7 @@ def _training(training: TrainingConfig, network: NetworkConfig) -> TrainingConfi
     }
     if not network.augment_dim:
         fitting["augment"] = 0.0
-    return dataclasses.replace(training, init_from="", ema_rampup=0.0, **fitting)
+    return dataclasses.replace(training, init_from="", freeze="nothing", ema_rampup=0.0, **fitting)
 
 
 def _diffusion(published: Published, base: DiffusionConfig) -> DiffusionConfig:

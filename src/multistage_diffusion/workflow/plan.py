@@ -131,6 +131,7 @@ def plan(
     # "auto" stays: the precision is chosen on the device that trains
     chosen = {
         "network.decoder_widths": [stage.width for stage in found],
+        **{f"network.{name}": [stage.others[name] for stage in found] for name in found[0].others},
         "training.precision": config.training.precision,
     }
     made = override(prepared.config, chosen)
@@ -203,8 +204,8 @@ def _staged(config: RunConfig, result: StageResult) -> RunConfig:
         shares = halfway_shares(prior_masses(stages, config.diffusion.prior))
     if not all(shares):
         raise UserError(f"training.shares={list(shares)}: a plan needs rows of every stage; give each a share above 0")
-    widest = (max(config.network.decoder_widths),) * len(stages)
-    return override(config, {"stages": stages, "training.shares": shares, "network.decoder_widths": widest})
+    largest = {f"network.{name}": value for name, value in config.network.largest_decoders(len(stages)).items()}
+    return override(config, {"stages": stages, "training.shares": shares, **largest})
 
 
 def _planned_stages(
@@ -258,6 +259,6 @@ def _planned_stages(
     chosen = limits.choose(worth)
     assert chosen is not None  # Budget would have raised
     return [
-        PlannedStage(**stage, flops_ideal=flops, width=option.width, flops=option.flops)
+        PlannedStage(**stage, flops_ideal=flops, width=option.width, flops=option.flops, others=dict(option.others))
         for stage, flops, option in zip(known, ideal, chosen, strict=True)
     ]

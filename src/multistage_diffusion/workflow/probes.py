@@ -71,6 +71,7 @@ def probe_config(config: RunConfig, width: int, steps: int) -> RunConfig:
             "optimizer.warmup_steps": min(config.optimizer.warmup_steps, steps // 4),
             "training.steps": steps,
             "training.init_from": "",
+            "training.freeze": "nothing",
             # without a ramp, an EMA over hundreds of thousands of images would still hold the initial weights
             "training.ema_rampup": config.training.ema_rampup or 0.05,
             "training.log_every": steps,

@@ -1,0 +1,247 @@
+"""Import and export of one-stage networks in the layouts that families bring along (`nets.layouts.LAYOUTS`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..config import CodecConfig, DataConfig, NetworkConfig, RunConfig
+from ..config.serialization import from_dict, override, read_json, to_dict
+from ..errors import UserError, require
+from ..interop.published import kind_of, read_torch, torch_bytes
+from ..interop.shapes import require_tensors
+from ..nets.layouts import LAYOUTS, PublishedLayout, Tensors
+from ..nets.network import meta_network
+from ..stages import Stages
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SD_SCALE = (
+    0.18215  # of the latents of Stable Diffusion's autoencoder, on which published networks of 4 channels are trained
+)
+SD_FACTOR = 8  # by which it reduces the sides of images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A published network as plain values.
+
+    Attributes:
+        layout: of its tensors.
+        model: {published name: weight}; None if there are only averages.
+        ema: averages by the same names; None if there are none.
+        told: settings beside the tensors.
+        codec: folder of an autoencoder beside them, with a config.json; None: there is none.
+        schedule: scheduler_config.json beside them; None: there is none.
+    """
+
+    layout: type[PublishedLayout]
+    model: Tensors | None
+    ema: Tensors | None
+    told: dict[str, Any]
+    codec: Path | None = None
+    schedule: dict[str, Any] | None = None
+
+
+def find_layout(path: Path) -> Found | None:
+    """Return what a file or a folder of diffusers holds; None if no family's layout fits.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    if path.is_dir():
+        return _of_folder(path)
+    if not path.exists() or kind_of(path) != "torch":
+        return None
+    content = read_torch(path)
+    parts = {name: content.get(name) for name in ("model", "ema")} if isinstance(content, dict) else {}
+    model, ema = (_tensors(parts.get(name)) for name in ("model", "ema"))
+    bare = _tensors(content) if model is None and ema is None else None
+    layout = _recognised(model or ema or bare or {})
+    if layout is None:
+        return None
+    if bare is not None:
+        model, ema = (None, bare) if layout.averaged else (bare, None)
+    return Found(layout=layout, model=model, ema=ema, told={})
+
+
+def _recognised(tensors: Mapping[str, Tensor]) -> type[PublishedLayout] | None:
+    """Return the layout whose marks are among the names of tensors."""
+    return next((LAYOUTS[name] for name in LAYOUTS if LAYOUTS[name].marks <= tensors.keys()), None)
+
+
+def _tensors(value: Any) -> Tensors | None:
+    """Return a mapping of names to whole tensors; None for any other value."""
+    if not isinstance(value, dict) or not value:
+        return None
+    whole = all(
+        isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided and not v.is_meta
+        for k, v in value.items()
+    )
+    return {name: tensor.detach() for name, tensor in value.items()} if whole else None
+
+
+def _of_folder(folder: Path) -> Found | None:
+    inner = next((f for f in (folder, folder / "transformer") if (f / "config.json").is_file()), None)
+    told = read_json(inner / "config.json") if inner is not None else None
+    known = {LAYOUTS[name].class_name: LAYOUTS[name] for name in LAYOUTS if LAYOUTS[name].class_name}
+    layout = known.get(told.get("_class_name", "")) if isinstance(told, dict) else None
+    if layout is None or inner is None or not isinstance(told, dict):
+        return None
+    file = inner / WEIGHTS
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); save the model as safetensors, in one file") from None
+    scheduler = inner.parent / "scheduler" / "scheduler_config.json"
+    return Found(
+        layout=layout,
+        model=tensors,
+        ema=None,
+        told=told,
+        codec=folder.resolve() if (folder / "vae" / "config.json").is_file() else None,
+        schedule=read_json(scheduler) if inner != folder and scheduler.is_file() else None,
+    )
+
+
+def network_of(found: Found, asked: Mapping[str, Any]) -> NetworkConfig:
+    """Return the configuration of a published network.
+
+    Args:
+        found: the network.
+        asked: settings that the user gives: head_channels, encoder_depth, classes, drop_sigma; None: not given.
+
+    Raises:
+        UserError: if tensors are missing or have impossible shapes.
+    """
+    tensors = found.model if found.model is not None else found.ema
+    assert tensors is not None
+    told = {**found.told, **{name: value for name, value in asked.items() if value is not None}}
+    return NetworkConfig.of(found.layout.family, **found.layout.settings(tensors, told))
+
+
+def states_of(found: Found, network: NetworkConfig) -> list[Tensors]:
+    """Return our state dicts of the model and of its averages, as far as there are, float32.
+
+    Raises:
+        UserError: if names or shapes are not those of the network.
+    """
+    states = []
+    for part in (found.model, found.ema):
+        if part is None:
+            continue
+        whole = dataclasses.replace(network, **_as_in_file(found, network, part))
+        require_tensors(part, found.layout.theirs(meta_network(whole).state_dict(), whole), whole)
+        state = found.layout.ours(part, network)
+        states.append({name: value.to(torch.float32, copy=True).contiguous() for name, value in state.items()})
+    return states
+
+
+def _as_in_file(found: Found, network: NetworkConfig, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the settings that a file has although the user drops them."""
+    own = {"encoder_depth": getattr(network, "encoder_depth", None), "classes": network.num_classes}
+    full = found.layout.settings(tensors, {**found.told, **own})
+    return {name: value for name, value in full.items() if name == "learned_sigma"}
+
+
+def config_of(found: Found, network: NetworkConfig, base: RunConfig | None) -> RunConfig:
+    """Return the configuration of a run with a published network, without its name.
+
+    Args:
+        found: the network.
+        network: its configuration.
+        base: gives training and sampling, and the noise; None: the defaults, with the noise of the layout.
+
+    Raises:
+        UserError: if base is for another network.
+    """
+    if base is not None and base.network.family != network.family:
+        raise UserError(
+            f"holds a network of family {network.family!r}, but the preset {base.name!r} is for family "
+            f"{base.network.family!r}; name another preset"
+        )
+    height, width = network.size  # type: ignore[attr-defined]
+    codec, data = CodecConfig(), DataConfig(source="", shape=(network.channels, height, width))
+    if found.codec is not None or network.channels == 4:
+        codec = CodecConfig(scale=_scale(found), shape=(network.channels, height, width))
+        if found.codec is not None:
+            codec = dataclasses.replace(codec, source=str(found.codec), subfolder="vae")
+        data = DataConfig(source="", shape=(3, SD_FACTOR * height, SD_FACTOR * width))
+    start = base or override(RunConfig(), {"diffusion": diffusion_of(found), "sampling.calls": 20})
+    training = dataclasses.replace(
+        start.training, shares="uniform", weights="prior", soft_intervals=0.0, augment=0.0, ema_rampup=0.0, branch_at=0
+    )
+    network = dataclasses.replace(network, dropout=start.network.dropout if base else 0.0)
+    return dataclasses.replace(start, network=network, stages=Stages(), codec=codec, data=data, training=training)
+
+
+def _scale(found: Found) -> float:
+    """Return the scale of the latents: that of the autoencoder's config.json, or Stable Diffusion's."""
+    said = read_json(found.codec / "vae" / "config.json").get("scaling_factor") if found.codec is not None else None
+    if said is None:
+        return SD_SCALE
+    valid = isinstance(said, int | float) and 0 < said < math.inf
+    require(valid, f"vae/config.json: scaling_factor={said!r} must be a positive number")
+    return float(said)
+
+
+def diffusion_of(found: Found) -> dict[str, Any]:
+    """Return the noise of a layout's networks; a scheduler_config.json that says something else is refused.
+
+    Raises:
+        UserError: naming the key.
+    """
+    diffusion, said = found.layout.diffusion, found.schedule or {}
+    schedule = diffusion["schedule"]
+    known = {"beta_start": "beta_start", "beta_end": "beta_end", "num_train_timesteps": "steps"}
+    wanted = {theirs: schedule[ours] for theirs, ours in known.items() if ours in schedule}
+    for name, value in {**wanted, "beta_schedule": "linear", "prediction_type": "epsilon"}.items():
+        require(
+            said.get(name, value) == value,
+            f"scheduler_config.json: {name}={said.get(name)!r}: only {value!r} is imported for such a network",
+        )
+    kind = "uniform-steps" if schedule["kind"] == "discrete" else "uniform-time"
+    return {**diffusion, "prior": {"kind": kind, "schedule": schedule}}
+
+
+def export_layout(config: RunConfig, file: Path, *, model: Tensors, ema: Tensors) -> bytes | None:
+    """Return a run's weights as the content of a file in the layout of its family; None if no layout is written.
+
+    Args:
+        config: of the run.
+        file: where it will be written; its suffix is checked.
+        model, ema: our state dicts.
+
+    Raises:
+        UserError: if the layout has no place for the network, or its code reads another noise.
+    """
+    family = config.network.family
+    layout = next((LAYOUTS[n] for n in LAYOUTS if LAYOUTS[n].family == family and LAYOUTS[n].suffix), None)
+    if layout is None:
+        return None
+    require(
+        file.suffix == layout.suffix,
+        f"--out {file}: family {family!r} is written as {layout.suffix}; give that suffix",
+    )
+    said = to_dict(config.diffusion)
+    published = to_dict(
+        from_dict(type(config.diffusion), diffusion_of(Found(layout=layout, model=None, ema=None, told={})))
+    )
+    for key in ("precondition", "schedule"):
+        require(
+            said[key] == published[key],
+            f"diffusion.{key}={said[key]}: networks in the layout of {layout.code} are trained with {published[key]}; this run "
+            "cannot be exported",
+        )
+    average = layout.theirs(ema, config.network)
+    if layout.averaged:
+        return torch_bytes(average)
+    return torch_bytes({"model": layout.theirs(model, config.network), "ema": average})

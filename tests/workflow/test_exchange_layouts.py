@@ -1,0 +1,226 @@
+"""Published transformers become runs and come back: golden files of the original code, and folders of diffusers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from multistage_diffusion import cli
+from multistage_diffusion.config import RunConfig
+from multistage_diffusion.config.serialization import from_dict
+from multistage_diffusion.contracts import Conditioning
+from multistage_diffusion.errors import UserError
+from multistage_diffusion.training.run import Run
+from multistage_diffusion.training.trainer import Trainer
+from multistage_diffusion.workflow.export import export_published
+from multistage_diffusion.workflow.import_run import import_published
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FAMILIES = {"dit": "dit", "uvit": "uvit", "uvit_classes": "uvit"}  # golden file: family
+
+
+def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Return settings, weights and case of a file that the original code made."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        settings = json.loads(file.metadata()["config"])
+    parts = ({k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("weights.", "case."))
+    return settings, *parts
+
+
+def heads(settings: dict[str, Any]) -> int:
+    return int((settings.get("hidden_size") or settings["embed_dim"]) // settings["num_heads"])
+
+
+def written(folder: Path, name: str, content: Any = None) -> Path:
+    path = folder / f"{name}.pt"
+    torch.save(golden(name)[1] if content is None else content, path)
+    return path
+
+
+def output(run: Run, case: dict[str, Tensor]) -> Tensor:
+    network = run.denoiser().network
+    classes, labels = network.config.num_classes, case.get("y")
+    told = Conditioning(labels=None if labels is None else labels.where(labels < classes, -1))
+    with torch.no_grad():
+        return network(case["x"], case["t"], [3], told)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_published_file_is_a_run_that_computes_the_same(name: str, tmp_path: Path) -> None:
+    settings, _, case = golden(name)
+    run = import_published(written(tmp_path, name), tmp_path / "run", head_channels=heads(settings))
+    config = run.config()
+    assert config.network.family == FAMILIES[name]
+    assert config.network.num_classes == {"dit": 6, "uvit": 0, "uvit_classes": 6}[name]
+    assert config.input_shape == case["x"].shape[1:]
+    assert config.codec.used == (name != "uvit")  # four channels: latents of Stable Diffusion's autoencoder
+    torch.testing.assert_close(output(run, case), case["out"][:, : case["x"].shape[1]], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exported_weights_are_those_of_the_file_bit_for_bit(name: str, tmp_path: Path) -> None:
+    settings, weights, _ = golden(name)
+    run = import_published(written(tmp_path, name), tmp_path / "run", head_channels=heads(settings))
+    out = tmp_path / f"again{'.pt' if name == 'dit' else '.pth'}"
+    assert cli.main(["export", str(run.path), "--out", str(out)]) == 0
+    content = torch.load(out, weights_only=True)
+    found = content["ema"] if name == "dit" else content
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[key], value) for key, value in weights.items() if key != "pos_embed" or name != "dit")
+    torch.testing.assert_close(found["pos_embed"], weights["pos_embed"], rtol=0, atol=1e-6)
+    again = import_published(out, tmp_path / "again", head_channels=heads(settings))
+    ours, theirs = (r.denoiser().state_dict() for r in (again, run))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_checkpoint_of_a_training_has_model_and_average(tmp_path: Path) -> None:
+    settings, weights, _ = golden("dit")
+    average = {key: value + 1 if value.is_floating_point() else value for key, value in weights.items()}
+    average["pos_embed"] = weights["pos_embed"]
+    file = written(tmp_path, "dit", {"model": weights, "ema": average, "opt": {}, "args": None})
+    run = import_published(file, tmp_path / "run", head_channels=heads(settings), encoder_depth=2)
+    assert (run.config().network.encoder_depth, run.config().network.decoder_depths) == (2, (1,))
+    model, ema = (run.denoiser("best", part).state_dict() for part in ("model", "ema"))
+    assert all(torch.equal(ema[key], value + 1) for key, value in model.items())
+
+
+def test_outputs_for_a_learnt_variance_are_dropped_on_request(tmp_path: Path) -> None:
+    settings, _, case = golden("dit")
+    file = written(tmp_path, "dit")
+    run = import_published(file, tmp_path / "run", head_channels=heads(settings), drop_sigma=True)
+    assert not run.config().network.learned_sigma
+    torch.testing.assert_close(output(run, case), case["out"][:, :4], rtol=0, atol=1e-5)
+
+
+def test_a_published_trunk_gets_decoders_of_its_own(tmp_path: Path, tiny_data) -> None:
+    """Two commands: import, and train three decoders on the frozen encoder."""
+    settings, _, case = golden("dit")
+    imported = tmp_path / "run"
+    import_published(written(tmp_path, "dit"), imported, head_channels=heads(settings), encoder_depth=2)
+    config = json.loads((imported / "config.json").read_text())
+    config |= {"codec": {}, "stages": {"interior": [0.5, 2.0]}}
+    config["data"] = {"source": "", "shape": [4, 8, 8], "held_out": 0.0}
+    config["network"] |= {"decoder_widths": [32, 32, 16], "decoder_depths": [1, 1, 1], "num_classes": 6}
+    config["training"] |= {"steps": 2, "batch": 6, "init_from": str(imported), "freeze": "encoder", "precision": "fp32"}
+    config["training"] |= {"held_out_every": 0, "shares": "uniform"}
+
+    run = Run.create(tmp_path / "three", from_dict(RunConfig, config))
+    trainer = Trainer(run, tiny_data(classes=6, shape=(4, 8, 8)), device="cpu")
+    assert trainer.warm_start is not None
+    assert trainer.warm_start.cloned == ("encoder", "decoder.1", "decoder.2")
+    assert trainer.warm_start.fresh == ("decoder.3",)
+    labels = Conditioning(labels=case["y"].where(case["y"] < 6, -1))
+    with torch.no_grad():
+        before = trainer.denoiser.network.eval()(case["x"], case["t"], [2, 1, 0], labels)
+    torch.testing.assert_close(before, case["out"][:, :4], rtol=0, atol=1e-5)
+    encoder = {k: v.clone() for k, v in trainer.denoiser.network.encoders.state_dict().items()}
+    trainer.fit()
+    after = trainer.denoiser.network.encoders.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in encoder.items())
+
+
+def folder_of(path: Path, **changes: Any) -> tuple[Path, Any]:
+    """Save a DiT of diffusers with random weights as a pipeline's folder; return it and the model."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(1)
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+    ).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    model.save_pretrained(path / "transformer")
+    diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, **changes).save_pretrained(path / "scheduler")
+    return path, model
+
+
+@pytest.mark.slow
+def test_a_folder_of_diffusers_is_a_run_that_computes_the_same(tmp_path: Path) -> None:
+    folder, model = folder_of(tmp_path / "published")
+    run = import_published(folder, tmp_path / "run", encoder_depth=2)
+    network = run.config().network
+    assert (network.freq_shift, network.norm_eps, network.size, network.head_channels) == (1.0, 1e-5, (8, 8), 16)
+    x, steps, labels = torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 3, 10])
+    with torch.no_grad():
+        expected = model(x, timestep=steps, class_labels=labels).sample[:, :4]
+    found = output(run, {"x": x, "t": steps.float(), "y": labels})
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match=r"network.freq_shift=1.0: the published code has 0.0 only"):
+        export_published(run, tmp_path / "x.pt")
+
+
+@pytest.mark.slow
+def test_unequal_embedders_and_other_noise_are_refused(tmp_path: Path) -> None:
+    folder, model = folder_of(tmp_path / "published")
+    with torch.no_grad():
+        model.transformer_blocks[2].norm1.emb.class_embedder.embedding_table.weight[3, 4] += 1
+    model.save_pretrained(folder / "transformer")
+    with pytest.raises(UserError, match=r"transformer_blocks.2.norm1.emb.* is not that of block 0"):
+        import_published(folder, tmp_path / "run")
+    other, _ = folder_of(tmp_path / "other", prediction_type="v_prediction")
+    with pytest.raises(UserError, match="prediction_type='v_prediction': only 'epsilon' is imported"):
+        import_published(other, tmp_path / "run")
+    (other / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="cannot be read"):
+        import_published(other, tmp_path / "run")
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    settings, weights, _ = golden("dit")
+    lacking = {key: value for key, value in weights.items() if key != "blocks.1.attn.proj.bias"}
+    file = written(tmp_path, "dit", lacking)
+    with pytest.raises(UserError, match=r"1 missing \(blocks.1.attn.proj.bias\)"):
+        import_published(file, tmp_path / "run", head_channels=heads(settings))
+    file = written(tmp_path, "dit")
+    with pytest.raises(UserError, match="encoder_depth=3 of 3 blocks must leave some"):
+        import_published(file, tmp_path / "run", head_channels=heads(settings), encoder_depth=3)
+    settings, weights, _ = golden("uvit_classes")
+    weights["label_emb.weight"] = torch.zeros(10, 32)
+    file = written(tmp_path, "uvit_classes", weights)
+    with pytest.raises(UserError, match=r"has 10 rows; give --classes 9 if the last of them stands for no label"):
+        import_published(file, tmp_path / "run", head_channels=heads(settings))
+    run = import_published(file, tmp_path / "run", head_channels=heads(settings), classes=9)
+    assert run.config().network.num_classes == 9
+    with pytest.raises(UserError, match="encoder_depth=2: a U-ViT is divided at its middle, after 1 blocks"):
+        import_published(file, tmp_path / "other", head_channels=heads(settings), classes=9, encoder_depth=2)
+    with pytest.raises(UserError, match="size: has no meaning for a network of one stage whose file tells its size"):
+        import_published(file, tmp_path / "other", size=(8, 8))
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_the_published_code_cannot_read_is_not_exported(tmp_path: Path, tiny_config, tiny_data) -> None:
+    changes = {"network__head_channels": 4, "network__family": "uvit", "network__encoder_depth": 1}
+    several = Run.create(tmp_path / "three", tiny_config(**changes))
+    Trainer(several, tiny_data(), device="cpu").save()
+    with pytest.raises(UserError, match=r"is written as \.pth; give that suffix"):
+        export_published(several, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"diffusion.precondition=edm: networks in the layout of U-ViT"):
+        export_published(several, tmp_path / "x.pth")
+    prior = {"kind": "uniform-time", "schedule": {"kind": "vp"}}
+    changes |= {"diffusion": {"precondition": "vp-eps", "schedule": {"kind": "vp"}, "prior": prior}}
+    several = Run.create(tmp_path / "vp", tiny_config(**changes))
+    Trainer(several, tiny_data(), device="cpu").save()
+    with pytest.raises(UserError, match=r"published with one stage .* not with decoder widths \[12, 8, 4\]"):
+        export_published(several, tmp_path / "x.pth")
+    assert not (tmp_path / "x.pth").exists()
+
+
+def test_options_of_transformers_are_refused_elsewhere(tmp_path: Path) -> None:
+    save_file({"net.model.enc.x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="encoder_depth: has no meaning for what is not a transformer"):
+        import_published(tmp_path / "x.safetensors", tmp_path / "run", encoder_depth=2)
