@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.nets import MultiDecoderNetwork, build_network
-from multistage_diffusion.nets.ldm import HeadedAttention, LDMBlock, LDMDecoder, LDMEncoder, cosines_first
+from multistage_diffusion.nets.ldm import HeadedAttention, LDMBlock, LDMDecoder, LDMEncoder, ordered_sinusoids
 
 SMALL = NetworkConfig.of(
     family="ldm",
@@ -67,7 +67,7 @@ def test_a_level_of_one_channel_per_group_is_warned_of() -> None:
 
 
 def test_embedding_by_hand() -> None:
-    result = cosines_first(torch.tensor([0.0, 999.0], dtype=torch.float64), 8)
+    result = ordered_sinusoids(torch.tensor([0.0, 999.0], dtype=torch.float64), 8)
     for row, step in enumerate([0.0, 999.0]):
         angles = [step * 10000 ** (-i / 4) for i in range(4)]
         expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]

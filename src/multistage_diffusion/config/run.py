@@ -102,7 +102,7 @@ class DiffusionConfig:
     """Preconditioning, noise schedule and training noise of a denoiser.
 
     Attributes:
-        precondition: "vp-eps" (noise prediction), "edm", "velocity" or another of PRECONDITIONINGS.
+        precondition: "vp-eps" (noise prediction), "vp-sample", "vp-v", "edm", "velocity" or another of PRECONDITIONINGS.
         sigma_data: standard deviation of the images in [-1, 1], for "edm".
         schedule: the kernel whose time defines the embedding, edges and sampling times: its kind and numbers.
         prior: density of training noise: its kind and numbers.
@@ -360,6 +360,10 @@ class RunConfig:
         require(
             self.sampling.threshold is None or not self.codec.used,
             f"sampling.threshold={self.sampling.threshold}: dynamic thresholding is of pixels, not of latents; set it to null",
+        )
+        require(
+            self.sampling.clip is None or not self.codec.used,
+            f"sampling.clip={self.sampling.clip}: clipping is of pixels, not of latents; set it to null",
         )
         if self.training.branch_at:
             require(

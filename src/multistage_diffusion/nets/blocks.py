@@ -99,7 +99,8 @@ def sinusoids(noise: Tensor, width: int) -> Tensor:
 class NoiseEmbedding(nn.Module):
     """Embeds noise level, class labels and augmentation labels into one vector per row, the input of every block.
 
-    `features` maps noise (B,) and the width to (B, width).
+    `features` maps noise (B,) and the width to (B, width). Class labels are added to them or, with `late_labels`, to the
+    output of the layers.
     """
 
     def __init__(
@@ -108,11 +109,15 @@ class NoiseEmbedding(nn.Module):
         num_classes: int = 0,
         augment_dim: int = 0,
         features: Callable[[Tensor, int], Tensor] = sinusoids,
+        late_labels: bool = False,
     ) -> None:
         super().__init__()
         self.width = width
         self.features = features
-        self.label = linear(num_classes, width) if num_classes else None
+        self.late_labels = late_labels
+        self.label: nn.Linear | None = None
+        if num_classes:
+            self.label = linear(num_classes, 4 * width, bias=False) if late_labels else linear(num_classes, width)
         self.augment = linear(augment_dim, width, bias=False) if augment_dim else None
         self.linear0 = linear(width, 4 * width)
         self.linear1 = linear(4 * width, 4 * width)
@@ -131,14 +136,16 @@ class NoiseEmbedding(nn.Module):
         dtype = self.linear0.weight.dtype
         with _no_autocast(noise.device):
             emb = self.features(noise.to(torch.promote_types(dtype, torch.float32)), self.width).to(dtype)
-            if self.label is not None:
-                emb = emb + self.label(_scaled_one_hot(cond.labels, len(noise), self.label.weight))
-            elif cond.labels is not None:
+            if self.label is None and cond.labels is not None:
                 raise UserError("cond.labels were given to a network with num_classes=0; leave them out")
+            if self.label is not None and not self.late_labels:
+                emb = emb + self.label(_scaled_one_hot(cond.labels, len(noise), self.label.weight))
             if cond.augment is not None:
                 emb = emb + self._augmentation(cond.augment, len(noise))
-            hidden = F.silu(self.linear0(emb))
-            return F.silu(self.linear1(hidden))
+            emb = self.linear1(F.silu(self.linear0(emb)))
+            if self.label is not None and self.late_labels:
+                emb = emb + self.label(_one_hot(cond.labels, len(noise), self.label.weight))
+            return F.silu(emb)
 
     def _augmentation(self, augment: Tensor, rows: int) -> Tensor:
         if self.augment is None:
@@ -152,6 +159,11 @@ class NoiseEmbedding(nn.Module):
 
 def _scaled_one_hot(labels: Tensor | None, rows: int, weight: Tensor) -> Tensor:
     """Return one-hot labels times sqrt(classes); rows are zero for label -1 or if labels is None."""
+    return _one_hot(labels, rows, weight) * math.sqrt(weight.shape[1])
+
+
+def _one_hot(labels: Tensor | None, rows: int, weight: Tensor) -> Tensor:
+    """Return one-hot labels (rows, classes) of a layer's dtype; rows are zero for label -1 or if labels is None."""
     classes = weight.shape[1]
     if labels is None:
         return weight.new_zeros(rows, classes)
@@ -163,7 +175,7 @@ def _scaled_one_hot(labels: Tensor | None, rows: int, weight: Tensor) -> Tensor:
             f"use 0 to {classes - 1}, or -1 for none"
         )
     hot = labels[:, None] == torch.arange(classes, device=labels.device)
-    return hot.to(weight.dtype) * math.sqrt(classes)
+    return hot.to(weight.dtype)
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[None]:

@@ -34,7 +34,7 @@ def make_plan(config: SamplingConfig, schedule: NoiseSchedule) -> Plan:
     last = not solver.ends_at_zero and _denoises_last(config, fewest, low)
     steps = solver.steps(config, config.calls - last, _spacing(config, schedule, low, high), low, high)
     if last:
-        steps = [*steps, Step(calls=(low,), end=0.0, order=1)]
+        steps = [*steps, Step(calls=(low,), end=0.0, order=1, clip=config.clip if solver.clips else None)]
     return Plan(
         solver=config.solver,
         method=config.method,
