@@ -1,12 +1,16 @@
-"""msdiff export: write a run's weights in a published layout."""
+"""msdiff export: write a run for other code."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 from ..workflow.export import export_published
-from .options import RunFolder, check_out, print_json, say
+from ..workflow.export_unet2d import export_unet2d
+from .options import RunFolder, check_out, option, print_json, say
+
+EXPORTS = {"published": export_published, "unet2d": export_unet2d}
 
 
 @dataclass(kw_only=True)
@@ -14,17 +18,21 @@ class Export:
     """Write a run's weights in the published layout of its family.
 
     NCSN++ is written as score_sde's .pth, the LDM U-Net as latent diffusion's .ckpt, and DDPM++ as .safetensors with EDM's
-    names, because EDM's pickles contain source code, which is neither executed nor written here.
+    names, because EDM's pickles contain source code, which is neither executed nor written here. With --format unet2d, the
+    averaged network of a one-stage run, such as one imported from diffusers, is written as a DDIMPipeline of diffusers.
 
     Examples
       msdiff export runs/digits --out digits.safetensors
       msdiff export runs/cifar --out cifar.pth --checkpoint latest
+      msdiff export runs/imported --format unet2d --out pipeline/
     """
 
     run_folder: RunFolder
     """A trained run's folder."""
     out: Path
-    """FILE.pth (NCSN++), FILE.ckpt (LDM U-Net) or FILE.safetensors (DDPM++)."""
+    """FILE.pth (NCSN++), FILE.ckpt (LDM U-Net) or FILE.safetensors (DDPM++); a folder for the other formats."""
+    format: Annotated[Literal["published", "unet2d"], option("FORMAT", "published")] = "published"
+    """published: the layout of the family's own code; unet2d: diffusers' UNet2DModel."""
     checkpoint: str = "best"
     """best, latest or a step."""
     overwrite: bool = False
@@ -35,7 +43,7 @@ class Export:
     def run(self) -> None:
         """Run the command."""
         check_out(self.out, self.overwrite)
-        file = export_published(self.run_folder, self.out, checkpoint=self.checkpoint, overwrite=self.overwrite)
+        file = EXPORTS[self.format](self.run_folder, self.out, checkpoint=self.checkpoint, overwrite=self.overwrite)
         if self.json:
             print_json({"out": str(file), "run": str(self.run_folder), "checkpoint": self.checkpoint})
         else:

@@ -16,20 +16,24 @@ from .options import option, print_json, say
 
 @dataclass(kw_only=True)
 class Import:
-    """Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt.
+    """Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt, a diffusers folder.
 
     No code in the file is executed. The network is derived from tensor names and shapes. Stages, training and sampling
     are those of a preset, by default of the paper's preset with as many decoders. The run has no data; to train it, give
     some: msdiff train --resume RUN --data DATA.
 
+    Of a folder that diffusers wrote (a pipeline, or a checkpoint of train_unconditional.py), a UNet2DModel becomes a run
+    with one stage, with the noise of its scheduler. msdiff train DATA --init-from RUN then gives it a decoder per stage.
+
     Examples
       msdiff import checkpoint_26.pth --out runs/published
       msdiff import model.ckpt --out runs/ldm --size 32 32 --head-channels 64
       msdiff import digits.safetensors --preset digits --out runs/again
+      msdiff import ddpm-cifar10-32/ --out runs/one
     """
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """The checkpoint, or a file that msdiff export wrote."""
+    """The checkpoint, a file that msdiff export wrote, or a folder of diffusers."""
     out: Path
     """The run's new folder."""
     preset: Annotated[str | None, option("NAME", "the paper's preset with as many decoders")] = None

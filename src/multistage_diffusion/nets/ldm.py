@@ -173,7 +173,7 @@ def ordered_sinusoids(noise: Tensor, width: int, *, cosines_first: bool = True, 
     """
     half = width // 2
     i = torch.arange(half, device=noise.device, dtype=noise.dtype)
-    angle = noise[:, None] * torch.exp(i * (-math.log(10000) / (half - shift)))
+    angle = noise[:, None] * torch.exp(-math.log(10000) * i / (half - shift))  # rounded as in published code
     parts = (angle.cos(), angle.sin())
     return torch.cat(parts if cosines_first else parts[::-1], dim=1)
 

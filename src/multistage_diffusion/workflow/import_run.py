@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import CodecConfig, DataConfig, DiffusionConfig, NetworkConfig, RunConfig, TrainingConfig
+from ..config import CodecConfig, DiffusionConfig, NetworkConfig, RunConfig
 from ..config.paper_presets import PAPER_PRESETS
 from ..config.serialization import from_dict
 from ..errors import UserError
@@ -20,10 +20,10 @@ from ..interop.shapes import network_of, our_state, resolution_of
 from ..schedules.discrete import Discrete, UniformSteps
 from ..stage_finding import StageResult
 from ..stages import Stages
-from ..training.checkpoint import Checkpoint, save_checkpoint
-from ..training.metrics import MetricAccumulator
 from ..training.run import Run
-from .exchange import EDGES, HEADS, PREFIX, betas_of, layout_of
+from .exchange import EDGES, HEADS, betas_of, layout_of
+from .import_unet2d import import_unet2d
+from .imported import continued_training, data_without_source, save_first_checkpoint
 
 
 def import_published(
@@ -38,11 +38,13 @@ def import_published(
 ) -> Run:
     """Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt, or an export.
 
+    Of a folder that diffusers wrote, the UNet2DModel becomes a run with one stage, see `import_unet2d`.
+
     No code in the file is executed. The network is derived from tensor names and shapes. The run has one checkpoint, at
     step 0, and no data; resume it with some.
 
     Args:
-        file: the checkpoint.
+        file: the checkpoint, or the folder of a pipeline of diffusers.
         out: the run's new folder.
         base: gives training, sampling and, if their number fits, the stages; default: the paper's preset of the same
             family and number of stages.
@@ -57,6 +59,11 @@ def import_published(
     Raises:
         UserError: in one line: the file is damaged, hostile or does not fit, or its stages are unknown.
     """
+    if Path(file).is_dir():
+        for name, given in (("head_channels", head_channels), ("stages", result)):
+            if given is not None:
+                raise UserError(f"{file}: {name} do not go with a folder of diffusers, which holds all; leave them out")
+        return import_unet2d(file, out, base=base, size=size, replace=replace)
     file, published = Path(file), read_published(Path(file))
     weights = published.model or published.ema
     assert weights is not None
@@ -79,7 +86,7 @@ def import_published(
             with disk_errors(folder):
                 codec.save_pretrained(run.path / folder.name)
         write_json(run.imported_file, {"file": file.name})
-        _save(run, config, model=tensors[0], ema=tensors[-1])
+        save_first_checkpoint(run, config, model=tensors[0], ema=tensors[-1])
 
     return Run.create(Path(out), config, replace=replace, fill=fill)
 
@@ -133,32 +140,12 @@ def _config(
     diffusion = _diffusion(published, base.diffusion)
     return dataclasses.replace(
         base,
-        data=_data(base.data, (network.channels, *size)),
+        data=data_without_source(base.data, (network.channels, *size)),
         network=dataclasses.replace(network, dropout=float(dropout)),
         diffusion=diffusion,
         stages=_stages(published, network, base, diffusion, result),
-        training=_training(base.training, network),
+        training=continued_training(base.training, network),
     )
-
-
-def _data(data: DataConfig, shape: tuple[int, int, int]) -> DataConfig:
-    """Return the data configuration of a run whose data are not known yet."""
-    if data.size not in (None, shape[1:]):
-        data = dataclasses.replace(data, size=None, fit="exact")
-    return dataclasses.replace(data, source="", fingerprint="", shape=shape)
-
-
-def _training(training: TrainingConfig, network: NetworkConfig) -> TrainingConfig:
-    """Return training settings that fit the network's number of stages and continue an existing EMA."""
-    stages = len(network.decoder_widths)
-    fitting: dict[str, Any] = {
-        name: default
-        for name, default in (("shares", "uniform"), ("weights", "prior"))
-        if isinstance(value := getattr(training, name), tuple) and len(value) != stages
-    }
-    if not network.augment_dim:
-        fitting["augment"] = 0.0
-    return dataclasses.replace(training, init_from="", ema_rampup=0.0, **fitting)
 
 
 def _diffusion(published: Published, base: DiffusionConfig) -> DiffusionConfig:
@@ -253,18 +240,6 @@ def _on_latents(config: RunConfig, base: RunConfig, published: Published, codec:
         shape=(channels, height, width),
         fingerprint="",
     )
-    return dataclasses.replace(config, codec=latents, data=_data(base.data, (colours, height * factor, width * factor)))
-
-
-def _save(run: Run, config: RunConfig, *, model: Tensors, ema: Tensors) -> None:
-    """Write the checkpoint that a trainer resumes from: step 0, a new optimizer."""
-    state = {
-        "step": 0,
-        "images": 0,
-        "score": None,
-        "sums": dataclasses.asdict(MetricAccumulator(len(config.stages))),
-        "scaler": {},
-        "config": config,
-    }
-    weights, average = ({f"{PREFIX}{name}": value for name, value in part.items()} for part in (model, ema))
-    save_checkpoint(run.checkpoints, Checkpoint(model=weights, ema=average, optimizer={}, state=state))
+    return dataclasses.replace(
+        config, codec=latents, data=data_without_source(base.data, (colours, height * factor, width * factor))
+    )
