@@ -10,6 +10,8 @@ import torch
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.denoisers import MultiStageDenoiser
+from multistage_diffusion.nets.cost import network_cost
+from multistage_diffusion.training.flops import flops_per_image
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.training.warm_start import warm_start
@@ -125,3 +127,22 @@ def test_a_run_that_shares_nothing_is_refused(trained, tiny_config) -> None:
         warm_start(two.path, tiny_config())
     with pytest.raises(ValueError, match="not a run"):
         warm_start(two.path / "none", tiny_config())
+
+
+def test_a_frozen_encoder_keeps_its_weights_and_costs_no_backward_pass(
+    trained, tiny_config, tiny_data, tmp_path
+) -> None:
+    run = trained()
+    changes = {"network__decoder_widths": [8, 8, 8], "training__init_from": str(run.path)}
+    free, config = (tiny_config(**changes, training__freeze=kind) for kind in ("none", "encoder"))
+    trainer = started(tmp_path / "three", config, tiny_data())
+    before = {name: value.clone() for name, value in trainer.denoiser.state_dict().items()}
+    trainer.fit()
+    for module in (trainer.denoiser, trainer.ema.module):
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, before[name]) == name.startswith("network.encoders"), name
+    assert Trainer(trainer.run, tiny_data(), device="cpu").step == 4  # its optimiser has no state of the encoder
+    cost = network_cost(config.network, 4, 4)
+    assert flops_per_image(free) - flops_per_image(config) == 2 * cost.shared_true_flops
+    with pytest.raises(ValueError, match=r"freeze='encoder' needs training\.init_from"):
+        tiny_config(training__freeze="encoder")

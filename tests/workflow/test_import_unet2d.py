@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign_pipelines import pipeline, trained, unet
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,16 +26,6 @@ from multistage_diffusion.workflow.sample import sample as sample_run
 
 diffusers = pytest.importorskip("diffusers")
 
-SMALL: dict[str, Any] = {
-    "sample_size": 8,
-    "block_out_channels": (16, 32),
-    "norm_num_groups": 8,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-}
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "ddpm": {},
     "unclipped": {"clip_sample": False},
@@ -44,16 +35,6 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "v": {"prediction_type": "v_prediction"},
     "sample": {"prediction_type": "sample", "clip_sample_range": 0.5},
 }
-
-
-def unet(**changes: Any) -> Any:
-    torch.manual_seed(0)
-    return diffusers.UNet2DModel(**{**SMALL, **changes}).eval()
-
-
-def pipeline(folder: Path, model: Any, scheduler: Any) -> Path:
-    diffusers.DDIMPipeline(model, scheduler).save_pretrained(folder)
-    return folder
 
 
 class Exact(torch.nn.Module):
@@ -122,20 +103,6 @@ def test_a_run_of_a_trained_model_samples_its_images_in_float32(tmp_path: Path) 
     theirs = their_samples(model, scheduler, x, 20)
     assert theirs.std() > 0.1
     assert (our_samples(run.config(), run.denoiser(), x, 20) - theirs).abs().max() < 1e-5
-
-
-def trained(model: Any, steps: int) -> tuple[Any, Any]:
-    """Train by diffusers' own classes, as its train_unconditional.py does, on images of one colour each."""
-    noise, g = diffusers.DDPMScheduler(), torch.Generator().manual_seed(2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(steps):
-        images = (torch.rand(8, 3, 1, 1, generator=g) * 2 - 1).expand(8, 3, 8, 8)
-        eps, t = torch.randn(images.shape, generator=g), torch.randint(0, 1000, (8,), generator=g)
-        loss = (model(noise.add_noise(images, eps, t), t).sample - eps).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval(), diffusers.DDIMScheduler.from_config(noise.config)
 
 
 def test_a_model_comes_back_bit_for_bit_and_so_do_its_samples(tmp_path: Path) -> None:

@@ -199,6 +199,7 @@ class TrainingConfig:
         branch_at: steps in which all stages train one common decoder; afterwards each stage continues with its own copy
             (0: own decoders from the start). Decoders must be alike.
         init_from: a trained run from whose encoder and fitting decoders the network starts; empty: from scratch.
+        freeze: what of the network keeps the weights of init_from: "none" or the shared "encoder".
         precision: "auto" (on CUDA bf16 if supported, else fp16; on the CPU fp32), "fp32", "bf16", "fp16" (with loss
             scaling) or "fp64" (slow; for checking that two ways of training are the same).
         seed: seed of all random numbers.
@@ -228,6 +229,7 @@ class TrainingConfig:
     overlap: float = 0.0
     branch_at: int = 0
     init_from: str = ""
+    freeze: Literal["none", "encoder"] = "none"
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
     seed: int = 0
     log_every: int = 50
@@ -376,6 +378,12 @@ class RunConfig:
                 not self.training.init_from,
                 f"training.branch_at={self.training.branch_at} and training.init_from={self.training.init_from!r} both say how "
                 "decoders begin; give one of them",
+            )
+        if self.training.freeze == "encoder":
+            require(
+                bool(self.training.init_from) and not self.network.separate,
+                "training.freeze='encoder' needs training.init_from, from whose weights a frozen encoder is, and a shared "
+                "encoder (network.separate=false)",
             )
         shares, weights = self.training.shares, self.training.weights
         for stage in range(decoders):

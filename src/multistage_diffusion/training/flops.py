@@ -13,7 +13,8 @@ def flops_per_image(config: RunConfig) -> float:
 
     This is three times the forward pass (Kaplan et al. 2020, "Scaling laws for neural language models", 2.1), averaged
     over the stages. The weights of this average are each stage's rows, or its share of the steps if a step trains one
-    stage. Only convolutions, linear layers and attention products count; the optimiser and the EMA do not.
+    stage. Only convolutions, linear layers and attention products count; the optimiser and the EMA do not. A frozen
+    encoder has no backward pass.
 
     Args:
         config: of the run; `codec.shape` or `data.shape` is the input shape of the network.
@@ -26,6 +27,7 @@ def flops_per_image(config: RunConfig) -> float:
         raise UserError(f"{field}={list(shape)} must be [channels, height, width]")
     shares = stage_shares(config.training, config.stages, config.diffusion.prior)
     rows = shares if config.training.update_mode == "one-stage" else row_counts(config.training, shares)
-    stages = network_cost(config.network, *shape[1:]).stages
-    forward = sum(count * stage.true_flops for count, stage in zip(rows, stages, strict=True)) / sum(rows)
-    return (1 + BACKWARD) * forward
+    cost = network_cost(config.network, *shape[1:])
+    forward = sum(count * stage.true_flops for count, stage in zip(rows, cost.stages, strict=True)) / sum(rows)
+    frozen = cost.shared_true_flops if config.training.freeze == "encoder" else 0
+    return (1 + BACKWARD) * forward - BACKWARD * frozen

@@ -136,6 +136,8 @@ class Trainer:
 
     def _watch(self) -> None:
         """Follow the parameters of the network; called again after branching."""
+        if self.config.training.freeze == "encoder":
+            self.denoiser.network.parts()["encoder"].requires_grad_(False)
         self.optimization.watch(self.denoiser.network)
         self.strategy.watch(self.optimization.parts, shared=branching.tied(self.denoiser.network))
         self.passes.watch()
