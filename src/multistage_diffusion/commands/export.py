@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ..workflow.export import export_published
+from ..workflow.export_diffusers import export_diffusers
 from ..workflow.export_unet2d import export_unet2d
 from .options import RunFolder, check_out, option, print_json, say
 
-EXPORTS = {"published": export_published, "unet2d": export_unet2d}
+EXPORTS = {"published": export_published, "diffusers": export_diffusers, "unet2d": export_unet2d}
 
 
 @dataclass(kw_only=True)
@@ -19,11 +20,14 @@ class Export:
 
     NCSN++ is written as score_sde's .pth, the LDM U-Net as latent diffusion's .ckpt, and DDPM++ as .safetensors with EDM's
     names, because EDM's pickles contain source code, which is neither executed nor written here. With --format unet2d, the
-    averaged network of a one-stage run, such as one imported from diffusers, is written as a DDIMPipeline of diffusers.
+    averaged network of a one-stage run, such as one imported from diffusers, is written as a DDIMPipeline of diffusers. With
+    --format diffusers, any run is written as a pipeline with its own code, for DiffusionPipeline.from_pretrained(OUT,
+    trust_remote_code=True).
 
     Examples
       msdiff export runs/digits --out digits.safetensors
       msdiff export runs/cifar --out cifar.pth --checkpoint latest
+      msdiff export runs/digits --format diffusers --out digits-pipeline/
       msdiff export runs/imported --format unet2d --out pipeline/
     """
 
@@ -31,8 +35,8 @@ class Export:
     """A trained run's folder."""
     out: Path
     """FILE.pth (NCSN++), FILE.ckpt (LDM U-Net) or FILE.safetensors (DDPM++); a folder for the other formats."""
-    format: Annotated[Literal["published", "unet2d"], option("FORMAT", "published")] = "published"
-    """published: the layout of the family's own code; unet2d: diffusers' UNet2DModel."""
+    format: Annotated[Literal["published", "diffusers", "unet2d"], option("FORMAT", "published")] = "published"
+    """published: the layout of the family's own code; diffusers: a pipeline with its code; unet2d: diffusers' UNet2DModel."""
     checkpoint: str = "best"
     """best, latest or a step."""
     overwrite: bool = False
