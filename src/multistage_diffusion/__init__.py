@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from .workflow.evaluate import evaluate as evaluate
     from .workflow.evaluate import statistics as statistics
     from .workflow.export import export_published as export_published
+    from .workflow.export_diffusers import export_diffusers as export_diffusers
+    from .workflow.export_unet2d import export_unet2d as export_unet2d
     from .workflow.import_run import import_published as import_published
     from .workflow.pack import pack as pack
     from .workflow.plan import plan as plan
@@ -73,7 +75,9 @@ _HOME = {
     "compare": "workflow.evaluate",
     "compare_runs": "workflow.compare_runs",
     "evaluate": "workflow.evaluate",
+    "export_diffusers": "workflow.export_diffusers",
     "export_published": "workflow.export",
+    "export_unet2d": "workflow.export_unet2d",
     "import_published": "workflow.import_run",
     "pack": "workflow.pack",
     "plan": "workflow.plan",

@@ -152,11 +152,11 @@ class MultistagePipeline(DiffusionPipeline):  # type: ignore[misc]
             return x
         if self.vae is not None:
             x = self.vae.decode((x / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        if output_type == "pil":
+            levels = ((x.float() + 1.0) * 127.5).round().clamp(0, 255)
+            return self.numpy_to_pil((levels / 255).cpu().permute(0, 2, 3, 1).numpy())
         images = (x.float() / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        arrays = images.cpu().permute(0, 2, 3, 1).numpy()
-        return arrays if output_type == "np" else self.numpy_to_pil(arrays)
+        return images if output_type == "pt" else images.cpu().permute(0, 2, 3, 1).numpy()
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
         """Save the pipeline with its code, which diffusers leaves out.
