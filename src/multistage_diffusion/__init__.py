@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from .workflow.import_run import import_published as import_published
     from .workflow.pack import pack as pack
     from .workflow.plan import plan as plan
+    from .workflow.push import push as push
     from .workflow.report import report as report
     from .workflow.resume import resume as resume
     from .workflow.sample import sample as sample
@@ -81,6 +82,7 @@ _HOME = {
     "import_published": "workflow.import_run",
     "pack": "workflow.pack",
     "plan": "workflow.plan",
+    "push": "workflow.push",
     "report": "workflow.report",
     "resume": "workflow.resume",
     "sample": "workflow.sample",

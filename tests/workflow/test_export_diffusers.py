@@ -236,7 +236,7 @@ def test_a_run_on_latents_brings_its_autoencoder_and_scale(tmp_path: Path, monke
 
 
 @pytest.mark.slow
-def test_half_precision_compilation_stochastic_solvers_and_callbacks(
+def test_stochastic_solvers_callbacks_compiling_offloading_and_half_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = a_run(tmp_path / "run", sampling__solver="heun", sampling__calls=9, sampling__churn=2.0)
@@ -254,6 +254,11 @@ def test_half_precision_compilation_stochastic_solvers_and_callbacks(
     doubled = drawn(1, callback_on_step_end=lambda pipe, i, t, kept: {"latents": kept["latents"] * 1.0})
     assert not torch.equal(doubled, drawn(1))  # a new state begins the solver's step anew, with new noise
     full = drawn(1)
+    whole, pipe.unet = pipe.unet, torch.compile(pipe.unet, backend="eager")
+    assert torch.equal(drawn(1), full)
+    pipe.unet = whole
+    whole.keep_one_stage("cpu")
+    assert torch.equal(drawn(1), full)
     pipe.to(torch.float16)
     half = drawn(1)
     assert half.dtype == torch.float32

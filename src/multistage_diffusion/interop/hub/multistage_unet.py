@@ -15,6 +15,7 @@ from torch import Tensor
 from ...config.network import NetworkConfig
 from ...contracts import Conditioning
 from ...nets.network import MultiDecoderNetwork
+from ...performance.offload import OneStageAtATime
 
 
 @dataclass
@@ -87,6 +88,14 @@ class MultistageUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             )
             out = torch.empty_like(mixed).index_copy(0, order, mixed)
         return MultistageUNetOutput(sample=out) if return_dict else (out,)
+
+    def keep_one_stage(self, device: torch.device | str) -> None:
+        """Keep on the device the shared encoder and the decoder that is called; the other decoders wait on the CPU.
+
+        Args:
+            device: of the computation. The network must still be on the CPU, and stays where this puts it.
+        """
+        OneStageAtATime(self.network, torch.device(device))
 
     def _stages(self, timestep: Tensor | float | int, rows: Tensor) -> tuple[Tensor, bool]:
         """Return the stage of each row, and whether it is one for all rows."""
