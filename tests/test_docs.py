@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import foreign_pipelines
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,7 +21,17 @@ from multistage_diffusion.data.sources import fashion_mnist
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # pages whose commands take more than ten seconds; README stands for them in quick tests
-LONG = ("classes", "evaluation", "get-started", "latent", "own-images", "performance", "planning", "stage-finding")
+LONG = (
+    "classes",
+    "diffusers",
+    "evaluation",
+    "get-started",
+    "latent",
+    "own-images",
+    "performance",
+    "planning",
+    "stage-finding",
+)
 TORCHRUN, MODULE = [sys.executable, "-m", "torch.distributed.run"], "-m multistage_diffusion "
 MOST = {"sample": 9, "evaluate": 24, "report": 4}  # images; their numbers are not what a page shows
 SHORT = ["training.steps=4", "training.batch=12", "training.held_out_rows=4", "training.log_every=2"]
@@ -111,6 +122,8 @@ def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         Image.fromarray(image).save(tmp_path / "photos" / f"{i}.png")
     for block in blocks(page, "yaml"):
         (tmp_path / "photos.yaml").write_text(block)
+    if page.stem == "diffusers":
+        foreign_pipelines.pipeline(tmp_path / "my-model", *foreign_pipelines.trained(foreign_pipelines.unet(), 5))
     found = commands(page)
     assert found
     for launch, command in found:

@@ -16,13 +16,13 @@ EXPORTS = {"published": export_published, "diffusers": export_diffusers, "unet2d
 
 @dataclass(kw_only=True)
 class Export:
-    """Write a run's weights in the published layout of its family.
+    """Write a run for other code: a pipeline of diffusers, or the published layout of its family.
 
-    NCSN++ is written as score_sde's .pth, the LDM U-Net as latent diffusion's .ckpt, and DDPM++ as .safetensors with EDM's
-    names, because EDM's pickles contain source code, which is neither executed nor written here. With --format unet2d, the
-    averaged network of a one-stage run, such as one imported from diffusers, is written as a DDIMPipeline of diffusers. With
-    --format diffusers, any run is written as a pipeline with its own code, for DiffusionPipeline.from_pretrained(OUT,
-    trust_remote_code=True).
+    The default is the layout of the family's own code: NCSN++ is written as score_sde's .pth, the LDM U-Net as latent
+    diffusion's .ckpt, and DDPM++ as .safetensors with EDM's names, because EDM's pickles contain source code, which is
+    neither executed nor written here. With --format diffusers, any run becomes a pipeline with its own code, for
+    DiffusionPipeline.from_pretrained(OUT, trust_remote_code=True). With --format unet2d, a one-stage run, such as one that
+    was imported from diffusers, becomes a DDIMPipeline with a UNet2DModel.
 
     Examples
       msdiff export runs/digits --out digits.safetensors

@@ -16,8 +16,9 @@ from .options import option, print_json, say
 
 @dataclass(kw_only=True)
 class Import:
-    """Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt, a diffusers folder.
+    """Create a run from a published checkpoint (score_sde, EDM, latent diffusion) or a folder of diffusers.
 
+    Files are score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt, and what msdiff export writes.
     No code in the file is executed. The network is derived from tensor names and shapes. Stages, training and sampling
     are those of a preset, by default of the paper's preset with as many decoders. The run has no data; to train it, give
     some: msdiff train --resume RUN --data DATA.

@@ -17,8 +17,9 @@ from .options import Device, RunFolder, check_out, option, say
 
 @dataclass(kw_only=True)
 class Push:
-    """Push a run to the Hugging Face hub: a pipeline of diffusers with its code, a model card and a grid of samples.
+    """Push a run to the Hugging Face hub, with its code, a model card and samples.
 
+    It becomes a pipeline of diffusers, see msdiff export --format diffusers.
     The card has the stages, the metrics of msdiff evaluate with their features, the training command and the licence. Log
     in first, with hf auth login.
 
