@@ -227,7 +227,7 @@ def test_it_has_no_published_layout(
         ("network.dpeth=2", "network.dpeth: unknown key; did you mean 'depth'?"),
         (
             "network.norm_groups=16",
-            "network.norm_groups: unknown key of family 'toy'; it is a setting of ddpmpp, ldm, ncsnpp",
+            "network.norm_groups: unknown key of family 'toy'; it is a setting of ddpmpp, ncsnpp",
         ),
     ],
 )

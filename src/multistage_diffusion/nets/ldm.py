@@ -30,7 +30,7 @@ GROUPS = 32  # groups of every GroupNorm
 @FAMILIES.add("ldm")
 @dataclass(frozen=True, kw_only=True)
 class LDMConfig(UNetConfig):
-    """Settings of the U-Net of latent diffusion; widths must be multiples of `norm_groups`.
+    """Settings of the U-Net of latent diffusion; widths must be multiples of `group_count`.
 
     All defaults but head_channels' are latent diffusion's; other values are those of diffusers' UNet2DModel.
 
@@ -39,7 +39,7 @@ class LDMConfig(UNetConfig):
             head.
         decoder_attention: per stage, whether its decoder has attention, as in the published networks; None: all have.
         middle_attention: attention of the middle: "normalised" (after a GroupNorm), "plain" or "none".
-        norm_groups: groups of every GroupNorm.
+        group_count: groups of every GroupNorm.
         norm_eps: epsilon of every GroupNorm.
         down_padding: zeros around the maps before a stride-2 convolution: "symmetric" (one on each side) or "asymmetric"
             (one below and on the right), as in DDPM.
@@ -53,7 +53,7 @@ class LDMConfig(UNetConfig):
     head_channels: int | None = 32
     decoder_attention: tuple[bool, ...] | None = None
     middle_attention: Literal["normalised", "plain", "none"] = "normalised"
-    norm_groups: int = GROUPS
+    group_count: int = GROUPS
     norm_eps: float = 1e-5
     down_padding: Literal["symmetric", "asymmetric"] = "symmetric"
     embedding_order: Literal["cos-sin", "sin-cos"] = "cos-sin"
@@ -65,7 +65,7 @@ class LDMConfig(UNetConfig):
     per_stage: ClassVar[tuple[str, ...]] = (*UNetConfig.per_stage, "decoder_attention")
 
     def __post_init__(self) -> None:
-        require(self.norm_groups > 0, f"network.norm_groups={self.norm_groups} must be positive")
+        require(self.group_count > 0, f"network.group_count={self.group_count} must be positive")
         super().__post_init__()
         require(0 < self.norm_eps < 1, f"network.norm_eps={self.norm_eps} must be in (0, 1)")
         require(
@@ -92,15 +92,15 @@ class LDMConfig(UNetConfig):
     @property
     def max_norm_groups(self) -> int:
         """The groups of every GroupNorm."""
-        return self.norm_groups
+        return self.group_count
 
     def groups(self, channels: int) -> int:
         """Return the groups of a GroupNorm, whatever its channels."""
-        return self.norm_groups
+        return self.group_count
 
     def norm(self, channels: int) -> GroupNorm:
         """Return a GroupNorm."""
-        return GroupNorm(self.norm_groups, channels, eps=self.norm_eps)
+        return GroupNorm(self.group_count, channels, eps=self.norm_eps)
 
     def features(self, noise: Tensor, width: int) -> Tensor:
         """Return the sinusoids of noise (B,): shape (B, width), in noise's dtype."""
@@ -143,7 +143,7 @@ class LDMConfig(UNetConfig):
 
     def advice(self) -> list[str]:
         """Warn of GroupNorms of one channel per group, which erase what blocks add for noise and class."""
-        groups = self.norm_groups
+        groups = self.group_count
         if groups not in (width * mult for width in self.decoder_widths for mult in self.channel_mult):
             return []
         if self.scale_shift:  # the embedding acts after the GroupNorm
