@@ -16,6 +16,12 @@ STEPS = Discrete(steps=100, spacing="linear")
 DISCRETE = {"precondition": "vp-eps", "schedule": STEPS, "prior": UniformSteps(schedule=STEPS)}
 EDM = {"solver": "ddim", "spacing": "edm", "calls": 8, "denoise_last": "always"}
 DPM = {**EDM, "solver": "dpm++", "method": "multistep", "order": 2, "calls": 12, "lower_final": "published"}
+DISCRETE_DPM = {
+    **DPM,
+    "spacing": "time",
+    "sigma_min": float(STEPS.sigma(7.0)),
+    "sigma_max": float(STEPS.sigma(84.0)),
+}
 FLOW = {"precondition": "velocity", "schedule": RectifiedFlow()}
 FLOW_STEPS = {**EDM, "spacing": "time", "sigma_min": None, "sigma_max": None}
 
@@ -35,6 +41,7 @@ def test_the_scheduler_that_makes_the_same_steps() -> None:
     assert kind({**EDM, "spacing": "log-snr"}) == "EDMEulerScheduler"
     assert kind(DPM) == "EDMDPMSolverMultistepScheduler"
     assert kind(leading_ddim(STEPS, 10), DISCRETE) == "DDIMScheduler"
+    assert kind(DISCRETE_DPM, DISCRETE) == "DPMSolverMultistepScheduler"
     assert kind(FLOW_STEPS, FLOW) == "FlowMatchEulerDiscreteScheduler"
 
 
@@ -52,6 +59,8 @@ def test_the_scheduler_that_makes_the_same_steps() -> None:
         ({**DPM, "method": "singlestep"}, {}),
         ({**DPM, "calls": 8}, {}),  # as published, the last orders fall below 10 calls
         ({**EDM, "spacing": "time", "sigma_min": None, "sigma_max": None}, DISCRETE),  # not at whole steps
+        ({**DISCRETE_DPM, "clip": 1.0}, DISCRETE),
+        ({**DISCRETE_DPM, "sigma_min": float(STEPS.sigma(8.0))}, DISCRETE),
         ({**FLOW_STEPS, "spacing": "log-snr"}, FLOW),
         ({**FLOW_STEPS, "denoise_last": "never"}, FLOW),
     ],

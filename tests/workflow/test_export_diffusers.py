@@ -93,6 +93,17 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
         "DDIMScheduler",
         {**DISCRETE, "diffusion__precondition": "vp-v", "sampling": leading_ddim(STEPS, 10, offset=1)},
     ),
+    "discrete, dpm++": (
+        "DPMSolverMultistepScheduler",
+        {
+            **DISCRETE,
+            **EDM_DPM,
+            "sampling__spacing": "time",
+            "sampling__denoise_last": "always",
+            "sampling__sigma_min": float(STEPS.sigma(7.0)),  # 100 steps // (12 + 1)
+            "sampling__sigma_max": float(STEPS.sigma(84.0)),
+        },
+    ),
     "velocity": (
         "FlowMatchEulerDiscreteScheduler",
         {

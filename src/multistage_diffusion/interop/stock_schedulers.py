@@ -1,22 +1,32 @@
 """Which of diffusers' own schedulers makes exactly the steps of a run's sampler, and with which settings.
 
-EDMEulerScheduler              EDM's preconditioning, DDIM without noise (Euler's method in sigma)
-EDMDPMSolverMultistepScheduler EDM's preconditioning, DPM-Solver++ of order 2, multistep, orders 1, 2, 2, ...
-DDIMScheduler                  discrete steps, DDIM at the steps of timestep_spacing "leading"
+EDMEulerScheduler                EDM's preconditioning, DDIM without noise (Euler's method in sigma)
+EDMDPMSolverMultistepScheduler   EDM's preconditioning, DPM-Solver++, multistep, of orders 1, 2, 2, ...
+DDIMScheduler                    discrete steps, DDIM at the steps of timestep_spacing "leading"
+DPMSolverMultistepScheduler      discrete steps, DPM-Solver++ as above, at its own steps of spacing "leading"
 FlowMatchEulerDiscreteScheduler  velocity, DDIM without noise (Euler's method in rectified flow's time)
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import RunConfig
 from ..errors import UserError
-from ..samplers import Plan, make_plan
+from ..samplers import Plan, Step, make_plan
 from ..schedules.discrete import Discrete
 from .noise_config import noise_settings
+
+_DPM = {
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "lower_order_final": False,
+    "euler_at_final": True,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +60,8 @@ def stock_scheduler(config: RunConfig) -> Stock | None:
         return _flow(plan)
     if isinstance(diffusion.schedule, Discrete) and sampling.solver == "ddim":
         return _ddim(config, plan, diffusion.schedule)
+    if isinstance(diffusion.schedule, Discrete) and sampling.clip is None:
+        return _discrete_dpm(config, plan, diffusion.schedule)
     return None
 
 
@@ -78,22 +90,21 @@ def _edm(config: RunConfig, plan: Plan) -> Stock | None:
     calls = len(plan.calls) + (not _lands(plan))
     if sampling.solver == "ddim":
         return Stock(kind="EDMEulerScheduler", settings=settings, calls=calls, initial_std=plan.initial_noise_std)
-    multistep = sampling.solver == "dpm++" and sampling.method == "multistep" and sampling.order == 2
-    if not multistep or [step.order for step in steps] != [1, *[2] * (len(steps) - 1)]:
+    if not _second_order(config, steps):
         return None
-    own = {
-        "algorithm_type": "dpmsolver++",
-        "solver_order": 2,
-        "solver_type": "midpoint",
-        "lower_order_final": False,
-        "euler_at_final": True,
-    }
     return Stock(
         kind="EDMDPMSolverMultistepScheduler",
-        settings={**settings, **own},
+        settings={**settings, **_DPM},
         calls=calls,
         initial_std=plan.initial_noise_std,
     )
+
+
+def _second_order(config: RunConfig, steps: Sequence[Step]) -> bool:
+    """Return whether steps are those of DPM-Solver++, multistep, of orders 1, 2, 2, ..."""
+    sampling = config.sampling
+    multistep = sampling.solver == "dpm++" and sampling.method == "multistep" and sampling.order == 2
+    return multistep and [step.order for step in steps] == [1, *[2] * (len(steps) - 1)]
 
 
 def _flow(plan: Plan) -> Stock | None:
@@ -109,6 +120,24 @@ def _flow(plan: Plan) -> Stock | None:
         initial_std=plan.initial_noise_std * (1.0 - times[0]),  # its state is (1 - t) y + t n
         times=(times[0], times[-1]),
     )
+
+
+def _discrete_dpm(config: RunConfig, plan: Plan, schedule: Discrete) -> Stock | None:
+    times, calls = [float(schedule.time(sigma)) for sigma in plan.calls], len(plan.calls)
+    ratio = schedule.steps // (calls + 1)
+    offset = round(times[-1]) - ratio
+    leading = [offset + ratio * (calls - i) for i in range(calls)]
+    if not _lands(plan) or offset < 0 or any(abs(a - b) > 1e-6 for a, b in zip(times, leading, strict=True)):
+        return None
+    if not _second_order(config, plan.steps[:-1]):
+        return None
+    try:
+        noise = noise_settings(config.diffusion, None)
+    except UserError:
+        return None
+    kept = {name: value for name, value in noise.items() if not name.startswith("clip_sample")}
+    settings = {**kept, **_DPM, "steps_offset": offset, "timestep_spacing": "leading", "final_sigmas_type": "zero"}
+    return Stock(kind="DPMSolverMultistepScheduler", settings=settings, calls=calls)
 
 
 def _ddim(config: RunConfig, plan: Plan, schedule: Discrete) -> Stock | None:
