@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import foreign_pipelines
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,6 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LONG = (
     "boundaries",
     "classes",
+    "diffusers",
     "evaluation",
     "get-started",
     "latent",
@@ -121,6 +123,8 @@ def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         Image.fromarray(image).save(tmp_path / "photos" / f"{i}.png")
     for block in blocks(page, "yaml"):
         (tmp_path / "photos.yaml").write_text(block)
+    if page.stem == "diffusers":
+        foreign_pipelines.pipeline(tmp_path / "my-model", *foreign_pipelines.trained(foreign_pipelines.unet(), 5))
     found = commands(page)
     assert found
     for launch, command in found:

@@ -60,9 +60,12 @@ if TYPE_CHECKING:
     from .workflow.evaluate import evaluate as evaluate
     from .workflow.evaluate import statistics as statistics
     from .workflow.export import export_published as export_published
+    from .workflow.export_diffusers import export_diffusers as export_diffusers
+    from .workflow.export_unet2d import export_unet2d as export_unet2d
     from .workflow.import_run import import_published as import_published
     from .workflow.pack import pack as pack
     from .workflow.plan import plan as plan
+    from .workflow.push import push as push
     from .workflow.report import report as report
     from .workflow.resume import resume as resume
     from .workflow.sample import sample as sample
@@ -75,10 +78,13 @@ _HOME = {
     "compare": "workflow.evaluate",
     "compare_runs": "workflow.compare_runs",
     "evaluate": "workflow.evaluate",
+    "export_diffusers": "workflow.export_diffusers",
     "export_published": "workflow.export",
+    "export_unet2d": "workflow.export_unet2d",
     "import_published": "workflow.import_run",
     "pack": "workflow.pack",
     "plan": "workflow.plan",
+    "push": "workflow.push",
     "report": "workflow.report",
     "resume": "workflow.resume",
     "sample": "workflow.sample",

@@ -42,8 +42,9 @@ SUMMARIES = {
     "describe": "Show a run's (or preset's) stages, widths, parameters and multiply-adds; draw its network.",
     "report": "Write RUN/report.html: one file with stages, network, losses, samples, neighbours, metrics and configuration.",
     "demo": "Run all steps on real handwritten digits in a few minutes: stages, train, sample, evaluate, report.",
-    "import": "Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt.",
-    "export": "Write a run's weights in the published layout of its family.",
+    "import": "Create a run from a published checkpoint (score_sde, EDM, latent diffusion) or a folder of diffusers.",
+    "export": "Write a run for other code: a pipeline of diffusers, or the published layout of its family.",
+    "push": "Push a run to the Hugging Face hub, with its code, a model card and samples.",
     "presets": "List the presets, one line each.",
     "tables": "Count the networks of the paper's tables and print them beside its figures.",
 }

@@ -56,6 +56,7 @@ COMMANDS = [
             ("report",),
             ("describe",),
             ("export", "--out", "x.pth"),
+            ("push", "me/x", "--dry-run", "x"),
             ("import", "--out", "x"),
             ("stages",),
             ("stats", "--out", "x.npz"),

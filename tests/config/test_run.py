@@ -78,6 +78,8 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (SamplingConfig, {"guidance_interval": (0.0, INF)}, r"sampling.guidance_interval=[0.0, inf]"),
     (SamplingConfig, {"threshold": 0.0}, "sampling.threshold=0.0"),
     (SamplingConfig, {"threshold": 1.5}, "sampling.threshold=1.5"),
+    (SamplingConfig, {"clip": 0.0}, "sampling.clip=0.0 must be positive"),
+    (SamplingConfig, {"clip": 1.0, "threshold": 0.9}, "both bound the images"),
     (SamplingConfig, {"rho": 0.0}, "sampling.rho=0.0"),
     (SamplingConfig, {"sigma_min": 0.0}, "sampling.sigma_min=0.0"),
     (SamplingConfig, {"sigma_max": INF}, "sampling.sigma_max=inf"),

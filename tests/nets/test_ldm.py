@@ -10,8 +10,14 @@ import torch.nn.functional as F
 
 from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.nets import MultiDecoderNetwork, build_network
-from multistage_diffusion.nets.blocks import cosines_first
-from multistage_diffusion.nets.ldm import HeadedAttention, LDMBlock, LDMDecoder, LDMEncoder
+from multistage_diffusion.nets.ldm import (
+    AsymmetricDown,
+    HeadedAttention,
+    LDMBlock,
+    LDMDecoder,
+    LDMEncoder,
+    ordered_sinusoids,
+)
 
 SMALL = NetworkConfig.of(
     family="ldm",
@@ -46,6 +52,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"head_channels": 64, "decoder_widths": (96,), "channel_mult": (1, 2, 3), "attention_factors": (4,)},
         "network.head_channels=64 does not divide 288 channels that attend; use 32",
     ),
+    ({"group_count": 0}, "network.group_count=0 must be positive"),
+    ({"norm_eps": 1.0}, "network.norm_eps=1.0 must be in (0, 1)"),
+    ({"embedding_shift": 2}, "network.embedding_shift=2 must be 0 or 1"),
     ({"decoder_attention": (True, False)}, "decoder_attention=[True, False] needs one value for each of the 1 stages"),
     ({"decoder_attention": ()}, "network.decoder_attention=[] needs one value for each"),
     ({"decoder_widths": (48,)}, "is not divisible into 32 groups"),
@@ -68,7 +77,7 @@ def test_a_level_of_one_channel_per_group_is_warned_of() -> None:
 
 
 def test_embedding_by_hand() -> None:
-    result = cosines_first(torch.tensor([0.0, 999.0], dtype=torch.float64), 8)
+    result = ordered_sinusoids(torch.tensor([0.0, 999.0], dtype=torch.float64), 8)
     for row, step in enumerate([0.0, 999.0]):
         angles = [step * 10000 ** (-i / 4) for i in range(4)]
         expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
@@ -150,3 +159,45 @@ def test_the_last_layers_start_at_zero_and_learn() -> None:
         assert isinstance(decoder, LDMDecoder)
         assert decoder.conv_out.weight.grad is not None
         assert decoder.conv_out.weight.grad.any()
+
+
+def test_asymmetric_padding_is_below_and_on_the_right() -> None:
+    layer = awake(AsymmetricDown(1, 1, 3, 2))
+    x = torch.randn(1, 1, 4, 6, dtype=torch.float64)
+    padded = torch.cat([torch.cat([x, x.new_zeros(1, 1, 4, 1)], 3), x.new_zeros(1, 1, 1, 7)], 2)
+    expected = F.conv2d(padded, layer.weight, layer.bias, stride=2)  # type: ignore[arg-type]
+    assert torch.equal(layer(x), expected)
+    assert layer(x).shape == (1, 1, 2, 3)
+
+
+def test_scale_and_shift_act_after_the_second_norm() -> None:
+    block = LDMBlock(32, 32, 8, dropout=0.0, scale_shift=True)
+    awake(block)
+    x, emb = torch.randn(2, 32, 3, 3, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+    scale, shift = block.affine(emb)[:, :, None, None].split(32, dim=1)
+    h = block.norm1(block.conv0(F.silu(block.norm0(x)))) * (1 + scale) + shift
+    torch.testing.assert_close(block(x, emb), x + block.conv1(F.silu(h)))
+
+
+def test_the_variants_are_settings() -> None:
+    config = replace(
+        SMALL,
+        head_channels=None,
+        middle_attention="none",
+        group_count=8,
+        norm_eps=1e-3,
+        down_padding="asymmetric",
+        scale_shift=True,
+        num_classes=3,
+        label_embedding="output",
+    )
+    network = build_network(config)
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert {(norm.num_groups, norm.eps) for norm in norms} == {(8, 1e-3)}
+    attentions = [m for m in network.modules() if isinstance(m, HeadedAttention)]
+    assert attentions
+    assert all(m.head_channels == m.proj.in_features for m in attentions)
+    assert not any(name.startswith("encoders.0.middle") for name in attending(config))
+    assert all(isinstance(m, AsymmetricDown) for m in network.encoders[0].downs)  # type: ignore[union-attr]
+    assert network.encoders[0].embedding.label.weight.shape == (128, 3)  # type: ignore[union-attr]
+    assert network(torch.randn(2, 4, 5, 6), torch.ones(2), [1, 1]).shape == (2, 4, 5, 6)

@@ -11,6 +11,8 @@ from multistage_diffusion.preconditioning import make_preconditioning
 from multistage_diffusion.preconditioning.edm import EDMPreconditioning
 from multistage_diffusion.preconditioning.velocity import Velocity
 from multistage_diffusion.preconditioning.vp_eps import VPEps
+from multistage_diffusion.preconditioning.vp_sample import VPSample
+from multistage_diffusion.preconditioning.vp_v import VPVelocity
 from multistage_diffusion.schedules.discrete import Discrete
 from multistage_diffusion.schedules.edm import EDM
 from multistage_diffusion.schedules.rectified_flow import RectifiedFlow
@@ -18,8 +20,16 @@ from multistage_diffusion.schedules.ve import VE
 from multistage_diffusion.schedules.vp import VP
 
 SIGMAS = torch.tensor([0.002, 0.03, 0.4, 1.0, 7.0, 80.0], dtype=torch.float64)
-ALL = [VPEps(VP()), VPEps(Discrete()), EDMPreconditioning(0.5), EDMPreconditioning(1.3), Velocity()]
-NAMES = ["vp-eps", "discrete-eps", "edm", "edm-1.3", "velocity"]
+ALL = [
+    VPEps(VP()),
+    VPEps(Discrete()),
+    VPSample(VP()),
+    VPVelocity(Discrete()),
+    EDMPreconditioning(0.5),
+    EDMPreconditioning(1.3),
+    Velocity(),
+]
+NAMES = ["vp-eps", "discrete-eps", "vp-sample", "discrete-v", "edm", "edm-1.3", "velocity"]
 preconditionings = pytest.mark.parametrize("precondition", ALL, ids=NAMES)
 
 
@@ -80,6 +90,19 @@ def test_velocity_is_noise_minus_image_on_the_straight_path():
     torch.testing.assert_close(c_in * x, (1 - t) * y + t * noise)  # the network sees x_t
 
 
+def test_predictions_of_the_data_and_of_v_are_the_papers():
+    y, noise, x = noisy_rows()
+    alpha = column((1 + SIGMAS**2).rsqrt())  # of the scaled state alpha y + sqrt(1 - alpha²) n
+    torch.testing.assert_close(VPSample(VP()).target(y, noise, SIGMAS), y)
+    torch.testing.assert_close(
+        VPVelocity(VP()).target(y, noise, SIGMAS), alpha * noise - torch.sqrt(1 - alpha**2) * y, rtol=1e-9, atol=1e-9
+    )
+    for precondition in (VPSample(VP()), VPVelocity(VP())):
+        c = precondition.coefficients(SIGMAS)
+        torch.testing.assert_close(column(c.input) * x, alpha * x)
+        torch.testing.assert_close(c.noise, VPEps(VP()).coefficients(SIGMAS).noise)
+
+
 @preconditionings
 def test_target_solves_the_denoiser_for_f(precondition):
     y, noise, x = noisy_rows()
@@ -106,7 +129,16 @@ def test_error_of_f_is_denoising_error_over_c_out(precondition):
     torch.testing.assert_close(error, (d - y).square() / column(c.out) ** 2, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize(("key", "kind"), [("vp-eps", VPEps), ("edm", EDMPreconditioning), ("velocity", Velocity)])
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("vp-eps", VPEps),
+        ("vp-sample", VPSample),
+        ("vp-v", VPVelocity),
+        ("edm", EDMPreconditioning),
+        ("velocity", Velocity),
+    ],
+)
 def test_configuration_names_the_preconditioning(tiny_config, key, kind):
     config = tiny_config(diffusion__precondition=key, diffusion__sigma_data=0.7).diffusion
     made = make_preconditioning(config)

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from multistage_diffusion.config import SamplingConfig
+from multistage_diffusion.config.sampling import SOLVERS
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.samplers import make_plan, sample, start_noise
 from multistage_diffusion.samplers.sampling import sample_images
 from multistage_diffusion.schedules.edm import EDM
+from multistage_diffusion.schedules.vp import VP
 
 SHAPE = (1, 3, 4)
 CONFIG = SamplingConfig(solver="heun", calls=9, spacing="edm", sigma_min=0.01, sigma_max=20.0)
@@ -210,3 +213,28 @@ def test_the_last_call_counts_and_removes_the_noise():
 
     assert draw_at("auto") == draw_at("always") == {51, 204}
     assert len(draw_at("never")) > 5
+
+
+def test_clipping_bounds_the_images_of_every_solver_and_ddim_keeps_the_noise_of_the_image_before() -> None:
+    far = lambda x, sigma, cond=None: torch.full_like(x, 3.0)  # noqa: E731
+    settings = {"calls": 4, "sigma_min": 0.01, "sigma_max": 5.0, "denoise_last": "always", "clip": 0.5}
+    for solver in ("ddim", "dpm++", "heun"):
+        config = SamplingConfig(solver=solver, order=1, **settings)
+        images = sample_images(far, (1, 2, 2), 2, config=config, schedule=VP())
+        assert images.unique().tolist() == [round((0.5 + 1) * 127.5)], solver
+    x = torch.randn(1, 1, 2, 2)
+    step = replace(make_plan(SamplingConfig(solver="ddim", **settings), VP()).steps[0], clip=0.5)
+    after = SOLVERS["ddim"]().step(x, step, lambda x, sigma: far(x, sigma), lambda x: x)
+    torch.testing.assert_close(after, 0.5 + step.end / step.calls[0] * (x - 3.0))
+
+
+def test_clipping_of_latents_is_refused_before_any_work() -> None:
+    with pytest.raises(UserError, match=r"sampling\.clip=1\.0: clipping is of pixels"):
+        sample_images(
+            lambda x, sigma, cond=None: x,
+            (1, 2, 2),
+            1,
+            config=SamplingConfig(clip=1.0),
+            schedule=VP(),
+            decode=lambda x: x,
+        )

@@ -28,6 +28,7 @@ from multistage_diffusion.stages import Stages
 F64 = torch.float64
 INF = math.inf
 ALL = [VP(), VP(beta_min=0.0), VP(beta_d=0.0), VE(), EDM(), RectifiedFlow(), Discrete(), Discrete(spacing="linear")]
+ALL += [Discrete(spacing="cosine"), Discrete(spacing="given", steps=4, betas=(0.01, 0.3, 0.02, 0.9))]
 TIMES = [1e-6, 1e-4, 1e-3, 0.1, 0.442, 0.631, 0.9, 0.999]
 
 
@@ -134,6 +135,19 @@ def test_scale_and_sigma_are_the_coefficients_of_the_kernel() -> None:
         assert torch.equal(schedule.scale(t), torch.ones(3, dtype=F64))
 
 
+def test_cosine_and_given_betas_written_out() -> None:
+    def kept(t: float) -> float:
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = [min(0.999, 1 - kept((i + 1) / 50) / kept(i / 50)) for i in range(50)]
+    alpha_bar = torch.tensor([math.prod(1 - beta for beta in betas[: i + 1]) for i in range(50)], dtype=F64)
+    expected = torch.sqrt((1 - alpha_bar) / alpha_bar)
+    assert betas[-1] == 0.999
+    torch.testing.assert_close(Discrete(steps=50, spacing="cosine").sigmas, expected, rtol=1e-10, atol=0)
+    given = Discrete(steps=50, spacing="given", betas=tuple(betas))
+    torch.testing.assert_close(given.sigmas, expected, rtol=1e-10, atol=0)
+
+
 def test_published_edges() -> None:
     vp = VP()
     assert vp.edge_sigma(0.442) == pytest.approx(2.5103, abs=5e-5)
@@ -219,7 +233,10 @@ def test_discrete_edge_must_be_an_inner_integer(edge: float) -> None:
         (Discrete, {"steps": 1}, "steps"),
         (Discrete, {"beta_end": 1.0}, "beta_end"),
         (Discrete, {"beta_start": 0.5}, "beta_start"),
-        (Discrete, {"spacing": "cosine"}, "spacing"),
+        (Discrete, {"spacing": "cubic"}, "spacing"),
+        (Discrete, {"spacing": "given", "betas": (0.1,), "steps": 2}, "one for each"),
+        (Discrete, {"betas": (0.1,)}, "other spacings have none"),
+        (Discrete, {"spacing": "given", "betas": (0.1, 1.0), "steps": 2}, "all betas"),
         (Discrete, {"t_min": 999.0}, "t_min"),
         (LogNormal, {"p_std": 0.0}, "p_std"),
         (LogNormal, {"p_std": INF}, "p_std"),

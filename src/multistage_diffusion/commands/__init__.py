@@ -15,6 +15,7 @@ from .export import Export
 from .import_run import Import
 from .pack import Pack
 from .plan import Plan
+from .push import Push
 from .quickstart import Quickstart
 from .report import Report
 from .sample import Sample
@@ -39,6 +40,7 @@ COMMANDS: dict[str, type[Any]] = {
     "demo": Demo,
     "import": Import,
     "export": Export,
+    "push": Push,
     "presets": Presets,
     "tables": Tables,
 }

@@ -16,12 +16,15 @@ from .options import option, print_json, say
 
 @dataclass(kw_only=True)
 class Import:
-    """Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt.
+    """Create a run from a published checkpoint (score_sde, EDM, latent diffusion) or a folder of diffusers.
 
     No code in the file is executed. The network is derived from tensor names and shapes. Training is that of a preset, by
     default of the paper's preset with as many decoders; so are stages and sampling, unless the file tells them. A warning
     names what is assumed and would change the images. The run has no data; to train it, give
-    some: msdiff train --resume RUN --data DATA. Published transformers are read, too (docs/transformers.md).
+    some: msdiff train --resume RUN --data DATA.
+
+    Of a folder that diffusers wrote (a pipeline, or a checkpoint of train_unconditional.py), a UNet2DModel becomes a run
+    with one stage, with the noise of its scheduler. msdiff train DATA --init-from RUN then gives it a decoder per stage.
 
     Examples
       msdiff import checkpoint_26.pth --out runs/published
@@ -29,10 +32,11 @@ class Import:
       msdiff import network-snapshot-002500.pkl --out runs/two --edges 1.5
       msdiff import digits.safetensors --preset digits --out runs/again
       msdiff import transformer.pt --encoder-depth 20 --out runs/trunk
+      msdiff import ddpm-cifar10-32/ --out runs/one
     """
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """The checkpoint, a file that msdiff export wrote, or a folder with a transformer of diffusers."""
+    """The checkpoint, a file that msdiff export wrote, or a folder of diffusers: a UNet2DModel or a transformer."""
     out: Path
     """The run's new folder."""
     preset: Annotated[str | None, option("NAME", "the paper's preset with as many decoders")] = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -25,6 +26,7 @@ from ..training.run import Run
 from ..training.strategies import STRATEGIES
 from ..training.trainer import Trainer
 from ..workflow.auto import auto_config
+from ..workflow.auto_from import config_from_run
 from ..workflow.resume import resume
 from ..workflow.train import train
 from .options import Changes, DataOptions, Device, data_option, dotted_changes, load_config, one_of, option, say
@@ -54,6 +56,7 @@ class Train(DataOptions):
       msdiff train --preset fashion-mnist --data photos/ --size 32 48 --fit crop --out runs/photos
       msdiff train --preset digits --out runs/slow --set optimizer.lr=1e-4 training.steps=20000
       msdiff train --preset fashion-mnist-latent --codec codecs/fashion --out runs/latent
+      msdiff train photos/ --init-from runs/imported --out runs/three-decoders
       msdiff train --preset cifar10-edm --data cifar10:data/ --init-from runs/one-stage --out runs/three-stages
       msdiff train --preset digits --out runs/evaluated --set evaluation.every=500 evaluation.patience=5
       msdiff train --preset fashion-mnist --out runs/timed --profile
@@ -76,7 +79,8 @@ class Train(DataOptions):
     codec: Annotated[str | None, option("CODEC", "the preset's; most presets train on pixels")] = None
     """Train on the latents of this autoencoder: a folder (msdiff train-codec) or hf:NAME."""
     init_from: Annotated[Path | None, option("RUN")] = None
-    """A trained run from which the weights start: of the encoder, and of every decoder of the same width."""
+    """A trained run from which the weights start: of the encoder, and of every decoder of the same width; without a preset,
+    network and settings are that run's."""
     out: Annotated[Path | None, option("FOLDER")] = None
     """The run's new folder."""
     resume: Annotated[Path | None, option("RUN")] = None
@@ -207,7 +211,8 @@ class Train(DataOptions):
             return Chosen(self.of_another_codec(preset(self.preset or "")), changes, result)
         if "data.source" not in changes:
             raise UserError("DATA is missing: name the images (or give --preset NAME, --config FILE or --resume RUN)")
+        choose = auto_config if self.init_from is None else partial(config_from_run, str(self.init_from))
         with Bar("finding stages", "resamples") as bar:
-            auto = auto_config(changes["data.source"], changes, result=result, device=self.device, progress=bar)
+            auto = choose(changes["data.source"], changes, result=result, device=self.device, progress=bar)
         console.print(auto.table())
         return Chosen(auto.config, {}, auto.result)

@@ -112,7 +112,7 @@ class DiffusionConfig:
     """Preconditioning, noise schedule and training noise of a denoiser.
 
     Attributes:
-        precondition: "vp-eps" (noise prediction), "edm", "velocity" or another of PRECONDITIONINGS.
+        precondition: "vp-eps" (noise prediction), "vp-sample", "vp-v", "edm", "velocity" or another of PRECONDITIONINGS.
         sigma_data: standard deviation of the images in [-1, 1], for "edm".
         schedule: the kernel whose time defines the embedding, edges and sampling times: its kind and numbers.
         prior: density of training noise: its kind and numbers.
@@ -377,6 +377,10 @@ class RunConfig:
             self.network.feature_maps or self.execution.channels_last is not True,
             f"execution.channels_last=True: network.family={self.network.family!r} computes tokens, not feature maps; set it "
             "to auto or false",
+        )
+        require(
+            self.sampling.clip is None or not self.codec.used,
+            f"sampling.clip={self.sampling.clip}: clipping is of pixels, not of latents; set it to null",
         )
         if self.training.branch_at:
             require(

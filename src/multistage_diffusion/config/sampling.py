@@ -44,6 +44,8 @@ class SamplingConfig:
             evaluated once (Kynkäänniemi et al. 2024). None: everywhere.
         threshold: dynamic thresholding (Saharia et al. 2022) of pixels: each denoised image is clipped at the quantile
             `threshold` of its absolute values, at least 1, and divided by it. None: no thresholding.
+        clip: bound of the absolute values of each denoised image of pixels (1 for the images' own range). DDIM keeps the
+            noise of the image before clipping, as published code does. None: no clipping.
     """
 
     solver: str = "dpm"
@@ -62,6 +64,7 @@ class SamplingConfig:
     guidance: float = 1.0
     guidance_interval: tuple[float, float] | None = None
     threshold: float | None = None
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         solver = SOLVERS[self.solver]
@@ -100,4 +103,9 @@ class SamplingConfig:
         require(
             self.threshold is None or 0 < self.threshold <= 1,
             f"sampling.threshold={self.threshold} must be in (0, 1], e.g. 0.995",
+        )
+        require(self.clip is None or 0 < self.clip < math.inf, f"sampling.clip={self.clip} must be positive and finite")
+        require(
+            self.clip is None or self.threshold is None,
+            f"sampling.clip={self.clip} and sampling.threshold={self.threshold} both bound the images; give one of them",
         )

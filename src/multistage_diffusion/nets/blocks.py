@@ -96,18 +96,30 @@ def sinusoids(noise: Tensor, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def cosines_first(noise: Tensor, width: int, shift: float = 0.0) -> Tensor:
-    """Return [cos, sin](noise * 10000^(-i / (half - shift))), i < half = width / 2: (B, width), in noise's dtype."""
+def ordered_sinusoids(noise: Tensor, width: int, *, cosines_first: bool = True, shift: float = 0) -> Tensor:
+    """Return [cos, sin] or [sin, cos] of noise * 10000^(-i / (half - shift)), i < half = width / 2.
+
+    Args:
+        noise: (B,).
+        width: even.
+        cosines_first: the order.
+        shift: 0, as in latent diffusion, or 1, as in DDPM.
+
+    Returns:
+        (B, width), in noise's dtype.
+    """
     half = width // 2
     i = torch.arange(half, device=noise.device, dtype=noise.dtype)
-    angle = noise[:, None] * torch.exp(i * (-math.log(10000) / (half - shift)))
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    angle = noise[:, None] * torch.exp(-math.log(10000) * i / (half - shift))  # rounded as in published code
+    parts = (angle.cos(), angle.sin())
+    return torch.cat(parts if cosines_first else parts[::-1], dim=1)
 
 
 class NoiseEmbedding(nn.Module):
     """Embeds noise level, class labels and augmentation labels into one vector per row, the input of every block.
 
-    `features` maps noise (B,) and the width to (B, width).
+    `features` maps noise (B,) and the width to (B, width). Class labels are added to them or, with `late_labels`, to the
+    output of the layers.
     """
 
     def __init__(
@@ -116,11 +128,15 @@ class NoiseEmbedding(nn.Module):
         num_classes: int = 0,
         augment_dim: int = 0,
         features: Callable[[Tensor, int], Tensor] = sinusoids,
+        late_labels: bool = False,
     ) -> None:
         super().__init__()
         self.width = width
         self.features = features
-        self.label = linear(num_classes, width) if num_classes else None
+        self.late_labels = late_labels
+        self.label: nn.Linear | None = None
+        if num_classes:
+            self.label = linear(num_classes, 4 * width, bias=False) if late_labels else linear(num_classes, width)
         self.augment = linear(augment_dim, width, bias=False) if augment_dim else None
         self.linear0 = linear(width, 4 * width)
         self.linear1 = linear(4 * width, 4 * width)
@@ -141,12 +157,14 @@ class NoiseEmbedding(nn.Module):
             emb = self.features(noise.to(torch.promote_types(dtype, torch.float32)), self.width).to(dtype)
             check_labels(cond, len(noise), self.label.in_features if self.label is not None else 0)
             check_augmentation(cond, len(noise), self.augment.in_features if self.augment is not None else 0)
-            if self.label is not None:
+            if self.label is not None and not self.late_labels:
                 emb = emb + self.label(_scaled_one_hot(cond.labels, len(noise), self.label.weight))
             if self.augment is not None and cond.augment is not None:
                 emb = emb + self.augment(cond.augment.to(dtype))
-            hidden = F.silu(self.linear0(emb))
-            return F.silu(self.linear1(hidden))
+            emb = self.linear1(F.silu(self.linear0(emb)))
+            if self.label is not None and self.late_labels:
+                emb = emb + self.label(_one_hot(cond.labels, len(noise), self.label.weight))
+            return F.silu(emb)
 
 
 def check_labels(cond: Conditioning, rows: int, classes: int) -> None:
@@ -179,11 +197,16 @@ def check_augmentation(cond: Conditioning, rows: int, length: int) -> None:
 
 def _scaled_one_hot(labels: Tensor | None, rows: int, weight: Tensor) -> Tensor:
     """Return one-hot labels times sqrt(classes); rows are zero for label -1 or if labels is None."""
+    return _one_hot(labels, rows, weight) * math.sqrt(weight.shape[1])
+
+
+def _one_hot(labels: Tensor | None, rows: int, weight: Tensor) -> Tensor:
+    """Return one-hot labels (rows, classes) of a layer's dtype; rows are zero for label -1 or if labels is None."""
     classes = weight.shape[1]
     if labels is None:
         return weight.new_zeros(rows, classes)
     hot = labels[:, None] == torch.arange(classes, device=labels.device)
-    return hot.to(weight.dtype) * math.sqrt(classes)
+    return hot.to(weight.dtype)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:

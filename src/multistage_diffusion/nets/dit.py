@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config.network import FAMILIES, NetworkConfig
 from ..contracts import Conditioning
 from ..errors import require
-from .blocks import check_augmentation, cosines_first, linear, no_autocast
+from .blocks import check_augmentation, linear, no_autocast, ordered_sinusoids
 from .layouts import (
     LAYOUTS,
     PublishedLayout,
@@ -120,7 +120,9 @@ class DiTEmbedding(nn.Module):
         labels = label_rows(cond, rows, self.classes, noise.device)
         check_augmentation(cond, rows, self.augment.in_features if self.augment is not None else 0)
         with no_autocast(noise.device):
-            waves = cosines_first(noise.to(torch.promote_types(dtype, torch.float32)), FREQUENCIES, self.shift)
+            waves = ordered_sinusoids(
+                noise.to(torch.promote_types(dtype, torch.float32)), FREQUENCIES, shift=self.shift
+            )
             emb = self.linear1(F.silu(self.linear0(waves.to(dtype))))
             if self.label is not None:
                 emb = emb + self.label(labels)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config.network import FAMILIES, NetworkConfig
 from ..contracts import Conditioning
 from ..errors import require
-from .blocks import check_augmentation, cosines_first, no_autocast
+from .blocks import check_augmentation, no_autocast, ordered_sinusoids
 from .layouts import (
     LAYOUTS,
     PublishedLayout,
@@ -152,7 +152,7 @@ class UViTEmbedding(nn.Module):
         labels = label_rows(cond, rows, self.classes, noise.device)
         check_augmentation(cond, rows, self.augment.in_features if self.augment is not None else 0)
         with no_autocast(noise.device):
-            waves = cosines_first(noise.to(torch.promote_types(dtype, torch.float32)), self.position.shape[2])
+            waves = ordered_sinusoids(noise.to(torch.promote_types(dtype, torch.float32)), self.position.shape[2])
             time = self.mlp(waves.to(dtype))
             if self.augment is not None and cond.augment is not None:
                 time = time + self.augment(cond.augment.to(dtype))

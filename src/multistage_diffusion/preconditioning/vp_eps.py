@@ -1,4 +1,4 @@
-"""Noise prediction."""
+"""Noise prediction, and what all predictions on variance-preserving schedules share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class VPEps(Preconditioning):
         fitting = [kind for kind in SCHEDULES if issubclass(SCHEDULES[kind], VariancePreserving)]
         require(
             isinstance(config.schedule, VariancePreserving),
-            f"diffusion.schedule={config.schedule.kind!r}: precondition 'vp-eps' needs a variance-preserving schedule "
+            f"diffusion.schedule={config.schedule.kind!r}: precondition {config.precondition!r} needs a variance-preserving "
+            f"schedule "
             f"({', '.join(fitting)}); use precondition 'edm' or 'velocity' for the others",
         )
         require(
@@ -44,8 +45,11 @@ class VPEps(Preconditioning):
             "diffusion.prior.schedule differs from diffusion.schedule, in whose time the network is told its noise; set both",
         )
 
+    def noise(self, sigma: Tensor) -> Tensor:
+        """Return the embedding's time."""
+        time = self.schedule.time(sigma.clamp(min=LEAST_SIGMA))
+        return time if self.schedule.integer_time else 999.0 * time
+
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """Return 1, -sigma, s(sigma) and the embedding's time."""
-        time = self.schedule.time(sigma.clamp(min=LEAST_SIGMA))
-        noise = time if self.schedule.integer_time else 999.0 * time
-        return Coefficients(torch.ones_like(sigma), -sigma, self.schedule.scale(sigma), noise)
+        return Coefficients(torch.ones_like(sigma), -sigma, self.schedule.scale(sigma), self.noise(sigma))

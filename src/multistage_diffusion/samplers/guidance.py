@@ -99,3 +99,20 @@ class Thresholded:
         high = min(low + 1, rows.shape[1] - 1)
         limit = torch.lerp(ordered[:, low], ordered[:, high], place - low).clamp(min=1.0)[:, None]
         return (torch.maximum(torch.minimum(rows, limit), -limit) / limit).view_as(images)
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """A Denoiser of pixels whose output is clipped to [-bound, bound] (Ho et al. 2020, published code).
+
+    Attributes:
+        denoiser: a Denoiser of pixels.
+        bound: > 0; 1 for images in [-1, 1].
+    """
+
+    denoiser: Denoiser
+    bound: float
+
+    def __call__(self, x: Tensor, sigma: float | Tensor, cond: Conditioning | None = None) -> Tensor:
+        """Return the clipped posterior mean, see contracts.Denoiser."""
+        return self.denoiser(x, sigma, cond).clamp(-self.bound, self.bound)

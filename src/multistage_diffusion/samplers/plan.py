@@ -37,7 +37,7 @@ def make_plan(config: SamplingConfig, schedule: NoiseSchedule) -> Plan:
     _check_ends(spacing, low, high)
     steps = solver.steps(config, config.calls - last, spacing, low, high)
     if last:
-        steps = [*steps, Step(calls=(low,), end=0.0, order=1)]
+        steps = [*steps, Step(calls=(low,), end=0.0, order=1, clip=config.clip if solver.clips else None)]
     return Plan(
         solver=config.solver,
         method=config.method,

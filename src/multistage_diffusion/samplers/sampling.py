@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..config import SamplingConfig
+from ..config.sampling import SOLVERS
 from ..contracts import Conditioning, Denoiser
 from ..data import to_uint8
 from ..distributed import ALONE, World
 from ..errors import UserError
 from ..progress import Progress
 from ..schedules import NoiseSchedule
-from .guidance import Guided, Thresholded
+from .guidance import Clipped, Guided, Thresholded
 from .plan import make_plan
 from .trajectories import sample, start_noise, step_noise
 
@@ -102,12 +103,16 @@ def sample_images(
 
 
 def _steered(denoiser: Denoiser, config: SamplingConfig, *, latent: bool) -> Denoiser:
-    """Return the denoiser wrapped in the configuration's guidance and thresholding."""
+    """Return the denoiser wrapped in the configuration's guidance, thresholding and clipping."""
     guided = Guided(denoiser, config.guidance, config.guidance_interval)
-    if config.threshold is None:
-        return guided
-    if latent:
-        raise UserError(
-            f"sampling.threshold={config.threshold}: dynamic thresholding is of pixels, but this run makes latents; leave it out"
-        )
-    return Thresholded(guided, config.threshold)
+    for name in ("threshold", "clip"):
+        if latent and getattr(config, name) is not None:
+            what = "dynamic thresholding" if name == "threshold" else "clipping"
+            raise UserError(
+                f"sampling.{name}={getattr(config, name)}: {what} is of pixels, but this run makes latents; leave it out"
+            )
+    if config.threshold is not None:
+        return Thresholded(guided, config.threshold)
+    if config.clip is not None and not SOLVERS[config.solver].clips:
+        return Clipped(guided, config.clip)
+    return guided

@@ -90,7 +90,8 @@ def sample(
     for number, step in enumerate(plan.steps[:-1] if denoises_last else plan.steps):
         x = solver.step(x, step, denoise, partial(_add_noise, step.noise_std, noise, number))
     if denoises_last:
-        x = denoise(x, plan.steps[-1].calls[0])
+        x, clip = denoise(x, plan.steps[-1].calls[0]), plan.steps[-1].clip
+        x = x if clip is None else x.clamp(-clip, clip)
     bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
     if bad:
         end = plan.steps[-1].end

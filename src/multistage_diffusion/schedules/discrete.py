@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -14,11 +15,18 @@ from ..errors import UserError
 from .base import SCHEDULES, VariancePreserving
 from .priors import PRIORS, SigmaPrior, clamp_half_open
 
+_SPACINGS = ("sqrt", "linear", "cosine", "given")
+
 
 @SCHEDULES.add("discrete")
 @dataclass(frozen=True, kw_only=True)
 class Discrete(VariancePreserving):
-    """Steps 0 .. steps-1 with betas spaced linearly in their square root (LDM) or linearly (DDPM).
+    """Steps 0 .. steps-1 with betas of one of these spacings.
+
+    spacing "sqrt": from beta_start to beta_end, linearly in their square root (LDM). "linear": linearly (DDPM). "cosine":
+    of alpha_bar = cos²((t + 0.008)/1.008 pi/2), t in [0, 1], but at most 0.999 (Nichol & Dhariwal 2021, "Improved
+    denoising diffusion probabilistic models", eq. 17). "given": the numbers in `betas`. The last two ignore beta_start
+    and beta_end.
 
     Between steps ln sigma is interpolated linearly; outside, times are clamped. A stage edge is an integer k,
     "steps below k | steps from k on"; its sigma is the geometric mean of the two neighbours'.
@@ -29,6 +37,7 @@ class Discrete(VariancePreserving):
     beta_end: float = 0.0195
     steps: int = 1000
     spacing: str = "sqrt"
+    betas: tuple[float, ...] = ()
     t_min: float = 0.0
 
     def __post_init__(self) -> None:
@@ -36,8 +45,17 @@ class Discrete(VariancePreserving):
             raise UserError(f"discrete schedule: steps={self.steps} must be at least 2")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError(f"discrete schedule: need 0 < beta_start={self.beta_start} <= beta_end={self.beta_end} < 1")
-        if self.spacing not in ("sqrt", "linear"):
-            raise UserError(f"discrete schedule: spacing={self.spacing!r} must be 'sqrt' or 'linear'")
+        if self.spacing not in _SPACINGS:
+            raise UserError(
+                f"discrete schedule: spacing={self.spacing!r} must be one of {', '.join(map(repr, _SPACINGS))}"
+            )
+        if len(self.betas) != (self.steps if self.spacing == "given" else 0):
+            raise UserError(
+                f"discrete schedule: spacing={self.spacing!r} with {len(self.betas)} betas; spacing 'given' has one for each "
+                f"of the {self.steps} steps, other spacings have none"
+            )
+        if not all(0 < beta < 1 for beta in self.betas):
+            raise UserError("discrete schedule: all betas must be in (0, 1)")
         self._check_range()
 
     @property
@@ -48,11 +66,19 @@ class Discrete(VariancePreserving):
     @cached_property
     def log_sigmas(self) -> Tensor:
         """Ln sigma of every step, float64 (steps,)."""
+        log_alpha_bar = torch.cumsum(torch.log1p(-self._all_betas()), 0)
+        return 0.5 * torch.log(torch.expm1(-log_alpha_bar))
+
+    def _all_betas(self) -> Tensor:
+        if self.spacing == "given":
+            return torch.tensor(self.betas, dtype=torch.float64)
+        if self.spacing == "cosine":
+            t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
+            alpha_bar = torch.cos((t + 0.008) / 1.008 * (math.pi / 2)) ** 2
+            return (1.0 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
         power = 2 if self.spacing == "sqrt" else 1
         ends = self.beta_start ** (1 / power), self.beta_end ** (1 / power)
-        betas = torch.linspace(*ends, self.steps, dtype=torch.float64) ** power
-        log_alpha_bar = torch.cumsum(torch.log1p(-betas), 0)
-        return 0.5 * torch.log(torch.expm1(-log_alpha_bar))
+        return torch.linspace(*ends, self.steps, dtype=torch.float64) ** power
 
     @cached_property
     def sigmas(self) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
-from ..config import RunConfig
+from ..config import NetworkConfig, RunConfig
 from ..nets.blocks import group_count
+from ..nets.ldm import LDMConfig
 from ..nets.network import meta_network
 from ..nets.song import SongUNetConfig
 from ..schedules.discrete import Discrete
@@ -19,7 +22,7 @@ def layout_of(config: RunConfig) -> str:
     """Return the family in whose published layout a run's weights keep their meaning; "" if there is none."""
     family, diffusion = config.network.family, config.diffusion
     schedule = diffusion.schedule
-    if config.network.separate or (config.codec.used and family != "ldm"):
+    if config.network.separate or (config.codec.used and family != "ldm") or _varied(config.network):
         return ""
     if diffusion.precondition == "edm":
         return family if family == "ddpmpp" else ""
@@ -28,6 +31,19 @@ def layout_of(config: RunConfig) -> str:
     published = isinstance(schedule, VP) and (schedule.beta_d, schedule.beta_min) == (VP.beta_d, VP.beta_min)
     kind = "ncsnpp" if published else "ldm" if isinstance(schedule, Discrete) else ""
     return family if family == kind else ""
+
+
+def _varied(network: NetworkConfig) -> bool:
+    """Return whether an LDM U-Net has settings that latent diffusion's own code does not have."""
+    free = ("head_channels", "decoder_attention", "channel_mult", "blocks_per_level", "attention_factors")
+    if not isinstance(network, LDMConfig) or network.head_channels is None:
+        return isinstance(network, LDMConfig)
+    own = [
+        f
+        for f in dataclasses.fields(LDMConfig)
+        if f.name not in {*(g.name for g in dataclasses.fields(NetworkConfig)), *free}
+    ]
+    return any(getattr(network, f.name) != f.default for f in own)
 
 
 def betas_of(schedule: Discrete) -> Tensor:

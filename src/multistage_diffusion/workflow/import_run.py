@@ -10,15 +10,7 @@ from typing import Any
 
 import torch
 
-from ..config import (
-    CodecConfig,
-    DataConfig,
-    DiffusionConfig,
-    NetworkConfig,
-    RunConfig,
-    SamplingConfig,
-    TrainingConfig,
-)
+from ..config import CodecConfig, DiffusionConfig, NetworkConfig, RunConfig, SamplingConfig
 from ..config.paper_presets import PAPER_PRESETS
 from ..config.serialization import from_dict
 from ..errors import UserError
@@ -32,12 +24,12 @@ from ..nets.song import SongUNetConfig
 from ..schedules.discrete import Discrete, UniformSteps
 from ..stage_finding import StageResult
 from ..stages import Stages
-from ..training.checkpoint import Checkpoint, save_checkpoint
-from ..training.metrics import MetricAccumulator
 from ..training.run import Run
 from . import exchange_layouts as layouts
-from .exchange import PREFIX, betas_of, layout_of, regrouped
+from .exchange import betas_of, layout_of, regrouped
 from .exchange_layouts import Found, find_layout
+from .import_unet2d import import_unet2d
+from .imported import continued_training, data_without_source, save_first_checkpoint
 
 ASSUMED = "assumed"  # in the origin of stages that the file did not tell: the preset that they are of
 
@@ -59,14 +51,15 @@ def import_published(
 ) -> Run:
     """Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt, or an export.
 
-    Files and folders in a layout of `nets.layouts.LAYOUTS`, such as published transformers, are read, too.
+    Files and folders in a layout of `nets.layouts.LAYOUTS`, such as published transformers, are read, too. Of another folder
+    that diffusers wrote, the UNet2DModel becomes a run with one stage, see `import_unet2d`.
 
     No code in the file is executed. The network is derived from tensor names and shapes. The run has one checkpoint, at
     step 0, and no data; resume it with some. What the file does not tell and is not given is assumed, with a warning
     where a wrong value would change the images.
 
     Args:
-        file: the checkpoint.
+        file: the checkpoint, or the folder of a pipeline of diffusers.
         out: the run's new folder.
         base: gives training and, if the file does not tell them, sampling and stages; default: the paper's preset of the
             same family and number of stages.
@@ -96,6 +89,10 @@ def import_published(
         _require_nothing(given, "a network of one stage whose file tells its size")
         return _import_layout(file, Path(out), found, base, {**own, "head_channels": head_channels}, replace=replace)
     _require_nothing(own, "what is not a transformer")
+    if file.is_dir():
+        given = {"head_channels": head_channels, "stages": result, "edges": edges, "norm_groups": norm_groups}
+        _require_nothing(given, "a folder of diffusers, which tells all")
+        return import_unet2d(file, out, base=base, size=size, replace=replace)
     published = read_published(file)
     weights = published.model or published.ema
     assert weights is not None
@@ -121,7 +118,7 @@ def import_published(
             with disk_errors(folder):
                 codec.save_pretrained(run.path / folder.name)
         write_json(run.imported_file, {"file": file.name})
-        _save(run, config, model=tensors[0], ema=tensors[-1])
+        save_first_checkpoint(run, config, model=tensors[0], ema=tensors[-1])
 
     return Run.create(Path(out), config, replace=replace, fill=fill)
 
@@ -146,7 +143,7 @@ def _import_layout(
 
     def fill(run: Run) -> None:
         write_json(run.imported_file, {"file": file.name})
-        _save(run, config, model=states[0], ema=states[-1])
+        save_first_checkpoint(run, config, model=states[0], ema=states[-1])
 
     return Run.create(out, config, replace=replace, fill=fill)
 
@@ -213,11 +210,11 @@ def _config(
         dropout = _number(published, "dropout", dropout)
     return dataclasses.replace(
         base,
-        data=_data(base.data, (network.channels, *size)),
+        data=data_without_source(base.data, (network.channels, *size)),
         network=dataclasses.replace(network, dropout=float(dropout)),
         diffusion=_diffusion(published, base.diffusion),
         stages=stages,
-        training=_training(base.training, network),
+        training=continued_training(base.training, network),
         sampling=_sampling(published, base.sampling),
     )
 
@@ -232,26 +229,6 @@ def _sampling(published: Published, base: SamplingConfig) -> SamplingConfig:
     except UserError as error:  # of a later release, or with a solver that is not registered here
         warnings.warn(f"the sampling settings of the file are left out: {error}", stacklevel=4)
         return base
-
-
-def _data(data: DataConfig, shape: tuple[int, int, int]) -> DataConfig:
-    """Return the data configuration of a run whose data are not known yet."""
-    if data.size not in (None, shape[1:]):
-        data = dataclasses.replace(data, size=None, fit="exact")
-    return dataclasses.replace(data, source="", fingerprint="", shape=shape)
-
-
-def _training(training: TrainingConfig, network: NetworkConfig) -> TrainingConfig:
-    """Return training settings that fit the network's number of stages and continue an existing EMA."""
-    stages = len(network.decoder_widths)
-    fitting: dict[str, Any] = {
-        name: default
-        for name, default in (("shares", "uniform"), ("weights", "prior"))
-        if isinstance(value := getattr(training, name), tuple) and len(value) != stages
-    }
-    if not network.augment_dim:
-        fitting["augment"] = 0.0
-    return dataclasses.replace(training, init_from="", freeze="nothing", ema_rampup=0.0, **fitting)
 
 
 def _diffusion(published: Published, base: DiffusionConfig) -> DiffusionConfig:
@@ -393,18 +370,6 @@ def _on_latents(
         shape=(channels, height, width),
         fingerprint="",
     )
-    return dataclasses.replace(config, codec=latents, data=_data(base.data, (colours, height * factor, width * factor)))
-
-
-def _save(run: Run, config: RunConfig, *, model: Tensors, ema: Tensors) -> None:
-    """Write the checkpoint that a trainer resumes from: step 0, a new optimizer."""
-    state = {
-        "step": 0,
-        "images": 0,
-        "score": None,
-        "sums": dataclasses.asdict(MetricAccumulator(len(config.stages))),
-        "scaler": {},
-        "config": config,
-    }
-    weights, average = ({f"{PREFIX}{name}": value for name, value in part.items()} for part in (model, ema))
-    save_checkpoint(run.checkpoints, Checkpoint(model=weights, ema=average, optimizer={}, state=state))
+    return dataclasses.replace(
+        config, codec=latents, data=data_without_source(base.data, (colours, height * factor, width * factor))
+    )

@@ -30,6 +30,7 @@ class Step:
         order: order of the update.
         noise_std: standard deviation of the noise that the solver adds in the step; 0 for none.
         curvature: weight of the second difference in a multistep step of order 3 (sampling.third_order).
+        clip: bound of the absolute values of the denoised image, where the solver clips it itself; None: no bound.
     """
 
     calls: tuple[float, ...]
@@ -37,6 +38,7 @@ class Step:
     order: int
     noise_std: float = 0.0
     curvature: float = 2.0
+    clip: float | None = None
 
     @property
     def length(self) -> float:
@@ -82,12 +84,14 @@ class Solver(ABC):
         noise: the setting that makes it stochastic, "churn" or "eta"; empty if it is deterministic.
         ends_at_zero: whether its steps end at sigma 0. Otherwise they end at sigma_min, where sampling.denoise_last
             may spend a last call on the noise that is left.
+        clips: whether its steps clip the denoised image (sampling.clip) themselves.
     """
 
     orders: ClassVar[tuple[int, ...]] = ()
     methods: ClassVar[tuple[str, ...]] = ()
     noise: ClassVar[str] = ""
     ends_at_zero: ClassVar[bool] = False
+    clips: ClassVar[bool] = False
 
     @classmethod
     def fewest_calls(cls, config: SamplingConfig) -> int:

@@ -1,0 +1,117 @@
+"""Folders that diffusers' save_pretrained writes: an unconditional pipeline, its parts and their files.
+
+    FOLDER/unet/           config.json and weights of a UNet2DModel; in old files, in FOLDER itself
+    FOLDER/unet_ema/       the averaged network, beside checkpoints of training scripts
+    FOLDER/scheduler/      scheduler_config.json; in old files, in FOLDER itself
+    FOLDER/vae/ or vqvae/  the autoencoder of a pipeline on latents
+
+Checkpoints of diffusers' train_unconditional.py (OUT/checkpoint-N) have no scheduler; that of OUT is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from ..config.serialization import read_json
+from ..errors import UserError
+from ..reading import require_file
+from .published import read_torch
+
+CONFIG, SCHEDULER = "config.json", "scheduler_config.json"
+WEIGHTS, OLD_WEIGHTS = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+AVERAGED = "unet_ema"
+CODECS = ("vae", "vqvae")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusersFolder:
+    """The parts of an unconditional pipeline.
+
+    Attributes:
+        network: config.json of its U-Net.
+        model: weights of its U-Net.
+        ema: averaged weights, if a folder of their own holds them; else those of the model, which diffusers' training
+            scripts average before they write a pipeline.
+        scheduler: scheduler_config.json.
+        codec: the folder of its autoencoder; None if it is on pixels.
+    """
+
+    network: Mapping[str, Any]
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    scheduler: Mapping[str, Any]
+    codec: Path | None
+
+
+def read_folder(folder: Path) -> DiffusersFolder:
+    """Read the folder of a pipeline, of a checkpoint of a training script, or of a U-Net beside its scheduler.
+
+    Raises:
+        UserError: naming the file that is missing or damaged.
+    """
+    averaged = folder / AVERAGED
+    unet = next((place for place in (folder / "unet", averaged) if place.is_dir()), folder)
+    if not (unet / CONFIG).is_file():
+        raise UserError(f"{folder}: no {CONFIG} of a U-Net in it or in its folder unet; give the folder of a pipeline")
+    config, model = read_mapping(unet / CONFIG), read_weights(unet)
+    ema = read_weights(averaged) if averaged.is_dir() and averaged != unet else model
+    return DiffusersFolder(network=config, model=model, ema=ema, scheduler=_scheduler(folder), codec=_codec(folder))
+
+
+def _scheduler(folder: Path) -> Mapping[str, Any]:
+    above = folder.resolve().parent
+    places = [folder / "scheduler", folder, above / "scheduler"]
+    if folder.name in ("unet", AVERAGED):
+        places.append(above.parent / "scheduler")
+    for place in places:
+        if (place / SCHEDULER).is_file():
+            return read_mapping(place / SCHEDULER)
+    raise UserError(f"{folder / 'scheduler' / SCHEDULER}: is missing; put the scheduler of the pipeline there")
+
+
+def _codec(folder: Path) -> Path | None:
+    return next((folder / name for name in CODECS if (folder / name).is_dir()), None)
+
+
+def read_mapping(file: Path) -> Mapping[str, Any]:
+    """Read a JSON file that holds a mapping.
+
+    Raises:
+        UserError: if it holds something else.
+    """
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: is no mapping")
+    return found
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the weights of a part to the CPU: safetensors, or else torch's archive, without running code from it.
+
+    Raises:
+        UserError: if there are none, or they are damaged.
+    """
+    file, old = folder / WEIGHTS, folder / OLD_WEIGHTS
+    if file.is_file():
+        require_file(file)
+        try:
+            return load(file.read_bytes())
+        except SafetensorError as error:
+            raise UserError(f"{file}: is truncated or damaged ({error})") from None
+    if not old.is_file():
+        raise UserError(f"{folder}: holds neither {WEIGHTS} nor {OLD_WEIGHTS}")
+    try:
+        found = read_torch(old)
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(str(old)) else f"{old}: {text}") from None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"{old}: is no state dict")
+    return {str(name): value for name, value in found.items()}

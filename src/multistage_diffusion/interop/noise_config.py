@@ -1,0 +1,141 @@
+"""The noise of diffusers' scheduler_config.json: betas, prediction and clipping, to and from our settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import DiffusionConfig
+from ..errors import UserError
+from ..reading import brief
+from ..schedules.discrete import Discrete, UniformSteps
+
+SPACINGS = {"linear": "linear", "scaled_linear": "sqrt", "squaredcos_cap_v2": "cosine"}
+PREDICTIONS = {"epsilon": "vp-eps", "sample": "vp-sample", "v_prediction": "vp-v"}
+# Classes whose noise is that of Discrete; their steps differ, and are not read.
+SCHEDULERS = (
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+_CLIPPING = (
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+)  # unless told otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """What a scheduler_config.json says of the noise.
+
+    Attributes:
+        diffusion: schedule, density (every step equally often) and meaning of the network's output.
+        clip: bound of denoised images; None: no clipping.
+        offset: step of the last denoiser call (steps_offset).
+    """
+
+    diffusion: DiffusionConfig
+    clip: float | None
+    offset: int
+
+
+def read_noise(config: Mapping[str, Any]) -> Noise:
+    """Return the noise of a scheduler_config.json.
+
+    Raises:
+        UserError: naming the first setting that no schedule here has.
+    """
+    kind = config.get("_class_name")
+    if kind not in SCHEDULERS:
+        raise UserError(f"_class_name={brief(kind)}: only the noise of {', '.join(SCHEDULERS)} is read")
+    for name in ("rescale_betas_zero_snr", "use_flow_sigmas"):
+        if config.get(name):
+            raise UserError(
+                f"{name}={brief(config[name])}: is not read: "
+                + ("at its last step no signal is left" if name.startswith("rescale") else "its noise is another")
+            )
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise UserError(f"prediction_type={brief(prediction)}: only {', '.join(PREDICTIONS)} are read")
+    if "variance_type" in config and str(config["variance_type"]).startswith("learned"):
+        raise UserError(f"variance_type={brief(config['variance_type'])}: a learnt variance is not read")
+    schedule = _schedule(config)
+    return Noise(
+        diffusion=DiffusionConfig(
+            precondition=PREDICTIONS[prediction], schedule=schedule, prior=UniformSteps(schedule=schedule)
+        ),
+        clip=_clip(config, clips=kind in _CLIPPING),
+        offset=_number(config, "steps_offset", 0, whole=True),
+    )
+
+
+def _schedule(config: Mapping[str, Any]) -> Discrete:
+    betas = config.get("trained_betas")
+    if betas is not None:
+        if not isinstance(betas, list) or not all(type(beta) in (int, float) for beta in betas):
+            raise UserError("trained_betas must be a list of numbers")
+        return Discrete(steps=len(betas), spacing="given", betas=tuple(float(beta) for beta in betas))
+    kind = config.get("beta_schedule", "linear")
+    if kind not in SPACINGS:
+        raise UserError(f"beta_schedule={brief(kind)}: only {', '.join(SPACINGS)} are read")
+    start, end = _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02)
+    steps = _number(config, "num_train_timesteps", 1000, whole=True)
+    if kind == "squaredcos_cap_v2":
+        return Discrete(steps=steps, spacing="cosine")
+    return Discrete(beta_start=start, beta_end=end, steps=steps, spacing=SPACINGS[kind])
+
+
+def _clip(config: Mapping[str, Any], *, clips: bool) -> float | None:
+    """Return the bound of denoised images; thresholding with its default sample_max_value of 1 is a bound of 1, too."""
+    if config.get("thresholding"):
+        most = _number(config, "sample_max_value", 1.0)
+        if most != 1:
+            raise UserError(f"sample_max_value={most:g} with thresholding: only 1 is read; set sampling.threshold")
+        return 1.0
+    return float(_number(config, "clip_sample_range", 1.0)) if config.get("clip_sample", clips) else None
+
+
+def _number(config: Mapping[str, Any], name: str, default: float, *, whole: bool = False) -> Any:
+    value = config.get(name, default)
+    if type(value) is not int and (whole or type(value) is not float):
+        raise UserError(f"{name}={brief(value)} must be a {'whole ' if whole else ''}number")
+    return value
+
+
+def noise_settings(diffusion: DiffusionConfig, clip: float | None) -> dict[str, Any]:
+    """Return the settings of a scheduler_config.json that give the noise: the inverse of `read_noise`.
+
+    Raises:
+        UserError: if the schedule is not discrete, or the prediction is none that diffusers' schedulers know.
+    """
+    schedule, known = diffusion.schedule, {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    if not isinstance(schedule, Discrete) or diffusion.precondition not in known:
+        raise UserError(
+            f"diffusion.schedule={schedule.kind!r} with diffusion.precondition={diffusion.precondition!r}: diffusers' "
+            "discrete schedulers have schedule 'discrete' with " + ", ".join(repr(ours) for ours in known)
+        )
+    names = {ours: theirs for theirs, ours in SPACINGS.items()}
+    return {
+        "num_train_timesteps": schedule.steps,
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "beta_schedule": names.get(schedule.spacing, "linear"),
+        "trained_betas": list(schedule.betas) or None,
+        "prediction_type": known[diffusion.precondition],
+        "clip_sample": clip is not None,
+        "clip_sample_range": 1.0 if clip is None else clip,
+    }

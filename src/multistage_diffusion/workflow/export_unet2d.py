@@ -1,0 +1,115 @@
+"""Export of one-stage runs as UNet2DModels in pipelines of diffusers' own classes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from ..config import RunConfig
+from ..errors import UserError
+from ..files import new_folder, write_file
+from ..interop.diffusers_folder import CONFIG, SCHEDULER, WEIGHTS
+from ..interop.noise_config import noise_settings
+from ..interop.unet2d import CLASS, unet2d_settings, unet2d_tensors
+from ..latent.codecs import DiffusersCodec, open_codec
+from ..nets.ldm import LDMConfig
+from ..training.checkpoint import trained_config
+from ..training.run import Run
+
+INDEX = "model_index.json"
+
+
+def export_unet2d(
+    run: Run | Path | str, folder: Path | str, *, checkpoint: str = "best", overwrite: bool = False
+) -> Path:
+    """Write a one-stage run's averaged network as a UNet2DModel, in a DDIMPipeline (LDMPipeline for a run on latents).
+
+    Weights of a run that `import_published` made of a UNet2DModel come back bit for bit.
+
+    Args:
+        run: a run, or its folder.
+        folder: the folder to write.
+        checkpoint: "best", "latest" or a step.
+        overwrite: replace an existing folder.
+
+    Raises:
+        UserError: if no UNet2DModel computes what the network computes, or the folder may not be written.
+    """
+    run, folder = run if isinstance(run, Run) else Run.open(Path(run)), Path(folder)
+    config = trained_config(run.checkpoint(checkpoint))
+    try:
+        files = _files(config)
+    except UserError as error:
+        raise UserError(f"{run.path}: cannot be a {CLASS}: {error}") from None
+    if folder.exists() and not overwrite:
+        raise UserError(f"--out {folder}: exists; choose another name or give --overwrite")
+    codec = codec_folder(config)
+    network = config.network
+    assert isinstance(network, LDMConfig)
+    state = run.denoiser(checkpoint).network.state_dict()
+    with new_folder(folder, replace=overwrite) as place:
+        for name, settings in files.items():
+            (place / name).parent.mkdir(exist_ok=True)
+            write_file(place / name, json_text(settings))
+        write_file(place / "unet" / WEIGHTS, save(unet2d_tensors(state, network), {"format": "pt"}))
+        if codec is not None:
+            copy_codec(codec, place / "vqvae", config)
+    return folder
+
+
+def json_text(settings: Any) -> bytes:
+    """Return settings as the text of a JSON file."""
+    return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _files(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return the configuration files of the pipeline by name."""
+    parts: dict[str, Any] = {"unet": ["diffusers", CLASS], "scheduler": ["diffusers", "DDIMScheduler"]}
+    if config.codec.used:
+        parts = {"_class_name": "LDMPipeline", "vqvae": ["diffusers", _codec_class(config)], **parts}
+    else:
+        parts = {"_class_name": "DDIMPipeline", **parts}
+    return {
+        INDEX: parts,
+        f"unet/{CONFIG}": unet2d_settings(config.network, config.input_shape[1:]),
+        f"scheduler/{SCHEDULER}": {
+            "_class_name": "DDIMScheduler",
+            **noise_settings(config.diffusion, config.sampling.clip),
+            "set_alpha_to_one": True,
+            "steps_offset": 0,
+            "timestep_spacing": "leading",
+        },
+    }
+
+
+def codec_folder(config: RunConfig) -> Path | None:
+    """Return the folder of a run's autoencoder; None for a run on pixels.
+
+    Raises:
+        UserError: if it is of the hub, or missing.
+    """
+    if not config.codec.used:
+        return None
+    folder = Path(config.codec.source).expanduser() / config.codec.subfolder
+    if config.codec.source.startswith("hf:") or not (folder / WEIGHTS).is_file():
+        raise UserError(f"codec.source='{config.codec.source}': only a folder's autoencoder is copied into an export")
+    return folder
+
+
+def _codec_class(config: RunConfig) -> str:
+    codec = open_codec(config.codec)
+    assert isinstance(codec, DiffusersCodec)
+    return type(codec.module).__name__
+
+
+def copy_codec(source: Path, target: Path, config: RunConfig) -> None:
+    """Copy an autoencoder; its scaling_factor becomes the scale of the run's latents."""
+    target.mkdir()
+    settings = json.loads((source / CONFIG).read_text())
+    settings["scaling_factor"] = config.codec.scale or 1.0
+    write_file(target / CONFIG, json_text(settings))
+    shutil.copyfile(source / WEIGHTS, target / WEIGHTS)

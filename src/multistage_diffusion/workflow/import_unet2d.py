@@ -1,0 +1,172 @@
+"""Import of a UNet2DModel of diffusers, with its scheduler and its autoencoder, as a run with one stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save
+
+from ..config import (
+    CodecConfig,
+    DataConfig,
+    DiffusionConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainingConfig,
+)
+from ..errors import UserError
+from ..files import disk_errors, write_atomic, write_json
+from ..interop.diffusers_folder import CONFIG, WEIGHTS, DiffusersFolder, read_folder, read_mapping, read_weights
+from ..interop.noise_config import Noise, read_noise
+from ..interop.unet2d import network_of_unet2d, size_of_unet2d, unet2d_state
+from ..nets.ldm import LDMConfig
+from ..reading import brief
+from ..schedules.discrete import Discrete
+from ..training.run import Run
+from .imported import continued_training, data_without_source, save_first_checkpoint
+
+CALLS = 50  # denoiser calls of diffusers' DDIMPipeline, unless told otherwise
+LR = 1e-4  # learning rate of diffusers' train_unconditional.py
+_SCALE = 0.18215  # diffusers' scaling_factor of an autoencoder whose config.json has none
+
+
+def import_unet2d(
+    folder: Path | str,
+    out: Path | str,
+    *,
+    base: RunConfig | None = None,
+    size: tuple[int, int] | None = None,
+    replace: bool = False,
+) -> Run:
+    """Create a run from the folder of an unconditional or class-conditional pipeline of diffusers (DDPM, DDIM, ...).
+
+    The network computes what UNet2DModel computes. Betas, steps, prediction and clipping are those of the folder's
+    scheduler_config.json; the run is sampled by DDIM. The run has one stage, one checkpoint at step 0, and no data.
+
+    Args:
+        folder: the folder of a pipeline, of a checkpoint of train_unconditional.py (its averaged network in unet_ema is
+            the run's average), or of a UNet2DModel beside its scheduler.
+        out: the run's new folder.
+        base: gives training, optimizer and evaluation; default: the library's defaults, with diffusers' learning rate.
+        size: (height, width) of the network's input, if the folder does not hold it.
+        replace: move an existing run aside.
+
+    Raises:
+        UserError: in one line, naming file and setting: a file is missing or damaged, or a setting cannot be read.
+    """
+    folder, out = Path(folder), Path(out)
+    found = read_folder(folder)
+    try:
+        network, noise = network_of_unet2d(found.network), read_noise(found.scheduler)
+        shape = (network.channels, *_size(found, size))
+        model = unet2d_state(found.model, network)
+        ema = model if found.ema is found.model else unet2d_state(found.ema, network)
+        config = _config(found, network, noise, shape, base, out)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+
+    def fill(run: Run) -> None:
+        if found.codec is not None:
+            with disk_errors(out / "codec"):
+                _copy_codec(found.codec, run.path / "codec")
+        write_json(run.imported_file, {"file": folder.name})
+        save_first_checkpoint(run, config, model=model, ema=ema)
+
+    return Run.create(out, config, replace=replace, fill=fill)
+
+
+def leading_ddim(
+    schedule: Discrete, calls: int = CALLS, *, offset: int = 0, clip: float | None = None
+) -> SamplingConfig:
+    """Return the sampler of diffusers' DDIMScheduler with `calls` steps and its default timestep_spacing "leading".
+
+    The steps are offset + steps // calls * (calls - 1), ..., offset; the last output is the image (set_alpha_to_one).
+    """
+    last = offset + schedule.steps // calls * (calls - 1)
+    return SamplingConfig(
+        solver="ddim",
+        calls=calls,
+        spacing="time",
+        sigma_min=float(schedule.sigma(offset)),
+        sigma_max=float(schedule.sigma(last)),
+        denoise_last="always",
+        clip=clip,
+    )
+
+
+def _size(found: DiffusersFolder, given: tuple[int, int] | None) -> tuple[int, int]:
+    own = size_of_unet2d(found.network)
+    if own is not None and given not in (None, own):
+        raise UserError(f"size={given}: sample_size in {CONFIG} is {list(own)}; leave the size out")
+    size = own or given
+    if size is None:
+        raise UserError(f"sample_size is null in {CONFIG}; give the size of the network's input (--size H W)")
+    return size
+
+
+def _config(
+    found: DiffusersFolder,
+    network: LDMConfig,
+    noise: Noise,
+    shape: tuple[int, int, int],
+    base: RunConfig | None,
+    out: Path,
+) -> RunConfig:
+    base = base or RunConfig(
+        data=DataConfig(source=""),
+        diffusion=DiffusionConfig(),
+        network=network,
+        optimizer=OptimizerConfig(lr=LR, warmup_steps=500),
+        training=TrainingConfig(),
+    )
+    schedule = noise.diffusion.schedule
+    assert isinstance(schedule, Discrete)
+    codec, pixels = CodecConfig(), shape
+    if found.codec is not None:
+        codec, pixels = _codec(found.codec, shape, out)
+    calls = min(CALLS, schedule.steps)
+    return dataclasses.replace(
+        base,
+        name=out.name,
+        data=data_without_source(base.data, pixels),
+        codec=codec,
+        network=network,
+        diffusion=noise.diffusion,
+        stages=dataclasses.replace(base.stages, interior=(), origin={}),
+        training=continued_training(base.training, network),
+        sampling=leading_ddim(schedule, calls, offset=noise.offset, clip=None if codec.used else noise.clip),
+    )
+
+
+def _codec(folder: Path, shape: tuple[int, int, int], out: Path) -> tuple[CodecConfig, tuple[int, int, int]]:
+    """Return the configuration of an autoencoder, and the shape of its images.
+
+    Raises:
+        UserError: if its configuration is damaged, or shifts latents.
+    """
+    settings = read_mapping(folder / CONFIG)
+    scale, shift = settings.get("scaling_factor", _SCALE), settings.get("shift_factor") or 0.0
+    if shift != 0:
+        raise UserError(f"{folder.name}: shift_factor={brief(shift)}: only latents without a shift are read")
+    if type(scale) not in (int, float) or not scale > 0:
+        raise UserError(f"{folder.name}: scaling_factor={brief(scale)} must be a positive number")
+    levels, colours = settings.get("block_out_channels", [64]), settings.get("in_channels", 3)
+    if not isinstance(levels, list) or type(colours) is not int:
+        raise UserError(f"{folder.name}: {CONFIG} is not that of an autoencoder")
+    factor = 2 ** (len(levels) - 1)
+    config = CodecConfig(source=str((out / "codec").resolve()), scale=float(scale), shape=shape)
+    return config, (colours, shape[1] * factor, shape[2] * factor)
+
+
+def _copy_codec(source: Path, target: Path) -> None:
+    """Copy an autoencoder's configuration and weights; weights of an archive of torch are written as safetensors."""
+    target.mkdir()
+    write_atomic(target / CONFIG, (source / CONFIG).read_bytes())
+    if (source / WEIGHTS).is_file():
+        shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
+    else:
+        weights = {name: value.contiguous() for name, value in read_weights(source).items()}
+        write_atomic(target / WEIGHTS, save(weights, {"format": "pt"}))

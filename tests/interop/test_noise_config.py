@@ -1,0 +1,98 @@
+"""scheduler_config.json: betas, prediction and clipping against diffusers' own schedulers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from multistage_diffusion.config import DiffusionConfig
+from multistage_diffusion.errors import UserError
+from multistage_diffusion.interop.noise_config import noise_settings, read_noise
+from multistage_diffusion.schedules.discrete import Discrete
+
+diffusers = pytest.importorskip("diffusers")
+
+NOISES: list[dict[str, Any]] = [
+    {},
+    {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "clip_sample": False},
+    {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 500},
+    {"trained_betas": [0.1, 0.02, 0.3, 0.4], "prediction_type": "sample"},
+    {"prediction_type": "v_prediction", "clip_sample_range": 2.0, "steps_offset": 1},
+]
+
+
+def file_of(scheduler: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(scheduler.to_json_string())
+    return found
+
+
+@pytest.mark.parametrize("settings", NOISES, ids=str)
+def test_the_noise_of_every_step_is_that_of_diffusers_and_comes_back(settings: dict[str, Any]) -> None:
+    scheduler = diffusers.DDIMScheduler(**settings)
+    noise = read_noise(file_of(scheduler))
+    schedule = noise.diffusion.schedule
+    assert isinstance(schedule, Discrete)
+    kept = 1 / (1 + schedule.sigmas**2)
+    # diffusers multiplies in float32: relative errors of up to 1e-4 over 1000 steps near beta = 1
+    torch.testing.assert_close(kept, scheduler.alphas_cumprod.double(), rtol=2e-4, atol=1e-7)
+    assert noise.offset == settings.get("steps_offset", 0)
+    again = diffusers.DDIMScheduler(**noise_settings(noise.diffusion, noise.clip), steps_offset=noise.offset)
+    assert torch.equal(again.alphas_cumprod, scheduler.alphas_cumprod)
+    for name in ("prediction_type", "clip_sample"):
+        assert again.config[name] == scheduler.config[name]
+    assert read_noise(file_of(again)) == noise
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_what_the_output_means_is_what_diffusers_takes_it_for(prediction: str) -> None:
+    from multistage_diffusion.preconditioning import make_preconditioning
+
+    scheduler = diffusers.DDIMScheduler(prediction_type=prediction, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    x, out = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    diffusion = read_noise(file_of(scheduler)).diffusion
+    for step in (0, 400, 999):
+        theirs = scheduler.step(out, step, x).pred_original_sample
+        sigma = diffusion.schedule.sigma(torch.tensor([float(step)]))
+        c = make_preconditioning(diffusion).coefficients(sigma)
+        ours = c.skip * (x / c.input) + c.out * out  # their state is scaled by s = c_in
+        # diffusers' 1 - alpha_bar is a float32 difference
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+        assert float(c.noise) == pytest.approx(step, abs=1e-6)
+
+
+def test_clipping_is_the_default_of_the_classes_that_clip_by_default() -> None:
+    assert read_noise({"_class_name": "DDPMScheduler"}).clip == 1.0
+    assert read_noise({"_class_name": "DPMSolverMultistepScheduler"}).clip is None
+    assert read_noise({"_class_name": "DDIMScheduler", "clip_sample": False}).clip is None
+    assert read_noise({"_class_name": "DDIMScheduler", "clip_sample": False, "thresholding": True}).clip == 1.0
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True: is not read"),
+    ({"use_flow_sigmas": True}, "use_flow_sigmas=True"),
+    ({"_class_name": "EDMEulerScheduler"}, "_class_name='EDMEulerScheduler'"),
+    ({"prediction_type": "flow"}, "prediction_type='flow'"),
+    ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid': only linear, scaled_linear, squaredcos_cap_v2"),
+    ({"variance_type": "learned_range"}, "variance_type='learned_range'"),
+    ({"trained_betas": "many"}, "trained_betas must be a list of numbers"),
+    ({"trained_betas": [0.1, 1.5]}, "all betas must be in (0, 1)"),
+    ({"beta_start": "low"}, "beta_start='low' must be a number"),
+    ({"num_train_timesteps": 10.5}, "num_train_timesteps=10.5 must be a whole number"),
+    ({"thresholding": True, "sample_max_value": 3.0}, "sample_max_value=3 with thresholding"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=[str(change) for change, _ in REFUSED])
+def test_noise_that_no_schedule_has_is_refused_by_its_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_noise({**file_of(diffusers.DDPMScheduler()), **change})
+    assert message in str(error.value)
+
+
+def test_noise_that_no_scheduler_has_is_refused() -> None:
+    with pytest.raises(UserError, match="schedule='vp'"):
+        noise_settings(DiffusionConfig(), None)

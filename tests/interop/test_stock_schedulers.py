@@ -1,0 +1,77 @@
+"""Which of diffusers' schedulers a run is exported with; tests of the export compare what they compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny import tiny_config
+
+from multistage_diffusion.interop.stock_schedulers import stock_scheduler
+from multistage_diffusion.schedules.discrete import Discrete, UniformSteps
+from multistage_diffusion.schedules.rectified_flow import RectifiedFlow
+from multistage_diffusion.workflow.import_unet2d import leading_ddim
+
+STEPS = Discrete(steps=100, spacing="linear")
+DISCRETE = {"precondition": "vp-eps", "schedule": STEPS, "prior": UniformSteps(schedule=STEPS)}
+EDM = {"solver": "ddim", "spacing": "edm", "calls": 8, "denoise_last": "always"}
+DPM = {**EDM, "solver": "dpm++", "method": "multistep", "order": 2, "calls": 12, "lower_final": "published"}
+DISCRETE_DPM = {
+    **DPM,
+    "spacing": "time",
+    "sigma_min": float(STEPS.sigma(7.0)),
+    "sigma_max": float(STEPS.sigma(84.0)),
+}
+FLOW = {"precondition": "velocity", "schedule": RectifiedFlow()}
+FLOW_STEPS = {**EDM, "spacing": "time", "sigma_min": None, "sigma_max": None}
+
+
+def kind(sampling: Any, diffusion: dict[str, Any] | None = None) -> str:
+    changes: dict[str, Any] = {f"diffusion__{name}": value for name, value in (diffusion or {}).items()}
+    if isinstance(sampling, dict):
+        changes |= {f"sampling__{name}": value for name, value in sampling.items()}
+    else:
+        changes["sampling"] = sampling
+    found = stock_scheduler(tiny_config(**changes))
+    return "" if found is None else found.kind
+
+
+def test_the_scheduler_that_makes_the_same_steps() -> None:
+    assert kind(EDM) == "EDMEulerScheduler"
+    assert kind({**EDM, "spacing": "log-snr"}) == "EDMEulerScheduler"
+    assert kind(DPM) == "EDMDPMSolverMultistepScheduler"
+    assert kind(leading_ddim(STEPS, 10), DISCRETE) == "DDIMScheduler"
+    assert kind(DISCRETE_DPM, DISCRETE) == "DPMSolverMultistepScheduler"
+    assert kind(FLOW_STEPS, FLOW) == "FlowMatchEulerDiscreteScheduler"
+
+
+@pytest.mark.parametrize(
+    ("sampling", "diffusion"),
+    [
+        ({**EDM, "spacing": "time"}, {}),
+        ({**EDM, "eta": 0.5}, {}),
+        ({**EDM, "threshold": 0.9}, {}),
+        ({**EDM, "clip": 1.0}, {}),
+        ({**EDM, "guidance_interval": (0.1, 1.0)}, {}),
+        ({**EDM, "solver": "heun"}, {}),
+        ({**DPM, "order": 3}, {}),
+        ({**DPM, "lower_final": "always"}, {}),
+        ({**DPM, "method": "singlestep"}, {}),
+        ({**DPM, "calls": 8}, {}),  # as published, the last orders fall below 10 calls
+        ({**EDM, "spacing": "time", "sigma_min": None, "sigma_max": None}, DISCRETE),  # not at whole steps
+        ({**DISCRETE_DPM, "clip": 1.0}, DISCRETE),
+        ({**DISCRETE_DPM, "sigma_min": float(STEPS.sigma(8.0))}, DISCRETE),
+        ({**FLOW_STEPS, "spacing": "log-snr"}, FLOW),
+        ({**FLOW_STEPS, "denoise_last": "never"}, FLOW),
+    ],
+    ids=str,
+)
+def test_without_such_a_scheduler_there_is_none(sampling: dict[str, Any], diffusion: dict[str, Any]) -> None:
+    assert kind(sampling, diffusion) == ""
+
+
+def test_the_last_output_decides_where_edms_sigmas_end() -> None:
+    for last, kept, calls in (("always", "zero", 8), ("never", "sigma_min", 9)):
+        found = stock_scheduler(tiny_config(**{f"sampling__{k}": v for k, v in {**EDM, "denoise_last": last}.items()}))
+        assert found is not None
+        assert (found.settings["final_sigmas_type"], found.calls) == (kept, calls)

@@ -1,0 +1,199 @@
+"""Pipelines of diffusers become runs: the same samples, and back again bit for bit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign_pipelines import pipeline, trained, unet
+from safetensors.torch import load_file
+from torch import Tensor
+
+from multistage_diffusion import cli
+from multistage_diffusion.config.run import RunConfig
+from multistage_diffusion.denoisers import MultiStageDenoiser
+from multistage_diffusion.errors import UserError
+from multistage_diffusion.samplers import make_plan, sample
+from multistage_diffusion.schedules.discrete import Discrete
+from multistage_diffusion.training.run import Run
+from multistage_diffusion.workflow.export_unet2d import export_unet2d
+from multistage_diffusion.workflow.import_run import import_published
+from multistage_diffusion.workflow.import_unet2d import leading_ddim
+from multistage_diffusion.workflow.sample import sample as sample_run
+
+diffusers = pytest.importorskip("diffusers")
+
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "ddpm": {},
+    "unclipped": {"clip_sample": False},
+    "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "trained": {"trained_betas": [1e-4 + i * 2e-5 for i in range(1000)]},
+    "v": {"prediction_type": "v_prediction"},
+    "sample": {"prediction_type": "sample", "clip_sample_range": 0.5},
+}
+
+
+class Exact(torch.nn.Module):
+    """A UNet2DModel in float64 whose sinusoids are float64, too; diffusers' are always float32."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model.double()
+        self.model.time_proj.forward = self._sinusoids
+
+    def _sinusoids(self, steps: Tensor) -> Tensor:
+        half, shift = self.model.time_proj.num_channels // 2, self.model.config.freq_shift
+        angle = steps[:, None] * torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float64) / (half - shift))
+        parts = [angle.sin(), angle.cos()]
+        return torch.cat(parts[::-1] if self.model.config.flip_sin_to_cos else parts, dim=1)
+
+    def forward(self, x: Tensor, step: Tensor) -> Tensor:
+        out: Tensor = self.model(x, step.double()).sample
+        return out
+
+
+def their_samples(model: Any, scheduler: Any, x: Tensor, steps: int) -> Tensor:
+    """diffusers' sampling loop."""
+    scheduler.set_timesteps(steps)
+    with torch.no_grad():
+        for step in scheduler.timesteps:
+            out = model(x, step)
+            x = scheduler.step(out if isinstance(out, Tensor) else out.sample, step, x).prev_sample
+    return x
+
+
+def our_samples(config: RunConfig, denoiser: MultiStageDenoiser, x: Tensor, steps: int) -> Tensor:
+    schedule = config.diffusion.schedule
+    assert isinstance(schedule, Discrete)
+    plan = make_plan(leading_ddim(schedule, steps, clip=config.sampling.clip), schedule)
+    return sample(denoiser, x * plan.initial_noise_std, plan)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("ddpm", "v") else [pytest.mark.slow]) for n in SCHEDULERS]
+)
+def test_twenty_ddim_steps_are_those_of_diffusers(name: str, tmp_path: Path) -> None:
+    scheduler = diffusers.DDIMScheduler(**SCHEDULERS[name])
+    model = unet()
+    run = import_published(pipeline(tmp_path / "theirs", model, scheduler), tmp_path / "run")
+    config, denoiser = run.config(), run.denoiser()
+    assert config.sampling.clip == (None if name == "unclipped" else 0.5 if name == "sample" else 1.0)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    # float32: the output of an untrained network may drive the state far out, so errors count relative to it
+    theirs = their_samples(model, scheduler, x.float(), 20)
+    ours = our_samples(config, denoiser, x.float(), 20)
+    assert ours.dtype == torch.float32
+    assert (ours - theirs).abs().mean() < 1e-4 * max(1.0, float(theirs.abs().max()))
+    # float64, with the same table of alpha_bar: the two computations are one
+    assert isinstance(config.diffusion.schedule, Discrete)
+    scheduler.alphas_cumprod = 1 / (1 + config.diffusion.schedule.sigmas**2)
+    exact = their_samples(Exact(model), scheduler, x, 20)
+    again = our_samples(config, denoiser.double(), x, 20)
+    assert (again - exact).abs().max() < 1e-7 * max(1.0, float(exact.abs().max()))
+
+
+def test_a_run_of_a_trained_model_samples_its_images_in_float32(tmp_path: Path) -> None:
+    model, scheduler = trained(unet(), 30)
+    run = import_published(pipeline(tmp_path / "theirs", model, scheduler), tmp_path / "run")
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    theirs = their_samples(model, scheduler, x, 20)
+    assert theirs.std() > 0.1
+    assert (our_samples(run.config(), run.denoiser(), x, 20) - theirs).abs().max() < 1e-5
+
+
+def test_a_model_comes_back_bit_for_bit_and_so_do_its_samples(tmp_path: Path) -> None:
+    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear")
+    folder = pipeline(tmp_path / "theirs", unet(num_class_embeds=None), scheduler)
+    import_published(folder, tmp_path / "run")
+    assert cli.main(["export", str(tmp_path / "run"), "--format", "unet2d", "--out", str(tmp_path / "back")]) == 0
+    file = "unet/diffusion_pytorch_model.safetensors"
+    before, after = load_file(folder / file), load_file(tmp_path / "back" / file)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    found = diffusers.DDIMPipeline.from_pretrained(tmp_path / "back")
+    original = diffusers.DDIMPipeline.from_pretrained(folder)
+    images = [
+        p(2, generator=torch.Generator().manual_seed(3), num_inference_steps=5, output_type="np").images
+        for p in (found, original)
+    ]
+    assert (images[0] == images[1]).all()
+    with pytest.raises(UserError, match="exists"):
+        export_unet2d(tmp_path / "run", tmp_path / "back")
+
+
+def test_averaged_weights_of_a_checkpoint_are_the_runs_average(tmp_path: Path) -> None:
+    place = tmp_path / "checkpoint-7"
+    unet().save_pretrained(place / "unet")
+    average = diffusers.training_utils.EMAModel(
+        unet().parameters(), model_cls=diffusers.UNet2DModel, model_config=unet().config
+    )
+    for shadow in average.shadow_params:
+        shadow += 1.0
+    average.save_pretrained(place / "unet_ema")
+    diffusers.DDPMScheduler().save_pretrained(tmp_path / "scheduler")
+    run = import_published(place, tmp_path / "run")
+    model, ema = (run.denoiser("latest", kind).state_dict() for kind in ("model", "ema"))
+    assert all(torch.equal(ema[name], model[name] + 1.0) for name in model)
+
+
+def test_classes_are_embedded_as_before(tmp_path: Path) -> None:
+    from multistage_diffusion.contracts import Conditioning
+
+    model = unet(num_class_embeds=4)
+    run = import_published(pipeline(tmp_path / "theirs", model, diffusers.DDPMScheduler()), tmp_path / "run")
+    x, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 3, 1])
+    sigma = float(run.config().diffusion.schedule.sigma(400.0))
+    scale = 1 / math.hypot(1, sigma)
+    with torch.no_grad():
+        ours = run.denoiser()(x, sigma, Conditioning(labels=labels))
+        theirs = x - sigma * model(x * scale, 400, class_labels=labels).sample
+    assert (ours - theirs).abs().max() < 1e-5
+    assert len(sample_run(run, 2, label=3)) == 2
+
+
+def test_a_pipeline_on_latents_keeps_its_autoencoder_and_scale(tmp_path: Path) -> None:
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=3,
+        scaling_factor=0.7,
+    )
+    folder = pipeline(tmp_path / "theirs", unet(), diffusers.DDPMScheduler(clip_sample=False))
+    vae.save_pretrained(folder / "vae")
+    run = import_published(folder, tmp_path / "run")
+    config = run.config()
+    assert (config.codec.scale, config.codec.shape, config.data.shape) == (0.7, (3, 8, 8), (3, 16, 16))
+    assert sample_run(run, 2).shape == (2, 3, 16, 16)
+    export_unet2d(run, tmp_path / "back")
+    assert (tmp_path / "back" / "vqvae" / "config.json").read_text().count('"scaling_factor": 0.7') == 1
+    vae.register_to_config(shift_factor=0.1)
+    vae.save_pretrained(folder / "vae")
+    with pytest.raises(UserError, match=r"shift_factor=0\.1"):
+        import_published(folder, tmp_path / "shifted")
+
+
+def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "theirs", unet(sample_size=None), diffusers.DDPMScheduler())
+    with pytest.raises(UserError, match=r"sample_size is null .*--size H W"):
+        import_published(folder, tmp_path / "run")
+    with pytest.raises(UserError, match="head_channels do not go with a folder"):
+        import_published(folder, tmp_path / "run", head_channels=8)
+    run = import_published(folder, tmp_path / "run", size=(8, 8))
+    assert run.config().data.shape == (3, 8, 8)
+    diffusers.DDIMScheduler(rescale_betas_zero_snr=True).save_pretrained(folder / "scheduler")
+    with pytest.raises(UserError, match="rescale_betas_zero_snr=True"):
+        import_published(folder, tmp_path / "other", size=(8, 8))
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_imported_run_is_not_exported_as_latent_diffusions(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "theirs", unet(), diffusers.DDPMScheduler())
+    run = import_published(folder, tmp_path / "run")
+    assert isinstance(run, Run)
+    assert cli.main(["export", str(run.path), "--out", str(tmp_path / "x.ckpt")]) == 2
