@@ -60,3 +60,15 @@ def test_separate_networks_share_nothing(tiny_config):
     cost = network_cost(config.network, 4, 4)
     for rank, found in enumerate(step_costs(config, SHAPE, "memory", 3)):
         assert (found.held, found.reduced) == (20 * cost.stages[rank].parameters, 0)
+
+
+@pytest.mark.parametrize("strategy", ["time", "memory", "fsdp"])
+def test_a_frozen_encoder_takes_weights_and_averages_and_is_not_sent(tiny_config, strategy) -> None:
+    learning = tiny_config(training__init_from="runs/one")
+    frozen = tiny_config(training__init_from="runs/one", training__freeze="encoder")
+    shared = network_cost(frozen.network, 4, 4)
+    for one, other in zip(*(step_costs(c, (1, 4, 4), strategy, 3) for c in (learning, frozen)), strict=True):
+        share = 1 / 3 if strategy == "fsdp" else 1
+        assert one.held - other.held == pytest.approx((4 + 8) * share * shared.shared_parameters)
+        assert one.reduced - other.reduced == 4 * shared.shared_parameters
+        assert other.flops < one.flops

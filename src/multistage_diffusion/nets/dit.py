@@ -42,9 +42,12 @@ from .transformer import (
     Tokens,
     TransformerConfig,
     label_rows,
+    modulated,
     sincos_positions,
     token_norm,
     unpatched,
+    xavier_linears,
+    zero_linear,
 )
 
 FREQUENCIES = 256  # sines and cosines of the noise
@@ -81,16 +84,6 @@ class DiTConfig(TransformerConfig):
     def decoder(self, stage: int, encoder_width: int) -> nn.Module:
         """Build the decoder of a stage."""
         return DiTDecoder(self, stage, encoder_width)
-
-
-def zero_linear(features_in: int, features_out: int) -> nn.Linear:
-    """Return a linear layer of zeros."""
-    return linear(features_in, features_out, gain=0.0)
-
-
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return x (B, N, D) times 1 + scale plus shift, both (B, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class DiTEmbedding(nn.Module):
@@ -142,7 +135,7 @@ class DiTBlock(Block):
         self.norm1 = token_norm(config.norm, width, eps=config.norm_eps, affine=False)
         self.mlp = MLP(width, config.mlp_ratio, approximate="tanh")
         self.dropout = nn.Dropout(config.dropout)
-        _initialise(self.attention, self.mlp)
+        xavier_linears(self.attention, self.mlp)
 
     def compute(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map tokens (B, N, D) and the activated embedding (B, E) to tokens (B, N, D)."""
@@ -152,15 +145,6 @@ class DiTBlock(Block):
         h = self.mlp(modulated(self.norm1(x), shift1, scale1))
         out: Tensor = x + gate1[:, None] * self.dropout(h)
         return out
-
-
-def _initialise(*modules: nn.Module) -> None:
-    """Draw the weights of linear layers as in `blocks.linear`."""
-    for layer in (layer for module in modules for layer in module.modules()):
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
 
 
 class DiTEncoder(nn.Module):
@@ -176,7 +160,7 @@ class DiTEncoder(nn.Module):
         self.register_buffer("positions", sincos_positions(width, self.base, self.base), persistent=False)
         head = config.encoder_head(stage)
         self.blocks = nn.ModuleList(DiTBlock(config, width, width, head) for _ in range(config.encoder_depth))
-        _initialise(self.patches)
+        xavier_linears(self.patches)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tokens:
         """Encode x (B, C, H, W) at noise = c_noise (B,): the step of a discrete schedule, 999 t or ln(sigma) / 4."""

@@ -34,7 +34,7 @@ class PublishedLayout(ABC):
         suffix: of a file that holds it; empty: it is read only.
         class_name: `_class_name` in the config.json of a folder of diffusers; empty: it is a file.
         diffusion: the keys of a run's `diffusion` with which its networks are trained.
-        averaged: whether a file of bare weights holds averages, and is written as such.
+        averaged: whether a file holds the averages alone, as a state dict.
         marks: names of tensors by which the layout is recognised.
     """
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config.network import NetworkConfig
 from ..contracts import Conditioning
 from ..errors import require
-from .blocks import check_labels
+from .blocks import check_labels, linear
 from .network import Encoded
 
 ALIKE = 1.5  # largest factor between the ratios of depth to width that a plan compares
@@ -257,3 +257,22 @@ class MLP(nn.Module):
         """Map (B, N, width) to the same shape."""
         out: Tensor = self.linear1(self.gelu(self.linear0(x)))
         return out
+
+
+def zero_linear(features_in: int, features_out: int) -> nn.Linear:
+    """Return a linear layer of zeros."""
+    return linear(features_in, features_out, gain=0.0)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return x (B, N, D) times 1 + scale plus shift, both (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def xavier_linears(*modules: nn.Module) -> None:
+    """Draw the weights of linear layers as in `blocks.linear`."""
+    for layer in (layer for module in modules for layer in module.modules()):
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

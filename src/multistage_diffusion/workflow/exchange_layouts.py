@@ -64,12 +64,11 @@ def find_layout(path: Path) -> Found | None:
     content = read_torch(path)
     parts = {name: content.get(name) for name in ("model", "ema")} if isinstance(content, dict) else {}
     model, ema = (_tensors(parts.get(name)) for name in ("model", "ema"))
-    bare = _tensors(content) if model is None and ema is None else None
-    layout = _recognised(model or ema or bare or {})
+    if model is None and ema is None:
+        model = _tensors(content)
+    layout = _recognised(model or ema or {})
     if layout is None:
         return None
-    if bare is not None:
-        model, ema = (None, bare) if layout.averaged else (bare, None)
     return Found(layout=layout, model=model, ema=ema, told={})
 
 
