@@ -1,0 +1,74 @@
+"""What the benchmark of tools makes of a training time and of its results; the tools themselves are not installed here."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from multistage_diffusion import preset
+from multistage_diffusion.nets.cost import network_cost
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module", name="peers")
+def fixture_peers() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("peers", BENCHMARKS / "peers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["peers"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_tool_trains_for_its_time(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: now[0])
+    numbers = []
+
+    def step(number: int) -> int:
+        numbers.append(number)
+        now[0] += 3.0
+        return 16
+
+    assert peers.timed(step, 10.0) == 4 * 16  # begun at 0, 3, 6 and 9 s
+    assert numbers == [0, 1, 2, 3]
+
+
+def test_every_image_comes_once_a_round_in_minus_one_to_one(peers: ModuleType) -> None:
+    images = (torch.arange(12, dtype=torch.uint8) * 23)[:, None, None, None].expand(12, 1, 2, 2)
+    source = peers.batches(images, 4)
+    for _ in range(2):
+        drawn = torch.cat([next(source) for _ in range(3)])
+        assert torch.equal(drawn[:, 0, 0, 0].sort().values, images[:, 0, 0, 0].float() / 127.5 - 1)
+
+
+def test_the_table_has_the_mean_over_the_seeds(peers: ModuleType) -> None:
+    def run(distance: float) -> dict[str, object]:
+        return {"images": 5000, "parameters": 1_640_000, "20": {"frechet": distance}, "50": {"frechet": distance / 2}}
+
+    found = peers.table({"results": {"ours, 20": {"1": run(0.5), "2": run(0.7)}, "diffusers, 20": {"1": run(2.0)}}})
+    assert found.splitlines()[2:] == [
+        "| ours | 20 | 5,000 | 1.64 M | 0.600 | 0.300 | 2 |",
+        "| diffusers | 20 | 5,000 | 1.64 M | 2.000 | 1.000 | 1 |",
+    ]
+
+
+@pytest.mark.slow
+def test_our_own_training_ends_in_time_and_is_judged(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.setitem(peers.PRESETS, "fashion-mnist", "digits")
+    tool = peers.Ours(1, 8)
+    seen, size = tool.fit(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), 2.0)
+    assert seen > 0
+    assert seen % 96 == 0
+    assert size == network_cost(preset("digits").network, 8, 8).total_parameters
+    drawn = tool.draw(3, 4)
+    assert drawn.shape == (3, 1, 8, 8)
+    assert 0 <= drawn.min() <= drawn.max() <= 1
