@@ -566,7 +566,7 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
     for state, words in (
         ({"betas": torch.tensor(0.1)}, "betas has shape []; a schedule has a number for every step"),
         ({"scale_factor": torch.ones(2)}, "scale_factor has shape [2], not one number"),
-        ({"scale_factor": torch.tensor(-1.0)}, "codec.scale=-1.0 must be positive and finite"),
+        ({"scale_factor": torch.tensor(-1.0)}, "codec.scale=-1.0 must be positive and finite, or 'config'"),
     ):
         assert refusal(write_ldm(file, weights, weights, state=state), out, **ldm) == words
     assert refusal(file, out, size=(8, 8), head_channels=0) == "network.head_channels=0 must be positive"
