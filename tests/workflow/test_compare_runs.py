@@ -12,10 +12,12 @@ import torch
 
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.config.presets import preset
-from multistage_diffusion.config.serialization import override
+from multistage_diffusion.config.serialization import override, to_dict
 from multistage_diffusion.data import to_float
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation.denoising_errors import denoising_errors
+from multistage_diffusion.files import write_json
+from multistage_diffusion.optimal import OptimalDenoiser
 from multistage_diffusion.reporting.comparison_page import write_comparison
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.workflow.compare_runs import compare_runs
@@ -74,6 +76,44 @@ def test_errors_are_those_of_the_held_out_images(folder: Path) -> None:
     assert found.runs[0].differences == ()
     assert found.runs[0].bound is None
     assert [run.name for run in found.runs] == ["one", "other"]
+
+
+def test_an_excess_is_above_the_optimal_denoiser_of_the_training_images(folder: Path, tmp_path: Path) -> None:
+    found = compare_runs([folder / "one"], levels=5, count=20, excess=True)
+    run = Run.open(folder / "one")
+    training, _ = run.data().split(run.config().data.held_out)
+    data, sigmas = to_float(training.tensor()), torch.tensor(found.sigmas, dtype=torch.float64)
+    least = denoising_errors(OptimalDenoiser(data), data[:20], sigmas)
+    own = denoising_errors(run.denoiser("best"), data[:20], sigmas)
+    assert [run.name for run in found.runs] == ["optimal denoiser", "one"]
+    assert found.runs[0].errors == pytest.approx(least.mean(1).tolist())
+    expected = (1 - least.mean(1) / own.mean(1)).tolist()
+    assert [d.mean for d in found.runs[1].differences] == pytest.approx(expected)
+    assert found.runs[1].bound is not None
+    assert found.runs[1].bound.mean > 0
+    page, _ = write_comparison(found, tmp_path / "excess.html", pixels=True)
+    text = page.read_text()
+    assert "above the least possible" in text
+    assert "training images" in text
+    assert "held-out" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network.num_classes": 2}, r"network\.num_classes: the least error"),
+        ({"training.flip": True}, r"training\.flip: the runs have other training images"),
+    ],
+)
+def test_an_excess_that_is_not_known_is_refused(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    other = Path(shutil.copytree(folder / "one", tmp_path / "other"))
+    write_json(other / "config.json", to_dict(override(Run.open(other).config(), changes)))
+    with pytest.raises(UserError, match=message):
+        compare_runs([folder / "one", other], levels=2, count=2, excess=True)
+    with pytest.raises(UserError, match="0 runs to compare: name one or more"):
+        compare_runs([], excess=True)
 
 
 def test_a_run_does_not_differ_from_its_copy(folder: Path, tmp_path: Path) -> None:

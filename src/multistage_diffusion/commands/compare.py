@@ -25,9 +25,13 @@ class Compare:
     and a PNG of the charts beside it. Quality while training is logged by runs with evaluation.every; quality by
     sampling is that of msdiff evaluate with several --calls.
 
+    With --excess the base is the least error that any denoiser can have: that of the optimal denoiser of the training
+    images, on these. Where a network's excess is large, more training or another decoder can help.
+
     Examples
       msdiff compare runs/one runs/three
       msdiff compare runs/one runs/three runs/four --checkpoint latest --out four.html
+      msdiff compare runs/three --excess --out excess.html
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="RUN", metavar="RUN RUN ...")]
@@ -37,9 +41,11 @@ class Compare:
     checkpoint: str = "best"
     """best, latest or a step."""
     count: int = COUNT
-    """Held-out images, at most."""
+    """Images, at most."""
     levels: int = LEVELS
     """Noise levels, evenly spaced in ln sigma over the training noise that all runs share."""
+    excess: bool = False
+    """Compare on training images with their optimal denoiser."""
     seed: int = 0
     """Seed of the noise."""
     device: Device = None
@@ -62,6 +68,7 @@ class Compare:
                 levels=self.levels,
                 seed=self.seed,
                 checkpoint=self.checkpoint,
+                excess=self.excess,
                 device=self.device,
                 progress=bar,
             )

@@ -16,8 +16,9 @@ class ComparedRun:
         step: step of the checkpoint.
         edges: interior stage edges, sigma.
         errors: mean squared error per dimension at each noise level.
-        differences: of the errors from the first run's, relative to them; empty for the first run.
-        bound: difference of the variational bound from the first run's, in nats per dimension; None for the first run.
+        differences: of the errors from the base's, relative to them; of an excess relative to the run's own error; empty for the
+            base.
+        bound: difference of the variational bound from the base's, in nats per dimension; None for the base.
         training: (petaFLOPs of training, Fréchet distance) of the evaluations while training.
         sampling: (gigaFLOPs per image, Fréchet distance) of the evaluations of this checkpoint.
     """
@@ -38,12 +39,14 @@ class RunsComparison:
 
     Attributes:
         sigmas: the noise levels, ascending.
-        rows: number of held-out images.
+        rows: number of images.
+        excess: whether they are training images and the base is the optimal denoiser of all of these; else they are held out.
         features: of the Fréchet distances in the curves; empty if there are none.
         runs: in the order given.
     """
 
     sigmas: tuple[float, ...]
     rows: int
+    excess: bool
     features: str
     runs: tuple[ComparedRun, ...]

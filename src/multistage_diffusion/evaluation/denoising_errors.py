@@ -59,6 +59,14 @@ def relative_differences(errors: Tensor, base: Tensor) -> tuple[Estimate, ...]:
     return tuple(Estimate.of((own - other) / other.mean()) for own, other in zip(errors, base, strict=True))
 
 
+def excess_shares(errors: Tensor, least: Tensor) -> tuple[Estimate, ...]:
+    """Return, for every noise level, the part of a denoiser's mean error (M, N) that is above the least possible error (M, N).
+
+    The least error is that of the optimal denoiser on images of its own data set, where no denoiser has a lower mean.
+    """
+    return tuple(Estimate.of((own - other) / own.mean()) for own, other in zip(errors, least, strict=True))
+
+
 def bound_difference(errors: Tensor, base: Tensor, sigmas: Tensor) -> Estimate:
     """Return the difference of two denoisers' variational bounds over the range of the levels, in nats per dimension.
 

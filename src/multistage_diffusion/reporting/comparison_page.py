@@ -58,13 +58,11 @@ Panel = tuple[str, Callable[[Axes, RunsComparison], None], str]  # title, drawin
 
 def _panels(found: RunsComparison) -> list[Panel]:
     """Return the charts for which there is anything to show."""
-    base = found.runs[0].name
     known: list[Panel] = [
         (
             "Denoising error",
             _draw_errors,
-            f"Denoising error of each run relative to {base}, on the same held-out images and noise; bands: two standard "
-            "errors; dotted: stage edges",
+            f"{_what(found)}, on the same {_images(found)} and noise; bands: two standard errors; dotted: stage edges",
         )
     ]
     if sum(len(run.training) > 0 for run in found.runs) > 1:
@@ -76,9 +74,23 @@ def _panels(found: RunsComparison) -> list[Panel]:
     return known
 
 
+def _images(found: RunsComparison) -> str:
+    return "training images" if found.excess else "held-out images"
+
+
+def _what(found: RunsComparison) -> str:
+    if found.excess:
+        return "Excess: the part of each run's denoising error that is above the least possible"
+    return f"Denoising error of each run relative to {found.runs[0].name}"
+
+
+def _axis(found: RunsComparison) -> str:
+    return "excess, % of the error" if found.excess else f"error, % from {label(found.runs[0].name)}'s"
+
+
 def _page(found: RunsComparison, panels: Sequence[Panel], pixels: bool) -> str:
     base, others = found.runs[0], found.runs[1:]
-    head = facts({"base": base.name, "held-out images": found.rows, "noise levels": len(found.sigmas)})
+    head = facts({"base": base.name, _images(found): found.rows, "noise levels": len(found.sigmas)})
     names = ", ".join(run.name for run in others)
     lines = [[run.name, run.step, bound_words(run.bound, pixels) or "base"] for run in found.runs]
     summary = table(["run", "step", "variational bound, less the base's"], lines, name="Bounds") + note(
@@ -109,7 +121,7 @@ def _draw_errors(axes: Axes, found: RunsComparison) -> None:
         axes.fill_between(found.sigmas, low, high, color=stage_colour(number), alpha=0.2, linewidth=0)
         for edge in run.edges:
             axes.axvline(edge, color=stage_colour(number), linewidth=1, linestyle=":")
-    axes.set(xlabel="sigma", ylabel=f"error, % from {label(found.runs[0].name)}'s")
+    axes.set(xlabel="sigma", ylabel=_axis(found))
     tidy(axes, "log", "linear", "Denoising error")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.legend(frameon=False)

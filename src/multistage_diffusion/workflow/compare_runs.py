@@ -1,4 +1,4 @@
-"""Comparison of runs: the same held-out images and noise for all, and their curves of quality against compute."""
+"""Comparison of runs: the same images and noise for all, and their curves of quality against compute."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor
 from ..config import RunConfig
 from ..config.sampling import SamplingConfig
 from ..config.serialization import from_dict
+from ..data import ImageData
 from ..errors import UserError
 from ..evaluation.compared import ComparedRun, RunsComparison
-from ..evaluation.denoising_errors import bound_difference, denoising_errors, relative_differences
+from ..evaluation.denoising_errors import bound_difference, denoising_errors, excess_shares, relative_differences
+from ..optimal import OptimalDenoiser
 from ..performance.devices import resolve_device
 from ..progress import Progress
 from ..records import read_evaluations
@@ -25,7 +27,7 @@ from .likelihood import network_inputs, noise_range
 from .sample import opened_run
 
 LEVELS = 24  # noise levels, evenly spaced in ln sigma
-COUNT = 1000  # held-out images, at most
+COUNT = 1000  # images, at most
 
 
 def compare_runs(
@@ -35,34 +37,40 @@ def compare_runs(
     levels: int = LEVELS,
     seed: int = 0,
     checkpoint: str = "best",
+    excess: bool = False,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> RunsComparison:
-    """Compare runs on the same held-out images, in the same noise.
+    """Compare runs on the same images, in the same noise: with each other, or with the least error that is possible.
 
     Args:
         runs: trained runs, or their folders, on the same data; the first one is the base.
-        count: most held-out images, the first ones.
+        count: most images, the first ones.
         levels: number of noise levels, over the range of training noise that all runs share.
         seed: seed of the noise.
         checkpoint: "best", "latest" or a step, of all runs.
+        excess: compare on training images with their optimal denoiser, which is then the base; one run suffices. On held-out
+            images that denoiser is no bound.
         device: default CUDA when there is one.
         progress: called with (rows done, rows in total).
 
     Raises:
-        UserError: if the runs cannot be compared: other data, another share held out, latents of other codecs.
+        UserError: if the runs cannot be compared: other data, another share held out, latents of other codecs; for an excess,
+            if runs are class-conditional, or memory does not hold all training images.
     """
     opened, place = [opened_run(run) for run in runs], resolve_device(device)
     configs = [run.config() for run in opened]
-    _require_comparable(opened, configs)
+    _require_comparable(opened, configs, least=1 if excess else 2)
     if count < 2 or levels < 2:
         raise UserError(f"count={count} and levels={levels} must be at least 2")
-    _, held_out = opened[0].data().split(configs[0].data.held_out)
-    if len(held_out) < 2:
+    training, held_out = opened[0].data().split(configs[0].data.held_out)
+    part = training if excess else held_out
+    if len(part) < 2:
         raise UserError(f"data.held_out={configs[0].data.held_out} leaves fewer than 2 images to compare on")
-    images = held_out.subset(range(min(count, len(held_out))))
+    images = part.subset(range(min(count, len(part))))
     data = network_inputs(configs[0], images, place)
     sigmas, found, steps = _levels(configs, levels), list[Tensor](), list[int]()
+    least = _least_errors(configs, training, data, sigmas, seed, place) if excess else None
     for number, (run, config) in enumerate(zip(opened, configs, strict=True)):
         steps.append(checkpoint_step(run.checkpoint(checkpoint)))
         labelled = config.network.num_classes > 0 and images.labels is not None
@@ -77,33 +85,69 @@ def compare_runs(
                 progress=None if progress is None else _part(progress, number, len(opened)),
             )
         )
-    features = _features(opened)
-    return RunsComparison(
-        sigmas=tuple(sigmas.tolist()),
-        rows=len(images),
-        features=features,
-        runs=tuple(
+    features, base = _features(opened), found[0] if least is None else least
+    compared = [] if least is None else [_optimal(least)]
+    for run, config, name, step, errors in zip(opened, configs, _names(opened), steps, found, strict=True):
+        differences = relative_differences(errors, base) if least is None else excess_shares(errors, base)
+        first = not compared
+        compared.append(
             ComparedRun(
                 name=name,
                 step=step,
                 edges=config.stages.interior,
                 errors=tuple(errors.mean(1).tolist()),
-                differences=relative_differences(errors, found[0]) if number else (),
-                bound=bound_difference(errors, found[0], sigmas) if number else None,
+                differences=() if first else differences,
+                bound=None if first else bound_difference(errors, base, sigmas),
                 training=_training_curve(run, features),
                 sampling=_sampling_curve(run, config, step, features),
             )
-            for number, (run, config, name, step, errors) in enumerate(
-                zip(opened, configs, _names(opened), steps, found, strict=True)
-            )
-        ),
+        )
+    return RunsComparison(
+        sigmas=tuple(sigmas.tolist()), rows=len(images), excess=excess, features=features, runs=tuple(compared)
     )
 
 
-def _require_comparable(runs: Sequence[Run], configs: Sequence[RunConfig]) -> None:
-    """Raise UserError unless all runs have the same held-out images and inputs."""
-    if len(runs) < 2:
-        raise UserError(f"{len(runs)} run to compare: name two or more")
+def _least_errors(
+    configs: Sequence[RunConfig], training: ImageData, data: Tensor, sigmas: Tensor, seed: int, device: torch.device
+) -> Tensor:
+    """Return the errors of the optimal denoiser of all training images, see `denoising_errors`.
+
+    Raises:
+        UserError: if runs are class-conditional, or mirror images in other ways, or memory does not hold the images.
+    """
+    if any(config.network.num_classes for config in configs):
+        raise UserError(
+            "network.num_classes: the least error of a class-conditional run is not known; leave out --excess"
+        )
+    if len({config.training.flip for config in configs}) > 1:
+        raise UserError("training.flip: the runs have other training images; compare each by itself with --excess")
+    everything = network_inputs(configs[0], training, device)
+    if configs[0].training.flip:
+        if configs[0].codec.used:
+            raise UserError("training.flip=True: the latents of mirrored images are not compared; leave out --excess")
+        everything = torch.cat([everything, everything.flip(-1)])
+    return denoising_errors(OptimalDenoiser(everything.to(device)), data, sigmas, seed=seed, device=device)
+
+
+def _optimal(errors: Tensor) -> ComparedRun:
+    """Return the optimal denoiser as the base of a comparison."""
+    return ComparedRun(
+        name="optimal denoiser",
+        step=0,
+        edges=(),
+        errors=tuple(errors.mean(1).tolist()),
+        differences=(),
+        bound=None,
+        training=(),
+        sampling=(),
+    )
+
+
+def _require_comparable(runs: Sequence[Run], configs: Sequence[RunConfig], least: int) -> None:
+    """Raise UserError unless there are so many runs and all have the same held-out images and inputs."""
+    if len(runs) < least:
+        wanted = "one" if least == 1 else "two"
+        raise UserError(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} to compare: name {wanted} or more")
     first = configs[0]
     for run, config in zip(runs[1:], configs[1:], strict=True):
         for key, own, base in (
