@@ -55,6 +55,17 @@ def test_a_wider_decoder_starts_with_the_same_output(
     assert bool((new != 0).all())
 
 
+@pytest.mark.parametrize("changes", [{"head_channels": 4}, {"head_channels": None, "scale_shift": True}])
+def test_a_wider_latent_network_starts_with_the_same_output(changes: dict[str, object]) -> None:
+    common = {"attention_factors": (1, 2), "encoder_width": 8, "group_count": 1, **changes}
+    given, wider = network("ldm", 8, 1, **common), network("ldm", 12, 2, **common)
+    for made in (given, wider):
+        for module in made.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = module.num_channels // 4  # as many channels per group at both widths
+    torch.testing.assert_close(output(started(given, wider)), output(given), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("family", ["ncsnpp", "ddpmpp", "ldm"])
 @pytest.mark.parametrize(("narrow", "wide"), [(8, 12), (4, 12), (8, 24)])
 def test_a_decoder_that_is_widened_and_narrowed_is_as_before(family: str, narrow: int, wide: int) -> None:

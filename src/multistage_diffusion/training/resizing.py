@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nets.blocks import Attention
+from ..nets.ldm import HeadedAttention, LDMBlock
+
+QUERIES = 3  # vectors of an attention head: queries, keys and values
 
 Places = tuple[Tensor, Tensor]  # of the same channels in the new and in the trained decoder, int64 (n,) each
 
@@ -36,18 +39,33 @@ def resized(given: nn.Module, fresh: nn.Module, before: int, after: int) -> dict
         block has lost its projection because its inputs are as many as its outputs at the new width.
     """
     theirs = dict(given.state_dict())
-    attention = [name for name, module in fresh.named_modules() if isinstance(module, Attention)]
-    queries = {f"{name}.qkv.{kind}" for name in attention for kind in ("weight", "bias")}
+    stacked = _stacked(given, fresh)
     found = {}
     try:
         for name, new in fresh.state_dict().items():
             old = theirs.pop(name, None)
             if old is None:
                 old = _identity(name, given)
-            found[name] = _placed(old, new, before, after, queries=name in queries)
+            found[name] = _placed(old, new, before, after, stacked.get(name.rpartition(".")[0], 1))
     except _Unequal:
         return None
     return None if theirs else found
+
+
+def _stacked(given: nn.Module, fresh: nn.Module) -> dict[str, int]:
+    """Return the layers whose output is several vectors of a block's channels one after the other, and how many.
+
+    They are queries, keys and values of one head (3), and scale and shift (2). Of several heads, the heads follow one another.
+    """
+    trained, found = dict(given.named_modules()), {}
+    for name, module in fresh.named_modules():
+        other = trained.get(name)
+        one_head = isinstance(module, HeadedAttention) and isinstance(other, HeadedAttention)
+        if isinstance(module, Attention) or (one_head and module.head_channels != other.head_channels):  # type: ignore[union-attr]
+            found[f"{name}.qkv"] = QUERIES
+        if isinstance(module, LDMBlock) and module.scale_shift:
+            found[f"{name}.affine"] = 2
+    return found
 
 
 def _identity(name: str, given: nn.Module) -> Tensor:
@@ -64,22 +82,24 @@ def _identity(name: str, given: nn.Module) -> Tensor:
     return torch.eye(len(norm))[:, :, None, None] if kind == "weight" else torch.zeros(len(norm))
 
 
-def _placed(old: Tensor, new: Tensor, before: int, after: int, *, queries: bool) -> Tensor:
+def _placed(old: Tensor, new: Tensor, before: int, after: int, stacked: int) -> Tensor:
     """Return a new tensor that holds an old one: rows are the outputs of a layer, columns its inputs.
 
     Args:
         old, new: tensors of the same layer in the trained and in the new decoder.
         before, after: widths of the decoders.
-        queries: whether the rows are queries, keys and values of one attention head.
+        stacked: number of vectors that follow one another in the rows, see `_stacked`.
     """
     if old.shape == new.shape:
         return old.clone()
     if old.ndim != new.ndim or old.shape[2:] != new.shape[2:]:
         raise _Unequal
     value = new.clone()
-    kept, taken = _places(len(old), len(new), before, after, chunks=3 if queries else 1)
+    kept, taken = _places(len(old), len(new), before, after, chunks=stacked)
     old_rows = old[taken].to(new.dtype)
-    if queries:  # the scale is channels^-1/2, so the old queries grow with the channels; new ones add nothing
+    if (
+        stacked == QUERIES
+    ):  # the scale is channels^-1/2, so the old queries grow with the channels; new ones add nothing
         third = len(new) // 3
         value[:third] = 0.0
         old_rows[: len(taken) // 3] *= math.sqrt(len(new) / len(old))
