@@ -71,11 +71,6 @@ def test_sigma_data_is_that_of_the_images_and_no_stage_starves(photos: Path) -> 
     assert min(shares) > 0.03
 
 
-def test_images_that_hardly_differ_have_a_sigma_data(tmp_path: Path) -> None:
-    np.save(tmp_path / "same.npy", np.full((40, 8, 8), 7, np.uint8))
-    assert auto.deviation(open_data(str(tmp_path / "same.npy"))) == auto.LEAST_DEVIATION
-
-
 def test_images_smaller_than_a_preset_keep_their_size_and_get_fewer_levels(tmp_path: Path) -> None:
     config = auto_config(str(folder_of(tmp_path, (8, 8))), device="cpu").config
     assert config.data.size == (8, 8)

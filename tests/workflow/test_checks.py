@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ import pytest
 
 from multistage_diffusion.data import ImageData, to_float
 from multistage_diffusion.data.rows import ArrayRows
+from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.schedules import LogNormal
 from multistage_diffusion.stage_finding import StageSettings, compute_stages
 from multistage_diffusion.stages import Stages
+from multistage_diffusion.workflow.auto import auto_config
 from multistage_diffusion.workflow.checks import (
+    LEAST_DEVIATION,
     LEAST_HELD_OUT,
     SAMPLED,
     sample_std,
@@ -25,10 +29,26 @@ from multistage_diffusion.workflow.checks import (
 )
 
 
-@pytest.mark.parametrize("count", [1, 7, 300])
-def test_the_standard_deviation_is_that_of_the_pixels(tiny_data: Any, count: int) -> None:
+@pytest.mark.parametrize("count", [2, 7, 300])
+def test_the_standard_deviation_is_that_of_the_pixels_about_the_mean_image(tiny_data: Any, count: int) -> None:
     data = tiny_data(count)
-    assert sample_std(data) == pytest.approx(float(to_float(data.tensor()).double().std(correction=0)), rel=1e-6)
+    pixels = to_float(data.tensor()).double()
+    assert sample_std(data) == pytest.approx(float(pixels.std(0, correction=0).square().mean().sqrt()), rel=1e-6)
+
+
+def test_images_on_one_background_are_not_told_another_sigma_data_than_is_chosen_for_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    backdrop = np.repeat(np.array([0, 255], np.uint8), 32).reshape(1, 8, 8)  # varies much more than what differs
+    images = np.clip(backdrop + rng.integers(-20, 20, (40, 8, 8)), 0, 255).astype(np.uint8)
+    np.save(tmp_path / "posed.npy", images)
+    config = auto_config(str(tmp_path / "posed.npy"), device="cpu").config
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_sigma_data(config, "images", sample_std(open_data(str(tmp_path / "posed.npy"))))
+
+
+def test_images_that_hardly_differ_have_a_sigma_data() -> None:
+    assert sample_std(ImageData(ArrayRows(np.full((40, 1, 8, 8), 7, np.uint8)), None, "same")) == LEAST_DEVIATION
 
 
 def test_of_many_images_some_are_read_from_all_over() -> None:

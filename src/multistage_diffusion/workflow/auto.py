@@ -6,12 +6,10 @@ Everything is chosen from the images and the device, with a reason for each choi
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from ..config import DataConfig, RunConfig
@@ -29,14 +27,13 @@ from ..performance.offload import SHARE, free_memory, training_memory
 from ..progress import Progress
 from ..shares import prior_masses
 from ..stage_finding import StageResult, StageSettings
-from .checks import SAMPLED
+from .checks import sample_std
 from .stages import find_stages
 
 SIDES = {"cpu": 32, "gpu": 64}  # pixels to which larger images are reduced, unless a size is given
 LEAST_SIDE = 8  # of images in a folder
 COARSEST = 4  # least side of a network's coarsest feature maps
 FEW_IMAGES = 1000
-LEAST_DEVIATION = 0.01  # of images that hardly differ
 
 
 class Reason(NamedTuple):
@@ -195,21 +192,9 @@ def _with_sigma_data(
     if config.codec.used:
         reasons.append(Reason("diffusion.sigma_data", "1", "the scale of the latents"))
         return override(config, {"diffusion.sigma_data": 1.0})
-    found = round(deviation(images), 4)
+    found = round(sample_std(images), 4)
     reasons.append(Reason("diffusion.sigma_data", f"{found:g}", "standard deviation about the mean image"))
     return override(config, {"diffusion.sigma_data": found})
-
-
-def deviation(images: ImageData) -> float:
-    """Return the standard deviation of a pixel in [-1, 1] about the mean image, of at most SAMPLED images."""
-    count, numbers = 0, np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(np.int64))
-    total, squares = np.zeros(images.shape), np.zeros(images.shape)
-    for part in images.subset(numbers).chunks():
-        levels = part.astype(np.float64) / 127.5 - 1.0
-        count += len(part)
-        total += levels.sum(0)
-        squares += (levels**2).sum(0)
-    return max(LEAST_DEVIATION, math.sqrt(max(0.0, float((squares / count - (total / count) ** 2).mean()))))
 
 
 def _with_stages(

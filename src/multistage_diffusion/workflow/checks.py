@@ -11,7 +11,7 @@ import torch
 
 from ..config import CodecConfig, DiffusionConfig, NetworkConfig, RunConfig
 from ..contracts import Codec
-from ..data import ImageData, to_float
+from ..data import ImageData
 from ..errors import UserError
 from ..escaping import counted
 from ..latent.latents import LatentData
@@ -26,6 +26,7 @@ from ..training.warm_start import warm_start
 
 LEAST_SHARE = 0.02  # of the rows, for a stage
 LEAST_HELD_OUT = 16  # images
+LEAST_DEVIATION = 0.01  # of images that hardly differ
 SAMPLED = 4096  # images whose standard deviation is compared with diffusion.sigma_data
 
 
@@ -129,13 +130,19 @@ def latent_std(latents: LatentData) -> float:
 
 
 def sample_std(images: ImageData) -> float:
-    """Return the standard deviation of the pixels in [-1, 1] of at most SAMPLED images, evenly spaced in the data."""
-    sample = images.subset(np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(np.int64)))
-    counts = torch.zeros(256, dtype=torch.int64)
-    for part in sample.chunks():
-        counts += torch.bincount(torch.from_numpy(part).flatten(), minlength=256)
-    levels = to_float(torch.arange(256, dtype=torch.uint8))
-    return math.sqrt(np.cov(levels.numpy(), fweights=counts.numpy(), ddof=0))
+    """Return the standard deviation of a pixel in [-1, 1] about the mean image, of at most SAMPLED images.
+
+    They are evenly spaced in the data. This is the sigma_data that is chosen where none is given (auto.py): at least
+    LEAST_DEVIATION.
+    """
+    count, numbers = 0, np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(np.int64))
+    total, squares = np.zeros(images.shape), np.zeros(images.shape)
+    for part in images.subset(numbers).chunks():
+        levels = part.astype(np.float64) / 127.5 - 1.0
+        count += len(part)
+        total += levels.sum(0)
+        squares += (levels**2).sum(0)
+    return max(LEAST_DEVIATION, math.sqrt(max(0.0, float((squares / count - (total / count) ** 2).mean()))))
 
 
 def check(config: RunConfig, images: tuple[ImageData, ImageData], device: torch.device, processes: int = 1) -> None:
