@@ -147,6 +147,7 @@ def _small_networks(**changes: Any) -> dict[str, Any]:
         "network.decoder_widths": [16, 16, 16],
         "network.channel_mult": [1, 2],
         "network.blocks_per_level": 1,
+        "network.norm_groups": 16,
         "network.dropout": 0.0,
         "optimizer.lr": 4e-3,
         "optimizer.warmup_steps": 200,
