@@ -220,7 +220,10 @@ def test_every_kind_of_run_samples_the_same_images_without_this_package(tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_on_latents_brings_its_autoencoder_and_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shift", [0.0, 0.75])
+def test_a_run_on_latents_brings_its_autoencoder_scale_and_shift(
+    shift: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from multistage_diffusion.latent.codecs import open_codec
     from multistage_diffusion.workflow.latent import decoder
 
@@ -233,13 +236,15 @@ def test_a_run_on_latents_brings_its_autoencoder_and_scale(tmp_path: Path, monke
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4,
         latent_channels=3,
+        shift_factor=0.3,  # the run's counts, here another and none
     )
     vae.save_pretrained(tmp_path / "codec")
-    codec = {"codec__source": str(tmp_path / "codec"), "codec__shape": (3, 4, 4), "codec__scale": 0.4}
+    codec: dict[str, Any] = {"codec__source": str(tmp_path / "codec"), "codec__shape": (3, 4, 4), "codec__scale": 0.4}
+    codec["codec__shift"] = shift
     run = a_run(tmp_path / "run", **codec, network__channels=3, data__shape=(1, 8, 8))
     folder, x, _ = exported(run)
     pipe = in_process(folder, monkeypatch)
-    assert pipe.vae.config.scaling_factor == 0.4
+    assert (pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor or 0.0) == (0.4, shift)
     ours = decoder(open_codec(run.config().codec), 0.4)(our_samples(run, x, None))
     theirs = pipe(latents=x, output_type="pt").images
     assert theirs.shape == (3, 1, 8, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from multistage_diffusion.errors import UserError
 from multistage_diffusion.samplers import make_plan, sample
 from multistage_diffusion.schedules.discrete import Discrete
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.workflow.export_unet2d import export_unet2d
+from multistage_diffusion.workflow.export_unet2d import _files, export_unet2d
 from multistage_diffusion.workflow.import_run import import_published
 from multistage_diffusion.workflow.import_unet2d import leading_ddim
 from multistage_diffusion.workflow.sample import sample as sample_run
@@ -172,6 +173,8 @@ def test_a_pipeline_on_latents_keeps_its_autoencoder_and_scale(tmp_path: Path) -
     assert sample_run(run, 2).shape == (2, 3, 16, 16)
     export_unet2d(run, tmp_path / "back")
     assert (tmp_path / "back" / "vqvae" / "config.json").read_text().count('"scaling_factor": 0.7') == 1
+    with pytest.raises(UserError, match=r"codec.shift=0\.1: diffusers' LDMPipeline has no shift"):
+        _files(dataclasses.replace(config, codec=dataclasses.replace(config.codec, shift=0.1)))
     vae.register_to_config(shift_factor=0.1)
     vae.save_pretrained(folder / "vae")
     with pytest.raises(UserError, match=r"shift_factor=0\.1"):
@@ -182,7 +185,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = pipeline(tmp_path / "theirs", unet(sample_size=None), diffusers.DDPMScheduler())
     with pytest.raises(UserError, match=r"sample_size is null .*--size H W"):
         import_published(folder, tmp_path / "run")
-    with pytest.raises(UserError, match="head_channels: has no meaning for a folder of diffusers"):
+    with pytest.raises(UserError, match="head_channels: has no meaning for a folder"):
         import_published(folder, tmp_path / "run", head_channels=8)
     run = import_published(folder, tmp_path / "run", size=(8, 8))
     assert run.config().data.shape == (3, 8, 8)

@@ -128,6 +128,11 @@ def differences(config: RunConfig) -> list[str]:
             f"inputs of {height} x {width} are padded to multiples of {network.multiple} here; the original code does not pad "
             "and cannot use them"
         )
+    if config.codec.shift:
+        found.append(
+            f"codec.shift={config.codec.shift:g}: the original code has no shift of latents, and decodes other images; add the "
+            "shift to the latents that it decodes"
+        )
     if isinstance(network, LDMConfig) and network.attention_factors:
         attends = tuple(network.decoder_attends(k) for k in range(stages))
         theirs_attend = tuple(k == 0 for k in range(stages))

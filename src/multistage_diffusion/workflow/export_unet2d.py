@@ -12,11 +12,12 @@ from safetensors.torch import save
 from ..config import RunConfig
 from ..errors import UserError
 from ..files import new_folder, write_file
-from ..interop.diffusers_folder import CONFIG, SCHEDULER, WEIGHTS
+from ..interop.diffusers_folder import CONFIG, SCHEDULER, WEIGHTS, read_mapping
 from ..interop.noise_config import noise_settings
 from ..interop.unet2d import CLASS, unet2d_settings, unet2d_tensors
 from ..latent.codecs import DiffusersCodec, open_codec
 from ..nets.ldm import LDMConfig
+from ..reading import brief
 from ..training.checkpoint import trained_config
 from ..training.run import Run
 
@@ -69,6 +70,8 @@ def json_text(settings: Any) -> bytes:
 def _files(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Return the configuration files of the pipeline by name."""
     parts: dict[str, Any] = {"unet": ["diffusers", CLASS], "scheduler": ["diffusers", "DDIMScheduler"]}
+    if config.codec.shift:
+        raise UserError(f"codec.shift={config.codec.shift:g}: diffusers' LDMPipeline has no shift; use --format diffusers")
     if config.codec.used:
         parts = {"_class_name": "LDMPipeline", "vqvae": ["diffusers", _codec_class(config)], **parts}
     else:
@@ -90,13 +93,16 @@ def codec_folder(config: RunConfig) -> Path | None:
     """Return the folder of a run's autoencoder; None for a run on pixels.
 
     Raises:
-        UserError: if it is of the hub, or missing.
+        UserError: if it is of the hub, or missing, or diffusers has no place for the run's shift.
     """
     if not config.codec.used:
         return None
     folder = Path(config.codec.source).expanduser() / config.codec.subfolder
     if config.codec.source.startswith("hf:") or not (folder / WEIGHTS).is_file():
         raise UserError(f"codec.source='{config.codec.source}': only a folder's autoencoder is copied into an export")
+    kind = read_mapping(folder / CONFIG).get("_class_name")
+    if config.codec.shift and kind != "AutoencoderKL":
+        raise UserError(f"codec.shift={config.codec.shift:g}: diffusers has no shift of latents of {brief(kind)}")
     return folder
 
 
@@ -107,9 +113,11 @@ def _codec_class(config: RunConfig) -> str:
 
 
 def copy_codec(source: Path, target: Path, config: RunConfig) -> None:
-    """Copy an autoencoder; its scaling_factor becomes the scale of the run's latents."""
+    """Copy an autoencoder; its scaling_factor and shift_factor become the scale and shift of the run's latents."""
     target.mkdir()
-    settings = json.loads((source / CONFIG).read_text())
-    settings["scaling_factor"] = config.codec.scale or 1.0
+    settings = {**read_mapping(source / CONFIG), "scaling_factor": config.codec.factor or 1.0}
+    settings.pop("shift_factor", None)  # the run may have another, or none
+    if config.codec.shift:
+        settings["shift_factor"] = config.codec.shift
     write_file(target / CONFIG, json_text(settings))
     shutil.copyfile(source / WEIGHTS, target / WEIGHTS)

@@ -151,7 +151,9 @@ class MultistagePipeline(DiffusionPipeline):  # type: ignore[misc]
         if output_type == "latent":
             return x
         if self.vae is not None:
-            x = self.vae.decode((x / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+            settings = self.vae.config
+            latents = x / settings.scaling_factor + (settings.get("shift_factor") or 0.0)
+            x = self.vae.decode(latents.to(self.vae.dtype)).sample
         if output_type == "pil":
             levels = ((x.float() + 1.0) * 127.5).round().clamp(0, 255)
             return self.numpy_to_pil((levels / 255).cpu().permute(0, 2, 3, 1).numpy())
