@@ -71,7 +71,9 @@ def _files(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Return the configuration files of the pipeline by name."""
     parts: dict[str, Any] = {"unet": ["diffusers", CLASS], "scheduler": ["diffusers", "DDIMScheduler"]}
     if config.codec.shift:
-        raise UserError(f"codec.shift={config.codec.shift:g}: diffusers' LDMPipeline has no shift; use --format diffusers")
+        raise UserError(
+            f"codec.shift={config.codec.shift:g}: diffusers' LDMPipeline has no shift; use --format diffusers"
+        )
     if config.codec.used:
         parts = {"_class_name": "LDMPipeline", "vqvae": ["diffusers", _codec_class(config)], **parts}
     else:
