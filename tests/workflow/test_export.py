@@ -67,6 +67,7 @@ def test_exports_of_the_paper_s_networks_compute_the_same_in_the_original_code(n
             {"network.decoder_attention": [False]},
             "the original code builds [True]; it cannot load",
         ),
+        ("celebahq-ldm", {"codec.shift": 0.1}, "codec.shift=0.1: the original code has no shift"),
     ],
 )
 def test_what_the_original_code_would_read_differently_is_said(
