@@ -16,7 +16,7 @@ from tiny import tiny_config, tiny_data
 from torch import Tensor
 
 from multistage_diffusion import cli
-from multistage_diffusion.config import RunConfig
+from multistage_diffusion.config import NetworkConfig, RunConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.data import to_uint8
 from multistage_diffusion.errors import UserError
@@ -205,6 +205,20 @@ def test_an_exported_run_samples_the_same_images(name: str, tmp_path: Path, monk
     assert type(pipe.unet).__module__.startswith("diffusers_modules.")
     tolerance = 1e-5 if name in STOCK else 1e-6
     assert (pipe(latents=x, output_type="latent").images - our_samples(run, x, None)).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("family", ["uvit", "dit"])
+def test_an_exported_transformer_loads_and_computes_the_same(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = {"encoder_width": 16, "decoder_widths": (16, 16, 8), "head_channels": 8, "size": (4, 4), "patch": 2}
+    network = NetworkConfig.of(
+        family, channels=1, encoder_depth=2, decoder_depths=(2, 2, 1), num_classes=3, dropout=0.0, **widths
+    )
+    run = a_run(tmp_path / "run", **EDM_DDIM, network=network)
+    folder, x, labels = exported(run)
+    found = in_process(folder, monkeypatch)(latents=x, class_labels=labels, output_type="latent").images
+    assert (found - our_samples(run, x, labels)).abs().max() < 1e-5
 
 
 @pytest.mark.slow

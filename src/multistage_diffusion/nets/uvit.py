@@ -109,7 +109,9 @@ def _initialise(module: nn.Module, std: float) -> None:
 
 
 def _positions(count: int, width: int, std: float) -> nn.Parameter:
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, count, width), std=std))
+    positions = nn.Parameter(torch.empty(1, count, width))
+    nn.init.trunc_normal_(positions, std=std)  # its result is not used: diffusers loads with functions that return none
+    return positions
 
 
 class LabelToken(nn.Module):
