@@ -83,6 +83,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"beta_start": "low"}, "beta_start='low' must be a number"),
     ({"num_train_timesteps": 10.5}, "num_train_timesteps=10.5 must be a whole number"),
     ({"thresholding": True, "sample_max_value": 3.0}, "sample_max_value=3 with thresholding"),
+    ({"prediction_type": ["epsilon"]}, "prediction_type=['epsilon']"),
+    ({"beta_schedule": ["linear"]}, "beta_schedule=['linear']"),
+    ({"clip_sample": "no"}, "clip_sample='no' must be true or false"),
+    ({"steps_offset": -5}, "steps_offset=-5 must be from 0"),
+    ({"steps_offset": 500}, "steps_offset=500 must be from 0 to less than half of the 1000 steps"),
 ]
 
 

@@ -148,6 +148,8 @@ def test_older_names_of_attention_and_its_1x1_convolutions_are_read() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"flip_sin_to_cos": "no"}, "flip_sin_to_cos='no' must be true or false"),
+    ({"add_attention": []}, "add_attention=[] must be true or false"),
     ({"_class_name": "UNet2DConditionModel"}, "_class_name='UNet2DConditionModel': only UNet2DModel is read"),
     ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier': only 'positional' is read"),
     ({"center_input_sample": True}, "center_input_sample=True"),

@@ -149,6 +149,23 @@ def folder_of(path: Path, **changes: Any) -> tuple[Path, Any]:
     return path, model
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("transformer/config.json", '{"_class_name": ["DiTTransformer2DModel"]}', "no config.json of a U-Net"),
+        ("scheduler/scheduler_config.json", "[1]", "is no mapping"),
+        ("vae/config.json", "[1]", "is no mapping"),
+        ("vae/config.json", '{"scaling_factor": true}', "scaling_factor=True must be a positive number"),
+    ],
+)
+def test_a_damaged_file_of_a_folder_is_named(file: str, content: str, message: str, tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path / "published")
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        import_published(folder, tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_a_folder_of_diffusers_is_a_run_that_computes_the_same(tmp_path: Path) -> None:
     folder, model = folder_of(tmp_path / "published")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from multistage_diffusion import cli
 from multistage_diffusion.config.run import RunConfig
 from multistage_diffusion.denoisers import MultiStageDenoiser
 from multistage_diffusion.errors import UserError
+from multistage_diffusion.interop.diffusers_folder import CONFIG, WEIGHTS
 from multistage_diffusion.samplers import make_plan, sample
 from multistage_diffusion.schedules.discrete import Discrete
 from multistage_diffusion.training.run import Run
@@ -179,6 +181,45 @@ def test_a_pipeline_on_latents_keeps_its_autoencoder_and_scale(tmp_path: Path) -
     vae.save_pretrained(folder / "vae")
     with pytest.raises(UserError, match=r"shift_factor=0\.1"):
         import_published(folder, tmp_path / "shifted")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "UNet2DModel"}, "a codec is one of AutoencoderKL or VQModel"),
+        ({"in_channels": 0}, "is not that of an autoencoder"),
+        ({"in_channels": 10**9}, "more than any autoencoder"),
+        ({"block_out_channels": []}, "is not that of an autoencoder"),
+        ({"latent_channels": 7}, "its latents have 7 channels, but the network has 3"),
+        (None, "truncated or damaged"),
+    ],
+    ids=str,
+)
+def test_an_autoencoder_that_cannot_be_one_is_refused(
+    change: dict[str, Any] | None, message: str, tmp_path: Path
+) -> None:
+    folder = pipeline(tmp_path / "theirs", unet(), diffusers.DDPMScheduler())
+    sizes = {"latent_channels": 3, "block_out_channels": (8,), "norm_num_groups": 4}
+    diffusers.VQModel(**sizes).save_pretrained(folder / "vqvae")
+    config, weights = (folder / "vqvae" / name for name in (CONFIG, WEIGHTS))
+    if change is None:
+        weights.write_bytes(weights.read_bytes()[:500])
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    with pytest.raises(UserError) as error:
+        import_published(folder, tmp_path / "run")
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_calls_are_made_where_an_offset_leaves_no_room(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "theirs", unet(), diffusers.DDPMScheduler())
+    diffusers.DDIMScheduler(steps_offset=30).save_pretrained(folder / "scheduler")
+    config = import_published(folder, tmp_path / "run").config()
+    schedule, sampling = config.diffusion.schedule, config.sampling
+    assert isinstance(schedule, Discrete)
+    assert sampling.calls == 49  # 50 would end at step 30 + 20 * 49 = 1010
+    assert sampling.sigma_max == pytest.approx(float(schedule.sigma(30 + 20 * 48)))
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:

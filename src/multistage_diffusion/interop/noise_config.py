@@ -69,7 +69,7 @@ def read_noise(config: Mapping[str, Any]) -> Noise:
                 + ("at its last step no signal is left" if name.startswith("rescale") else "its noise is another")
             )
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
+    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
         raise UserError(f"prediction_type={brief(prediction)}: only {', '.join(PREDICTIONS)} are read")
     if "variance_type" in config and str(config["variance_type"]).startswith("learned"):
         raise UserError(f"variance_type={brief(config['variance_type'])}: a learnt variance is not read")
@@ -79,8 +79,15 @@ def read_noise(config: Mapping[str, Any]) -> Noise:
             precondition=PREDICTIONS[prediction], schedule=schedule, prior=UniformSteps(schedule=schedule)
         ),
         clip=_clip(config, clips=kind in _CLIPPING),
-        offset=_number(config, "steps_offset", 0, whole=True),
+        offset=_offset(config, schedule.steps),
     )
+
+
+def _offset(config: Mapping[str, Any], steps: int) -> int:
+    offset: int = _number(config, "steps_offset", 0, whole=True)
+    if not 0 <= offset < steps // 2:
+        raise UserError(f"steps_offset={offset} must be from 0 to less than half of the {steps} steps")
+    return offset
 
 
 def _schedule(config: Mapping[str, Any]) -> Discrete:
@@ -90,7 +97,7 @@ def _schedule(config: Mapping[str, Any]) -> Discrete:
             raise UserError("trained_betas must be a list of numbers")
         return Discrete(steps=len(betas), spacing="given", betas=tuple(float(beta) for beta in betas))
     kind = config.get("beta_schedule", "linear")
-    if kind not in SPACINGS:
+    if not isinstance(kind, str) or kind not in SPACINGS:
         raise UserError(f"beta_schedule={brief(kind)}: only {', '.join(SPACINGS)} are read")
     start, end = _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02)
     steps = _number(config, "num_train_timesteps", 1000, whole=True)
@@ -101,6 +108,9 @@ def _schedule(config: Mapping[str, Any]) -> Discrete:
 
 def _clip(config: Mapping[str, Any], *, clips: bool) -> float | None:
     """Return the bound of denoised images; thresholding with its default sample_max_value of 1 is a bound of 1, too."""
+    for name in ("thresholding", "clip_sample"):
+        if not isinstance(config.get(name), bool | None):
+            raise UserError(f"{name}={brief(config[name])} must be true or false")
     if config.get("thresholding"):
         most = _number(config, "sample_max_value", 1.0)
         if most != 1:

@@ -154,6 +154,9 @@ def _check_types(s: Mapping[str, Any]) -> None:
     for name in ("dropout", "norm_eps"):
         if type(s[name]) not in (int, float):
             raise UserError(f"{name}={brief(s[name])} must be a number")
+    for name in ("flip_sin_to_cos", "add_attention"):
+        if type(s[name]) is not bool:
+            raise UserError(f"{name}={brief(s[name])} must be true or false")
     widths = s["block_out_channels"]
     if not isinstance(widths, list) or not widths or not all(type(width) is int and width > 0 for width in widths):
         raise UserError(f"block_out_channels={brief(widths)} must be a list of positive numbers")

@@ -173,11 +173,7 @@ def codec_fingerprint(folder: Path) -> str:
 def _open_diffusers(config: CodecConfig, device: torch.device | str) -> DiffusersCodec:
     folder = _folder(config)
     name = "/".join(part for part in (config.source, config.subfolder) if part)
-    settings = read_json(folder / CONFIG)
-    kind = settings.get("_class_name") if isinstance(settings, Mapping) else None
-    if not isinstance(kind, str) or kind not in CLASSES:
-        raise UserError(f"{name}: config.json names _class_name={kind!r}; a codec is one of {' or '.join(CLASSES)}")
-    _require_sizes(settings, name)
+    kind = autoencoder_settings(folder, name)["_class_name"]
     diffusers = import_diffusers()
     try:
         # low_cpu_mem_usage=False avoids a message about an optional package; local_files_only: no download here
@@ -199,6 +195,24 @@ def _open_diffusers(config: CodecConfig, device: torch.device | str) -> Diffuser
 
 def _folder(config: CodecConfig) -> Path:
     return _fetched(config) if config.source.startswith("hf:") else _local(config)
+
+
+def autoencoder_settings(folder: Path, name: str) -> Mapping[str, Any]:
+    """Return the config.json of an autoencoder.
+
+    Args:
+        folder: of the autoencoder.
+        name: for messages.
+
+    Raises:
+        UserError: if it is of another class than `CLASSES`, or has sizes that no autoencoder has.
+    """
+    settings = read_json(folder / CONFIG)
+    kind = settings.get("_class_name") if isinstance(settings, Mapping) else None
+    if not isinstance(kind, str) or kind not in CLASSES:
+        raise UserError(f"{name}: config.json names _class_name={kind!r}; a codec is one of {' or '.join(CLASSES)}")
+    _require_sizes(settings, name)
+    return settings
 
 
 def _require_sizes(settings: Mapping[str, Any], name: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import CodecConfig, DataConfig, NetworkConfig, RunConfig
 from ..config.serialization import from_dict, override, read_json, to_dict
 from ..errors import UserError, require
+from ..interop.diffusers_folder import read_mapping
 from ..interop.published import kind_of, read_torch, torch_bytes
 from ..interop.shapes import require_tensors
 from ..nets.layouts import LAYOUTS, PublishedLayout, Tensors
@@ -92,7 +93,8 @@ def _of_folder(folder: Path) -> Found | None:
     inner = next((f for f in (folder, folder / "transformer") if (f / "config.json").is_file()), None)
     told = read_json(inner / "config.json") if inner is not None else None
     known = {LAYOUTS[name].class_name: LAYOUTS[name] for name in LAYOUTS if LAYOUTS[name].class_name}
-    layout = known.get(told.get("_class_name", "")) if isinstance(told, dict) else None
+    kind = told.get("_class_name") if isinstance(told, dict) else None
+    layout = known.get(kind) if isinstance(kind, str) else None
     if layout is None or inner is None or not isinstance(told, dict):
         return None
     file = inner / WEIGHTS
@@ -107,7 +109,7 @@ def _of_folder(folder: Path) -> Found | None:
         ema=None,
         told=told,
         codec=folder.resolve() if (folder / "vae" / "config.json").is_file() else None,
-        schedule=read_json(scheduler) if inner != folder and scheduler.is_file() else None,
+        schedule=dict(read_mapping(scheduler)) if inner != folder and scheduler.is_file() else None,
     )
 
 
@@ -184,10 +186,10 @@ def config_of(found: Found, network: NetworkConfig, base: RunConfig | None) -> R
 
 def _scale(found: Found) -> float:
     """Return the scale of the latents: that of the autoencoder's config.json, or Stable Diffusion's."""
-    said = read_json(found.codec / "vae" / "config.json").get("scaling_factor") if found.codec is not None else None
+    said = read_mapping(found.codec / "vae" / "config.json").get("scaling_factor") if found.codec is not None else None
     if said is None:
         return SD_SCALE
-    valid = isinstance(said, int | float) and 0 < said < math.inf
+    valid = type(said) in (int, float) and 0 < said < math.inf
     require(valid, f"vae/config.json: scaling_factor={said!r} must be a positive number")
     return float(said)
 

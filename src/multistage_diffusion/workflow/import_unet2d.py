@@ -19,9 +19,10 @@ from ..config import (
 )
 from ..errors import UserError
 from ..files import disk_errors, write_atomic, write_json
-from ..interop.diffusers_folder import CONFIG, WEIGHTS, DiffusersFolder, read_folder, read_mapping, read_weights
+from ..interop.diffusers_folder import CONFIG, WEIGHTS, DiffusersFolder, read_folder, read_weights
 from ..interop.noise_config import Noise, read_noise
 from ..interop.unet2d import network_of_unet2d, size_of_unet2d, unet2d_state
+from ..latent.codecs import autoencoder_settings
 from ..nets.ldm import LDMConfig
 from ..reading import brief
 from ..schedules.discrete import Discrete
@@ -85,7 +86,7 @@ def leading_ddim(
 
     The steps are offset + steps // calls * (calls - 1), ..., offset; the last output is the image (set_alpha_to_one).
     """
-    last = offset + schedule.steps // calls * (calls - 1)
+    last = _last(schedule, calls, offset)
     return SamplingConfig(
         solver="ddim",
         calls=calls,
@@ -95,6 +96,11 @@ def leading_ddim(
         denoise_last="always",
         clip=clip,
     )
+
+
+def _last(schedule: Discrete, calls: int, offset: int) -> int:
+    """Return the noisiest of so many steps of spacing "leading"."""
+    return offset + schedule.steps // calls * (calls - 1)
 
 
 def _size(found: DiffusersFolder, given: tuple[int, int] | None) -> tuple[int, int]:
@@ -127,7 +133,9 @@ def _config(
     codec, pixels = CodecConfig(), shape
     if found.codec is not None:
         codec, pixels = _codec(found.codec, shape, out)
-    calls = min(CALLS, schedule.steps)
+    calls = next(
+        n for n in range(min(CALLS, schedule.steps), 0, -1) if _last(schedule, n, noise.offset) < schedule.steps
+    )
     return dataclasses.replace(
         base,
         name=out.name,
@@ -147,15 +155,19 @@ def _codec(folder: Path, shape: tuple[int, int, int], out: Path) -> tuple[CodecC
     Raises:
         UserError: if its configuration is damaged, or shifts latents.
     """
-    settings = read_mapping(folder / CONFIG)
+    settings = autoencoder_settings(folder, folder.name)
     scale, shift = settings.get("scaling_factor", _SCALE), settings.get("shift_factor") or 0.0
     if shift != 0:
         raise UserError(f"{folder.name}: shift_factor={brief(shift)}: only latents without a shift are read")
     if type(scale) not in (int, float) or not scale > 0:
         raise UserError(f"{folder.name}: scaling_factor={brief(scale)} must be a positive number")
     levels, colours = settings.get("block_out_channels", [64]), settings.get("in_channels", 3)
-    if not isinstance(levels, list) or type(colours) is not int:
+    if not isinstance(levels, list) or not levels or type(colours) is not int or colours < 1:
         raise UserError(f"{folder.name}: {CONFIG} is not that of an autoencoder")
+    channels = settings.get("vq_embed_dim") or settings.get("latent_channels", shape[0])
+    if channels != shape[0]:
+        raise UserError(f"{folder.name}: its latents have {brief(channels)} channels, but the network has {shape[0]}")
+    read_weights(folder)  # refuses what is damaged, before anything is written
     factor = 2 ** (len(levels) - 1)
     config = CodecConfig(source=str((out / "codec").resolve()), scale=float(scale), shape=shape)
     return config, (colours, shape[1] * factor, shape[2] * factor)
