@@ -79,7 +79,7 @@ def test_the_first_step_counts_when_it_alone_is_above() -> None:
         (1000, "step", {}, "step=1000 must be between 0 and 1000"),
         (0.5, "flow", {}, "convention='flow' must be one of sigma"),
         (0.5, "t-flow", {"shift": 0}, "shift=0 must be between 0.001 and 1000"),
-        (0.5, "t-flow", {"steps": 0}, "steps=0 must be at least 1"),
+        (0.5, "t-flow", {"steps": 0}, "steps=0 must be between 1 and 10"),
         (1e13, "sigma", {}, "sigma=1e+13 must be between 1e-12 and 1e12"),
     ],
 )
@@ -101,3 +101,16 @@ def test_the_command_prints_all_conventions(capsys: pytest.CaptureFixture[str]) 
     assert found["t_flow"] == pytest.approx(0.75)
     assert cli.main(["boundary", "2", "--as", "t-flow"]) == 2
     assert capsys.readouterr().err == "msdiff: t-flow=2 must be between 0 and 1\n"
+
+
+@pytest.mark.parametrize(("value", "name"), [(1e-17, "index"), (1e-14, "step"), (1e-300, "step")])
+def test_noise_beyond_all_bounds_is_refused(value: float, name: str) -> None:
+    with pytest.raises(msd.UserError, match=r"sigma=.* must be between 1e-12 and 1e12"):
+        boundary(value, name)
+
+
+def test_small_indices_keep_their_digits() -> None:
+    assert boundary(3e-12, "index").index == pytest.approx(3e-12, rel=1e-12)
+    assert boundary(3e-9, "step").step == pytest.approx(3e-9, rel=1e-12)
+    with pytest.raises(msd.UserError, match=r"steps=10000000000 must be between 1 and 10\^9"):
+        boundary(1.0, steps=10**10)

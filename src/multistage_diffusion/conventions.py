@@ -97,7 +97,7 @@ class Boundary:
 
 def _require_shift(shift: float, steps: int) -> None:
     require(1e-3 <= shift <= 1e3, f"shift={shift:g} must be between 0.001 and 1000; 1 is none")
-    require(1 <= steps <= 10**9, f"steps={steps} must be at least 1")
+    require(1 <= steps <= 10**9, f"steps={steps} must be between 1 and 10^9")
 
 
 def _flow(value: float, shift: float) -> float:
@@ -114,8 +114,8 @@ _SIGMA: dict[str, tuple[tuple[float, float], Callable[[float, float, int], float
     "t-flow": ((0.0, 1.0), lambda value, shift, steps: _flow(value, shift)),
     "t-shifted": ((0.0, 1.0), lambda value, shift, steps: _flow(value, 1.0)),
     "boundary-ratio": ((0.0, 1.0), lambda value, shift, steps: _flow(value, 1.0)),
-    "index": ((0.0, 1.0), lambda value, shift, steps: _flow(1.0 - value, shift)),
-    "step": ((0.0, math.inf), lambda value, shift, steps: _flow(1.0 - value / steps, shift)),
+    "index": ((0.0, 1.0), lambda value, shift, steps: shift * (1.0 - value) / value),
+    "step": ((0.0, math.inf), lambda value, shift, steps: shift * (steps - value) / value),
 }
 CONVENTIONS = tuple(_SIGMA)
 _CLOSED = ("t-vp",)  # ranges whose upper end has a finite sigma

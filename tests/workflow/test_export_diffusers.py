@@ -315,3 +315,31 @@ def test_files_are_complete_and_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists"):
         export_diffusers(run, out)
     assert export_diffusers(run, out, overwrite=True) == out
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "unet2d"])
+def test_only_a_pipeline_is_replaced(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = a_run(Path("above") / "run", **EDM_DDIM)
+    if kind == "unet2d":
+        monkeypatch.setattr("multistage_diffusion.workflow.export_unet2d._files", lambda config: {})  # it is none
+
+    def said(out: Path) -> str:
+        assert cli.main(["export", str(run.path), "--format", kind, "--out", str(out), "--overwrite"]) == 2
+        return capsys.readouterr().err
+
+    Path("photos").mkdir()
+    Path("photos", "1.png").touch()
+    Path("file").touch()
+    assert "is no pipeline (it holds no model_index.json), and is not replaced" in said(Path("photos"))
+    assert "is no pipeline" in said(run.path)
+    assert "is a file" in said(Path("file"))
+    Path("above", "model_index.json").touch()
+    assert "holds the run" in said(Path("above"))
+    assert Path("photos", "1.png").exists()
+    assert run.checkpoint("best").exists()
+    if kind == "diffusers":
+        command = ["export", str(run.path), "--format", kind, "--out", "new"]
+        assert [cli.main(command), cli.main(command), cli.main([*command, "--overwrite"])] == [0, 2, 0]

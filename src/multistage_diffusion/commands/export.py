@@ -42,13 +42,13 @@ class Export:
     checkpoint: str = "best"
     """best, latest or a step."""
     overwrite: bool = False
-    """Replace OUT if it exists."""
+    """Replace OUT if it exists; of folders, only pipelines."""
     json: bool = False
     """Print the file, run and checkpoint as JSON."""
 
     def run(self) -> None:
         """Run the command."""
-        check_out(self.out, self.overwrite)
+        check_out(self.out, self.overwrite, folder=self.format != "published")
         file = EXPORTS[self.format](self.run_folder, self.out, checkpoint=self.checkpoint, overwrite=self.overwrite)
         settings = original_settings(Run.open(self.run_folder).config()) if self.format == "published" else {}
         if self.json:

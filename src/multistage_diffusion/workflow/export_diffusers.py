@@ -14,7 +14,6 @@ from safetensors.torch import save
 from ..config import RunConfig
 from ..config.sampling import SOLVERS, SPACINGS
 from ..config.serialization import to_dict
-from ..errors import UserError
 from ..files import new_folder, write_file
 from ..interop import hub
 from ..interop.diffusers_folder import CONFIG, SCHEDULER, WEIGHTS
@@ -24,7 +23,7 @@ from ..preconditioning import make_preconditioning
 from ..samplers import make_plan
 from ..training.checkpoint import trained_config
 from ..training.run import Run
-from .export_unet2d import INDEX, codec_folder, copy_codec, json_text
+from .export_unet2d import INDEX, codec_folder, copy_codec, json_text, require_replaceable
 
 UNET, OWN_SCHEDULER, PIPELINE = "multistage_unet", "multistage_scheduler", "pipeline"
 UNET_CLASS, SCHEDULER_CLASS, PIPELINE_CLASS = "MultistageUNet", "MultistageScheduler", "MultistagePipeline"
@@ -52,15 +51,14 @@ def export_diffusers(
         run: a run, or its folder.
         folder: the folder to write.
         checkpoint: "best", "latest" or a step.
-        overwrite: replace an existing folder.
+        overwrite: replace an existing pipeline.
 
     Raises:
         UserError: if the network is not of this package, or the folder may not be written.
     """
     run, folder = run if isinstance(run, Run) else Run.open(Path(run)), Path(folder)
     config = dataclasses.replace(trained_config(run.checkpoint(checkpoint)), sampling=run.config().sampling)
-    if folder.exists() and not overwrite:
-        raise UserError(f"--out {folder}: exists; choose another name or give --overwrite")
+    require_replaceable(folder, run, overwrite=overwrite)
     codec, stock = codec_folder(config), stock_scheduler(config)
     state = run.denoiser(checkpoint).state_dict()
     parts = {"unet": _unet(config, state, stock), "scheduler": _scheduler(config, stock)}

@@ -35,7 +35,7 @@ def export_unet2d(
         run: a run, or its folder.
         folder: the folder to write.
         checkpoint: "best", "latest" or a step.
-        overwrite: replace an existing folder.
+        overwrite: replace an existing pipeline.
 
     Raises:
         UserError: if no UNet2DModel computes what the network computes, or the folder may not be written.
@@ -46,8 +46,7 @@ def export_unet2d(
         files = _files(config)
     except UserError as error:
         raise UserError(f"{run.path}: cannot be a {CLASS}: {error}") from None
-    if folder.exists() and not overwrite:
-        raise UserError(f"--out {folder}: exists; choose another name or give --overwrite")
+    require_replaceable(folder, run, overwrite=overwrite)
     codec = codec_folder(config)
     network = config.network
     assert isinstance(network, LDMConfig)
@@ -60,6 +59,24 @@ def export_unet2d(
         if codec is not None:
             copy_codec(codec, place / "vqvae", config)
     return folder
+
+
+def require_replaceable(folder: Path, run: Run, *, overwrite: bool) -> None:
+    """Check that an export may be written to a folder: what is there is removed.
+
+    Raises:
+        UserError: if it exists and may not be replaced, is no pipeline of diffusers, or holds the run.
+    """
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise UserError(f"--out {folder}: exists; choose another name or give --overwrite")
+    if not (folder / INDEX).is_file():
+        raise UserError(
+            f"--out {folder}: is no pipeline (it holds no {INDEX}), and is not replaced; choose another name"
+        )
+    if run.path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--out {folder}: holds the run; choose another name")
 
 
 def json_text(settings: Any) -> bytes:
