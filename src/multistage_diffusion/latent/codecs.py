@@ -207,8 +207,9 @@ def autoencoder_settings(folder: Path, name: str) -> Mapping[str, Any]:
     Raises:
         UserError: if it is of another class than `CLASSES`, or has sizes that no autoencoder has.
     """
-    settings = read_json(folder / CONFIG)
-    kind = settings.get("_class_name") if isinstance(settings, Mapping) else None
+    found = read_json(folder / CONFIG)
+    settings: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+    kind = settings.get("_class_name")
     if not isinstance(kind, str) or kind not in CLASSES:
         raise UserError(f"{name}: config.json names _class_name={kind!r}; a codec is one of {' or '.join(CLASSES)}")
     _require_sizes(settings, name)
