@@ -40,6 +40,7 @@ import platform
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -400,8 +401,7 @@ def work(job: Job, folder: Path, cuts: Cuts, threads: int) -> None:
     torch.set_num_threads(threads)
     out = folder / job.setting / job.name
     if (out / "config.json").exists():
-        done = list_checkpoints(Run.open(out).checkpoints)
-        if not done or checkpoint_step(done[-1]) < job.steps:
+        if steps_done(Run.open(out)) < job.steps:
             resume(out)
     else:
         start = started_from(job, folder)
@@ -661,6 +661,12 @@ def check_equal(facts: Mapping[str, Mapping[str, Any]]) -> None:
             raise SystemExit(f"({arm}): {name} {off:+.1%} of the first arm's; change its widths or shares")
 
 
+def steps_done(run: Run) -> int:
+    """Return the step of a run's latest checkpoint; 0 before the first one."""
+    found = list_checkpoints(run.checkpoints)
+    return checkpoint_step(found[-1]) if found else 0
+
+
 def collect(name: str, folder: Path, out: Path) -> dict[str, Any]:
     """Read all runs of a setting below the folder into the results."""
     known: dict[str, Any] = read_json(out) if out.exists() else {}
@@ -680,12 +686,11 @@ def collect(name: str, folder: Path, out: Path) -> dict[str, Any]:
                 "changes": to_dict(setting.changes(arm, variant)),
                 **entry,
             }
-        elif (
-            variant == setting.choice(arm)
-            and checkpoint_step(list_checkpoints(run.checkpoints)[-1]) >= setting.steps["final"]
-        ):
-            kept = {k: v for k, v in final.get(arm, {}).get(seed, {}).items() if k == "sampling"}
-            final.setdefault(arm, {})[seed] = {**entry, **kept, "errors": errors(run.denoiser("latest"), held_out)}
+        elif variant == setting.choice(arm) and steps_done(run) >= setting.steps["final"]:
+            known_run = final.get(arm, {}).get(seed, {})
+            if known_run.get("curve") != entry["curve"]:  # new, or trained again
+                known_run = {"errors": errors(run.denoiser("latest"), held_out)}
+            final.setdefault(arm, {})[seed] = {**known_run, **entry}
     known["final"] = {arm: final[arm] for arm in ARMS if arm in final}
     known["summary"] = summarise(known["final"]) if known["final"] else {}
     if final and "optimal_errors" not in known:
@@ -768,11 +773,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ]
         context = multiprocessing.get_context("spawn")
         with context.Pool(args.jobs, maxtasksperchild=1) as pool:
-            pool.starmap(work, [(job, args.folder, cuts, threads) for job in jobs], chunksize=1)
-        known = collect(args.setting, args.folder, out)
-        known |= {"cuts": dataclasses.asdict(cuts), "machine": machine()}
-        known.setdefault("arms", {}).update(facts)
-        write_json(out, known)
+            done = pool.imap_unordered(partial(work, folder=args.folder, cuts=cuts, threads=threads), jobs)
+            for _ in done:  # what a run found is kept when it ends
+                known = collect(args.setting, args.folder, out)
+                known |= {"cuts": dataclasses.asdict(cuts), "machine": machine()}
+                known.setdefault("arms", {}).update(facts)
+                write_json(out, known)
     known = read_json(out)
     report(known, args.setting)
     if known.get("final"):

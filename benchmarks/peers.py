@@ -238,16 +238,16 @@ class SmallDiffusion:
 
 
 class StopAfter(Callback[Trainer]):
-    """Ends the training after some seconds, counted from its first step."""
+    """Ends the training after some seconds, counted from its start: the choice of execution takes part of them."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.start, self.images, self.over = seconds, math.inf, 0, False
 
-    def chosen(self, trainer: Trainer) -> None:
+    def started(self, trainer: Trainer) -> None:
         self.start = time.perf_counter()
 
     def stepped(self, trainer: Trainer) -> None:
-        self.start, self.images = min(self.start, time.perf_counter()), trainer.images
+        self.images = trainer.images
         if time.perf_counter() - self.start >= self.seconds:
             self.over = True
             trainer.stop()

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -236,3 +236,44 @@ class AtOnce:
 
     def starmap(self, work: Any, jobs: Any, chunksize: int) -> list[Any]:
         return [work(*job) for job in jobs]
+
+    def imap_unordered(self, work: Any, jobs: Any) -> Any:
+        return map(work, jobs)
+
+
+def test_what_a_run_found_is_kept_when_it_ends(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is measured once, and again if it is trained again; what is done before an interruption is not lost."""
+    curves = {"a0-seed21": [(1.0, 4.0)], "c0-seed21": [(1.0, 2.0)]}
+    measured: list[str] = []
+
+    def work(job: Any, folder: Path, **_: Any) -> None:
+        if job.seed == 22:
+            raise KeyboardInterrupt
+        (folder / "V" / job.name).mkdir(parents=True, exist_ok=True)
+
+    def opened(path: Path) -> SimpleNamespace:
+        denoiser = lambda _: measured.append(path.name) or path.name  # noqa: E731
+        return SimpleNamespace(name=path.name, records=list, denoiser=denoiser)
+
+    monkeypatch.setattr(bench, "work", work)
+    monkeypatch.setattr(bench.Run, "open", opened)
+    monkeypatch.setattr(bench, "curve", lambda run: curve(*curves[run.name]))
+    monkeypatch.setattr(bench, "steps_done", lambda _: 8192)
+    monkeypatch.setattr(bench, "errors", lambda denoiser, _: [1.0] * len(bench.SIGMAS))
+    monkeypatch.setattr(bench, "held_out_images", lambda _: (torch.zeros(2, 1, 2, 2), None))
+    monkeypatch.setattr(bench.Cuts, "of", lambda _: bench.Cuts(splits={}, even=()))
+    monkeypatch.setattr(bench, "arm_facts", lambda *_: {})
+    monkeypatch.setattr(bench, "check_equal", lambda _: None)
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda _: AtOnce())
+    out, arms = tmp_path / "V.json", ["--setting", "V", "--arms", "a", "c"]
+    places = ["--folder", str(tmp_path), "--out", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        bench.main([*arms, *places, "--seeds", "21", "22"])
+    assert {arm: list(seeds) for arm, seeds in read_json(out)["final"].items()} == {"a": ["21"], "c": ["21"]}
+    assert measured == ["a0-seed21", "c0-seed21"]
+    curves["c0-seed21"] = [(1.0, 1.5)]
+    bench.main([*arms, *places, "--seeds", "21"])
+    assert measured == ["a0-seed21", "c0-seed21", "c0-seed21"]
+    assert read_json(out)["final"]["c"]["21"]["curve"][0]["frechet"] == 1.5

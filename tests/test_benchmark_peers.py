@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +39,20 @@ def test_a_tool_trains_for_its_time(peers: ModuleType, monkeypatch: pytest.Monke
 
     assert peers.timed(step, 10.0) == 4 * 16  # begun at 0, 3, 6 and 9 s
     assert numbers == [0, 1, 2, 3]
+
+
+def test_our_time_begins_with_the_choice_of_execution(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, stops = [100.0], []
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: now[0])
+    trainer = SimpleNamespace(images=96, stop=lambda: stops.append(now[0]))
+    clock = peers.StopAfter(10.0)
+    clock.started(trainer)
+    now[0] = 108.0  # eight seconds of trying executions
+    clock.chosen(trainer)
+    for now[0] in (109.0, 110.0):
+        clock.stepped(trainer)
+    assert stops == [110.0]
+    assert (clock.images, clock.over) == (96, True)
 
 
 def test_every_image_comes_once_a_round_in_minus_one_to_one(peers: ModuleType) -> None:

@@ -79,7 +79,12 @@ def test_errors_are_those_of_the_held_out_images(folder: Path) -> None:
 
 
 def test_an_excess_is_above_the_optimal_denoiser_of_the_training_images(folder: Path, tmp_path: Path) -> None:
-    found = compare_runs([folder / "one"], levels=5, count=20, excess=True)
+    told: list[tuple[int, int]] = []
+    found = compare_runs(
+        [folder / "one"], levels=5, count=20, excess=True, progress=lambda done, total: told.append((done, total))
+    )
+    assert told == sorted(told)  # the optimal denoiser's part comes first
+    assert told[-1] == (200, 200)
     run = Run.open(folder / "one")
     training, _ = run.data().split(run.config().data.held_out)
     data, sigmas = to_float(training.tensor()), torch.tensor(found.sigmas, dtype=torch.float64)

@@ -5,8 +5,8 @@ from .network import NetworkConfig as NetworkConfig
 from .run import CodecConfig as CodecConfig
 from .run import DataConfig as DataConfig
 from .run import DiffusionConfig as DiffusionConfig
-from .run import EvaluationConfig as EvaluationConfig
 from .run import OptimizerConfig as OptimizerConfig
 from .run import RunConfig as RunConfig
 from .run import TrainingConfig as TrainingConfig
+from .sampling import EvaluationConfig as EvaluationConfig
 from .sampling import SamplingConfig as SamplingConfig

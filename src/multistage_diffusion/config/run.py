@@ -13,7 +13,7 @@ from ..schedules.vp import VP
 from ..stages import Stages
 from .execution import ExecutionConfig
 from .network import NetworkConfig as NetworkConfig
-from .sampling import SamplingConfig as SamplingConfig
+from .sampling import EvaluationConfig, SamplingConfig
 
 FORMAT_VERSION = 1
 
@@ -284,35 +284,6 @@ class TrainingConfig:
                     all(v >= 0 for v in value) and 0 < sum(value) < math.inf,
                     f"training.{name}={list(value)} must be >= 0, finite (their sum, too) and not all zero",
                 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Evaluation during training: the Fréchet distance of samples to a reference.
-
-    Attributes:
-        every: steps between evaluations; the last step is always evaluated; 0: no evaluations.
-        features: name of the feature extractor.
-        count: samples per evaluation, always from the same noise.
-        seed: seed of that noise.
-        reference: statistics of images (an .npz file of msdiff stats); empty: the run's own training images.
-        metrics: names of further metrics that are logged; the Fréchet distance alone selects the best checkpoint.
-        patience: evaluations without a new best after which training ends; 0: never.
-    """
-
-    every: int = 0
-    features: str = "pixels"
-    count: int = 1000
-    seed: int = 0
-    reference: str = ""
-    metrics: tuple[str, ...] = ()
-    patience: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("every", "seed", "patience"):
-            require(getattr(self, name) >= 0, f"evaluation.{name}={getattr(self, name)} must be >= 0")
-        require(self.count >= 2, f"evaluation.count={self.count} must be at least 2: one sample has no covariance")
-        require(bool(self.features), "evaluation.features is empty; name a feature extractor, such as pixels")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""How a run is sampled: solver, order, calls, range, guidance and the last step."""
+"""How a run is sampled (solver, order, calls, range, guidance, last step), and evaluated while it trains."""
 
 from __future__ import annotations
 
@@ -109,3 +109,32 @@ class SamplingConfig:
             self.clip is None or self.threshold is None,
             f"sampling.clip={self.clip} and sampling.threshold={self.threshold} both bound the images; give one of them",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluation during training: the Fréchet distance of samples to a reference.
+
+    Attributes:
+        every: steps between evaluations; the last step is always evaluated; 0: no evaluations.
+        features: name of the feature extractor.
+        count: samples per evaluation, always from the same noise.
+        seed: seed of that noise.
+        reference: statistics of images (an .npz file of msdiff stats); empty: the run's own training images.
+        metrics: names of further metrics that are logged; the Fréchet distance alone selects the best checkpoint.
+        patience: evaluations without a new best after which training ends; 0: never.
+    """
+
+    every: int = 0
+    features: str = "pixels"
+    count: int = 1000
+    seed: int = 0
+    reference: str = ""
+    metrics: tuple[str, ...] = ()
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("every", "seed", "patience"):
+            require(getattr(self, name) >= 0, f"evaluation.{name}={getattr(self, name)} must be >= 0")
+        require(self.count >= 2, f"evaluation.count={self.count} must be at least 2: one sample has no covariance")
+        require(bool(self.features), "evaluation.features is empty; name a feature extractor, such as pixels")

@@ -3,8 +3,8 @@
 A narrower decoder starts as a slice of the trained one: its first channels, as in slimmable networks (Yu et al. 2019,
 "Slimmable neural networks"). A wider one has the trained channels first; its new channels start with random weights, but
 no trained channel reads them, so that their effect starts at zero (as in Net2Net, Chen et al. 2016). It computes exactly
-what the trained one does if every GroupNorm keeps its channels per group: up to 4 x norm_groups channels in NCSN++ and
-DDPM++.
+what the trained one does if every GroupNorm keeps its channels per group: in NCSN++ and DDPM++ if no more than
+4 x norm_groups channels enter one, those of skips included.
 """
 
 from __future__ import annotations

@@ -70,7 +70,9 @@ def compare_runs(
     images = part.subset(range(min(count, len(part))))
     data = network_inputs(configs[0], images, place)
     sigmas, found, steps = _levels(configs, levels), list[Tensor](), list[int]()
-    least = _least_errors(configs, training, data, sigmas, seed, place) if excess else None
+    parts, least = len(opened) + excess, None
+    if excess:
+        least = _least_errors(configs, training, data, sigmas, seed, place, _part(progress, 0, parts))
     for number, (run, config) in enumerate(zip(opened, configs, strict=True)):
         steps.append(checkpoint_step(run.checkpoint(checkpoint)))
         labelled = config.network.num_classes > 0 and images.labels is not None
@@ -82,7 +84,7 @@ def compare_runs(
                 labels=torch.from_numpy(images.labels) if labelled else None,
                 seed=seed,
                 device=place,
-                progress=None if progress is None else _part(progress, number, len(opened)),
+                progress=_part(progress, number + excess, parts),
             )
         )
     features, base = _features(opened), found[0] if least is None else least
@@ -108,7 +110,13 @@ def compare_runs(
 
 
 def _least_errors(
-    configs: Sequence[RunConfig], training: ImageData, data: Tensor, sigmas: Tensor, seed: int, device: torch.device
+    configs: Sequence[RunConfig],
+    training: ImageData,
+    data: Tensor,
+    sigmas: Tensor,
+    seed: int,
+    device: torch.device,
+    progress: Progress | None,
 ) -> Tensor:
     """Return the errors of the optimal denoiser of all training images, see `denoising_errors`.
 
@@ -126,7 +134,8 @@ def _least_errors(
         if configs[0].codec.used:
             raise UserError("training.flip=True: the latents of mirrored images are not compared; leave out --excess")
         everything = torch.cat([everything, everything.flip(-1)])
-    return denoising_errors(OptimalDenoiser(everything.to(device)), data, sigmas, seed=seed, device=device)
+    optimal = OptimalDenoiser(everything.to(device))
+    return denoising_errors(optimal, data, sigmas, seed=seed, device=device, progress=progress)
 
 
 def _optimal(errors: Tensor) -> ComparedRun:
@@ -172,9 +181,9 @@ def _levels(configs: Sequence[RunConfig], count: int) -> Tensor:
     return torch.linspace(float(ends[0]), float(ends[1]), count, dtype=torch.float64).exp()
 
 
-def _part(progress: Progress, number: int, parts: int) -> Progress:
+def _part(progress: Progress | None, number: int, parts: int) -> Progress | None:
     """Return the progress of one of several parts of equal size."""
-    return lambda done, total: progress(number * total + done, parts * total)
+    return None if progress is None else lambda done, total: progress(number * total + done, parts * total)
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
