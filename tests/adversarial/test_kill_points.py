@@ -5,6 +5,7 @@ Afterwards the result is whole: the old one or the new one. The command given ag
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import shutil
@@ -19,11 +20,22 @@ import torch
 from faults import Faults, Killed
 
 from multistage_diffusion.cli import main
+from multistage_diffusion.commands import COMMANDS
 from multistage_diffusion.files import write_json
 from multistage_diffusion.training.checkpoint import list_checkpoints
 from multistage_diffusion.training.run import Run
 
-SLOW = ("stages", "report", "describe", "import", "tables")  # seconds at every point
+SLOW = (
+    "stages",
+    "report",
+    "describe",
+    "import",
+    "tables",
+    "pipeline",
+    "push",
+    "compare",
+    "plan",
+)  # seconds at every point
 MOST = 400  # points; no command here has as many
 
 
@@ -56,6 +68,14 @@ CASES = [
     Case("report", "report {run} --count 4", "run/report.html"),
     Case("describe", "describe {run} --out {out}", "network.png", "--overwrite"),
     Case("export", "export {run} --out {out}", "weights.safetensors", "--overwrite"),
+    Case("pipeline", "export {run} --format diffusers --out {out}", "pipeline", "--overwrite"),
+    Case("push", "push {run} me/x --count 1 --dry-run {out}", "pushed", "--overwrite"),
+    Case("compare", "compare {run} --excess --count 4 --levels 2 --out {out}", "excess.html", "--overwrite"),
+    Case("pack", "pack {data} --size 2 2 --fit resize --out {out}", "packed.npy", "--overwrite"),
+    Case("zip", "pack {data} --out {out}", "packed.zip", "--overwrite"),
+    Case(
+        "plan", "plan {data} --config {tiny} --stages {stages} --probe-steps 1 --out {out}", "plan.json", "--overwrite"
+    ),
     Case("import", "import {exported} --preset digits --size 4 4 --out {out}", "imported", "--replace"),
     Case("tables", "tables --out {out}", "tables.md", "--overwrite"),
 ]
@@ -70,6 +90,8 @@ def template(tmp_path_factory, tiny_config, tiny_data) -> Path:
     write_json(folder / "tiny.json", config)
     assert main(["train", "--config", str(folder / "tiny.json"), "--out", str(folder / "run"), "--device", "cpu"]) == 0
     assert main(["export", str(folder / "run"), "--out", str(folder / "exported.safetensors")]) == 0
+    stages = ["--algorithm", "timestep", "--stages", "2", "--out", str(folder / "found.json")]
+    assert main(["stages", str(folder / "data.npz"), *stages]) == 0
     return folder
 
 
@@ -78,6 +100,8 @@ def words(case: Case, folder: Path, line: str = "") -> list[str]:
         "data": folder / "data.npz",
         "run": folder / "run",
         "exported": folder / "exported.safetensors",
+        "tiny": folder / "tiny.json",
+        "stages": folder / "found.json",
         "out": folder / case.out,
     }
     return (line or case.arguments).format(**places).split()
@@ -99,9 +123,17 @@ def entries(folder: Path) -> set[str]:
 def beside(case: Case, folder: Path, before: set[str]) -> set[str]:
     """Return what is there now beside the result, its picture and what it replaced, and was not before."""
     own, stem = case.out.split("/")[0], Path(case.out.split("/")[0]).stem
-    fine = (own, f"{stem}.png", f"{own}.replaced-")
+    fine = (own, f"{stem}.png", f"{stem}.explained.json", f"{own}.replaced-")
     new = {name for name in entries(folder) - before if not name.startswith(fine)}
     return new | {name for name in entries(folder) if ".writing-" in name}
+
+
+def test_every_command_that_writes_is_killed_somewhere() -> None:
+    writing = {
+        name for name, command in COMMANDS.items() if {"out", "dry_run"} & {f.name for f in dataclasses.fields(command)}
+    }
+    elsewhere = {"train", "train-codec", "demo", "quickstart"}  # runs that go on: below, and in tests of codecs
+    assert writing - elsewhere <= {case.arguments.split()[0] for case in CASES}
 
 
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["killed", "full"])
@@ -157,8 +189,8 @@ def _die_at(point: int, arguments: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name != "tables"], ids=lambda case: case.name
-)  # a process counts the tables' networks for a minute
+    "case", [case for case in CASES if case.name not in ("tables", "plan")], ids=lambda case: case.name
+)  # a process counts the tables' networks for a minute, and a plan has a hundred points
 def test_a_process_killed_with_9_leaves_the_result_whole(case: Case, template: Path, tmp_path: Path, capsys) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["multistage_diffusion.commands", "multistage_diffusion.reporting.report"])

@@ -67,6 +67,9 @@ def test_a_dry_run_writes_what_would_be_pushed(run: Run, tmp_path: Path, monkeyp
     assert 'license: "mit"' in card
     assert "trained for 1 steps" in card
     assert cli.main(command) == 2  # it exists
+    (out / "README.md").unlink()
+    assert cli.main([*command, "--overwrite"]) == 0
+    assert {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} == FILES
 
 
 def test_a_repository_is_made_and_gets_all_files(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +13,11 @@ from ..workflow.export_diffusers import export_diffusers
 from ..workflow.export_unet2d import export_unet2d
 from .options import RunFolder, check_out, option, print_json, say
 
-EXPORTS = {"published": export_published, "diffusers": export_diffusers, "unet2d": export_unet2d}
+EXPORTS: dict[str, Callable[..., Path]] = {
+    "published": export_published,
+    "diffusers": export_diffusers,
+    "unet2d": export_unet2d,
+}
 
 
 @dataclass(kw_only=True)

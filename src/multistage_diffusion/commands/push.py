@@ -41,7 +41,9 @@ class Push:
     count: int = 16
     """Number of samples in the grid."""
     dry_run: Annotated[Path | None, option("FOLDER")] = None
-    """Write what would be pushed to this new folder, and push nothing."""
+    """Write what would be pushed to this folder, and push nothing."""
+    overwrite: bool = False
+    """Replace FOLDER if an earlier dry run wrote it."""
     device: Device = None
     """cpu, cuda or cuda:N"""
 
@@ -50,7 +52,7 @@ class Push:
         if not 1 <= self.count <= MOST_IN_GRID:
             raise UserError(f"count={self.count} must be between 1 and {MOST_IN_GRID}")
         if self.dry_run is not None:
-            check_out(self.dry_run, overwrite=False, folder=True)
+            check_out(self.dry_run, self.overwrite, folder=True)
         with Bar("sampling", "calls") as bar:
             place = push(
                 self.run_folder,
@@ -60,6 +62,7 @@ class Push:
                 checkpoint=self.checkpoint,
                 count=self.count,
                 dry_run=self.dry_run,
+                overwrite=self.overwrite,
                 device=self.device,
                 progress=bar,
             )

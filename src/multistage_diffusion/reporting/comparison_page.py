@@ -48,8 +48,8 @@ def write_comparison(found: RunsComparison, out: Path, *, pixels: bool) -> tuple
         draw(axes, found)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
+    write_atomic(out, _page(found, panels, pixels).encode())  # first: whoever finds the picture alone could not go on
     write_atomic(picture, buffer.getvalue())
-    write_atomic(out, _page(found, panels, pixels).encode())
     return out, picture
 
 

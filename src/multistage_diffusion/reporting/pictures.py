@@ -91,7 +91,7 @@ def cell(height: int, width: int) -> tuple[int, int]:
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG atomically."""
-    write_atomic(path, _png(image))
+    write_atomic(path, as_png(image))
 
 
 @contextmanager
@@ -163,10 +163,11 @@ def save_npz(images: Tensor, path: Path, labels: Tensor | None = None) -> None:
 
 def data_uri(image: Image.Image) -> str:
     """Return a PNG as a data: URL, for self-contained HTML."""
-    return "data:image/png;base64," + base64.b64encode(_png(image)).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(as_png(image)).decode("ascii")
 
 
-def _png(image: Image.Image) -> bytes:
+def as_png(image: Image.Image) -> bytes:
+    """Return an image as the content of a PNG file."""
     return _encoded(image, "png")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,12 @@ class _Part:
 
 
 def export_diffusers(
-    run: Run | Path | str, folder: Path | str, *, checkpoint: str = "best", overwrite: bool = False
+    run: Run | Path | str,
+    folder: Path | str,
+    *,
+    checkpoint: str = "best",
+    overwrite: bool = False,
+    beside: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a run as a pipeline of diffusers, with its averaged weights, its sampler, its autoencoder and their code.
 
@@ -52,6 +58,7 @@ def export_diffusers(
         folder: the folder to write.
         checkpoint: "best", "latest" or a step.
         overwrite: replace an existing pipeline.
+        beside: further files of the folder, by name.
 
     Raises:
         UserError: if the network is not of this package, or the folder may not be written.
@@ -80,6 +87,8 @@ def export_diffusers(
         if codec is not None:
             copy_codec(codec, place / "vae", config)
         write_file(place / f"{PIPELINE}.py", _pipeline_source().encode())
+        for name, content in (beside or {}).items():
+            write_file(place / name, content)
         write_file(place / INDEX, json_text(index))
     return folder
 

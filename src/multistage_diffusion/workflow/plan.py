@@ -74,8 +74,8 @@ class Planned:
 
     def save(self, out: Path) -> None:
         """Write the configuration as JSON, and the explanation beside it."""
+        write_json(out, self.config)  # first: the reasons alone would be in the way of the next plan
         write_json(explained_file(out), self.explained())
-        write_json(out, self.config)
 
 
 def explained_file(out: Path) -> Path:

@@ -9,14 +9,14 @@ from typing import Any
 
 from ..errors import UserError
 from ..evaluation import read_result
-from ..files import write_atomic
 from ..progress import Progress
 from ..records import read_evaluations, read_launches
 from ..reporting.model_card import model_card, require_licence
-from ..reporting.pictures import grid
+from ..reporting.pictures import as_png, grid
 from ..training.checkpoint import checkpoint_step
 from ..training.run import Run
 from .export_diffusers import export_diffusers
+from .export_unet2d import require_replaceable
 from .sample import opened_run, sample
 
 CARD, SAMPLES = "README.md", "samples.png"
@@ -32,6 +32,7 @@ def push(
     checkpoint: str = "best",
     count: int = 16,
     dry_run: Path | str | None = None,
+    overwrite: bool = False,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> str:
@@ -44,7 +45,8 @@ def push(
         private: whether a new repository is private.
         checkpoint: "best", "latest" or a step.
         count: samples in the grid.
-        dry_run: a new folder that gets what would be pushed; nothing is pushed then, and no network is needed.
+        dry_run: a folder that gets what would be pushed; nothing is pushed then, and no network is needed.
+        overwrite: replace what an earlier dry run wrote there.
         device: of the samples; default CUDA when there is one.
         progress: called with (done, total) while samples are drawn.
 
@@ -63,9 +65,18 @@ def push(
     if name.count("/") != 1:
         raise UserError(f"NAME={name!r}: give OWNER/NAME")
     if dry_run is not None:
-        return str(_filled(run, Path(dry_run), name, licence, checkpoint, count, device, progress))
+        require_replaceable(Path(dry_run), run, overwrite=overwrite)  # before samples are drawn
+    step = checkpoint_step(run.checkpoint(checkpoint))
+    images = sample(run, count, checkpoint=str(step), in_turn=True, device=device, progress=progress)
+    beside = {SAMPLES: as_png(grid(images)), CARD: _card(run, name, step, licence).encode()}
+
+    def fill(folder: Path) -> Path:
+        return export_diffusers(run, folder, checkpoint=str(step), overwrite=overwrite, beside=beside)
+
+    if dry_run is not None:
+        return str(fill(Path(dry_run)))
     with tempfile.TemporaryDirectory(prefix="msdiff-push-") as place:
-        folder = _filled(run, Path(place) / "repository", name, licence, checkpoint, count, device, progress)
+        folder = fill(Path(place) / "repository")
         try:
             api = hub.HfApi()
             api.create_repo(name, private=private, exist_ok=True)
@@ -79,23 +90,10 @@ def push(
     return f"https://huggingface.co/{name}"
 
 
-def _filled(
-    run: Run,
-    folder: Path,
-    name: str,
-    licence: str,
-    checkpoint: str,
-    count: int,
-    device: str | None,
-    progress: Progress | None,
-) -> Path:
-    """Write all that the repository holds."""
-    step = checkpoint_step(run.checkpoint(checkpoint))
+def _card(run: Run, name: str, step: int, licence: str) -> str:
+    """Return the model card."""
     results = [read_result(record) for record in read_evaluations(run.path / "evaluation.json") if _is_result(record)]
-    images = sample(run, count, checkpoint=str(step), in_turn=True, device=device, progress=progress)
-    export_diffusers(run, folder, checkpoint=str(step))
-    grid(images).save(folder / SAMPLES)
-    card = model_card(
+    return model_card(
         run.config(),
         name=name,
         step=step,
@@ -104,8 +102,6 @@ def _filled(
         launches=read_launches(run.path / "launches.jsonl"),
         samples=SAMPLES,
     )
-    write_atomic(folder / CARD, card.encode())
-    return folder
 
 
 def _is_result(record: dict[str, Any]) -> bool:
