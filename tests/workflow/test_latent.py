@@ -12,9 +12,11 @@ import torch
 
 from multistage_diffusion.config import CodecConfig, DiffusionConfig, RunConfig
 from multistage_diffusion.config.presets import preset
-from multistage_diffusion.config.serialization import override
+from multistage_diffusion.config.serialization import override, to_dict
 from multistage_diffusion.data import ImageData, to_uint8
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation import frechet_distance, get_features
+from multistage_diffusion.files import write_json
 from multistage_diffusion.latent.codecs import open_codec
 from multistage_diffusion.schedules import LogNormal
 from multistage_diffusion.stage_finding import StageSettings, compute_stages
@@ -24,6 +26,7 @@ from multistage_diffusion.training.run import Run
 from multistage_diffusion.workflow.auto import auto_config
 from multistage_diffusion.workflow.evaluate import evaluate
 from multistage_diffusion.workflow.latent import decoder, reconstruct
+from multistage_diffusion.workflow.likelihood import measure_likelihood
 from multistage_diffusion.workflow.report import report
 from multistage_diffusion.workflow.resume import resume
 from multistage_diffusion.workflow.sample import sample
@@ -158,6 +161,19 @@ def test_a_configuration_is_chosen_for_latents_too(config: RunConfig, codec: Pat
     run = train(chosen.config, tmp_path / "run", result=chosen.result, device="cpu")
     assert run.config().input_shape == (4, 4, 3)
     assert run.config().stages == chosen.config.stages
+
+
+@pytest.mark.parametrize("scale", [None, "config"])
+def test_a_run_that_records_no_scale_is_refused(config: RunConfig, tmp_path: Path, scale: str | None) -> None:
+    run = train(config, tmp_path / "run")
+    stored = run.config()
+    write_json(
+        run.config_file, to_dict(dataclasses.replace(stored, codec=dataclasses.replace(stored.codec, scale=scale)))
+    )
+    with pytest.raises(UserError, match=rf"codec\.scale={scale}: a run on latents records a number there"):
+        sample(run, count=2)
+    with pytest.raises(UserError, match=r"codec\.scale was edited"):  # the checkpoint knows better
+        measure_likelihood(run, count=2)
 
 
 def test_images_are_encoded_once(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

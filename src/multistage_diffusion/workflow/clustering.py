@@ -27,6 +27,7 @@ from ..stage_finding.boundaries import Objective, optimal_partition
 from ..stage_finding.edges import made_result, stage_table
 from ..training.gradients import gradient_affinity
 from ..training.run import Run
+from .latent import recorded_scale
 from .stages import GIB, save_stages
 
 
@@ -174,5 +175,5 @@ def _as_seen(codec: CodecConfig, images: Tensor, device: torch.device) -> Tensor
     """Return images, uint8 (R, C, H, W), as inputs of the network: floats in [-1, 1], or scaled latents."""
     if not codec.used:
         return to_float(images.to(device))
-    assert codec.factor is not None
-    return encode_images(open_codec(codec, device), images, device=device).to(device) * codec.factor
+    scale = recorded_scale(codec)
+    return encode_images(open_codec(codec, device), images, device=device).to(device) * scale

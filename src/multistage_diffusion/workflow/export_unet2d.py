@@ -20,6 +20,7 @@ from ..nets.ldm import LDMConfig
 from ..reading import brief
 from ..training.checkpoint import trained_config
 from ..training.run import Run
+from .latent import recorded_scale
 
 INDEX = "model_index.json"
 
@@ -134,7 +135,7 @@ def _codec_class(config: RunConfig) -> str:
 def copy_codec(source: Path, target: Path, config: RunConfig) -> None:
     """Copy an autoencoder; its scaling_factor and shift_factor become the scale and shift of the run's latents."""
     target.mkdir()
-    settings = {**read_mapping(source / CONFIG), "scaling_factor": config.codec.factor or 1.0}
+    settings = {**read_mapping(source / CONFIG), "scaling_factor": recorded_scale(config.codec)}
     settings.pop("shift_factor", None)  # the run may have another, or none
     if config.codec.shift:
         settings["shift_factor"] = config.codec.shift

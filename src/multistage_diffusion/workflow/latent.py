@@ -14,6 +14,7 @@ from ..config import CodecConfig, RunConfig
 from ..contracts import Codec
 from ..data import ImageData, to_uint8
 from ..data.rows import Rows
+from ..errors import UserError
 from ..latent.codecs import declared_scale, open_codec
 from ..latent.latents import LatentData, cached_latents, encode_images
 from ..progress import Progress
@@ -33,6 +34,19 @@ def with_declared_scale(config: CodecConfig) -> CodecConfig:
         return config
     scale, shift = declared_scale(config)
     return dataclasses.replace(config, scale=scale, shift=shift)
+
+
+def recorded_scale(codec: CodecConfig) -> float:
+    """Return the scale that a run on latents records when it starts.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if codec.factor is None:
+        raise UserError(
+            f"codec.scale={codec.scale}: a run on latents records a number there; was its config.json edited?"
+        )
+    return codec.factor
 
 
 def encode_parts(

@@ -20,6 +20,7 @@ from ..progress import Progress
 from ..records import read_evaluations
 from ..training.checkpoint import checkpoint_step
 from ..training.run import Run
+from .latent import recorded_scale
 from .sample import opened_run, require_writable
 
 _TAIL = 1e-3  # share of the training noise beyond each end of the default range
@@ -114,5 +115,6 @@ def network_inputs(config: RunConfig, images: ImageData, device: torch.device) -
     """Return the network's inputs for clean images: pixels in [-1, 1], or latents times the run's scale."""
     if not config.codec.used:
         return to_float(images.tensor())
-    latents, _ = cached_latents(open_codec(config.codec, device), images, scale=config.codec.factor, device=device)
+    scale = recorded_scale(config.codec)
+    latents, _ = cached_latents(open_codec(config.codec, device), images, scale=scale, device=device)
     return latents.tensor()

@@ -27,7 +27,7 @@ from ..reporting.samples import Samples
 from ..samplers.class_labels import class_number, frequent_labels, labels_in_turn, names_of
 from ..samplers.sampling import sample_images
 from ..training.run import Run
-from .latent import decoder
+from .latent import decoder, recorded_scale
 
 
 def opened_run(run: Run | Path | str) -> Run:
@@ -100,8 +100,8 @@ def sample(
     require_sampling_memory(config.network, config.input_shape, count, batch, resolved, rows)
     decode = None
     if config.codec.used:
-        assert config.codec.factor is not None
-        decode = decoder(open_codec(config.codec, resolved), config.codec.factor)
+        scale = recorded_scale(config.codec)
+        decode = decoder(open_codec(config.codec, resolved), scale)
     if precision == "fp64":
         raise UserError("precision='fp64' is for training only; take auto, fp32, bf16 or fp16")
     with world.report_failures():
