@@ -888,6 +888,25 @@ def test_results_are_escaped_where_the_encoding_lacks_a_character(monkeypatch: p
     assert stream.buffer.getvalue() == b"Fr\\xe9chet\n"  # type: ignore[attr-defined]
 
 
+def test_a_terminated_command_leaves_no_temporary_file(
+    msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path / "grey", 40, (6, 6))
+    names: set[str] = set()
+
+    def terminated(done: int, total: int) -> None:
+        names.update(path.name for path in tmp_path.iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Bar, "__call__", lambda _, done, total: terminated(done, total))
+    before = signal.getsignal(signal.SIGTERM)
+    code, out, err = msdiff("pack", "grey", "--out", "grey.zip")
+    assert (code, out, err.splitlines()[-1]) == (2, "", "msdiff: terminated")
+    assert len(names) == 2  # the temporary file was there
+    assert [path.name for path in tmp_path.iterdir()] == ["grey"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_an_interrupted_training_can_go_on(msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_pictures(tmp_path / "grey", 40, (6, 6))
     monkeypatch.setattr(TrainingProgress, "stepped", lambda *_: os.kill(os.getpid(), signal.SIGINT))

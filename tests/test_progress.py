@@ -1,9 +1,14 @@
+import os
+import signal
+import threading
+import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from multistage_diffusion import progress
-from multistage_diffusion.progress import reading, shown_reading
+from multistage_diffusion.progress import interruptible, reading, shown_reading
 
 
 class Program:
@@ -60,3 +65,22 @@ def test_a_program_shows_what_takes_longer_than_a_second(program):
 def test_without_a_program_nothing_is_shown():
     with reading() as told:
         told(1, 1)
+
+
+def test_ctrl_c_is_answered_during_one_long_operation():
+    def interrupt():
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(lambda: torch.linalg.eigvalsh(torch.eye(1 << 12) + torch.rand(1 << 12, 1 << 12)))
+    assert time.monotonic() - start < 1.5
+
+
+def test_an_interruptible_operation_returns_and_raises():
+    assert interruptible(lambda: 3) == 3
+    assert interruptible(shown_reading.get) is shown_reading.get()
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 / 0)

@@ -17,6 +17,7 @@ import re
 import select
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -144,7 +145,8 @@ def _run(name: str, arguments: Sequence[str], debug: bool) -> int:
     try:
         command = parse(name, arguments)
         _prepare_process(command)
-        command.run()
+        with _terminated_in_order():
+            command.run()
     except KeyboardInterrupt as interrupt:
         return _fail(interrupt if interrupt.args else "interrupted", debug)
     except Exception as error:
@@ -157,6 +159,23 @@ def _run(name: str, arguments: Sequence[str], debug: bool) -> int:
             return _bug()
         return _fail(line, debug)
     return 0
+
+
+@contextlib.contextmanager
+def _terminated_in_order() -> Iterator[None]:
+    """Answer SIGTERM as Ctrl-C: temporary files are removed, worker processes end."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        raise KeyboardInterrupt("terminated")
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _interrupted(error: BaseException) -> bool:

@@ -1,9 +1,15 @@
-"""The type of progress callbacks, and how a program shows that images are read."""
+"""The type of progress callbacks, how a program shows that images are read, and long operations that Ctrl-C ends."""
 
+import contextvars
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import TypeVar
+
+T = TypeVar("T")
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -35,3 +41,21 @@ def reading(given: Progress | None = None) -> Iterator[Progress]:
                 callback(done, total)
 
         yield told
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """Return work(), computed in another thread, so that Ctrl-C is answered during one long operation of a library.
+
+    The thread ends with the process; what it computes after Ctrl-C is dropped.
+    """
+    found: Future[T] = Future()
+    context = contextvars.copy_context()
+
+    def compute() -> None:
+        try:
+            found.set_result(context.run(work))
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=compute, daemon=True).start()
+    return found.result()

@@ -261,12 +261,21 @@ def test_split_refuses_shares_outside_the_range(data, held_out):
         data.split(held_out)
 
 
-def test_split_refuses_to_leave_a_side_empty(data):
-    train, held = data.split(0.5)
-    with pytest.raises(ValueError, match=r"data\.held_out=0\.5 leaves no held-out images among the 3 of set"):
-        train.subset(range(3)).split(0.5)
-    with pytest.raises(ValueError, match=r"data\.held_out=0\.5 leaves no training images among the 3 of set"):
-        held.subset(range(3)).split(0.5)
+def test_no_side_of_a_split_of_few_images_is_empty(data):
+    train, held = (part.subset(range(3)) for part in data.split(0.5))
+    for few, counts in ((train, (2, 1)), (held, (1, 2)), (train.subset([2, 0, 1]), (2, 1))):
+        parts = few.split(0.5)
+        assert tuple(len(part) for part in parts) == counts
+        assert sorted(image.tobytes() for part in parts for image in part.array()) == sorted(
+            image.tobytes() for image in few.array()
+        )
+    first, again = (few.split(0.5)[1].array() for few in (train, train.subset([2, 0, 1])))
+    assert np.array_equal(first, again)  # whatever the order
+
+
+def test_copies_of_one_image_are_not_split(data):
+    with pytest.raises(ValueError, match=r"data\.held_out=0\.5: set has no two different images"):
+        data.subset([1, 1, 1]).split(0.5)
 
 
 def test_floats_and_bytes_round_trip_exactly():

@@ -49,7 +49,7 @@ def test_other_files_are_counted_and_named():
 
 def test_formats_that_this_pillow_lacks_are_named(monkeypatch):
     monkeypatch.setattr(visible, "supported", lambda: frozenset({"PNG"}))
-    with pytest.warns(UserWarning, match=r"skipped 1 files, in formats that this Pillow cannot read \(1 \.avif\)"):
+    with pytest.warns(UserWarning, match=r"skipped 1 file, in formats that this Pillow cannot read \(1 \.avif\)"):
         found = sort_out("set", ["0.png", "1.avif"])
     assert found.images == ["0.png"]
     assert found.skipped == {"in formats that this Pillow cannot read": 1}

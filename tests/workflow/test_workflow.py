@@ -116,7 +116,6 @@ def test_a_split_is_written_with_its_picture(tmp_path: Path) -> None:
         ({"sampling.eta": 0.5}, "sampling.eta=0.5 has no meaning"),
         ({"network.num_classes": 10}, "has no labels"),
         ({"network.channel_mult": [1] * 10}, "has 10 levels"),
-        ({"data.held_out": 0.001}, "leaves no held-out images"),
         ({"training.steps": 4}, "device='cuda:99'"),
     ],
 )

@@ -9,7 +9,6 @@ from typing import Annotated
 
 from tyro.conf import Positional
 
-from ..config import DataConfig
 from ..console import Bar
 from ..errors import UserError
 from ..latent.codec_training import CodecSettings
@@ -69,7 +68,7 @@ class TrainCodec(DataOptions):
         settings = CodecSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(CodecSettings)})
         with Bar("training", "steps") as bar:
             record = train_codec(
-                DataConfig(source=self.data, **self.given()),
+                self.described(self.data),
                 self.out,
                 settings,
                 resume=self.resume,

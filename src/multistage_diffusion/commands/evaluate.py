@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from ..config import DataConfig
 from ..config.serialization import to_dict
 from ..console import Bar
 from ..distributed import is_main_process
@@ -209,7 +208,7 @@ class Stats(DataOptions):
         check_out(self.out, self.overwrite)
         refuse_own_data(self.out, self.data)
         agree(self.features)
-        config = DataConfig(source=self.data, **self.given())
+        config = self.described(self.data)
         with Bar("extracting", "images") as bar:
             reference = statistics(
                 config,

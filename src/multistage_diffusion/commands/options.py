@@ -62,7 +62,8 @@ class DataOptions:
     size: Annotated[tuple[int, int] | None, option("H W", _else("the images' size"))] = None
     """Height and width of the images; --fit says what is done with images of another size."""
     fit: Annotated[
-        Literal["exact", "crop", "resize", "pad"] | None, option("{exact,crop,resize,pad}", _else(DataConfig.fit))
+        Literal["exact", "crop", "resize", "pad"] | None,
+        option("{exact,crop,resize,pad}", "the run's or preset's; else crop"),
     ] = None
     """Images of another size than --size: exact refuses them, crop keeps the centre, resize scales, pad adds black."""
     skip_bad: bool = False
@@ -76,6 +77,11 @@ class DataOptions:
         """Return the options that were given, named as in DataConfig."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(DataOptions)}
         return {k: v for k, v in values.items() if v is not None and v is not False}
+
+    def described(self, source: str) -> DataConfig:
+        """Return how a source is read; images of another size than --size are cropped unless --fit is given."""
+        given = self.given()
+        return DataConfig(source=source, **({"fit": "crop"} if "size" in given else {}) | given)
 
     def dotted(self) -> dict[str, Any]:
         """Return the options that were given as dotted keys of a run's configuration."""

@@ -8,7 +8,6 @@ from typing import Annotated
 
 from tyro.conf import Positional
 
-from ..config import DataConfig
 from ..console import Bar
 from ..errors import UserError
 from ..workflow.pack import pack
@@ -42,7 +41,7 @@ class Pack(DataOptions):
         check_out(self.out, self.overwrite)
         refuse_own_data(self.out, self.data)
         with Bar("packing", "images") as bar:
-            data = pack(DataConfig(source=self.data, **self.given()), self.out, overwrite=self.overwrite, progress=bar)
+            data = pack(self.described(self.data), self.out, overwrite=self.overwrite, progress=bar)
         if self.json:
             print_json(
                 {

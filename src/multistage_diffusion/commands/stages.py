@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from ..config import CodecConfig, DataConfig
+from ..config import CodecConfig
 from ..config.presets import preset
 from ..console import Bar
 from ..conventions import Boundary, boundary, boundary_lines
@@ -143,7 +143,7 @@ class FindStages(DataOptions):
                 result = find_stages_by_gradients(self.trained, settings, **where)
             else:
                 codec = None if self.codec is None else CodecConfig(source=self.codec)
-                config = DataConfig(source=self.data, **self.given())
+                config = self.described(self.data)
                 diffusion = None if self.preset is None else preset(self.preset).diffusion
                 result = find_stages(
                     config, settings, diffusion=diffusion, codec=codec, image_shards=self.image_shards, **where

@@ -116,25 +116,30 @@ class ImageData(LabelledRows):
         """Return (train, held-out) data as views.
 
         An image is held out if the hash of its pixels and shape, mapped to [0, 1), is below held_out. Equal images are
-        therefore on the same side. Order, file names and other images have no effect.
+        therefore on the same side. Order, file names and other images have no effect. Of few images, where that
+        would leave a side empty, it gets the image nearest to it.
 
         Args:
             held_out: expected held-out share in [0, 1); 0 holds nothing out.
 
         Raises:
-            UserError: if held_out is out of range, or if it is positive and one side is empty.
+            UserError: if held_out is out of range, or if it is positive and all images are copies of one.
         """
         if not 0 <= held_out < 1:
             raise UserError(f"data.held_out={held_out} must be in [0, 1)")
         if held_out == 0:
             return self, self.subset([])
-        below = self._positions < held_out
-        if below.all() or not below.any():
-            side = "training" if len(self) and below.all() else "held-out"
+        positions = self._positions
+        if not len(positions) or positions.min() == positions.max():
             raise UserError(
-                f"data.held_out={held_out} leaves no {side} images among the {len(self)} of {self.name}; use another "
-                f"share or 0, or more images"
+                f"data.held_out={held_out}: {self.name} has no two different images, so none can be held out; "
+                f"add images, or use 0"
             )
+        below = positions < held_out
+        if not below.any():
+            below = positions == positions.min()
+        elif below.all():
+            below = positions < positions.max()
         return self.subset(np.flatnonzero(~below)), self.subset(np.flatnonzero(below))
 
     @cached_property

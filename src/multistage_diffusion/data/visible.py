@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..errors import UserError
+from ..escaping import counted
 from .opening import SUFFIXES, supported
 
 LISTING = "dataset.json"
@@ -84,11 +86,18 @@ def sort_out(source: str, names: Iterable[str]) -> Sorted:
             kinds = Counter(_suffix(name) or "no suffix" for name in found).most_common(5)
             told = ", ".join(f"{count} {kind}" for kind, count in kinds)
             warnings.warn(
-                f"{source}: skipped {len(found)} files, {reason} ({told}); the first is {min(found)}",
+                f"{source}: skipped {counted(len(found), 'file')}, {reason} ({told}); the first is {min(found)}",
                 stacklevel=4,
             )
     counts = {HIDDEN: len(hidden), **{reason: len(found) for reason, found in others.items()}}
     return Sorted(sorted(images), sorted(listings), {reason: count for reason, count in counts.items() if count})
+
+
+def check_images(source: str, found: Sorted) -> None:
+    """Refuse a source without images, and say what it holds instead."""
+    if not found.images:
+        beside = "".join(f"; {counted(count, 'file')} passed over: {reason}" for reason, count in found.skipped.items())
+        raise UserError(f"{source}: contains no images ({', '.join(SUFFIXES)}){beside}")
 
 
 def _suffix(name: str) -> str:

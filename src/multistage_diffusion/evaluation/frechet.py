@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..progress import interruptible
 from .checks import check_features
 from .image_sets import ImageSets
 from .moments import MAX_DIMS, Moments, moments
@@ -90,9 +91,16 @@ def frechet_between(a: Moments, b: Moments) -> float:
         )
     if not all(bool(torch.isfinite(m.covariance).all() and torch.isfinite(m.mean).all()) for m in (a, b)):
         raise UserError("Fréchet distance: features are not all finite; look at the images and the feature extractor")
-    values, vectors = torch.linalg.eigh(a.covariance)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root @ b.covariance @ root
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    # seconds for thousands of dimensions
+    cross = interruptible(lambda: _trace_of_root(a.covariance, b.covariance))
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return max(float(distance), 0.0)
+
+
+def _trace_of_root(a: Tensor, b: Tensor) -> Tensor:
+    """Return tr((a^1/2 b a^1/2)^1/2) of two covariances."""
+    values, vectors = torch.linalg.eigh(a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = root @ b @ root
+    trace: Tensor = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    return trace

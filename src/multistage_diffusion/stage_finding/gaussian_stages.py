@@ -15,7 +15,7 @@ from ..config import DiffusionConfig
 from ..data.rows import read
 from ..errors import UserError
 from ..preconditioning import make_preconditioning
-from ..progress import Progress
+from ..progress import Progress, interruptible
 from ..schedules import LogNormal, NoiseSchedule
 from ..schedules.vp import VP
 from .edge_preview import edge_strip
@@ -80,7 +80,7 @@ def gaussian_stages(
     numbers = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))[:count]
     rows = read(images, numbers)
     scale, shift = _scaling(rows, settings)
-    moments = measure_moments(rows, scale=scale, shift=shift)
+    moments = interruptible(lambda: measure_moments(rows, scale=scale, shift=shift))
     spectrum = moments.spectrum()
     if diffusion.precondition == "edm":
         diffusion = dataclasses.replace(diffusion, sigma_data=spectrum.sigma_data)
@@ -99,7 +99,7 @@ def gaussian_stages(
     first, value = found[settings.stages - 1]
     measure = schedule if isinstance(schedule, VP) else VP()
     times = _times(measure, edges_between(sigma, first))
-    half = measure_moments(rows[: max(16, count // 2)], scale=scale, shift=shift).spectrum()
+    half = interruptible(lambda: measure_moments(rows[: max(16, count // 2)], scale=scale, shift=shift)).spectrum()
     stored = np.linspace(0, len(sigma) - 1, min(STORED, len(sigma))).round().astype(int)
     return made_result(
         times,

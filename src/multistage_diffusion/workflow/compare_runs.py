@@ -66,7 +66,9 @@ def compare_runs(
     training, held_out = opened[0].data().split(configs[0].data.held_out)
     part = training if excess else held_out
     if len(part) < 2:
-        raise UserError(f"data.held_out={configs[0].data.held_out} leaves fewer than 2 images to compare on")
+        raise UserError(
+            f"data.held_out={configs[0].data.held_out} leaves fewer than 2 images to compare on; more images would mend that"
+        )
     images = part.subset(range(min(count, len(part))))
     data = network_inputs(configs[0], images, place)
     sigmas, found, steps = _levels(configs, levels), list[Tensor](), list[int]()

@@ -85,7 +85,7 @@ def test_hidden_files_and_other_files_are_passed_over(grey):
         (grey / name).parent.mkdir(exist_ok=True, parents=True)
         (grey / name).write_bytes(b"nothing")
     for source in (grey, zipped(grey, grey.parent / "set.zip")):
-        with pytest.warns(UserWarning, match=r"skipped 1 files, not images \(1 \.txt\); the first is c/readme\.txt"):
+        with pytest.warns(UserWarning, match=r"skipped 1 file, not images \(1 \.txt\); the first is c/readme\.txt"):
             data = open_data(source)
         assert data.fingerprint == expected
         assert data.describe() == (

@@ -23,6 +23,7 @@ from ..rows import Rows, fits_memory
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 
 
 def absolute(path: str) -> str:
@@ -99,6 +100,8 @@ def open_data(
     for kind in _all(Files).values():
         if kind.recognises(path):
             return _fitted(kind.open(path, options), options)
+    if path.name.lower().endswith(_COMPRESSED):
+        raise UserError(f"data.source='{source}': archives of this kind are not read; unpack it and give the folder")
     raise UserError(f"data.source='{source}': not a data set; known: {forms()}")
 
 

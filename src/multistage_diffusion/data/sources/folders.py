@@ -20,7 +20,7 @@ from ..image_files import FileTimes, ImageFiles, Stamps, file_times, read_unchan
 from ..labels import find_labels, inner_path
 from ..opening import SUFFIXES, one_line
 from ..options import Options
-from ..visible import LISTING, of_the_system, sort_out
+from ..visible import LISTING, check_images, of_the_system, sort_out
 from . import SOURCES, Files
 
 
@@ -41,8 +41,7 @@ def open_images(path: Path, options: Options) -> ImageData:
     """
     names, read = contents(path)
     found = sort_out(str(path), names)
-    if not found.images:
-        raise UserError(f"{path}: contains no images ({', '.join(SUFFIXES)})")
+    check_images(str(path), found)
     labels, class_names = find_labels(str(path), found.images, found.listings, read)
     files = _folder_files(path, found.images) if path.is_dir() else _archive_files(path, found.images, read)
     return open_files(files, labels, options, class_names, found.skipped)

@@ -19,7 +19,7 @@ from ..image_files import FileTimes, ImageFiles, Stamps, file_times, read_unchan
 from ..labels import find_labels, inner_path
 from ..opening import SUFFIXES, one_line
 from ..options import Options
-from ..visible import LISTING, sort_out
+from ..visible import LISTING, check_images, sort_out
 from . import SOURCES, Files, Named, absolute, to_path
 
 _LABEL_KEYS = ("label", "cls", "class")  # in a JSON file beside an image
@@ -132,8 +132,7 @@ def _open(title: str, paths: Sequence[Path], options: Options) -> ImageData:
     keys = {_key(name) for name in shards.members if _is_image(name)}
     beside = {name for name in shards.members if name.endswith(_BESIDE) and _key(name) in keys}
     found = sort_out(title, (name for name in shards.members if name not in beside))
-    if not found.images:
-        raise UserError(f"{title}: contains no images ({', '.join(SUFFIXES)})")
+    check_images(title, found)
     labels, names = _labels(title, shards, found.images, found.listings)
     known = [(str(path.resolve()), times) for path, times in zip(paths, shards.times, strict=True)]
     files = ImageFiles(
