@@ -242,7 +242,7 @@ def test_the_drawing_shows_the_preset_that_its_page_names() -> None:
         drawing.get("aria-labelledby") or ""
     ).split()
     words = [text.text for text in drawing.iter(names["text"])]
-    config = msd.preset("fashion-mnist")
+    config = msd.preset("images-32-gpu")
     assert [f"{edge:.2g}" for edge in config.stages.interior] == words[words.index("0") + 1 : words.index("∞")]
     assert [word for word in words if word and word.startswith("width")] == [
         f"width {width}" for width in config.network.decoder_widths

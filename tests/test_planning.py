@@ -201,7 +201,7 @@ def test_the_options_are_the_valid_widths_up_to_the_first_too_dear() -> None:
 
 def test_probes_are_of_the_largest_width_and_its_half() -> None:
     assert probe_widths(DIGITS) == (16, 32)
-    assert probe_widths(preset("fashion-mnist").network) == (24, 48)
+    assert probe_widths(preset("images-32-gpu").network) == (64, 128)
     assert probe_widths(preset("celebahq-ldm").network) == (128, 256)
     with pytest.raises(ValueError, match=r"network\.decoder_widths=\[4\]: .* give a larger one"):
         probe_widths(NetworkConfig.of(family="ddpmpp", encoder_width=8, decoder_widths=(4,), attention_factors=()))

@@ -53,13 +53,13 @@ class _Size:
 
 _SIZES = {
     (32, "cpu"): _Size(
-        widths=(32, 32, 16, 16),
+        widths=(16, 16, 16, 8),
         channel_mult=(1, 2, 2),
         blocks=1,
         attention=(4,),
         batch=64,
         steps=5_000,
-        lr=2e-3,
+        lr=4e-3,
     ),
     (64, "cpu"): _Size(
         widths=(16, 16, 8, 8),
