@@ -2,6 +2,7 @@
 
     pip install diffusers denoising-diffusion-pytorch smalldiffusion accelerate torch-ema
     python benchmarks/peers.py [--data fashion-mnist] [--minutes 20] [--tools ours diffusers ...] [--seeds 1 2]
+    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/peers.py --calls 20 --default never   # on one core, and shorter
     python benchmarks/peers.py --report
 
 Each tool trains as its README or its training example says: optimiser, learning rate, batch, average of the weights, noise
@@ -10,7 +11,8 @@ The clock runs while a tool trains, not while it samples. Samples of all are jud
 distance to the training images on the features of the classifier that ships with this package, at 20 and 50 calls of the tool's
 own fast sampler; and 200 at its default of 1000 steps, if it has one, which say little.
 
-Every result is kept in benchmarks/results/peers.json as soon as it is known; a tool that is there is not trained again.
+Every result is kept in benchmarks/results/peers.json as soon as it is known, the first samples in peers-TOOL.png; a tool that is
+there is not trained again. --report draws peers.png.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 
 from multistage_diffusion import override, preset, sample, train
@@ -36,6 +42,7 @@ from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.evaluation import Reference, compare_samples, get_features, make_reference
 from multistage_diffusion.files import write_json
 from multistage_diffusion.performance.devices import device_name
+from multistage_diffusion.reporting.pictures import grid, save_png
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
@@ -45,6 +52,7 @@ CALLS = (20, 50)  # of the network per sample
 SAMPLES, FEW = 2000, 200
 DEFAULT_STEPS = 1000
 AT_ONCE = 100  # samples drawn at a time
+SHOWN = 32  # samples in a picture
 PRESETS = {"fashion-mnist": "fashion-mnist"}
 FEATURES = {"fashion-mnist": "fashion-classifier"}
 
@@ -297,47 +305,88 @@ def parts(count: int) -> list[range]:
     return [range(start, min(start + AT_ONCE, count)) for start in range(0, count, AT_ONCE)]
 
 
+def as_bytes(images: Tensor) -> Tensor:
+    """Return samples in [0, 1] as uint8."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def judge(images: Tensor, reference: Reference, data: str) -> dict[str, float]:
     """Return the distances of samples in [0, 1] to the training images."""
-    rounded = (images.clamp(0, 1) * 255).round().to(torch.uint8)
     metrics = ("frechet", "kid") if len(images) > FEW else ("frechet",)
-    found = compare_samples(rounded, reference, get_features(FEATURES[data]), metrics=metrics)
+    found = compare_samples(as_bytes(images), reference, get_features(FEATURES[data]), metrics=metrics)
     return {name: found.metrics[name].value for name in metrics}
 
 
-def measured(name: str, data: ImageData, reference: Reference, seed: int, seconds: float) -> dict[str, Any]:
-    """Train a tool and judge its samples."""
+def measured(
+    name: str, data: ImageData, reference: Reference, seed: int, seconds: float, calls: Sequence[int], *, default: bool
+) -> tuple[dict[str, Any], Tensor]:
+    """Train a tool and judge its samples; return the figures and samples, uint8 (SHOWN, C, H, W), of the fewest calls."""
     torch.manual_seed(seed)
     channels, side, _ = data.shape
     tool = TOOLS[name](channels, side)
     if isinstance(tool, Ours):
         tool.data, tool.seed = data.name, seed
     seen, size = tool.fit(torch.from_numpy(data.array().copy()), seconds)
-    result: dict[str, Any] = {"images": seen, "parameters": size, "samples": SAMPLES}
-    for calls in CALLS:
+    result: dict[str, Any] = {
+        "images": seen,
+        "parameters": size,
+        "samples": SAMPLES,
+        "threads": torch.get_num_threads(),
+    }
+    shown = torch.empty(0)
+    for number in sorted(calls):
         torch.manual_seed(seed)
-        result[str(calls)] = judge(tool.draw(SAMPLES, calls), reference, data.name)
-    if tool.default_steps:
+        drawn = tool.draw(SAMPLES, number)
+        shown = shown if len(shown) else drawn[:SHOWN]
+        result[str(number)] = judge(drawn, reference, data.name)
+    if default and tool.default_steps:
         result["default"] = {"calls": tool.default_steps, "samples": FEW} | judge(
             tool.draw(FEW, tool.default_steps), reference, data.name
         )
-    return result
+    return result, as_bytes(shown)
 
 
 def table(known: dict[str, Any]) -> str:
     """Return the results as Markdown: mean over the seeds."""
+    calls = sorted(
+        {int(key) for runs in known["results"].values() for run in runs.values() for key in run if key.isdigit()}
+    )
     lines = [
-        "| tool | minutes | images seen | parameters | Fréchet distance at 20 calls | at 50 calls | seeds |",
-        "|---|---|---|---|---|---|---|",
+        f"| tool | minutes | images seen | parameters | {' | '.join(f'Fréchet distance at {c} calls' for c in calls)} | seeds |",
+        "|---" * (5 + len(calls)) + "|",
     ]
     for key, runs in known["results"].items():
         name, minutes = key.rsplit(", ", 1)
-        cells = [sum(run[str(calls)]["frechet"] for run in runs.values()) / len(runs) for calls in CALLS]
         seen = sum(run["images"] for run in runs.values()) / len(runs)
         size = next(iter(runs.values()))["parameters"]
-        numbers = " | ".join(f"{cell:.3f}" for cell in cells)
+        numbers = " | ".join(distance(runs, count) for count in calls)
         lines.append(f"| {name} | {minutes} | {seen:,.0f} | {size / 1e6:.2f} M | {numbers} | {len(runs)} |")
     return "\n".join(lines)
+
+
+def distance(runs: dict[str, Any], calls: int) -> str:
+    """Return the mean Fréchet distance over the seeds as text; a dash if it was not measured."""
+    found = [run[str(calls)]["frechet"] for run in runs.values() if str(calls) in run]
+    return f"{sum(found) / len(found):.3f}" if found else "-"
+
+
+def picture(known: dict[str, Any], folder: Path) -> Figure:
+    """Return the first samples of each tool, one below the other, with its distance."""
+    rows = [(key, folder / f"peers-{key.rsplit(', ', 1)[0]}.png") for key in known["results"]]
+    rows = [row for row in rows if row[1].exists()]
+    figure = Figure(figsize=(9, 1.5 * len(rows)), layout="constrained")
+    for number, (key, path) in enumerate(rows):
+        name, minutes = key.rsplit(", ", 1)
+        calls = min(int(k) for run in known["results"][key].values() for k in run if k.isdigit())
+        axes = figure.add_subplot(len(rows), 1, number + 1)
+        axes.imshow(np.asarray(Image.open(path)), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(
+            f"{name}: {minutes} minutes, Fréchet distance {distance(known['results'][key], calls)}",
+            fontsize=9,
+            loc="left",
+        )
+        axes.axis("off")
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -346,24 +395,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="of training, for each tool and seed")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS), help="of the fast samplers")
+    parser.add_argument("--default", choices=("first", "never"), default="first", help="seed of the default samplers")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
     known = read_json(args.out) if args.out.exists() else {"machine": machine(), "results": {}}
     if not args.report:
-        os.environ["TQDM_DISABLE"] = "1"  # before the tools are imported
-        source = DataConfig(source=args.data)
-        data, _ = open_data(source.source).split(source.held_out)
-        reference = make_reference(
-            get_features(FEATURES[args.data]), data, data=data.name, fingerprint=data.fingerprint, keep=10_000
-        )
-        for seed in args.seeds:
-            for name in args.tools:
-                runs = known["results"].setdefault(f"{name}, {args.minutes:g}", {})
-                if str(seed) not in runs:
-                    runs[str(seed)] = copy.deepcopy(measured(name, data, reference, seed, 60 * args.minutes))
-                    write_json(args.out, known)
+        train_all(args, known)
+    FigureCanvasAgg(figure := picture(known, args.out.parent))
+    figure.savefig(args.out.with_suffix(".png"), dpi=120)
     print(table(known))
+
+
+def train_all(args: argparse.Namespace, known: dict[str, Any]) -> None:
+    """Train and judge the tools that are not known yet."""
+    os.environ["TQDM_DISABLE"] = "1"  # before the tools are imported
+    source = DataConfig(source=args.data)
+    data, _ = open_data(source.source).split(source.held_out)
+    reference = make_reference(
+        get_features(FEATURES[args.data]), data, data=data.name, fingerprint=data.fingerprint, keep=10_000
+    )
+    for seed in args.seeds:
+        for name in args.tools:
+            runs = known["results"].setdefault(f"{name}, {args.minutes:g}", {})
+            if str(seed) in runs:
+                continue
+            default = args.default == "first" and seed == args.seeds[0]
+            result, shown = measured(name, data, reference, seed, 60 * args.minutes, args.calls, default=default)
+            runs[str(seed)] = copy.deepcopy(result)
+            write_json(args.out, known)
+            if seed == args.seeds[0]:
+                save_png(grid(shown, columns=SHOWN // 2, scale=1), args.out.with_name(f"peers-{name}.png"))
 
 
 if __name__ == "__main__":
