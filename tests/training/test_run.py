@@ -221,3 +221,10 @@ def test_a_run_appears_with_all_that_belongs_to_it(tmp_path, tiny_config):
     with pytest.raises(RuntimeError):
         Run.create(tmp_path / "run", tiny_config(), fill=fail)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_launch_of_the_module_can_be_pasted(run, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/site/multistage_diffusion/__main__.py", "train", "a b"])
+    run.log_launch(torch.device("cpu"))
+    launch = json.loads((run.path / "launches.jsonl").read_text())
+    assert launch["command"] == "python -m multistage_diffusion train 'a b'"

@@ -195,6 +195,13 @@ def test_a_run_of_ours_comes_back_with_its_own_stages(
     assert again.config().data.shape == (1, 4, 4)
 
 
+def test_a_run_is_not_imported(tmp_path: Path) -> None:
+    run = import_published(write_edm(tmp_path / "edm.pkl", golden("edm")[1]), tmp_path / "run")
+    with pytest.raises(UserError, match=r"run: is a run already; .* msdiff train --init-from"):
+        import_published(run.path, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_a_network_that_is_not_told_of_augmentation_is_trained_without(tmp_path: Path) -> None:
     weights = {name: value for name, value in golden("edm")[1].items() if "map_augment" not in name}
     run = import_published(write_edm(tmp_path / "edm.pkl", weights), tmp_path / "run")

@@ -245,7 +245,7 @@ class Run:
         """Append the command that trains this run to launches.jsonl."""
         launch = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+            "command": _command(),
             "version": __version__,
             "torch": torch.__version__,
             "device": device_name(device),
@@ -309,3 +309,10 @@ def belongs_to_a_run(path: Path) -> bool:
     return any(
         place.name == "checkpoints" and Run(place.parent).config_file.exists() for place in path.absolute().parents
     )
+
+
+def _command() -> str:
+    """Return the command that this process is, as a user would type it."""
+    program = os.path.basename(sys.argv[0])
+    words = ["python", "-m", __name__.partition(".")[0]] if program == "__main__.py" else [program]
+    return shlex.join([*words, *sys.argv[1:]])

@@ -82,6 +82,8 @@ def import_published(
         UserError: in one line: the file is damaged, hostile or does not fit, or its stages are unknown.
     """
     file = Path(file)
+    if Run(file).checkpoints.is_dir():
+        raise UserError(f"{file}: is a run already; use it as it is, or start from it: msdiff train --init-from {file}")
     own = {"encoder_depth": encoder_depth, "classes": classes, "drop_sigma": drop_sigma or None}
     found = find_layout(file)
     if found is not None:
