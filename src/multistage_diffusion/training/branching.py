@@ -5,7 +5,7 @@ the stages interfere with one another. Until branching, all decoders of one widt
 and saving work unchanged. A narrower decoder is a slice of the widest: its first channels, as in slimmable networks (Yu et
 al. 2019, "Slimmable neural networks"), see `resizing.slices`. It is a module with copies of these weights (`Ties`): its
 gradients are added to those of the widest, which alone is updated, and the copies follow. So a stage computes the same just
-before and just after branching.
+before and just after branching. Averages need no tie: the average of a slice is the slice of the average.
 
 Then the trainer builds a network with a decoder for each stage and loads copies of weights, averages and optimiser state
 into it: those of a narrower decoder are slices, too.

@@ -53,7 +53,7 @@ class Trainer:
         allocation: shares, weights and rows of the stages.
         denoiser: the network in training, as far as this process holds it.
         ema: the averaged network, as far as this process holds it.
-        ties, ema_ties: keep narrower decoders slices of the widest until branching, in the network and in its average.
+        ties: keep narrower decoders slices of the widest until branching.
         passes: computes gradients.
         optimization: updates the weights.
         log: losses, norms and rate since the last line of the log.
@@ -136,17 +136,17 @@ class Trainer:
         for module in (self.denoiser, self.ema.module):
             own, given = module.state_dict(), self.warm_start.tensors
             module.load_state_dict({n: self.strategy.local(given[n], t) if n in given else t for n, t in own.items()})
-        for ties in (self.ties, self.ema_ties):
-            ties.copy_weights()
+            self._ties_of(module).copy_weights()
 
     def _watch(self) -> None:
         """Follow the parameters of the network; called again after branching."""
         self.optimization.watch(self.denoiser.network)
         self.strategy.watch(self.optimization.parts, shared=self.denoiser.network.tied)
         self.passes.watch()
-        whole, local = self.strategy.whole, self.strategy.local
-        self.ties = branching.Ties(self.denoiser.network, whole, local)
-        self.ema_ties = branching.Ties(self.ema.module.network, whole, local)
+        self.ties = self._ties_of(self.denoiser)
+
+    def _ties_of(self, denoiser: MultiStageDenoiser) -> branching.Ties:
+        return branching.Ties(denoiser.network, self.strategy.whole, self.strategy.local)
 
     @property
     def images(self) -> int:
@@ -280,9 +280,8 @@ class Trainer:
         torch.manual_seed(rng.fold(dropout_key(training.seed, self.step, self.world.rank)) >> 1)
         for counts, weights in self.allocation.updates(self.step):
             self._optimize(counts, weights)
-        with self.passes.timer.part("average"), self.world.translate_errors():
+        with self.passes.timer.part("average"):
             self.ema.update(training.batch, self.images)
-            self.ema_ties.copy_weights()
         self.step += 1
 
     def _prefetch(self, step: int) -> None:
