@@ -111,7 +111,7 @@ class Setting:
         preset: the preset that all arms start from.
         base: keys changed in it.
         splits: how (b)'s and (c)'s stages may be found.
-        variants: of each arm, what is tried on the tuning seed: equally many for all.
+        variants: of each arm, what is tried on the tuning seed: equally many for all (V's second of (c) is no candidate).
         chosen: of each arm, the variant with the lowest distance at the end of its tuning run.
         steps: of a run, by phase.
     """
@@ -250,7 +250,15 @@ SETTINGS = {
         splits={"algorithm 1": StageSettings()},
         variants={
             "a": ({},),
-            "c": ({SPLIT: "algorithm 1", "network.decoder_widths": [24, 16, 4], "training.shares": V_SHARES},),
+            "c": (
+                {SPLIT: "algorithm 1", "network.decoder_widths": [24, 16, 4], "training.shares": V_SHARES},
+                {
+                    SPLIT: "algorithm 1",
+                    "network.decoder_widths": [24, 16, 4],
+                    "training.shares": V_SHARES,
+                    BRANCH: 0.25,
+                },
+            ),
             "e": ({SPLIT: "algorithm 1", "training.shares": V_SHARES, BRANCH: 1.0},),
             "f": ({SPLIT: "algorithm 1", "training.shares": V_SHARES},),
         },

@@ -74,12 +74,17 @@ def test_sizes_that_would_be_padded_to_twice_their_sides_are_refused() -> None:
         Coarse().require_size(4, 4)
 
 
-def test_decoders_are_alike_if_all_that_is_set_per_stage_is_equal() -> None:
+def test_decoders_can_share_one_if_at_most_their_widths_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Plain(decoder_widths=(8, 8), tempers=(1.0, 1.0))
-    assert config.alike
-    assert dataclasses.replace(config, tempers=None).alike
-    assert not dataclasses.replace(config, tempers=(1.0, 2.0)).alike
-    assert not dataclasses.replace(config, decoder_widths=(8, 4)).alike
+    assert config.unshared is None
+    assert dataclasses.replace(config, tempers=None).unshared is None
+    assert dataclasses.replace(config, tempers=(1.0, 2.0)).unshared == "tempers"
+    narrower = dataclasses.replace(config, decoder_widths=(8, 4))
+    assert narrower.unshared == "decoder_widths"
+    monkeypatch.setattr(type(config), "resizable", True)
+    assert narrower.unshared is None
+    assert dataclasses.replace(narrower, tempers=(1.0, 2.0)).unshared == "tempers"
+    assert dataclasses.replace(narrower, separate=True).unshared == "decoder_widths"
 
 
 def test_one_decoder_alone_keeps_its_own_settings() -> None:

@@ -106,6 +106,14 @@ def require_same(a: Path, b: Path, tolerance: float = 1e-10) -> None:
         pytest.param(
             *(3, "fsdp", {"network__decoder_widths": [8, 8, 8], "training__branch_at": 7}), marks=pytest.mark.slow
         ),
+        pytest.param(*(2, "fsdp", {"training__branch_at": 7, "optimizer__clip_scope": "part"}), marks=pytest.mark.slow),
+        pytest.param(
+            *(3, "memory", {"training__branch_at": 7, "training__update_mode": "one-stage"}), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *(2, "memory", {"training__branch_at": 7, "network__decoder_widths": [8, 12, 12]}), marks=pytest.mark.slow
+        ),
+        pytest.param(*(2, "time", {"training__branch_at": 7, "training__accumulate": 3}), marks=pytest.mark.slow),
         pytest.param(
             *(2, "fsdp", {"network__augment_dim": 9, "optimizer__kind": "adamw", "optimizer__weight_decay": 0.1}),
             marks=pytest.mark.slow,
@@ -140,6 +148,7 @@ def require_same(a: Path, b: Path, tolerance: float = 1e-10) -> None:
     ],
     ids=[
         *("2 time", "3 memory", "2 fsdp", "fsdp one-stage", "fsdp sequential", "fsdp separate branch", "fsdp branch"),
+        *("fsdp slices", "memory one-stage slices", "memory slices", "time slices"),
         *("fsdp weight decay", "fsdp recompute"),
         *(
             "4 memory",

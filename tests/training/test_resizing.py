@@ -1,4 +1,4 @@
-"""A wider decoder computes what the trained one does; narrowed again, it is the trained one."""
+"""A wider decoder computes what the trained one does; narrowed again, it is the trained one, and a slice of the wider."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.nets import build_network
 from multistage_diffusion.nets.network import MultiDecoderNetwork
-from multistage_diffusion.training.resizing import resized
+from multistage_diffusion.training.resizing import resized, slices
 
 
 def network(family: str, width: int, seed: int, **changes: object) -> MultiDecoderNetwork:
@@ -100,3 +100,36 @@ def test_decoders_that_differ_in_more_than_width_are_not_resized(changes: dict[s
     # a block with as many inputs as outputs has no projection that could hold the trained one
     assert resized(given.decoders[0], network("ddpmpp", 16, 2, attention_factors=(2,)).decoders[0], 8, 16) is None
     assert resized(nn.Linear(2, 3), nn.Linear(2, 4), 8, 12) is None
+    assert slices(given.decoders[0], other.decoders[0], 8, 12) is None
+    assert slices(other.decoders[0], given.decoders[0], 12, 8) is None
+    assert slices(network("ddpmpp", 16, 2, attention_factors=(2,)).decoders[0], given.decoders[0], 16, 8) is None
+    assert slices(nn.Linear(2, 4), nn.Linear(2, 3), 12, 8) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "wide", "narrow", "changes"),
+    [
+        ("ncsnpp", 20, 4, {"attention_factors": (1, 2)}),
+        ("ddpmpp", 24, 8, {"attention_factors": (2,)}),
+        ("ldm", 12, 8, {"attention_factors": (1, 2), "group_count": 1, "head_channels": 4}),
+        ("ldm", 12, 8, {"attention_factors": (1, 2), "group_count": 1, "head_channels": None, "scale_shift": True}),
+    ],
+)
+def test_a_slice_is_what_a_narrower_decoder_starts_from_but_for_the_scale_of_queries(
+    family: str, wide: int, narrow: int, changes: dict[str, object]
+) -> None:
+    given, small = (network(family, width, 1, **changes).decoders[0] for width in (wide, narrow))
+    started_from, found = resized(given, small, wide, narrow), slices(given, small, wide, narrow)
+    assert started_from is not None
+    assert found is not None
+    values = given.state_dict()
+    scaled = 0
+    for name, value in started_from.items():
+        own = torch.full_like(value, torch.nan)
+        for here, there in found[name]:
+            own[here] = values[name][there]
+        if ".qkv." in name and changes.get("head_channels") is None and own.shape != values[name].shape:
+            own[: len(own) // 3] *= (narrow / wide) ** 0.5
+            scaled += 1
+        torch.testing.assert_close(own, value, rtol=1e-12, atol=0.0)
+    assert (scaled > 0) == (changes.get("head_channels") is None)

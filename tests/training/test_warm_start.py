@@ -100,6 +100,26 @@ def test_labels_that_were_not_known_start_without_effect(trained, tiny_config, t
     torch.testing.assert_close(conditional, at_every_stage(run.denoiser()))
 
 
+@pytest.mark.parametrize("widths", [(8, 8, 8), (4, 8, 8), (4, 12, 8)])
+def test_a_decoder_that_all_stages_share_at_first_starts_from_the_trained_one(
+    trained, tiny_config, tiny_data, tmp_path, widths: tuple[int, ...]
+) -> None:
+    run = trained()
+    common = {"network__decoder_widths": widths, "training__branch_at": 2}
+    trainer = started(tmp_path / "three", tiny_config(**common, training__init_from=str(run.path)), tiny_data())
+    given = run.denoiser().network.decoders[0].state_dict()
+    for module in (trainer.denoiser, trainer.ema.module):
+        decoder = module.network.decoders[
+            2
+        ]  # of the trained width: even as a slice of a wider one, it is the trained one
+        assert all(torch.equal(value, given[name]) for name, value in decoder.state_dict().items())
+    three = trained("its own", stages__interior=[0.2, 0.6], network__decoder_widths=[8, 8, 8])
+    with pytest.raises(
+        ValueError, match=r"has 3 decoders, but with training.branch_at=2 all stages start with one; give"
+    ):
+        warm_start(three.path, tiny_config(**common))
+
+
 def test_a_stopped_run_goes_on_from_its_checkpoint_not_from_its_start(
     trained, tiny_config, tiny_data, tmp_path
 ) -> None:

@@ -197,7 +197,7 @@ def split_of(path: Path) -> Any:
         ("digits --held-out 0", "data.held_out=0: a plan compares losses on held-out images"),
         (
             "digits --set training.branch_at=5 network.decoder_widths=[8,8,8]",
-            "training.branch_at=5 needs decoders that are",
+            "training.branch_at=5 lets stages share a decoder",
         ),
         ("digits --set network.width=3", "network.width: unknown key"),
         (

@@ -116,6 +116,10 @@ def test_a_split_is_written_with_its_picture(tmp_path: Path) -> None:
         ({"sampling.eta": 0.5}, "sampling.eta=0.5 has no meaning"),
         ({"network.num_classes": 10}, "has no labels"),
         ({"network.channel_mult": [1] * 10}, "has 10 levels"),
+        (
+            {"training.branch_at": 2, "network.decoder_widths": [20, 16, 8]},
+            r"network.decoder_widths=\[20, 16, 8\]: the decoder of width 16 is no slice of that of width 20.*training.branch_at",
+        ),
         ({"training.steps": 4}, "device='cuda:99'"),
     ],
 )

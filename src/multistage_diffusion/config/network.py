@@ -66,7 +66,7 @@ class NetworkConfig(ABC):
         title: name of the family in a drawing; empty: that of the setting.
         per_stage: settings with one value for each stage; None stands for no values.
         in_shapes: settings that decide shapes or names of weights, so that weights of other settings do not fit.
-        resizable: whether a decoder can start from one of another width by its first channels, see training.resizing.
+        resizable: whether a decoder can be the first channels of a wider one, see training.resizing.
         feature_maps: whether it computes feature maps, whose memory format execution.channels_last decides.
     """
 
@@ -192,10 +192,14 @@ class NetworkConfig(ABC):
         return []
 
     @property
-    def alike(self) -> bool:
-        """Whether all decoders have the same settings."""
-        values = (getattr(self, name) for name in self.per_stage)
-        return all(len(set(value)) == 1 for value in values if value is not None)
+    def unshared(self) -> str | None:
+        """The first setting by which decoders differ so that they are no slices of one; None: all may be."""
+        for name in self.per_stage:
+            value = getattr(self, name)
+            sliced = name == "decoder_widths" and self.resizable and not self.separate
+            if value is not None and len(set(value)) > 1 and not sliced:
+                return name
+        return None
 
     def single_stage(self, stage: int, width: int, **others: object) -> NetworkConfig:
         """Return the settings of a network with one stage's decoder alone, at another width.

@@ -207,7 +207,8 @@ class TrainingConfig:
         overlap: distance in ln sigma by which a stage's noise range extends beyond its inner edges, so that its decoder
             learns both sides of its edges.
         branch_at: steps in which all stages train one common decoder; afterwards each stage continues with its own copy
-            (0: own decoders from the start). Decoders must be alike.
+            (0: own decoders from the start). Narrower decoders are slices of the widest: their first channels. That needs
+            the families "ncsnpp", "ddpmpp" or "ldm" and a shared encoder; else decoders must be alike.
         init_from: a trained run from whose encoder and fitting decoders the network starts; empty: from scratch.
         freeze: "encoder" keeps the shared encoder as init_from gives it, so that only decoders are trained; "nothing".
         precision: "auto" (on CUDA bf16 if supported, else fp16; on the CPU fp32), "fp32", "bf16", "fp16" (with loss
@@ -354,16 +355,12 @@ class RunConfig:
             f"sampling.clip={self.sampling.clip}: clipping is of pixels, not of latents; set it to null",
         )
         if self.training.branch_at:
+            unshared = self.network.unshared or ""
             require(
-                self.network.alike,
-                f"training.branch_at={self.training.branch_at} needs decoders that are alike, not of "
-                f"network.decoder_widths={list(self.network.decoder_widths)}; make all that is set per stage equal, or set "
-                "it to 0",
-            )
-            require(
-                not self.training.init_from,
-                f"training.branch_at={self.training.branch_at} and training.init_from={self.training.init_from!r} both say how "
-                "decoders begin; give one of them",
+                not unshared,
+                f"training.branch_at={self.training.branch_at} needs decoders that are slices of one, which those of "
+                f"network.family={self.network.family} with network.{unshared}={list(getattr(self.network, unshared, ()))} are "
+                "not; make its values equal, or set branch_at to 0",
             )
         if self.training.freeze != "nothing":
             require(

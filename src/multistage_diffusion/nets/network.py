@@ -69,11 +69,14 @@ class MultiDecoderNetwork(nn.Module):
 
     It depends neither on the family nor on schedules or stage edges: the caller passes the number of rows for each
     decoder.
+
+    Attributes:
+        tied: whether the stages share one decoder or slices of it, see training.branching.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.tied = config, False
         widths = config.encoder_widths
         self.encoders = nn.ModuleList(config.encoder(k, width) for k, width in enumerate(widths))
         self.decoders = nn.ModuleList(

@@ -5,11 +5,16 @@ A narrower decoder starts as a slice of the trained one: its first channels, as 
 no trained channel reads them, so that their effect starts at zero (as in Net2Net, Chen et al. 2016). It computes exactly
 what the trained one does if every GroupNorm keeps its channels per group: in NCSN++ and DDPM++ if no more than
 4 x norm_groups channels enter one, those of skips included.
+
+Decoders that are trained as slices of one (`slices`, see branching) have the same channels in common, but as they are: queries
+are not scaled, because each decoder learns with its own scale of attention.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +24,8 @@ from ..nets.ldm import HeadedAttention, LDMBlock
 
 QUERIES = 3  # vectors of an attention head: queries, keys and values
 
-Places = tuple[Tensor, Tensor]  # of the same channels in the new and in the trained decoder, int64 (n,) each
+Range = tuple[int, int, int]  # the same channels: their start in the new and in the trained decoder, their number
+Block = tuple[tuple[slice, ...], tuple[slice, ...]]  # the same weights: their place in the narrow and the wide tensor
 
 
 class _Unequal(Exception):
@@ -50,6 +56,44 @@ def resized(given: nn.Module, fresh: nn.Module, before: int, after: int) -> dict
     except _Unequal:
         return None
     return None if theirs else found
+
+
+def slices(wide: nn.Module, narrow: nn.Module, before: int, after: int) -> dict[str, list[Block]] | None:
+    """Return where the parameters of a narrow decoder stand in those of a wide one.
+
+    Args:
+        wide, narrow: the decoders; only names and shapes of their parameters matter.
+        before, after: their widths.
+
+    Returns:
+        The blocks that make up each parameter of the narrow decoder, by name; None if the decoders differ in more than
+        their widths, or if a block has a projection at one of the widths only.
+    """
+    theirs, ours = (dict(part.named_parameters()) for part in (wide, narrow))
+    if theirs.keys() != ours.keys():
+        return None
+    stacked, found = _stacked(wide, narrow), {}
+    try:
+        for name, own in ours.items():
+            found[name] = _blocks(theirs[name].shape, own.shape, before, after, stacked.get(name.rpartition(".")[0], 1))
+    except _Unequal:
+        return None
+    return found
+
+
+def _blocks(old: Sequence[int], new: Sequence[int], before: int, after: int, stacked: int) -> list[Block]:
+    """Return where a tensor of the new shape stands in one of the old shape, see `_placed`."""
+    if old == new:
+        return [((), ())]
+    if len(old) != len(new) or old[2:] != new[2:]:
+        raise _Unequal
+    sides = [_ranges(old[0], new[0], before, after, stacked)]
+    if len(old) > 1:
+        sides.append(_ranges(old[1], new[1], before, after))
+    return [
+        (tuple(slice(a, a + n) for a, _, n in block), tuple(slice(b, b + n) for _, b, n in block))
+        for block in itertools.product(*sides)
+    ]
 
 
 def _stacked(given: nn.Module, fresh: nn.Module) -> dict[str, int]:
@@ -113,7 +157,7 @@ def _placed(old: Tensor, new: Tensor, before: int, after: int, stacked: int) -> 
     return value
 
 
-def _places(old: int, new: int, before: int, after: int, chunks: int = 1) -> Places:
+def _ranges(old: int, new: int, before: int, after: int, chunks: int = 1) -> list[Range]:
     """Return where the channels that two layers share stand in each.
 
     A layer has m w + b channels: m for each of the decoder's w, and then b of the encoder, which do not depend on w.
@@ -127,7 +171,12 @@ def _places(old: int, new: int, before: int, after: int, chunks: int = 1) -> Pla
         raise _Unequal
     shared, there, here = own * min(before, after), own * before, own * after
     starts = [(chunk * (here + fixed), chunk * (there + fixed)) for chunk in range(chunks)]
-    first = [(torch.arange(shared) + a, torch.arange(shared) + b) for a, b in starts]
-    last = [(torch.arange(fixed) + a + here, torch.arange(fixed) + b + there) for a, b in starts]
-    pairs = [pair for both in zip(first, last, strict=True) for pair in both]
-    return torch.cat([kept for kept, _ in pairs]), torch.cat([taken for _, taken in pairs])
+    found = [r for a, b in starts for r in ((a, b, shared), (a + here, b + there, fixed))]
+    return [r for r in found if r[2]]
+
+
+def _places(old: int, new: int, before: int, after: int, chunks: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the channels of `_ranges` in the new and in the trained decoder, int64 (n,) each."""
+    found = _ranges(old, new, before, after, chunks)
+    kept, taken = (torch.cat([torch.arange(r[2]) + r[side] for r in found]) for side in (0, 1))
+    return kept, taken

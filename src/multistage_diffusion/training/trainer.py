@@ -53,6 +53,7 @@ class Trainer:
         allocation: shares, weights and rows of the stages.
         denoiser: the network in training, as far as this process holds it.
         ema: the averaged network, as far as this process holds it.
+        ties: keep narrower decoders slices of the widest until branching.
         passes: computes gradients.
         optimization: updates the weights.
         log: losses, norms and rate since the last line of the log.
@@ -116,7 +117,7 @@ class Trainer:
         """Build a network, as far as this process holds it.
 
         Args:
-            shared: whether all stages share one decoder.
+            shared: whether all stages share one decoder or slices of it.
         """
         denoiser = build_denoiser(self.config)
         if shared:
@@ -135,12 +136,17 @@ class Trainer:
         for module in (self.denoiser, self.ema.module):
             own, given = module.state_dict(), self.warm_start.tensors
             module.load_state_dict({n: self.strategy.local(given[n], t) if n in given else t for n, t in own.items()})
+            self._ties_of(module).copy_weights()
 
     def _watch(self) -> None:
         """Follow the parameters of the network; called again after branching."""
         self.optimization.watch(self.denoiser.network)
-        self.strategy.watch(self.optimization.parts, shared=branching.tied(self.denoiser.network))
+        self.strategy.watch(self.optimization.parts, shared=self.denoiser.network.tied)
         self.passes.watch()
+        self.ties = self._ties_of(self.denoiser)
+
+    def _ties_of(self, denoiser: MultiStageDenoiser) -> branching.Ties:
+        return branching.Ties(denoiser.network, self.strategy.whole, self.strategy.local)
 
     @property
     def images(self) -> int:
@@ -268,7 +274,7 @@ class Trainer:
 
     def _iterate(self) -> None:
         training = self.config.training
-        if self.step == training.branch_at and branching.tied(self.denoiser.network):
+        if self.step == training.branch_at and self.denoiser.network.tied:
             self._branch()
         self._prefetch(self.step + 1)
         torch.manual_seed(rng.fold(dropout_key(training.seed, self.step, self.world.rank)) >> 1)
@@ -285,18 +291,19 @@ class Trainer:
 
     def _branch(self) -> None:
         """Give every stage its own copy of the shared parts, including EMA weights and optimiser state."""
-        states = branching.optimizer_states(self.optimization.optimizer, self.denoiser)
+        states = self.ties.states(self.optimization.optimizer, self.denoiser)
         for module in (self.denoiser, self.ema.module):
             module.network = self._branched(module.network)
         self.ema.module.eval().requires_grad_(False)
         self.ema.follow(self.denoiser)
         self.passes.compute(self.passes.execution)
         self._watch()
-        branching.load_shared_states(self.optimization.optimizer, self.denoiser, states)
+        branching.load_states(self.optimization.optimizer, self.denoiser, states)
 
     def _branched(self, network: MultiDecoderNetwork) -> MultiDecoderNetwork:
         branched = self._new_denoiser(shared=False).network
-        branching.load_shared(branched, network.state_dict())
+        shared = network.state_dict()
+        branched.load_state_dict({name: shared[name] for name in branched.state_dict()})
         return branched
 
     def _optimize(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> None:
@@ -307,12 +314,14 @@ class Trainer:
         with self.world.translate_errors():
             totals = self.passes.gradients(self.step, counts, weights)
             with timer.part("gradients"):
+                self.ties.add_gradients()
                 found = self._clipped(totals, counts)
         if not late:
             self.log.reporter.add(found)
-        with timer.part("optimizer"):
+        with timer.part("optimizer"), self.world.translate_errors():
             # values that are reported late are checked late: skip the update now if one is not finite
             optimization.update(self.step, skip=found.unfit if late else None)
+            self.ties.copy_weights()
         if late:
             self.log.reporter.add(found)
         if optimization.scaler.is_enabled():

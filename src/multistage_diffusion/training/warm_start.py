@@ -51,7 +51,7 @@ def warm_start(path: Path | str, config: RunConfig) -> WarmStart:
 
     Raises:
         UserError: if there is no such run, its network output has another meaning, the shared encoders differ, no part
-            fits, or a frozen encoder would have to learn labels.
+            fits, a frozen encoder would have to learn labels, or it has several decoders where stages share one at first.
     """
     run = Run.open(path)
     own, trained = _meanings(config), _meanings(run.config())
@@ -63,6 +63,11 @@ def warm_start(path: Path | str, config: RunConfig) -> WarmStart:
     with torch.device("meta"):
         target = build_denoiser(config)
     source = run.denoiser("best")
+    if config.training.branch_at and len(source.stages) > 1:
+        raise UserError(
+            f"training.init_from={path}: has {len(source.stages)} decoders, but with training.branch_at="
+            f"{config.training.branch_at} all stages start with one; give a run of one decoder, or set branch_at to 0"
+        )
     for name in ("num_classes", "augment_dim") if config.training.freeze == "encoder" else ():
         had, wanted = (getattr(network, name) for network in (source.network.config, config.network))
         if wanted and wanted != had:

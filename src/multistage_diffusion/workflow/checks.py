@@ -16,11 +16,13 @@ from ..errors import UserError
 from ..escaping import counted
 from ..latent.latents import LatentData
 from ..nets.cost import network_cost
+from ..nets.network import meta_network
 from ..performance.offload import require_training_memory
 from ..samplers import make_plan
 from ..schedules import SigmaPrior
 from ..shares import row_counts, stage_shares, stage_training
 from ..stage_finding import StageResult
+from ..training import branching
 from ..training.batches import BatchSource
 from ..training.warm_start import warm_start
 
@@ -155,8 +157,8 @@ def check(config: RunConfig, images: tuple[ImageData, ImageData], device: torch.
         processes: number of processes that train together.
 
     Raises:
-        UserError: if anything would stop the training later: network, sampler, batch, labels, memory or the run to start
-            from.
+        UserError: if anything would stop the training later: network, sampler, batch, labels, memory, decoders that
+            cannot share one or the run to start from.
     """
     config.network.require_size(*config.input_shape[1:])
     cost = network_cost(config.network, *config.input_shape[1:])
@@ -164,6 +166,8 @@ def check(config: RunConfig, images: tuple[ImageData, ImageData], device: torch.
     make_plan(config.sampling, config.diffusion.schedule)
     row_counts(config.training, stage_shares(config.training, config.stages, config.diffusion.prior))
     BatchSource(config, images[0], torch.device("cpu"))
+    if config.training.branch_at:
+        branching.tie(meta_network(config.network))
     if config.training.init_from:
         warm_start(config.training.init_from, config)
 

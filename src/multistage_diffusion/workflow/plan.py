@@ -185,7 +185,8 @@ def _check_arguments(config: RunConfig, budget: float | None, probe_steps: int) 
         raise UserError("data.source is empty: name the images that the plan is for")
     if config.training.branch_at:
         raise UserError(
-            f"training.branch_at={config.training.branch_at} needs decoders that are alike, which a plan's are not; set it to 0"
+            f"training.branch_at={config.training.branch_at} lets stages share a decoder, but a plan compares decoders that "
+            "are trained apart; set it to 0"
         )
 
 

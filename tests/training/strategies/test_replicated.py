@@ -54,7 +54,7 @@ def test_nothing_is_dropped_while_stages_share_one_decoder():
     denoiser, strategy = build_denoiser(config), Memory(config, SHAPE, World(1, 3))
     branching.tie(denoiser.network)
     strategy.place(denoiser.network, CPU, torch.float32)
-    assert branching.tied(denoiser.network)
+    assert denoiser.network.tied
     apart = build_denoiser(config)
     strategy.place(apart.network, CPU, torch.float32)
     assert [isinstance(d, Absent) for d in apart.network.decoders] == [True, False, True]

@@ -9,6 +9,7 @@ therefore change the strategy and the number of processes. A strategy is a file 
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from ...distributed import World, share
 from ...errors import UserError
 from ...nets import MultiDecoderNetwork
 from ...registry import Registry
-from ..branching import STAGE
 from ..optimizer import Parts, part_norms
+
+STAGE = re.compile(r"\b(encoders|decoders)\.(\d+)\.")  # in the name of a tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,10 @@ class Strategy(ABC):
         """Return what this process holds of a tensor of the whole network; `like` is the tensor that holds it."""
         return full
 
+    def whole(self, held: Tensor) -> Tensor:
+        """Return the whole tensor of which this process holds a part; all processes that hold one call it."""
+        return held
+
     @abstractmethod
     def gather_state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the named tensors of the whole network on rank 0, and an empty dict on the others; all call it.
@@ -134,7 +140,7 @@ class Strategy(ABC):
 
         Args:
             parts: parameters held by this process, by part.
-            shared: whether all stages share one decoder.
+            shared: whether all stages share one decoder or slices of it.
         """
         return
 

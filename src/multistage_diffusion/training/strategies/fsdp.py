@@ -82,6 +82,10 @@ class FullySharded(Strategy):
             return full
         return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
+    def whole(self, held: Tensor) -> Tensor:
+        """Gather a tensor's slices."""
+        return _full(held)
+
     def gather_state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gather one tensor after the other."""
         found = {}

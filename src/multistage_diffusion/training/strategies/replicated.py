@@ -14,7 +14,6 @@ from ...denoisers import MultiStageDenoiser
 from ...distributed import World
 from ...distributed.reducer import Reducer
 from ...nets import MultiDecoderNetwork
-from ..branching import tied
 from ..optimizer import Parts, part_norms
 from . import PartShare, Strategy, stage_of, stage_of_part, stage_rows
 
@@ -41,7 +40,7 @@ class ReplicatedParts(Strategy):
         self.holders = tuple(holders)
         self.reducer: Reducer | None = None
         self._groups: list[dist.ProcessGroup | None] | None = None
-        self._stages: dict[str, int | None] = {}  # stage of each part held here; None: used by all stages
+        self._stages: dict[str, tuple[int, ...]] = {}  # stages that use each part held here
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -61,7 +60,7 @@ class ReplicatedParts(Strategy):
 
     def place(self, network: MultiDecoderNetwork, device: torch.device, dtype: torch.dtype) -> None:
         """Remove the parts of other processes' stages, unless the stages still share a decoder (branch_at)."""
-        if not tied(network):
+        if not network.tied:
             for stage in set(range(len(self.holders))) - set(self.stages):
                 network.decoders[stage] = Absent()
                 if self.config.network.separate:
@@ -77,7 +76,7 @@ class ReplicatedParts(Strategy):
 
     def gather_model(self, module: MultiStageDenoiser, build: Callable[[], MultiStageDenoiser]) -> MultiStageDenoiser:
         """Broadcast each tensor from its owner, unless every process holds the whole network."""
-        if tied(module.network) or all(len(ranks) == self.world.size for ranks in self.holders):
+        if module.network.tied or all(len(ranks) == self.world.size for ranks in self.holders):
             return module
         own, whole = module.state_dict(), build()
         for name, tensor in whole.state_dict().items():
@@ -107,10 +106,19 @@ class ReplicatedParts(Strategy):
         if self.reducer is not None:
             self.reducer.close()
         everybody = self.world.group(range(self.world.size))
-        self._stages = {name: None if shared else stage_of_part(name) for name in parts}
-        self.reducer = Reducer(
-            parts, {name: everybody if k is None else self._groups[k] for name, k in self._stages.items()}
-        )
+        self._stages = {name: self._users(name, shared) for name in parts}
+        groups = {}
+        for name in parts:
+            stage = stage_of_part(name)
+            groups[name] = everybody if shared or stage is None else self._groups[stage]
+        self.reducer = Reducer(parts, groups)
+
+    def _users(self, name: str, shared: bool) -> tuple[int, ...]:
+        """Return the stages that use a part; while they share a decoder, there is one module for each width."""
+        stage, widths = stage_of_part(name), self.config.network.decoder_widths
+        if stage is None:
+            return tuple(range(len(widths)))
+        return tuple(k for k, width in enumerate(widths) if k == stage or (shared and width == widths[stage]))
 
     def expect(self, counts: Sequence[int]) -> None:
         """Tell the reducer which parts have rows on any process, and which on this one."""
@@ -120,7 +128,7 @@ class ReplicatedParts(Strategy):
 
     def _used(self, counts: Sequence[int]) -> list[str]:
         """Return the parts held here that are used, given the number of rows of each stage."""
-        return [name for name, k in self._stages.items() if (any(counts) if k is None else counts[k])]
+        return [name for name, stages in self._stages.items() if any(counts[k] for k in stages)]
 
     def sum_gradients(self) -> None:
         """Wait for the reducer."""
