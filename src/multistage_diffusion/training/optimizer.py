@@ -153,9 +153,8 @@ class Optimization:
             optimizer.zero_grad(set_to_none=True)
 
     def unscale(self) -> None:
-        """Undo the loss scale in the gradients."""
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
+        """Undo the loss scale in the gradients of the network; `update` does it for the others."""
+        self.scaler.unscale_(self.optimizer)
 
     def clip(self, norms: Mapping[str, Tensor]) -> None:
         """Clip the gradients of the network, see `clip`."""
