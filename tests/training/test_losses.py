@@ -17,7 +17,7 @@ from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.shares import allocate, prior_masses
 from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.batches import Batch, BatchSource
-from multistage_diffusion.training.losses import objective, row_losses, stage_losses, updates
+from multistage_diffusion.training.losses import objective, row_losses, stage_losses, stage_sums, updates
 from multistage_diffusion.training.strategies import divided
 
 
@@ -63,6 +63,14 @@ def test_stage_losses_are_weighted_denoising_errors(tiny_config, source, precond
         d = denoiser(x, batch.sigma[i : i + 1], Conditioning(labels=batch.cond.labels[i : i + 1]))
         rows.append((((d[0] - batch.y[i]) ** 2).mean() / c_out[i] ** 2).item())
     assert sums == pytest.approx([sum(rows[:4]), 0.0, sum(rows[4:])], rel=1e-8)
+
+
+def test_rows_of_stages_that_do_not_count_sum_to_nothing():
+    rows = torch.arange(1.0, 6.0, requires_grad=True)
+    sums = stage_sums(rows, (2, 0, 3), (True, True, False))
+    assert [total.item() for total in sums] == [3.0, 0.0, 0.0]
+    torch.stack(sums).sum().backward()
+    assert rows.grad.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
 
 
 def test_objective_written_out():

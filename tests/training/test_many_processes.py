@@ -32,6 +32,7 @@ from multistage_diffusion.workflow.stages import find_stages
 from multistage_diffusion.workflow.train import train
 
 UNEVEN = (0.6, 0.3, 0.1)
+LEARNED = {"training__loss_weighting": "learned"}
 TRANSFORMER = {"network__encoder_depth": 2, "network__decoder_depths": (2, 1, 3), "network__head_channels": 4}
 
 
@@ -145,6 +146,10 @@ def require_same(a: Path, b: Path, tolerance: float = 1e-10) -> None:
         pytest.param(
             *(2, "fsdp", TRANSFORMER | {"network__family": "dit", "execution__recompute": True}), marks=pytest.mark.slow
         ),
+        pytest.param(*(2, "time", LEARNED | {"training__accumulate": 3}), marks=pytest.mark.slow),
+        pytest.param(*(3, "memory", LEARNED | {"training__update_mode": "one-stage"}), marks=pytest.mark.slow),
+        pytest.param(*(3, "memory", LEARNED | {"network__separate": True}), marks=pytest.mark.slow),
+        pytest.param(*(3, "fsdp", LEARNED | {"training__accumulate": 3}), marks=pytest.mark.slow),
     ],
     ids=[
         *("2 time", "3 memory", "2 fsdp", "fsdp one-stage", "fsdp sequential", "fsdp separate branch", "fsdp branch"),
@@ -160,6 +165,10 @@ def require_same(a: Path, b: Path, tolerance: float = 1e-10) -> None:
             "dit memory",
             "uvit fsdp",
             "dit fsdp",
+            "learned weights time",
+            "learned weights memory",
+            "learned weights separate",
+            "learned weights fsdp",
         ),
     ],
 )

@@ -9,6 +9,7 @@ from torch import nn
 from multistage_diffusion.config import OptimizerConfig
 from multistage_diffusion.nets import build_network
 from multistage_diffusion.training import branching
+from multistage_diffusion.training.loss_weighting import make_weighting
 from multistage_diffusion.training.optimizer import (
     Optimization,
     clip,
@@ -86,6 +87,25 @@ def test_a_parameter_that_stages_share_is_in_one_part_only(tiny_config):
         ids = [id(p) for part in found.values() for p in part]
         assert len(ids) == len(set(ids))
     assert {id(p) for part in shared.values() for p in part} == {id(p) for p in network.parameters()}
+
+
+@pytest.mark.parametrize("skip", [None, 0.0, 1.0])
+def test_learned_weights_are_updated_with_the_network_or_skipped_with_it(tiny_config, skip):
+    config = tiny_config(training__loss_weighting="learned", optimizer__warmup_steps=10)
+    weighting = make_weighting(config, torch.device("cpu"))
+    optimization = Optimization(config.optimizer, torch.device("cpu"), scaling=False, weighting=weighting)
+    optimization.watch(build_network(config.network))
+    assert optimization.parameters[-1] is weighting.weight
+    assert not any(parameter is weighting.weight for part in optimization.parts.values() for parameter in part)
+    before = [parameter.detach().clone() for parameter in optimization.parameters]
+    for parameter in optimization.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimization.update(0, None if skip is None else torch.tensor(skip))
+    moved = [not torch.equal(*pair) for pair in zip(before, optimization.parameters, strict=True)]
+    assert moved == [skip != 1.0] * len(moved)
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimization.optimizers] == [1e-4, 1e-4]
+    optimization.zero_grad()
+    assert all(parameter.grad is None for parameter in optimization.parameters)
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw"])

@@ -101,11 +101,17 @@ RESUMES = [
     pytest.param("sequential", 20, {"optimizer.clip_scope": "part"}, marks=pytest.mark.slow),
     pytest.param("mixed", 12, {"training.precision": "bf16", "training.accumulate": 2}, marks=pytest.mark.slow),
     pytest.param("mixed", 12, {"training.precision": "fp16"}, marks=pytest.mark.slow),
+    ("sequential", 12, {"training.loss_weighting": "learned"}),
+    pytest.param(
+        *("mixed", 12, {"training.loss_weighting": "learned", "training.precision": "fp16"}), marks=pytest.mark.slow
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("mode", "steps", "extra"), RESUMES, ids=["threads", "mixed", "one-stage", "sequential", "bf16", "fp16"]
+    ("mode", "steps", "extra"),
+    RESUMES,
+    ids=["threads", "mixed", "one-stage", "sequential", "bf16", "fp16", "learned weights", "learned weights fp16"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, tiny_config, tiny_data, mode, steps, extra):
     changes = {

@@ -196,6 +196,9 @@ class TrainingConfig:
         floor_share: least share of a stage whose share is not 0, so that no decoder is left without training; the others
             give way in proportion.
         weights: the objective's lambda_k: "prior" (the ordinary loss), "shares" or numbers.
+        loss_weighting: "fixed" (losses as they are) or "learned" (loss / exp(u(sigma)) + u(sigma), with u learned beside
+            the network and then discarded, so that all noise levels weigh about the same; Karras et al. 2024). Gradients
+            then grow as losses fall, so that optimizer.clip cuts more of them.
         ema_halflife: half-life of the EMA in images.
         ema_rampup: the half-life is at most this share of the images seen so far; 0: no limit.
         flip: random horizontal flips.
@@ -231,6 +234,7 @@ class TrainingConfig:
     shares: Literal["uniform", "prior"] | tuple[float, ...] = "uniform"
     floor_share: float = 0.0
     weights: Literal["prior", "shares"] | tuple[float, ...] = "prior"
+    loss_weighting: Literal["fixed", "learned"] = "fixed"
     ema_halflife: float = 500_000.0
     ema_rampup: float = 0.05
     flip: bool = True

@@ -2,7 +2,8 @@
 
 checkpoints/step_00001000/model.safetensors      weights
                           ema.safetensors        averaged weights
-                          optimizer.safetensors  the optimiser's state, keyed by parameter name
+                          optimizer.safetensors  the optimiser's state, keyed by parameter name; learned weights of noise
+                                                 levels
                           state.json             step, images, held-out score, quality (the Fréchet distance, if the
                                                  step was evaluated), running sums, loss scaler, the whole run
                                                  configuration, size and sha256 of the other files
@@ -233,7 +234,7 @@ def _check_digest(file: Path, said: dict[str, Any]) -> None:
 def restore_module(
     module: nn.Module, path: Path, name: str, whole: Collection[str] | None = None, local: Local = whole_tensor
 ) -> None:
-    """Load the weights of "model" or "ema" into a network.
+    """Load the weights of "model" or "ema" into a network, or weights that serve training only from "optimizer".
 
     Args:
         module: the network, or a part of it.
@@ -247,7 +248,8 @@ def restore_module(
             is not finite.
     """
     own = module.state_dict()
-    tensors = load_tensors(path, name, own, own if whole is None else whole)
+    wanted = set(map(state_of, own)) if name == "optimizer" else own
+    tensors = load_tensors(path, name, wanted, own if whole is None else whole)
     for key, value in own.items():
         fault = _fault(tensors.get(key), value)
         if fault:

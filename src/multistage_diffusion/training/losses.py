@@ -30,14 +30,26 @@ def row_losses(denoiser: MultiStageDenoiser, batch: Batch) -> Tensor:
 
 def stage_losses(denoiser: MultiStageDenoiser, batch: Batch) -> list[Tensor]:
     """Return the sum of the row losses of each stage, scalars of the dtype of `row_losses`."""
-    return [part.sum() for part in torch.split(row_losses(denoiser, batch), list(batch.counts))]
+    return stage_sums(row_losses(denoiser, batch), batch.counts, (True,) * len(batch.counts))
+
+
+def stage_sums(rows: Tensor, counts: Sequence[int], counted: Sequence[bool]) -> list[Tensor]:
+    """Return the sum of each stage's rows, scalars.
+
+    Args:
+        rows: a number of each row, sorted by stage, (B,).
+        counts: rows of each stage.
+        counted: whether the rows of a stage count; those that do not sum to 0, with a gradient of 0.
+    """
+    sums = [part.sum() for part in torch.split(rows, list(counts))]
+    return [total if own else 0.0 * total for total, own in zip(sums, counted, strict=True)]
 
 
 def objective(sums: Sequence[Tensor], weights: Sequence[float], counts: Sequence[int]) -> Tensor:
     """Return sum_k weights[k] * sums[k] / counts[k], over the stages with rows.
 
     Args:
-        sums: summed row losses of each stage in this pass.
+        sums: summed row losses of each stage in this pass, as they are or with learned weights.
         weights: lambda_k.
         counts: rows of each stage in the whole step, so that accumulated micro-batches sum to the same objective.
     """

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..config import OptimizerConfig
 from ..nets import MultiDecoderNetwork
+
+if TYPE_CHECKING:
+    from .loss_weighting import LearnedWeighting
 
 
 def make_optimizer(settings: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
@@ -94,18 +98,26 @@ class Optimization:
         settings: of the optimiser.
         device: of the parameters.
         scaling: whether to scale the loss, for fp16; steps whose gradients overflow are skipped.
+        weighting: learned weights of the loss, with their own optimiser; None: there are none.
 
     Attributes:
-        optimizer: over all parameters; made by `watch`.
-        parts: trainable parameters by part.
+        optimizer: over all parameters of the network; made by `watch`.
+        parts: trainable parameters of the network by part.
         scaler: scales the loss; does nothing without `scaling`.
     """
 
     optimizer: torch.optim.Optimizer
     parts: dict[str, list[nn.Parameter]]
 
-    def __init__(self, settings: OptimizerConfig, device: torch.device, *, scaling: bool) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: OptimizerConfig,
+        device: torch.device,
+        *,
+        scaling: bool,
+        weighting: LearnedWeighting | None = None,
+    ) -> None:
+        self.settings, self.weighting = settings, weighting
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaling)
 
     def watch(self, network: MultiDecoderNetwork) -> None:
@@ -114,8 +126,19 @@ class Optimization:
         self.parts = parameters_by_part(network)
 
     @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The network's optimiser, and that of the learned weights of the loss."""
+        return [self.optimizer] if self.weighting is None else [self.optimizer, self.weighting.optimizer]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Trainable parameters of the network, and of the learned weights of the loss."""
+        own = [parameter for part in self.parts.values() for parameter in part]
+        return own if self.weighting is None else [*own, self.weighting.weight]
+
+    @property
     def gradients(self) -> list[Tensor]:
-        """All gradients."""
+        """All gradients of the network."""
         return [gradient for part in part_gradients(self.parts).values() for gradient in part]
 
     @property
@@ -126,14 +149,15 @@ class Optimization:
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def unscale(self) -> None:
-        """Undo the loss scale in the gradients."""
+        """Undo the loss scale in the gradients of the network; `update` does it for the others."""
         self.scaler.unscale_(self.optimizer)
 
     def clip(self, norms: Mapping[str, Tensor]) -> None:
-        """Clip the gradients, see `clip`."""
+        """Clip the gradients of the network, see `clip`."""
         clip(self.settings, self.parts, norms)
 
     def update(self, step: int, skip: Tensor | None = None) -> None:
@@ -143,10 +167,11 @@ class Optimization:
             step: iteration, from 0; determines the learning rate.
             skip: a float32 scalar on the device: 1 to leave the parameters as they are, else 0. None: 0.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, step)
-        match_layouts(parameter for part in self.parts.values() for parameter in part)
-        if skip is not None:
-            self.optimizer.found_inf = skip  # type: ignore[attr-defined]
-        self.scaler.step(self.optimizer)
+        match_layouts(self.parameters)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.settings, step)
+            if skip is not None:
+                optimizer.found_inf = skip  # type: ignore[attr-defined]
+            self.scaler.step(optimizer)
         self.scaler.update()

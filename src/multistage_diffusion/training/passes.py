@@ -16,7 +16,7 @@ from ..performance.devices import autocast_dtype
 from ..performance.execution import Execution, Graphs, check_execution, execute
 from ..performance.timing import PassTimer, Timer
 from .batches import Batch, BatchSource
-from .losses import objective, stage_losses
+from .losses import objective, row_losses, stage_sums
 from .optimizer import Optimization
 from .strategies import MicroBatch, Strategy
 
@@ -118,7 +118,7 @@ class Passes:
             forward = partial(self._forward, micro_batch=micro_batch, counts=counts, weights=weights)
             if self._threads is not None:
                 key = (*dropout_key(self.config.training.seed, step, 0), *counts, number)
-                totals += self._threads.backward(batch, self.optimization.parts, forward, self._pass_timer, key)
+                totals += self._threads.backward(batch, self.optimization.parameters, forward, self._pass_timer, key)
                 continue
             sums, loss = forward(batch)
             if number == len(micro_batches) - 1:
@@ -128,14 +128,18 @@ class Passes:
             totals += sums
         with self.timer.part("gradients"):
             self.strategy.sum_gradients()
+            if self.optimization.weighting is not None:
+                self.optimization.weighting.sum_gradient(self.strategy.world)
         return totals
 
     def _forward(
         self, batch: Batch, micro_batch: MicroBatch, counts: tuple[int, ...], weights: tuple[float, ...]
     ) -> tuple[Tensor, Tensor]:
         """Return the summed loss of each stage (detached) and the scaled objective for the backward pass."""
-        device = self.source.device.type
+        device, weighting = self.source.device.type, self.optimization.weighting
         with self._pass_timer.forward(), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            sums = stage_losses(self.denoiser, batch)
-        sums = [loss if own else 0.0 * loss for loss, own in zip(sums, micro_batch.counted, strict=True)]
-        return torch.stack(sums).detach(), self.optimization.scaler.scale(objective(sums, weights, counts))
+            rows = row_losses(self.denoiser, batch)
+        sums = terms = stage_sums(rows, batch.counts, micro_batch.counted)
+        if weighting is not None:
+            terms = stage_sums(weighting(rows, batch.sigma), batch.counts, micro_batch.counted)
+        return torch.stack(sums).detach(), self.optimization.scaler.scale(objective(terms, weights, counts))

@@ -15,6 +15,7 @@ from ..distributed import World
 from ..errors import UserError
 from . import checkpoint as ckpt
 from .ema import EMA
+from .loss_weighting import NAMES
 from .metrics import MetricAccumulator, TrainingLog
 from .optimizer import Optimization
 from .strategies import Strategy
@@ -76,11 +77,12 @@ def snapshot(trainer: Checkpointed, *, score: float | None, quality: float | Non
         "scaler": trainer.optimization.scaler.state_dict(),
         "config": trainer.config,
     }
-    collect = trainer.strategy.gather_state
+    collect, weighting = trainer.strategy.gather_state, trainer.optimization.weighting
+    moments = ckpt.optimizer_tensors(trainer.optimization.optimizer, trainer.denoiser)
     return ckpt.Checkpoint(
         model=collect(trainer.denoiser.state_dict()),
         ema=collect(trainer.ema.module.state_dict()),
-        optimizer=collect(ckpt.optimizer_tensors(trainer.optimization.optimizer, trainer.denoiser)),
+        optimizer=collect(moments if weighting is None else {**moments, **weighting.tensors()}),
         state=state,
     )
 
@@ -99,10 +101,13 @@ def restore(trainer: Checkpointed, path: Path) -> None:
         )
     with torch.device("meta"):  # this process may hold only a part of the network
         whole = build_denoiser(config).state_dict()
-    local = trainer.strategy.local
+    local, weighting = trainer.strategy.local, trainer.optimization.weighting
+    stored = whole if weighting is None else {*whole, *NAMES}
     ckpt.restore_module(trainer.denoiser, path, "model", whole, local)
     ckpt.restore_module(trainer.ema.module, path, "ema", whole, local)
-    ckpt.restore_moments(trainer.optimization.optimizer, trainer.denoiser, path, whole, local)
+    ckpt.restore_moments(trainer.optimization.optimizer, trainer.denoiser, path, stored, local)
+    if weighting is not None:
+        weighting.restore(path, stored)
     if "scaler" not in state:
         raise UserError(f"{path / 'state.json'}: scaler is missing; was it edited?")
     if state["scaler"]:

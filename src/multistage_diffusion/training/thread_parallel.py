@@ -12,13 +12,12 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import rng
 from ..performance.cpu import masks_from
 from ..performance.timing import PassTimer
 from .batches import Batch
-from .optimizer import Parts
 
 T = TypeVar("T")
 
@@ -64,7 +63,7 @@ class ThreadParallel:
     def backward(
         self,
         batch: Batch,
-        parts: Parts,
+        parameters: Sequence[nn.Parameter],
         forward: Callable[[Batch], tuple[Tensor, Tensor]],
         passes: PassTimer,
         key: rng.Key,
@@ -73,7 +72,7 @@ class ThreadParallel:
 
         Args:
             batch: the batch.
-            parts: parameters to differentiate, by part of the network.
+            parameters: parameters to differentiate.
             forward: maps a batch to (summed loss of each stage, scalar to differentiate).
             passes: timer of the passes in the calling thread.
             key: random key of the dropout masks; each part of the batch has its own masks.
@@ -81,7 +80,6 @@ class ThreadParallel:
         Returns:
             The summed loss of each stage.
         """
-        parameters = [parameter for own in parts.values() for parameter in own]
 
         def gradients(number: int, rows: Batch) -> tuple[Tensor, tuple[Tensor | None, ...]]:
             with masks_from(rng.generator((*key, number))):

@@ -24,6 +24,7 @@ from . import checkpoint as ckpt
 from .batches import BatchSource, TrainingData, held_out_batch
 from .callbacks import Callback, Evaluated, StopRequested, until_stopped
 from .ema import EMA
+from .loss_weighting import make_weighting
 from .losses import StageAllocation, stage_losses
 from .metrics import StepMetrics, TrainingLog, refuse_scale
 from .optimizer import Optimization
@@ -101,7 +102,8 @@ class Trainer:
         average.load_state_dict(self.denoiser.state_dict())
         self.ema = EMA(self.denoiser, training.ema_halflife, training.ema_rampup, average)
         scaling = autocast_dtype(training.precision, self.device) == torch.float16
-        self.optimization = Optimization(config.optimizer, self.device, scaling=scaling)
+        weighting = make_weighting(config, self.device)
+        self.optimization = Optimization(config.optimizer, self.device, scaling=scaling, weighting=weighting)
         self.passes = Passes(config, self.denoiser, source, self.strategy, self.optimization)
         self.passes.compute(settled(config.execution))
         self._watch()

@@ -12,6 +12,7 @@ from tiny import tiny_config
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.distributed import World
 from multistage_diffusion.errors import UserError
+from multistage_diffusion.training.loss_weighting import make_weighting
 from multistage_diffusion.training.optimizer import Optimization, parameters_by_part, part_norms
 from multistage_diffusion.training.strategies.fsdp import FullySharded
 
@@ -68,18 +69,19 @@ def test_every_process_holds_a_slice_of_the_whole():
             assert sums == {"count": 3.0}
 
 
-def overflows(world: World) -> list[tuple[float, bool]]:
+def overflows(world: World, loss_weighting: str) -> list[tuple[float, bool]]:
     """Return (loss scale, whether weights have changed) after a step that overflows on one process, and one that does not."""
-    config = tiny_config(training__precision="fp16")
+    config = tiny_config(training__precision="fp16", training__loss_weighting=loss_weighting)
     strategy, denoiser = FullySharded(config, SHAPE, world), build_denoiser(config)
     strategy.place(denoiser.network, CPU, torch.float32)
-    optimization = Optimization(config.optimizer, CPU, scaling=True)
+    weighting = make_weighting(config, CPU)
+    optimization = Optimization(config.optimizer, CPU, scaling=True, weighting=weighting)
     optimization.watch(denoiser.network)
     optimization.scaler.scale(torch.ones(()))  # makes the scale
     found = []
     for step, spoils in enumerate((True, False)):
         before = [p.to_local().clone() for p in denoiser.parameters()]
-        for parameter in denoiser.parameters():
+        for parameter in optimization.parameters:
             parameter.grad = torch.ones_like(parameter)
         if spoils and world.rank == 1:
             next(g for g in optimization.gradients if g.to_local().numel()).to_local().fill_(math.inf)
@@ -92,8 +94,9 @@ def overflows(world: World) -> list[tuple[float, bool]]:
 
 
 @pytest.mark.slow
-def test_an_overflow_on_one_process_skips_the_step_on_all():
-    assert processes.run(2, overflows) == [[(2.0**15, False), (2.0**15, True)]] * 2
+@pytest.mark.parametrize("loss_weighting", ["fixed", "learned"])
+def test_an_overflow_on_one_process_skips_the_step_on_all(loss_weighting):
+    assert processes.run(2, overflows, loss_weighting) == [[(2.0**15, False), (2.0**15, True)]] * 2
 
 
 def test_what_was_not_run_with_it_is_refused():
