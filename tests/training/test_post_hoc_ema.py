@@ -12,7 +12,7 @@ from multistage_diffusion.errors import UserError
 from multistage_diffusion.training import checkpoint as ckpt
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.ema import PowerEMA, power_exponent
-from multistage_diffusion.training.post_hoc_ema import Profile, combinations, inner_products
+from multistage_diffusion.training.post_hoc_ema import TOLERANCE, Profile, combinations, inner_products
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 
@@ -73,6 +73,14 @@ def test_more_snapshots_come_nearer_to_every_width():
     far, near = (combinations(stored(64_000, every), targets)[1] for every in (8000, 1000))
     assert (near < far / 5).all()
     assert near.max() < 0.02
+
+
+@pytest.mark.parametrize(("snapshots", "low", "high"), [(1, 0.037, 0.123), (20, 0.019, 0.264)])
+def test_widths_that_are_possible_are_those_of_the_page(snapshots, low, high):
+    steps = 1000 * snapshots
+    ends = [Profile(width, steps) for width in (low - 0.001, low, high, high + 0.001)]
+    _, distances = combinations(stored(steps, 1000), ends)
+    assert (distances <= TOLERANCE).tolist() == [False, True, True, False]
 
 
 @pytest.mark.parametrize("sigma_rel", [0.04, 0.07, 0.15, 0.2])
