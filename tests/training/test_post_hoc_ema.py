@@ -12,7 +12,7 @@ from multistage_diffusion.errors import UserError
 from multistage_diffusion.training import checkpoint as ckpt
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.ema import PowerEMA, power_exponent
-from multistage_diffusion.training.post_hoc_ema import TOLERANCE, Profile, combinations, inner_products
+from multistage_diffusion.training.post_hoc_ema import TOLERANCE, Profile, combination, combinations, inner_products
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 
@@ -186,17 +186,23 @@ def test_widths_that_no_profile_has_are_refused(trained, sigma_rel):
         trained[0].denoiser("latest", sigma_rel)
 
 
-def test_a_width_that_the_snapshots_do_not_represent_is_refused_with_those_that_they_do(trained):
-    with pytest.raises(
-        UserError, match=r"ema=0\.01: the 16 averages stored up to step 30 .* give one from (\S+) to"
-    ) as error:
-        trained[0].denoiser("latest", 0.01)
-    low, high = (float(word) for word in str(error.value).split("give one from ")[1].split(",")[0].split(" to "))
-    trained[0].denoiser("latest", low)
-    trained[0].denoiser("latest", high)
-    for beyond in (low - 0.002, high + 0.002):
-        with pytest.raises(UserError, match="ema_snapshot_every"):
-            trained[0].denoiser("latest", beyond)
+def test_a_width_that_the_snapshots_do_not_represent_is_refused_with_the_nearest_that_they_do(trained):
+    run, _ = trained
+    start = r"ema=0\.01: the 16 averages stored up to step 30 give a profile of this width only to within \d\d%; give 0"
+    with pytest.raises(UserError, match=start):
+        run.denoiser("latest", 0.01)
+    for beyond, outwards in ((0.01, -0.001), (0.288, 0.001)):
+        with pytest.raises(UserError, match=r"the nearest that they do, .* more snapshots") as error:
+            run.denoiser("latest", beyond)
+        nearest = float(str(error.value).split("; give ")[1].split(",")[0])
+        run.denoiser("latest", nearest)
+        with pytest.raises(UserError, match=f"give {nearest}, the nearest"):
+            run.denoiser("latest", nearest + outwards)
+
+
+def test_a_stored_width_is_always_possible():
+    with pytest.raises(UserError, match=r"the 1 averages .* give 0\.0004, the nearest"):
+        combination([Profile(0.0004, 100)], Profile(0.2, 100))
 
 
 def test_a_run_without_snapshots_is_refused(tmp_path, tiny_config, tiny_data):

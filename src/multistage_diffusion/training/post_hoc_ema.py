@@ -11,7 +11,8 @@ t_a <= t_b,
 
     <p_a, p_b> = (gamma_a + 1) (gamma_b + 1) / (gamma_a + gamma_b + 1) (t_a / t_b)^gamma_b / t_b.
 
-Unlike in the paper, sum_i x_i = 1 is required (by a Lagrange multiplier): weights that do not change keep their values.
+These are integrals over time, which stand for sums over steps. Unlike in the paper, sum_i x_i = 1 is required (by a Lagrange
+multiplier): weights that do not change keep their values.
 """
 
 from __future__ import annotations
@@ -79,6 +80,26 @@ def combinations(stored: Sequence[Profile], targets: Sequence[Profile]) -> tuple
     return factors.T, (distances.clamp(min=0) / squares).sqrt()
 
 
+def combination(stored: Sequence[Profile], target: Profile) -> Tensor:
+    """Return the factors of the combination of stored profiles that is nearest to a target, float64 (len(stored),).
+
+    Raises:
+        UserError: if it is not near, naming the nearest width that has one.
+    """
+    factors, distances = combinations(stored, [target])
+    if distances[0] > TOLERANCE:
+        widths = sorted({*_WIDTHS, *(profile.sigma_rel for profile in stored)})
+        _, others = combinations(stored, [Profile(width, target.step) for width in widths])
+        near = [width for width, other in zip(widths, others.tolist(), strict=True) if other <= TOLERANCE]
+        nearest = min(near, key=lambda width: abs(width - target.sigma_rel))
+        raise UserError(
+            f"ema={target.sigma_rel}: the {len(stored)} averages stored up to step {target.step} give a profile of this width "
+            f"only to within {distances[0]:.0%}; give {nearest}, the nearest that they do, or train with more snapshots "
+            "(training.ema_snapshot_every)"
+        )
+    return factors[0]
+
+
 @torch.no_grad()
 def load_average(
     module: nn.Module, checkpoint: Path, snapshots: Path, widths: Sequence[float], sigma_rel: float
@@ -110,7 +131,9 @@ def load_average(
         return
     folders = [path for path in list_checkpoints(snapshots) if checkpoint_step(path) < step] + [checkpoint]
     files = [(folder, width) for folder in folders for width in widths]
-    factors = _factors([Profile(width, checkpoint_step(folder)) for folder, width in files], Profile(sigma_rel, step))
+    factors = combination(
+        [Profile(width, checkpoint_step(folder)) for folder, width in files], Profile(sigma_rel, step)
+    )
     parameters = dict(module.named_parameters())
     sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
     for (folder, width), factor in zip(files, factors.tolist(), strict=True):
@@ -118,21 +141,3 @@ def load_average(
             sums[name].add_(value, alpha=factor)
     for name, parameter in parameters.items():
         parameter.copy_(sums[name])
-
-
-def _factors(stored: Sequence[Profile], target: Profile) -> Tensor:
-    """Return the factors of the combination that is nearest to a target.
-
-    Raises:
-        UserError: if none is near, naming the widths that have one.
-    """
-    factors, distances = combinations(stored, [target])
-    if distances[0] > TOLERANCE:
-        _, others = combinations(stored, [Profile(width, target.step) for width in _WIDTHS])
-        near = [width for width, other in zip(_WIDTHS, others.tolist(), strict=True) if other <= TOLERANCE]
-        raise UserError(
-            f"ema={target.sigma_rel}: the {len(stored)} averages stored up to step {target.step} give a profile of this width "
-            f"only to within {distances[0]:.0%}; give one from {near[0]} to {near[-1]}, or take more snapshots in training "
-            "(training.ema_snapshot_every)"
-        )
-    return factors[0]
