@@ -137,7 +137,7 @@ def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(p, marks=[pytest.mark.slow] if p.stem == "own-images" else [], id=p.stem)
+        pytest.param(p, marks=[pytest.mark.slow] if p.stem in ("own-images", "sampling") else [], id=p.stem)
         for p in PAGES
         if blocks(p, "python")
     ],

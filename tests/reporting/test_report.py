@@ -350,6 +350,8 @@ def test_metrics_are_explained(tmp_path: Path) -> None:
     against = dataclasses.replace(result, against="statistics", metrics={"frechet": MetricValue(value=3.0)})
     text = Page(write_report(tmp_path, **arguments, evaluation=[against])).text  # type: ignore[arg-type]
     assert "\nReal images\n" not in text
+    text = Page(write_report(tmp_path, **arguments, evaluation=[{**to_dict(against), "ema": 0.08}])).text  # type: ignore[arg-type]
+    assert "Weights: the average of width 0.08." in text
     with pytest.raises(ValueError, match="evaluation: against is missing; evaluate"):
         write_report(tmp_path, **arguments, evaluation=[{"extractor": "x"}])  # type: ignore[arg-type]
 

@@ -212,6 +212,24 @@ def test_what_cannot_be_shared_is_refused(tiny_config, changes, message):
         tiny_config(**{**ALIKE, **changes})
 
 
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
+def test_power_averages_part_with_the_stages_and_hold_what_was_before(trainer, stop):
+    path, run = [], trainer(training__ema_profiles=[0.2])
+    while run.step < 6:
+        if run.step == stop:
+            run.save()
+            run = trainer()
+        run._iterate()
+        path.append({name: value.clone() for name, value in run.denoiser.state_dict().items()})
+    (average,) = run.profiles
+    ends = [(step / 6) ** (average.exponent + 1) for step in range(7)]
+    for name, found in average.module.state_dict().items():
+        expected = sum((ends[k + 1] - ends[k]) * path[k][name].double() for k in range(6))
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    first, second, _ = (part.state_dict() for part in average.module.network.decoders)
+    assert not equal(first, second)
+
+
 # -- decoders of several widths: slices of the widest -----------------------------------------------------------------
 
 

@@ -72,3 +72,10 @@ def test_a_frozen_encoder_takes_weights_and_averages_and_is_not_sent(tiny_config
         assert one.held - other.held == pytest.approx((4 + 8) * share * shared.shared_parameters)
         assert one.reduced - other.reduced == 4 * shared.shared_parameters
         assert other.flops < one.flops
+
+
+@pytest.mark.parametrize("strategy", ["time", "memory", "fsdp"])
+def test_every_further_average_takes_four_bytes(tiny_config, strategy) -> None:
+    configs = tiny_config(), tiny_config(training__ema_profiles=[0.05, 0.1])
+    for one, other in zip(*(step_costs(config, SHAPE, strategy, 3) for config in configs), strict=True):
+        assert other.held == pytest.approx(one.held * 28 / 20)

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from multistage_diffusion.training.ema import EMA, ema_decay
+from multistage_diffusion.training.ema import EMA, PowerEMA, ema_decay, power_decay, power_exponent
 
 
 def test_an_old_weight_counts_half_after_the_half_life():
@@ -78,3 +79,50 @@ def test_the_average_is_a_separate_module_in_evaluation_mode():
     assert all(p.requires_grad for p in module.parameters())
     ema.update(10, 0)
     assert module.weight[0, 0].item() == 1.0
+
+
+def profile(exponent: float, times: np.ndarray, end: float) -> np.ndarray:
+    """Return the power-function profile, as a reader of the paper would write it."""
+    return (exponent + 1) * times**exponent / end ** (exponent + 1)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.001, 0.01, 0.05, 0.1, 0.2, 0.288])
+def test_the_exponent_gives_a_profile_of_this_width(sigma_rel):
+    exponent = power_exponent(sigma_rel)
+    times = (np.arange(2_000_000) + 0.5) / 2_000_000
+    density = profile(exponent, times, 1.0)
+    mean = (times * density).mean()
+    assert density.mean() == pytest.approx(1.0, rel=1e-6)
+    assert np.sqrt(((times - mean) ** 2 * density).mean()) == pytest.approx(sigma_rel, rel=1e-6)
+
+
+def test_the_exponents_of_the_paper_s_two_profiles():
+    assert power_exponent(0.05) == pytest.approx(16.97, abs=0.005)
+    assert power_exponent(0.10) == pytest.approx(6.94, abs=0.005)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.02, 0.05, 0.1, 0.28])
+def test_a_power_average_is_the_profile_s_integral_over_weights_that_are_constant_between_steps(sigma_rel):
+    steps, fine = 150, 4000
+    path = np.random.default_rng(0).normal(size=(steps, 6)).cumsum(0)
+    module = nn.Linear(2, 2, dtype=torch.float64)
+    ema = PowerEMA(
+        module, sigma_rel, nn.Linear(2, 2, dtype=torch.float64)
+    )  # holds others: the first step replaces them
+    for step, values in enumerate(path):
+        with torch.no_grad():
+            module.weight.copy_(torch.from_numpy(values[:4].reshape(2, 2)))
+            module.bias.copy_(torch.from_numpy(values[4:]))
+        ema.update(32, 32 * step)
+        if step == 0:
+            assert torch.equal(ema.module.weight, module.weight)
+    times = (np.arange(steps * fine) + 0.5) / fine
+    weights = (profile(power_exponent(sigma_rel), times, steps) / fine).reshape(steps, fine).sum(1)
+    expected = weights @ path
+    found = torch.cat([p.flatten() for p in ema.module.parameters()]).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)  # of the sum over times
+
+
+def test_the_decay_of_late_steps_is_exact():
+    assert power_decay(1, 5.0) == 0.0
+    assert 1 - power_decay(10**9, 16.0) == pytest.approx(17e-9, rel=1e-6)

@@ -39,6 +39,7 @@ TRANSFORMER = {"network__encoder_depth": 2, "network__decoder_depths": (2, 1, 3)
 def config(**changes: object) -> RunConfig:
     """Return a run in float64 without dropout: what differs between two ways of training it is rounding."""
     exact = {"network__dropout": 0.0, "training__precision": "fp64", "training__steps": 20, "training__shares": UNEVEN}
+    exact |= {"training__ema_profiles": (0.05, 0.1), "training__ema_snapshot_every": 6}
     return tiny_config(**{**exact, "training__held_out_every": 20, "training__held_out_rows": 5, **changes})
 
 
@@ -66,9 +67,14 @@ def trained(world: World, path: Path, settings: RunConfig, strategy: str) -> int
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return weights, averages and moments of a run's last checkpoint."""
-    last = list_checkpoints(path / "checkpoints")[-1]
-    return {f"{kind}.{k}": t for kind in ("model", "ema", "optimizer") for k, t in load_tensors(last, kind).items()}
+    """Return weights, averages and moments of a run's last checkpoint, and the averages of its snapshots."""
+    places = [list_checkpoints(path / "checkpoints")[-1], *list_checkpoints(path / "ema")]
+    files = [file for place in places for file in place.glob("*.safetensors")]
+    return {
+        f"{file.parent.name}/{file.stem}/{name}": tensor
+        for file in files
+        for name, tensor in load_tensors(file.parent, file.stem).items()
+    }
 
 
 def require_same(a: Path, b: Path, tolerance: float = 1e-10) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +154,73 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, tiny_co
     assert {r["step"] for r in records if r["kind"] == "train"} == {*range(7, steps + 1, 7), steps}
     assert equal(parameters(whole), parameters(resumed))
     assert not equal(parameters(whole), dict(whole.ema.module.named_parameters()))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_power_averages_and_their_snapshots_are_resumed_bit_for_bit(tmp_path, tiny_config, tiny_data):
+    changes = {
+        "training__ema_profiles": [0.05, 0.1],
+        "training__ema_snapshot_every": 4,
+        "training__checkpoint_every": 6,
+    }
+
+    def trainer(name: str, stepped=lambda _: None) -> Trainer:
+        path = tmp_path / name
+        run = Run.open(path) if path.exists() else Run.create(path, tiny_config(training__steps=14, **changes))
+        return Trainer(run, tiny_data(), device="cpu", callbacks=[Stepped(stepped)])
+
+    def killed(trainer: Trainer) -> None:
+        if trainer.step == 9:  # after the snapshot of step 8, which is after the checkpoint
+            raise InterruptedError
+
+    whole, broken = trainer("whole"), trainer("broken", killed)
+    whole.fit()
+    with pytest.raises(InterruptedError):
+        broken.fit()
+    snapshots = broken.run.snapshots
+    assert [ckpt.checkpoint_step(p) for p in ckpt.list_checkpoints(snapshots)] == [4, 8]
+    for step in (8, 11):  # of another machine's rounding; of an interval that has been changed since
+        ckpt.save_snapshot(snapshots, step, {"ema_0.05": {"a": torch.zeros(1)}})
+    resumed = trainer("broken")
+    assert resumed.step == 6
+    resumed.fit()
+    assert files(snapshots) == files(whole.run.snapshots)
+    assert files(resumed.run.checkpoint("latest")) == files(whole.run.checkpoint("latest"))
+    assert {name.split("/")[0] for name in files(snapshots)} == {"step_00000004", "step_00000008", "step_00000012"}
+    for one, other in zip(whole.profiles, resumed.profiles, strict=True):
+        assert equal(one.module.state_dict(), other.module.state_dict())
+
+
+def test_power_averages_leave_the_run_as_it_is_without_them(new_trainer, tiny_data):
+    settings = {"training__steps": 5, "training__held_out_every": 2, "network__dropout": 0.2, "training__flip": True}
+    plain = new_trainer("plain", held_out=tiny_data(9, seed=1), **settings)
+    more = new_trainer("more", held_out=tiny_data(9, seed=1), training__ema_profiles=[0.1], **settings)
+    plain.fit()
+    more.fit()
+    (own, records), (theirs, other) = outcome(plain.run), outcome(more.run)
+    assert theirs.keys() - own.keys() == {"ema_0.1.safetensors"}
+    assert all(theirs[name] == own[name] for name in own.keys() - {"state.json"})
+    assert records == other
+    assert not plain.run.snapshots.exists()
+
+
+def test_a_run_of_step_0_begins_its_power_averages_with_the_first_step(new_trainer, tiny_data):
+    trainer = new_trainer(training__ema_profiles=[0.1], training__steps=1)
+    start = {name: dict(part) for name, part in (("w", trainer.denoiser.state_dict()), ("o", {}))}
+    state = {
+        "step": 0,
+        "score": None,
+        "sums": dataclasses.asdict(trainer.log.sums),
+        "scaler": {},
+        "config": trainer.config,
+    }
+    ckpt.save_checkpoint(trainer.run.checkpoints, ckpt.Checkpoint(start["w"], start["w"], start["o"], state))
+    again = Trainer(trainer.run, tiny_data(), device="cpu")  # as an imported run
+    again.fit()
+    assert equal(dict(again.profiles[0].module.named_parameters()), parameters(again))
 
 
 def test_stop_ends_after_the_step_with_a_checkpoint_to_go_on_from(new_trainer, tiny_data):

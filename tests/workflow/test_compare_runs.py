@@ -12,7 +12,7 @@ import torch
 
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.config.presets import preset
-from multistage_diffusion.config.serialization import override, to_dict
+from multistage_diffusion.config.serialization import override, read_json, to_dict
 from multistage_diffusion.data import to_float
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.evaluation.denoising_errors import denoising_errors
@@ -135,6 +135,9 @@ def test_curves_are_those_of_training_and_of_evaluations_by_cost(folder: Path, t
     for calls, checkpoint in ((5, "latest"), (3, "latest"), (4, "1")):  # the last one is not of the checkpoint compared
         sampling = override(copy.config().sampling, {"calls": calls})
         compare(copy, count=12, sampling=sampling, checkpoint=checkpoint)
+    entries = read_json(copy.path / "evaluation.json")
+    averaged = [{**entries[0], "ema": 0.1, "sampling": {**entries[0]["sampling"], "calls": 7}}]  # of other weights
+    write_json(copy.path / "evaluation.json", entries + averaged)
     found = compare_runs([copy, folder / "other"], levels=2, checkpoint="latest").runs
     records = [r for r in copy.records() if r["kind"] == "quality"]
     assert found[0].training == tuple((r["petaflops"], r["frechet"]) for r in records)

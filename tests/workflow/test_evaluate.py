@@ -13,7 +13,7 @@ from multistage_diffusion.config import DataConfig, RunConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override, read_json, to_dict
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.evaluation import PixelFeatures, load_reference, moments, read_result
+from multistage_diffusion.evaluation import PixelFeatures, evaluate_samples, load_reference, moments, read_result
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.workflow import evaluate as evaluate_module
 from multistage_diffusion.workflow.evaluate import compare, evaluate, statistics
@@ -113,6 +113,25 @@ def test_comparisons_are_added_to_the_run(run: Run) -> None:
     ]
     assert read_result(entries[0]) == found
     assert found.extractor.startswith("fashion-classifier (")
+
+
+def test_an_average_of_another_width_is_measured_and_recorded(tmp_path: Path) -> None:
+    settings = {"training__ema_profiles": [0.05, 0.1], "training__ema_snapshot_every": 2, "training__steps": 6}
+    run = train(config(tmp_path, **settings), tmp_path / "run")
+    with torch.no_grad():
+        images = {ema: sample(run, COUNT, ema=ema) for ema in (None, 0.05, 0.08)}
+    assert not torch.equal(images[None], images[0.08])
+    assert not torch.equal(images[0.05], images[0.08])
+    found = [evaluate(run, count=COUNT), evaluate(run, count=COUNT, ema=0.08), compare(run, count=COUNT, ema=0.05)]
+    own, wide, narrow = read_json(run.path / "evaluation.json")
+    assert "ema" not in own
+    assert (wide["ema"], narrow["ema"]) == (0.08, 0.05)
+    assert [read_result(entry) for entry in (own, wide, narrow)] == found
+    (train_part, held_out) = run.data().split(run.config().data.held_out)
+    expected = evaluate_samples(images[0.08], train_part, held_out, PixelFeatures(), metrics=("frechet",))
+    assert found[1].metrics["frechet"] == expected.metrics["frechet"]
+    with pytest.raises(UserError, match=r"ema=0\.3 must be above 0 and below"):
+        sample(run, COUNT, ema=0.3)
 
 
 @pytest.mark.parametrize("part", ["all", "train", "held-out"])

@@ -11,6 +11,7 @@ import torch
 
 from multistage_diffusion.cli import main
 from multistage_diffusion.config import CodecConfig
+from multistage_diffusion.config.serialization import override
 from multistage_diffusion.data import to_float
 from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.errors import UserError
@@ -129,3 +130,15 @@ def test_what_another_process_has_written_meanwhile_stays(run, monkeypatch):
     monkeypatch.setattr(likelihood_module, "likelihood", meanwhile)
     measure_likelihood(run, count=5, draws=1)
     assert [entry["step"] for entry in json.loads(file.read_text())][-2:] == [99, 2]
+
+
+def test_an_average_of_another_width_has_its_own_bound(run, tmp_path):
+    settings = {"training.ema_profiles": [0.05, 0.1], "training.steps": 3, "optimizer.lr": 0.02}
+    made = train(override(run.config(), settings), tmp_path / "run", device="cpu")
+    found = {ema: measure_likelihood(made, count=5, ema=ema) for ema in (None, 0.1, 0.07)}
+    means = [result.total.mean for result in found.values()]
+    assert len(set(means)) == 3
+    inputs = to_float(made.data().split(0.5)[1].array()[:5])
+    exact = likelihood(made.denoiser(weights=0.07), inputs, made.config().stages, *noise_range(made.config())).result()
+    assert found[0.07] == exact
+    assert [entry.get("ema") for entry in json.loads((made.path / "likelihood.json").read_text())] == [None, 0.1, 0.07]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ def test_a_dry_run_writes_what_would_be_pushed(run: Run, tmp_path: Path, monkeyp
     (out / "README.md").unlink()
     assert cli.main([*command, "--overwrite"]) == 0
     assert {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} == FILES
+
+
+def test_the_card_has_only_results_of_the_weights_that_are_pushed(run: Run, tmp_path: Path) -> None:
+    metrics = {"frechet": {"value": 12.3456, "real": 1.0}}
+    (run.path / "evaluation.json").write_text(json.dumps([{"ema": 0.1, "metrics": metrics}]))
+    push(run, "me/digits", count=1, dry_run=tmp_path / "pushed")  # another entry than a whole result would be refused
+    assert "12.3" not in (tmp_path / "pushed" / "README.md").read_text()
 
 
 def test_a_repository_is_made_and_gets_all_files(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

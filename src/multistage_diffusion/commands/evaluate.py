@@ -23,6 +23,7 @@ from ..training.run import Run
 from ..workflow.evaluate import NotSavedError, compare, evaluate, statistics
 from ..workflow.likelihood import measure_likelihood
 from .options import (
+    Average,
     DataOptions,
     Device,
     RunFolder,
@@ -90,6 +91,8 @@ class Evaluate(SamplerOptions, DataOptions):
     """Seed of the samples."""
     checkpoint: str = "best"
     """best, latest or a step."""
+    ema: Average = None
+    """Width of another average of the weights, computed from the snapshots of a run with training.ema_profiles."""
     device: Device = None
     """cpu, cuda or cuda:N"""
     json: bool = False
@@ -122,6 +125,7 @@ class Evaluate(SamplerOptions, DataOptions):
             "metrics": self.metrics,
             "seed": self.seed,
             "checkpoint": self.checkpoint,
+            "ema": self.ema,
             "sampling": self.sampling_config(config.sampling),
             "device": self.device,
         }
@@ -163,6 +167,7 @@ class Evaluate(SamplerOptions, DataOptions):
                 sigma_min=low,
                 sigma_max=high,
                 checkpoint=self.checkpoint,
+                ema=self.ema,
                 device=self.device,
                 progress=bar,
             )

@@ -47,6 +47,9 @@ RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="RUN", meta
 Device = Annotated[str | None, option("DEVICE", "CUDA when there is one")]
 
 
+Average = Annotated[float | None, option("SIGMA_REL", "the checkpoint's own average")]
+
+
 Changes = Annotated[tuple[str, ...], option("KEY=VALUE ...")]
 
 

@@ -19,7 +19,7 @@ from ..samplers import make_plan, shortcoming
 from ..samplers.class_labels import names_of, warn_of_empty
 from ..training.run import Run
 from ..workflow.sample import sample, sample_labels
-from .options import Device, RunFolder, SamplerOptions, check_out, option, print_json, say
+from .options import Average, Device, RunFolder, SamplerOptions, check_out, option, print_json, say
 
 
 @dataclass(kw_only=True)
@@ -51,6 +51,8 @@ class Sample(SamplerOptions):
     """Of the images in a folder: png and webp (both without loss) or jpg (quality 95)."""
     checkpoint: str = "best"
     """best, latest or a step."""
+    ema: Average = None
+    """Width of another average of the weights, computed from the snapshots of a run with training.ema_profiles."""
     batch: Annotated[int | None, option("INT", "as many as fit into memory")] = None
     """Samples drawn at once."""
     device: Device = None
@@ -103,6 +105,7 @@ class Sample(SamplerOptions):
                 seed=self.seed,
                 sampling=sampling,
                 checkpoint=self.checkpoint,
+                ema=self.ema,
                 label=self.label,
                 in_turn=in_turn,
                 batch=self.batch,

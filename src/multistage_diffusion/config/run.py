@@ -19,6 +19,7 @@ FORMAT_VERSION = 1
 
 PRECONDITIONINGS: Registry[Any] = Registry("diffusion.precondition", "multistage_diffusion.preconditioning")
 
+WIDEST_PROFILE = 12**-0.5  # sigma_rel of the mean of all steps
 MAX_PIXELS = 178_956_970  # pixels of an image; the default, and Pillow's own limit against decompression bombs
 
 
@@ -201,6 +202,9 @@ class TrainingConfig:
             then grow as losses fall, so that optimizer.clip cuts more of them.
         ema_halflife: half-life of the EMA in images.
         ema_rampup: the half-life is at most this share of the images seen so far; 0: no limit.
+        ema_profiles: widths sigma_rel of further averages with power-function profiles (Karras et al. 2024), such as [0.05,
+            0.1]; the average of another width can be computed from their snapshots after training. []: none.
+        ema_snapshot_every: steps between snapshots of these averages.
         flip: random horizontal flips.
         label_dropout: probability of hiding a class label.
         augment: probability of each transformation of EDM's augmentation (non-leaky: the network receives its label);
@@ -237,6 +241,8 @@ class TrainingConfig:
     loss_weighting: Literal["fixed", "learned"] = "fixed"
     ema_halflife: float = 500_000.0
     ema_rampup: float = 0.05
+    ema_profiles: tuple[float, ...] = ()
+    ema_snapshot_every: int = 1000
     flip: bool = True
     label_dropout: float = 0.1
     augment: float = 0.0
@@ -257,7 +263,8 @@ class TrainingConfig:
     sample_count: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "keep_last", "held_out_rows"):
+        intervals = ("log_every", "checkpoint_every", "ema_snapshot_every")
+        for name in ("steps", "batch", "accumulate", *intervals, "keep_last", "held_out_rows"):
             require(getattr(self, name) > 0, f"training.{name}={getattr(self, name)} must be positive")
         require(
             self.accumulate <= self.batch,
@@ -274,6 +281,11 @@ class TrainingConfig:
         )
         require(
             0 < self.ema_halflife < math.inf, f"training.ema_halflife={self.ema_halflife} must be positive and finite"
+        )
+        widths = self.ema_profiles
+        require(
+            all(0 < width < WIDEST_PROFILE for width in widths) and len(set(widths)) == len(widths),
+            f"training.ema_profiles={list(widths)} must be different numbers above 0 and below {WIDEST_PROFILE:.4f}",
         )
         for name in ("label_dropout", "augment", "floor_share"):
             require(0 <= getattr(self, name) <= 1, f"training.{name}={getattr(self, name)} must be in [0, 1]")

@@ -125,7 +125,7 @@ def training_memory(config: RunConfig, rows: int) -> float:
     network, shares = config.network, stage_shares(config.training, config.stages, config.diffusion.prior)
     kept = sum(s * b for s, b in zip(shares, saved_bytes(network, *config.input_shape[1:]), strict=True))
     parameters = network_cost(network, *config.input_shape[1:]).total_parameters
-    return 5 * 4 * parameters + WORKSPACE * rows * kept
+    return (5 + len(config.training.ema_profiles)) * 4 * parameters + WORKSPACE * rows * kept
 
 
 def require_training_memory(config: RunConfig, parameters: int, device: torch.device, processes: int) -> None:

@@ -24,10 +24,11 @@ from ..config import RunConfig
 from ..config.serialization import to_dict
 from ..data.opening import load_png
 from ..errors import UserError
-from ..evaluation import EvaluationResult, read_result
+from ..evaluation import read_result
 from ..evaluation.presentation import counts_sentence, features_sentence, rows
 from ..files import write_atomic
 from ..palette import stage_variable
+from ..reading import brief
 from ..records import read_evaluations, read_launches, read_metrics
 from ..stage_finding import StageResult
 from ..stage_finding.plots import draw_stages, stages_height
@@ -122,7 +123,7 @@ def write_report(
     train = [r for r in records if r["kind"] == "train"]
     held_out = [r for r in records if r["kind"] == "held_out"]
     evaluated = [r for r in records if r["kind"] == "quality"]
-    metrics = "".join(_metrics(read_result(to_dict(result))) for result in evaluation)
+    metrics = "".join(_metrics(to_dict(result)) for result in evaluation)
     pair = _samples(config, samples, real, sample_classes, real_classes)
     sections = [
         ("stages", "Stages", _stages(config, architecture, stages_png, found)),
@@ -282,13 +283,16 @@ def _neighbours(neighbours: Neighbours | None) -> str:
     return f'<div class="pairs">{figures}</div>{note(words)}'
 
 
-def _metrics(result: EvaluationResult) -> str:
-    """Tabulate one evaluation."""
+def _metrics(entry: Record) -> str:
+    """Tabulate one evaluation: an entry of evaluation.json."""
+    result = read_result(entry)
     found = rows(result)
     with_real = any(row.real for row in found)
     heads = ["", "Samples", *(["Real images"] if with_real else []), "Settings", "Meaning"]
     lines = [[row.label, row.value, *([row.real] if with_real else []), row.settings, row.words] for row in found]
     notes = f"{features_sentence(result)} {counts_sentence(result)} Preprocessing: {result.preprocessing}."
+    if "ema" in entry:
+        notes += f" Weights: the average of width {brief(entry['ema'])}."
     return table(heads, lines, words=len(heads) - 1, name=f"Metrics with features {result.extractor}") + note(notes)
 
 

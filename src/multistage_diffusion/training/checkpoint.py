@@ -2,11 +2,15 @@
 
 checkpoints/step_00001000/model.safetensors      weights
                           ema.safetensors        averaged weights
+                          ema_0.05.safetensors   the average of each width in training.ema_profiles (if any)
                           optimizer.safetensors  the optimiser's state, keyed by parameter name; learned weights of noise
                                                  levels
                           state.json             step, images, held-out score, quality (the Fréchet distance, if the
                                                  step was evaluated), running sums, loss scaler, the whole run
                                                  configuration, size and sha256 of the other files
+
+Snapshots are folders of the same form, with the averages of training.ema_profiles and a state of step and digests:
+ema/step_00001000/ema_0.05.safetensors ...
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +39,28 @@ from .optimizer_state import restore_optimizer as restore_optimizer
 
 _PREFIX, _TEMPORARY = "step_", ".writing-"
 _MOST_STAGES = 1000  # upper bound of the stages of a network
+SNAPSHOTS = "ema"  # folder of a run's snapshots
 _DIGESTS = "files"  # key in state.json: bytes and sha256 of the other files
 FILES = ("model", "ema", "optimizer")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Content of a checkpoint: tensors by file, and JSON-serialisable state (with at least `step`)."""
+    """Content of a checkpoint: tensors by file, and JSON-serialisable state (with at least `step`).
+
+    `profiles` are the averages of training.ema_profiles, by `profile_file`.
+    """
 
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    profiles: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def profile_file(sigma_rel: float) -> str:
+    """Return the name, without suffix, of the file of an average with a power-function profile of this width."""
+    return f"ema_{sigma_rel}"
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -54,18 +69,38 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     Raises:
         OSError: if it cannot be written (for example, the disk is full); existing checkpoints stay intact.
     """
+    files = {name: getattr(checkpoint, name) for name in FILES} | checkpoint.profiles
+    return _save(folder, files, checkpoint.state)
+
+
+def save_snapshot(folder: Path, step: int, profiles: Mapping[str, dict[str, Tensor]]) -> Path:
+    """Write a snapshot of the averages of training.ema_profiles, as atomically as a checkpoint.
+
+    Args:
+        folder: of the snapshots.
+        step: of the averages.
+        profiles: tensors of each average, by `profile_file`.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    return _save(folder, profiles, {"step": step})
+
+
+def _save(folder: Path, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Write a folder of tensors by file, with the state and the digests of these files."""
     make_folder(folder)
     for leftover in folder.glob(f"{_TEMPORARY}*"):  # from earlier releases
         shutil.rmtree(leftover, ignore_errors=True)
-    final = folder / f"{_PREFIX}{checkpoint.state['step']:08d}"
+    final = folder / f"{_PREFIX}{state['step']:08d}"
     with new_folder(final, replace=True) as temporary:  # the same step may be saved again
         files = {}
-        for name in FILES:
-            data = save(_apart(getattr(checkpoint, name)))
+        for name, content in tensors.items():
+            data = save(_apart(content))
             write_file(temporary / f"{name}.safetensors", data)
             files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        state = {**to_dict(checkpoint.state), _DIGESTS: files}
-        write_file(temporary / "state.json", json_bytes(final / "state.json", state))
+        record = {**to_dict(state), _DIGESTS: files}
+        write_file(temporary / "state.json", json_bytes(final / "state.json", record))
     return final
 
 
@@ -98,6 +133,13 @@ def refuse_newer(folder: Path, step: int) -> None:
         raise UserError(
             f"{folder.parent}: another process has trained it to step {checkpoint_step(found[-1])}; resume again"
         )
+
+
+def drop_newer(folder: Path, step: int) -> None:
+    """Delete the snapshots after a checkpoint's step; these steps will run again."""
+    for path in list_checkpoints(folder):
+        if checkpoint_step(path) > step:
+            remove_folder(path)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -178,6 +220,8 @@ def trained_config(path: Path) -> RunConfig:
 
 def _mend(path: Path) -> str:
     """Return advice for a damaged checkpoint: how to resume from the one before it."""
+    if path.parent.name == SNAPSHOTS:
+        return f"delete {path}; the other snapshots remain"
     older = [p for p in list_checkpoints(path.parent) if checkpoint_step(p) < checkpoint_step(path)]
     if not older:
         return f"{path} is damaged and there is none before it: train the run anew"
@@ -187,7 +231,7 @@ def _mend(path: Path) -> str:
 def load_tensors(
     path: Path, name: str, wanted: Collection[str] | None = None, whole: Collection[str] | None = None
 ) -> dict[str, Tensor]:
-    """Return "model", "ema" or "optimizer" tensors of a checkpoint, on the CPU.
+    """Return the tensors of a file of a checkpoint, on the CPU.
 
     Args:
         path: the checkpoint's folder.
@@ -198,6 +242,43 @@ def load_tensors(
     Raises:
         UserError: if the file is missing, damaged or replaced, or holds other names than `whole`; the message names it.
     """
+    with _opened(path, name) as stored:
+        keys = list(stored.keys())
+        named = state_of if name == "optimizer" else str
+        others = [key for key in keys if whole is not None and named(key) not in whole]
+        if others:
+            raise _Damaged(f"it holds {others[0]}, which the network does not have")
+        return {key: stored.get_tensor(key) for key in keys if wanted is None or named(key) in wanted}
+
+
+def stored_tensors(path: Path, name: str, like: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and tensors of a file of a checkpoint or snapshot, one at a time, on the CPU.
+
+    Args:
+        path: the folder.
+        name: file name without suffix.
+        like: tensors of the same names, shapes and dtypes; the file may hold others.
+
+    Raises:
+        UserError: if the file is missing, damaged or replaced, or a tensor is missing, different or not finite.
+    """
+    with _opened(path, name) as stored:
+        keys = set(stored.keys())
+        for key, wanted in like.items():
+            value: Tensor | None = stored.get_tensor(key) if key in keys else None
+            fault = _fault(value, wanted)
+            if value is None or fault:
+                raise _Damaged(f"{key} {fault}")
+            yield key, value
+
+
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[Any]:
+    """Open a file of a checkpoint after checking its digest.
+
+    Raises:
+        UserError: if it is missing, damaged or replaced, or the block raises _Damaged.
+    """
     file = path / f"{name}.safetensors"
     known = _read_state(path).get(_DIGESTS)
     try:
@@ -206,12 +287,7 @@ def load_tensors(
         if known is not None:
             _check_digest(file, known.get(file.name, {}))
         with safe_open(file, framework="pt") as stored:
-            keys = list(stored.keys())
-            named = state_of if name == "optimizer" else str
-            others = [key for key in keys if whole is not None and named(key) not in whole]
-            if others:
-                raise _Damaged(f"it holds {others[0]}, which the network does not have")
-            return {key: stored.get_tensor(key) for key in keys if wanted is None or named(key) in wanted}
+            yield stored
     except (SafetensorError, OSError, _Damaged) as error:
         raise UserError(
             f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}); {_mend(path)}"
@@ -234,7 +310,7 @@ def _check_digest(file: Path, said: dict[str, Any]) -> None:
 def restore_module(
     module: nn.Module, path: Path, name: str, whole: Collection[str] | None = None, local: Local = whole_tensor
 ) -> None:
-    """Load the weights of "model" or "ema" into a network, or weights that serve training only from "optimizer".
+    """Load the weights of "model", "ema" or another average into a network, or what serves training only from "optimizer".
 
     Args:
         module: the network, or a part of it.

@@ -1,10 +1,10 @@
 """Memory, communication and time of a training step on several processes: exact bytes, modelled seconds.
 
 The encoder has P_0 parameters, decoder k has P_k. A process holds 20 bytes per parameter of its parts: 4 for the
-weight, 4 for the gradient, 8 for Adam's moments, 4 for the EMA. Gradients of a part with P parameters on n processes
-take 4 P bytes on each process. In a ring, an all_gather or a reduce_scatter sends (n - 1) / n times these bytes, an
-all_reduce twice as many (Patarasuk & Yuan 2009): ring(n, P) = 2 (n - 1) / n 4 P. W is the number of processes, n_k the
-number of processes with decoder k. Per strategy:
+weight, 4 for the gradient, 8 for Adam's moments, 4 for the EMA (and 4 for each of training.ema_profiles). Gradients of
+a part with P parameters on n processes take 4 P bytes on each process. In a ring, an all_gather or a reduce_scatter
+sends (n - 1) / n times these bytes, an all_reduce twice as many (Patarasuk & Yuan 2009):
+ring(n, P) = 2 (n - 1) / n 4 P. W is the number of processes, n_k the number of processes with decoder k. Per strategy:
 
     time:   20 (P_0 + sum_k P_k) bytes held,     ring(W, P_0 + sum_k P_k) sent
     memory: 20 (P_0 + P_k) bytes held,           ring(W, P_0) + ring(n_k, P_k) sent
@@ -86,6 +86,7 @@ def step_costs(
     decoders = {f"decoder.{k}": stage.parameters - shared for k, stage in enumerate(cost.stages, start=1)}
     parameters = {"encoder": shared, **decoders}
     frozen = ["encoder"] if config.training.freeze == "encoder" else []
+    averages = AVERAGE * (1 + len(config.training.ema_profiles))
     found, plan = [], make_strategy(strategy, config, shape, World(0, size))
     for rank in range(size):
         placed = copy.copy(plan)
@@ -105,7 +106,7 @@ def step_costs(
         found.append(
             StepCost(
                 held=sum(
-                    (WEIGHT + AVERAGE + (GRADIENT + MOMENTS) * learns) * share.held * p for share, p, learns in shares
+                    (WEIGHT + averages + (GRADIENT + MOMENTS) * learns) * share.held * p for share, p, learns in shares
                 ),
                 reduced=sum(bytes_ for _, bytes_ in exchanged),
                 sent=sent,

@@ -10,6 +10,7 @@ RUN/execution.json   the autotuning result (if autotuning ran)
 RUN/evaluation.json  results of msdiff evaluate
 RUN/likelihood.json  results of msdiff evaluate --likelihood
 RUN/checkpoints/     see checkpoint.py
+RUN/ema/             snapshots of averages, see checkpoint.py (if training.ema_profiles has widths)
 RUN/samples/         sample grids from training
 """
 
@@ -43,7 +44,15 @@ from ..reading import brief
 from ..records import read_launches, read_metrics
 from ..stale_files import sweep
 from ..version import __version__
-from .checkpoint import best_checkpoint, checkpoint_step, list_checkpoints, restore_module, trained_config
+from .checkpoint import (
+    SNAPSHOTS,
+    best_checkpoint,
+    checkpoint_step,
+    list_checkpoints,
+    restore_module,
+    trained_config,
+)
+from .post_hoc_ema import load_average
 
 OWN_FILES = (
     "config.json",
@@ -83,6 +92,11 @@ class Run:
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def snapshots(self) -> Path:
+        """The folder of snapshots of the averages of training.ema_profiles."""
+        return self.path / SNAPSHOTS
 
     @classmethod
     def create(
@@ -187,13 +201,20 @@ class Run:
     def denoiser(
         self,
         which: str = "best",
-        weights: Literal["ema", "model"] = "ema",
+        weights: Literal["ema", "model"] | float = "ema",
         device: torch.device | str = "cpu",
     ) -> MultiStageDenoiser:
         """Load a checkpoint's denoiser, ready for sampling.
 
+        Args:
+            which: see `checkpoint`.
+            weights: averaged weights ("ema"), those in training ("model"), or the width sigma_rel of the average of a
+                power-function profile, computed from the run's snapshots, see `post_hoc_ema`.
+            device: for the denoiser.
+
         Raises:
-            UserError: if there is no such checkpoint, or its network, diffusion or stages differ from config.json.
+            UserError: if there is no such checkpoint, its network, diffusion or stages differ from config.json, or the run
+                has no snapshots for this width.
         """
         folder, config = self.checkpoint(which), self.config()
         trained = trained_config(folder)
@@ -206,7 +227,10 @@ class Run:
                     f"checkpoint's own configuration is in {folder / 'state.json'})"
                 )
         denoiser = build_denoiser(trained)
-        restore_module(denoiser, folder, weights)
+        if isinstance(weights, str):
+            restore_module(denoiser, folder, weights)
+        else:
+            load_average(denoiser, folder, self.snapshots, trained.training.ema_profiles, weights)
         return denoiser.to(device).eval().requires_grad_(False)
 
     def records(self) -> list[dict[str, Any]]:
@@ -307,7 +331,8 @@ def belongs_to_a_run(path: Path) -> bool:
     if run.config_file.exists() and run.checkpoints.is_dir():
         return path.name in OWN_FILES
     return any(
-        place.name == "checkpoints" and Run(place.parent).config_file.exists() for place in path.absolute().parents
+        place.name in ("checkpoints", SNAPSHOTS) and Run(place.parent).config_file.exists()
+        for place in path.absolute().parents
     )
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ..config import RunConfig
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..distributed import World
 from ..errors import UserError
 from . import checkpoint as ckpt
-from .ema import EMA
+from .ema import EMA, PowerEMA
 from .loss_weighting import NAMES
 from .metrics import MetricAccumulator, TrainingLog
 from .optimizer import Optimization
@@ -27,6 +28,7 @@ class Checkpointed(Protocol):
     config: RunConfig
     denoiser: MultiStageDenoiser
     ema: EMA[MultiStageDenoiser]
+    profiles: list[PowerEMA[MultiStageDenoiser]]
     strategy: Strategy
     optimization: Optimization
     log: TrainingLog
@@ -58,6 +60,12 @@ def latest_checkpoint(folder: Path, world: World) -> Path | None:
     return None if name is None else folder / name
 
 
+def profile_tensors(trainer: Checkpointed) -> dict[str, dict[str, Tensor]]:
+    """Return the averages of training.ema_profiles by file name, gathered on the main process; all processes call it."""
+    collect = trainer.strategy.gather_state
+    return {ckpt.profile_file(a.sigma_rel): collect(a.module.state_dict()) for a in trainer.profiles}
+
+
 def snapshot(trainer: Checkpointed, *, score: float | None, quality: float | None) -> ckpt.Checkpoint:
     """Return a trainer's state, gathered on the main process; all processes call it.
 
@@ -84,6 +92,7 @@ def snapshot(trainer: Checkpointed, *, score: float | None, quality: float | Non
         ema=collect(trainer.ema.module.state_dict()),
         optimizer=collect(moments if weighting is None else {**moments, **weighting.tensors()}),
         state=state,
+        profiles=profile_tensors(trainer),
     )
 
 
@@ -105,6 +114,8 @@ def restore(trainer: Checkpointed, path: Path) -> None:
     stored = whole if weighting is None else {*whole, *NAMES}
     ckpt.restore_module(trainer.denoiser, path, "model", whole, local)
     ckpt.restore_module(trainer.ema.module, path, "ema", whole, local)
+    for average in trainer.profiles if state["step"] else ():  # the first step replaces them
+        ckpt.restore_module(average.module, path, ckpt.profile_file(average.sigma_rel), whole, local)
     ckpt.restore_moments(trainer.optimization.optimizer, trainer.denoiser, path, stored, local)
     if weighting is not None:
         weighting.restore(path, stored)

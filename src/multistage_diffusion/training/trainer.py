@@ -23,13 +23,13 @@ from . import branching
 from . import checkpoint as ckpt
 from .batches import BatchSource, TrainingData, held_out_batch
 from .callbacks import Callback, Evaluated, StopRequested, until_stopped
-from .ema import EMA
+from .ema import EMA, PowerEMA
 from .loss_weighting import make_weighting
 from .losses import StageAllocation, stage_losses
 from .metrics import StepMetrics, TrainingLog, refuse_scale
 from .optimizer import Optimization
 from .passes import Passes, dropout_key
-from .state import latest_checkpoint, restore, snapshot
+from .state import latest_checkpoint, profile_tensors, restore, snapshot
 from .strategies import make_strategy
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Trainer:
         denoiser: the network in training, as far as this process holds it.
         ema: the averaged network, as far as this process holds it.
         ties: keep narrower decoders slices of the widest until branching.
+        profiles: the averages of training.ema_profiles, likewise.
         passes: computes gradients.
         optimization: updates the weights.
         log: losses, norms and rate since the last line of the log.
@@ -101,6 +102,9 @@ class Trainer:
         self.denoiser, average = self._new_denoiser(shared=shared), self._new_denoiser(shared=shared)
         average.load_state_dict(self.denoiser.state_dict())
         self.ema = EMA(self.denoiser, training.ema_halflife, training.ema_rampup, average)
+        self.profiles = [
+            PowerEMA(self.denoiser, sigma_rel, self._new_denoiser(shared=shared)) for sigma_rel in training.ema_profiles
+        ]
         scaling = autocast_dtype(training.precision, self.device) == torch.float16
         weighting = make_weighting(config, self.device)
         self.optimization = Optimization(config.optimizer, self.device, scaling=scaling, weighting=weighting)
@@ -151,6 +155,10 @@ class Trainer:
         return branching.Ties(denoiser.network, self.strategy.whole, self.strategy.local)
 
     @property
+    def _averages(self) -> list[EMA[MultiStageDenoiser]]:
+        return [self.ema, *self.profiles]
+
+    @property
     def images(self) -> int:
         """Number of training images seen so far."""
         return self.step * self.config.training.batch
@@ -179,6 +187,7 @@ class Trainer:
                     held.enter_context(self.run.locked())
                     ckpt.refuse_newer(self.run.checkpoints, self.step)
                     self.run.rewind_metrics(self.step)
+                    ckpt.drop_newer(self.run.snapshots, self.step)
                     self.run.log_launch(self.device)
             for callback in self.callbacks:
                 self.ended = callback.started(self) or self.ended
@@ -245,6 +254,8 @@ class Trainer:
         self._prefetch(self.step)
         while self.step < training.steps and not self.ended:
             self._iterate()
+            if self.profiles and self.step % training.ema_snapshot_every == 0:
+                self._save_profiles()
             evaluated = self._taken(callback.stepped(self) for callback in self.callbacks)
             last = self.step == training.steps or bool(self.ended)
             if self.step % training.log_every == 0 or last:
@@ -283,7 +294,8 @@ class Trainer:
         for counts, weights in self.allocation.updates(self.step):
             self._optimize(counts, weights)
         with self.passes.timer.part("average"):
-            self.ema.update(training.batch, self.images)
+            for average in self._averages:
+                average.update(training.batch, self.images)
         self.step += 1
 
     def _prefetch(self, step: int) -> None:
@@ -292,12 +304,13 @@ class Trainer:
             self.passes.prefetch(step, self.allocation.updates(step))
 
     def _branch(self) -> None:
-        """Give every stage its own copy of the shared parts, including EMA weights and optimiser state."""
+        """Give every stage its own copy of the shared parts, including averaged weights and optimiser state."""
         states = self.ties.states(self.optimization.optimizer, self.denoiser)
-        for module in (self.denoiser, self.ema.module):
+        for module in (self.denoiser, *(average.module for average in self._averages)):
             module.network = self._branched(module.network)
-        self.ema.module.eval().requires_grad_(False)
-        self.ema.follow(self.denoiser)
+        for average in self._averages:
+            average.module.eval().requires_grad_(False)
+            average.follow(self.denoiser)
         self.passes.compute(self.passes.execution)
         self._watch()
         branching.load_states(self.optimization.optimizer, self.denoiser, states)
@@ -396,3 +409,11 @@ class Trainer:
             if self.world.is_main_process:
                 ckpt.save_checkpoint(self.run.checkpoints, checkpoint)
                 ckpt.prune(self.run.checkpoints, training.keep_last, training.keep_every)
+
+    def _save_profiles(self) -> None:
+        """Write a snapshot of the averages of training.ema_profiles."""
+        self.log.reporter.settle()
+        profiles = profile_tensors(self)
+        with self.world.synchronize_errors():
+            if self.world.is_main_process:
+                ckpt.save_snapshot(self.run.snapshots, self.step, profiles)

@@ -213,7 +213,8 @@ def _sampling_curve(run: Run, config: RunConfig, step: int, features: str) -> tu
     found = dict[float, float]()
     for entry in read_evaluations(run.path / "evaluation.json"):
         distance = _distance(entry)
-        if distance is not None and entry.get("step") == step and entry.get("extractor") == features:
+        own = entry.get("step") == step and "ema" not in entry  # of the weights that are compared
+        if distance is not None and own and entry.get("extractor") == features:
             found[sampling_flops(config, from_dict(SamplingConfig, entry["sampling"])) / 1e9] = distance
     return tuple(sorted(found.items()))
 

@@ -21,6 +21,7 @@ CHANGEABLE = (
     "training.steps",
     "training.log_every",
     "training.held_out_every",
+    "training.ema_snapshot_every",
     "training.checkpoint_every",
     "training.keep_last",
     "training.keep_every",

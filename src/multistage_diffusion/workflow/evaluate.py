@@ -68,6 +68,7 @@ def evaluate(
     metrics: Sequence[str] = (),
     seed: int = 0,
     checkpoint: str = "best",
+    ema: float | None = None,
     sampling: SamplingConfig | None = None,
     device: str | None = None,
     progress: Progress | None = None,
@@ -85,6 +86,7 @@ def evaluate(
         metrics: names of metrics; default: all that can be computed.
         seed: seed of the samples.
         checkpoint: "best", "latest" or a step.
+        ema: width of another average of the weights, see `sample`.
         sampling: another sampler than the run's own.
         device: default CUDA when there is one.
         progress: called with (done, total).
@@ -113,7 +115,7 @@ def evaluate(
         )
         step = checkpoint_step(run.checkpoint(checkpoint))  # fixed here: best may change while the run trains
         images = sample(
-            run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress
+            run, count, seed=seed, sampling=sampling, checkpoint=str(step), ema=ema, device=device, progress=progress
         )
         result = evaluate_samples(
             images,
@@ -125,7 +127,7 @@ def evaluate(
             reconstructed=reconstruct(config, held_out, resolved) if config.codec.used else None,
             device=resolved,
         )
-        _save(run, result, step, data or config.data, sampling or config.sampling, seed)
+        _save(run, result, step, ema, data or config.data, sampling or config.sampling, seed)
         return result
 
 
@@ -153,6 +155,7 @@ def compare(
     metrics: Sequence[str] = (),
     seed: int = 0,
     checkpoint: str = "best",
+    ema: float | None = None,
     sampling: SamplingConfig | None = None,
     device: str | None = None,
     progress: Progress | None = None,
@@ -166,7 +169,7 @@ def compare(
         reference: "train" (all training images), or a file: of statistics (`statistics`), or a batch of images (.npz).
         data: data to use instead of the run's own, for "train".
         count: samples drawn; default as many as the reference has images, but at least 500 and at most 50,000.
-        features, weights, metrics, seed, checkpoint, sampling, device, progress: see `evaluate`.
+        features, weights, metrics, seed, checkpoint, ema, sampling, device, progress: see `evaluate`.
 
     Raises:
         UserError: if there are too few samples or images, the reference is of other images or features, or nothing can
@@ -191,10 +194,10 @@ def compare(
         require_features(f"features={features!r}", extractor, opened.shape, count, resolved)
         step = checkpoint_step(run.checkpoint(checkpoint))
         images = sample(
-            run, count, seed=seed, sampling=sampling, checkpoint=str(step), device=device, progress=progress
+            run, count, seed=seed, sampling=sampling, checkpoint=str(step), ema=ema, device=device, progress=progress
         )
         result = compare_samples(images, found, extractor, metrics=tuple(chosen), device=resolved)
-        _save(run, result, step, data or run.config().data, sampling or run.config().sampling, seed)
+        _save(run, result, step, ema, data or run.config().data, sampling or run.config().sampling, seed)
         return result
 
 
@@ -220,6 +223,7 @@ def _save(
     run: Run,
     result: EvaluationResult,
     step: int,
+    ema: float | None,
     data: DataConfig,
     sampling: SamplingConfig,
     seed: int,
@@ -227,7 +231,13 @@ def _save(
     """Add a result to RUN/evaluation.json on the main process."""
     if not is_main_process():
         return
-    made = {"step": step, "data": data.source, "sampling": to_dict(sampling), "sampling_seed": seed}
+    made = {
+        "step": step,
+        **({} if ema is None else {"ema": ema}),
+        "data": data.source,
+        "sampling": to_dict(sampling),
+        "sampling_seed": seed,
+    }
     file = run.path / "evaluation.json"
     try:
         write_json(file, [*read_evaluations(file), {**made, **to_dict(result)}])

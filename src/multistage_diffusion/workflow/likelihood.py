@@ -36,6 +36,7 @@ def measure_likelihood(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     checkpoint: str = "best",
+    ema: float | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> LikelihoodResult:
@@ -48,6 +49,7 @@ def measure_likelihood(
         seed: seed of levels and noise.
         sigma_min, sigma_max: range of the integral; default `noise_range`. Only runs on the same range are comparable.
         checkpoint: "best", "latest" or a step; its averaged weights are measured.
+        ema: width of another average of the weights, see `sample`.
         device: default CUDA when there is one.
         progress: called with (rows done, rows in total).
 
@@ -77,7 +79,7 @@ def measure_likelihood(
     low, high = _range(config, sigma_min, sigma_max)
     step = checkpoint_step(run.checkpoint(checkpoint))
     result = likelihood(
-        run.denoiser(str(step), device=resolved),
+        run.denoiser(str(step), "ema" if ema is None else ema, device=resolved),
         network_inputs(config, chosen, resolved),
         config.stages,
         low,
@@ -89,7 +91,8 @@ def measure_likelihood(
         device=resolved,
         progress=progress,
     ).result()
-    write_json(file, [*read_evaluations(file), {"step": step, "seed": seed, **to_dict(result)}])
+    made = {"step": step, **({} if ema is None else {"ema": ema})}
+    write_json(file, [*read_evaluations(file), {**made, "seed": seed, **to_dict(result)}])
     return result
 
 

@@ -74,6 +74,7 @@ def probe_config(config: RunConfig, width: int, steps: int) -> RunConfig:
             "training.freeze": "nothing",
             # without a ramp, an EMA over hundreds of thousands of images would still hold the initial weights
             "training.ema_rampup": config.training.ema_rampup or 0.05,
+            "training.ema_profiles": (),
             "training.log_every": steps,
             "training.held_out_every": 0,
             "training.checkpoint_every": steps,

@@ -105,7 +105,7 @@ def _card(run: Run, name: str, step: int, licence: str) -> str:
 
 
 def _is_result(record: dict[str, Any]) -> bool:
-    return "metrics" in record
+    return "metrics" in record and "ema" not in record  # of the weights that are pushed
 
 
 def _hub() -> Any:

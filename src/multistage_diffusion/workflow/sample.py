@@ -56,6 +56,7 @@ def sample(
     seed: int = 0,
     sampling: SamplingConfig | None = None,
     checkpoint: str = "best",
+    ema: float | None = None,
     label: int | str | None = None,
     in_turn: bool = False,
     batch: int | None = None,
@@ -74,6 +75,8 @@ def sample(
         seed: seed of the samples; sample i is the same for any count and batch.
         sampling: another sampler than the run's own.
         checkpoint: "best", "latest" or a step.
+        ema: width sigma_rel of another average of the weights, computed from the run's snapshots, see `Run.denoiser`; None:
+            the checkpoint's own.
         label: name or number of the class of all samples of a class-conditional run; None draws each sample's class,
             see `sample_labels`.
         in_turn: take the classes in turn instead, for viewing, not for measuring.
@@ -90,7 +93,7 @@ def sample(
         A tensor uint8 (count, C, H, W) that also knows the samples' classes; its method `pil` gives images of Pillow.
 
     Raises:
-        UserError: if there is no such checkpoint, class, sampler or precision.
+        UserError: if there is no such checkpoint, average, class, sampler or precision.
     """
     run = opened_run(run)
     config, (world, resolved) = run.config(), joined(device, "sample")
@@ -105,7 +108,7 @@ def sample(
     if precision == "fp64":
         raise UserError("precision='fp64' is for training only; take auto, fp32, bf16 or fp16")
     with world.report_failures():
-        denoiser = run.denoiser(checkpoint, device="cpu" if offload else resolved)
+        denoiser = run.denoiser(checkpoint, "ema" if ema is None else ema, device="cpu" if offload else resolved)
         equip(denoiser, resolved, compile=compile, offload=offload)
         if batch is None:
             batch = images_at_once(config.network, config.input_shape, count, resolved, rows)
