@@ -1,7 +1,7 @@
 """Averages of any power-function profile, chosen after training (Karras et al. 2024, "Analyzing and Improving the Training
 Dynamics of Diffusion Models", section 3.1).
 
-The average at time t with exponent gamma weights the weights at time tau by the profile
+The average at time t with exponent gamma is the integral of the weights at time tau times the profile
 
     p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1), 0 <= tau <= t.
 
