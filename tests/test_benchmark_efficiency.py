@@ -113,7 +113,7 @@ def test_all_arms_and_variants_cost_the_same(bench: ModuleType) -> None:
     for name, setting in bench.SETTINGS.items():
         if name == "edges":  # compares variants, and chooses none
             continue
-        tried = {arm: setting.variants.get(arm, setting.variants["c"]) for arm in setting.arms}
+        tried = {arm: setting.variants.get(arm) or setting.variants["c"] for arm in setting.arms}
         if name not in ("V", "B"):  # whose second variant of (c), slices of one decoder at first, is no candidate
             assert len({len(variants) for variants in tried.values()}) == 1  # the same tuning for all
         costs = [

@@ -113,6 +113,14 @@ def test_a_decoder_that_all_stages_share_at_first_starts_from_the_trained_one(
             2
         ]  # of the trained width: even as a slice of a wider one, it is the trained one
         assert all(torch.equal(value, given[name]) for name, value in decoder.state_dict().items())
+    attending = trained("attending", network__attention_factors=[1])
+    common |= {"network__attention_factors": [1]}
+    trainer = started(tmp_path / "four", tiny_config(**common, training__init_from=str(attending.path)), tiny_data())
+    for module in (trainer.denoiser, trainer.ema.module):  # a slice's queries are not scaled
+        for width, decoder in zip(widths, module.network.decoders, strict=True):
+            name = "levels.0.blocks.1.attention.qkv.weight"
+            own, wide = (part.state_dict()[name] for part in (decoder, module.network.decoders[1]))
+            assert torch.equal(own[:width], wide[:width, :width])
     three = trained("its own", stages__interior=[0.2, 0.6], network__decoder_widths=[8, 8, 8])
     with pytest.raises(
         ValueError, match=r"has 3 decoders, but with training.branch_at=2 all stages start with one; give"
