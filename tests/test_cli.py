@@ -888,6 +888,19 @@ def test_results_are_escaped_where_the_encoding_lacks_a_character(monkeypatch: p
     assert stream.buffer.getvalue() == b"Fr\\xe9chet\n"  # type: ignore[attr-defined]
 
 
+def test_ctrl_c_during_imports_is_no_bug() -> None:
+    script = (
+        "import os, signal, sys; from multistage_diffusion import cli\n"
+        "def parse(*_):\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except BaseException: raise ValueError('too many values to unpack')\n"
+        "cli.parse = parse\n"
+        "sys.exit(cli.main(['presets']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "msdiff: interrupted\n")
+
+
 def test_a_terminated_command_leaves_no_temporary_file(
     msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,7 +143,8 @@ def _print_completion(arguments: Sequence[str], debug: bool) -> int:
 
 def _run(name: str, arguments: Sequence[str], debug: bool) -> int:
     try:
-        command = parse(name, arguments)
+        with _ended_at_once():
+            command = parse(name, arguments)
         _prepare_process(command)
         with _terminated_in_order():
             command.run()
@@ -159,6 +160,25 @@ def _run(name: str, arguments: Sequence[str], debug: bool) -> int:
             return _bug()
         return _fail(line, debug)
     return 0
+
+
+@contextlib.contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process at once: some modules written in C answer it, during their import, by errors of their own."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        os.write(2, b"msdiff: interrupted\n")
+        os._exit(2)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager

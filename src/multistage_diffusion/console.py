@@ -109,7 +109,9 @@ class TrainingProgress(Callback[Trainer]):
             return
         config = trainer.config
         if trainer.step >= config.training.steps:
-            console.print(f"{config.name} is already at step {trainer.step}, its last; give training.steps for more")
+            console.print(
+                f"{config.name} is already at step {trainer.step}, its last; --set training.steps=N trains further"
+            )
             return
         widths = "/".join(map(str, config.network.decoder_widths))
         rows = f"rows per stage {'/'.join(map(str, trainer.allocation.counts))}"

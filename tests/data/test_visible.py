@@ -3,7 +3,8 @@ import warnings
 import pytest
 
 from multistage_diffusion.data import visible
-from multistage_diffusion.data.visible import of_the_system, sort_out
+from multistage_diffusion.data.visible import check_images, of_the_system, sort_out
+from multistage_diffusion.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -38,13 +39,29 @@ def test_images_and_listings_are_found_whatever_their_case():
 
 
 def test_other_files_are_counted_and_named():
-    names = ["0.png", "b.txt", "a.heic", "c.heic", "README", "labels.csv", ".git/x"]
+    names = ["0.png", "b.txt", "a.md", "c.md", "README", "labels.csv", ".git/x"]
     with pytest.warns(
         UserWarning,
-        match=r"set: skipped 5 files, not images \(2 \.heic, 1 \.txt, 1 no suffix, 1 \.csv\); the first is README",
+        match=r"set: skipped 5 files, not images \(2 \.md, 1 \.txt, 1 no suffix, 1 \.csv\); the first is README",
     ):
         found = sort_out("set", names)
     assert found.skipped == {"hidden or system files": 1, "not images": 5}
+
+
+def test_photos_of_other_formats_are_to_be_converted():
+    with pytest.warns(
+        UserWarning, match=r"skipped 2 files, in formats that are not read; convert them to JPEG or PNG \("
+    ):
+        found = sort_out("set", ["0.png", "IMG_1.HEIC", "b/2.nef"])
+    assert found.images == ["0.png"]
+
+
+def test_a_folder_without_images_says_what_it_holds():
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(UserError, match=r"set: contains no images .*; 1 file passed over: hidden"),
+    ):
+        check_images("set", sort_out("set", [".thumbs/1.png", "a.txt"]))
 
 
 def test_formats_that_this_pillow_lacks_are_named(monkeypatch):

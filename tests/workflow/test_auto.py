@@ -178,6 +178,11 @@ def test_a_folder_without_images_is_refused_as_by_opening_it(tmp_path: Path) -> 
         auto_config(str(tmp_path), device="cpu")
 
 
+def test_unknown_keys_are_told_before_images_are_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"training\.step: unknown key; did you mean 'steps'\?"):
+        auto_config(str(tmp_path / "nothing"), {"training.step": 20}, device="cpu")
+
+
 def test_the_choice_trains(photos: Path, tmp_path: Path) -> None:
     chosen = auto_config(str(photos), {**SMALL, "data.size": [8, 8]}, device="cpu")
     run = train(chosen.config, tmp_path / "run", result=chosen.result, device="cpu")

@@ -55,5 +55,11 @@ def test_a_run_on_other_images_is_refused(images: str, tmp_path: Path) -> None:
     config = {**SMALL, "training.steps": 3}
     quickstart(images, tmp_path / "run", config, bar=silent, device="cpu")
     np.save(tmp_path / "other.npy", np.zeros((20, 8, 8), np.uint8))
-    with pytest.raises(UserError, match=r"run: holds a run on .*images\.npy; choose another --out"):
+    with pytest.raises(
+        UserError, match=r"run: holds a run with data\.source=.*images\.npy, not .*; choose another --out"
+    ):
         quickstart(str(tmp_path / "other.npy"), tmp_path / "run", config, bar=silent, device="cpu")
+    with pytest.raises(
+        UserError, match=r"run: holds a run with data\.size=\[8, 8\], not \[12, 12\]; choose another --out"
+    ):
+        quickstart(images, tmp_path / "run", {**config, "data.size": (12, 12)}, bar=silent, device="cpu")

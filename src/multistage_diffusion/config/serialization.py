@@ -168,6 +168,15 @@ def override(config: T, changes: Mapping[str, Any]) -> T:
     Raises:
         UserError: for keys that do not exist and values of the wrong type.
     """
+    return from_dict(type(config), changed(config, changes))
+
+
+def changed(config: object, changes: Mapping[str, Any]) -> Any:
+    """Return the plain data of a configuration with dotted keys changed, see `override`; values are not checked.
+
+    Raises:
+        UserError: for keys that do not exist.
+    """
     data, keys = to_dict(config), {choice.key for choice in _CHOICES.values()}
     for dotted, value in sorted(changes.items(), key=lambda change: change[0].rpartition(".")[2] not in keys):
         node, (*parents, last) = data, dotted.split(".")
@@ -180,7 +189,7 @@ def override(config: T, changes: Mapping[str, Any]) -> T:
             raise UserError(f"{dotted}: unknown key{_suggest(last, list(node))}")
         _keep_common(node, last, value)
         node[last] = to_dict(value)
-    return from_dict(type(config), data)
+    return data
 
 
 def _keep_common(node: dict[str, Any], key: str, value: Any) -> None:

@@ -14,6 +14,8 @@ from .opening import SUFFIXES, supported
 LISTING = "dataset.json"
 
 HIDDEN, OTHERS, UNSUPPORTED = "hidden or system files", "not images", "in formats that this Pillow cannot read"
+UNREAD = "in formats that are not read; convert them to JPEG or PNG"
+_UNREAD = frozenset({".heic", ".heif", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".psd", ".svg", ".jxl"})
 
 # Files and folders that operating systems and network storage create, in lower case.
 _SYSTEM = frozenset(
@@ -66,7 +68,7 @@ def sort_out(source: str, names: Iterable[str]) -> Sorted:
         names: their paths with forward slashes. A hidden folder and all its content count as one file.
     """
     images, listings, hidden = [], [], set()
-    others: dict[str, list[str]] = {OTHERS: [], UNSUPPORTED: []}
+    others: dict[str, list[str]] = {OTHERS: [], UNSUPPORTED: [], UNREAD: []}
     for name in names:
         parts = name.split("/")
         covering = next((i for i, part in enumerate(parts) if of_the_system(part)), None)
@@ -76,7 +78,7 @@ def sort_out(source: str, names: Iterable[str]) -> Sorted:
         elif parts[-1] == LISTING:
             listings.append(name)
         elif image_format is None:
-            others[OTHERS].append(name)
+            others[UNREAD if _suffix(name) in _UNREAD else OTHERS].append(name)
         elif image_format in supported():
             images.append(name)
         else:

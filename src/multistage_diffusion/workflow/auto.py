@@ -15,7 +15,7 @@ import torch
 from ..config import DataConfig, RunConfig
 from ..config.image_presets import IMAGE_SIZES, preset_name
 from ..config.presets import PRESETS, preset
-from ..config.serialization import override
+from ..config.serialization import changed, override
 from ..data import ImageData
 from ..data.options import SizesDifferError
 from ..data.peek import image_sizes
@@ -88,6 +88,7 @@ def auto_config(
     """
     given, (world, where) = dict(changes or {}), joined(device, "auto")
     kind = "gpu" if where.type == "cuda" else "cpu"
+    changed(preset(preset_name(IMAGE_SIZES[0], kind)), given)  # unknown keys are told before the images are read
     source, reasons = DataConfig(source=data) if isinstance(data, str) else data, list[Reason]()
     if source.source in PRESETS and result is None:
         reasons.append(Reason("preset", source.source, "made for these data"))

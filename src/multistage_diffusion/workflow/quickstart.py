@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from ..config.serialization import to_dict
 from ..data.sources import located
 from ..errors import UserError
 from ..evaluation import EvaluationResult
@@ -52,12 +53,16 @@ def quickstart(
         The report's path and the evaluation.
 
     Raises:
-        UserError: if the folder holds a run on other images.
+        UserError: if the folder holds a run on other images, or on these read in another way.
     """
     if Run(out).config_file.exists():
-        there = Run(out).config().data.source
-        if there != located(data):
-            raise UserError(f"{out}: holds a run on {there}; choose another --out")
+        there = to_dict(Run(out).config().data)
+        for key, value in {**(changes or {}), "data.source": located(data)}.items():
+            name = key.removeprefix("data.")
+            if name != key and there.get(name) != to_dict(value):
+                raise UserError(
+                    f"{out}: holds a run with {key}={there.get(name)}, not {to_dict(value)}; choose another --out"
+                )
         kept = {key: value for key, value in (changes or {}).items() if not key.startswith("data.")}
         run = resume(out, kept, device=device, callbacks=callbacks)
     else:
