@@ -142,6 +142,7 @@ def test_curves_are_those_of_training_and_of_evaluations_by_cost(folder: Path, t
     records = [r for r in copy.records() if r["kind"] == "quality"]
     assert found[0].training == tuple((r["petaflops"], r["frechet"]) for r in records)
     assert len(found[0].training) == 2
+    assert len(found[0].sampling) == 2
     cost, distances = zip(*found[0].sampling, strict=True)
     assert cost[0] < cost[1] == pytest.approx(cost[0] * 5 / 3, rel=1e-6)  # decoders of one width
     assert min(distances) > 0
