@@ -58,7 +58,7 @@ def test_photos_of_other_formats_are_to_be_converted():
 
 def test_a_folder_without_images_says_what_it_holds():
     with (
-        pytest.warns(UserWarning),
+        pytest.warns(UserWarning, match="not images"),
         pytest.raises(UserError, match=r"set: contains no images .*; 1 file passed over: hidden"),
     ):
         check_images("set", sort_out("set", [".thumbs/1.png", "a.txt"]))

@@ -117,13 +117,14 @@ class ImageData(LabelledRows):
 
         An image is held out if the hash of its pixels and shape, mapped to [0, 1), is below held_out. Equal images are
         therefore on the same side. Order, file names and other images have no effect. Of few images, where that
-        would leave a side empty, it gets the image nearest to it.
+        would hold out none, the one of the lowest hash is.
 
         Args:
             held_out: expected held-out share in [0, 1); 0 holds nothing out.
 
         Raises:
-            UserError: if held_out is out of range, or if it is positive and all images are copies of one.
+            UserError: if held_out is out of range, or if it is positive and all images are copies of one or no image is
+                left to train on.
         """
         if not 0 <= held_out < 1:
             raise UserError(f"data.held_out={held_out} must be in [0, 1)")
@@ -136,10 +137,13 @@ class ImageData(LabelledRows):
                 f"add images, or use 0"
             )
         below = positions < held_out
+        if below.all():
+            raise UserError(
+                f"data.held_out={held_out} leaves no training images among the {len(self)} of {self.name}; use a lower "
+                f"share, or more images"
+            )
         if not below.any():
             below = positions == positions.min()
-        elif below.all():
-            below = positions < positions.max()
         return self.subset(np.flatnonzero(~below)), self.subset(np.flatnonzero(below))
 
     @cached_property

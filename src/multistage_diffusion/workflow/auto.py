@@ -229,7 +229,7 @@ def _fitting_memory(
         return training_memory(config, -(-batch // (parts * processes)))
 
     parts = next((parts for parts in _halvings(batch) if needed(parts) <= SHARE * there), batch)
-    why = f"about {needed(parts) / 2**30:.1f} GiB of the {there / 2**30:.1f} GiB free"
+    why = f"about {max(needed(parts) / 2**30, 0.1):.1f} GiB of the {there / 2**30:.1f} GiB free"
     reasons.append(Reason("training.batch", f"{batch}" if parts == 1 else f"{batch} in {parts} parts", why))
     return override(config, {"training.accumulate": parts})
 
