@@ -58,7 +58,7 @@ def digits() -> RunConfig:
 
 
 def fashion_mnist() -> RunConfig:
-    """Fashion-MNIST at 28x28: three decoders, 25 minutes on two CPU cores."""
+    """Fashion-MNIST at 28x28: three decoders, half an hour on one CPU core."""
     base = IMAGE_PRESETS["images-32-cpu"]()
     return dataclasses.replace(
         base,
