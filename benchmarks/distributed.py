@@ -40,7 +40,7 @@ from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.cost_model import Machine, step_costs
 from multistage_diffusion.training.ema import EMA
 from multistage_diffusion.training.losses import objective, stage_losses
-from multistage_diffusion.training.optimizer import make_optimizer
+from multistage_diffusion.training.optimizer_state import make_optimizer
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.strategies import make_strategy
 from multistage_diffusion.training.strategies.replicated import ReplicatedParts

@@ -14,10 +14,10 @@ from multistage_diffusion.training.optimizer import (
     Optimization,
     clip,
     learning_rate,
-    make_optimizer,
     parameters_by_part,
     part_norms,
 )
+from multistage_diffusion.training.optimizer_state import make_optimizer
 
 
 def test_the_learning_rate_rises_stays_and_falls():

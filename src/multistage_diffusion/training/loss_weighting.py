@@ -20,7 +20,7 @@ from .. import rng
 from ..config import RunConfig
 from ..distributed import World
 from . import checkpoint as ckpt
-from .optimizer import make_optimizer
+from .optimizer_state import make_optimizer
 
 _FEATURES = 128  # as Karras et al. 2024
 _NAME = "loss_weighting"

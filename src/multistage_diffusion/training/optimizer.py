@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..config import OptimizerConfig
 from ..nets import MultiDecoderNetwork
-
-if TYPE_CHECKING:
-    from .loss_weighting import LearnedWeighting
-
-
-def make_optimizer(settings: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """Return Adam or AdamW over all parameters; parameters without a gradient are skipped (no update or decay)."""
-    kind = torch.optim.AdamW if settings.kind == "adamw" else torch.optim.Adam
-    return kind(
-        module.parameters(),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+from .loss_weighting import LearnedWeighting
+from .optimizer_state import make_optimizer
 
 
 def learning_rate(settings: OptimizerConfig, step: int) -> float:

@@ -1,4 +1,4 @@
-"""The state of any PyTorch optimiser as named tensors, keyed by parameter name and state key."""
+"""A PyTorch optimiser by its settings, and the state of any as named tensors, keyed by parameter name and state key."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import OptimizerConfig
 from ..errors import UserError
 
 _NUMBER = ":number"  # suffix for state values that are Python numbers, not tensors
@@ -20,6 +21,19 @@ Local = Callable[[Tensor, Tensor], Tensor]  # (saved tensor, its parameter or we
 def whole_tensor(saved: Tensor, _: Tensor) -> Tensor:
     """Return a saved tensor as it is: this process holds whole tensors."""
     return saved
+
+
+def make_optimizer(settings: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """Return Adam or AdamW over all parameters; parameters without a gradient are skipped (no update or decay)."""
+    kind = torch.optim.AdamW if settings.kind == "adamw" else torch.optim.Adam
+    return kind(
+        module.parameters(),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
