@@ -74,6 +74,23 @@ def test_the_table_has_the_mean_over_the_seeds(peers: ModuleType) -> None:
     ]
 
 
+def test_what_was_not_measured_is_a_dash_and_every_tool_has_its_row(peers: ModuleType, tmp_path: Path) -> None:
+    known = {
+        "results": {
+            "ours, 20": {"1": {"images": 5, "parameters": 1, "20": {"frechet": 0.5}}},
+            "diffusers, 20": {"1": {"images": 5, "parameters": 1, "20": {"frechet": 2.0}, "50": {"frechet": 1.0}}},
+        }
+    }
+    assert [line.split(" | ")[4:6] for line in peers.table(known).splitlines()[2:]] == [
+        ["0.500", "-"],
+        ["2.000", "1.000"],
+    ]
+    for name in ("ours", "diffusers"):
+        peers.save_png(peers.grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8)), tmp_path / f"peers-{name}.png")
+    titles = [axes.get_title("left") for axes in peers.picture(known, tmp_path).axes]
+    assert titles == ["ours: 20 minutes, Fréchet distance 0.500", "diffusers: 20 minutes, Fréchet distance 2.000"]
+
+
 @pytest.mark.slow
 def test_our_own_training_ends_in_time_and_is_judged(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
