@@ -183,8 +183,8 @@ def test_the_version(msdiff: Call) -> None:
         (["stages"], ["Missing from msdiff stages: DATA"]),
         (["stages", "digits", "--algorithm", "3"], ["invalid choice '3' for argument '--algorithm'"]),
         (
-            ["stages", "digits", "--size", "3"],
-            ["Error parsing --size: ['3'] is not {INT INT}; for help, run msdiff stages"],
+            ["stages", "digits", "--size", "big"],
+            ["Error parsing --size: ['big'] is not {INT INT}; for help, run msdiff stages"],
         ),
         (["stages", "digits", "--fit", "stretch"], ["'stretch' for argument '--fit'", "'crop'"]),
         (
@@ -358,6 +358,27 @@ def test_split_reads_folders_and_schedules(msdiff: Call, made: Path) -> None:
     assert result["schedule"]["kind"] == "edm"
     assert result["edges_t"] == pytest.approx(result["edges_sigma"])
     assert len(result["edges_t"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        (["digits", "--size", "8"], (8, 8)),
+        (["--size", "8", "digits"], (8, 8)),
+        (["--size", "8", "--fit", "crop", "digits"], (8, 8)),
+        (["digits", "--size", "8", "6"], (8, 6)),
+        (["--size", "8", "6", "digits"], (8, 6)),
+        (["--size", "8", "6", "--fit", "crop", "digits"], (8, 6)),
+    ],
+)
+def test_one_number_as_size_is_a_square(arguments: list[str], size: tuple[int, int]) -> None:
+    command = cli.parse("stages", arguments)
+    assert (command.data, command.size) == ("digits", size)
+
+
+def test_edges_may_stand_before_the_file() -> None:
+    command = cli.parse("import", ["--edges", "0.5", "3", "model.pth", "--out", "run", "--size", "8"])
+    assert (command.edges, command.size, command.file) == ((0.5, 3.0), (8, 8), Path("model.pth"))
 
 
 def test_train_says_what_comes_next(made: Path, msdiff: Call, tmp_path: Path) -> None:

@@ -261,13 +261,19 @@ def _warn(message: object) -> None:
 
 
 class _Reporter(logging.Handler):
-    """Prints log messages on the main process."""
+    """Prints log messages on the main process; the same from two openings of a data set is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told = set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
         from .distributed import is_main_process
 
-        if is_main_process():
-            _say(record.getMessage(), start="")
+        message = record.getMessage()
+        if message not in self._told and is_main_process():
+            self._told.add(message)
+            _say(message, start="")
 
 
 @contextlib.contextmanager
@@ -329,7 +335,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
             return tyro.cli(
                 COMMANDS[name],
                 prog=f"msdiff {name}",
-                args=_gathered(arguments),
+                args=_gathered(_numbers_last(arguments)),
                 description=_help(COMMANDS[name]),
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
@@ -337,6 +343,33 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
         if not stop.code:
             raise
         raise UserError(f"{_one_line(errors.getvalue())}; for help, run msdiff {name} --help") from None
+
+
+def _numbers_last(arguments: Sequence[str]) -> list[str]:
+    """Move --size and --edges with their numbers to the end, where tyro cannot count DATA or FILE among these.
+
+    A --size of one number is that of a square.
+    """
+    others, last, name = list[str](), dict[str, list[str]](), ""
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=False):
+        if argument in ("--size", "--edges") and _is_number(after):
+            name, last[argument] = argument, []
+        elif name and _is_number(argument) and len(last[name]) < (2 if name == "--size" else len(arguments)):
+            last[name].append(argument)
+        else:
+            others.append(argument)
+            name = ""
+    if len(last.get("--size", ())) == 1:
+        last["--size"] *= 2
+    return [*others, *(text for option, numbers in last.items() for text in (option, *numbers))]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _gathered(arguments: Sequence[str]) -> list[str]:

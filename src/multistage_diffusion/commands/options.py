@@ -63,7 +63,7 @@ class DataOptions:
     """How images are read."""
 
     size: Annotated[tuple[int, int] | None, option("H W", _else("the images' size"))] = None
-    """Height and width of the images; --fit says what is done with images of another size."""
+    """Height and width of the images (one number: a square); --fit says what is done with images of another size."""
     fit: Annotated[
         Literal["exact", "crop", "resize", "pad"] | None,
         option("{exact,crop,resize,pad}", "the run's or preset's; else crop"),

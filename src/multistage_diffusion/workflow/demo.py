@@ -14,7 +14,7 @@ from ..training.callbacks import Callback
 from ..training.run import Run
 from ..training.trainer import Trainer
 from .differences import CHANGEABLE, differences
-from .quickstart import Bars, show
+from .quickstart import Bars, same_command_continues, show
 from .resolve import RESOLVED
 from .resume import resume
 from .stages import find_stages
@@ -46,13 +46,15 @@ def demo(
     """
     if Run(out).config_file.exists():
         _refuse_foreign(out, changes or {})
-        run = resume(out, changes, device=device, callbacks=callbacks)
+        with same_command_continues():
+            run = resume(out, changes, device=device, callbacks=callbacks)
     else:
         config = override(preset("digits"), changes or {})
         Run.require_room(out, replace=False)
         with bar("finding stages") as progress:
             result = find_stages(config.data, progress=progress, device=device)
-        run = train(config, out, result=result, device=device, callbacks=callbacks)
+        with same_command_continues():
+            run = train(config, out, result=result, device=device, callbacks=callbacks)
     return show(run, device=device, bar=bar)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from ..evaluation import (
 )
 from ..evaluation.measuring import needed
 from ..evaluation.reference import KEPT
+from ..evaluation.result import read_result
 from ..files import write_json
 from ..performance.devices import joined, resolve_device
 from ..progress import Progress
@@ -231,13 +233,7 @@ def _save(
     """Add a result to RUN/evaluation.json on the main process."""
     if not is_main_process():
         return
-    made = {
-        "step": step,
-        **({} if ema is None else {"ema": ema}),
-        "data": data.source,
-        "sampling": to_dict(sampling),
-        "sampling_seed": seed,
-    }
+    made = _made(step, ema, data, sampling, seed)
     file = run.path / "evaluation.json"
     try:
         write_json(file, [*read_evaluations(file), {**made, **to_dict(result)}])
@@ -246,6 +242,30 @@ def _save(
         if line is None:
             raise
         raise NotSavedError(f"the result was not saved: {line}", result) from None
+
+
+def _made(step: int, ema: float | None, data: DataConfig, sampling: SamplingConfig, seed: int) -> dict[str, Any]:
+    """Return what RUN/evaluation.json says of how samples were drawn, and of the images that they are compared with."""
+    return {
+        "step": step,
+        **({} if ema is None else {"ema": ema}),
+        "data": data.source,
+        "sampling": to_dict(sampling),
+        "sampling_seed": seed,
+    }
+
+
+def evaluated(run: Run, *, count: int, features: str) -> EvaluationResult | None:
+    """Return the kept result of `evaluate` of the best checkpoint, with this many samples and its defaults; None without one."""
+    config, step = run.config(), checkpoint_step(run.checkpoint("best"))
+    own = {
+        **_made(step, None, config.data, config.sampling, 0),
+        "against": "held-out",
+        "extractor": get_features(features).name,
+        "samples": count,
+    }
+    kept = [entry for entry in read_evaluations(run.path / "evaluation.json") if own.items() <= entry.items()]
+    return read_result(kept[-1]) if kept else None
 
 
 def statistics(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ from ..training.callbacks import Callback
 from ..training.run import Run
 from ..training.trainer import Trainer
 from .auto import AutoConfig, auto_config
-from .evaluate import evaluate
+from .evaluate import evaluate, evaluated
 from .report import report
 from .resume import resume
 from .sample import sample
-from .train import train
+from .train import TrainingStopped, train
 
 Bars = Callable[[str], AbstractContextManager[Progress]]
 SAMPLES = 100  # in the grid
-SCORED = 1000  # samples of the evaluation, at most
+SCORED = 1000  # samples of the evaluation
+PICTURE = "samples.png"
 
 
 def quickstart(
@@ -64,23 +65,38 @@ def quickstart(
                     f"{out}: holds a run with {key}={there.get(name)}, not {to_dict(value)}; choose another --out"
                 )
         kept = {key: value for key, value in (changes or {}).items() if not key.startswith("data.")}
-        run = resume(out, kept, device=device, callbacks=callbacks)
+        with same_command_continues():
+            run = resume(out, kept, device=device, callbacks=callbacks)
     else:
         Run.require_room(out, replace=False)
         with bar("finding stages") as progress:
             auto = auto_config(data, changes, device=device, progress=progress)
         tell(auto)
-        run = train(auto.config, out, result=auto.result, device=device, callbacks=callbacks)
+        with same_command_continues():
+            run = train(auto.config, out, result=auto.result, device=device, callbacks=callbacks)
     return show(run, device=device, bar=bar)
 
 
+@contextmanager
+def same_command_continues() -> Iterator[None]:
+    """Say of a training that is stopped inside that the same command goes on with it."""
+    try:
+        yield
+    except TrainingStopped as stopped:
+        raise KeyboardInterrupt(f"{stopped.what}; the same command goes on") from None
+
+
 def show(run: Run, *, device: str | None, bar: Bars) -> tuple[Path, EvaluationResult]:
-    """Write RUN/samples.png, evaluate the run and write its report; return the report's path and the evaluation."""
-    with bar("sampling") as progress:
-        save_png(grid(sample(run, SAMPLES, device=device, progress=progress)), run.path / "samples.png")
-    with bar("evaluating") as progress:
-        scores = evaluate(
-            run, count=SCORED, features=run.config().evaluation.features, device=device, progress=progress
-        )
+    """Write RUN/samples.png, evaluate the run and write its report; return the report's path and the evaluation.
+
+    Nothing is drawn again for a checkpoint that was evaluated in the same way.
+    """
+    features = run.config().evaluation.features
+    scores = None if not (run.path / PICTURE).exists() else evaluated(run, count=SCORED, features=features)
+    if scores is None:
+        with bar("sampling") as progress:
+            save_png(grid(sample(run, SAMPLES, device=device, progress=progress)), run.path / PICTURE)
+        with bar("evaluating") as progress:
+            scores = evaluate(run, count=SCORED, features=features, device=device, progress=progress)
     with bar("reporting") as progress:
         return report(run, device=device, progress=progress), scores

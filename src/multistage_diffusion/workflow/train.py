@@ -49,6 +49,18 @@ from .stages import save_stages
 Prepared = tuple[PreparedRun, list[Callback[Trainer]]]  # input of the trainer, and evaluation callbacks
 
 
+class TrainingStopped(KeyboardInterrupt):
+    """A training that Ctrl-C or a signal stopped; its last step is saved.
+
+    Attributes:
+        what: the run's folder and the step, without the command that goes on.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.what = f"{path}: stopped at step {step} with a checkpoint"
+        super().__init__(f"{self.what}; go on with msdiff train --resume {path}")
+
+
 def train(
     config: RunConfig,
     out: Path | str,
@@ -247,10 +259,7 @@ def _fit(
             error,
         ) from error
     if trainer.stopped:
-        stopped = KeyboardInterrupt(
-            f"{run.path}: stopped at step {trainer.step} with a checkpoint; go on with msdiff train --resume {run.path}"
-        )
-        raise world.known_to_all(stopped)
+        raise world.known_to_all(TrainingStopped(run.path, trainer.step))
     return run
 
 
