@@ -14,6 +14,10 @@ and beside them, to see what comes from the decoders and what from the rows that
     e  one network for all noise, trained on the rows of (c)
     f  several decoders of one width (setting V, where those of (c) are tailored to their stages)
 
+and a transformer of the same cost (setting V)
+
+    u  U-ViT, one decoder                    v  U-ViT, decoders of several widths and depths, stages and rows of (c)
+
 Settings: 16 and 32 (pixels a side; EDM's preconditioning and density), and two with networks of width 16 at 16x16 pixels:
 V, the paper's own setting in small: NCSN++ with noise prediction, VP, times drawn evenly, decoders of 24, 16 and 4 channels;
 E, the strong baseline: EDM's preconditioning, a density tuned for (a), stages of the Gaussian denoiser;
@@ -53,7 +57,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multistage_diffusion import compare, find_stages, override, preset, resume, rng, train
 from multistage_diffusion import statistics as statistics_of
-from multistage_diffusion.config import DataConfig, RunConfig
+from multistage_diffusion.config import DataConfig, NetworkConfig, RunConfig
 from multistage_diffusion.config.serialization import read_json, to_dict
 from multistage_diffusion.contracts import Denoiser
 from multistage_diffusion.data import to_float
@@ -90,7 +94,10 @@ ARMS = {
     "e": "one network, rows of (c)",
     "f": "several decoders, one width",
     "o": "several decoders, optimal denoiser's stages",
+    "u": "U-ViT, one decoder",
+    "v": "U-ViT, several decoders",
 }
+ONE = ("a", "u")  # arms of one decoder for all noise
 COLOURS = {
     "o": "#8172b3",
     "a": "#444444",
@@ -99,6 +106,8 @@ COLOURS = {
     "d": "#dd8452",
     "e": "#8c8c8c",
     "f": "#55a868",
+    "u": "#937860",
+    "v": "#17a2b8",
 }
 
 
@@ -167,6 +176,23 @@ def _small_networks(**changes: Any) -> dict[str, Any]:
         "evaluation.count": 5000,
         **changes,
     }
+
+
+def _transformer(widths: Sequence[int], depths: Sequence[int], lr: float) -> dict[str, Any]:
+    """Return what a U-ViT of setting V's cost changes, with decoders of these widths and depths."""
+    network = NetworkConfig.of(
+        "uvit",
+        channels=1,
+        patch=2,
+        encoder_width=64,
+        decoder_widths=tuple(widths),
+        encoder_depth=2,
+        decoder_depths=tuple(depths),
+        head_channels=16,
+        size=(16, 16),
+        init_std=0.09,
+    )
+    return {"network": network, "optimizer.lr": lr}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +287,15 @@ SETTINGS = {
             ),
             "e": ({SPLIT: "algorithm 1", "training.shares": V_SHARES, BRANCH: 1.0},),
             "f": ({SPLIT: "algorithm 1", "training.shares": V_SHARES},),
+            "u": tuple(_transformer([64], [2], lr) for lr in (4e-3, 2e-3, 1e-3)),
+            "v": tuple(
+                {
+                    SPLIT: "algorithm 1",
+                    "training.shares": V_SHARES,
+                    **_transformer([96, 48, 32], [2, 2, 2], lr),
+                }
+                for lr in (4e-3, 2e-3, 1e-3)
+            ),
         },
         chosen={"a": 0, "c": 0, "e": 0, "f": 0},
         steps={"tuning": 1024, "final": 8192},
@@ -298,6 +333,7 @@ SETTINGS = {
 SETTINGS["B"] = dataclasses.replace(
     SETTINGS["V"],
     base={**SETTINGS["V"].base, START: ("V", "a"), "evaluation.every": 512},
+    variants={arm: SETTINGS["V"].variants[arm] for arm in "acef"},
     steps={"tuning": 512, "final": 4096},
 )
 SETTINGS["edges"] = dataclasses.replace(
@@ -356,14 +392,20 @@ def configuration(name: str, arm: str, variant: int, seed: int, steps: int, cuts
     changes = setting.changes(arm, variant)
     changes["training.branch_at"] = round(steps * changes.pop(BRANCH, 0.0))
     stages = cuts.splits[changes.pop(SPLIT)] if SPLIT in changes else cuts.even
+    own = "network" in changes  # of another family: the base's settings of a network do not apply
     if arm == "a":
-        changes |= {"network.decoder_widths": setting.base["network.decoder_widths"][:1], "training.shares": "uniform"}
-        stages = ()
+        changes["network.decoder_widths"] = setting.base["network.decoder_widths"][:1]
+    if arm in ONE:
+        changes["training.shares"], stages = "uniform", ()
     keys = {
         "data": dataclasses.replace(data_config(setting.size), shape=(1, setting.size, setting.size)),
-        **{key: value for key, value in setting.base.items() if key != START},
+        **{
+            key: value
+            for key, value in setting.base.items()
+            if key != START and not (own and key.startswith("network."))
+        },
         "stages": Stages(stages, {"data": "fashion-mnist"}),
-        "network.separate": arm == "b",
+        **({} if own else {"network.separate": arm == "b"}),
         **changes,
         "training.steps": steps,
         "training.seed": seed,

@@ -142,6 +142,11 @@ def test_all_arms_and_variants_cost_the_same(bench: ModuleType) -> None:
     assert paper.sampling == one.sampling
     assert (paper.sampling.order, paper.sampling.calls) == (3, 20)
     assert bench.configuration("V", "e", 0, 11, 400, cuts).training.branch_at == 400
+    single, several = (bench.configuration("V", arm, 0, 11, 400, cuts) for arm in "uv")
+    assert (single.network.family, single.stages.interior) == (several.network.family, ()) == ("uvit", ())
+    assert (several.stages, several.training.shares) == (paper.stages, paper.training.shares)
+    assert override(several, {"network": paper.network, "optimizer": paper.optimizer}) == paper  # nothing else differs
+    assert "u" not in bench.SETTINGS["B"].arms  # does not start from a U-Net
 
 
 def test_errors_are_those_of_the_same_noise_for_all(bench: ModuleType) -> None:
