@@ -217,6 +217,10 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         import_published(file, tmp_path / "other", head_channels=heads(settings), classes=9, encoder_depth=2)
     with pytest.raises(UserError, match="size: has no meaning for a network of one stage whose file tells its size"):
         import_published(file, tmp_path / "other", size=(8, 8))
+    weights["patch_embed.proj.weight"] = torch.zeros(1152, 4, 2, 2)
+    file = written(tmp_path, "uvit_classes", weights)
+    with pytest.raises(UserError, match=r"is U-ViT-H for latents \(width 1152\): .* not imported"):
+        import_published(file, tmp_path / "other", classes=9)
     assert not (tmp_path / "other").exists()
 
 

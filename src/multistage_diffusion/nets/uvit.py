@@ -254,6 +254,11 @@ class OriginalUViT(PublishedLayout):
     def settings(cls, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings; the last row of the class table stands for no label, unless `classes` says otherwise."""
         width, channels, patch, _ = shape_of(tensors, "patch_embed.proj.weight", 4)
+        require(
+            (channels, width) != (4, 1152),
+            "is U-ViT-H for latents (width 1152): it is told steps 1 to 1000 of Stable Diffusion's betas, not VP's time, and is "
+            "not imported",
+        )
         depth, rows = counted_blocks(tensors, "in_blocks."), 0
         require(
             told.get("encoder_depth") in (None, depth),
