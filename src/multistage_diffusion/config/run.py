@@ -209,6 +209,8 @@ class TrainingConfig:
         label_dropout: probability of hiding a class label.
         augment: probability of each transformation of EDM's augmentation (non-leaky: the network receives its label);
             needs network.augment_dim=9.
+        reference_rows: images, drawn anew in each step, over which a row's target is averaged with its own, by their posterior
+            probability (Xu et al. 2023): less variance at medium noise; 0: its own image alone. Not with augment.
         soft_intervals: probability that a row of a stage draws its noise from the whole prior instead of the stage's
             own interval (MEME's soft assignment): one number, or one for each stage.
         overlap: distance in ln sigma by which a stage's noise range extends beyond its inner edges, so that its decoder
@@ -246,6 +248,7 @@ class TrainingConfig:
     flip: bool = True
     label_dropout: float = 0.1
     augment: float = 0.0
+    reference_rows: int = 0
     soft_intervals: float | tuple[float, ...] = 0.0
     overlap: float = 0.0
     branch_at: int = 0
@@ -270,7 +273,7 @@ class TrainingConfig:
             self.accumulate <= self.batch,
             f"training.accumulate={self.accumulate} must not exceed training.batch={self.batch}",
         )
-        counts = ("held_out_every", "keep_every", "sample_every", "sample_count", "seed", "branch_at")
+        counts = ("held_out_every", "keep_every", "sample_every", "sample_count", "seed", "branch_at", "reference_rows")
         for name in (*counts, "ema_rampup", "overlap"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"training.{name}={value} must be >= 0 and finite")
@@ -289,6 +292,11 @@ class TrainingConfig:
         )
         for name in ("label_dropout", "augment", "floor_share"):
             require(0 <= getattr(self, name) <= 1, f"training.{name}={getattr(self, name)} must be in [0, 1]")
+        require(
+            not (self.reference_rows and self.augment),
+            f"training.reference_rows={self.reference_rows}: targets are averaged over images that are not augmented; set it or "
+            f"training.augment={self.augment} to 0",
+        )
         soft = self.soft_intervals
         require(
             all(0 <= share <= 1 for share in (soft if isinstance(soft, tuple) else (soft,))),

@@ -21,7 +21,9 @@ from ..data.rows import Rows, batches, prefetch, read, row_type
 from ..distributed import share
 from ..errors import UserError
 from ..progress import reading
+from .stable_target import averaged
 
+_REFERENCES = -1  # the "stage" whose stream of images are the references
 _AT_ONCE = 1024  # rows read at a time when all of them are moved to the device
 
 
@@ -125,6 +127,7 @@ class BatchSource:
         wanted = config.network.num_classes > 0 and data.labels is not None
         self.labels = torch.from_numpy(data.labels).to(device) if wanted else None
         self._orders: dict[int, tuple[int, Tensor]] = {}
+        self._references: tuple[int, Tensor, Tensor] | None = None
         self._transfers = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @staticmethod
@@ -176,7 +179,8 @@ class BatchSource:
         """
         if isinstance(self.data, Tensor):
             return
-        picks = [
+        picks = [self._reference_pick(step)] if self.training.reference_rows else []
+        picks += [
             self._pick(stage, step * counts[stage] + torch.arange(rows.start, rows.stop))
             for counts, of in draws
             for stage, rows in enumerate(of)
@@ -223,23 +227,55 @@ class BatchSource:
     def _assemble(self, step: int, pick: Tensor, sigma: Tensor, rows: Tensor, counts: tuple[int, ...]) -> Batch:
         seed, training = self.training.seed, self.training
         rows, sigma = self._sent(rows), self._sent(sigma)
-        y = self._rows(self.data, pick)
-        noise = rng.normal((seed, "noise", step), rows, y.shape[1:])
         labels = done = None
         if training.augment:
             from .augment import augment
 
+            y = self._rows(self.data, pick)
             y, done = augment(y, training.augment, (seed, "augment", step), rows, flip=training.flip)
-        elif training.flip:
-            coins = rng.uniform((seed, "flips", step), rows, 1)
-            mirrored = y.flip(-1) if self.mirrored is None else self._rows(self.mirrored, pick)
-            y = torch.where((coins[:, 0] < 0.5)[:, None, None, None], mirrored, y)
+        else:
+            y = self._flipped(pick, ("flips", step), rows)
+        noise = rng.normal((seed, "noise", step), rows, y.shape[1:])
         if self.labels is not None:
             labels = self.labels[self._sent(pick)]
             coins = rng.uniform((seed, "labels", step), rows, 1)
             labels = torch.where(coins[:, 0] < training.label_dropout, -1, labels)
+        if training.reference_rows:
+            y, noise = self._averaged(step, pick, y, noise, sigma, labels)
         cond = None if labels is None and done is None else Conditioning(labels=labels, augment=done)
         return Batch(y, noise, sigma, counts, cond)
+
+    def _flipped(self, pick: Tensor, key: tuple[str, int], rows: Tensor) -> Tensor:
+        """Return images, with training.flip half of them mirrored: by random numbers of a key and rows."""
+        y = self._rows(self.data, pick)
+        if not self.training.flip:
+            return y
+        coins = rng.uniform((self.training.seed, *key), rows, 1)
+        mirrored = y.flip(-1) if self.mirrored is None else self._rows(self.mirrored, pick)
+        return torch.where((coins[:, 0] < 0.5)[:, None, None, None], mirrored, y)
+
+    def _reference_pick(self, step: int) -> Tensor:
+        """Return the indices of a step's reference images, the same for all its draws."""
+        count = self.training.reference_rows
+        return self._pick(_REFERENCES, step * count + torch.arange(count))
+
+    def _averaged(
+        self, step: int, pick: Tensor, y: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return y and noise with targets that are averaged over the step's references, see `stable_target`."""
+        if self._references is None or self._references[0] != step:
+            references = self._reference_pick(step)
+            rows = self._sent(torch.arange(len(references)))
+            self._references = (
+                step,
+                self._sent(references),
+                self._flipped(references, ("reference flips", step), rows),
+            )
+        _, indices, images = self._references
+        used = self._sent(pick)[:, None] != indices  # a row's own image counts once
+        if labels is not None and self.labels is not None:
+            used &= (labels[:, None] == self.labels[indices]) | (labels < 0)[:, None]
+        return averaged(y, noise, sigma, images, used)
 
     def _rows(self, data: Rows | Tensor, pick: Tensor) -> Tensor:
         drawn = data[self._sent(pick)] if isinstance(data, Tensor) else self._sent(read(data, pick))
