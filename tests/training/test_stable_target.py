@@ -124,6 +124,22 @@ def test_parts_of_a_step_have_the_rows_of_the_whole(tiny_config, images: ImageDa
         torch.testing.assert_close(part.noise, whole.noise[rows], rtol=0, atol=1e-6)
 
 
+def test_references_are_every_image_in_turn_and_half_of_them_mirrored(tiny_config, images: ImageData) -> None:
+    source = BatchSource(tiny_config(training__reference_rows=17, training__flip=True), images, CPU)
+    data, mirrored = to_float(images.tensor()), 0
+    for step in range(4):
+        source.draw(step, (1, 1, 1))
+        assert source._references is not None
+        _, indices, found = source._references
+        assert indices.sort().values.tolist() == list(range(17))
+        flipped = torch.tensor([not torch.equal(a, b) for a, b in zip(found, data[indices], strict=True)])
+        assert torch.equal(found, torch.where(flipped[:, None, None, None], data[indices].flip(-1), data[indices]))
+        mirrored += int(flipped.sum())
+    assert 20 < mirrored < 48  # of 68
+    source = BatchSource(tiny_config(training__reference_rows=5), images, CPU)
+    assert len(torch.cat([source._reference_pick(step) for step in range(3)]).unique()) == 15
+
+
 def test_augmented_images_have_no_references(tiny_config) -> None:
     with pytest.raises(UserError, match=r"reference_rows=4: .* not augmented; set it or training\.augment=0\.1 to 0"):
         tiny_config(training__reference_rows=4, training__augment=0.1)
