@@ -32,7 +32,7 @@ from multistage_diffusion.workflow.stages import find_stages
 from multistage_diffusion.workflow.train import train
 
 UNEVEN = (0.6, 0.3, 0.1)
-LEARNED = {"training__loss_weighting": "learned"}
+LEARNED = {"training__loss_weighting": "learned", "training__reference_rows": 7}
 TRANSFORMER = {"network__encoder_depth": 2, "network__decoder_depths": (2, 1, 3), "network__head_channels": 4}
 
 
