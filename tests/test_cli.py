@@ -194,6 +194,10 @@ def test_the_version(msdiff: Call) -> None:
         (["sample", "run", "--sizes", "3"], ["msdiff: Unrecognized options: --sizes, 3; for help"]),
         (["sample", "run", "--cout", "3"], ["msdiff: Unrecognized options: --cout, 3; did you mean --count; for help"]),
         (["stages", "digits", "--eta"], ["Missing value for argument '--eta'"]),
+        (
+            ["sample", "run", "--label", "-a"],
+            ["--label'", "; a value that begins with - is given as --label=-a; for help"],
+        ),
     ],
 )
 def test_wrong_arguments(msdiff: Call, arguments: list[str], words: list[str]) -> None:
@@ -309,7 +313,7 @@ def test_stages_of_the_wiener_denoiser_say_their_shares(
     assert f"train --set diffusion.prior.p_mean={mean:g} diffusion.prior.p_std={std:g}" in density
     assert shares.startswith("share of the training noise in each stage: ")
     assert sum(float(share.rstrip("%")) for share in shares.split(": ")[1].split(", ")) == pytest.approx(100, abs=0.2)
-    assert half == "300 images; edges from half of them: sigma = " + ", ".join(
+    assert half == "measured on 300 images that are not held out; as a check, half of them give sigma = " + ", ".join(
         f"{sigma:.4f}" for sigma in saved["curves"]["half_edges_sigma"]
     )
     assert head.startswith("stages  mean squared distance within a stage   ")
@@ -368,6 +372,7 @@ def test_split_reads_folders_and_schedules(msdiff: Call, made: Path) -> None:
         (["--size", "8", "--fit", "crop", "digits"], (8, 8)),
         (["digits", "--size", "8", "6"], (8, 6)),
         (["--size", "8", "6", "digits"], (8, 6)),
+        (["--size=8", "digits"], (8, 8)),
         (["--size", "8", "6", "--fit", "crop", "digits"], (8, 6)),
     ],
 )

@@ -168,3 +168,42 @@ def test_autotuning_tells_what_it_has_found(capsys: pytest.CaptureFixture[str]) 
     made.autotuned = {}
     TrainingProgress().chosen(made)
     assert capsys.readouterr().err == ""
+
+
+def test_other_work_is_shown_and_does_not_count(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Bar("training", "steps", every=10.0)
+    bar(0, 100)
+    clock.now += 5.0
+    bar(10, 100)
+    bar.meanwhile("evaluating", 0, 50)
+    clock.now += 100.0
+    bar.meanwhile("evaluating", 10, 50)
+    clock.now += 100.0
+    bar(10, 100)
+    clock.now += 5.0
+    bar(20, 100)
+    clock.now += 5.0
+    bar(30, 100)
+    assert capsys.readouterr().err.splitlines() == [
+        "training: evaluating 20%",
+        "training: 10/100, 2.0 steps/s, 45 s left",
+        "training: 30/100, 2.0 steps/s, 35 s left",
+    ]
+
+
+def test_the_rate_is_that_of_the_last_minute(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Bar("training", "steps", every=1.0)
+    for step in range(100):  # 1 step per second, then 10
+        bar(step, 10_000)
+        clock.now += 1.0
+    for step in range(100, 1000):
+        bar(step, 10_000)
+        clock.now += 0.1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("/10000, 10.0 steps/s, 15 min left")
+
+
+def test_a_terminal_shows_other_work_beside_the_steps(clock: Clock, terminal: io.StringIO) -> None:
+    with Bar("training", "steps") as bar:
+        bar(3, 50)
+        bar.meanwhile("drawing samples", 1, 4)
+    assert "drawing samples 25% (3/50)" in terminal.getvalue()

@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("latent.codec_training", "planning", "reporting"),
     ("console", "workflow"),
     ("commands",),
+    ("parsing",),
     ("cli",),
     ("__main__",),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,8 @@ from .distributed import is_main_process
 from .escaping import shown
 from .training.callbacks import Callback
 from .training.trainer import Trainer
+
+RECENT = 60.0  # seconds over which a rate is taken
 
 
 class PlainConsole(Console):
@@ -39,7 +42,12 @@ class Bar:
     def __init__(self, title: str, unit: str = "", every: float = 10.0) -> None:
         self.title, self.unit, self.every = title, unit, every
         self.note = ""
-        self._start: tuple[float, int] | None = None  # time of the first call, and the count done by then
+        self._text = ""
+        self._marks: deque[tuple[float, int]] = (
+            deque()
+        )  # of the last minute: time without other work, and the count done
+        self._other = 0.0  # seconds of other work
+        self._paused: float | None = None  # when other work began
         self._last = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -61,21 +69,43 @@ class Bar:
             self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show progress."""
+        """Show progress, with the rate of the last minute."""
         now = time.monotonic()
-        if self._start is None:
-            self._start = now, done
-        since, first = self._start
-        rate = (done - first) / max(now - since, 1e-9)
+        if self._paused is not None:
+            self._other += now - self._paused
+            self._paused = None
+        at = now - self._other
+        while len(self._marks) > 1 and self._marks[1][0] < at - RECENT:
+            self._marks.popleft()
+        self._marks.append((at, done))
+        since, first = self._marks[0]
+        rate = (done - first) / max(at - since, 1e-9)
         speed = f"{rate:.{1 if rate >= 1 else 3}f} {self.unit}/s" if self.unit and rate else ""
         left = f"{duration((total - done) / rate)} left" if rate else ""
-        text = ", ".join(part for part in (f"{done}/{total}", speed, left, self.note) if part)
+        self._text = ", ".join(part for part in (f"{done}/{total}", speed, left, self.note) if part)
         if self._bar:
             self._bar.start()  # at the first call: only one bar can be shown at a time, and some are never called
-            self._bar.update(self._task, completed=done, total=total, text=text)
+            self._bar.update(self._task, completed=done, total=total, text=self._text)
             if done >= total:
                 self._bar.stop()
-        elif now - self._last >= self.every:
+        else:
+            self._line(self._text)
+
+    def meanwhile(self, what: str, done: int, total: int) -> None:
+        """Show how far other work has come, whose time counts for neither rate nor time left."""
+        if self._paused is None:
+            self._paused = time.monotonic()
+        share = f" {done / total:.0%}" if total else ""
+        if self._bar:
+            self._bar.start()
+            self._bar.update(self._task, text=f"{what}{share} ({self._text})")
+        else:
+            self._line(f"{what}{share}")
+
+    def _line(self, text: str) -> None:
+        """Print a plain line, unless the last one is too recent."""
+        now = time.monotonic()
+        if now - self._last >= self.every:
             self._last = now
             console.print(f"{self.title}: {text}")
 
@@ -141,6 +171,10 @@ class TrainingProgress(Callback[Trainer]):
     def stepped(self, trainer: Trainer) -> None:
         """Update the bar."""
         self._bar(trainer.step, trainer.config.training.steps)
+
+    def busy(self, trainer: Trainer, what: str, done: int, total: int) -> None:
+        """Show the work between two steps in the bar."""
+        self._bar.meanwhile(what, done, total)
 
     def logged(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Show the latest losses beside the bar; print one line per evaluation."""

@@ -40,7 +40,7 @@ run = Run
 
 
 def test_bad_files_are_left_out_by_number():
-    with pytest.warns(UserWarning, match=r"set: skipped 2 of 4 images; the first is file 0 \("):
+    with pytest.warns(UserWarning, match=r"set: skipped 2 of 4 images: file 0 \("):
         decoded = run([b"", pixels(1, 2, 3), b"x", pixels(3, 2, 3)], skip_bad=True)
     assert decoded.kept.tolist() == [1, 3]
     np.testing.assert_array_equal(decoded.images[:, 0], [pixels(1, 2, 3), pixels(3, 2, 3)])
@@ -163,7 +163,7 @@ def test_animations_are_counted_in_one_warning():
     buffer = io.BytesIO()
     frames[0].save(buffer, "tiff", save_all=True, append_images=frames[1:])
     with pytest.warns(
-        UserWarning, match=r"set: 2 files contain several images \(frames or pages\).*; the first such file is file 1"
+        UserWarning, match=r"set: several images \(frames or pages\) in 2 files;.*; the first such file is file 1"
     ):
         decoded = run([pixels(5, 2, 3), buffer.getvalue(), buffer.getvalue()])
     np.testing.assert_array_equal(decoded.images[1, 0], pixels(0, 2, 3))

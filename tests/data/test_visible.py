@@ -50,7 +50,8 @@ def test_other_files_are_counted_and_named():
 
 def test_photos_of_other_formats_are_to_be_converted():
     with pytest.warns(
-        UserWarning, match=r"skipped 2 files, in formats that are not read; convert them to JPEG or PNG \("
+        UserWarning,
+        match=r"skipped 2 files, in formats that are not read \(.*the first is .*; convert them to JPEG or PNG$",
     ):
         found = sort_out("set", ["0.png", "IMG_1.HEIC", "b/2.nef"])
     assert found.images == ["0.png"]

@@ -188,3 +188,45 @@ def test_the_choice_trains(photos: Path, tmp_path: Path) -> None:
     run = train(chosen.config, tmp_path / "run", result=chosen.result, device="cpu")
     assert (tmp_path / "run" / "stages.json").exists()
     assert [record["step"] for record in run.records() if record["kind"] == "train"][-1] == 3
+
+
+def test_a_short_training_has_its_intervals_in_proportion(photos: Path) -> None:
+    base = preset("images-32-cpu")
+    config = auto_config(str(photos), {"training.steps": 500, "training.held_out_every": 77}, device="cpu").config
+    share = 500 / base.training.steps
+    assert config.optimizer.warmup_steps == round(base.optimizer.warmup_steps * share)
+    assert config.optimizer.decay_after == round(base.optimizer.decay_after * share)
+    assert config.training.checkpoint_every == round(base.training.checkpoint_every * share)
+    assert config.training.sample_every == round(base.training.sample_every * share)
+    assert config.evaluation.every == round(base.evaluation.every * share)
+    assert config.training.held_out_every == 77
+    longer = auto_config(str(photos), {"training.steps": 2 * base.training.steps}, device="cpu").config
+    assert (longer.optimizer, longer.evaluation.every) == (base.optimizer, base.evaluation.every)
+    assert auto_config(str(photos), {"training.steps": 1}, device="cpu").config.optimizer.warmup_steps == 1
+
+
+def test_widths_are_as_given_only_where_they_are(photos: Path) -> None:
+    def why(**changes: object) -> str:
+        found = auto_config(str(photos), {f"network.{key}": value for key, value in changes.items()}, device="cpu")
+        return next(reason.reason for reason in found.reasons if reason.setting == "network")
+
+    assert why(dropout=0.1) == "of the preset"
+    assert why(encoder_width=32) == "as given"
+
+
+def test_what_the_images_contradict_is_told_at_once(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / "photos" / str(number)).mkdir(parents=True)
+        for name in range(4):
+            Image.fromarray(PIXELS[4 * number + name]).save(tmp_path / "photos" / str(number) / f"{name}.png")
+    source = str(tmp_path / "photos")
+    with pytest.raises(UserError, match=r"network\.num_classes=2: .* has 3 classes; give --set network\.num_classes=3"):
+        auto_config(source, {"network.num_classes": 2}, device="cpu")
+    with pytest.raises(UserError, match=r"network\.channels=3: the images \(or latents\) have 1 channels"):
+        auto_config(source, {"network.channels": 3}, device="cpu")
+    with pytest.raises(UserError, match=r"data\.size=100000x100000 has more pixels than data\.max_pixels=178956970"):
+        auto_config(source, {"data.size": (100_000, 100_000)}, device="cpu")
+    config = auto_config(source, {**SMALL, "network.channels": 1}, device="cpu").config
+    with pytest.raises(UserError, match=r"network\.channels=3: the images"):
+        train(config, tmp_path / "run", {"network.channels": 3}, device="cpu")
+    assert not (tmp_path / "run").exists()

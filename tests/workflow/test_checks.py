@@ -123,7 +123,7 @@ def test_a_sigma_data_off_by_more_than_a_factor_of_two_is_named(
     [
         ((1000, LEAST_HELD_OUT), None),
         ((40, 0), None),  # as asked for
-        ((105, LEAST_HELD_OUT - 1), "15 images held out: .*such as 0.13"),
+        ((105, LEAST_HELD_OUT - 1), "15 images held out: .*such as 0.2$"),
         ((20, 2), "2 images held out: .*more images would mend that"),
     ],
 )

@@ -175,8 +175,16 @@ def test_the_page_shows_what_there_is(folder: Path, tmp_path: Path) -> None:
     ("names", "changes", "message"),
     [
         (["one"], {}, "1 run to compare: name two or more"),
-        (["one", "foreign"], {}, r"foreign: data.fingerprint=.* differs from .*; compare runs on the same images"),
-        (["one", "other-share"], {}, "other-share: data.held_out=0.3 differs from 0.1"),
+        (
+            ["one", "foreign"],
+            {},
+            r"foreign: was trained on .*foreign.npy \(8x8\), .*one on .*mine.npy \(8x8\); compare runs on the same images",
+        ),
+        (
+            ["one", "other-share"],
+            {},
+            "other-share: data.held_out=0.3 differs from 0.1 .* the same held-out images",
+        ),
         (["one", "other"], {"count": 1}, "count=1 and levels=24 must be at least 2"),
         (["one", "other"], {"levels": 1}, "levels=1 must be at least 2"),
         (["one", "none"], {}, "none"),

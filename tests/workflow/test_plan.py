@@ -183,7 +183,7 @@ def split_of(path: Path) -> Any:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("photos", "photos: there is no preset of this name; give --preset NAME or --config FILE"),
+        ("photos", "data.source='photos': no file, folder or data set of this name"),
         ("digits --preset digits --config c.json", "--preset NAME and --config FILE both"),
         ("digits --preset digit", "preset 'digit' is unknown"),
         ("digits --out plan.yaml", "a plan is JSON; name it plan.json"),
@@ -247,3 +247,21 @@ def test_a_split_in_other_units_is_refused(tmp_path: Path) -> None:
     result = find_stages("digits", StageSettings(samples=100, data_range=(0.0, 1.0)))
     with pytest.raises(ValueError, match="run msdiff stages without --data-range"):
         plan(tiny(), result=result)
+
+
+def test_without_a_preset_the_configuration_is_chosen_for_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "mine.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8))
+    planned: list[RunConfig] = []
+
+    def record(config: RunConfig, **_: object) -> None:
+        planned.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("multistage_diffusion.commands.plan.plan", record)
+    monkeypatch.chdir(tmp_path)
+    assert run("mine.npy", "--set", "training.batch=12") == 2
+    (config,) = planned
+    assert (config.name, config.data.size, config.network.channels) == ("images-32-cpu", (8, 8), 1)
+    assert config.training.batch == 12

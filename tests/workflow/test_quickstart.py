@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,16 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from multistage_diffusion.config import DataConfig
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.training.callbacks import Callback
+from multistage_diffusion.training.checkpoint import checkpoint_step
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow.auto import AutoConfig
-from multistage_diffusion.workflow.quickstart import quickstart
+from multistage_diffusion.workflow.evaluate import evaluate
+from multistage_diffusion.workflow.quickstart import quickstart, step_of_picture
+from multistage_diffusion.workflow.resume import resume
 
 module = sys.modules[quickstart.__module__]
 
@@ -78,6 +83,59 @@ def test_a_finished_run_is_not_sampled_again(images: str, tmp_path: Path, monkey
     assert bars == ["sampling", "evaluating", "reporting"]
 
 
+def test_only_an_evaluation_with_the_defaults_is_shown_again(
+    images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SCORED", 30)
+    out, config = tmp_path / "run", {**SMALL, "training.steps": 3, "data.held_out": 0.2}
+    config |= {"training.ema_profiles": [0.1, 0.2], "training.ema_snapshot_every": 1}
+    _, scores = quickstart(images, out, config, bar=silent, device="cpu")
+    assert scores is not None
+    np.save(tmp_path / "others.npy", np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8))
+    others = DataConfig(source=str(tmp_path / "others.npy"), held_out=0.5)
+    for changes in ({"ema": 0.15}, {"metrics": ("frechet",)}, {"seed": 1}, {"data": others}):
+        found = evaluate(out, count=30, device="cpu", **changes)
+        assert quickstart(images, out, config, bar=silent, device="cpu")[1] == scores != found
+    sampler = dataclasses.replace(Run(out).config().sampling, calls=4)
+    evaluate(out, count=30, sampling=sampler, device="cpu")
+    assert quickstart(images, out, config, bar=silent, device="cpu")[1] == scores
+    launches = (out / "launches.jsonl").read_text()
+    assert launches.count("\n") == 1  # what is complete is not trained again
+
+
+def test_the_picture_is_of_the_step_that_is_evaluated(
+    images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SCORED", 30)
+    out, config = tmp_path / "run", {**SMALL, "training.steps": 3, "data.held_out": 0.2}
+    quickstart(images, out, config, bar=silent, device="cpu")
+    assert step_of_picture(out / "samples.png") == 3
+    first = (out / "samples.png").read_bytes()
+    resume(out, {"training.steps": 5}, device="cpu")
+    evaluate(out, count=30, device="cpu")
+    quickstart(images, out, {**config, "training.steps": 5}, bar=silent, device="cpu")
+    assert step_of_picture(out / "samples.png") == checkpoint_step(Run(out).checkpoint("best"))
+    assert ((out / "samples.png").read_bytes() == first) == (step_of_picture(out / "samples.png") == 3)
+    (out / "samples.png").write_bytes(b"mine")
+    assert step_of_picture(out / "samples.png") is None
+
+
+def test_without_held_out_images_there_is_a_report_and_no_evaluation(images: str, tmp_path: Path) -> None:
+    config = {**SMALL, "training.steps": 3, "data.held_out": 0.0}
+    with pytest.warns(
+        UserWarning, match="not evaluated: 0 images held out, at least 4 are needed; give a larger --held-out"
+    ):
+        page, scores = quickstart(images, tmp_path / "run", config, bar=silent, device="cpu")
+    assert scores is None
+    assert page.stat().st_size > 0
+
+
+def test_unknown_features_are_told_before_the_training(images: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="features='foo' is unknown"):
+        quickstart(images, tmp_path / "run", {**SMALL, "evaluation.features": "foo"}, bar=silent, device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_stopped_says_that_the_same_command_goes_on(images: str, tmp_path: Path) -> None:
     out, config = tmp_path / "run", {**SMALL, "training.steps": 4}
 
@@ -104,3 +162,5 @@ def test_a_run_on_other_images_is_refused(images: str, tmp_path: Path) -> None:
         UserError, match=r"run: holds a run with data\.size=\[8, 8\], not \[12, 12\]; choose another --out"
     ):
         quickstart(images, tmp_path / "run", {**config, "data.size": (12, 12)}, bar=silent, device="cpu")
+    with pytest.raises(UserError, match=r"run: holds a run with training\.batch=9, not 12; choose another --out"):
+        quickstart(images, tmp_path / "run", {**config, "training.batch": 12}, bar=silent, device="cpu")

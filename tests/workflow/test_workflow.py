@@ -446,7 +446,7 @@ def test_the_report_is_one_file(run: Run) -> None:
     page = report(run, count=4)
     assert page == run.path / "report.html"
     text = page.read_text()
-    assert "what was measured on the data over the noise" in text
+    assert "where the noise was cut, and what was measured over it" in text
     assert "4 samples, not selected" in text
     assert "shared encoder" in text
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional
 
 from ..config import RunConfig
 from ..config.presets import PRESETS, preset
 from ..config.serialization import override
-from ..console import Bar
+from ..console import Bar, console
 from ..errors import UserError
 from ..planning import PlannedStage
 from ..stage_finding import StageResult
+from ..workflow.auto import auto_config
 from ..workflow.plan import Planned, explained_file, plan
 from .options import (
     Changes,
@@ -40,12 +41,12 @@ class Plan(DataOptions):
     Examples
       msdiff plan digits --out plan.json
       msdiff plan digits --budget 12 --stages 4 --probe-steps 600
-      msdiff plan photos/ --size 32 32 --fit crop --preset fashion-mnist --out photos.json
+      msdiff plan photos/ --out photos.json
       msdiff plan fashion-mnist --stages stages.json --set training.batch=64
     """
 
     data: Annotated[Positional[str], data_option()]
-    preset: Annotated[str | None, option("NAME", "the preset of the same name as DATA")] = None
+    preset: Annotated[str | None, option("NAME", "that of the name of DATA, else chosen for the images")] = None
     """The preset that gives encoder, depth, noise and training; msdiff presets lists them."""
     config: Annotated[Path | None, option("FILE")] = None
     """A configuration file (JSON or YAML) instead of a preset."""
@@ -75,7 +76,7 @@ class Plan(DataOptions):
         changes = dotted_changes({"data.source": self.data, **self.dotted()}, self.set)
         number = int(self.stages) if re.fullmatch(r"[+-]?\d+", self.stages) else None
         planned = plan(
-            override(self.base(), changes),
+            override(self.base(changes), changes),
             result=None if number is not None else StageResult.load(Path(self.stages)),
             stages=3 if number is None else number,
             budget=None if self.budget is None else self.budget * 1e6,
@@ -90,16 +91,18 @@ class Plan(DataOptions):
         say(plan_text(planned))
         say(f"written: {self.out}, {explained_file(self.out)} (next: msdiff train --config {self.out} --out RUN)")
 
-    def base(self) -> RunConfig:
-        """Return the configuration that the plan is made from."""
+    def base(self, changes: dict[str, Any]) -> RunConfig:
+        """Return the configuration that the plan is made from: without a preset, that which is chosen for the images."""
         if self.preset is not None and self.config is not None:
             raise UserError("--preset NAME and --config FILE both give the configuration; give one of them")
         if self.config is not None:
             return load_config(self.config)
         name = self.preset or self.data.partition(":")[0]
-        if self.preset is None and name not in PRESETS:
-            raise UserError(f"{self.data}: there is no preset of this name; give --preset NAME or --config FILE")
-        return preset(name)
+        if self.preset is not None or name in PRESETS:
+            return preset(name)
+        auto = auto_config(self.data, changes, device=self.device)
+        console.print(auto.table())
+        return auto.config
 
 
 HEAD = ("stage", "sigma", "share", "weight", "narrow", "wide", "optimal", "gain", "width", "MFLOPs")

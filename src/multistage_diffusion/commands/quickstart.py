@@ -63,12 +63,13 @@ class Quickstart(DataOptions):
         return Path("runs") / name
 
 
-def show_results(page: Path, result: EvaluationResult, *, json: bool) -> None:
-    """Print an evaluation, and where samples, stages and report are."""
+def show_results(page: Path, result: EvaluationResult | None, *, json: bool) -> None:
+    """Print an evaluation, if there is one, and where samples, stages and report are."""
     if json:
-        print_json({**to_dict(result), "report": str(page)})
+        print_json({**({} if result is None else to_dict(result)), "report": str(page)})
         return
-    say(result_text(result))
+    if result is not None:
+        say(result_text(result))
     for name, what in (
         ("samples.png", "samples"),
         ("stages.png", "stages"),

@@ -42,7 +42,7 @@ class Sample(SamplerOptions):
     seed: int = 0
     """Seed."""
     out: Path = Path("samples.png")
-    """FILE.png for a grid, FILE.npz for an array, anything else for a folder."""
+    """FILE.png for a grid, FILE.npz for an array, a name without a suffix for a folder of images (--format)."""
     label: Annotated[str | None, option("CLASS", "all: in turn in a grid, else as frequent as in training")] = None
     """Name or number of the class of all samples (class-conditional runs)."""
     captions: Literal["auto", "on", "off"] = "auto"

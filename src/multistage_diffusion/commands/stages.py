@@ -17,6 +17,7 @@ from ..console import Bar
 from ..conventions import Boundary, boundary, boundary_lines
 from ..distributed import is_main_process
 from ..errors import UserError
+from ..escaping import counted
 from ..schedules import SCHEDULES
 from ..shares import prior_masses
 from ..stage_finding import StageResult, StageSettings
@@ -196,7 +197,9 @@ def edges_text(result: StageResult) -> str:
                 f"density proposed by the images: ln sigma of mean {mean:g} and standard deviation {std:g} "
                 f"(train --set diffusion.prior.p_mean={mean:g} diffusion.prior.p_std={std:g})"
             )
-        lines.append(f"{result.samples} images; edges from half of them: sigma = {half}")
+        lines.append(
+            f"measured on {counted(result.samples, 'image')} that are not held out; as a check, half of them give sigma = {half}"
+        )
     table = result.curves.get("table", [])
     if table:
         what = "mean distance within a stage" if result.diffusion is None else "mean squared distance within a stage"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
+from ..escaping import counted
 from ..progress import reading
 from .content import Content, Fingerprint, content_of, position
 from .decoding import Decoder, Loaded, Pixels, Size, coloured
@@ -23,6 +24,7 @@ from .workers import each, task_size
 Labels = npt.NDArray[np.int64]
 
 UNREADABLE = "unreadable"
+_NAMED = 5  # files that a warning names
 
 _FEWER_BITS = 14  # cameras and scanners give 10, 12 or 14 bits
 
@@ -205,12 +207,10 @@ class _Reading:
     def _warnings(self) -> list[str]:
         source, found = self.files.source, []
         if self.bad:
-            found.append(
-                f"{source}: skipped {len(self.bad)} of {len(self.files.names)} images; the first is {self.bad[0]}"
-            )
+            found.append(f"{source}: skipped {len(self.bad)} of {len(self.files.names)} images: {_listed(self.bad)}")
         if self.several:
             found.append(
-                f"{source}: {len(self.several)} files contain several images (frames or pages); the first of each is used; "
+                f"{source}: several images (frames or pages) in {counted(len(self.several), 'file')}; the first of each is used; "
                 f"the first such file is {self.several[0]}"
             )
         # if all 16-bit images stay below a quarter of the range, they hold unscaled 10-, 12- or 14-bit values: dark images
@@ -222,3 +222,9 @@ class _Reading:
                 f"{1 << (16 - bits)}"
             )
         return found
+
+
+def _listed(files: Sequence[str]) -> str:
+    """Return the first of some files, and how many more there are."""
+    more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
+    return ", ".join(files[:_NAMED]) + more

@@ -41,6 +41,11 @@ class Options:
     def __post_init__(self) -> None:
         if self.size is not None and min(self.size) <= 0:
             raise UserError(f"data.size={self.size} must be positive")
+        if self.size is not None and self.size[0] * self.size[1] > self.max_pixels:
+            raise UserError(
+                f"data.size={self.size[0]}x{self.size[1]} has more pixels than data.max_pixels={self.max_pixels}; give a smaller "
+                "--size"
+            )
         if self.fit not in get_args(Fit):
             raise UserError(f"data.fit={self.fit!r} must be one of {', '.join(get_args(Fit))}")
         if self.size is None and self.fit != "exact":

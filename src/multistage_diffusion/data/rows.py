@@ -91,6 +91,7 @@ class FileRows:
         self._stored, self._channels_last = shape, channels_last
         file = path.open("rb", buffering=0)
         self._handle = file.fileno()
+        self._written = self._last_written()
         weakref.finalize(self, file.close)
 
     @property
@@ -105,13 +106,20 @@ class FileRows:
         """Return the rows at `indices`, see `Rows`.
 
         Raises:
-            UserError: if the file cannot be read, or has become shorter.
+            UserError: if the file cannot be read, or has been written since it was opened.
         """
+        if self._last_written() != self._written:
+            raise UserError(
+                f"{self.path}: has been written since it was opened; restore it, or start again with a new run"
+            )
         found = np.empty((len(indices), *self._stored), np.uint8)
         starts = [*np.flatnonzero(np.diff(indices, prepend=-2) != 1).tolist(), len(indices)]
         for start, stop in itertools.pairwise(starts):  # consecutive rows are read at once
             self._fill(found[start:stop].data.cast("B"), int(indices[start]))
         return np.ascontiguousarray(found.transpose(0, 3, 1, 2)) if self._channels_last else found
+
+    def _last_written(self) -> int:
+        return os.fstat(self._handle).st_mtime_ns
 
     def _fill(self, target: memoryview, first: int) -> None:
         place = self._offset + first * math.prod(self._stored)

@@ -14,7 +14,7 @@ from .opening import SUFFIXES, supported
 LISTING = "dataset.json"
 
 HIDDEN, OTHERS, UNSUPPORTED = "hidden or system files", "not images", "in formats that this Pillow cannot read"
-UNREAD = "in formats that are not read; convert them to JPEG or PNG"
+UNREAD = "in formats that are not read"
 _UNREAD = frozenset({".heic", ".heif", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".psd", ".svg", ".jxl"})
 
 # Files and folders that operating systems and network storage create, in lower case.
@@ -87,8 +87,9 @@ def sort_out(source: str, names: Iterable[str]) -> Sorted:
         if found:
             kinds = Counter(_suffix(name) or "no suffix" for name in found).most_common(5)
             told = ", ".join(f"{count} {kind}" for kind, count in kinds)
+            mend = "; convert them to JPEG or PNG" if reason == UNREAD else ""
             warnings.warn(
-                f"{source}: skipped {counted(len(found), 'file')}, {reason} ({told}); the first is {min(found)}",
+                f"{source}: skipped {counted(len(found), 'file')}, {reason} ({told}); the first is {min(found)}{mend}",
                 stacklevel=4,
             )
     counts = {HIDDEN: len(hidden), **{reason: len(found) for reason, found in others.items()}}

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..errors import UserError
@@ -89,9 +90,12 @@ def cell(height: int, width: int) -> tuple[int, int]:
     return scale * width, scale * height
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG atomically."""
-    write_atomic(path, as_png(image))
+def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG atomically, with text by key that image.info holds when it is opened."""
+    info = PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
+    write_atomic(path, _encoded(image, "png", pnginfo=info))
 
 
 @contextmanager
@@ -171,9 +175,9 @@ def as_png(image: Image.Image) -> bytes:
     return _encoded(image, "png")
 
 
-def _encoded(image: Image.Image, kind: str) -> bytes:
+def _encoded(image: Image.Image, kind: str, **more: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, **KINDS[kind])
+    image.save(buffer, **KINDS[kind], **more)
     return buffer.getvalue()
 
 

@@ -197,7 +197,9 @@ def _stages(
 
 def _curves(stages_png: Path | None, found: StageResult | None) -> str:
     """Draw the curves from which the stages were found, or show their picture."""
-    words = "How the stages were found: what was measured on the data over the noise, and where it was cut."
+    words = (
+        "The stages: where the noise was cut, and what was measured over it where the cut was found from the images."
+    )
     if found is not None:
         heights = [stages_height(found, width) for width in (WIDE, NARROW)]
         return chart(lambda figure: draw_stages(figure, found), heights[0], words, heights[1])

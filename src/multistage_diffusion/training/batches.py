@@ -137,7 +137,8 @@ class BatchSource:
             raise UserError(f"network.num_classes={classes} but data {data.name!r} has no labels; set it to 0")
         if classes and data.num_classes > classes:
             raise UserError(
-                f"network.num_classes={classes} but data {data.name!r} has {data.num_classes} classes; set it to that"
+                f"network.num_classes={classes} but data {data.name!r} has {data.num_classes} classes; give --set "
+                f"network.num_classes={data.num_classes}"
             )
         if not training.augment:
             return

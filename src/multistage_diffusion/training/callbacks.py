@@ -31,19 +31,23 @@ class StopRequested(Exception):
     """Work between two steps is given up, because the training is to stop."""
 
 
-def until_stopped(trainer: Any) -> Progress | None:
-    """Return a progress callback for work between two steps that raises StopRequested once the trainer is to stop.
+def between_steps(trainer: Any, what: str) -> Progress:
+    """Return a progress callback for work between two steps: callbacks show it, and a stop ends it by StopRequested.
 
-    None for several processes: they do such work together, and learn of a stop only after a step.
+    Several processes do such work together, and learn of a stop only after a step.
+
+    Args:
+        trainer: the trainer.
+        what: the work, as in "evaluating".
     """
-    if trainer.world.size > 1:
-        return None
 
-    def check(*_: int) -> None:
-        if trainer.stopping:
+    def tell(done: int, total: int) -> None:
+        if trainer.stopping and trainer.world.size == 1:
             raise StopRequested
+        for callback in trainer.callbacks:
+            callback.busy(trainer, what, done, total)
 
-    return check
+    return tell
 
 
 class Callback(Protocol[TrainerT]):
@@ -71,6 +75,10 @@ class Callback(Protocol[TrainerT]):
     def stepped(self, trainer: TrainerT) -> Evaluated | None:
         """One iteration is complete; return an evaluation of its weights, if there is one."""
         return None
+
+    def busy(self, trainer: TrainerT, what: str, done: int, total: int) -> None:
+        """Work between two steps, such as an evaluation, has come so far."""
+        return
 
     def logged(self, trainer: TrainerT, record: dict[str, Any]) -> None:
         """A line was added to metrics.jsonl."""

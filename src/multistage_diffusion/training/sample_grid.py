@@ -11,7 +11,7 @@ from torch import Tensor
 from ..reporting.pictures import grid, save_png
 from ..samplers.class_labels import labels_in_turn, names_of
 from ..samplers.sampling import sample_images
-from .callbacks import Callback, StopRequested, until_stopped
+from .callbacks import Callback, StopRequested, between_steps
 from .trainer import Trainer
 
 
@@ -55,7 +55,7 @@ class SampleGrid(Callback[Trainer]):
                 decode=self.decode,
                 autocast=trainer.passes.autocast,
                 world=trainer.world,
-                progress=until_stopped(trainer),
+                progress=between_steps(trainer, "drawing samples"),
             )
         except StopRequested:
             return

@@ -22,7 +22,7 @@ from ..performance.execution import settled
 from . import branching
 from . import checkpoint as ckpt
 from .batches import BatchSource, TrainingData, held_out_batch
-from .callbacks import Callback, Evaluated, StopRequested, until_stopped
+from .callbacks import Callback, Evaluated, StopRequested, between_steps
 from .ema import EMA, PowerEMA
 from .loss_weighting import make_weighting
 from .losses import StageAllocation, stage_losses
@@ -206,11 +206,10 @@ class Trainer:
 
         counts, weights = next(self.allocation.updates(self.step))
 
-        check = until_stopped(self)
+        told = between_steps(self, "trying executions")
 
         def passes() -> None:
-            if check is not None:
-                check(0, 0)
+            told(0, 0)
             self.optimization.zero_grad()
             with self.world.translate_errors():
                 self.passes.gradients(self.step, counts, weights)

@@ -28,12 +28,22 @@ from ..progress import Progress
 from ..shares import prior_masses
 from ..stage_finding import StageResult, StageSettings
 from .checks import sample_std
+from .resolve import require_channels
 from .stages import find_stages
 
 SIDES = {"cpu": 32, "gpu": 64}  # pixels to which larger images are reduced, unless a size is given
 LEAST_SIDE = 8  # of images in a folder
 COARSEST = 4  # least side of a network's coarsest feature maps
 FEW_IMAGES = 1000
+WIDTHS = ("network.family", "network.encoder_width", "network.decoder_widths")
+SCALED = (  # with the steps, where these are fewer than the preset's
+    "optimizer.warmup_steps",
+    "optimizer.decay_after",
+    "training.held_out_every",
+    "training.checkpoint_every",
+    "training.sample_every",
+    "evaluation.every",
+)
 
 
 class Reason(NamedTuple):
@@ -96,6 +106,14 @@ def auto_config(
         return AutoConfig(config=known, result=None, reasons=tuple(reasons))
     source = _sized(source, given, kind, reasons)
     images = open_data(source)
+    if not given.get("codec.source"):
+        require_channels(given, images.shape[0])
+    classes = given.get("network.num_classes", 0)
+    if 0 < classes < images.num_classes:  # told before the choice is printed, and before the training checks it
+        raise UserError(
+            f"network.num_classes={classes}: {images.name} has {images.num_classes} classes; give --set "
+            f"network.num_classes={images.num_classes}"
+        )
     size = max(images.shape[1:])
     name = preset_name(next((s for s in IMAGE_SIZES if s >= size), IMAGE_SIZES[-1]), kind)
     config = _based(preset(name), source, images, given)
@@ -181,7 +199,17 @@ def _based(base: RunConfig, source: DataConfig, images: ImageData, given: Mappin
         if multiples != base.network.channel_mult:  # type: ignore[attr-defined]
             keys |= {"network.channel_mult": multiples, "network.attention_factors": (2 ** (len(multiples) - 1),)}
     own = {key: value for key, value in given.items() if not key.startswith("data.")}
+    keys |= _shortened(base, given.get("training.steps", base.training.steps))
     return override(base, {**{k: v for k, v in keys.items() if k not in own}, **own})
+
+
+def _shortened(base: RunConfig, steps: int) -> dict[str, Any]:
+    """Return warm-up, decay and intervals in proportion, for a training of fewer steps than the preset's."""
+    share = steps / base.training.steps
+    if not 0 < share < 1:
+        return {}
+    there = {key: getattr(getattr(base, section), name) for key in SCALED for section, _, name in [key.partition(".")]}
+    return {key: max(1, round(value * share)) for key, value in there.items() if value}
 
 
 def _with_sigma_data(
@@ -246,12 +274,12 @@ def _about(config: RunConfig, images: ImageData, given: Mapping[str, Any]) -> li
     """Return what a user should know of the choices that do not depend on the images."""
     network, training = config.network, config.training
 
-    def source(prefix: str) -> str:
-        return "as given" if any(key.startswith(prefix) for key in given) else "of the preset"
+    def source(*keys: str) -> str:
+        return "as given" if set(keys) & given.keys() else "of the preset"
 
     widths = "/".join(map(str, network.decoder_widths))
     found = [
-        Reason("network", f"{network.family} {network.encoder_width}, decoders {widths}", source("network.")),
+        Reason("network", f"{network.family} {network.encoder_width}, decoders {widths}", source(*WIDTHS)),
         Reason(
             "training.steps",
             str(training.steps),

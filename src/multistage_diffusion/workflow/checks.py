@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import torch
 
-from ..config import CodecConfig, DiffusionConfig, NetworkConfig, RunConfig
+from ..config import CodecConfig, DiffusionConfig, NetworkConfig, RunConfig, TrainingConfig
 from ..contracts import Codec
 from ..data import ImageData
 from ..errors import UserError
@@ -66,10 +66,22 @@ def warn_of_sigma_data(config: RunConfig, what: str, std: float) -> None:
 def warn_of_few(training: ImageData, held_out: ImageData) -> None:
     """Warn if so few images are held out that their loss and every comparison with them say little."""
     if 0 < len(held_out) < LEAST_HELD_OUT:
-        share = LEAST_HELD_OUT / (len(training) + len(held_out))
+        # hashes select about a share of the images: a margin of two standard deviations
+        wanted = LEAST_HELD_OUT + 2 * LEAST_HELD_OUT**0.5
+        share = math.ceil(100 * wanted / (len(training) + len(held_out))) / 100
         mend = f"give a larger --held-out, such as {share:.2g}" if share <= 0.5 else "more images would mend that"
         warnings.warn(
             f"{counted(len(held_out), 'image')} held out: too few for a held-out loss or an evaluation to rely on; {mend}",
+            stacklevel=3,
+        )
+
+
+def warn_of_branching(training: TrainingConfig) -> None:
+    """Warn if a training ends before its stages get decoders of their own."""
+    if training.branch_at >= training.steps:
+        warnings.warn(
+            f"training.branch_at={training.branch_at}: all stages train one decoder to the end, step {training.steps}; set it to "
+            "less for decoders of their own",
             stacklevel=3,
         )
 

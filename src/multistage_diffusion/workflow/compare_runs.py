@@ -14,6 +14,7 @@ from ..config.sampling import SamplingConfig
 from ..config.serialization import from_dict
 from ..data import ImageData
 from ..errors import UserError
+from ..escaping import counted
 from ..evaluation.compared import ComparedRun, RunsComparison
 from ..evaluation.denoising_errors import bound_difference, denoising_errors, excess_shares, relative_differences
 from ..optimal import OptimalDenoiser
@@ -161,16 +162,28 @@ def _require_comparable(runs: Sequence[Run], configs: Sequence[RunConfig], least
         raise UserError(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} to compare: name {wanted} or more")
     first = configs[0]
     for run, config in zip(runs[1:], configs[1:], strict=True):
+        if config.data.fingerprint != first.data.fingerprint:
+            raise UserError(
+                f"{run.path}: was trained on {_images(config)}, {runs[0].path} on {_images(first)}; compare runs on the same "
+                "images in the same size, with the same labels"
+            )
         for key, own, base in (
-            ("data.fingerprint", config.data.fingerprint, first.data.fingerprint),
             ("data.held_out", config.data.held_out, first.data.held_out),
             ("codec.fingerprint", config.codec.fingerprint, first.codec.fingerprint),
             ("codec.scale", config.codec.scale, first.codec.scale),
         ):
             if own != base:
                 raise UserError(
-                    f"{run.path}: {key}={own} differs from {base} of {runs[0].path}; compare runs on the same images"
+                    f"{run.path}: {key}={own} differs from {base} of {runs[0].path}; compare runs with the same held-out images "
+                    "(and latents)"
                 )
+
+
+def _images(config: RunConfig) -> str:
+    """Return a run's images in words: source, size and number of classes."""
+    size = "x".join(map(str, config.data.shape[1:]))
+    classes = f", {counted(config.network.num_classes, 'class')}" if config.network.num_classes else ""
+    return f"{config.data.source} ({size}{classes})"
 
 
 def _levels(configs: Sequence[RunConfig], count: int) -> Tensor:

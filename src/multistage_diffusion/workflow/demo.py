@@ -28,7 +28,7 @@ def demo(
     device: str | None = None,
     callbacks: Sequence[Callback[Trainer]] = (),
     bar: Bars,
-) -> tuple[Path, EvaluationResult]:
+) -> tuple[Path, EvaluationResult | None]:
     """Run stages, train, sample, evaluate and report on the digits; an interrupted demo is continued.
 
     Args:
@@ -39,7 +39,7 @@ def demo(
         bar: makes a progress display from a title.
 
     Returns:
-        The report's path and the evaluation.
+        The report's path and the evaluation; None if too few images are held out for one.
 
     Raises:
         UserError: if the folder holds another run.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,9 @@ class NotSavedError(UserError):
 
 
 MOST_SAMPLES = 50_000  # as in published FIDs
+DEFAULTS = {
+    "defaults": True
+}  # the mark, in evaluation.json, of `evaluate` without other data, metrics, average or sampler
 PARTS = ("all", "train", "held-out")
 
 
@@ -129,7 +132,9 @@ def evaluate(
             reconstructed=reconstruct(config, held_out, resolved) if config.codec.used else None,
             device=resolved,
         )
-        _save(run, result, step, ema, data or config.data, sampling or config.sampling, seed)
+        made = _made(step, ema, data or config.data, sampling or config.sampling, seed)
+        asked = (data, weights, ema, sampling, *metrics)
+        _save(run, result, {**made, **({} if any(one is not None for one in asked) or seed else DEFAULTS)})
         return result
 
 
@@ -199,7 +204,7 @@ def compare(
             run, count, seed=seed, sampling=sampling, checkpoint=str(step), ema=ema, device=device, progress=progress
         )
         result = compare_samples(images, found, extractor, metrics=tuple(chosen), device=resolved)
-        _save(run, result, step, ema, data or run.config().data, sampling or run.config().sampling, seed)
+        _save(run, result, _made(step, ema, data or run.config().data, sampling or run.config().sampling, seed))
         return result
 
 
@@ -221,19 +226,10 @@ def _compared_data(run: Run, data: DataConfig | None) -> tuple[ImageData, float]
     return opened, share
 
 
-def _save(
-    run: Run,
-    result: EvaluationResult,
-    step: int,
-    ema: float | None,
-    data: DataConfig,
-    sampling: SamplingConfig,
-    seed: int,
-) -> None:
+def _save(run: Run, result: EvaluationResult, made: Mapping[str, Any]) -> None:
     """Add a result to RUN/evaluation.json on the main process."""
     if not is_main_process():
         return
-    made = _made(step, ema, data, sampling, seed)
     file = run.path / "evaluation.json"
     try:
         write_json(file, [*read_evaluations(file), {**made, **to_dict(result)}])
@@ -257,13 +253,8 @@ def _made(step: int, ema: float | None, data: DataConfig, sampling: SamplingConf
 
 def evaluated(run: Run, *, count: int, features: str) -> EvaluationResult | None:
     """Return the kept result of `evaluate` of the best checkpoint, with this many samples and its defaults; None without one."""
-    config, step = run.config(), checkpoint_step(run.checkpoint("best"))
-    own = {
-        **_made(step, None, config.data, config.sampling, 0),
-        "against": "held-out",
-        "extractor": get_features(features).name,
-        "samples": count,
-    }
+    step = checkpoint_step(run.checkpoint("best"))
+    own = {**DEFAULTS, "step": step, "extractor": get_features(features).name, "samples": count}
     kept = [entry for entry in read_evaluations(run.path / "evaluation.json") if own.items() <= entry.items()]
     return read_result(kept[-1]) if kept else None
 

@@ -37,7 +37,7 @@ from ..evaluation.registry import Need
 from ..performance.devices import autocast_dtype
 from ..samplers.class_labels import frequent_labels
 from ..samplers.sampling import sample_images
-from ..training.callbacks import Callback, Evaluated, StopRequested, until_stopped
+from ..training.callbacks import Callback, Evaluated, StopRequested, between_steps
 from ..training.flops import flops_per_image
 from ..training.trainer import Trainer
 from .references import read_reference
@@ -243,7 +243,7 @@ class EvaluationCallback(Callback[Trainer]):
             decode=self.decode,
             autocast=autocast_dtype(config.training.precision, self.device),
             world=ALONE if trainer is None else trainer.world,
-            progress=None if trainer is None else until_stopped(trainer),
+            progress=None if trainer is None else between_steps(trainer, "evaluating"),
         )
 
     def _stop_reason(self, trainer: Trainer, records: list[dict[str, Any]]) -> str:

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..config.serialization import to_dict
+from PIL import Image
+
+from ..config.serialization import override
 from ..data.sources import located
 from ..errors import UserError
-from ..evaluation import EvaluationResult
+from ..evaluation import EvaluationResult, get_features
 from ..progress import Progress
 from ..reporting.pictures import grid, save_png
 from ..training.callbacks import Callback
+from ..training.checkpoint import checkpoint_step, list_checkpoints
 from ..training.run import Run
 from ..training.trainer import Trainer
 from .auto import AutoConfig, auto_config
+from .differences import CHANGEABLE, dotted
 from .evaluate import evaluate, evaluated
 from .report import report
+from .resolve import RESOLVED
 from .resume import resume
 from .sample import sample
 from .train import TrainingStopped, train
 
 Bars = Callable[[str], AbstractContextManager[Progress]]
 SAMPLES = 100  # in the grid
-SCORED = 1000  # samples of the evaluation
-PICTURE = "samples.png"
+SCORED = 1000  # samples of the evaluation, at most
+DRAWS = 6  # times as many samples as held-out images: what five random draws of these use
+LEAST = 4  # images held out for an evaluation
+PICTURE, STEP = "samples.png", "step"  # the samples, and the key of their step in the file
 
 
 def quickstart(
@@ -38,7 +46,7 @@ def quickstart(
     callbacks: Sequence[Callback[Trainer]] = (),
     bar: Bars,
     tell: Callable[[AutoConfig], None] = lambda _: None,
-) -> tuple[Path, EvaluationResult]:
+) -> tuple[Path, EvaluationResult | None]:
     """Choose a configuration for the images, train, sample, evaluate and report; what was interrupted is continued.
 
     Args:
@@ -51,22 +59,21 @@ def quickstart(
         tell: called with the choice before the training.
 
     Returns:
-        The report's path and the evaluation.
+        The report's path and the evaluation; None if too few images are held out for one.
 
     Raises:
-        UserError: if the folder holds a run on other images, or on these read in another way.
+        UserError: if the folder holds a run on other images, or with other settings than those given.
     """
+    if features := (changes or {}).get("evaluation.features"):
+        get_features(str(features))  # told before the training, after which they are needed
     if Run(out).config_file.exists():
-        there = to_dict(Run(out).config().data)
-        for key, value in {**(changes or {}), "data.source": located(data)}.items():
-            name = key.removeprefix("data.")
-            if name != key and there.get(name) != to_dict(value):
-                raise UserError(
-                    f"{out}: holds a run with {key}={there.get(name)}, not {to_dict(value)}; choose another --out"
-                )
-        kept = {key: value for key, value in (changes or {}).items() if not key.startswith("data.")}
-        with same_command_continues():
-            run = resume(out, kept, device=device, callbacks=callbacks)
+        run, wanted = Run.open(out), {**(changes or {}), "data.source": located(data)}
+        _refuse_others(run, wanted)
+        kept = {key: value for key, value in wanted.items() if key in CHANGEABLE and key != "data.source"}
+        found = list_checkpoints(run.checkpoints)
+        if not found or checkpoint_step(found[-1]) < override(run.config(), kept).training.steps:
+            with same_command_continues():
+                run = resume(out, kept, device=device, callbacks=callbacks)
     else:
         Run.require_room(out, replace=False)
         with bar("finding stages") as progress:
@@ -75,6 +82,14 @@ def quickstart(
         with same_command_continues():
             run = train(auto.config, out, result=auto.result, device=device, callbacks=callbacks)
     return show(run, device=device, bar=bar)
+
+
+def _refuse_others(run: Run, wanted: Mapping[str, Any]) -> None:
+    """Raise UserError if a run has other settings than those wanted, apart from those that may change when it is resumed."""
+    there, free = dotted(run.config()), {*RESOLVED, *CHANGEABLE} - {"data.source"}
+    for key, value in dotted(override(run.config(), wanted)).items():
+        if there[key] != value and key not in free:
+            raise UserError(f"{run.path}: holds a run with {key}={there[key]}, not {value}; choose another --out")
 
 
 @contextmanager
@@ -86,17 +101,41 @@ def same_command_continues() -> Iterator[None]:
         raise KeyboardInterrupt(f"{stopped.what}; the same command goes on") from None
 
 
-def show(run: Run, *, device: str | None, bar: Bars) -> tuple[Path, EvaluationResult]:
-    """Write RUN/samples.png, evaluate the run and write its report; return the report's path and the evaluation.
+def step_of_picture(path: Path) -> int | None:
+    """Return the step whose samples a picture of `show` holds; None for any other file, or none."""
+    try:
+        with Image.open(path) as image:
+            return int(image.info[STEP])
+    except (OSError, KeyError, ValueError):
+        return None
 
-    Nothing is drawn again for a checkpoint that was evaluated in the same way.
+
+def _scores(run: Run, *, device: str | None, bar: Bars) -> EvaluationResult | None:
+    """Return the evaluation of the best checkpoint; None, with a warning, if too few images are held out for one."""
+    training, held_out = run.data().split(run.config().data.held_out)
+    if min(len(training), len(held_out)) < LEAST:
+        warnings.warn(
+            f"not evaluated: {len(held_out)} images held out, at least {LEAST} are needed; give a larger --held-out to a new run",
+            stacklevel=3,
+        )
+        return None
+    features, count = run.config().evaluation.features, min(SCORED, max(SAMPLES, DRAWS * len(held_out)))
+    known = evaluated(run, count=count, features=features)
+    if known is not None:
+        return known
+    with bar("evaluating") as progress:
+        return evaluate(run, count=count, features=features, device=device, progress=progress)
+
+
+def show(run: Run, *, device: str | None, bar: Bars) -> tuple[Path, EvaluationResult | None]:
+    """Write RUN/samples.png, evaluate the run and write its report; return the report's path and the evaluation, if any.
+
+    Nothing is drawn again for a checkpoint that was drawn and evaluated before.
     """
-    features = run.config().evaluation.features
-    scores = None if not (run.path / PICTURE).exists() else evaluated(run, count=SCORED, features=features)
-    if scores is None:
+    picture, step = run.path / PICTURE, checkpoint_step(run.checkpoint("best"))
+    if step_of_picture(picture) != step:
         with bar("sampling") as progress:
-            save_png(grid(sample(run, SAMPLES, device=device, progress=progress)), run.path / PICTURE)
-        with bar("evaluating") as progress:
-            scores = evaluate(run, count=SCORED, features=features, device=device, progress=progress)
+            save_png(grid(sample(run, SAMPLES, device=device, progress=progress)), picture, {STEP: str(step)})
+    scores = _scores(run, device=device, bar=bar)
     with bar("reporting") as progress:
         return report(run, device=device, progress=progress), scores

@@ -20,6 +20,7 @@ from ..config.serialization import override
 from ..contracts import Codec
 from ..data import ImageData
 from ..data.sources import located, open_configured
+from ..errors import require
 from ..latent.codecs import open_codec
 from ..latent.latents import LatentData
 from ..performance.devices import precision_name
@@ -190,6 +191,15 @@ def _of_images(config: RunConfig, data: ImageData, training: ImageData) -> dict[
         "data.class_counts": class_counts(training, config.network.num_classes),
         "data.class_names": class_names(training, config.network.num_classes) or config.data.class_names,
     }
+
+
+def require_channels(given: Mapping[str, Any], channels: int) -> None:
+    """Raise UserError if the user gives other channels than those of the network's input, which are set from the data."""
+    wanted = given.get("network.channels", channels)
+    require(
+        wanted == channels,
+        f"network.channels={wanted}: the images (or latents) have {channels} channels; leave it out, or convert them",
+    )
 
 
 def _of_input(data: ImageData, codec: Codec | None) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from .checks import (
     require_same_images,
     sample_std,
     warn_of_borrowed,
+    warn_of_branching,
     warn_of_density,
     warn_of_few,
     warn_of_network,
@@ -43,7 +44,7 @@ from .checks import (
 from .differences import CHANGEABLE, PLACES, differences, dotted
 from .evaluation_callback import EvaluationCallback, FidReference
 from .interrupts import stopped_by_signals
-from .resolve import PreparedRun, ResolvedRun, open_new, resolve_run
+from .resolve import PreparedRun, ResolvedRun, open_new, require_channels, resolve_run
 from .stages import save_stages
 
 Prepared = tuple[PreparedRun, list[Callback[Trainer]]]  # input of the trainer, and evaluation callbacks
@@ -112,7 +113,7 @@ def train(
             Run.require_room(path, replace=replace)
         given = _given(config, path, changes or {}, result)
         return launch(
-            lambda: _resolved(given, result, place, world.size, borrow=borrow),
+            lambda: _resolved(given, changes or {}, result, place, world.size, borrow=borrow),
             open_run,
             world=world,
             device=place,
@@ -135,11 +136,18 @@ def _given(config: RunConfig, out: Path, changes: Mapping[str, Any], result: Sta
 
 
 def _resolved(
-    config: RunConfig, result: StageResult | None, device: torch.device, processes: int, *, borrow: bool
+    config: RunConfig,
+    changes: Mapping[str, Any],
+    result: StageResult | None,
+    device: torch.device,
+    processes: int,
+    *,
+    borrow: bool,
 ) -> ResolvedRun:
     """Resolve a new run, and warn of settings that do not suit its data."""
     data = open_new(config.data)
     resolved = resolve_run(config, data, result, device, processes=processes)
+    require_channels(changes, resolved.config.network.channels)
     training = resolved.images[0]
     if result is not None:
         if not borrow:
@@ -152,6 +160,7 @@ def _resolved(
         warn_of_sigma_data(resolved.config, "images", sample_std(training))
     warn_of_few(*resolved.images)
     warn_of_starved(resolved.config)
+    warn_of_branching(resolved.config.training)
     return resolved
 
 

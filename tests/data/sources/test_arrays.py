@@ -1,3 +1,4 @@
+import os
 import struct
 import tracemalloc
 import zipfile
@@ -46,10 +47,15 @@ def test_a_npy_file_is_read_when_rows_are_asked_for(tmp_path):
     np.save(tmp_path / "a.npy", pixels(5, 4, 6, 3))
     data = open_data(tmp_path / "a.npy")
     assert isinstance(data.storage, FileRows)
+    np.testing.assert_array_equal(data.rows([4])[0], pixels(5, 4, 6, 3)[4].transpose(2, 0, 1))
+    before = (tmp_path / "a.npy").stat()
     with (tmp_path / "a.npy").open("r+b") as file:
         file.seek(-1, 2)
         file.write(bytes([pixels(5, 4, 6, 3)[-1, -1, -1, -1] ^ 1]))
-    assert data.rows([4])[0, -1, -1, -1] == pixels(5, 4, 6, 3)[-1, -1, -1, -1] ^ 1
+    with pytest.raises(UserError, match=r"a\.npy: has been written since it was opened; restore it, or start again"):
+        data.rows([4])
+    os.utime(tmp_path / "a.npy", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert data.rows([4])[0, -1, -1, -1] == pixels(5, 4, 6, 3)[-1, -1, -1, -1] ^ 1  # read when asked for
 
 
 def test_an_array_whose_first_axis_is_the_fastest_reads_alike(tmp_path):

@@ -221,7 +221,7 @@ def test_a_truncated_image_is_named_and_can_be_skipped(tmp_path, suffix):
     truncate(tmp_path / "b" / f"3.{suffix}")
     with pytest.raises(ValueError, match=rf"b/3\.{suffix} cannot be read .*--skip-bad"):
         open_data(tmp_path)
-    with pytest.warns(UserWarning, match=rf"skipped 1 of 4 images; the first is b/3\.{suffix}"):
+    with pytest.warns(UserWarning, match=rf"skipped 1 of 4 images: b/3\.{suffix}"):
         data = open_data(tmp_path, skip_bad=True)
     assert data.labels.tolist() == [0, 0, 1]
 

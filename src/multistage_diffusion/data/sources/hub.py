@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,21 @@ def open_parquet(path: Path, options: Options) -> ImageData:
         UserError: if the library `datasets` is missing, if the file is not readable or has no images, and as `open_files`.
     """
     title = str(path)
-    rows = _loaded(title, lambda datasets: datasets.load_dataset("parquet", data_files=title, split="train"))
+    rows = _loaded(title, partial(_load_parquet, title))
     image = _column(title, rows, "Image") or next((n for n, f in rows.features.items() if _holds_files(f)), None)
     label = _column(title, rows, "ClassLabel") or next((n for n in _UNTYPED if _holds_integers(rows, n)), None)
     return _open_rows(title, rows, image, label, options)
+
+
+def _load_parquet(title: str, datasets: Any) -> Any:
+    """Load a Parquet file without the progress bar of the library, which speaks of splits."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset("parquet", data_files=title, split="train")
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _open_rows(title: str, rows: Any, image: str | None, label: str | None, options: Options) -> ImageData:
