@@ -114,7 +114,7 @@ def test_all_arms_and_variants_cost_the_same(bench: ModuleType) -> None:
         if name == "edges":  # compares variants, and chooses none
             continue
         tried = {arm: setting.variants.get(arm) or setting.variants["c"] for arm in setting.arms}
-        if name not in ("V", "B"):  # whose second variant of (c), slices of one decoder at first, is no candidate
+        if name not in ("V", "B", "T"):  # V: the second variant of (c) is no candidate; T tunes (u) and (v) alone
             assert len({len(variants) for variants in tried.values()}) == 1  # the same tuning for all
         costs = [
             bench.flops_per_image(bench.configuration(name, arm, variant, 11, 400, cuts))
@@ -142,11 +142,11 @@ def test_all_arms_and_variants_cost_the_same(bench: ModuleType) -> None:
     assert paper.sampling == one.sampling
     assert (paper.sampling.order, paper.sampling.calls) == (3, 20)
     assert bench.configuration("V", "e", 0, 11, 400, cuts).training.branch_at == 400
-    single, several = (bench.configuration("V", arm, 0, 11, 400, cuts) for arm in "uv")
+    single, several = (bench.configuration("T", arm, 0, 11, 400, cuts) for arm in "uv")
     assert (single.network.family, single.stages.interior) == (several.network.family, ()) == ("uvit", ())
     assert (several.stages, several.training.shares) == (paper.stages, paper.training.shares)
     assert override(several, {"network": paper.network, "optimizer": paper.optimizer}) == paper  # nothing else differs
-    assert "u" not in bench.SETTINGS["B"].arms  # does not start from a U-Net
+    assert [bench.configuration("T", arm, 0, 11, 400, cuts) for arm in "ac"] == [one, paper]
 
 
 def test_errors_are_those_of_the_same_noise_for_all(bench: ModuleType) -> None:
