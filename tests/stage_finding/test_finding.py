@@ -308,7 +308,7 @@ def test_a_precision_out_of_reach_is_told():
     [
         (np.full((5, 1, 4, 4), 7, np.uint8), "all 5 images are the same"),
         (torch.full((5, 1, 4, 4), 0.5), "all 5 images are the same"),
-        (DIGITS_UINT8[:1], "all 1 images are the same"),
+        (DIGITS_UINT8[:1], "there is only one image"),
         (np.zeros((0, 1, 4, 4), np.uint8), "not empty"),
         (np.zeros((5, 1, 0, 4), np.uint8), "not empty"),
         (DIGITS_UINT8[:, 0, 0, 0], r"images.shape=\(1797,\) must be \(N, C, H, W\)"),

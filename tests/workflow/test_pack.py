@@ -52,8 +52,7 @@ def test_a_packed_data_set_is_the_same(tmp_path: Path, kind: str, labelled: bool
     np.testing.assert_array_equal(found.array(), original.array())
     assert (found.labels is not None) == labelled
     assert found.num_classes == original.num_classes
-    if kind == "zip":
-        assert found.class_names == original.class_names
+    assert found.class_names == original.class_names
     assert told[-1] == (20, 20)
 
 
@@ -119,3 +118,22 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, kind: str) -> None:
 def test_another_suffix_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape("must end in .zip or .npy")):
         pack("no such source", tmp_path / "set.tar")
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_an_array_that_could_be_read_in_two_ways_is_refused(tmp_path: Path, width: int) -> None:
+    data = ImageData(np.zeros((2, 3, 4, width), np.uint8), None, "set")
+    with pytest.raises(UserError, match=rf"{width} pixels wide could be read in two ways; name a \.zip file"):
+        pack(data, tmp_path / "set.npy")
+    assert not list(tmp_path.iterdir())
+    pack(data, tmp_path / "set.zip")
+    assert open_data(tmp_path / "set.zip").shape == (3, 4, width)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"class_names": ["one"]}', '{"class_names": [1, 2]}', "{"])
+def test_wrong_class_names_beside_an_array_are_named(tmp_path: Path, text: str) -> None:
+    pack(ImageData(np.zeros((2, 1, 4, 4), np.uint8), np.array([1, 0]), "set", ("a", "b")), tmp_path / "set.npy")
+    assert open_data(tmp_path / "set.npy").class_names == ("a", "b")
+    (tmp_path / "set.labels.json").write_text(text)
+    with pytest.raises(UserError, match=r"set\.labels\.json"):
+        open_data(tmp_path / "set.npy")

@@ -146,9 +146,10 @@ def _write(path: Path, key: str, index: Index) -> None:
     meta = {"key": key, "facts": told, "sha256": _digest(key, told, arrays)}
     try:
         write_atomic(path, save(arrays, metadata=meta))
-    except OSError as error:
+    except (OSError, UserError) as error:
+        why = getattr(error, "strerror", None) or error
         warnings.warn(
-            f"{path}: the index of the images cannot be kept ({error.strerror or error}) and will be made again; set "
+            f"{path}: the index of the images cannot be kept ({why}) and will be made again; set "
             "MSDIFF_CACHE to a folder with room",
             stacklevel=4,
         )

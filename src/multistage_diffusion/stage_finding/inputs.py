@@ -35,10 +35,10 @@ def tiled_images(
         reduce=sharing.reduce if sharing.image_shards > 1 else None,
     )
     check_values("images", images, settings)
+    alike = "there is only one image" if len(data) == 1 else f"all {len(data)} images are the same"
     require_setting(
         data.vary(),
-        f"all {len(data)} images are the same, so the optimal denoiser is the same at every noise level; give at least "
-        "two different images",
+        f"{alike}, so the optimal denoiser is the same at every noise level; give at least two different images",
     )
     return data
 

@@ -17,11 +17,11 @@ from PIL import Image
 from ..config import DataConfig
 from ..data import ImageData
 from ..data.sources import open_configured
-from ..data.sources.arrays import labels_file
+from ..data.sources.arrays import class_names_file, labels_file
 from ..data.visible import LISTING
 from ..data.workers import each
 from ..errors import UserError
-from ..files import new_file
+from ..files import new_file, write_json
 from ..output_paths import require_place
 from ..progress import Progress
 
@@ -42,7 +42,7 @@ def pack(
     Args:
         data: an opened data set, its configuration (with the size of the images), or its source.
         out: FILE.zip: PNG images and dataset.json, as EDM's data sets; the file can be used for a folder anywhere. FILE.npy:
-            an array, read faster and larger; labels go to FILE.labels.npy.
+            an array, read faster and larger; labels go to FILE.labels.npy, their names to FILE.labels.json.
         overwrite: replace an existing file.
         progress: called with (images written, total).
 
@@ -55,12 +55,16 @@ def pack(
     out = Path(out)
     if out.suffix.lower() not in SUFFIXES:
         raise UserError(f"--out {out}: must end in {' or '.join(SUFFIXES)}, which says what is written")
-    written = (out, labels_file(out)) if out.suffix.lower() == ".npy" else (out,)
+    written = (out, labels_file(out), class_names_file(out)) if out.suffix.lower() == ".npy" else (out,)
     for path in written:
         if path.exists() and not overwrite:
             raise UserError(f"--out {path}: exists; choose another name or give --overwrite")
         require_place(path)
     opened = data if isinstance(data, ImageData) else open_configured(_configuration(data))
+    if out.suffix.lower() == ".npy" and opened.shape[0] == 3 and opened.shape[2] in (1, 3):
+        raise UserError(
+            f"--out {out}: an array of colour images {opened.shape[2]} pixels wide could be read in two ways; name a .zip file"
+        )
     write = _write_zip if out.suffix.lower() == ".zip" else _write_array
     write(opened, out, overwrite, progress or (lambda *_: None))
     return opened
@@ -118,11 +122,13 @@ def _write_array(data: ImageData, out: Path, overwrite: bool, progress: Progress
         for part in _images(data, progress):
             file.write(part.reshape(-1).data)
         if data.labels is None:
-            labels_file(out).unlink(missing_ok=True)  # of the file that is replaced
+            for path in (labels_file(out), class_names_file(out)):
+                path.unlink(missing_ok=True)  # of the file that is replaced
             return
         with new_file(labels_file(out), overwrite=overwrite) as labels:
             _write_header(labels, data.labels.shape, "<i8")
             labels.write(data.labels.astype("<i8").tobytes())
+        write_json(class_names_file(out), {"class_names": list(data.class_names)})
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, ...], kind: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import UserError
-from ...reading import require_regular
+from ...reading import JSON_LIMIT, parse_json, read_text, require_regular
 from ..bounded import require_inflatable
 from ..dataset import ImageData
 from ..opening import one_line
@@ -28,9 +28,9 @@ _LABEL_KEYS = ("labels", "label", "arr_1")
 def open_array(path: Path, options: Options) -> ImageData:
     """Open uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3.
 
-    The images of a .npy file are read on access; optional labels (N,) are beside it, in NAME.labels.npy. A .npz file holds
-    the images as `images` or `arr_0` and optional integer labels (N,) as `labels`, `label` or `arr_1`. Pickled content is
-    never loaded.
+    The images of a .npy file are read on access; optional labels (N,) are beside it, in NAME.labels.npy, and class names
+    in NAME.labels.json. A .npz file holds the images as `images` or `arr_0` and optional integer labels (N,) as `labels`,
+    `label` or `arr_1`. Pickled content is never loaded.
 
     Raises:
         UserError: naming the file, for any other content.
@@ -45,7 +45,8 @@ def open_array(path: Path, options: Options) -> ImageData:
         rows: Rows = FileRows(path, images.offset, count, (shape[0], shape[1], shape[2]), channels_last=last)
     else:
         rows = ArrayRows(images.transpose(0, 3, 1, 2) if last else images)
-    return ImageData(rows, arrays.get("labels"), str(path))
+    labels = arrays.get("labels")
+    return ImageData(rows, labels, str(path), () if labels is None else _class_names(path, labels))
 
 
 def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -82,6 +83,28 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
 def labels_file(path: Path) -> Path:
     """Return where the labels of a .npy file of images are."""
     return path.with_suffix(".labels.npy")
+
+
+def class_names_file(path: Path) -> Path:
+    """Return where the names of the classes of a .npy file of images are: {"class_names": [NAME, ...]}."""
+    return path.with_suffix(".labels.json")
+
+
+def _class_names(path: Path, labels: npt.NDArray[Any]) -> tuple[str, ...]:
+    """Return the class names beside a file, or none.
+
+    Raises:
+        UserError: naming the file, if it does not hold a name for each label.
+    """
+    beside = class_names_file(path)
+    if not beside.exists():
+        return ()
+    found = parse_json(read_text(beside, JSON_LIMIT, "JSON"), beside)
+    names = found.get("class_names") if isinstance(found, dict) else None
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not known or (labels.size and int(labels.max()) >= len(names or ())):
+        raise UserError(f'{beside}: must hold {{"class_names": [...]}}, a name for each label; mend or remove it')
+    return tuple(names or ())
 
 
 def _labels_beside(path: Path) -> dict[str, npt.NDArray[Any]]:
