@@ -703,7 +703,6 @@ def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monk
         ),
         ("train --preset digits --out new --set stages.interior=[2,1]", "strictly ascending"),
         ("train --preset digits --out new --set optimizer.lr", "--set optimizer.lr: must be KEY=VALUE"),
-        ("train --preset digits --out new --set training.steps=5 training.steps=6", "--set training.steps: is given twice"),
         ("train --preset digits --out new --set optimizer.lr=[1", "'[1' is not a YAML value"),
         ("train --preset digits --out new --set optimizer.lr=fast", "optimizer.lr='fast' must be of type float"),
         ("train --preset digits --out new --set training.batch=2", "training.batch=2 is too small for 3 stages"),

@@ -189,7 +189,7 @@ def dotted_changes(options: Mapping[str, Any], settings: Sequence[str]) -> dict[
 
 
 def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
-    """Return {"optimizer.lr": 1e-4} from ["optimizer.lr=1e-4"].
+    """Return {"optimizer.lr": 1e-4} from ["optimizer.lr=1e-4"]; of a key that is given twice the last value.
 
     Raises:
         UserError: if a setting is not KEY=VALUE with a YAML value.
@@ -199,8 +199,6 @@ def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise UserError(f"--set {setting}: must be KEY=VALUE, e.g. optimizer.lr=1e-4")
-        if key in changes:
-            raise UserError(f"--set {key}: is given twice; give it once")
         changes[key] = plain_numbers(parse_yaml(value, f"--set {setting}", f": {value!r} is not a YAML value"))
     features = changes.get("evaluation.features")
     if isinstance(features, str):
