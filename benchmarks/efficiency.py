@@ -333,7 +333,7 @@ SETTINGS["T"] = dataclasses.replace(
             for lr in (4e-3, 2e-3, 1e-3)
         ),
     },
-    chosen={"a": 0, "c": 0},
+    chosen={"a": 0, "c": 0, "u": 0, "v": 0},
     steps={"tuning": 1024, "final": 4096},
 )
 SETTINGS["B"] = dataclasses.replace(
