@@ -327,10 +327,10 @@ SETTINGS["T"] = dataclasses.replace(
     variants={
         "a": SETTINGS["V"].variants["a"],
         "c": SETTINGS["V"].variants["c"][:1],
-        "u": tuple(_transformer([64], [2], lr) for lr in (4e-3, 2e-3, 1e-3)),
+        "u": tuple(_transformer([64], [2], lr) for lr in (4e-3, 2e-3)),
         "v": tuple(
             {SPLIT: "algorithm 1", "training.shares": V_SHARES, **_transformer([96, 48, 32], [2, 2, 2], lr)}
-            for lr in (4e-3, 2e-3, 1e-3)
+            for lr in (4e-3, 2e-3)
         ),
     },
     chosen={"a": 0, "c": 0, "u": 0, "v": 0},
