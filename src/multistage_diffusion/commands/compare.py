@@ -78,5 +78,6 @@ class Compare:
             print_json(to_dict(found))
             return
         for run in found.runs[1:]:
-            say(f"{run.name}: variational bound {bound_words(run.bound, pixels)} from {found.runs[0].name}'s")
+            bound, base = bound_words(run.bound, pixels), found.runs[0].name
+            say(f"{run.name}: variational bound less that of {base}: {bound} (below 0 is better than {base})")
         say(f"written: {out}, {picture}")
