@@ -14,9 +14,8 @@ from ..training.callbacks import Callback
 from ..training.run import Run
 from ..training.trainer import Trainer
 from .differences import CHANGEABLE, differences
-from .quickstart import Bars, same_command_continues, show
+from .quickstart import Bars, continued, same_command_continues, show
 from .resolve import RESOLVED
-from .resume import resume
 from .stages import find_stages
 from .train import train
 
@@ -46,8 +45,7 @@ def demo(
     """
     if Run(out).config_file.exists():
         _refuse_foreign(out, changes or {})
-        with same_command_continues():
-            run = resume(out, changes, device=device, callbacks=callbacks)
+        run = continued(Run.open(out), changes or {}, device=device, callbacks=callbacks)
     else:
         config = override(preset("digits"), changes or {})
         Run.require_room(out, replace=False)

@@ -70,10 +70,7 @@ def quickstart(
         run, wanted = Run.open(out), {**(changes or {}), "data.source": located(data)}
         _refuse_others(run, wanted)
         kept = {key: value for key, value in wanted.items() if key in CHANGEABLE and key != "data.source"}
-        found = list_checkpoints(run.checkpoints)
-        if not found or checkpoint_step(found[-1]) < override(run.config(), kept).training.steps:
-            with same_command_continues():
-                run = resume(out, kept, device=device, callbacks=callbacks)
+        run = continued(run, kept, device=device, callbacks=callbacks)
     else:
         Run.require_room(out, replace=False)
         with bar("finding stages") as progress:
@@ -90,6 +87,17 @@ def _refuse_others(run: Run, wanted: Mapping[str, Any]) -> None:
     for key, value in dotted(override(run.config(), wanted)).items():
         if there[key] != value and key not in free:
             raise UserError(f"{run.path}: holds a run with {key}={there[key]}, not {value}; choose another --out")
+
+
+def continued(
+    run: Run, changes: Mapping[str, Any], *, device: str | None, callbacks: Sequence[Callback[Trainer]]
+) -> Run:
+    """Resume a run with changes, unless its last step is done."""
+    found = list_checkpoints(run.checkpoints)
+    if found and checkpoint_step(found[-1]) >= override(run.config(), changes).training.steps:
+        return run
+    with same_command_continues():
+        return resume(run.path, changes, device=device, callbacks=callbacks)
 
 
 @contextmanager
