@@ -916,9 +916,9 @@ def test_results_are_escaped_where_the_encoding_lacks_a_character(monkeypatch: p
 
 def test_ctrl_c_during_imports_is_no_bug() -> None:
     script = (
-        "import os, signal, sys; from multistage_diffusion import cli\n"
+        "import os, signal, sys, time; from multistage_diffusion import cli\n"
         "def parse(*_):\n"
-        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT), time.sleep(60)\n"  # another thread may get the signal first
         "    except BaseException: raise ValueError('too many values to unpack')\n"
         "cli.parse = parse\n"
         "sys.exit(cli.main(['presets']))"

@@ -207,7 +207,7 @@ OTHERS = [
     Case("stats over a file", ("stats", "data.npz", "--out", "x.npz"), file("x.npz", "mine"), "overwrite", DATA),
     Case("stats of an unknown part", ("stats", "data.npz", "--out", "x.npz", "--part", "half"), needs=DATA),
     Case("plan not into JSON", ("plan", "data.npz", "--preset", "digits", "--out", "x.yaml"), says="json", needs=DATA),
-    Case("plan without a base", ("plan", "data.npz"), says="preset", needs=DATA),
+    Case("plan of nothing", ("plan", "nothing.npz"), says="no file, folder or data set of this name", needs=DATA),
     *(
         Case(f"plan {option} {value}", ("plan", "data.npz", "--preset", "digits", option, value, *TINY), needs=DATA)
         for option, value in (
