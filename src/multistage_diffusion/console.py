@@ -43,9 +43,7 @@ class Bar:
         self.title, self.unit, self.every = title, unit, every
         self.note = ""
         self._text = ""
-        self._marks: deque[tuple[float, int]] = (
-            deque()
-        )  # of the last minute: time without other work, and the count done
+        self._marks = deque[tuple[float, int]]()  # of the last minute: time without other work, and the count done
         self._other = 0.0  # seconds of other work
         self._paused: float | None = None  # when other work began
         self._last = time.monotonic()
@@ -77,7 +75,8 @@ class Bar:
         at = now - self._other
         while len(self._marks) > 1 and self._marks[1][0] < at - RECENT:
             self._marks.popleft()
-        self._marks.append((at, done))
+        if not self._marks or at - self._marks[-1][0] >= RECENT / 100:
+            self._marks.append((at, done))
         since, first = self._marks[0]
         rate = (done - first) / max(at - since, 1e-9)
         speed = f"{rate:.{1 if rate >= 1 else 3}f} {self.unit}/s" if self.unit and rate else ""

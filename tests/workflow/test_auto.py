@@ -230,3 +230,10 @@ def test_what_the_images_contradict_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"network\.channels=3: the images"):
         train(config, tmp_path / "run", {"network.channels": 3}, device="cpu")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["training.steps", "network.num_classes", "network.channels"])
+@pytest.mark.parametrize("value", ["many", None, 1.5])
+def test_values_of_another_type_are_errors_of_the_user(photos: Path, key: str, value: object) -> None:
+    with pytest.raises(UserError, match=key.replace(".", r"\.")):
+        auto_config(str(photos), {key: value}, device="cpu")

@@ -108,15 +108,14 @@ def auto_config(
     images = open_data(source)
     if not given.get("codec.source"):
         require_channels(given, images.shape[0])
-    classes = given.get("network.num_classes", 0)
-    if 0 < classes < images.num_classes:  # told before the choice is printed, and before the training checks it
-        raise UserError(
-            f"network.num_classes={classes}: {images.name} has {images.num_classes} classes; give --set "
-            f"network.num_classes={images.num_classes}"
-        )
     size = max(images.shape[1:])
     name = preset_name(next((s for s in IMAGE_SIZES if s >= size), IMAGE_SIZES[-1]), kind)
     config = _based(preset(name), source, images, given)
+    if 0 < config.network.num_classes < images.num_classes:  # told before the choice is printed
+        raise UserError(
+            f"network.num_classes={config.network.num_classes}: {images.name} has {images.num_classes} classes; give --set "
+            f"network.num_classes={images.num_classes}"
+        )
     reasons.append(Reason("preset", name, f"for images of {images.shape[1]}x{images.shape[2]} on this device"))
     stages_given = result is not None or any(key.startswith("stages.") for key in given)
     if not stages_given:
@@ -199,8 +198,8 @@ def _based(base: RunConfig, source: DataConfig, images: ImageData, given: Mappin
         if multiples != base.network.channel_mult:  # type: ignore[attr-defined]
             keys |= {"network.channel_mult": multiples, "network.attention_factors": (2 ** (len(multiples) - 1),)}
     own = {key: value for key, value in given.items() if not key.startswith("data.")}
-    keys |= _shortened(base, given.get("training.steps", base.training.steps))
-    return override(base, {**{k: v for k, v in keys.items() if k not in own}, **own})
+    found = override(base, {**{k: v for k, v in keys.items() if k not in own}, **own})
+    return override(found, {k: v for k, v in _shortened(base, found.training.steps).items() if k not in own})
 
 
 def _shortened(base: RunConfig, steps: int) -> dict[str, Any]:

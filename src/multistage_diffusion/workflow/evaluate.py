@@ -57,9 +57,8 @@ class NotSavedError(UserError):
 
 
 MOST_SAMPLES = 50_000  # as in published FIDs
-DEFAULTS = {
-    "defaults": True
-}  # the mark, in evaluation.json, of `evaluate` without other data, metrics, average or sampler
+# the mark, in evaluation.json, of `evaluate` without other data, metrics, average, sampler or seed
+DEFAULTS = {"defaults": True}
 PARTS = ("all", "train", "held-out")
 
 
