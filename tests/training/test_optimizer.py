@@ -9,7 +9,7 @@ from torch import nn
 from multistage_diffusion.config import OptimizerConfig
 from multistage_diffusion.nets import build_network
 from multistage_diffusion.training import branching
-from multistage_diffusion.training.loss_weighting import make_weighting
+from multistage_diffusion.training.loss_weighting import LearnedWeighting
 from multistage_diffusion.training.optimizer import (
     Optimization,
     clip,
@@ -92,7 +92,7 @@ def test_a_parameter_that_stages_share_is_in_one_part_only(tiny_config):
 @pytest.mark.parametrize("skip", [None, 0.0, 1.0])
 def test_learned_weights_are_updated_with_the_network_or_skipped_with_it(tiny_config, skip):
     config = tiny_config(training__loss_weighting="learned", optimizer__warmup_steps=10)
-    weighting = make_weighting(config, torch.device("cpu"))
+    weighting = LearnedWeighting(config, torch.device("cpu"))
     optimization = Optimization(config.optimizer, torch.device("cpu"), scaling=False, weighting=weighting)
     optimization.watch(build_network(config.network))
     assert optimization.parameters[-1] is weighting.weight

@@ -21,7 +21,6 @@ from ..data.rows import Rows, batches, prefetch, read, row_type
 from ..distributed import share
 from ..errors import UserError
 from ..progress import reading
-from .stable_target import averaged
 
 _REFERENCES = -1  # the "stage" whose stream of images are the references
 _AT_ONCE = 1024  # rows read at a time when all of them are moved to the device
@@ -264,6 +263,8 @@ class BatchSource:
         self, step: int, pick: Tensor, y: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return y and noise with targets that are averaged over the step's references, see `stable_target`."""
+        from .stable_target import averaged  # most runs have no references
+
         if self._references is None or self._references[0] != step:
             references = self._reference_pick(step)
             rows = self._sent(torch.arange(len(references)))

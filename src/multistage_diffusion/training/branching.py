@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..nets import MultiDecoderNetwork
 from .optimizer_state import Local, whole_tensor
-from .resizing import Block, slices
+
+if TYPE_CHECKING:
+    from .resizing import Block
 
 
 def tie(network: MultiDecoderNetwork) -> None:
@@ -124,6 +126,8 @@ class Ties:
 
 
 def _ties(network: MultiDecoderNetwork) -> Iterator[_Tie]:
+    from .resizing import slices  # most runs have no decoders that are slices
+
     widths = network.config.decoder_widths
     widest = max(widths)
     wide = network.decoders[widths.index(widest)]

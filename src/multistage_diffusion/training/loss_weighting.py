@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Collection
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ from .optimizer_state import make_optimizer
 
 _FEATURES = 128  # as Karras et al. 2024
 _NAME = "loss_weighting"
-NAMES = (_NAME, f"{_NAME}.weight")  # names in checkpoints of what is stored, and of the parameter
 
 
 class LearnedWeighting(nn.Module):
@@ -41,6 +41,8 @@ class LearnedWeighting(nn.Module):
         weight: coefficients of the features, (128,).
         optimizer: over `weight`; branching replaces the network's optimiser, but not this one.
     """
+
+    names: ClassVar[tuple[str, ...]] = (_NAME, f"{_NAME}.weight")  # in checkpoints: of what is stored, and of the parameter
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         super().__init__()
@@ -79,7 +81,7 @@ class LearnedWeighting(nn.Module):
 
         Args:
             path: the checkpoint's folder.
-            whole: names of all tensors of the network, and NAMES.
+            whole: names of all tensors of the network, and `names`.
 
         Raises:
             UserError: if the file is damaged or has no coefficients, or if a tensor has another shape or dtype or is not
@@ -91,8 +93,3 @@ class LearnedWeighting(nn.Module):
 
     def _named(self) -> nn.Module:
         return nn.ModuleDict({_NAME: self})
-
-
-def make_weighting(config: RunConfig, device: torch.device) -> LearnedWeighting | None:
-    """Return the weights of a run before its first step; None if training.loss_weighting is "fixed"."""
-    return LearnedWeighting(config, device) if config.training.loss_weighting == "learned" else None

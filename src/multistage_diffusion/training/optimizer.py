@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..config import OptimizerConfig
 from ..nets import MultiDecoderNetwork
-from .loss_weighting import LearnedWeighting
 from .optimizer_state import make_optimizer
+
+if TYPE_CHECKING:
+    from .loss_weighting import LearnedWeighting
 
 
 def learning_rate(settings: OptimizerConfig, step: int) -> float:

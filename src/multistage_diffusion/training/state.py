@@ -16,7 +16,6 @@ from ..distributed import World
 from ..errors import UserError
 from . import checkpoint as ckpt
 from .ema import EMA, PowerEMA
-from .loss_weighting import NAMES
 from .metrics import MetricAccumulator, TrainingLog
 from .optimizer import Optimization
 from .strategies import Strategy
@@ -111,7 +110,7 @@ def restore(trainer: Checkpointed, path: Path) -> None:
     with torch.device("meta"):  # this process may hold only a part of the network
         whole = build_denoiser(config).state_dict()
     local, weighting = trainer.strategy.local, trainer.optimization.weighting
-    stored = whole if weighting is None else {*whole, *NAMES}
+    stored = whole if weighting is None else {*whole, *weighting.names}
     ckpt.restore_module(trainer.denoiser, path, "model", whole, local)
     ckpt.restore_module(trainer.ema.module, path, "ema", whole, local)
     for average in trainer.profiles if state["step"] else ():  # the first step replaces them

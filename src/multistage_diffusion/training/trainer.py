@@ -24,7 +24,6 @@ from . import checkpoint as ckpt
 from .batches import BatchSource, TrainingData, held_out_batch
 from .callbacks import Callback, Evaluated, StopRequested, between_steps
 from .ema import EMA, PowerEMA
-from .loss_weighting import make_weighting
 from .losses import StageAllocation, stage_losses
 from .metrics import StepMetrics, TrainingLog, refuse_scale
 from .optimizer import Optimization
@@ -106,7 +105,11 @@ class Trainer:
             PowerEMA(self.denoiser, sigma_rel, self._new_denoiser(shared=shared)) for sigma_rel in training.ema_profiles
         ]
         scaling = autocast_dtype(training.precision, self.device) == torch.float16
-        weighting = make_weighting(config, self.device)
+        weighting = None
+        if training.loss_weighting == "learned":
+            from .loss_weighting import LearnedWeighting  # most runs have fixed weights
+
+            weighting = LearnedWeighting(config, self.device)
         self.optimization = Optimization(config.optimizer, self.device, scaling=scaling, weighting=weighting)
         self.passes = Passes(config, self.denoiser, source, self.strategy, self.optimization)
         self.passes.compute(settled(config.execution))
@@ -358,17 +361,27 @@ class Trainer:
 
     @torch.no_grad()
     def held_out_losses(self) -> list[float]:
-        """Return the mean loss of each stage on held-out rows with the averaged weights (fixed images and noise)."""
+        """Return the mean loss of each stage on held-out rows with the averaged weights (fixed images and noise).
+
+        No pass has more rows than one of the training.
+
+        Raises:
+            StopRequested: if a single process is to stop meanwhile.
+        """
         assert self.held_out is not None
-        count, stages = self.config.training.held_out_rows, range(len(self.config.stages))
+        training, stages = self.config.training, range(len(self.config.stages))
+        count = training.held_out_rows
+        passes = math.ceil(count / math.ceil(training.batch / training.accumulate))
+        told = between_steps(self, "scoring")
         totals = torch.zeros(len(stages), dtype=torch.float64, device=self.device)
         for stage in stages:
-            counts = [count if k == stage else 0 for k in stages]
-            for micro_batch in self.strategy.micro_batches(counts, 1):
-                batch = held_out_batch(self.config, self.held_out, stage, self.device).part(micro_batch.rows[stage])
+            told(stage, len(stages))
+            rows = held_out_batch(self.config, self.held_out, stage, self.device)
+            for micro_batch in self.strategy.micro_batches(rows.counts, passes):
+                told(stage, len(stages))
                 with self.world.translate_errors():
-                    loss = stage_losses(self.ema.module, batch)[stage]
-                totals[stage] = loss if micro_batch.counted[stage] else 0.0
+                    loss = stage_losses(self.ema.module, rows.part(micro_batch.rows[stage]))[stage]
+                totals[stage] += loss if micro_batch.counted[stage] else 0.0
         return [total / count for total in self.world.all_reduce(totals).tolist()]
 
     def averaged(self) -> MultiStageDenoiser:
@@ -377,9 +390,12 @@ class Trainer:
         return self.strategy.gather_model(self.ema.module, lambda: build_denoiser(self.config).to(self.device, dtype))
 
     def _score_held_out(self, *, log: bool) -> float | None:
-        """Return the objective on held-out rows; None if it is not finite."""
+        """Return the objective on held-out rows; None if it is not finite, or a stop came meanwhile."""
         start = time.perf_counter()
-        losses = self.held_out_losses()
+        try:
+            losses = self.held_out_losses()
+        except StopRequested:
+            return None
         seconds = time.perf_counter() - start
         self.log.exclude(seconds)
         if log:

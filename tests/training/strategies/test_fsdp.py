@@ -12,7 +12,7 @@ from tiny import tiny_config
 from multistage_diffusion.denoisers import build_denoiser
 from multistage_diffusion.distributed import World
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.training.loss_weighting import make_weighting
+from multistage_diffusion.training.loss_weighting import LearnedWeighting
 from multistage_diffusion.training.optimizer import Optimization, parameters_by_part, part_norms
 from multistage_diffusion.training.strategies.fsdp import FullySharded
 
@@ -74,7 +74,7 @@ def overflows(world: World, loss_weighting: str) -> list[tuple[float, bool]]:
     config = tiny_config(training__precision="fp16", training__loss_weighting=loss_weighting)
     strategy, denoiser = FullySharded(config, SHAPE, world), build_denoiser(config)
     strategy.place(denoiser.network, CPU, torch.float32)
-    weighting = make_weighting(config, CPU)
+    weighting = LearnedWeighting(config, CPU) if loss_weighting == "learned" else None
     optimization = Optimization(config.optimizer, CPU, scaling=True, weighting=weighting)
     optimization.watch(denoiser.network)
     optimization.scaler.scale(torch.ones(()))  # makes the scale
