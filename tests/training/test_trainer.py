@@ -931,3 +931,48 @@ def test_images_that_are_decoded_when_drawn_train_as_those_of_memory(new_trainer
     assert kept == found
     assert len(kept) == 8
     assert read
+
+
+def test_held_out_losses_take_passes_of_the_training_s_size(new_trainer, tiny_data, monkeypatch):
+    sizes = []
+
+    def recorded(denoiser, batch):
+        sizes.append(len(batch.y))
+        return stage_losses(denoiser, batch)
+
+    monkeypatch.setattr("multistage_diffusion.training.trainer.stage_losses", recorded)
+    settings = {"training__batch": 12, "training__held_out_rows": 10}
+    whole = new_trainer("whole", held_out=tiny_data(6, seed=1), **settings)
+    parts = new_trainer("parts", held_out=tiny_data(6, seed=1), training__accumulate=4, **settings)
+    losses = whole.held_out_losses()
+    assert sizes == [10] * 3
+    sizes.clear()
+    assert parts.held_out_losses() == pytest.approx(losses, rel=1e-5)
+    assert sum(sizes) == 30
+    assert max(sizes) <= 3
+
+
+def test_a_stop_ends_a_held_out_loss_which_is_made_up_for(new_trainer, tiny_data, monkeypatch):
+    settings = {"training__steps": 4, "training__held_out_every": 2, "training__checkpoint_every": 1}
+    whole = new_trainer("whole", held_out=tiny_data(6, seed=1), **settings)
+    whole.fit()
+    trainer = new_trainer("run", held_out=tiny_data(6, seed=1), **settings)
+    passes = []
+
+    def stopped(denoiser, batch):
+        passes.append(trainer.step)
+        trainer.stop()
+        return stage_losses(denoiser, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("multistage_diffusion.training.trainer.stage_losses", stopped)
+        trainer.fit()
+    assert len(passes) == 1
+    assert not [r for r in trainer.run.records() if r["kind"] == "held_out"]
+    again = Trainer(trainer.run, tiny_data(), tiny_data(6, seed=1), device="cpu")
+    again.fit()
+
+    def scored(run):
+        return [(r["step"], r["loss"]) for r in run.records() if r["kind"] == "held_out"]
+
+    assert scored(again.run) == scored(whole.run)
