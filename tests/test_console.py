@@ -106,8 +106,8 @@ def test_training_shows_steps_and_losses(clock: Clock, capsys: pytest.CaptureFix
     start, *lines = capsys.readouterr().err.splitlines()[-3:]
     assert start == "training digits on cpu: steps 20 to 100, encoder 16, decoders 32/16/16, rows per stage 64/45/19"
     assert lines == [
-        "training: 40/100, 1.0 steps/s, 60 s left, loss 0.5000 - 0.2500",
-        "training: 60/100, 1.0 steps/s, 40 s left, held-out 1.0000 2.0000 3.0000",
+        "training: 40/100, 1.0 steps/s, 60 s left, loss per stage 0.5000 - 0.2500",
+        "training: 60/100, 1.0 steps/s, 40 s left, held-out loss per stage 1.0000 2.0000 3.0000",
     ]
 
 

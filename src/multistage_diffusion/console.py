@@ -73,6 +73,8 @@ class Bar:
             self._other += now - self._paused
             self._paused = None
         at = now - self._other
+        if self._marks and done < self._marks[-1][1]:  # another part of the work begins
+            self._marks.clear()
         while len(self._marks) > 1 and self._marks[1][0] < at - RECENT:
             self._marks.popleft()
         if not self._marks or at - self._marks[-1][0] >= RECENT / 100:
@@ -185,7 +187,7 @@ class TrainingProgress(Callback[Trainer]):
             )
             return
         losses = " ".join("-" if x is None else f"{x:.4f}" for x in record["loss"])
-        self._bar.note = f"{'held-out' if record['kind'] == 'held_out' else 'loss'} {losses}"
+        self._bar.note = f"{'held-out loss' if record['kind'] == 'held_out' else 'loss'} per stage {losses}"
 
     def finished(self, trainer: Trainer) -> None:
         """Remove the bar, and print why training ended early, if it did."""

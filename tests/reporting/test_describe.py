@@ -146,7 +146,7 @@ def test_the_table_names_every_stage_with_its_numbers(described: dict[str, dict[
     network, training = table.split("training  noise")
     lines = {line[:7]: line.split() for line in network.splitlines()}
     assert "cifar10-dpm: ncsnpp, images 3 x 32 x 32" in table
-    assert lines["stage 1"][-4:] == ["192", "169.5", "29920", "12"]
+    assert lines["stage 1"][-4:] == ["192", "169.5", "29.92", "12"]
     assert lines["stage 3"][2:4] == ["[7.41,", "inf)"]
     assert lines["encoder"] == ["encoder", "128", "43.48", "5740.3"]
     shares = {line[:7]: line.split()[2:] for line in training.splitlines()}

@@ -30,7 +30,7 @@ TINY = {
 
 
 @contextmanager
-def silent(title: str) -> Iterator[None]:
+def silent(title: str, unit: str) -> Iterator[None]:
     yield None
 
 

@@ -38,7 +38,7 @@ SMALL = {
 
 
 @contextmanager
-def silent(title: str) -> Iterator[None]:
+def silent(title: str, unit: str) -> Iterator[None]:
     yield None
 
 
@@ -66,7 +66,7 @@ def test_a_finished_run_is_not_sampled_again(images: str, tmp_path: Path, monkey
     out, config, bars = tmp_path / "run", {**SMALL, "training.steps": 3, "data.held_out": 0.2}, list[str]()
 
     @contextmanager
-    def counted(title: str) -> Iterator[None]:
+    def counted(title: str, unit: str) -> Iterator[None]:
         bars.append(title)
         yield None
 

@@ -130,7 +130,7 @@ class Evaluate(SamplerOptions, DataOptions):
             "device": self.device,
         }
         not_saved: NotSavedError | None = None
-        with Bar("evaluating") as bar:
+        with Bar("evaluating", "images") as bar:
             try:
                 if self.against == "held-out":
                     result = evaluate(run, data, **chosen, progress=bar)

@@ -53,7 +53,7 @@ class Push:
             raise UserError(f"count={self.count} must be between 1 and {MOST_IN_GRID}")
         if self.dry_run is not None:
             check_out(self.dry_run, self.overwrite, folder=True)
-        with Bar("sampling", "calls") as bar:
+        with Bar("sampling", "samples") as bar:
             place = push(
                 self.run_folder,
                 self.name,

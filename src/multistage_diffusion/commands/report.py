@@ -34,6 +34,6 @@ class Report:
         run = Run.open(self.run_folder)
         if not 1 <= self.count <= MOST_IN_GRID:
             raise UserError(f"count={self.count} must be between 1 and {MOST_IN_GRID}")
-        with Bar("reporting", "calls") as bar:
+        with Bar("reporting", "samples") as bar:
             path = report(run, checkpoint=self.checkpoint, count=self.count, device=self.device, progress=bar)
         say(f"written: {path}")

@@ -98,7 +98,7 @@ class Sample(SamplerOptions):
         if folder and is_main_process():
             kind = self.format or "png"
             written = folder_of_images(self.out, labels, names, kind=kind, replace=self.overwrite)
-        with Bar("sampling", "calls") as bar, written as write:
+        with Bar("sampling", "samples") as bar, written as write:
             images = sample(
                 run,
                 self.count,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data.rows import Rows, taken
 from ..errors import UserError
+from ..progress import Progress
 from ..rng import generator
 from .checks import check_sets, image_shape
 from .extraction import dimensions, extract, logits
@@ -83,6 +84,7 @@ def evaluate_samples(
     seed: int = 0,
     reconstructed: Tensor | None = None,
     device: torch.device | str = "cpu",
+    progress: Progress | None = None,
 ) -> EvaluationResult:
     """Compare samples with held-out images, and training images with held-out images in the same way.
 
@@ -102,6 +104,7 @@ def evaluate_samples(
         seed: seed of the draws.
         reconstructed: uint8 (K, C, H, W), the held-out images encoded and decoded by the samples' codec, if any.
         device: where features are computed.
+        progress: called with (images done, total) while the features of a set are computed.
 
     Raises:
         UserError: for unequal shapes, too few images, a metric that cannot be computed, or features that are not finite.
@@ -126,9 +129,10 @@ def evaluate_samples(
     )
     check_counts(chosen, {f"count={count}": count}, _MENDS["samples"])
     named = dict(zip(SETS, labels or (None,) * len(SETS), strict=True))
-    draws = [_Draws(images[name], named[name], name, (count, splits, seed), extractor, device) for name in SETS]
+    how = (extractor, device, progress)
+    draws = [_Draws(images[name], named[name], name, (count, splits, seed), *how) for name in SETS]
     if reconstructed is not None:  # drawn as samples are
-        draws.append(_Draws(reconstructed, named["held-out"], "samples", (count, splits, seed), extractor, device))
+        draws.append(_Draws(reconstructed, named["held-out"], "samples", (count, splits, seed), *how))
     once = measure([m for m in chosen.values() if m.all_images], _sets([d.whole() for d in draws]))
     drawn = [m for m in chosen.values() if not m.all_images]
     values = mean([measure(drawn, _sets([d.drawn(split) for d in draws])) for split in range(splits)])
@@ -173,6 +177,7 @@ class _Draws:
         draw: (count, splits, seed).
         extractor: feature function.
         device: where features are computed.
+        progress: called with (images done, total).
     """
 
     def __init__(
@@ -183,8 +188,10 @@ class _Draws:
         draw: tuple[int, int, int],
         extractor: FeatureExtractor,
         device: torch.device | str,
+        progress: Progress | None = None,
     ) -> None:
         self.images, self.labels, self.extractor, self.device = images, labels, extractor, device
+        self._extract = partial(extract, extractor, device=device, progress=progress)
         count, splits, seed = draw
         orders = [generator((seed, "evaluation", split, name)) for split in range(splits)]
         self.rows = [torch.randperm(len(images), generator=order)[:count] for order in orders]
@@ -193,7 +200,7 @@ class _Draws:
     def features(self) -> list[Tensor]:
         """Features of every draw, on the CPU."""
         used, where = torch.unique(torch.cat(self.rows), return_inverse=True)
-        features = extract(self.extractor, taken(self.images, used), device=self.device).cpu()
+        features = self._extract(taken(self.images, used)).cpu()
         return [features[rows] for rows in where.split([len(rows) for rows in self.rows])]
 
     def drawn(self, split: int) -> ImageSet:
@@ -202,7 +209,7 @@ class _Draws:
 
     def whole(self) -> ImageSet:
         """Return all images."""
-        features = lambda: extract(self.extractor, self.images, device=self.device).cpu()  # noqa: E731
+        features = lambda: self._extract(self.images).cpu()  # noqa: E731
         return self._image_set(None, features)
 
     def _image_set(self, rows: Tensor | None, features: Callable[[], Tensor]) -> ImageSet:

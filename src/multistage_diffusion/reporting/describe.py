@@ -160,19 +160,20 @@ def architecture_rows(described: dict[str, Any]) -> list[ArchitectureRow]:
 def description_table(described: dict[str, Any]) -> str:
     """Return a description as a text table, at most 80 columns wide."""
     stages = described["stages"]
-    rows = [["", "sigma", "t", "width", "params, M", "mult-adds, M", "calls"]]
+    unit, letter = (1e9, "G") if max(stage["multiply_adds"] for stage in stages) >= 1e9 else (1e6, "M")
+    rows = [["", "sigma", "t", "width", "params, M", f"mult-adds, {letter}", "calls"]]
     for stage in stages:
         low, high = stage["sigma"]
         interval = f"[{low:.3g}, {'inf' if high is None else format(high, '.3g')})"
         times = f"[{stage['t'][0]:.3g}, {stage['t'][1]:.3g})"
-        size = [f"{stage['parameters'] / 1e6:.4g}", f"{stage['multiply_adds'] / 1e6:.5g}"]
+        size = [f"{stage['parameters'] / 1e6:.4g}", f"{stage['multiply_adds'] / unit:.5g}"]
         rows.append(
             [f"stage {stage['stage']}", interval, times, str(stage["decoder_width"]), *size, str(stage["calls"])]
         )
     if described["shared_parameters"] and len(stages) > 1:
-        size = [f"{described['shared_parameters'] / 1e6:.4g}", f"{described['shared_multiply_adds'] / 1e6:.5g}"]
+        size = [f"{described['shared_parameters'] / 1e6:.4g}", f"{described['shared_multiply_adds'] / unit:.5g}"]
         rows.append(["encoder", "", "", str(described["encoder_width"]), *size, ""])
-    by_calls, by_length = (described[f"multiply_adds_by_{weights}"] / 1e6 for weights in ("calls", "length"))
+    by_calls, by_length = (described[f"multiply_adds_by_{weights}"] / unit for weights in ("calls", "length"))
     return "\n".join(
         [
             f"{described['name']}: {described['family']}, {described['input']} {' x '.join(map(str, described['shape']))}",
@@ -184,8 +185,8 @@ def description_table(described: dict[str, Any]) -> str:
             *[f"decoder {stage['stage']}: {note}" for stage in stages for note in stage["notes"]],
             *[""] * any(stage["notes"] for stage in stages),
             f"whole network: {described['parameters'] / 1e6:.4g} M parameters; mean multiply-adds of a call:",
-            f"  {by_calls:.5g} M over {sampler_words(described['sampler'])}",
-            f"  {by_length:.5g} M over times uniform in t",
+            f"  {by_calls:.5g} {letter} over {sampler_words(described['sampler'])}",
+            f"  {by_length:.5g} {letter} over times uniform in t",
             "(a stage's figures include its encoder)",
         ]
     )

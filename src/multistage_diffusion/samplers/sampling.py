@@ -51,7 +51,7 @@ def sample_images(
         batch: samples per batch; affects speed and memory, not the noise of any sample.
         labels: int64 (count,) class labels, or None.
         device: of the computation.
-        progress: called with (denoiser calls times images done, total) of this process.
+        progress: called with (samples done, total) of this process after each call; of a batch in part, as its calls are done.
         decode: maps end states to images in [-1, 1] on the device, e.g. a codec's decoder; None: end states are images.
         autocast: autocast dtype of the denoiser; the trajectory's state stays float32. None: no autocast.
         finished: called with (number of the first sample, images) of each batch, in another thread while the next batch
@@ -77,7 +77,7 @@ def sample_images(
 
             def report(calls: int, _: int, done: int = first - share.start, size: int = len(index)) -> None:
                 if progress is not None:
-                    progress(done * len(plan.calls) + calls * size, len(share) * len(plan.calls))
+                    progress(done + calls * size // len(plan.calls), len(share))
 
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 end = sample(

@@ -39,7 +39,9 @@ class NoMiddleStageError(UserError):
     def __init__(self, message: str, settings: StageSettings, curves: dict[str, Any], alpha: float | None) -> None:
         """Take the overlap's message, and the smallest alpha that leaves a middle stage."""
         mend = "no alpha leaves one" if alpha is None else f"the smallest alpha that leaves one is {alpha:g}"
-        super().__init__(f"{message}; {mend}; denoiser gaussian (algorithm 2) always leaves one")
+        super().__init__(
+            f"{message}; {mend}; denoiser gaussian always leaves one (msdiff stages DATA --denoiser gaussian)"
+        )
         self.settings, self.curves = settings, curves
 
 

@@ -42,7 +42,10 @@ class LearnedWeighting(nn.Module):
         optimizer: over `weight`; branching replaces the network's optimiser, but not this one.
     """
 
-    names: ClassVar[tuple[str, ...]] = (_NAME, f"{_NAME}.weight")  # in checkpoints: of what is stored, and of the parameter
+    names: ClassVar[tuple[str, ...]] = (
+        _NAME,
+        f"{_NAME}.weight",
+    )  # in checkpoints: of what is stored, and of the parameter
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ def demo(
         changes: dotted keys of the digits preset to change.
         device: default CUDA when there is one.
         callbacks: callbacks of the training.
-        bar: makes a progress display from a title.
+        bar: makes a progress display from a title and a unit.
 
     Returns:
         The report's path and the evaluation; None if too few images are held out for one.
@@ -49,7 +49,7 @@ def demo(
     else:
         config = override(preset("digits"), changes or {})
         Run.require_room(out, replace=False)
-        with bar("finding stages") as progress:
+        with bar("finding stages", "samples") as progress:
             result = find_stages(config.data, progress=progress, device=device)
         with same_command_continues():
             run = train(config, out, result=result, device=device, callbacks=callbacks)

@@ -130,6 +130,7 @@ def evaluate(
             labels=_labels(config, count, seed, train, held_out) if "labels" in needed(chosen) else None,
             reconstructed=reconstruct(config, held_out, resolved) if config.codec.used else None,
             device=resolved,
+            progress=progress,
         )
         made = _made(step, ema, data or config.data, sampling or config.sampling, seed)
         asked = (data, weights, ema, sampling, *metrics)

@@ -68,7 +68,10 @@ def push(
         require_replaceable(Path(dry_run), run, overwrite=overwrite)  # before samples are drawn
     step = checkpoint_step(run.checkpoint(checkpoint))
     images = sample(run, count, checkpoint=str(step), in_turn=True, device=device, progress=progress)
-    beside = {SAMPLES: as_png(grid(images)), CARD: _card(run, name, step, licence).encode()}
+    beside = {
+        SAMPLES: as_png(grid(images, captions=images.class_names)),
+        CARD: _card(run, name, step, licence).encode(),
+    }
 
     def fill(folder: Path) -> Path:
         return export_diffusers(run, folder, checkpoint=str(step), overwrite=overwrite, beside=beside)

@@ -29,7 +29,7 @@ from .resume import resume
 from .sample import sample
 from .train import TrainingStopped, train
 
-Bars = Callable[[str], AbstractContextManager[Progress]]
+Bars = Callable[[str, str], AbstractContextManager[Progress]]  # from a title and the unit of what is counted
 SAMPLES = 100  # in the grid
 SCORED = 1000  # samples of the evaluation, at most
 DRAWS = 6  # times as many samples as held-out images: what five random draws of these use
@@ -55,7 +55,7 @@ def quickstart(
         changes: dotted keys that are not chosen.
         device: default CUDA when there is one.
         callbacks: callbacks of the training.
-        bar: makes a progress display from a title.
+        bar: makes a progress display from a title and a unit.
         tell: called with the choice before the training.
 
     Returns:
@@ -73,7 +73,7 @@ def quickstart(
         run = continued(run, kept, device=device, callbacks=callbacks)
     else:
         Run.require_room(out, replace=False)
-        with bar("finding stages") as progress:
+        with bar("finding stages", "images") as progress:
             auto = auto_config(data, changes, device=device, progress=progress)
         tell(auto)
         with same_command_continues():
@@ -131,7 +131,7 @@ def _scores(run: Run, *, device: str | None, bar: Bars) -> EvaluationResult | No
     known = evaluated(run, count=count, features=features)
     if known is not None:
         return known
-    with bar("evaluating") as progress:
+    with bar("evaluating", "images") as progress:
         return evaluate(run, count=count, features=features, device=device, progress=progress)
 
 
@@ -142,8 +142,9 @@ def show(run: Run, *, device: str | None, bar: Bars) -> tuple[Path, EvaluationRe
     """
     picture, step = run.path / PICTURE, checkpoint_step(run.checkpoint("best"))
     if step_of_picture(picture) != step:
-        with bar("sampling") as progress:
-            save_png(grid(sample(run, SAMPLES, device=device, progress=progress)), picture, {STEP: str(step)})
+        with bar("sampling", "samples") as progress:
+            images = sample(run, SAMPLES, in_turn=True, device=device, progress=progress)
+            save_png(grid(images, captions=images.class_names), picture, {STEP: str(step)})
     scores = _scores(run, device=device, bar=bar)
-    with bar("reporting") as progress:
+    with bar("reporting", "samples") as progress:
         return report(run, device=device, progress=progress), scores
