@@ -148,12 +148,12 @@ def test_the_table_names_every_stage_with_its_numbers(described: dict[str, dict[
     assert "cifar10-dpm: ncsnpp, images 3 x 32 x 32" in table
     assert lines["stage 1"][-4:] == ["192", "169.5", "29.92", "12"]
     assert lines["stage 3"][2:4] == ["[7.41,", "inf)"]
-    assert lines["encoder"] == ["encoder", "128", "43.48", "5740.3"]
+    assert lines["encoder"] == ["encoder", "128", "43.48", "5.7403"]
     shares = {line[:7]: line.split()[2:] for line in training.splitlines()}
     assert shares["stage 1"] == ["44.1%", "33.3%", "33.3%", "54.6%"]
     assert "237.2 M parameters" in table
-    assert "21605 M over 20 calls of dpm, singlestep, order 3, log-snr spacing" in table
-    assert "18881 M over times uniform in t" in table
+    assert "21.605 G over 20 calls of dpm, singlestep, order 3, log-snr spacing" in table
+    assert "18.881 G over times uniform in t" in table
     assert max(map(len, table.splitlines())) <= 80
 
 

@@ -18,10 +18,11 @@ from ..conventions import Boundary, boundary, boundary_lines
 from ..distributed import is_main_process
 from ..errors import UserError
 from ..escaping import counted
-from ..schedules import SCHEDULES
+from ..schedules import SCHEDULES, LogNormal
 from ..shares import prior_masses
 from ..stage_finding import StageResult, StageSettings
 from ..stage_finding.settings import StageDenoiser
+from ..workflow.checks import LEAST_SHARE
 from ..workflow.clustering import find_stages_by_gradients
 from ..workflow.stages import curves_file, find_stages
 from .boundary import boundary_json
@@ -176,6 +177,18 @@ class FindStages(DataOptions):
         return "samples" if self.trained is None else "gradients"
 
 
+def _shares(result: StageResult) -> str:
+    """Return the share of the training noise in each stage as text: of the density that the stages were found for, or EDM's."""
+    prior = LogNormal() if result.diffusion is None else result.diffusion.prior
+    masses = prior_masses(result.stages(), prior)
+    noise = f"EDM's training noise (ln sigma {LogNormal().p_mean:g} ± {LogNormal().p_std:g})"
+    text = f"share of {noise if result.diffusion is None else 'the training noise'} in each stage: " + ", ".join(
+        f"{share:.1%}" for share in masses
+    )
+    starved = f"; below {LEAST_SHARE:.0%} a stage hardly trains (training.floor_share gives it rows)"
+    return text + (starved if min(masses) < LEAST_SHARE else "")
+
+
 def edges_text(result: StageResult) -> str:
     """Return the edges found as text."""
     lines = []
@@ -187,10 +200,9 @@ def edges_text(result: StageResult) -> str:
         if len(result.edges_t) == 1:
             line += f"; boundary_ratio of diffusers' two-expert pipelines: {result.boundary_ratios[0]:.4f}"
         lines.append(line)
+    lines.append(_shares(result))
     if result.diffusion is not None:
-        shares = ", ".join(f"{share:.1%}" for share in prior_masses(result.stages(), result.diffusion.prior))
         half = ", ".join(f"{sigma:.4f}" for sigma in result.curves["half_edges_sigma"])
-        lines.append(f"share of the training noise in each stage: {shares}")
         if result.curves["proposed_density"]:
             mean, std = result.curves["proposed_density"]
             lines.append(

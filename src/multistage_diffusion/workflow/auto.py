@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..config import DataConfig, RunConfig
+from ..config import DataConfig, RunConfig, TrainingConfig
 from ..config.image_presets import IMAGE_SIZES, preset_name
 from ..config.presets import PRESETS, preset
 from ..config.serialization import changed, override
@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..performance.devices import joined
 from ..performance.offload import SHARE, free_memory, training_memory
 from ..progress import Progress
+from ..schedules import LogNormal
 from ..shares import prior_masses
 from ..stage_finding import StageResult, StageSettings
 from .checks import sample_std
@@ -199,16 +200,24 @@ def _based(base: RunConfig, source: DataConfig, images: ImageData, given: Mappin
             keys |= {"network.channel_mult": multiples, "network.attention_factors": (2 ** (len(multiples) - 1),)}
     own = {key: value for key, value in given.items() if not key.startswith("data.")}
     found = override(base, {**{k: v for k, v in keys.items() if k not in own}, **own})
-    return override(found, {k: v for k, v in _shortened(base, found.training.steps).items() if k not in own})
+    return override(found, {k: v for k, v in _in_proportion(base, found.training).items() if k not in own})
 
 
-def _shortened(base: RunConfig, steps: int) -> dict[str, Any]:
-    """Return warm-up, decay and intervals in proportion, for a training of fewer steps than the preset's."""
-    share = steps / base.training.steps
-    if not 0 < share < 1:
-        return {}
-    there = {key: getattr(getattr(base, section), name) for key in SCALED for section, _, name in [key.partition(".")]}
-    return {key: max(1, round(value * share)) for key, value in there.items() if value}
+def _in_proportion(base: RunConfig, training: TrainingConfig) -> dict[str, Any]:
+    """Return what follows from a training of another length or batch than the preset's.
+
+    The EMA's half-life is a share of the images seen; the learning rate goes with the square root of the batch, as suits
+    Adam. Warm-up, decay and intervals follow fewer steps, but not more.
+    """
+    share, batch = training.steps / base.training.steps, training.batch / base.training.batch
+    found: dict[str, Any] = {
+        "training.ema_halflife": base.training.ema_halflife * share * batch,
+        "optimizer.lr": base.optimizer.lr * batch**0.5,
+    }
+    if share < 1:
+        there = {key: getattr(getattr(base, part), name) for key in SCALED for part, _, name in [key.partition(".")]}
+        found |= {key: max(1, round(value * share)) for key, value in there.items() if value}
+    return found
 
 
 def _with_sigma_data(
@@ -269,6 +278,15 @@ def _halvings(batch: int) -> Iterator[int]:
         parts *= 2
 
 
+def _density(config: RunConfig) -> list[Reason]:
+    """Return the choice of the training density, if it is a normal one of ln sigma."""
+    prior = config.diffusion.prior
+    if not isinstance(prior, LogNormal):
+        return []
+    value = f"ln sigma {prior.p_mean:g} ± {prior.p_std:g}"
+    return [Reason("diffusion.prior", value, "EDM's; msdiff stages DATA --denoiser gaussian proposes one")]
+
+
 def _about(config: RunConfig, images: ImageData, given: Mapping[str, Any]) -> list[Reason]:
     """Return what a user should know of the choices that do not depend on the images."""
     network, training = config.network, config.training
@@ -283,6 +301,29 @@ def _about(config: RunConfig, images: ImageData, given: Mapping[str, Any]) -> li
             "training.steps",
             str(training.steps),
             f"{source('training.steps')}; stop with Ctrl-C and resume at any time",
+        ),
+        Reason(
+            "optimizer.lr",
+            f"{config.optimizer.lr:.3g}",
+            "as given" if "optimizer.lr" in given else "of the preset, by the square root of the batch",
+        ),
+        Reason(
+            "training.ema_halflife",
+            f"{training.ema_halflife:.3g}",
+            "as given" if "training.ema_halflife" in given else "images; 5 % of those seen in training",
+        ),
+        *_density(config),
+        Reason(
+            "sampling",
+            f"{config.sampling.solver}, {config.sampling.calls} calls",
+            source(*(key for key in given if key.startswith("sampling."))),
+        ),
+        Reason(
+            "evaluation",
+            f"every {config.evaluation.every} steps" if config.evaluation.every else "off",
+            f"Fréchet distance of {config.evaluation.count} samples on {config.evaluation.features}"
+            if config.evaluation.every
+            else "as given",
         ),
         Reason("training.flip", str(training.flip).lower(), "true doubles the images, if mirrored ones are right"),
     ]
