@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,38 @@ def test_an_exported_transformer_loads_and_computes_the_same(
     assert (found - our_samples(run, x, labels)).abs().max() < 1e-5
 
 
+def test_pipelines_of_other_code_live_in_one_process_and_are_saved_with_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+    def loaded(folder: Path) -> Any:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    widths = {"encoder_width": 16, "decoder_widths": (16, 16, 8), "head_channels": 8, "size": (4, 4), "patch": 2}
+    network = NetworkConfig.of("uvit", channels=1, encoder_depth=2, decoder_depths=(2, 2, 1), dropout=0.0, **widths)
+    runs = [
+        a_run(tmp_path / "first", **OWN["edm, heun"]),
+        a_run(tmp_path / "second", **OWN["edm, dpm++ of order 3"], network=network),
+    ]
+    made = [exported(run) for run in runs]
+    pipes = [loaded(folder) for folder, _, _ in made]
+    pipes.append(loaded(made[0][0]))  # the first one's code is executed again in the module it is in
+    x = made[0][1]
+    ours = [our_samples(run, x, None) for run in runs]
+    for pipe, right in zip(pipes, [*ours, ours[0]], strict=True):
+        assert (pipe(latents=x, output_type="latent").images - right).abs().max() < 1e-6
+    pipes[0].save_pretrained(tmp_path / "saved")
+    for file in made[0][0].rglob("*.py"):
+        assert (tmp_path / "saved" / file.relative_to(made[0][0])).read_bytes() == file.read_bytes()
+    assert torch.equal(
+        loaded(tmp_path / "saved")(latents=x, output_type="latent").images,
+        pipes[2](latents=x, output_type="latent").images,
+    )
+
+
 @pytest.mark.slow
 def test_every_kind_of_run_samples_the_same_images_without_this_package(tmp_path: Path) -> None:
     cases = {**{name: changes for name, (_, changes) in STOCK.items()}, **OWN}
@@ -300,18 +333,20 @@ def test_files_are_complete_and_not_overwritten(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", **EDM_DDIM)
     out = tmp_path / "out"
     assert cli.main(["export", str(run.path), "--format", "diffusers", "--out", str(out)]) == 0
+    index = json.loads((out / "model_index.json").read_text())
+    modules = {name: index[name][0] for name in ("_class_name", "unet")}
     names = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
     assert names == {
         "model_index.json",
-        "pipeline.py",
+        f"{modules['_class_name']}.py",
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
-        "unet/multistage_unet.py",
+        f"unet/{modules['unet']}.py",
         "scheduler/scheduler_config.json",
     }
-    index = json.loads((out / "model_index.json").read_text())
-    assert index["_class_name"] == ["pipeline", "MultistagePipeline"]
-    assert index["unet"] == ["multistage_unet", "MultistageUNet"]
+    assert [index[name][1] for name in modules] == ["MultistagePipeline", "MultistageUNet"]
+    for name, plain in (("_class_name", "pipeline"), ("unet", "multistage_unet")):
+        assert re.fullmatch(rf"{plain}_[0-9a-f]{{8}}", modules[name])
     with pytest.raises(UserError, match="exists"):
         export_diffusers(run, out)
     assert export_diffusers(run, out, overwrite=True) == out
