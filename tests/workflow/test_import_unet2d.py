@@ -108,8 +108,11 @@ def test_a_run_of_a_trained_model_samples_its_images_in_float32(tmp_path: Path) 
     assert (our_samples(run.config(), run.denoiser(), x, 20) - theirs).abs().max() < 1e-5
 
 
-def test_a_model_comes_back_bit_for_bit_and_so_do_its_samples(tmp_path: Path) -> None:
-    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear")
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_model_comes_back_bit_for_bit_and_so_do_its_samples(offset: int, tmp_path: Path) -> None:
+    scheduler = diffusers.DDIMScheduler(
+        prediction_type="v_prediction", beta_schedule="scaled_linear", steps_offset=offset
+    )
     folder = pipeline(tmp_path / "theirs", unet(num_class_embeds=None), scheduler)
     import_published(folder, tmp_path / "run")
     assert cli.main(["export", str(tmp_path / "run"), "--format", "unet2d", "--out", str(tmp_path / "back")]) == 0
@@ -118,6 +121,7 @@ def test_a_model_comes_back_bit_for_bit_and_so_do_its_samples(tmp_path: Path) ->
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     found = diffusers.DDIMPipeline.from_pretrained(tmp_path / "back")
+    assert found.scheduler.config.steps_offset == offset
     original = diffusers.DDIMPipeline.from_pretrained(folder)
     images = [
         p(2, generator=torch.Generator().manual_seed(3), num_inference_steps=5, output_type="np").images

@@ -140,11 +140,17 @@ def _discrete_dpm(config: RunConfig, plan: Plan, schedule: Discrete) -> Stock | 
     return Stock(kind="DPMSolverMultistepScheduler", settings=settings, calls=calls)
 
 
-def _ddim(config: RunConfig, plan: Plan, schedule: Discrete) -> Stock | None:
+def leading_offset(plan: Plan, schedule: Discrete) -> int | None:
+    """Return the steps_offset of calls at the steps of timestep_spacing "leading"; None for calls at other steps."""
     times = [float(schedule.time(sigma)) for sigma in plan.calls]
     calls, offset = len(times), round(times[-1])
     leading = [offset + schedule.steps // calls * (calls - 1 - i) for i in range(calls)]
-    if not _lands(plan) or any(abs(a - b) > 1e-6 for a, b in zip(times, leading, strict=True)):
+    return None if any(abs(a - b) > 1e-6 for a, b in zip(times, leading, strict=True)) else offset
+
+
+def _ddim(config: RunConfig, plan: Plan, schedule: Discrete) -> Stock | None:
+    calls, offset = len(plan.calls), leading_offset(plan, schedule)
+    if offset is None or not _lands(plan):
         return None
     try:
         noise = noise_settings(config.diffusion, config.sampling.clip)

@@ -14,10 +14,13 @@ from ..errors import UserError
 from ..files import new_folder, write_file
 from ..interop.diffusers_folder import CONFIG, SCHEDULER, WEIGHTS, read_mapping
 from ..interop.noise_config import noise_settings
+from ..interop.stock_schedulers import leading_offset
 from ..interop.unet2d import CLASS, unet2d_settings, unet2d_tensors
 from ..latent.codecs import DiffusersCodec, open_codec
 from ..nets.ldm import LDMConfig
 from ..reading import brief
+from ..samplers import make_plan
+from ..schedules.discrete import Discrete
 from ..training.checkpoint import trained_config
 from ..training.run import Run
 from .latent import recorded_scale
@@ -103,10 +106,17 @@ def _files(config: RunConfig) -> dict[str, dict[str, Any]]:
             "_class_name": "DDIMScheduler",
             **noise_settings(config.diffusion, config.sampling.clip),
             "set_alpha_to_one": True,
-            "steps_offset": 0,
+            "steps_offset": _offset(config),
             "timestep_spacing": "leading",
         },
     }
+
+
+def _offset(config: RunConfig) -> int:
+    """Return the last of the steps at which the network is called; 0 if they are not those of spacing "leading"."""
+    schedule = config.diffusion.schedule
+    assert isinstance(schedule, Discrete)  # noise_settings refuses others
+    return leading_offset(make_plan(config.sampling, schedule), schedule) or 0
 
 
 def codec_folder(config: RunConfig) -> Path | None:
