@@ -21,6 +21,7 @@ from multistage_diffusion.config import NetworkConfig, RunConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.data import to_uint8
 from multistage_diffusion.errors import UserError
+from multistage_diffusion.latent.codecs import codec_fingerprint
 from multistage_diffusion.samplers import make_plan, sample, start_noise
 from multistage_diffusion.samplers.sampling import _steered
 from multistage_diffusion.schedules.discrete import Discrete, UniformSteps
@@ -30,6 +31,7 @@ from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow.export_diffusers import export_diffusers
 from multistage_diffusion.workflow.import_unet2d import leading_ddim
+from multistage_diffusion.workflow.push import push
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -296,6 +298,32 @@ def test_a_run_on_latents_brings_its_autoencoder_scale_and_shift(
     theirs = pipe(latents=x, output_type="pt").images
     assert theirs.shape == (3, 1, 8, 8)
     assert (theirs - (ours / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-6
+
+
+def test_an_autoencoder_of_the_hub_is_copied_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--someone--something"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    vae = repository / "snapshots" / ("0" * 40) / "vae"
+    sizes = {"in_channels": 1, "out_channels": 1, "block_out_channels": (8,), "norm_num_groups": 4}
+    diffusers.AutoencoderKL(**sizes, latent_channels=3).save_pretrained(vae)
+    codec: dict[str, Any] = {"codec__source": "hf:someone/something", "codec__subfolder": "vae", "codec__scale": 0.4}
+    codec |= {"codec__shape": (3, 4, 4), "codec__fingerprint": codec_fingerprint(vae)}
+    run = a_run(tmp_path / "run", **EDM_DDIM, **codec, network__channels=3, data__shape=(1, 4, 4))
+    folder = export_diffusers(run, tmp_path / "out")
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (folder / "vae" / weights).read_bytes() == (vae / weights).read_bytes()
+    assert not (folder / "vae" / weights).is_symlink()
+    assert json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"] == 0.4
+    assert json.loads((folder / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKL"]
+    push(run, "me/x", count=1, dry_run=tmp_path / "pushed")
+    assert (tmp_path / "pushed" / "vae" / weights).read_bytes() == (vae / weights).read_bytes()
+    diffusers.AutoencoderKL(**sizes, latent_channels=3).save_pretrained(vae)  # a later version
+    with pytest.raises(UserError, match=r"codec\.fingerprint=.* is recorded"):
+        export_diffusers(run, tmp_path / "other")
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from multistage_diffusion.interop.diffusers_folder import CONFIG, WEIGHTS
 from multistage_diffusion.samplers import make_plan, sample
 from multistage_diffusion.schedules.discrete import Discrete
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.workflow.export_unet2d import _files, export_unet2d
+from multistage_diffusion.workflow.export_unet2d import _files, codec_folder, export_unet2d
 from multistage_diffusion.workflow.import_run import import_published
 from multistage_diffusion.workflow.import_unet2d import leading_ddim
 from multistage_diffusion.workflow.sample import sample as sample_run
@@ -162,7 +162,7 @@ def test_classes_are_embedded_as_before(tmp_path: Path) -> None:
     assert len(sample_run(run, 2, label=3)) == 2
 
 
-def test_a_pipeline_on_latents_keeps_its_autoencoder_and_scale(tmp_path: Path) -> None:
+def test_a_pipeline_on_latents_keeps_its_autoencoder_and_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -179,6 +179,16 @@ def test_a_pipeline_on_latents_keeps_its_autoencoder_and_scale(tmp_path: Path) -
     assert sample_run(run, 2).shape == (2, 3, 16, 16)
     export_unet2d(run, tmp_path / "back")
     assert (tmp_path / "back" / "vqvae" / "config.json").read_text().count('"scaling_factor": 0.7') == 1
+    hub = tmp_path / "models--me--vae"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("0" * 40)
+    (hub / "snapshots").mkdir()
+    (hub / "snapshots" / ("0" * 40)).symlink_to(folder / "vae")
+    cached = dataclasses.replace(config, codec=dataclasses.replace(config.codec, source="hf:me/vae"))
+    assert _files(cached)["model_index.json"]["vqvae"] == ["diffusers", "AutoencoderKL"]
+    assert codec_folder(cached) == hub / "snapshots" / ("0" * 40)
     with pytest.raises(UserError, match=r"codec.shift=0\.1: diffusers' LDMPipeline has no shift"):
         _files(dataclasses.replace(config, codec=dataclasses.replace(config.codec, shift=0.1)))
     vae.register_to_config(shift_factor=0.1)

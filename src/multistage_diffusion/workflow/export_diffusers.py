@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..preconditioning import make_preconditioning
 from ..samplers import make_plan
 from ..training.checkpoint import trained_config
 from ..training.run import Run
-from .export_unet2d import INDEX, codec_folder, copy_codec, json_text, require_replaceable
+from .export_unet2d import INDEX, codec_class, codec_folder, copy_codec, json_text, require_replaceable
 
 UNET, OWN_SCHEDULER, PIPELINE = "multistage_unet", "multistage_scheduler", "pipeline"  # modules of interop.hub
 UNET_CLASS, SCHEDULER_CLASS, PIPELINE_CLASS = "MultistageUNet", "MultistageScheduler", "MultistagePipeline"
@@ -75,7 +74,7 @@ def export_diffusers(
     index: dict[str, Any] = {
         "_class_name": [module, PIPELINE_CLASS],
         **{name: part.index for name, part in parts.items()},
-        "vae": [None, None] if codec is None else ["diffusers", _class_of(codec)],
+        "vae": [None, None] if codec is None else ["diffusers", codec_class(codec)],
         "calls": config.sampling.calls if stock is None else stock.calls,
         "guidance": config.sampling.guidance,
         "guidance_interval": config.sampling.guidance_interval,
@@ -103,11 +102,6 @@ def _module_name(name: str, source: str) -> str:
     other there, and in pipelines already loaded.
     """
     return f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
-
-
-def _class_of(codec: Path) -> str:
-    kind: str = json.loads((codec / CONFIG).read_text())["_class_name"]
-    return kind
 
 
 def _unet(config: RunConfig, state: dict[str, torch.Tensor], stock: Stock | None) -> _Part:
