@@ -19,12 +19,15 @@ from multistage_diffusion.config.run import RunConfig
 from multistage_diffusion.denoisers import MultiStageDenoiser
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.interop.diffusers_folder import CONFIG, WEIGHTS
+from multistage_diffusion.latent.codecs import open_codec
 from multistage_diffusion.samplers import make_plan, sample
 from multistage_diffusion.schedules.discrete import Discrete
 from multistage_diffusion.training.run import Run
+from multistage_diffusion.workflow.export_diffusers import export_diffusers
 from multistage_diffusion.workflow.export_unet2d import _files, codec_folder, export_unet2d
 from multistage_diffusion.workflow.import_run import import_published
 from multistage_diffusion.workflow.import_unet2d import leading_ddim
+from multistage_diffusion.workflow.latent import decoder
 from multistage_diffusion.workflow.sample import sample as sample_run
 
 diffusers = pytest.importorskip("diffusers")
@@ -193,8 +196,13 @@ def test_a_pipeline_on_latents_keeps_its_autoencoder_and_scale(tmp_path: Path, m
         _files(dataclasses.replace(config, codec=dataclasses.replace(config.codec, shift=0.1)))
     vae.register_to_config(shift_factor=0.1)
     vae.save_pretrained(folder / "vae")
-    with pytest.raises(UserError, match=r"shift_factor=0\.1"):
-        import_published(folder, tmp_path / "shifted")
+    shifted = import_published(folder, tmp_path / "shifted")
+    codec, latents = shifted.config().codec, torch.randn(1, 3, 8, 8)
+    assert (codec.scale, codec.shift) == (0.7, 0.1)
+    ours = decoder(open_codec(codec), 0.7)(latents)
+    assert torch.allclose(ours, vae.decode(latents / 0.7 + 0.1).sample, atol=1e-6)  # as diffusers' pipelines do
+    index = export_diffusers(shifted, tmp_path / "pipeline") / "vae" / CONFIG
+    assert json.loads(index.read_text())["shift_factor"] == 0.1
 
 
 @pytest.mark.parametrize(
@@ -204,6 +212,8 @@ def test_a_pipeline_on_latents_keeps_its_autoencoder_and_scale(tmp_path: Path, m
         ({"in_channels": 0}, "is not that of an autoencoder"),
         ({"in_channels": 10**9}, "more than any autoencoder"),
         ({"block_out_channels": []}, "is not that of an autoencoder"),
+        ({"shift_factor": "a"}, "shift_factor='a' must be a number"),
+        ({"shift_factor": 0.1}, "is read of an AutoencoderKL only"),
         ({"latent_channels": 7}, "its latents have 7 channels, but the network has 3"),
         (None, "truncated or damaged"),
     ],
