@@ -80,6 +80,7 @@ def export_diffusers(
         "guidance_interval": config.sampling.guidance_interval,
         "initial_std": None if stock is None else stock.initial_std,
         "times": None if stock is None else stock.times,
+        "final_scale": 1.0 if stock is None else stock.final_scale,
     }
     with new_folder(folder, replace=overwrite) as place:
         for name, part in parts.items():
