@@ -22,6 +22,7 @@ DISCRETE_DPM = {
     "sigma_min": float(STEPS.sigma(7.0)),
     "sigma_max": float(STEPS.sigma(84.0)),
 }
+LDM_STEPS = {**EDM, "spacing": "ldm", "calls": 10, "denoise_last": "never", "sigma_min": None, "sigma_max": None}
 FLOW = {"precondition": "velocity", "schedule": RectifiedFlow()}
 FLOW_STEPS = {**EDM, "spacing": "time", "sigma_min": None, "sigma_max": None}
 
@@ -41,6 +42,7 @@ def test_the_scheduler_that_makes_the_same_steps() -> None:
     assert kind({**EDM, "spacing": "log-snr"}) == "EDMEulerScheduler"
     assert kind(DPM) == "EDMDPMSolverMultistepScheduler"
     assert kind(leading_ddim(STEPS, 10), DISCRETE) == "DDIMScheduler"
+    assert kind(LDM_STEPS, DISCRETE) == "DDIMScheduler"
     assert kind(DISCRETE_DPM, DISCRETE) == "DPMSolverMultistepScheduler"
     assert kind(FLOW_STEPS, FLOW) == "FlowMatchEulerDiscreteScheduler"
 
@@ -68,6 +70,21 @@ def test_the_scheduler_that_makes_the_same_steps() -> None:
 )
 def test_without_such_a_scheduler_there_is_none(sampling: dict[str, Any], diffusion: dict[str, Any]) -> None:
     assert kind(sampling, diffusion) == ""
+
+
+def test_where_ddims_last_step_ends() -> None:
+    to_step_0 = tiny_config(
+        **{f"diffusion__{k}": v for k, v in DISCRETE.items()}, **{f"sampling__{k}": v for k, v in LDM_STEPS.items()}
+    )
+    found = stock_scheduler(to_step_0)
+    assert found is not None
+    assert (found.settings["set_alpha_to_one"], found.settings["steps_offset"], found.calls) == (False, 1, 10)
+    beyond = leading_ddim(
+        STEPS, 9, offset=11
+    )  # 9 steps of 11: diffusers' last one would end at step 0, not at the image
+    assert (kind(leading_ddim(STEPS, 9, offset=10), DISCRETE), kind(beyond, DISCRETE)) == ("DDIMScheduler", "")
+    ends = {"sigma_min": float(STEPS.sigma(0.5)), "sigma_max": float(STEPS.sigma(95.0)), "spacing": "time"}
+    assert kind({**LDM_STEPS, **ends}, DISCRETE) == ""
 
 
 def test_the_last_output_decides_where_edms_sigmas_end() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from multistage_diffusion.config import NetworkConfig, RunConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.data import to_uint8
 from multistage_diffusion.errors import UserError
+from multistage_diffusion.latent.codecs import codec_fingerprint
 from multistage_diffusion.samplers import make_plan, sample, start_noise
 from multistage_diffusion.samplers.sampling import _steered
 from multistage_diffusion.schedules.discrete import Discrete, UniformSteps
@@ -29,6 +31,7 @@ from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow.export_diffusers import export_diffusers
 from multistage_diffusion.workflow.import_unet2d import leading_ddim
+from multistage_diffusion.workflow.push import push
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -92,6 +95,17 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
     "discrete, v": (
         "DDIMScheduler",
         {**DISCRETE, "diffusion__precondition": "vp-v", "sampling": leading_ddim(STEPS, 10, offset=1)},
+    ),
+    "discrete, ldm": (
+        "DDIMScheduler",
+        {
+            **DISCRETE,
+            **OPEN,
+            "sampling__solver": "ddim",
+            "sampling__spacing": "ldm",
+            "sampling__calls": 10,
+            "sampling__denoise_last": "never",
+        },
     ),
     "discrete, dpm++": (
         "DPMSolverMultistepScheduler",
@@ -196,15 +210,17 @@ def in_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("name", ["edm", "vp"])
+@pytest.mark.parametrize("name", ["edm", "discrete, ldm", "vp"])
 def test_an_exported_run_samples_the_same_images(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = a_run(tmp_path / "run", **(STOCK[name][1] if name in STOCK else OWN[name]))
     folder, x, _ = exported(run)
     pipe = in_process(folder, monkeypatch)
     assert type(pipe.scheduler).__name__ == (STOCK[name][0] if name in STOCK else "MultistageScheduler")
     assert type(pipe.unet).__module__.startswith("diffusers_modules.")
-    tolerance = 1e-5 if name in STOCK else 1e-6
-    assert (pipe(latents=x, output_type="latent").images - our_samples(run, x, None)).abs().max() < tolerance
+    tolerance = 1e-5 if name == "edm" else 1e-6
+    ours = our_samples(run, x, None)
+    theirs = pipe(latents=x, output_type="latent").images
+    assert (theirs - ours).abs().max() < tolerance * max(1.0, float(ours.abs().max()))
 
 
 @pytest.mark.parametrize("family", ["uvit", "dit"])
@@ -219,6 +235,38 @@ def test_an_exported_transformer_loads_and_computes_the_same(
     folder, x, labels = exported(run)
     found = in_process(folder, monkeypatch)(latents=x, class_labels=labels, output_type="latent").images
     assert (found - our_samples(run, x, labels)).abs().max() < 1e-5
+
+
+def test_pipelines_of_other_code_live_in_one_process_and_are_saved_with_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+    def loaded(folder: Path) -> Any:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    widths = {"encoder_width": 16, "decoder_widths": (16, 16, 8), "head_channels": 8, "size": (4, 4), "patch": 2}
+    network = NetworkConfig.of("uvit", channels=1, encoder_depth=2, decoder_depths=(2, 2, 1), dropout=0.0, **widths)
+    runs = [
+        a_run(tmp_path / "first", **OWN["edm, heun"]),
+        a_run(tmp_path / "second", **OWN["edm, dpm++ of order 3"], network=network),
+    ]
+    made = [exported(run) for run in runs]
+    pipes = [loaded(folder) for folder, _, _ in made]
+    pipes.append(loaded(made[0][0]))  # the first one's code is executed again in the module it is in
+    x = made[0][1]
+    ours = [our_samples(run, x, None) for run in runs]
+    for pipe, right in zip(pipes, [*ours, ours[0]], strict=True):
+        assert (pipe(latents=x, output_type="latent").images - right).abs().max() < 1e-6
+    pipes[0].save_pretrained(tmp_path / "saved")
+    for file in made[0][0].rglob("*.py"):
+        assert (tmp_path / "saved" / file.relative_to(made[0][0])).read_bytes() == file.read_bytes()
+    assert torch.equal(
+        loaded(tmp_path / "saved")(latents=x, output_type="latent").images,
+        pipes[2](latents=x, output_type="latent").images,
+    )
 
 
 @pytest.mark.slow
@@ -265,6 +313,32 @@ def test_a_run_on_latents_brings_its_autoencoder_scale_and_shift(
     assert (theirs - (ours / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-6
 
 
+def test_an_autoencoder_of_the_hub_is_copied_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--someone--something"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    vae = repository / "snapshots" / ("0" * 40) / "vae"
+    sizes = {"in_channels": 1, "out_channels": 1, "block_out_channels": (8,), "norm_num_groups": 4}
+    diffusers.AutoencoderKL(**sizes, latent_channels=3).save_pretrained(vae)
+    codec: dict[str, Any] = {"codec__source": "hf:someone/something", "codec__subfolder": "vae", "codec__scale": 0.4}
+    codec |= {"codec__shape": (3, 4, 4), "codec__fingerprint": codec_fingerprint(vae)}
+    run = a_run(tmp_path / "run", **EDM_DDIM, **codec, network__channels=3, data__shape=(1, 4, 4))
+    folder = export_diffusers(run, tmp_path / "out")
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (folder / "vae" / weights).read_bytes() == (vae / weights).read_bytes()
+    assert not (folder / "vae" / weights).is_symlink()
+    assert json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"] == 0.4
+    assert json.loads((folder / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKL"]
+    push(run, "me/x", count=1, dry_run=tmp_path / "pushed")
+    assert (tmp_path / "pushed" / "vae" / weights).read_bytes() == (vae / weights).read_bytes()
+    diffusers.AutoencoderKL(**sizes, latent_channels=3).save_pretrained(vae)  # a later version
+    with pytest.raises(UserError, match=r"codec\.fingerprint=.* is recorded"):
+        export_diffusers(run, tmp_path / "other")
+
+
 @pytest.mark.slow
 def test_stochastic_solvers_callbacks_compiling_offloading_and_half_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -300,18 +374,20 @@ def test_files_are_complete_and_not_overwritten(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", **EDM_DDIM)
     out = tmp_path / "out"
     assert cli.main(["export", str(run.path), "--format", "diffusers", "--out", str(out)]) == 0
+    index = json.loads((out / "model_index.json").read_text())
+    modules = {name: index[name][0] for name in ("_class_name", "unet")}
     names = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
     assert names == {
         "model_index.json",
-        "pipeline.py",
+        f"{modules['_class_name']}.py",
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
-        "unet/multistage_unet.py",
+        f"unet/{modules['unet']}.py",
         "scheduler/scheduler_config.json",
     }
-    index = json.loads((out / "model_index.json").read_text())
-    assert index["_class_name"] == ["pipeline", "MultistagePipeline"]
-    assert index["unet"] == ["multistage_unet", "MultistageUNet"]
+    assert [index[name][1] for name in modules] == ["MultistagePipeline", "MultistageUNet"]
+    for name, plain in (("_class_name", "pipeline"), ("unet", "multistage_unet")):
+        assert re.fullmatch(rf"{plain}_[0-9a-f]{{8}}", modules[name])
     with pytest.raises(UserError, match="exists"):
         export_diffusers(run, out)
     assert export_diffusers(run, out, overwrite=True) == out

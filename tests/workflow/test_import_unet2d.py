@@ -19,12 +19,15 @@ from multistage_diffusion.config.run import RunConfig
 from multistage_diffusion.denoisers import MultiStageDenoiser
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.interop.diffusers_folder import CONFIG, WEIGHTS
+from multistage_diffusion.latent.codecs import open_codec
 from multistage_diffusion.samplers import make_plan, sample
 from multistage_diffusion.schedules.discrete import Discrete
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.workflow.export_unet2d import _files, export_unet2d
+from multistage_diffusion.workflow.export_diffusers import export_diffusers
+from multistage_diffusion.workflow.export_unet2d import _files, codec_folder, export_unet2d
 from multistage_diffusion.workflow.import_run import import_published
 from multistage_diffusion.workflow.import_unet2d import leading_ddim
+from multistage_diffusion.workflow.latent import decoder
 from multistage_diffusion.workflow.sample import sample as sample_run
 
 diffusers = pytest.importorskip("diffusers")
@@ -108,8 +111,11 @@ def test_a_run_of_a_trained_model_samples_its_images_in_float32(tmp_path: Path) 
     assert (our_samples(run.config(), run.denoiser(), x, 20) - theirs).abs().max() < 1e-5
 
 
-def test_a_model_comes_back_bit_for_bit_and_so_do_its_samples(tmp_path: Path) -> None:
-    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear")
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_model_comes_back_bit_for_bit_and_so_do_its_samples(offset: int, tmp_path: Path) -> None:
+    scheduler = diffusers.DDIMScheduler(
+        prediction_type="v_prediction", beta_schedule="scaled_linear", steps_offset=offset
+    )
     folder = pipeline(tmp_path / "theirs", unet(num_class_embeds=None), scheduler)
     import_published(folder, tmp_path / "run")
     assert cli.main(["export", str(tmp_path / "run"), "--format", "unet2d", "--out", str(tmp_path / "back")]) == 0
@@ -118,6 +124,7 @@ def test_a_model_comes_back_bit_for_bit_and_so_do_its_samples(tmp_path: Path) ->
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     found = diffusers.DDIMPipeline.from_pretrained(tmp_path / "back")
+    assert found.scheduler.config.steps_offset == offset
     original = diffusers.DDIMPipeline.from_pretrained(folder)
     images = [
         p(2, generator=torch.Generator().manual_seed(3), num_inference_steps=5, output_type="np").images
@@ -158,7 +165,7 @@ def test_classes_are_embedded_as_before(tmp_path: Path) -> None:
     assert len(sample_run(run, 2, label=3)) == 2
 
 
-def test_a_pipeline_on_latents_keeps_its_autoencoder_and_scale(tmp_path: Path) -> None:
+def test_a_pipeline_on_latents_keeps_its_autoencoder_and_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -175,12 +182,27 @@ def test_a_pipeline_on_latents_keeps_its_autoencoder_and_scale(tmp_path: Path) -
     assert sample_run(run, 2).shape == (2, 3, 16, 16)
     export_unet2d(run, tmp_path / "back")
     assert (tmp_path / "back" / "vqvae" / "config.json").read_text().count('"scaling_factor": 0.7') == 1
+    hub = tmp_path / "models--me--vae"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("0" * 40)
+    (hub / "snapshots").mkdir()
+    (hub / "snapshots" / ("0" * 40)).symlink_to(folder / "vae")
+    cached = dataclasses.replace(config, codec=dataclasses.replace(config.codec, source="hf:me/vae"))
+    assert _files(cached)["model_index.json"]["vqvae"] == ["diffusers", "AutoencoderKL"]
+    assert codec_folder(cached) == hub / "snapshots" / ("0" * 40)
     with pytest.raises(UserError, match=r"codec.shift=0\.1: diffusers' LDMPipeline has no shift"):
         _files(dataclasses.replace(config, codec=dataclasses.replace(config.codec, shift=0.1)))
     vae.register_to_config(shift_factor=0.1)
     vae.save_pretrained(folder / "vae")
-    with pytest.raises(UserError, match=r"shift_factor=0\.1"):
-        import_published(folder, tmp_path / "shifted")
+    shifted = import_published(folder, tmp_path / "shifted")
+    codec, latents = shifted.config().codec, torch.randn(1, 3, 8, 8)
+    assert (codec.scale, codec.shift) == (0.7, 0.1)
+    ours = decoder(open_codec(codec), 0.7)(latents)
+    assert torch.allclose(ours, vae.decode(latents / 0.7 + 0.1).sample, atol=1e-6)  # as diffusers' pipelines do
+    index = export_diffusers(shifted, tmp_path / "pipeline") / "vae" / CONFIG
+    assert json.loads(index.read_text())["shift_factor"] == 0.1
 
 
 @pytest.mark.parametrize(
@@ -190,6 +212,8 @@ def test_a_pipeline_on_latents_keeps_its_autoencoder_and_scale(tmp_path: Path) -
         ({"in_channels": 0}, "is not that of an autoencoder"),
         ({"in_channels": 10**9}, "more than any autoencoder"),
         ({"block_out_channels": []}, "is not that of an autoencoder"),
+        ({"shift_factor": "a"}, "shift_factor='a' must be a number"),
+        ({"shift_factor": 0.1}, "is read of an AutoencoderKL only"),
         ({"latent_channels": 7}, "its latents have 7 channels, but the network has 3"),
         (None, "truncated or damaged"),
     ],

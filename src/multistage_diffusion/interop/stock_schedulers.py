@@ -2,7 +2,7 @@
 
 EDMEulerScheduler                EDM's preconditioning, DDIM without noise (Euler's method in sigma)
 EDMDPMSolverMultistepScheduler   EDM's preconditioning, DPM-Solver++, multistep, of orders 1, 2, 2, ...
-DDIMScheduler                    discrete steps, DDIM at the steps of timestep_spacing "leading"
+DDIMScheduler                    discrete steps, DDIM at the steps of timestep_spacing "leading", to the image or to step 0
 DPMSolverMultistepScheduler      discrete steps, DPM-Solver++ as above, at its own steps of spacing "leading"
 FlowMatchEulerDiscreteScheduler  velocity, DDIM without noise (Euler's method in rectified flow's time)
 """
@@ -39,6 +39,7 @@ class Stock:
         calls: network calls that make the run's steps.
         initial_std: standard deviation of the starting noise; None: the scheduler's own.
         times: first and last time, if its timesteps are those of rectified flow.
+        final_scale: factor from its last state, which is divided by sqrt(1 + sigma²), to the run's sample.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Stock:
     calls: int
     initial_std: float | None = None
     times: tuple[float, float] | None = None
+    final_scale: float = 1.0
 
 
 def stock_scheduler(config: RunConfig) -> Stock | None:
@@ -140,16 +142,26 @@ def _discrete_dpm(config: RunConfig, plan: Plan, schedule: Discrete) -> Stock | 
     return Stock(kind="DPMSolverMultistepScheduler", settings=settings, calls=calls)
 
 
-def _ddim(config: RunConfig, plan: Plan, schedule: Discrete) -> Stock | None:
+def leading_offset(plan: Plan, schedule: Discrete) -> int | None:
+    """Return the steps_offset of calls at the steps of timestep_spacing "leading"; None for calls at other steps."""
     times = [float(schedule.time(sigma)) for sigma in plan.calls]
     calls, offset = len(times), round(times[-1])
     leading = [offset + schedule.steps // calls * (calls - 1 - i) for i in range(calls)]
-    if not _lands(plan) or any(abs(a - b) > 1e-6 for a, b in zip(times, leading, strict=True)):
+    return None if any(abs(a - b) > 1e-6 for a, b in zip(times, leading, strict=True)) else offset
+
+
+def _ddim(config: RunConfig, plan: Plan, schedule: Discrete) -> Stock | None:
+    calls, offset = len(plan.calls), leading_offset(plan, schedule)
+    if offset is None:
+        return None
+    end, first, ratio = plan.steps[-1].end, float(schedule.sigma(0.0)), schedule.steps // calls
+    # its last step ends `ratio` below the last call: before step 0 at the image, or at step 0 without set_alpha_to_one
+    if not (offset < ratio if _lands(plan) else offset <= ratio and math.isclose(end, first, rel_tol=1e-9)):
         return None
     try:
         noise = noise_settings(config.diffusion, config.sampling.clip)
     except UserError:
         return None
     assert math.isclose(plan.initial_noise_std, math.hypot(1.0, plan.calls[0]))  # the scaled state is unit noise
-    settings = {**noise, "set_alpha_to_one": True, "steps_offset": offset, "timestep_spacing": "leading"}
-    return Stock(kind="DDIMScheduler", settings=settings, calls=calls)
+    settings = {**noise, "set_alpha_to_one": _lands(plan), "steps_offset": offset, "timestep_spacing": "leading"}
+    return Stock(kind="DDIMScheduler", settings=settings, calls=calls, final_scale=math.hypot(1.0, end))

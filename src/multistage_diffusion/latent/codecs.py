@@ -57,7 +57,7 @@ class DiffusersCodec:
     def __init__(self, module: Any, fingerprint: str = "", name: str = "codec", shift: float = 0.0) -> None:
         self.module = module.eval().requires_grad_(False)
         self.name, self.shift = name, shift
-        self.fingerprint = hashlib.sha256(f"{fingerprint} {shift!r}".encode()).hexdigest() if shift else fingerprint
+        self.fingerprint = _shifted(fingerprint, shift)
         self._quantised = hasattr(module, "quantize")
 
     @torch.no_grad()
@@ -122,12 +122,30 @@ def open_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec
             "codec.source is empty: name an autoencoder (--codec FOLDER or hf:NAME); msdiff train-codec makes one"
         )
     codec: Codec = IdentityCodec() if config.source == "identity" else _open_diffusers(config, device)
-    if config.fingerprint and config.fingerprint != codec.fingerprint:
+    _require_recorded(config, codec.fingerprint)
+    return codec
+
+
+def _require_recorded(config: CodecConfig, fingerprint: str) -> None:
+    if config.fingerprint and config.fingerprint != fingerprint:
         raise UserError(
-            f"codec.fingerprint={config.fingerprint} is recorded, but {config.source} now has {codec.fingerprint}; "
+            f"codec.fingerprint={config.fingerprint} is recorded, but {config.source} now has {fingerprint}; "
             "restore that codec or start a new run"
         )
-    return codec
+
+
+def located_folder(config: CodecConfig) -> Path:
+    """Return the local folder of an autoencoder, for hf:OWNER/NAME in the hub's cache, to which it may be downloaded.
+
+    Raises:
+        UserError: if it is missing, damaged, of another class, none, or a recorded fingerprint differs.
+    """
+    if config.source == "identity":
+        raise UserError("codec.source='identity': is no autoencoder; name one, or train on pixels")
+    folder = _folder(config)
+    autoencoder_settings(folder, config.source)
+    _require_recorded(config, _shifted(codec_fingerprint(folder), config.shift))
+    return folder
 
 
 def declared_scale(config: CodecConfig) -> tuple[float, float]:
@@ -168,6 +186,11 @@ def codec_fingerprint(folder: Path) -> str:
     with (folder / WEIGHTS).open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     return hashlib.sha256(f"{json.dumps(told, sort_keys=True)} {weights}".encode()).hexdigest()
+
+
+def _shifted(fingerprint: str, shift: float) -> str:
+    """Return the fingerprint of a codec with a shift of its latents."""
+    return hashlib.sha256(f"{fingerprint} {shift!r}".encode()).hexdigest() if shift else fingerprint
 
 
 def _open_diffusers(config: CodecConfig, device: torch.device | str) -> DiffusersCodec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,9 @@ from ..preconditioning import make_preconditioning
 from ..samplers import make_plan
 from ..training.checkpoint import trained_config
 from ..training.run import Run
-from .export_unet2d import INDEX, codec_folder, copy_codec, json_text, require_replaceable
+from .export_unet2d import INDEX, codec_class, codec_folder, copy_codec, json_text, require_replaceable
 
-UNET, OWN_SCHEDULER, PIPELINE = "multistage_unet", "multistage_scheduler", "pipeline"
+UNET, OWN_SCHEDULER, PIPELINE = "multistage_unet", "multistage_scheduler", "pipeline"  # modules of interop.hub
 UNET_CLASS, SCHEDULER_CLASS, PIPELINE_CLASS = "MultistageUNet", "MultistageScheduler", "MultistagePipeline"
 _HUB = hub.__name__
 
@@ -69,15 +69,18 @@ def export_diffusers(
     codec, stock = codec_folder(config), stock_scheduler(config)
     state = run.denoiser(checkpoint).state_dict()
     parts = {"unet": _unet(config, state, stock), "scheduler": _scheduler(config, stock)}
+    source = _pipeline_source()
+    module = _module_name(PIPELINE, source)
     index: dict[str, Any] = {
-        "_class_name": [PIPELINE, PIPELINE_CLASS],
+        "_class_name": [module, PIPELINE_CLASS],
         **{name: part.index for name, part in parts.items()},
-        "vae": [None, None] if codec is None else ["diffusers", _class_of(codec)],
+        "vae": [None, None] if codec is None else ["diffusers", codec_class(codec)],
         "calls": config.sampling.calls if stock is None else stock.calls,
         "guidance": config.sampling.guidance,
         "guidance_interval": config.sampling.guidance_interval,
         "initial_std": None if stock is None else stock.initial_std,
         "times": None if stock is None else stock.times,
+        "final_scale": 1.0 if stock is None else stock.final_scale,
     }
     with new_folder(folder, replace=overwrite) as place:
         for name, part in parts.items():
@@ -86,16 +89,20 @@ def export_diffusers(
                 write_file(place / name / file, content)
         if codec is not None:
             copy_codec(codec, place / "vae", config)
-        write_file(place / f"{PIPELINE}.py", _pipeline_source().encode())
+        write_file(place / f"{module}.py", source.encode())
         for name, content in (beside or {}).items():
             write_file(place / name, content)
         write_file(place / INDEX, json_text(index))
     return folder
 
 
-def _class_of(codec: Path) -> str:
-    kind: str = json.loads((codec / CONFIG).read_text())["_class_name"]
-    return kind
+def _module_name(name: str, source: str) -> str:
+    """Return the name of a file of code, with a digest of its source.
+
+    diffusers copies the code of every local folder into one folder of modules, so that files of one name replace each
+    other there, and in pipelines already loaded.
+    """
+    return f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
 
 
 def _unet(config: RunConfig, state: dict[str, torch.Tensor], stock: Stock | None) -> _Part:
@@ -120,9 +127,10 @@ def _unet(config: RunConfig, state: dict[str, torch.Tensor], stock: Stock | None
         "in_channels": channels,
     }
     weights = {name: value.contiguous() for name, value in state.items()}
+    module = _module_name(UNET, source)
     return _Part(
-        [UNET, UNET_CLASS],
-        {f"{UNET}.py": source.encode(), CONFIG: json_text(content), WEIGHTS: save(weights, {"format": "pt"})},
+        [module, UNET_CLASS],
+        {f"{module}.py": source.encode(), CONFIG: json_text(content), WEIGHTS: save(weights, {"format": "pt"})},
     )
 
 
@@ -148,9 +156,8 @@ def _scheduler(config: RunConfig, stock: Stock | None) -> _Part:
         "schedule": {name: value for name, value in to_dict(config.diffusion.schedule).items() if name != "kind"},
         "sigma_data": config.diffusion.sigma_data if edm else None,
     }
-    return _Part(
-        [OWN_SCHEDULER, SCHEDULER_CLASS], {f"{OWN_SCHEDULER}.py": source.encode(), SCHEDULER: json_text(settings)}
-    )
+    module = _module_name(OWN_SCHEDULER, source)
+    return _Part([module, SCHEDULER_CLASS], {f"{module}.py": source.encode(), SCHEDULER: json_text(settings)})
 
 
 def _pipeline_source() -> str:

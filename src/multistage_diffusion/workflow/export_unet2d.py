@@ -14,10 +14,13 @@ from ..errors import UserError
 from ..files import new_folder, write_file
 from ..interop.diffusers_folder import CONFIG, SCHEDULER, WEIGHTS, read_mapping
 from ..interop.noise_config import noise_settings
+from ..interop.stock_schedulers import leading_offset
 from ..interop.unet2d import CLASS, unet2d_settings, unet2d_tensors
-from ..latent.codecs import DiffusersCodec, open_codec
+from ..latent.codecs import located_folder
 from ..nets.ldm import LDMConfig
 from ..reading import brief
+from ..samplers import make_plan
+from ..schedules.discrete import Discrete
 from ..training.checkpoint import trained_config
 from ..training.run import Run
 from .latent import recorded_scale
@@ -93,7 +96,11 @@ def _files(config: RunConfig) -> dict[str, dict[str, Any]]:
             f"codec.shift={config.codec.shift:g}: diffusers' LDMPipeline has no shift; use --format diffusers"
         )
     if config.codec.used:
-        parts = {"_class_name": "LDMPipeline", "vqvae": ["diffusers", _codec_class(config)], **parts}
+        parts = {
+            "_class_name": "LDMPipeline",
+            "vqvae": ["diffusers", codec_class(located_folder(config.codec))],
+            **parts,
+        }
     else:
         parts = {"_class_name": "DDIMPipeline", **parts}
     return {
@@ -103,33 +110,38 @@ def _files(config: RunConfig) -> dict[str, dict[str, Any]]:
             "_class_name": "DDIMScheduler",
             **noise_settings(config.diffusion, config.sampling.clip),
             "set_alpha_to_one": True,
-            "steps_offset": 0,
+            "steps_offset": _offset(config),
             "timestep_spacing": "leading",
         },
     }
 
 
+def _offset(config: RunConfig) -> int:
+    """Return the last of the steps at which the network is called; 0 if they are not those of spacing "leading"."""
+    schedule = config.diffusion.schedule
+    assert isinstance(schedule, Discrete)  # noise_settings refuses others
+    return leading_offset(make_plan(config.sampling, schedule), schedule) or 0
+
+
 def codec_folder(config: RunConfig) -> Path | None:
-    """Return the folder of a run's autoencoder; None for a run on pixels.
+    """Return the folder of a run's autoencoder, for one of the hub in the hub's cache; None for a run on pixels.
 
     Raises:
-        UserError: if it is of the hub, or missing, or diffusers has no place for the run's shift.
+        UserError: if it is missing, damaged or another than the run's, or diffusers has no place for the run's shift.
     """
     if not config.codec.used:
         return None
-    folder = Path(config.codec.source).expanduser() / config.codec.subfolder
-    if config.codec.source.startswith("hf:") or not (folder / WEIGHTS).is_file():
-        raise UserError(f"codec.source='{config.codec.source}': only a folder's autoencoder is copied into an export")
-    kind = read_mapping(folder / CONFIG).get("_class_name")
+    folder = located_folder(config.codec)
+    kind = codec_class(folder)
     if config.codec.shift and kind != "AutoencoderKL":
         raise UserError(f"codec.shift={config.codec.shift:g}: diffusers has no shift of latents of {brief(kind)}")
     return folder
 
 
-def _codec_class(config: RunConfig) -> str:
-    codec = open_codec(config.codec)
-    assert isinstance(codec, DiffusersCodec)
-    return type(codec.module).__name__
+def codec_class(folder: Path) -> str:
+    """Return the name of the class of diffusers of the autoencoder in a folder."""
+    kind: str = read_mapping(folder / CONFIG)["_class_name"]
+    return kind
 
 
 def copy_codec(source: Path, target: Path, config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
@@ -153,12 +154,14 @@ def _codec(folder: Path, shape: tuple[int, int, int], out: Path) -> tuple[CodecC
     """Return the configuration of an autoencoder, and the shape of its images.
 
     Raises:
-        UserError: if its configuration is damaged, or shifts latents.
+        UserError: if its configuration is damaged, or does not fit the network.
     """
     settings = autoencoder_settings(folder, folder.name)
     scale, shift = settings.get("scaling_factor", _SCALE), settings.get("shift_factor") or 0.0
-    if shift != 0:
-        raise UserError(f"{folder.name}: shift_factor={brief(shift)}: only latents without a shift are read")
+    if type(shift) not in (int, float) or not math.isfinite(shift):
+        raise UserError(f"{folder.name}: shift_factor={brief(shift)} must be a number")
+    if shift and settings["_class_name"] != "AutoencoderKL":
+        raise UserError(f"{folder.name}: shift_factor={brief(shift)}: is read of an AutoencoderKL only")
     if type(scale) not in (int, float) or not scale > 0:
         raise UserError(f"{folder.name}: scaling_factor={brief(scale)} must be a positive number")
     levels, colours = settings.get("block_out_channels", [64]), settings.get("in_channels", 3)
@@ -169,7 +172,8 @@ def _codec(folder: Path, shape: tuple[int, int, int], out: Path) -> tuple[CodecC
         raise UserError(f"{folder.name}: its latents have {brief(channels)} channels, but the network has {shape[0]}")
     read_weights(folder)  # refuses what is damaged, before anything is written
     factor = 2 ** (len(levels) - 1)
-    config = CodecConfig(source=str((out / "codec").resolve()), scale=float(scale), shape=shape)
+    source = str((out / "codec").resolve())
+    config = CodecConfig(source=source, scale=float(scale), shift=float(shift), shape=shape)
     return config, (colours, shape[1] * factor, shape[2] * factor)
 
 

@@ -28,6 +28,7 @@ class MultistagePipeline(DiffusionPipeline):  # type: ignore[misc]
         guidance_interval: (low, high); guidance acts only for low < sigma <= high. None: everywhere.
         initial_std: standard deviation of the starting noise; None: the scheduler's.
         times: first and last time of rectified flow; None for other schedulers.
+        final_scale: factor from the scheduler's last state to the sample.
     """
 
     model_cpu_offload_seq = "unet->vae"
@@ -44,6 +45,7 @@ class MultistagePipeline(DiffusionPipeline):  # type: ignore[misc]
         guidance_interval: tuple[float, float] | None = None,
         initial_std: float | None = None,
         times: tuple[float, float] | None = None,
+        final_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
@@ -53,6 +55,7 @@ class MultistagePipeline(DiffusionPipeline):  # type: ignore[misc]
             guidance_interval=guidance_interval,
             initial_std=initial_std,
             times=times,
+            final_scale=final_scale,
         )
 
     @torch.no_grad()
@@ -108,7 +111,7 @@ class MultistagePipeline(DiffusionPipeline):  # type: ignore[misc]
             if callback_on_step_end is not None:
                 given = {"latents": x} if "latents" in callback_on_step_end_tensor_inputs else {}
                 x = (callback_on_step_end(self, number, t, given) or {}).get("latents", x)
-        images = self._images(x, output_type)
+        images = self._images(x * self.config.final_scale, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
