@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multistage_diffusion import cli
@@ -181,6 +181,45 @@ def test_a_folder_of_diffusers_is_a_run_that_computes_the_same(tmp_path: Path) -
         export_published(run, tmp_path / "x.pt")
 
 
+def as_published(folder: Path, **changes: Any) -> None:
+    """Rewrite a folder's transformer as facebook/DiT-XL-2-256 has it: the class's former name, an archive of torch."""
+    config, weights = (folder / "transformer" / f for f in ("config.json", "diffusion_pytorch_model.safetensors"))
+    told = json.loads(config.read_text()) | {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero"}
+    config.write_text(json.dumps(told | changes))
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+
+
+@pytest.mark.parametrize("part", ["", "transformer"])
+def test_a_folder_as_it_was_published_is_read_like_todays(part: str, tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path / "published")
+    today = import_published(folder / part, tmp_path / "today")
+    as_published(folder)
+    run = import_published(folder / part, tmp_path / "run")
+    assert run.config().network == today.config().network
+    ours, theirs = (r.denoiser().state_dict() for r in (run, today))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_other_transformers_and_missing_weights_are_named(tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path / "published")
+    as_published(folder, norm_type="ada_norm_single")
+    with pytest.raises(UserError, match=r"_class_name='Transformer2DModel' with norm_type='ada_norm_single': of trans"):
+        import_published(folder, tmp_path / "run")
+    config = folder / "transformer" / "config.json"
+    config.write_text('{"_class_name": "SD3Transformer2DModel"}')
+    with pytest.raises(UserError, match="_class_name='SD3Transformer2DModel': of transformers only"):
+        import_published(folder, tmp_path / "run")
+    config.write_text('{"_class_name": "DiTTransformer2DModel"}')
+    (config.parent / "diffusion_pytorch_model.bin").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model.bin: "):
+        import_published(folder, tmp_path / "run")
+    (config.parent / "diffusion_pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match=r"holds neither diffusion_pytorch_model.safetensors nor"):
+        import_published(folder, tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_unequal_embedders_and_other_noise_are_refused(tmp_path: Path) -> None:
     folder, model = folder_of(tmp_path / "published")
@@ -193,7 +232,7 @@ def test_unequal_embedders_and_other_noise_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="prediction_type='v_prediction': only 'epsilon' is imported"):
         import_published(other, tmp_path / "run")
     (other / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model.safetensors: is truncated or damaged"):
         import_published(other, tmp_path / "run")
 
 

@@ -10,21 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import CodecConfig, DataConfig, NetworkConfig, RunConfig
 from ..config.serialization import from_dict, override, read_json, to_dict
 from ..errors import UserError, require
-from ..interop.diffusers_folder import read_mapping
+from ..interop.diffusers_folder import read_mapping, read_weights
 from ..interop.published import kind_of, read_torch, torch_bytes
 from ..interop.shapes import require_tensors
 from ..nets.layouts import LAYOUTS, PublishedLayout, Tensors
 from ..nets.network import meta_network
+from ..reading import brief
 from ..stages import Stages
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 SD_SCALE = (
     0.18215  # of the latents of Stable Diffusion's autoencoder, on which published networks of 4 channels are trained
 )
@@ -92,16 +90,15 @@ def _tensors(value: Any) -> Tensors | None:
 def _of_folder(folder: Path) -> Found | None:
     inner = next((f for f in (folder, folder / "transformer") if (f / "config.json").is_file()), None)
     told = read_json(inner / "config.json") if inner is not None else None
-    known = {LAYOUTS[name].class_name: LAYOUTS[name] for name in LAYOUTS if LAYOUTS[name].class_name}
-    kind = told.get("_class_name") if isinstance(told, dict) else None
-    layout = known.get(kind) if isinstance(kind, str) else None
-    if layout is None or inner is None or not isinstance(told, dict):
+    if inner is None or not isinstance(told, dict):
         return None
-    file = inner / WEIGHTS
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); save the model as safetensors, in one file") from None
+    layout = next((LAYOUTS[name] for name in LAYOUTS if LAYOUTS[name].reads(told)), None)
+    if layout is None:
+        _refuse_other(inner / "config.json", told)
+        return None
+    tensors = _tensors(read_weights(inner))
+    if tensors is None:
+        raise UserError(f"{inner}: its weights are no state dict of whole tensors; save the model again")
     scheduler = inner.parent / "scheduler" / "scheduler_config.json"
     return Found(
         layout=layout,
@@ -110,6 +107,18 @@ def _of_folder(folder: Path) -> Found | None:
         told=told,
         codec=folder.resolve() if (folder / "vae" / "config.json").is_file() else None,
         schedule=dict(read_mapping(scheduler)) if inner != folder and scheduler.is_file() else None,
+    )
+
+
+def _refuse_other(file: Path, told: Mapping[str, Any]) -> None:
+    """Refuse a transformer of diffusers of another kind, by its name."""
+    kind = told.get("_class_name")
+    if not isinstance(kind, str) or "Transformer" not in kind:
+        return
+    norm = f" with norm_type={brief(told.get('norm_type'))}" if kind == "Transformer2DModel" else ""
+    raise UserError(
+        f"{file}: _class_name={brief(kind)}{norm}: of transformers only DiTTransformer2DModel, or Transformer2DModel with "
+        "norm_type='ada_norm_zero', is imported"
     )
 
 
