@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from multistage_diffusion import cli
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.errors import UserError
+from multistage_diffusion.latent.codecs import open_codec
 from multistage_diffusion.stage_finding import StageResult
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
+from multistage_diffusion.workflow.auto_from import config_from_run
 from multistage_diffusion.workflow.export import export_published
 from multistage_diffusion.workflow.import_run import import_published
 
@@ -240,6 +242,10 @@ def folder_of(path: Path, **changes: Any) -> tuple[Path, Any]:
         ("scheduler/scheduler_config.json", "[1]", "is no mapping"),
         ("vae/config.json", "[1]", "is no mapping"),
         ("vae/config.json", '{"scaling_factor": true}', "scaling_factor=True must be a positive number"),
+        ("vae/config.json", '{"shift_factor": "0.1"}', "shift_factor='0.1' must be a finite number"),
+        ("vae/config.json", '{"shift_factor": NaN}', "shift_factor=nan must be a finite number"),
+        ("scheduler/scheduler_config.json", '{"rescale_betas_zero_snr": true}', "rescale_betas_zero_snr=True: changes"),
+        ("scheduler/scheduler_config.json", '{"trained_betas": [0.1, 0.2]}', r"trained_betas=\[0.1, 0.2\]: changes"),
     ],
 )
 def test_a_damaged_file_of_a_folder_is_named(file: str, content: str, message: str, tmp_path: Path) -> None:
@@ -302,6 +308,29 @@ def test_other_transformers_and_missing_weights_are_named(tmp_path: Path) -> Non
     (config.parent / "diffusion_pytorch_model.bin").unlink()
     with pytest.raises(UserError, match=r"holds neither diffusion_pytorch_model.safetensors nor"):
         import_published(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("said", "shift"), [({"scaling_factor": 0.5, "shift_factor": 0.25}, 0.25), ({}, 0.0)])
+def test_the_autoencoder_of_a_folder_gives_scale_and_shift_and_another_keeps_them(
+    said: dict[str, float], shift: float, tmp_path: Path
+) -> None:
+    folder, _ = folder_of(tmp_path / "published", rescale_betas_zero_snr=False, trained_betas=None)
+    vae, other = autoencoder(folder / "vae", **said), autoencoder(tmp_path / "other", seed=1)
+    run = import_published(folder, tmp_path / "run")
+    codec, scale = run.config().codec, said.get("scaling_factor", 0.18215)
+    assert (codec.source, codec.subfolder, codec.scale, codec.shift) == (str(folder), "vae", scale, shift)
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        expected = pytest.importorskip("diffusers").AutoencoderKL.from_pretrained(vae).encode(x).latent_dist.mean
+    torch.testing.assert_close(open_codec(codec).encode(x), expected - shift)
+
+    changes = {"stages.interior": (0.5,), "network.decoder_widths": (32, 32)}
+    same, new = (
+        config_from_run(str(run.path), "photos", {**changes, "codec.source": str(source)}).config.codec
+        for source in (folder, other)
+    )
+    assert (same.source, same.subfolder, same.scale, same.shift) == (str(folder), "vae", scale, shift)
+    assert (new.source, new.subfolder, new.scale, new.shift) == (str(other), "", scale, shift)
 
 
 @pytest.mark.slow

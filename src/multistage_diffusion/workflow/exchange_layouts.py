@@ -181,7 +181,8 @@ def config_of(found: Found, network: NetworkConfig, base: RunConfig | None) -> R
     height, width = network.size  # type: ignore[attr-defined]
     codec, data = CodecConfig(), DataConfig(source="", shape=(network.channels, height, width))
     if found.codec is not None or network.channels == 4:
-        codec = CodecConfig(scale=_scale(found), shape=(network.channels, height, width))
+        scale, shift = _scale_and_shift(found)
+        codec = CodecConfig(scale=scale, shift=shift, shape=(network.channels, height, width))
         if found.codec is not None:
             codec = dataclasses.replace(codec, source=str(found.codec), subfolder="vae")
         data = DataConfig(source="", shape=(3, SD_FACTOR * height, SD_FACTOR * width))
@@ -193,14 +194,16 @@ def config_of(found: Found, network: NetworkConfig, base: RunConfig | None) -> R
     return dataclasses.replace(start, network=network, stages=Stages(), codec=codec, data=data, training=training)
 
 
-def _scale(found: Found) -> float:
-    """Return the scale of the latents: that of the autoencoder's config.json, or Stable Diffusion's."""
-    said = read_mapping(found.codec / "vae" / "config.json").get("scaling_factor") if found.codec is not None else None
-    if said is None:
-        return SD_SCALE
-    valid = type(said) in (int, float) and 0 < said < math.inf
-    require(valid, f"vae/config.json: scaling_factor={said!r} must be a positive number")
-    return float(said)
+def _scale_and_shift(found: Found) -> tuple[float, float]:
+    """Return those of the latents: the autoencoder's config.json, or Stable Diffusion's."""
+    told = {} if found.codec is None else read_mapping(found.codec / "vae" / "config.json")
+    scale, shift = (told.get(name) for name in ("scaling_factor", "shift_factor"))
+    scale, shift = SD_SCALE if scale is None else scale, 0.0 if shift is None else shift
+    valid = type(scale) in (int, float) and 0 < scale < math.inf
+    require(valid, f"vae/config.json: scaling_factor={brief(scale)} must be a positive number")
+    valid = type(shift) in (int, float) and math.isfinite(shift)
+    require(valid, f"vae/config.json: shift_factor={brief(shift)} must be a finite number")
+    return float(scale), float(shift)
 
 
 def diffusion_of(found: Found) -> dict[str, Any]:
@@ -217,6 +220,12 @@ def diffusion_of(found: Found) -> dict[str, Any]:
         require(
             said.get(name, value) == value,
             f"scheduler_config.json: {name}={said.get(name)!r}: only {value!r} is imported for such a network",
+        )
+    for name in ("rescale_betas_zero_snr", "trained_betas"):
+        require(
+            not said.get(name),
+            f"scheduler_config.json: {name}={brief(said.get(name))}: changes the betas; a network of this layout is imported "
+            "with its published ones only",
         )
     kind = "uniform-steps" if schedule["kind"] == "discrete" else "uniform-time"
     return {**diffusion, "prior": {"kind": kind, "schedule": schedule}}
