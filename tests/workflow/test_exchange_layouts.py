@@ -292,6 +292,24 @@ def test_a_folder_as_it_was_published_is_read_like_todays(part: str, tmp_path: P
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_an_autoencoder_in_an_archive_of_torch_is_kept_in_the_run(tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path / "published")
+    vae = autoencoder(folder / "vae")
+    today = import_published(folder, tmp_path / "today").config()
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    expected = open_codec(today.codec).encode(images)
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    codec = import_published(folder, tmp_path / "run").config().codec
+    assert (codec.source, codec.subfolder, codec.scale) == (str(tmp_path / "run" / "codec"), "", today.codec.scale)
+    assert torch.equal(open_codec(codec).encode(images), expected)
+    weights.with_suffix(".bin").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"vae/diffusion_pytorch_model.bin: "):
+        import_published(folder, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_other_transformers_and_missing_weights_are_named(tmp_path: Path) -> None:
     folder, _ = folder_of(tmp_path / "published")
     as_published(folder, norm_type="ada_norm_single")

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ..config import CodecConfig, DataConfig, NetworkConfig, RunConfig
 from ..config.serialization import from_dict, override, read_json, to_dict
 from ..errors import UserError, require
-from ..interop.diffusers_folder import read_mapping, read_weights
+from ..files import write_atomic
+from ..interop.diffusers_folder import CONFIG, OLD_WEIGHTS, WEIGHTS, read_mapping, read_weights
 from ..interop.published import kind_of, read_torch, torch_bytes
 from ..interop.shapes import require_tensors
 from ..nets.layouts import LAYOUTS, PublishedLayout, Tensors
@@ -26,6 +28,7 @@ from ..stages import Stages
 SD_SCALE = (
     0.18215  # of the latents of Stable Diffusion's autoencoder, on which published networks of 4 channels are trained
 )
+VAE = "vae"  # sub-folder of the autoencoder
 SD_FACTOR = 8  # by which it reduces the sides of images
 
 
@@ -105,7 +108,7 @@ def _of_folder(folder: Path) -> Found | None:
         model=tensors,
         ema=None,
         told=told,
-        codec=folder.resolve() if (folder / "vae" / "config.json").is_file() else None,
+        codec=folder.resolve() if (folder / VAE / CONFIG).is_file() else None,
         schedule=dict(read_mapping(scheduler)) if inner != folder and scheduler.is_file() else None,
     )
 
@@ -184,7 +187,7 @@ def config_of(found: Found, network: NetworkConfig, base: RunConfig | None) -> R
         scale, shift = _scale_and_shift(found)
         codec = CodecConfig(scale=scale, shift=shift, shape=(network.channels, height, width))
         if found.codec is not None:
-            codec = dataclasses.replace(codec, source=str(found.codec), subfolder="vae")
+            codec = dataclasses.replace(codec, source=str(found.codec), subfolder=VAE)
         data = DataConfig(source="", shape=(3, SD_FACTOR * height, SD_FACTOR * width))
     start = base or override(RunConfig(), {"diffusion": diffusion_of(found), "sampling.calls": 20})
     training = dataclasses.replace(
@@ -194,9 +197,29 @@ def config_of(found: Found, network: NetworkConfig, base: RunConfig | None) -> R
     return dataclasses.replace(start, network=network, stages=Stages(), codec=codec, data=data, training=training)
 
 
+def archived_codec(found: Found) -> Tensors | None:
+    """Return the weights of an autoencoder that only an archive of torch holds, which no run reads; None: nothing to do.
+
+    Raises:
+        UserError: if they are damaged.
+    """
+    folder = None if found.codec is None else found.codec / VAE
+    if folder is None or (folder / WEIGHTS).is_file() or not (folder / OLD_WEIGHTS).is_file():
+        return None
+    return {name: value.contiguous() for name, value in read_weights(folder).items()}
+
+
+def write_codec(found: Found, weights: Tensors, folder: Path) -> None:
+    """Write such an autoencoder to a new folder, as safetensors."""
+    assert found.codec is not None
+    folder.mkdir()
+    write_atomic(folder / CONFIG, (found.codec / VAE / CONFIG).read_bytes())
+    write_atomic(folder / WEIGHTS, save(weights, {"format": "pt"}))
+
+
 def _scale_and_shift(found: Found) -> tuple[float, float]:
     """Return those of the latents: the autoencoder's config.json, or Stable Diffusion's."""
-    told = {} if found.codec is None else read_mapping(found.codec / "vae" / "config.json")
+    told = {} if found.codec is None else read_mapping(found.codec / VAE / CONFIG)
     scale, shift = (told.get(name) for name in ("scaling_factor", "shift_factor"))
     scale, shift = SD_SCALE if scale is None else scale, 0.0 if shift is None else shift
     valid = type(scale) in (int, float) and 0 < scale < math.inf
