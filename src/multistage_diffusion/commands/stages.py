@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from ..config import CodecConfig
+from ..config import CodecConfig, DataConfig
 from ..config.presets import preset
+from ..config.serialization import override
 from ..console import Bar
 from ..conventions import Boundary, boundary, boundary_lines
 from ..distributed import is_main_process
@@ -22,8 +23,11 @@ from ..schedules import SCHEDULES, LogNormal
 from ..shares import prior_masses
 from ..stage_finding import StageResult, StageSettings
 from ..stage_finding.settings import StageDenoiser
+from ..training.run import Run
+from ..workflow.auto_from import data_like
 from ..workflow.checks import LEAST_SHARE
 from ..workflow.clustering import find_stages_by_gradients
+from ..workflow.latent import codec_like
 from ..workflow.stages import curves_file, find_stages
 from .boundary import boundary_json
 from .options import DataOptions, Device, check_out, data_option, one_of, option, print_json, say
@@ -45,9 +49,10 @@ class FindStages(DataOptions):
       msdiff stages photos/ --size 64 64 --fit crop --denoiser gaussian --out stages.json
       msdiff stages digits --data-range 0 1 --json
       msdiff stages --algorithm gradient --run runs/one-stage --stages 3 --out gradient.json
+      msdiff stages photos/ --run runs/imported --codec hf:stabilityai/sd-vae-ft-mse --out stages.json
     """
 
-    data: Annotated[Positional[str], data_option("none with --run")] = ""
+    data: Annotated[Positional[str], data_option("none with --algorithm gradient")] = ""
     out: Path = Path("stages.json")
     """File of the result."""
     algorithm: Annotated[
@@ -60,7 +65,8 @@ class FindStages(DataOptions):
     preset: Annotated[str | None, option("NAME", "EDM's: ln sigma normal, mean -1.2, std 1.2")] = None
     """Whose training density and preconditioning are used (denoiser gaussian)."""
     trained: Annotated[Path | None, tyro.conf.arg(name="run", metavar="RUN")] = None
-    """The run whose gradients are compared (algorithm gradient), instead of DATA."""
+    """The run whose gradients are compared (algorithm gradient), instead of DATA; with DATA: the run that train --init-from
+    starts from: its image size, and scale and shift of its latents, in which the stages of DATA are found."""
     density: Literal["given", "auto"] = _DEFAULTS.density
     """given: the training density of --preset; auto: the one proposed from the images (denoiser gaussian)."""
     stages: int = _DEFAULTS.stages
@@ -123,9 +129,10 @@ class FindStages(DataOptions):
             raise UserError(f"--out {self.out}: the result is JSON; name it {self.out.with_suffix('.json')}")
         for path in (self.out, picture, curves_file(self.out)):
             check_out(path, self.overwrite)
-        if (self.trained is None) == (settings.algorithm == "gradient"):
-            raise UserError("--algorithm gradient and --run RUN go together; give both or neither")
-        if bool(self.data) == (self.trained is not None):
+        gradients = settings.algorithm == "gradient"
+        if gradients and self.trained is None:
+            raise UserError("--algorithm gradient compares the gradients of a trained run; give --run RUN, too")
+        if bool(self.data) == gradients:
             raise UserError(
                 "Missing from msdiff stages: DATA, the images (or --run RUN with --algorithm gradient)"
                 if not self.data
@@ -141,11 +148,11 @@ class FindStages(DataOptions):
                 "memory": self.memory,
                 "progress": bar if is_main_process() else None,
             }
-            if self.trained is not None:
+            if gradients:
+                assert self.trained is not None
                 result = find_stages_by_gradients(self.trained, settings, **where)
             else:
-                codec = None if self.codec is None else CodecConfig(source=self.codec)
-                config = self.described(self.data)
+                config, codec = self._input()
                 diffusion = None if self.preset is None else preset(self.preset).diffusion
                 result = find_stages(
                     config, settings, diffusion=diffusion, codec=codec, image_shards=self.image_shards, **where
@@ -159,6 +166,16 @@ class FindStages(DataOptions):
             for k, found in enumerate(self._boundaries(result), start=1):
                 say("\n".join([f"stage {k} | {k + 1} in other conventions:", *boundary_lines(found)]))
             say(f"written: {self.out}, {picture}")
+
+    def _input(self) -> tuple[DataConfig, CodecConfig | None]:
+        """Return how DATA are read, and the codec: those of --run, as far as options do not say otherwise."""
+        if self.trained is None:
+            return self.described(self.data), None if self.codec is None else CodecConfig(source=self.codec)
+        config = Run.open(self.trained).config()
+        if self.codec is not None and not config.codec.used:
+            raise UserError(f"--codec {self.codec}: the network of {self.trained} is on pixels; leave it out")
+        data = override(data_like(config.data, self.data), self.given())
+        return data, codec_like(config.codec, self.codec) if config.codec.used else None
 
     def _boundaries(self, result: StageResult) -> list[Boundary]:
         """Return the edges as boundaries, if --shift asks for them."""
@@ -174,7 +191,7 @@ class FindStages(DataOptions):
         """Return what the progress bar counts."""
         if self.denoiser == "gaussian":
             return "resamples"
-        return "samples" if self.trained is None else "gradients"
+        return "gradients" if self.algorithm == "gradient" else "samples"
 
 
 def _shares(result: StageResult) -> str:

@@ -351,6 +351,12 @@ class DiffusersDiT(_DiTLayout):
     marks = frozenset({f"{first}.weight", table})
 
     @classmethod
+    def reads(cls, told: Mapping[str, Any]) -> bool:
+        """Return whether a config.json is DiT's, also under the class's former name, as in facebook/DiT-XL-2-256."""
+        former = told.get("_class_name") == "Transformer2DModel" and told.get("norm_type") == "ada_norm_zero"
+        return former or super().reads(told)
+
+    @classmethod
     def settings(cls, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings: heads, size and eps of config.json, and diffusers' frequencies."""
         for name, value in (("norm_type", "ada_norm_zero"), ("activation_fn", "gelu-approximate")):

@@ -47,6 +47,11 @@ class PublishedLayout(ABC):
     marks: ClassVar[frozenset[str]]
 
     @classmethod
+    def reads(cls, told: Mapping[str, Any]) -> bool:
+        """Return whether a config.json of a folder of diffusers is that of such a network."""
+        return cls.class_name != "" and told.get("_class_name") == cls.class_name
+
+    @classmethod
     @abstractmethod
     def settings(cls, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Any]:
         """Return the network's settings, without `family`.

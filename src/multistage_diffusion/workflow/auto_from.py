@@ -13,6 +13,7 @@ from ..progress import Progress
 from ..stage_finding import StageResult, StageSettings
 from ..training.run import Run
 from .auto import AutoConfig, Reason
+from .latent import codec_like
 from .stages import find_stages
 
 STAGES = 3  # unless stages or decoders are given
@@ -45,8 +46,10 @@ def config_from_run(
     """
     given = {**dict(changes or {}), "training.init_from": path}
     base, reasons = Run.open(path).config(), list[Reason]()
-    base = dataclasses.replace(base, data=_data(base.data, data))
-    base = dataclasses.replace(base, codec=dataclasses.replace(base.codec, fingerprint=""))
+    base = dataclasses.replace(
+        base, data=data_like(base.data, data), codec=codec_like(base.codec, given.get("codec.source"))
+    )
+    base = override(base, {key: value for key, value in given.items() if key.startswith("codec.")})
     reasons.append(Reason("network, noise, sampling", base.network.family, f"those of {path}"))
     count = len(given.get("network.decoder_widths") or ()) or STAGES
     named = any(key.startswith("stages.") for key in given)
@@ -71,8 +74,8 @@ def config_from_run(
     return AutoConfig(config=config, result=result, reasons=tuple(reasons))
 
 
-def _data(trained: DataConfig, source: str) -> DataConfig:
-    """Return how new images are read: in the size of the trained run's."""
+def data_like(trained: DataConfig, source: str) -> DataConfig:
+    """Return how new images are read for a run that starts from a trained one: in the size of its images."""
     return DataConfig(source=source, size=trained.shape[1:] if len(trained.shape) == 3 else None, fit="crop")
 
 

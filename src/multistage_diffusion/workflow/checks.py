@@ -184,13 +184,14 @@ def check(config: RunConfig, images: tuple[ImageData, ImageData], device: torch.
         warm_start(config.training.init_from, config)
 
 
-def require_same_input(result: StageResult, config: CodecConfig, codec: Codec | None) -> None:
+def require_same_input(result: StageResult, config: CodecConfig, codec: Codec | None, start: str = "") -> None:
     """Check that stages were found on the input of a run's network.
 
     Args:
         result: the stages.
         config: the codec's configuration.
         codec: the opened codec; None for a run on pixels.
+        start: the run that it starts from; empty: none.
 
     Raises:
         UserError: if they were found on other data: another pixel range, other latents.
@@ -204,15 +205,19 @@ def require_same_input(result: StageResult, config: CodecConfig, codec: Codec | 
                 "[-1, 1], where their edges mean other noise; run msdiff stages without --data-range"
             )
         return
+    command = f"msdiff stages DATA --run {start} --codec {config.source}" if start else "msdiff stages with --codec"
     if not result.codec:
         raise UserError(
             "stages: they were found on pixels, but this run trains on latents, where their edges mean other noise; run "
-            "msdiff stages with --codec"
+            f"{command}"
         )
     if result.codec != codec.fingerprint:
-        raise UserError("stages: they were found on the latents of another codec; run msdiff stages with this codec")
+        raise UserError(
+            "stages: they were found on the latents of another codec; run "
+            + (command if start else "msdiff stages with this codec")
+        )
     if config.factor is not None and result.scale is not None and abs(config.factor / result.scale - 1) > 1e-3:
         raise UserError(
-            f"stages: they were found on latents times {result.scale:.6g}, but codec.scale={config.factor:.6g}; leave "
-            "codec.scale out"
+            f"stages: they were found on latents times {result.scale:.6g}, but codec.scale={config.factor:.6g}; "
+            + (f"the network starts from {start}, so run {command}" if start else "leave codec.scale out")
         )

@@ -10,24 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..config import CodecConfig, DataConfig, NetworkConfig, RunConfig
 from ..config.serialization import from_dict, override, read_json, to_dict
 from ..errors import UserError, require
-from ..interop.diffusers_folder import read_mapping
+from ..files import write_atomic
+from ..interop.diffusers_folder import CONFIG, OLD_WEIGHTS, WEIGHTS, read_mapping, read_weights
 from ..interop.published import kind_of, read_torch, torch_bytes
 from ..interop.shapes import require_tensors
 from ..nets.layouts import LAYOUTS, PublishedLayout, Tensors
 from ..nets.network import meta_network
+from ..reading import brief
 from ..stages import Stages
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 SD_SCALE = (
     0.18215  # of the latents of Stable Diffusion's autoencoder, on which published networks of 4 channels are trained
 )
+VAE = "vae"  # sub-folder of the autoencoder
 SD_FACTOR = 8  # by which it reduces the sides of images
 
 
@@ -92,24 +93,35 @@ def _tensors(value: Any) -> Tensors | None:
 def _of_folder(folder: Path) -> Found | None:
     inner = next((f for f in (folder, folder / "transformer") if (f / "config.json").is_file()), None)
     told = read_json(inner / "config.json") if inner is not None else None
-    known = {LAYOUTS[name].class_name: LAYOUTS[name] for name in LAYOUTS if LAYOUTS[name].class_name}
-    kind = told.get("_class_name") if isinstance(told, dict) else None
-    layout = known.get(kind) if isinstance(kind, str) else None
-    if layout is None or inner is None or not isinstance(told, dict):
+    if inner is None or not isinstance(told, dict):
         return None
-    file = inner / WEIGHTS
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); save the model as safetensors, in one file") from None
+    layout = next((LAYOUTS[name] for name in LAYOUTS if LAYOUTS[name].reads(told)), None)
+    if layout is None:
+        _refuse_other(inner / "config.json", told)
+        return None
+    tensors = _tensors(read_weights(inner))
+    if tensors is None:
+        raise UserError(f"{inner}: its weights are no state dict of whole tensors; save the model again")
     scheduler = inner.parent / "scheduler" / "scheduler_config.json"
     return Found(
         layout=layout,
         model=tensors,
         ema=None,
         told=told,
-        codec=folder.resolve() if (folder / "vae" / "config.json").is_file() else None,
+        codec=folder.resolve() if (folder / VAE / CONFIG).is_file() else None,
         schedule=dict(read_mapping(scheduler)) if inner != folder and scheduler.is_file() else None,
+    )
+
+
+def _refuse_other(file: Path, told: Mapping[str, Any]) -> None:
+    """Refuse a transformer of diffusers of another kind, by its name."""
+    kind = told.get("_class_name")
+    if not isinstance(kind, str) or "Transformer" not in kind:
+        return
+    norm = f" with norm_type={brief(told.get('norm_type'))}" if kind == "Transformer2DModel" else ""
+    raise UserError(
+        f"{file}: _class_name={brief(kind)}{norm}: of transformers only DiTTransformer2DModel, or Transformer2DModel with "
+        "norm_type='ada_norm_zero', is imported"
     )
 
 
@@ -172,9 +184,10 @@ def config_of(found: Found, network: NetworkConfig, base: RunConfig | None) -> R
     height, width = network.size  # type: ignore[attr-defined]
     codec, data = CodecConfig(), DataConfig(source="", shape=(network.channels, height, width))
     if found.codec is not None or network.channels == 4:
-        codec = CodecConfig(scale=_scale(found), shape=(network.channels, height, width))
+        scale, shift = _scale_and_shift(found)
+        codec = CodecConfig(scale=scale, shift=shift, shape=(network.channels, height, width))
         if found.codec is not None:
-            codec = dataclasses.replace(codec, source=str(found.codec), subfolder="vae")
+            codec = dataclasses.replace(codec, source=str(found.codec), subfolder=VAE)
         data = DataConfig(source="", shape=(3, SD_FACTOR * height, SD_FACTOR * width))
     start = base or override(RunConfig(), {"diffusion": diffusion_of(found), "sampling.calls": 20})
     training = dataclasses.replace(
@@ -184,14 +197,36 @@ def config_of(found: Found, network: NetworkConfig, base: RunConfig | None) -> R
     return dataclasses.replace(start, network=network, stages=Stages(), codec=codec, data=data, training=training)
 
 
-def _scale(found: Found) -> float:
-    """Return the scale of the latents: that of the autoencoder's config.json, or Stable Diffusion's."""
-    said = read_mapping(found.codec / "vae" / "config.json").get("scaling_factor") if found.codec is not None else None
-    if said is None:
-        return SD_SCALE
-    valid = type(said) in (int, float) and 0 < said < math.inf
-    require(valid, f"vae/config.json: scaling_factor={said!r} must be a positive number")
-    return float(said)
+def archived_codec(found: Found) -> Tensors | None:
+    """Return the weights of an autoencoder that only an archive of torch holds, which no run reads; None: nothing to do.
+
+    Raises:
+        UserError: if they are damaged.
+    """
+    folder = None if found.codec is None else found.codec / VAE
+    if folder is None or (folder / WEIGHTS).is_file() or not (folder / OLD_WEIGHTS).is_file():
+        return None
+    return {name: value.contiguous() for name, value in read_weights(folder).items()}
+
+
+def write_codec(found: Found, weights: Tensors, folder: Path) -> None:
+    """Write such an autoencoder to a new folder, as safetensors."""
+    assert found.codec is not None
+    folder.mkdir()
+    write_atomic(folder / CONFIG, (found.codec / VAE / CONFIG).read_bytes())
+    write_atomic(folder / WEIGHTS, save(weights, {"format": "pt"}))
+
+
+def _scale_and_shift(found: Found) -> tuple[float, float]:
+    """Return those of the latents: the autoencoder's config.json, or Stable Diffusion's."""
+    told = {} if found.codec is None else read_mapping(found.codec / VAE / CONFIG)
+    scale, shift = (told.get(name) for name in ("scaling_factor", "shift_factor"))
+    scale, shift = SD_SCALE if scale is None else scale, 0.0 if shift is None else shift
+    valid = type(scale) in (int, float) and 0 < scale < math.inf
+    require(valid, f"vae/config.json: scaling_factor={brief(scale)} must be a positive number")
+    valid = type(shift) in (int, float) and math.isfinite(shift)
+    require(valid, f"vae/config.json: shift_factor={brief(shift)} must be a finite number")
+    return float(scale), float(shift)
 
 
 def diffusion_of(found: Found) -> dict[str, Any]:
@@ -208,6 +243,12 @@ def diffusion_of(found: Found) -> dict[str, Any]:
         require(
             said.get(name, value) == value,
             f"scheduler_config.json: {name}={said.get(name)!r}: only {value!r} is imported for such a network",
+        )
+    for name in ("rescale_betas_zero_snr", "trained_betas"):
+        require(
+            not said.get(name),
+            f"scheduler_config.json: {name}={brief(said.get(name))}: changes the betas; a network of this layout is imported "
+            "with its published ones only",
         )
     kind = "uniform-steps" if schedule["kind"] == "discrete" else "uniform-time"
     return {**diffusion, "prior": {"kind": kind, "schedule": schedule}}

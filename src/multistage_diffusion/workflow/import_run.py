@@ -139,11 +139,18 @@ def _import_layout(
     try:
         network = layouts.network_of(found, asked)
         states = layouts.states_of(found, network)
-        config = dataclasses.replace(layouts.config_of(found, network, base), name=out.name)
+        config, codec = dataclasses.replace(layouts.config_of(found, network, base), name=out.name), out / "codec"
+        archived = layouts.archived_codec(found)
+        if archived is not None:
+            own = dataclasses.replace(config.codec, source=str(codec.resolve()), subfolder="")
+            config = dataclasses.replace(config, codec=own)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
     def fill(run: Run) -> None:
+        if archived is not None:
+            with disk_errors(codec):
+                layouts.write_codec(found, archived, run.path / codec.name)
         write_json(run.imported_file, {"file": file.name})
         save_first_checkpoint(run, config, model=states[0], ema=states[-1])
 

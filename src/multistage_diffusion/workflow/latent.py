@@ -28,6 +28,20 @@ def located_codec(source: str) -> str:
     return str(path.resolve()) if source not in ("", "identity") and path.exists() else source
 
 
+def codec_like(trained: CodecConfig, source: str | None) -> CodecConfig:
+    """Return the codec of a run that starts from a trained one, on whose latents its network can go on.
+
+    Scale and shift stay those that the network was trained with. The subfolder stays only for the same source.
+
+    Args:
+        trained: the codec of the trained run.
+        source: the autoencoder that the user names; None: that of the trained run.
+    """
+    if source is None or source == trained.source or located_codec(source) == trained.source:
+        return dataclasses.replace(trained, fingerprint="")
+    return dataclasses.replace(trained, source=source, subfolder="", fingerprint="")
+
+
 def with_declared_scale(config: CodecConfig) -> CodecConfig:
     """Return a codec's configuration with the autoencoder's own scale and shift in place of scale="config"."""
     if config.scale != "config":

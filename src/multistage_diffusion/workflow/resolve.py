@@ -214,7 +214,7 @@ def _of_stages(config: RunConfig, codec: Codec | None, result: StageResult | Non
     """Set codec.scale if the stages were found on latents: their edges hold for latents of that scale only."""
     if result is None:
         return {}
-    require_same_input(result, config.codec, codec)
+    require_same_input(result, config.codec, codec, config.training.init_from)
     return {} if result.scale is None else {"codec.scale": result.scale}
 
 
