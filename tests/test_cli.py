@@ -268,8 +268,12 @@ def test_split_prints_the_table_of_all_numbers_of_stages(msdiff: Call, tmp_path:
     code, out, _ = msdiff("stages", "digits", "--algorithm", "2", "--stages", "2", "--samples", "100")
     table = read_json(tmp_path / "stages.json")["curves"]["table"]
     assert code == 0
-    edge, head, *lines, written = out.splitlines()
-    assert "boundary_ratio of diffusers' two-expert pipelines: 0." in edge
+    edge, shares, head, *lines, written = out.splitlines()
+    assert edge.startswith("stage 1 | 2: t = 0.")
+    assert "boundary_ratio" not in edge  # --shift prints it
+    masses = [float(share.rstrip("%")) for share in shares.partition("in each stage: ")[2].split("; ")[0].split(", ")]
+    assert sum(masses) == pytest.approx(100, abs=0.2)
+    assert shares.startswith("share of EDM's training noise (ln sigma -1.2 ± 1.2) in each stage: ")
     assert head.startswith("stages  mean distance within a stage")
     assert [line.split()[:3] for line in lines] == [
         [str(row["stages"]), f"{row['distance']:.4f}", f"({row['distance_held_out']:.4f})"] for row in table

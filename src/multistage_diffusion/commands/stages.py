@@ -214,10 +214,12 @@ def edges_text(result: StageResult) -> str:
         if result.intervals_t:
             (low, high), (least, most) = result.intervals_t[k], result.intervals_sigma[k]
             line += f" (95 %: t {low:.4f} to {high:.4f}, sigma {least:.4f} to {most:.4f})"
-        if len(result.edges_t) == 1:
-            line += f"; boundary_ratio of diffusers' two-expert pipelines: {result.boundary_ratios[0]:.4f}"
         lines.append(line)
-    lines.append(_shares(result))
+    if result.diffusion is not None or result.data_range in (
+        None,
+        (-1.0, 1.0),
+    ):  # sigma of training is of images in [-1, 1]
+        lines.append(_shares(result))
     if result.diffusion is not None:
         half = ", ".join(f"{sigma:.4f}" for sigma in result.curves["half_edges_sigma"])
         if result.curves["proposed_density"]:
