@@ -119,8 +119,9 @@ def _refuse_other(file: Path, told: Mapping[str, Any]) -> None:
     if not isinstance(kind, str) or "Transformer" not in kind:
         return
     norm = f" with norm_type={brief(told.get('norm_type'))}" if kind == "Transformer2DModel" else ""
+    known = ", ".join(LAYOUTS[name].class_name for name in LAYOUTS if LAYOUTS[name].class_name)
     raise UserError(
-        f"{file}: _class_name={brief(kind)}{norm}: of transformers only DiTTransformer2DModel, or Transformer2DModel with "
+        f"{file}: _class_name={brief(kind)}{norm}: of transformers only {known}, or Transformer2DModel with "
         "norm_type='ada_norm_zero', is imported"
     )
 
