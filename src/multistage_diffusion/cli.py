@@ -19,7 +19,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 from .errors import explained
@@ -167,12 +167,8 @@ def _ended_at_once() -> Iterator[None]:
         os.write(2, b"msdiff: interrupted\n" if number == signal.SIGINT else b"msdiff: terminated\n")
         os._exit(2)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _answered_by(end, signal.SIGINT, signal.SIGTERM):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -185,11 +181,19 @@ def _terminated_in_order() -> Iterator[None]:
     def terminate(*_: object) -> None:
         raise KeyboardInterrupt("terminated")
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    with _answered_by(terminate, signal.SIGTERM):
+        yield
+
+
+@contextlib.contextmanager
+def _answered_by(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+    """Answer signals by a handler, and then again as before; None stands for a handler that Python did not set."""
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, own in before.items():
+            signal.signal(number, signal.SIG_DFL if own is None else own)
 
 
 def _interrupted(error: BaseException) -> bool:

@@ -76,7 +76,7 @@ def _numbers_last(arguments: Sequence[str]) -> list[str]:
     """
     others, last, name = list[str](), dict[str, list[str]](), ""
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--size=") else [a])]
-    for argument, after in zip(arguments, [*arguments[1:], ""], strict=False):
+    for argument, after in itertools.pairwise([*arguments, ""]):
         if argument in ("--size", "--edges") and _is_number(after):
             name, last[argument] = argument, []
         elif name and _is_number(argument) and len(last[name]) < (2 if name == "--size" else len(arguments)):

@@ -940,7 +940,7 @@ def test_held_out_losses_take_passes_of_the_training_s_size(new_trainer, tiny_da
         sizes.append(len(batch.y))
         return stage_losses(denoiser, batch)
 
-    monkeypatch.setattr("multistage_diffusion.training.trainer.stage_losses", recorded)
+    monkeypatch.setattr("multistage_diffusion.training.passes.stage_losses", recorded)
     settings = {"training__batch": 12, "training__held_out_rows": 10}
     whole = new_trainer("whole", held_out=tiny_data(6, seed=1), **settings)
     parts = new_trainer("parts", held_out=tiny_data(6, seed=1), training__accumulate=4, **settings)
@@ -965,7 +965,7 @@ def test_a_stop_ends_a_held_out_loss_which_is_made_up_for(new_trainer, tiny_data
         return stage_losses(denoiser, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr("multistage_diffusion.training.trainer.stage_losses", stopped)
+        patch.setattr("multistage_diffusion.training.passes.stage_losses", stopped)
         trainer.fit()
     assert len(passes) == 1
     assert not [r for r in trainer.run.records() if r["kind"] == "held_out"]

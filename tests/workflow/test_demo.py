@@ -51,7 +51,8 @@ def test_refuses_to_go_on_with_another_run(tmp_path: Path) -> None:
     config = override(preset("digits"), {**TINY, "optimizer.lr": 0.5, "training.batch": 48})
     run = Run.create(tmp_path / "mine", config)
     with pytest.raises(
-        UserError, match=r"mine: holds another run \(.*optimizer.lr, training.batch differ\); choose another --out"
+        UserError,
+        match=r"mine: holds a run with .*optimizer.lr=0.5, not .*; training.batch=48, not 9; choose another --out",
     ):
         demo(run.path, TINY, bar=silent)
     assert sorted(p.name for p in run.path.iterdir()) == ["config.json"]

@@ -101,7 +101,7 @@ class Plan(DataOptions):
         if self.preset is not None or name in PRESETS:
             return preset(name)
         auto = auto_config(self.data, changes, device=self.device)
-        console.print(auto.table())
+        console.print(auto.table(without=("stages", "training.steps")))  # of a training, not of the plan
         return auto.config
 
 

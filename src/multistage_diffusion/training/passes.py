@@ -1,7 +1,8 @@
-"""Forward and backward passes of a training step on this process."""
+"""Forward and backward passes of a training step on this process, and those of held-out losses."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,8 +16,9 @@ from ..denoisers import MultiStageDenoiser
 from ..performance.devices import autocast_dtype
 from ..performance.execution import Execution, Graphs, check_execution, execute
 from ..performance.timing import PassTimer, Timer
-from .batches import Batch, BatchSource
-from .losses import objective, row_losses, stage_sums
+from ..progress import Progress
+from .batches import Batch, BatchSource, TrainingData, held_out_batch
+from .losses import objective, row_losses, stage_losses, stage_sums
 from .optimizer import Optimization
 from .strategies import MicroBatch, Strategy
 
@@ -131,6 +133,28 @@ class Passes:
             if self.optimization.weighting is not None:
                 self.optimization.weighting.sum_gradient(self.strategy.world)
         return totals
+
+    @torch.no_grad()
+    def held_out_losses(self, denoiser: MultiStageDenoiser, data: TrainingData, progress: Progress) -> list[float]:
+        """Return the mean loss of each stage on held-out rows, with fixed images and noise; all processes call it.
+
+        Args:
+            denoiser: as far as this process holds it.
+            data: the held-out images.
+            progress: called with (stages done, stages) before each pass, none of which has more rows than one of the training.
+        """
+        training, stages = self.config.training, range(len(self.config.stages))
+        count, most = training.held_out_rows, math.ceil(training.batch / training.accumulate)
+        world, totals = self.strategy.world, torch.zeros(len(stages), dtype=torch.float64, device=self.source.device)
+        for stage in stages:
+            progress(stage, len(stages))
+            rows = held_out_batch(self.config, data, stage, self.source.device)
+            for micro_batch in self.strategy.micro_batches(rows.counts, math.ceil(count / most)):
+                progress(stage, len(stages))
+                with world.translate_errors():
+                    loss = stage_losses(denoiser, rows.part(micro_batch.rows[stage]))[stage]
+                totals[stage] += loss if micro_batch.counted[stage] else 0.0
+        return [total / count for total in world.all_reduce(totals).tolist()]
 
     def _forward(
         self, batch: Batch, micro_batch: MicroBatch, counts: tuple[int, ...], weights: tuple[float, ...]

@@ -21,10 +21,10 @@ from ..performance.devices import autocast_dtype, resolve_device
 from ..performance.execution import settled
 from . import branching
 from . import checkpoint as ckpt
-from .batches import BatchSource, TrainingData, held_out_batch
+from .batches import BatchSource, TrainingData
 from .callbacks import Callback, Evaluated, StopRequested, between_steps
 from .ema import EMA, PowerEMA
-from .losses import StageAllocation, stage_losses
+from .losses import StageAllocation
 from .metrics import StepMetrics, TrainingLog, refuse_scale
 from .optimizer import Optimization
 from .passes import Passes, dropout_key
@@ -359,30 +359,14 @@ class Trainer:
 
     # -- held-out losses, logging and checkpoints ---------------------------------------------------------------------
 
-    @torch.no_grad()
     def held_out_losses(self) -> list[float]:
         """Return the mean loss of each stage on held-out rows with the averaged weights (fixed images and noise).
-
-        No pass has more rows than one of the training.
 
         Raises:
             StopRequested: if a single process is to stop meanwhile.
         """
         assert self.held_out is not None
-        training, stages = self.config.training, range(len(self.config.stages))
-        count = training.held_out_rows
-        passes = math.ceil(count / math.ceil(training.batch / training.accumulate))
-        told = between_steps(self, "scoring")
-        totals = torch.zeros(len(stages), dtype=torch.float64, device=self.device)
-        for stage in stages:
-            told(stage, len(stages))
-            rows = held_out_batch(self.config, self.held_out, stage, self.device)
-            for micro_batch in self.strategy.micro_batches(rows.counts, passes):
-                told(stage, len(stages))
-                with self.world.translate_errors():
-                    loss = stage_losses(self.ema.module, rows.part(micro_batch.rows[stage]))[stage]
-                totals[stage] += loss if micro_batch.counted[stage] else 0.0
-        return [total / count for total in self.world.all_reduce(totals).tolist()]
+        return self.passes.held_out_losses(self.ema.module, self.held_out, between_steps(self, "scoring"))
 
     def averaged(self) -> MultiStageDenoiser:
         """Return the whole network with averaged weights, for immediate use; all processes call it."""

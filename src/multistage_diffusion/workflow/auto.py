@@ -6,7 +6,7 @@ Everything is chosen from the images and the device, with a reason for each choi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,12 +69,11 @@ class AutoConfig:
     result: StageResult | None
     reasons: tuple[Reason, ...]
 
-    def table(self) -> str:
-        """Return the choices as text: setting, value and reason, a line each."""
-        widths = [max(len(reason[column]) for reason in self.reasons) for column in (0, 1)]
-        return "\n".join(
-            f"{setting:<{widths[0]}}  {value:<{widths[1]}}  {reason}" for setting, value, reason in self.reasons
-        )
+    def table(self, without: Collection[str] = ()) -> str:
+        """Return the choices as text, but for some settings: setting, value and reason, a line each."""
+        shown = [reason for reason in self.reasons if reason.setting not in without]
+        widths = [max(len(reason[column]) for reason in shown) for column in (0, 1)]
+        return "\n".join(f"{setting:<{widths[0]}}  {value:<{widths[1]}}  {reason}" for setting, value, reason in shown)
 
 
 def auto_config(
@@ -278,22 +277,18 @@ def _halvings(batch: int) -> Iterator[int]:
         parts *= 2
 
 
-def _density(config: RunConfig) -> list[Reason]:
-    """Return the choice of the training density, if it is a normal one of ln sigma."""
-    prior = config.diffusion.prior
-    if not isinstance(prior, LogNormal):
-        return []
-    value = f"ln sigma {prior.p_mean:g} ± {prior.p_std:g}"
-    return [Reason("diffusion.prior", value, "EDM's; msdiff stages DATA --denoiser gaussian proposes one")]
-
-
 def _about(config: RunConfig, images: ImageData, given: Mapping[str, Any]) -> list[Reason]:
     """Return what a user should know of the choices that do not depend on the images."""
-    network, training = config.network, config.training
+    network, training, prior = config.network, config.training, config.diffusion.prior
 
-    def source(*keys: str) -> str:
-        return "as given" if set(keys) & given.keys() else "of the preset"
+    def source(*names: str, default: str = "of the preset") -> str:
+        asked = any(key == name or key.startswith(f"{name}.") for key in given for name in names)
+        return "as given" if asked else default
 
+    proposal = "EDM's; msdiff stages DATA --denoiser gaussian proposes one"
+    density = f"ln sigma {prior.p_mean:g} ± {prior.p_std:g}" if isinstance(prior, LogNormal) else prior.kind
+    quality = f"Fréchet distance of {config.evaluation.count} samples on {config.evaluation.features}"
+    times = f"every {config.evaluation.every} steps" if config.evaluation.every else "off"
     widths = "/".join(map(str, network.decoder_widths))
     found = [
         Reason("network", f"{network.family} {network.encoder_width}, decoders {widths}", source(*WIDTHS)),
@@ -305,26 +300,16 @@ def _about(config: RunConfig, images: ImageData, given: Mapping[str, Any]) -> li
         Reason(
             "optimizer.lr",
             f"{config.optimizer.lr:.3g}",
-            "as given" if "optimizer.lr" in given else "of the preset, by the square root of the batch",
+            source("optimizer.lr", default="of the preset; with the square root of the batch"),
         ),
         Reason(
             "training.ema_halflife",
-            f"{training.ema_halflife:.3g}",
-            "as given" if "training.ema_halflife" in given else "images; 5 % of those seen in training",
+            f"{training.ema_halflife:.6g} images",
+            source("training.ema_halflife", default="of the preset; in proportion to the images seen in training"),
         ),
-        *_density(config),
-        Reason(
-            "sampling",
-            f"{config.sampling.solver}, {config.sampling.calls} calls",
-            source(*(key for key in given if key.startswith("sampling."))),
-        ),
-        Reason(
-            "evaluation",
-            f"every {config.evaluation.every} steps" if config.evaluation.every else "off",
-            f"Fréchet distance of {config.evaluation.count} samples on {config.evaluation.features}"
-            if config.evaluation.every
-            else "as given",
-        ),
+        Reason("diffusion.prior", density, source("diffusion.prior", default=proposal)),
+        Reason("sampling", f"{config.sampling.solver}, {config.sampling.calls} calls", source("sampling")),
+        Reason("evaluation", times, quality if config.evaluation.every else "as given"),
         Reason("training.flip", str(training.flip).lower(), "true doubles the images, if mirrored ones are right"),
     ]
     if images.labels is not None and not network.num_classes:

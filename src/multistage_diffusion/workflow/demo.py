@@ -8,14 +8,11 @@ from typing import Any
 
 from ..config.presets import preset
 from ..config.serialization import override
-from ..errors import UserError
 from ..evaluation import EvaluationResult
 from ..training.callbacks import Callback
 from ..training.run import Run
 from ..training.trainer import Trainer
-from .differences import CHANGEABLE, differences
-from .quickstart import Bars, continued, same_command_continues, show
-from .resolve import RESOLVED
+from .quickstart import Bars, continued, refuse_others, same_command_continues, show
 from .stages import find_stages
 from .train import train
 
@@ -38,14 +35,16 @@ def demo(
         bar: makes a progress display from a title and a unit.
 
     Returns:
-        The report's path and the evaluation; None if too few images are held out for one.
+        The report's path and the evaluation; None if no images are held out.
 
     Raises:
         UserError: if the folder holds another run.
     """
     if Run(out).config_file.exists():
-        _refuse_foreign(out, changes or {})
-        run = continued(Run.open(out), changes or {}, device=device, callbacks=callbacks)
+        run = Run.open(out)
+        stages = {"stages": run.config().stages}  # found, not of the preset
+        refuse_others(run, override(preset("digits"), {**stages, **(changes or {})}))
+        run = continued(run, changes or {}, device=device, callbacks=callbacks)
     else:
         config = override(preset("digits"), changes or {})
         Run.require_room(out, replace=False)
@@ -54,14 +53,3 @@ def demo(
         with same_command_continues():
             run = train(config, out, result=result, device=device, callbacks=callbacks)
     return show(run, device=device, bar=bar)
-
-
-def _refuse_foreign(out: Path, changes: Mapping[str, Any]) -> None:
-    """Raise UserError if a run has other settings than the demo's, apart from those that may change in a resumed run."""
-    found = differences(override(preset("digits"), changes), Run(out).config())
-    free = {"name", *RESOLVED, *CHANGEABLE} - {"data.source", "codec.source"}
-    foreign = [key for key in found if key not in free and not key.startswith("stages.")]
-    if foreign:
-        raise UserError(
-            f"{out}: holds another run ({', '.join(foreign)} differ); choose another --out, or give that run's --set"
-        )

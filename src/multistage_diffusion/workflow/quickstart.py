@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..config import RunConfig
 from ..config.serialization import override
 from ..data.sources import located
 from ..errors import UserError
@@ -21,7 +22,7 @@ from ..training.checkpoint import checkpoint_step, list_checkpoints
 from ..training.run import Run
 from ..training.trainer import Trainer
 from .auto import AutoConfig, auto_config
-from .differences import CHANGEABLE, dotted
+from .differences import CHANGEABLE, differences, dotted
 from .evaluate import evaluate, evaluated
 from .report import report
 from .resolve import RESOLVED
@@ -32,8 +33,8 @@ from .train import TrainingStopped, train
 Bars = Callable[[str, str], AbstractContextManager[Progress]]  # from a title and the unit of what is counted
 SAMPLES = 100  # in the grid
 SCORED = 1000  # samples of the evaluation, at most
+FREE = {"name", *RESOLVED, *CHANGEABLE} - {"data.source", "codec.source"}  # keys that do not tell runs apart
 DRAWS = 6  # times as many samples as held-out images: what five random draws of these use
-LEAST = 4  # images held out for an evaluation
 PICTURE, STEP = "samples.png", "step"  # the samples, and the key of their step in the file
 
 
@@ -59,7 +60,7 @@ def quickstart(
         tell: called with the choice before the training.
 
     Returns:
-        The report's path and the evaluation; None if too few images are held out for one.
+        The report's path and the evaluation; None if no images are held out.
 
     Raises:
         UserError: if the folder holds a run on other images, or with other settings than those given.
@@ -68,7 +69,7 @@ def quickstart(
         get_features(str(features))  # told before the training, after which they are needed
     if Run(out).config_file.exists():
         run, wanted = Run.open(out), {**(changes or {}), "data.source": located(data)}
-        _refuse_others(run, wanted)
+        refuse_others(run, override(run.config(), wanted))
         kept = {key: value for key, value in wanted.items() if key in CHANGEABLE and key != "data.source"}
         run = continued(run, kept, device=device, callbacks=callbacks)
     else:
@@ -81,12 +82,13 @@ def quickstart(
     return show(run, device=device, bar=bar)
 
 
-def _refuse_others(run: Run, wanted: Mapping[str, Any]) -> None:
+def refuse_others(run: Run, wanted: RunConfig) -> None:
     """Raise UserError if a run has other settings than those wanted, apart from those that may change when it is resumed."""
-    there, free = dotted(run.config()), {*RESOLVED, *CHANGEABLE} - {"data.source"}
-    for key, value in dotted(override(run.config(), wanted)).items():
-        if there[key] != value and key not in free:
-            raise UserError(f"{run.path}: holds a run with {key}={there[key]}, not {value}; choose another --out")
+    there, asked = dotted(run.config()), dotted(wanted)
+    others = [key for key in differences(wanted, run.config()) if key not in FREE]
+    if others:
+        told = "; ".join(f"{key}={there.get(key)}, not {asked.get(key)}" for key in others)
+        raise UserError(f"{run.path}: holds a run with {told}; choose another --out")
 
 
 def continued(
@@ -119,13 +121,10 @@ def step_of_picture(path: Path) -> int | None:
 
 
 def _scores(run: Run, *, device: str | None, bar: Bars) -> EvaluationResult | None:
-    """Return the evaluation of the best checkpoint; None, with a warning, if too few images are held out for one."""
-    training, held_out = run.data().split(run.config().data.held_out)
-    if min(len(training), len(held_out)) < LEAST:
-        warnings.warn(
-            f"not evaluated: {len(held_out)} images held out, at least {LEAST} are needed; give a larger --held-out to a new run",
-            stacklevel=3,
-        )
+    """Return the evaluation of the best checkpoint; None, with a warning, if no images are held out."""
+    _, held_out = run.data().split(run.config().data.held_out)
+    if not len(held_out):
+        warnings.warn("not evaluated: no images are held out; give a new run a larger --held-out", stacklevel=3)
         return None
     features, count = run.config().evaluation.features, min(SCORED, max(SAMPLES, DRAWS * len(held_out)))
     known = evaluated(run, count=count, features=features)
