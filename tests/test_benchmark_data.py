@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from loading import load
 
 from multistage_diffusion.data import rows
 from multistage_diffusion.data.sources import open_data
@@ -19,12 +19,7 @@ FILE = Path(__file__).parents[1] / "benchmarks" / "data.py"
 
 @pytest.fixture(name="data", scope="module")
 def fixture_data() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_data", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(FILE, "benchmark_data")
 
 
 def test_every_measure_measures_all_images(data: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

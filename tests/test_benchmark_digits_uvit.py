@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from loading import load
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "digits_uvit.py"
 
 
 @pytest.fixture(name="bench", scope="module")
 def fixture_bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("digits_uvit", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(FILE, "digits_uvit")
 
 
 def test_means_are_over_the_seeds_that_both_have(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from loading import load
 
 from multistage_diffusion.config.serialization import read_json
 
@@ -16,13 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module", name="bench")
 def fixture_bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("distributed_benchmark", ROOT / "benchmarks" / "distributed.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["distributed_benchmark"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load(ROOT / "benchmarks" / "distributed.py", "distributed_benchmark")
 
 
 @pytest.mark.slow

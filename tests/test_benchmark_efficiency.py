@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loading import load
 
 from multistage_diffusion import override, preset, train
 from multistage_diffusion.config.serialization import read_json
@@ -24,13 +23,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "efficiency.py"
 
 @pytest.fixture(scope="module", name="bench")
 def fixture_bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("efficiency", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["efficiency"] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    return load(SCRIPT, "efficiency")
 
 
 def curve(*points: tuple[float, float]) -> list[dict[str, float]]:

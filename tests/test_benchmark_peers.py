@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from loading import load
 
 from multistage_diffusion import preset
 from multistage_diffusion.nets.cost import network_cost
@@ -18,13 +17,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture(scope="module", name="peers")
 def fixture_peers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("peers", BENCHMARKS / "peers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["peers"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load(BENCHMARKS / "peers.py", "peers")
 
 
 def test_a_tool_trains_for_its_time(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import tempfile
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from loading import load
 
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.nets.cost import network_cost
@@ -19,12 +19,7 @@ DIGITS = ["--preset", "digits", "--batch", "6", "--device", "cpu"]
 
 @pytest.fixture(scope="module", name="paper_step")
 def fixture_paper_step() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("paper_step", BENCHMARKS / "paper_step.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(BENCHMARKS / "paper_step.py", "paper_step")
 
 
 def test_a_step_is_measured_and_leaves_only_its_result(

@@ -918,6 +918,21 @@ def test_results_are_escaped_where_the_encoding_lacks_a_character(monkeypatch: p
     assert stream.buffer.getvalue() == b"Fr\\xe9chet\n"  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("code", "taken_down"), [(0, True), (1, True), (2, False)])
+def test_after_an_error_of_the_user_the_interpreter_is_not_taken_down(code: int, taken_down: bool) -> None:
+    script = (
+        "import atexit, sys; from multistage_diffusion import cli\n"
+        "class Last:\n"
+        "    def __del__(self, write=sys.stdout.write, flush=sys.stdout.flush): write('taken down'); flush()\n"
+        "last = Last()\n"
+        "atexit.register(print, 'tidied', end=' ')\n"
+        f"cli.main = lambda: {code}\n"
+        "cli.entry()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "tidied " + "taken down" * taken_down)
+
+
 def test_ctrl_c_during_imports_is_no_bug() -> None:
     script = (
         "import os, signal, sys, time; from multistage_diffusion import cli\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import importlib.util
 import os
 import re
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from loading import load
 
 import multistage_diffusion as msd
 from multistage_diffusion.cli import SUMMARIES
@@ -40,12 +40,7 @@ OTHERS = {
 
 @pytest.fixture(name="pages", scope="module")
 def fixture_pages() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_pages", ROOT / "scripts" / "docs_pages.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(ROOT / "scripts" / "docs_pages.py", "docs_pages")
 
 
 @pytest.fixture(name="commands", scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import signal
@@ -13,19 +12,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from loading import load
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "fuzz.py"
 
 
 @pytest.fixture(scope="module", name="fuzz")
 def fixture_fuzz() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fuzz"] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    return load(SCRIPT, "fuzz")
 
 
 @pytest.mark.slow

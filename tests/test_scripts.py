@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from loading import load
 from safetensors.torch import load_file
 
 from multistage_diffusion.evaluation.classifier import FashionClassifier
@@ -31,11 +31,7 @@ def test_the_classifier_is_trained_and_written(tmp_path: Path, capsys: pytest.Ca
         images[np.arange(count), labels * 2 + 3, 4:24] = 255  # a bar whose height is the class
         write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", images)
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", labels)
-    spec = importlib.util.spec_from_file_location("train_fashion_classifier", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load(SCRIPT, "train_fashion_classifier")
     out = tmp_path / "weights.safetensors"
     script.main(["--data", str(tmp_path), "--epochs", "2", "--out", str(out)])
     printed = capsys.readouterr().out

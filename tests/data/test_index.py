@@ -46,6 +46,13 @@ def test_bad_files_are_left_out_by_number():
     np.testing.assert_array_equal(decoded.images[:, 0], [pixels(1, 2, 3), pixels(3, 2, 3)])
 
 
+def test_of_many_bad_files_the_first_are_named():
+    with pytest.warns(
+        UserWarning, match=r"skipped 7 of 8 images: file 0 \(.*\), file 1 .* file 4 \([^)]*\) and 2 more$"
+    ):
+        run([b""] * 7 + [pixels(1, 2, 3)], skip_bad=True)
+
+
 def test_only_images_that_take_little_memory_are_kept(monkeypatch):
     monkeypatch.setattr(rows, "IN_MEMORY", 2 * 2 * 5)
     assert len(run([pixels(i, 2, 5) for i in range(2)]).images) == 2

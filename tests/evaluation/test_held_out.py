@@ -153,3 +153,13 @@ def test_a_metric_that_few_images_do_not_allow_is_left_out_unless_named() -> Non
         UserError, match=r"^count=3: metric 'precision-recall' needs at least 4 images; give a larger count$"
     ):
         held_out_metrics(("precision-recall",), extractor, counts | {"samples": 3, "held-out": 50})
+
+
+def test_progress_is_told_of_every_set():
+    told = []
+    evaluate_samples(
+        images(60, 5), images(90, 6), images(40, 7), PixelFeatures(), splits=2, progress=lambda *done: told.append(done)
+    )
+    ends = [done for done, total in told if done == total]
+    assert len(ends) == 3
+    assert all(40 <= end <= 60 for end in ends)

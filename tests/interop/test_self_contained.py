@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from loading import load
 
 from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.contracts import Conditioning
@@ -38,18 +39,10 @@ NETWORKS: dict[str, dict[str, Any]] = {
 def loaded(source: str, folder: Path, name: str) -> ModuleType:
     """Import a file from outside the package."""
     (folder / f"{name}.py").write_text(source)
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        return load(folder / f"{name}.py")
     finally:
         del sys.modules[name]
-    return module
 
 
 def generated(config: NetworkConfig) -> str:

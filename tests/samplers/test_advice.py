@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from loading import load
 
 from multistage_diffusion.config import SamplingConfig
 from multistage_diffusion.config.presets import PRESETS, preset
@@ -23,12 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def load_study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("samplers_study", ROOT / "benchmarks" / "samplers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(ROOT / "benchmarks" / "samplers.py", "samplers_study")
 
 
 @pytest.fixture(scope="module", name="study")

@@ -237,3 +237,33 @@ def test_what_the_images_contradict_is_told_at_once(tmp_path: Path) -> None:
 def test_values_of_another_type_are_errors_of_the_user(photos: Path, key: str, value: object) -> None:
     with pytest.raises(UserError, match=key.replace(".", r"\.")):
         auto_config(str(photos), {key: value}, device="cpu")
+
+
+def test_learning_rate_and_average_follow_batch_and_length(photos: Path) -> None:
+    base = preset("images-32-cpu")
+    found = auto_config(str(photos), {"training.batch": 4 * base.training.batch, "training.steps": 500}, device="cpu")
+    share = 4 * 500 / base.training.steps
+    assert found.config.optimizer.lr == pytest.approx(2 * base.optimizer.lr)
+    assert found.config.training.ema_halflife == pytest.approx(share * base.training.ema_halflife)
+    kept = {"training.batch": 8, "optimizer.lr": 1e-3, "training.ema_halflife": 77.0}
+    config = auto_config(str(photos), kept, device="cpu").config
+    assert (config.optimizer.lr, config.training.ema_halflife) == (1e-3, 77.0)
+
+
+def test_what_is_given_is_said_to_be(photos: Path) -> None:
+    def reasons(**changes: object) -> dict[str, auto.Reason]:
+        given = {key.replace("__", "."): value for key, value in changes.items()}
+        return {reason.setting: reason for reason in auto_config(str(photos), given, device="cpu").reasons}
+
+    own = reasons()
+    assert own["diffusion.prior"][1:] == (
+        "ln sigma -1.2 ± 1.2",
+        "EDM's; msdiff stages DATA --denoiser gaussian proposes one",
+    )
+    assert own["sampling"].reason == "of the preset"
+    given = reasons(diffusion__prior__p_mean=-0.5, sampling__calls=10, evaluation__every=0)
+    assert given["diffusion.prior"][1:] == ("ln sigma -0.5 ± 1.2", "as given")
+    assert (given["sampling"].value.split(", ")[1], given["sampling"].reason) == ("10 calls", "as given")
+    assert given["evaluation"][1:] == ("off", "as given")
+    found = auto_config(str(photos), device="cpu")
+    assert found.table(without=("stages",)).count("\n") == found.table().count("\n") - 1

@@ -22,6 +22,7 @@ from multistage_diffusion.workflow.checks import (
     LEAST_HELD_OUT,
     SAMPLED,
     sample_std,
+    warn_of_branching,
     warn_of_density,
     warn_of_few,
     warn_of_sigma_data,
@@ -136,3 +137,11 @@ def test_too_few_held_out_images_are_named(tiny_data: Any, sizes: tuple[int, int
     assert len(caught) == (words is not None)
     if words:
         assert re.search(words, str(caught[0].message))
+
+
+def test_a_training_that_ends_before_its_stages_part_is_warned_of(tiny_config: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_branching(tiny_config(training__branch_at=3, training__steps=4).training)
+    with pytest.warns(UserWarning, match=r"training\.branch_at=4: all stages train one decoder to the end, step 4"):
+        warn_of_branching(tiny_config(training__branch_at=4, training__steps=4).training)

@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 
 from multistage_diffusion.config import DataConfig
 from multistage_diffusion.errors import UserError
+from multistage_diffusion.reporting.pictures import grid
 from multistage_diffusion.training.callbacks import Callback
 from multistage_diffusion.training.checkpoint import checkpoint_step
 from multistage_diffusion.training.run import Run
@@ -122,9 +123,7 @@ def test_the_picture_is_of_the_step_that_is_evaluated(
 
 def test_without_held_out_images_there_is_a_report_and_no_evaluation(images: str, tmp_path: Path) -> None:
     config = {**SMALL, "training.steps": 3, "data.held_out": 0.0}
-    with pytest.warns(
-        UserWarning, match="not evaluated: 0 images held out, at least 4 are needed; give a larger --held-out"
-    ):
+    with pytest.warns(UserWarning, match="not evaluated: no images are held out; give a new run a larger --held-out"):
         page, scores = quickstart(images, tmp_path / "run", config, bar=silent, device="cpu")
     assert scores is None
     assert page.stat().st_size > 0
@@ -164,3 +163,29 @@ def test_a_run_on_other_images_is_refused(images: str, tmp_path: Path) -> None:
         quickstart(images, tmp_path / "run", {**config, "data.size": (12, 12)}, bar=silent, device="cpu")
     with pytest.raises(UserError, match=r"run: holds a run with training\.batch=9, not 12; choose another --out"):
         quickstart(images, tmp_path / "run", {**config, "training.batch": 12}, bar=silent, device="cpu")
+
+
+def test_of_few_held_out_images_what_can_be_measured_is(
+    images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SCORED", 20)
+    np.save(tmp_path / "few.npy", np.load(images)[:12])
+    config = {**SMALL, "training.steps": 2}
+    with pytest.warns(UserWarning, match="is left out"):
+        _, scores = quickstart(str(tmp_path / "few.npy"), tmp_path / "run", config, bar=silent, device="cpu")
+    assert scores is not None
+    assert "memorised" in scores.metrics
+    assert "precision" not in scores.metrics
+    assert scores.samples == 20
+
+
+def test_the_grid_of_classes_has_their_names(images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SCORED", 20)
+    np.savez(tmp_path / "named.npz", images=np.load(images), labels=load_digits().target[:200])
+    captions = list[object]()
+    monkeypatch.setattr(
+        module, "grid", lambda pictures, captions_=captions, **k: (captions_.append(k), grid(pictures, **k))[1]
+    )
+    config = {**SMALL, "training.steps": 2, "network.num_classes": 10}
+    quickstart(str(tmp_path / "named.npz"), tmp_path / "run", config, bar=silent, device="cpu")
+    assert captions == [{"captions": [str(number % 10) for number in range(100)]}]  # in turn
