@@ -37,7 +37,9 @@ from multistage_diffusion.escaping import shown
 from multistage_diffusion.files import write_json
 from multistage_diffusion.performance import devices
 from multistage_diffusion.progress import shown_reading
+from multistage_diffusion.shares import prior_masses
 from multistage_diffusion.stage_finding import StageSettings, gaussian_stages
+from multistage_diffusion.stages import Stages
 from multistage_diffusion.training.metrics import TrainingDiverged
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
@@ -268,16 +270,22 @@ def test_split_prints_the_table_of_all_numbers_of_stages(msdiff: Call, tmp_path:
     code, out, _ = msdiff("stages", "digits", "--algorithm", "2", "--stages", "2", "--samples", "100")
     table = read_json(tmp_path / "stages.json")["curves"]["table"]
     assert code == 0
-    edge, shares, head, *lines, written = out.splitlines()
+    edge, head, *lines, training, _, first, second, written = out.splitlines()
     assert edge.startswith("stage 1 | 2: t = 0.")
     assert "boundary_ratio" not in edge  # --shift prints it
-    masses = [float(share.rstrip("%")) for share in shares.partition("in each stage: ")[2].split("; ")[0].split(", ")]
-    assert sum(masses) == pytest.approx(100, abs=0.2)
-    assert shares.startswith("share of EDM's training noise (ln sigma -1.2 ± 1.2) in each stage: ")
     assert head.startswith("stages  mean distance within a stage")
     assert [line.split()[:3] for line in lines] == [
         [str(row["stages"]), f"{row['distance']:.4f}", f"({row['distance_held_out']:.4f})"] for row in table
     ]
+    assert training == "training with preset digits:"
+    assert first.split()[0:2] + second.split()[0:2] == ["stage", "1", "stage", "2"]
+    shares = [[float(cell.rstrip("%")) for cell in line.split()[4:]] for line in (first, second)]
+    masses = prior_masses(
+        Stages(tuple(read_json(tmp_path / "stages.json")["edges_sigma"])), preset("digits").diffusion.prior
+    )
+    assert [share[0] for share in shares] == pytest.approx([100 * mass for mass in masses], abs=0.1)  # noise
+    assert shares[0][2] == shares[1][2] == 100.0  # steps
+    assert shares[0][3] + shares[1][3] == pytest.approx(100.0, abs=0.2)  # compute
     assert written == "written: stages.json, stages.png"
 
 
@@ -312,11 +320,10 @@ def test_stages_of_the_wiener_denoiser_say_their_shares(
     assert code == 0
     saved = read_json(tmp_path / "stages.json")
     assert saved["settings"]["algorithm"] == 2
-    _, _, shares, density, half, head, *lines, written = out.splitlines()
+    _, _, density, half, head, *lines, training, _, _, _, _, written = out.splitlines()
+    assert training == "training with preset digits:"
     mean, std = saved["curves"]["proposed_density"]
     assert f"train --set diffusion.prior.p_mean={mean:g} diffusion.prior.p_std={std:g}" in density
-    assert shares.startswith("share of the training noise in each stage: ")
-    assert sum(float(share.rstrip("%")) for share in shares.split(": ")[1].split(", ")) == pytest.approx(100, abs=0.2)
     assert half == "measured on 300 images that are not held out; as a check, half of them give sigma = " + ", ".join(
         f"{sigma:.4f}" for sigma in saved["curves"]["half_edges_sigma"]
     )

@@ -89,6 +89,7 @@ def trainer(step: int) -> Any:
         allocation=SimpleNamespace(counts=(64, 45, 19)),
         warm_start=None,
         ended="",
+        run=SimpleNamespace(records=lambda: []),
     )
 
 
@@ -96,6 +97,9 @@ def test_training_shows_steps_and_losses(clock: Clock, capsys: pytest.CaptureFix
     progress = TrainingProgress()
     clock.now += 60.0  # opening the data is no part of the rate
     progress.started(trainer(20))
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[1].split() == ["training", "sigma", "noise", "rows", "steps", "compute"]
+    assert [line[:7] for line in shown[2:]] == ["stage 1", "stage 2", "stage 3"]
     progress.logged(trainer(30), {"kind": "train", "loss": [0.5, None, 0.25]})
     clock.now += 20.0
     progress.stepped(trainer(40))
@@ -103,17 +107,44 @@ def test_training_shows_steps_and_losses(clock: Clock, capsys: pytest.CaptureFix
     clock.now += 20.0
     progress.stepped(trainer(60))
     progress.finished(trainer(100))
-    start, *lines = capsys.readouterr().err.splitlines()[-3:]
-    assert start == "training digits on cpu: steps 20 to 100, encoder 16, decoders 32/16/16, rows per stage 64/45/19"
-    assert lines == [
+    assert shown[0] == "training digits on cpu: steps 20 to 100, encoder 16, decoders 32/16/16, rows per stage 64/45/19"
+    assert capsys.readouterr().err.splitlines() == [
         "training: 40/100, 1.0 steps/s, 60 s left, loss per stage 0.5000 - 0.2500",
         "training: 60/100, 1.0 steps/s, 40 s left, held-out loss per stage 1.0000 2.0000 3.0000",
     ]
 
 
+def test_the_time_left_counts_the_evaluations_to_come(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    def at(step: int, *seconds: float) -> Any:
+        made = trainer(step)
+        made.config = override(made.config, {"evaluation.every": 30})
+        made.run = SimpleNamespace(records=lambda: [{"kind": "quality", "seconds": each} for each in seconds])
+        return made
+
+    evaluation = {"frechet": 1.0, "extractor": "pixels", "count": 10, "petaflops": 1.0, "metrics": {}}
+    progress = TrainingProgress()
+    progress.started(at(20))
+    clock.now += 20.0
+    progress.stepped(at(25))
+    progress.logged(at(30), {"kind": "quality", "step": 30, "seconds": 50.0, **evaluation})
+    clock.now += 20.0
+    progress.stepped(at(30))  # then those of steps 60, 90 and 100
+    progress.finished(at(30))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "left" in line]
+    assert lines == [
+        "training: 25/100, 0.250 steps/s, 5 min left without evaluations",
+        f"training: 30/100, 0.250 steps/s, {round((70 / 0.25 + 150) / 60)} min left",
+    ]
+    resumed = TrainingProgress()
+    resumed.started(at(60, 40.0, 80.0))  # those of steps 90 and 100
+    clock.now += 20.0
+    resumed.stepped(at(80))
+    assert f"80/100, 1.0 steps/s, {round((20 + 2 * 60) / 60)} min left" in capsys.readouterr().err
+
+
 def test_an_evaluation_is_a_short_line(capsys: pytest.CaptureFixture[str]) -> None:
     progress = TrainingProgress()
-    record = {"kind": "quality", "step": 500, "frechet": 12.3456, "extractor": "pixels", "count": 1000}
+    record = {"kind": "quality", "step": 500, "frechet": 12.3456, "extractor": "pixels", "count": 1000, "seconds": 2.0}
     progress.logged(trainer(500), {**record, "petaflops": 0.12345})
     progress.logged(trainer(500), {**record, "petaflops": 2000.0, "frechet": None})
     assert capsys.readouterr().err.splitlines() == [

@@ -297,13 +297,18 @@ def test_the_reasons_name_the_stages_that_they_are_about() -> None:
     assert "Their decoder_depths are 3 / 1." in reasons(deep, 20e6, 19.9e6)
     plain = reasons([planned(1), planned(2)], 20e6, 19.9e6)
     assert len(plain) == 3
-    assert plain[0].startswith("A wider decoder helps stage 1 most: ")
+    assert plain[0].startswith("A row of stage 1 gains most from a wider decoder: ")
     assert "its loss falls by 0.2 (± 0.01), 20% of the narrow probe's" in plain[0]
     assert "3 / 3 MFLOPs" in plain[1]
     assert "8 / 8 serve that best; they cost 19.9" in plain[2]
     assert "50 / 50 %" in plain[2]
     unsure = planned(2, gain=0.005, gain_counted=0.01)
     assert reasons([planned(1), unsure], 20e6, 2e7)[3].startswith("The gain of stage 2 is below its standard error")
+    worse = planned(2, gain=-0.03, gain_counted=0.01)
+    said = reasons([planned(1), worse], 20e6, 2e7)
+    assert said[0].startswith("A row of stage 1 gains most")
+    assert (len(said), said[3][:38]) == (4, "In stage 2 the wide probe is worse, be")
+    assert reasons([worse, worse], 20e6, 2e7)[0].startswith("In no stage the wide probe has the lower loss")
     for flops in (4, 81):
         assert "decoder of stage 2 lies far outside" in reasons([planned(1), planned(2, flops=flops)], 2e7, 2e7)[3]
     for optimal, words in (

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from .distributed import is_main_process
 from .escaping import shown
+from .reporting.describe import training_table
 from .training.callbacks import Callback
 from .training.trainer import Trainer
 
@@ -42,6 +43,8 @@ class Bar:
     def __init__(self, title: str, unit: str = "", every: float = 10.0) -> None:
         self.title, self.unit, self.every = title, unit, every
         self.note = ""
+        self.later = 0.0  # seconds of other work that the time left includes
+        self.without = ""  # other work that it does not include
         self._text = ""
         self._marks = deque[tuple[float, int]]()  # of the last minute: time without other work, and the count done
         self._other = 0.0  # seconds of other work
@@ -82,7 +85,8 @@ class Bar:
         since, first = self._marks[0]
         rate = (done - first) / max(at - since, 1e-9)
         speed = f"{rate:.{1 if rate >= 1 else 3}f} {self.unit}/s" if self.unit and rate else ""
-        left = f"{duration((total - done) / rate)} left" if rate else ""
+        left = f"{duration((total - done) / rate + self.later)} left" if rate else ""
+        left += f" without {self.without}" if left and self.without and done < total else ""
         self._text = ", ".join(part for part in (f"{done}/{total}", speed, left, self.note) if part)
         if self._bar:
             self._bar.start()  # at the first call: only one bar can be shown at a time, and some are never called
@@ -127,6 +131,7 @@ class TrainingProgress(Callback[Trainer]):
 
     def __init__(self) -> None:
         self._bar = Bar("training", "steps")
+        self._evaluations: list[float] = []  # seconds that each has taken
 
     def __enter__(self) -> TrainingProgress:
         return self
@@ -152,6 +157,8 @@ class TrainingProgress(Callback[Trainer]):
             f"training {config.name} on {trainer.device}: steps {trainer.step} to {config.training.steps}, encoder "
             f"{config.network.encoder_width}, decoders {widths}, {rows}"
         )
+        if len(config.stages) > 1:
+            console.print(training_table(config))
         if trainer.warm_start is not None:
             start = trainer.warm_start
             fresh = f"; random: {', '.join(start.fresh)}" if start.fresh else ""
@@ -159,8 +166,18 @@ class TrainingProgress(Callback[Trainer]):
             console.print(
                 f"initial weights from {config.training.init_from}: {', '.join(start.cloned)}{resized}{fresh}"
             )
+        self._evaluations = [r["seconds"] for r in trainer.run.records() if r["kind"] == "quality"]
+        self._count_evaluations(trainer)
         self._bar.__enter__()
         self._bar(trainer.step, config.training.steps)
+
+    def _count_evaluations(self, trainer: Trainer) -> None:
+        """Add to the time left what the evaluations to come take, if one has shown how long that is."""
+        steps, every = trainer.config.training.steps, trainer.config.evaluation.every
+        to_come = len({*range(every, steps, every), steps} - set(range(trainer.step + 1))) if every else 0
+        known = self._evaluations
+        self._bar.later = to_come * sum(known) / len(known) if known else 0.0
+        self._bar.without = "evaluations" if to_come and not known else ""
 
     def chosen(self, trainer: Trainer) -> None:
         """Print the execution settings that autotuning chose and the step times it measured."""
@@ -185,6 +202,8 @@ class TrainingProgress(Callback[Trainer]):
                 f"step {record['step']}: Fréchet distance {distance} ({record['extractor']}, {record['count']} samples, "
                 f"{record['petaflops']:.3g} PFLOPs)"
             )
+            self._evaluations.append(record["seconds"])
+            self._count_evaluations(trainer)
             return
         losses = " ".join("-" if x is None else f"{x:.4f}" for x in record["loss"])
         self._bar.note = f"{'held-out loss' if record['kind'] == 'held_out' else 'loss'} per stage {losses}"

@@ -313,10 +313,15 @@ def reasons(stages: Sequence[PlannedStage], budget: float, flops: float) -> list
         budget, flops: mean forward FLOPs of a row, requested and planned.
     """
     worth = [s.weight * s.gain_counted for s in stages]
-    first = max(stages, key=lambda s: s.gain_counted)
+    first = max(stages, key=lambda s: s.gain)
+    most = (
+        f"A row of stage {first.stage} gains most from a wider decoder: for each factor e of its arithmetic its loss falls by "
+        f"{first.gain:.2g} (± {first.gain_error:.1g}), {first.gain / first.loss_narrow:.0%} of the narrow probe's."
+    )
     said = [
-        f"A wider decoder helps stage {first.stage} most: for each factor e of its arithmetic its loss falls by "
-        f"{first.gain:.2g} (± {first.gain_error:.1g}), {first.gain / first.loss_narrow:.0%} of the narrow probe's.",
+        most
+        if first.gain > 0
+        else "In no stage the wide probe has the lower loss: after so few steps width says nothing. Give more --probe-steps.",
         "If loss falls with the logarithm of arithmetic (a model; its slopes are measured), arithmetic per row belongs in "
         f"proportion to weight x gain / share: {_listed(s.flops_ideal / 1e6 for s in stages)} MFLOPs.",
         f"Of the valid widths that cost within {TOLERANCE:.0%} of {budget / 1e6:.4g} MFLOPs a row, "
@@ -324,7 +329,17 @@ def reasons(stages: Sequence[PlannedStage], budget: float, flops: float) -> list
         f"{_listed(100 * s.share * s.flops / sum(o.share * o.flops for o in stages) for s in stages)} % of the decoders'.",
     ]
     said += [f"Their {name} are {_listed(s.others[name] for s in stages)}." for name in stages[0].others]
-    unsure = [s.stage for s, value in zip(stages, worth, strict=True) if value and s.gain < s.gain_error]
+    worse = [s.stage for s in stages if s.gain < -2 * s.gain_error]
+    if worse:
+        said.append(
+            f"In {_stages(worse)} the wide probe is worse, beyond chance: it learns more slowly, and these probes are too short "
+            "to compare widths there. The plan counts a gain of one standard error; more --probe-steps would tell more."
+        )
+    unsure = [
+        s.stage
+        for s, value in zip(stages, worth, strict=True)
+        if value and s.gain < s.gain_error and s.stage not in worse
+    ]
     if unsure:
         said.append(
             f"The gain of {_stages(unsure)} is below its standard error and counts as that: more --probe-steps or held-out "

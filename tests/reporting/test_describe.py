@@ -19,6 +19,7 @@ from multistage_diffusion.reporting.describe import (
     edge_time,
     sampler_words,
     sampling_flops,
+    training_table,
 )
 from multistage_diffusion.schedules.discrete import Discrete
 from multistage_diffusion.schedules.edm import EDM
@@ -155,6 +156,18 @@ def test_the_table_names_every_stage_with_its_numbers(described: dict[str, dict[
     assert "21.605 G over 20 calls of dpm, singlestep, order 3, log-snr spacing" in table
     assert "18.881 G over times uniform in t" in table
     assert max(map(len, table.splitlines())) <= 80
+
+
+def test_the_table_of_the_training_is_that_of_the_description(described: dict[str, dict[str, Any]]) -> None:
+    head, *lines = training_table(override(preset("digits"), {"data.shape": [1, 8, 8]})).splitlines()
+    assert head.split() == ["training", "sigma", "noise", "rows", "steps", "compute"]
+    for line, stage in zip(lines, described["digits"]["stages"], strict=True):
+        shares = [f"{stage['training'][name]:.1%}" for name in ("noise", "rows", "steps", "compute")]
+        low, high = stage["sigma"]
+        assert line == " ".join(line.split(" "))
+        assert line.split()[:2] == ["stage", str(stage["stage"])]
+        assert line.split()[2:4] == [f"[{low:.3g},", f"{math.inf if high is None else high:.3g})"]
+        assert line.split()[4:] == shares
 
 
 def test_a_stage_s_share_of_the_training_is_that_of_its_rows_and_their_cost(

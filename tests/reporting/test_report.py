@@ -232,18 +232,23 @@ def test_a_bare_run_makes_a_report(tmp_path: Path) -> None:
     assert "[0, ∞)" in page.text
 
 
-def test_bars_show_rows_and_compute_if_they_are_known(tmp_path: Path) -> None:
+def test_bars_and_table_show_the_shares_of_the_training_if_they_are_known(tmp_path: Path) -> None:
     config = make_config(2)
     known = [
-        dataclasses.replace(row, rows=0.5, compute=share)
-        for row, share in zip(rows(config), (0.75, 0.25), strict=False)
+        dataclasses.replace(row, noise=noise, rows=0.5, steps=1.0, compute=share)
+        for row, noise, share in zip(rows(config), (0.9, 0.1), (0.75, 0.25), strict=False)
     ]
     images = pictures(1, 0)
     page = Page(write_report(tmp_path, config=config, architecture=known, samples=images, real=images))
-    for words in ("Share of the noise range (VP time, 0.001 to 1)", "Share of the training's images", "75%", "25%"):
+    for words in ("Share of the noise range (VP time, 0.001 to 1)", "Share of the training's rows", "75%", "25%"):
         assert words in page.text
     styles = [a["style"] or "" for tag, a in page.tags if tag == "div" and "style" in a]
-    assert [float(style.split(":")[1].split(";")[0]) for style in styles[2:]] == [0.5, 0.5, 0.75, 0.25]
+    assert [float(style.split(":")[1].split(";")[0]) for style in styles[2:]] == [0.9, 0.1, 0.5, 0.5, 0.75, 0.25]
+    cells = page.text.replace("\n", " ").split()
+    assert [cells[i : i + 4] for i, cell in enumerate(cells) if cell in ("90.0%", "10.0%")] == [
+        ["90.0%", "50.0%", "100.0%", "75.0%"],
+        ["10.0%", "50.0%", "100.0%", "25.0%"],
+    ]
 
 
 @pytest.mark.slow

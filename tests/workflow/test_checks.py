@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from multistage_diffusion.config.serialization import from_dict, to_dict
 from multistage_diffusion.data import ImageData, to_float
 from multistage_diffusion.data.rows import ArrayRows
 from multistage_diffusion.data.sources import open_data
@@ -95,12 +97,13 @@ def test_stages_without_rows_are_named(
 def test_stages_of_another_density_are_warned_of(tiny_config: Any, tiny_data: Any) -> None:
     settings = StageSettings(algorithm=2, denoiser="gaussian", samples=100)
     result = compute_stages(tiny_data(60).tensor(), settings)
+    stages = from_dict(Stages, json.loads(json.dumps(to_dict(result.stages()))))  # as in a run's config.json
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_density(result, tiny_config(**EDM).diffusion)
-    other = tiny_config(**(EDM | {"diffusion__prior": LogNormal(p_mean=0.0, p_std=1.2)})).diffusion
+        warn_of_density(tiny_config(**EDM, stages=stages))
+    other = tiny_config(**(EDM | {"diffusion__prior": LogNormal(p_mean=0.0, p_std=1.2)}), stages=stages)
     with pytest.warns(UserWarning, match="p_mean -1.2, p_std 1.2.*but this run trains with edm and .*p_mean 0.0"):
-        warn_of_density(result, other)
+        warn_of_density(other)
 
 
 @pytest.mark.parametrize(("std", "warned"), [(0.2, True), (0.25, False), (1.0, False), (1.01, True), (0.0, True)])

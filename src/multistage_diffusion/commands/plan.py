@@ -15,6 +15,7 @@ from ..config.serialization import override
 from ..console import Bar, console
 from ..errors import UserError
 from ..planning import PlannedStage
+from ..reporting.describe import training_table
 from ..stage_finding import StageResult
 from ..workflow.auto import auto_config
 from ..workflow.plan import Planned, explained_file, plan
@@ -122,6 +123,8 @@ def plan_text(planned: Planned) -> str:
             f"{planned.held_out_rows} held-out rows a stage",
             f"planned: {planned.flops / 1e6:.4g} MFLOPs a row (budget {planned.budget / 1e6:.4g}, of them the encoder "
             f"{planned.flops_encoder / 1e6:.4g})",
+            "",
+            training_table(planned.config),
             "",
             *planned.sentences,
         ]

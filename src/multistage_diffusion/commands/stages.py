@@ -12,13 +12,17 @@ import tyro
 from tyro.conf import Positional
 
 from ..config import CodecConfig, DataConfig
-from ..config.presets import preset
+from ..config.image_presets import fitting_preset
+from ..config.presets import PRESETS, preset
 from ..config.serialization import override
 from ..console import Bar
 from ..conventions import Boundary, boundary, boundary_lines
+from ..data.sources import open_data
 from ..distributed import is_main_process
 from ..errors import UserError
 from ..escaping import counted
+from ..performance.devices import resolve_device
+from ..reporting.describe import training_table
 from ..schedules import SCHEDULES, LogNormal
 from ..shares import prior_masses
 from ..stage_finding import StageResult, StageSettings
@@ -162,7 +166,8 @@ class FindStages(DataOptions):
         if self.json:
             print_json(result.to_dict() | self._conventions(result))
         else:
-            say(edges_text(result))
+            training = "" if gradients else self._training(result, config)
+            say(edges_text(result, training))
             for k, found in enumerate(self._boundaries(result), start=1):
                 say("\n".join([f"stage {k} | {k + 1} in other conventions:", *boundary_lines(found)]))
             say(f"written: {self.out}, {picture}")
@@ -176,6 +181,25 @@ class FindStages(DataOptions):
             raise UserError(f"--codec {self.codec}: the network of {self.trained} is on pixels; leave it out")
         data = override(data_like(config.data, self.data), self.given())
         return data, codec_like(config.codec, self.codec) if config.codec.used else None
+
+    def _training(self, result: StageResult, data: DataConfig) -> str:
+        """Return what each stage would get of a training on pixels with these stages; else nothing."""
+        if result.data_range != (-1.0, 1.0):
+            return ""
+        images = open_data(  # says nothing: its line is printed already
+            data.source, size=data.size, fit=data.fit, skip_bad=data.skip_bad, max_pixels=data.max_pixels
+        )
+        kind = "gpu" if resolve_device(self.device).type == "cuda" else "cpu"
+        known = data.source if data.source in PRESETS else fitting_preset(max(images.shape[1:]), kind)
+        base = preset(self.preset or known)
+        if base.codec.used:
+            return ""
+        keys: dict[str, Any] = {"stages": result.stages(), "data.shape": images.shape}
+        if len(base.stages) != len(result.stages()):
+            decoders = base.network.largest_decoders(len(result.stages()))
+            keys |= {f"network.{name}": value for name, value in decoders.items()} | {"training.shares": "prior"}
+        config = override(base, keys)
+        return f"training with preset {base.name}:\n{training_table(config)}"
 
     def _boundaries(self, result: StageResult) -> list[Boundary]:
         """Return the edges as boundaries, if --shift asks for them."""
@@ -206,8 +230,13 @@ def _shares(result: StageResult) -> str:
     return text + (starved if min(masses) < LEAST_SHARE else "")
 
 
-def edges_text(result: StageResult) -> str:
-    """Return the edges found as text."""
+def edges_text(result: StageResult, training: str = "") -> str:
+    """Return the edges found as text.
+
+    Args:
+        result: of the stage finding.
+        training: what each stage would get of a training, as text; empty: only the shares of EDM's noise are told.
+    """
     lines = []
     for k, (t, sigma) in enumerate(zip(result.edges_t, result.edges_sigma, strict=True)):
         line = f"stage {k + 1} | {k + 2}: t = {t:.4f}, sigma = {sigma:.4f}"
@@ -215,10 +244,8 @@ def edges_text(result: StageResult) -> str:
             (low, high), (least, most) = result.intervals_t[k], result.intervals_sigma[k]
             line += f" (95 %: t {low:.4f} to {high:.4f}, sigma {least:.4f} to {most:.4f})"
         lines.append(line)
-    if result.diffusion is not None or result.data_range in (
-        None,
-        (-1.0, 1.0),
-    ):  # sigma of training is of images in [-1, 1]
+    in_units_of_training = result.diffusion is not None or result.data_range in (None, (-1.0, 1.0))
+    if in_units_of_training and not training:
         lines.append(_shares(result))
     if result.diffusion is not None:
         half = ", ".join(f"{sigma:.4f}" for sigma in result.curves["half_edges_sigma"])
@@ -241,4 +268,4 @@ def edges_text(result: StageResult) -> str:
         outside = row["distance_held_out"]
         distance = f"{row['distance']:.4f}" + ("" if outside is None else f" ({outside:.4f})")
         lines.append(f"{row['stages']:6d}  {distance:<44}  {', '.join(f'{t:.4g}' for t in row['edges_t'])}".rstrip())
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, [training])])

@@ -179,6 +179,11 @@ def preset_name(size: int, device: str) -> str:
     return f"images-{size}-{device}"
 
 
+def fitting_preset(side: int, device: str) -> str:
+    """Return the name of the preset for images whose longer side has so many pixels."""
+    return preset_name(next((size for size in IMAGE_SIZES if size >= side), IMAGE_SIZES[-1]), device)
+
+
 def _preset(size: int, device: str) -> Callable[[], RunConfig]:
     def made() -> RunConfig:
         return _made(size, device)

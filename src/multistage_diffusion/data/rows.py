@@ -23,7 +23,7 @@ from ..progress import reading
 Index = npt.NDArray[np.int64]
 
 LEAST_DRAWN = 16  # images that memory must hold at a time
-IN_MEMORY = 1 << 30  # bytes of the largest set of decoded images that is kept in memory
+IN_MEMORY = 1 << 30  # bytes of the largest set of decoded images, or of latents, that is kept in memory
 _AT_ONCE = 256  # rows read at a time where all are read
 
 
@@ -71,7 +71,7 @@ class ArrayRows:
 
 
 class FileRows:
-    """uint8 rows that a file stores one after another; read from the file on access.
+    """Rows that a file stores one after another; read from the file on access.
 
     The file is not mapped into memory: its pages would count as memory of the process, and a file that is cut short would
     end the process.
@@ -82,13 +82,21 @@ class FileRows:
         count: number of rows.
         shape: shape of a row in the file, (C, H, W), or (H, W, C) if channels_last.
         channels_last: whether the channels are the last axis in the file.
+        dtype: type of the values, in this machine's order of bytes.
     """
 
     def __init__(
-        self, path: Path, offset: int, count: int, shape: tuple[int, int, int], *, channels_last: bool = False
+        self,
+        path: Path,
+        offset: int,
+        count: int,
+        shape: tuple[int, int, int],
+        *,
+        channels_last: bool = False,
+        dtype: npt.DTypeLike = np.uint8,
     ) -> None:
         self.path, self._offset, self._count = path, offset, count
-        self._stored, self._channels_last = shape, channels_last
+        self._stored, self._channels_last, self._dtype = shape, channels_last, np.dtype(dtype)
         file = path.open("rb", buffering=0)
         self._handle = file.fileno()
         self._written = self._last_written()
@@ -102,7 +110,7 @@ class FileRows:
     def __len__(self) -> int:
         return self._count
 
-    def rows(self, indices: Index) -> npt.NDArray[np.uint8]:
+    def rows(self, indices: Index) -> npt.NDArray[Any]:
         """Return the rows at `indices`, see `Rows`.
 
         Raises:
@@ -112,17 +120,17 @@ class FileRows:
             raise UserError(
                 f"{self.path}: has been written since it was opened; restore it, or start again with a new run"
             )
-        found = np.empty((len(indices), *self._stored), np.uint8)
+        found = np.empty((len(indices), *self._stored), self._dtype)
         starts = [*np.flatnonzero(np.diff(indices, prepend=-2) != 1).tolist(), len(indices)]
         for start, stop in itertools.pairwise(starts):  # consecutive rows are read at once
-            self._fill(found[start:stop].data.cast("B"), int(indices[start]))
+            self._fill(memoryview(found[start:stop].reshape(-1)).cast("B"), int(indices[start]))
         return np.ascontiguousarray(found.transpose(0, 3, 1, 2)) if self._channels_last else found
 
     def _last_written(self) -> int:
         return os.fstat(self._handle).st_mtime_ns
 
     def _fill(self, target: memoryview, first: int) -> None:
-        place = self._offset + first * math.prod(self._stored)
+        place = self._offset + first * math.prod(self._stored) * self._dtype.itemsize
         while target:
             try:
                 size = os.preadv(self._handle, [target], place)
@@ -131,6 +139,32 @@ class FileRows:
             if not size:
                 raise UserError(f"{self.path}: has become shorter since it was opened; restore it and start again")
             target, place = target[size:], place + size
+
+
+class ScaledRows:
+    """Rows times a factor.
+
+    Args:
+        source: rows of float values.
+        factor: what each value is multiplied by.
+    """
+
+    def __init__(self, source: Rows, factor: float) -> None:
+        self.source, self.factor = source, factor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape (C, H, W) of every row."""
+        return self.source.shape
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def rows(self, indices: Index) -> npt.NDArray[Any]:
+        """Return the rows at `indices`, see `Rows`."""
+        found = self.source.rows(indices)
+        found *= np.asarray(self.factor, found.dtype)
+        return found
 
 
 class View:
@@ -230,7 +264,12 @@ def fits_memory(count: int, shape: Sequence[int]) -> bool:
         f"data.size={height}x{width} for {count} images",
         "give a smaller --size, or fewer images",
     )
-    return count * math.prod(shape) <= min(IN_MEMORY, available_memory() // 4)
+    return stay_in_memory(count * math.prod(shape))
+
+
+def stay_in_memory(size: int) -> bool:
+    """Return whether rows of so many bytes in all are kept in memory; else they are read when they are drawn."""
+    return size <= min(IN_MEMORY, available_memory() // 4)
 
 
 def as_rows(data: Rows | npt.NDArray[Any] | Tensor) -> Rows:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from ..contracts import Codec
 from ..data import ImageData, to_float
-from ..data.rows import LabelledRows, Rows, View, as_rows, batches
+from ..data.rows import ArrayRows, LabelledRows, Rows, ScaledRows, View, as_rows, batches, chunks, stay_in_memory
 from ..errors import NotFiniteError, UserError
-from ..files import cache_folder, write_atomic
+from ..files import cache_folder
 from ..progress import Progress
+from .latent_files import FLOAT32, read_latents, write_latents
 
 PIXELS_AT_ONCE = 1 << 18  # pixels per batch: 256 images of 32x32, 4 of 256x256
 
@@ -67,7 +66,30 @@ def encode_images(
     mirrored: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Encode images.
+    """Encode images; arguments and errors as for `encoded`.
+
+    Returns:
+        Unscaled latents, float32 (N, c, h, w), on the CPU.
+    """
+    parts = encoded(codec, images, batch=batch, device=device, mirrored=mirrored, progress=progress)
+    latents = torch.empty(len(images), *codec.latent_shape(tuple(map(int, images.shape[-3:]))))  # type: ignore[arg-type]
+    start = 0
+    for part in parts:
+        latents[start : start + len(part)] = part
+        start += len(part)
+    return latents
+
+
+def encoded(
+    codec: Codec,
+    images: Tensor | Rows,
+    *,
+    batch: int | None = None,
+    device: torch.device | str = "cpu",
+    mirrored: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Tensor]:
+    """Encode images, a batch at a time.
 
     Args:
         codec: on `device`.
@@ -77,25 +99,22 @@ def encode_images(
         mirrored: encode the horizontally mirrored images instead.
         progress: called with (images done, N).
 
-    Returns:
-        Unscaled latents, float32 (N, c, h, w), on the CPU.
+    Yields:
+        Unscaled latents, float32 (n, c, h, w), on the CPU.
 
     Raises:
         NotFiniteError: if a latent is not finite.
     """
-    count = len(images)
-    channels, height, width = images.shape[-3:]
+    count, (height, width) = len(images), images.shape[-2:]
     batch = batch or max(1, PIXELS_AT_ONCE // (height * width))
-    latents = torch.empty(count, *codec.latent_shape((channels, height, width)))
     for start, pixels in zip(range(0, count, batch), batches(images, batch), strict=True):
         x = to_float(pixels.to(device))
         part = codec.encode(x.flip(-1) if mirrored else x)
         if not part.isfinite().all():
             raise NotFiniteError(f"the codec's latents of images {start} to {start + len(x) - 1} are not finite")
-        latents[start : start + batch] = part.cpu()
+        yield part.float().cpu()
         if progress:
             progress(start + len(x), count)
-    return latents
 
 
 def cached_latents(
@@ -112,7 +131,7 @@ def cached_latents(
     """Return a data set's latents; encode them only if they are not in the cache.
 
     A cache file holds the unscaled latents of one data set, mirrored or not, for one codec. Damaged files are encoded
-    again, with a warning.
+    again, with a warning. Latents that take much memory (see `stay_in_memory`) are read from the file when they are drawn.
 
     Args:
         codec: on `device`.
@@ -121,7 +140,7 @@ def cached_latents(
             al. 2022 (section G).
         mirrored: whether to return the latents of the mirrored images, too.
         folder: the cache; default $MSDIFF_CACHE/latents, or ~/.cache/multistage-diffusion/latents.
-        device, batch: see `encode_images`.
+        device, batch: see `encoded`.
         progress: called with (images encoded, total images) during encoding.
 
     Returns:
@@ -135,22 +154,23 @@ def cached_latents(
     sides = (False, True) if mirrored else (False,)
     paths = {side: folder / f"{_key(codec, data, side)}.safetensors" for side in sides}
     shape = (len(data), *codec.latent_shape(data.shape))
-    found = {side: _read(path, shape) for side, path in paths.items()}
+    found = {side: read_latents(path, shape) for side, path in paths.items()}
     missing = [side for side in sides if found[side] is None]
 
     def told(before: int) -> Progress | None:
         return None if progress is None else lambda done, _: progress(before + done, len(missing) * len(data))
 
     for number, side in enumerate(missing):
-        news = told(number * len(data))
-        made = encode_images(codec, data, batch=batch, device=device, mirrored=side, progress=news)
-        _write(paths[side], made)
-        found[side] = made
-    tensors = [latents for latents in found.values() if latents is not None]
-    scale = _scale(tensors, data.name) if scale is None else scale
-    scaled = [*(latents * scale for latents in tensors), None]
-    assert scaled[0] is not None
-    return LatentData(scaled[0], scaled[1], data.labels, data.name, data.class_names), scale
+        encode = partial(
+            encoded, codec, data, batch=batch, device=device, mirrored=side, progress=told(number * len(data))
+        )
+        found[side] = write_latents(paths[side], shape, encode)
+    known = [rows for rows in found.values() if rows is not None]
+    scale = _scale(known, data.name) if scale is None else scale
+    kept = stay_in_memory(len(known) * math.prod(shape) * FLOAT32.itemsize)
+    scaled = [ScaledRows(rows, scale) for rows in known]
+    parts: list[Rows] = [ArrayRows(rows.rows(np.arange(len(data)))) if kept else rows for rows in scaled]
+    return LatentData(parts[0], parts[1] if mirrored else None, data.labels, data.name, data.class_names), scale
 
 
 def default_cache() -> Path:
@@ -162,48 +182,15 @@ def _key(codec: Codec, data: ImageData, mirrored: bool) -> str:
     return hashlib.sha256(repr((codec.fingerprint, data.fingerprint, mirrored)).encode()).hexdigest()
 
 
-def _scale(tensors: list[Tensor], name: str) -> float:
+def _scale(parts: list[Rows], name: str) -> float:
     """Return 1 / the standard deviation of all values together, computed in float64."""
-    count = sum(latents.numel() for latents in tensors)
-    mean = sum(float(latents.sum(dtype=torch.float64)) for latents in tensors) / count
-    squares = 0.0
-    for latents in tensors:
-        for rows in torch.split(latents, 1024):  # limits the memory of the float64 copies
-            squares += float((rows.to(torch.float64) - mean).square().sum())
+    count = sum(len(rows) * math.prod(rows.shape) for rows in parts)
+
+    def total(of: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]) -> float:
+        return sum(float(of(part.astype(np.float64)).sum()) for rows in parts for part in chunks(rows, 1024))
+
+    mean = total(lambda values: values) / count
+    squares = total(lambda values: (values - mean) ** 2)
     if squares == 0:
         raise UserError(f"{name}: all latents are equal, which gives no scale; use other data or another codec")
     return 1.0 / math.sqrt(squares / count)
-
-
-def _digest(latents: Tensor) -> str:
-    return hashlib.sha256(latents.contiguous().numpy().data).hexdigest()
-
-
-def _write(path: Path, latents: Tensor) -> None:
-    """Store latents in the cache; if that fails, only warn, because they can be encoded again."""
-    try:
-        write_atomic(path, save({"latents": latents}, metadata={"sha256": _digest(latents)}))
-    except OSError as error:
-        warnings.warn(
-            f"{path}: latents cannot be kept ({error.strerror or error}) and will be made again; set MSDIFF_CACHE to a "
-            "folder with room",
-            stacklevel=3,
-        )
-
-
-def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """Return cached latents; None if the file is missing or, with a warning, damaged."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            latents: Tensor = file.get_tensor("latents")
-            told = (file.metadata() or {}).get("sha256")
-    except (SafetensorError, OSError) as error:
-        fault = str(error)
-    else:
-        if latents.dtype == torch.float32 and tuple(latents.shape) == shape and told == _digest(latents):
-            return latents
-        fault = "its content is not what was written"
-    warnings.warn(f"{path}: damaged ({fault}); its latents are made again", stacklevel=3)
-    return None

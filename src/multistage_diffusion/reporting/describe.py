@@ -45,8 +45,7 @@ def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[
     ]
     lengths = [(end - start) / schedule.t_max for start, end in times]
     flops = [stage.true_flops for stage in cost.stages]
-    trained = stage_training(config.training, stages, config.diffusion.prior)
-    compute = [share.rows * each for share, each in zip(trained, flops, strict=True)]
+    training = _training(config, flops)
     return {
         "name": config.name,
         "family": config.network.family,
@@ -75,7 +74,7 @@ def describe(config: RunConfig, sampling: SamplingConfig | None = None) -> dict[
                 "multiply_adds": cost.stages[k].multiply_adds,
                 "flops": cost.stages[k].true_flops,
                 "calls": calls[k],
-                "training": {**trained[k]._asdict(), "compute": compute[k] / sum(compute)},
+                "training": training[k],
             }
             for k in range(len(stages))
             for low, high in [stages.interval(k)]
@@ -138,8 +137,7 @@ def architecture_rows(described: dict[str, Any]) -> list[ArchitectureRow]:
             parameters=s["parameters"],
             multiply_adds=s["multiply_adds"],
             width=s["decoder_width"],
-            rows=s["training"]["rows"],
-            compute=s["training"]["compute"],
+            **s["training"],
             sigma=(s["sigma"][0], math.inf if s["sigma"][1] is None else s["sigma"][1]),
             t=tuple(s["t"]),
         )
@@ -163,8 +161,7 @@ def description_table(described: dict[str, Any]) -> str:
     unit, letter = (1e9, "G") if max(stage["multiply_adds"] for stage in stages) >= 1e9 else (1e6, "M")
     rows = [["", "sigma", "t", "width", "params, M", f"mult-adds, {letter}", "calls"]]
     for stage in stages:
-        low, high = stage["sigma"]
-        interval = f"[{low:.3g}, {'inf' if high is None else format(high, '.3g')})"
+        interval = _interval(*stage["sigma"])
         times = f"[{stage['t'][0]:.3g}, {stage['t'][1]:.3g})"
         size = [f"{stage['parameters'] / 1e6:.4g}", f"{stage['multiply_adds'] / unit:.5g}"]
         rows.append(
@@ -180,7 +177,7 @@ def description_table(described: dict[str, Any]) -> str:
             "",
             *_columns(rows, left=3),
             "",
-            *_columns(_training_rows(stages), left=1),
+            *_columns(_training_rows([s["training"] for s in stages]), left=1),
             "",
             *[f"decoder {stage['stage']}: {note}" for stage in stages for note in stage["notes"]],
             *[""] * any(stage["notes"] for stage in stages),
@@ -192,11 +189,43 @@ def description_table(described: dict[str, Any]) -> str:
     )
 
 
-def _training_rows(stages: Sequence[dict[str, Any]]) -> list[list[str]]:
+def _training(config: RunConfig, flops: Sequence[int]) -> list[dict[str, float]]:
+    """Return each stage's shares of the training, see `StageTraining`, and of its FLOPs ("compute").
+
+    Args:
+        config: the run's.
+        flops: of a stage for one row.
+    """
+    trained = stage_training(config.training, config.stages, config.diffusion.prior)
+    compute = [share.rows * each for share, each in zip(trained, flops, strict=True)]
+    return [{**s._asdict(), "compute": each / sum(compute)} for s, each in zip(trained, compute, strict=True)]
+
+
+def training_table(config: RunConfig) -> str:
+    """Return what each stage gets of the training as a text table: shares of noise, rows, steps and compute.
+
+    Args:
+        config: with the shape of its images or latents.
+    """
+    flops = [stage.true_flops for stage in network_cost(config.network, *config.input_shape[1:]).stages]
+    sigma = ["sigma", *(_interval(*config.stages.interval(k)) for k in range(len(config.stages)))]
+    rows = [
+        [first, cell, *rest]
+        for (first, *rest), cell in zip(_training_rows(_training(config, flops)), sigma, strict=True)
+    ]
+    return "\n".join(_columns(rows, left=2))
+
+
+def _training_rows(training: Sequence[dict[str, float]]) -> list[list[str]]:
     """Return the table of what each stage gets of the training."""
     names = ("noise", "rows", "steps", "compute")
-    lines = [[f"stage {s['stage']}", *(f"{s['training'][name]:.1%}" for name in names)] for s in stages]
+    lines = [[f"stage {k}", *(f"{shares[name]:.1%}" for name in names)] for k, shares in enumerate(training, start=1)]
     return [["training", *names], *lines]
+
+
+def _interval(low: float, high: float | None) -> str:
+    """Return a stage's range of sigma as text; None is infinity."""
+    return f"[{low:.3g}, {math.inf if high is None else high:.3g})"
 
 
 def _columns(rows: Sequence[Sequence[str]], left: int) -> list[str]:

@@ -54,7 +54,7 @@ class ArchitectureRow:
         width: channels at full resolution; None for the whole network.
         sigma: [low, high) of a stage; None for other rows.
         t: the same edges in the schedule's time.
-        rows, compute: a stage's shares of the training's rows and FLOPs; None for other rows.
+        noise, rows, steps, compute: a stage's shares of the training's density, rows, steps and FLOPs; None for other rows.
     """
 
     name: str
@@ -63,7 +63,9 @@ class ArchitectureRow:
     width: int | None = None
     sigma: tuple[float, float] | None = None
     t: tuple[float, float] | None = None
+    noise: float | None = None
     rows: float | None = None
+    steps: float | None = None
     compute: float | None = None
 
 
@@ -185,7 +187,11 @@ def _stages(
     time = f"{kind} time, {schedule.t_min:.4g} to {schedule.t_max:.4g}"
     bars = bar(f"Share of the noise range ({time})", [(end - start) / whole for start, end in spans])
     bars += '<p class="ends"><span>clean image</span><span>pure noise</span></p>'
-    for name, title in (("rows", "Share of the training's images"), ("compute", "Share of the training's compute")):
+    for name, title in (
+        ("noise", "Share of the training's noise"),
+        ("rows", "Share of the training's rows (an image with its noise)"),
+        ("compute", "Share of the training's compute"),
+    ):
         shares = [s for row in architecture if (s := getattr(row, name)) is not None]
         bars += bar(title, shares) if len(shares) == len(stages) else ""
     key = ""
@@ -209,7 +215,18 @@ def _curves(stages_png: Path | None, found: StageResult | None) -> str:
 
 
 def _network(rows: Sequence[ArchitectureRow], svg: str | None) -> str:
-    head = ("", "Width", "σ interval", "Time interval", "Parameters", "Multiply-adds", "Rows", "Compute")
+    head = (
+        "",
+        "Width",
+        "σ interval",
+        "Time interval",
+        "Parameters",
+        "Multiply-adds",
+        "Noise",
+        "Rows",
+        "Steps",
+        "Compute",
+    )
     lines = [
         (
             row.name,
@@ -218,7 +235,7 @@ def _network(rows: Sequence[ArchitectureRow], svg: str | None) -> str:
             f"{row.t[0]:.4g} – {row.t[1]:.4g}" if row.t else "",
             _count(row.parameters),
             "" if row.multiply_adds is None else _count(row.multiply_adds),
-            *("" if share is None else f"{share:.1%}" for share in (row.rows, row.compute)),
+            *("" if share is None else f"{share:.1%}" for share in (row.noise, row.rows, row.steps, row.compute)),
         )
         for row in rows
     ]
@@ -227,8 +244,9 @@ def _network(rows: Sequence[ArchitectureRow], svg: str | None) -> str:
         drawn
         + table(head, lines, name="Parameters and arithmetic of the network")
         + note(
-            "Multiply-adds are for one image and one call. A stage's numbers include its encoder, shared or not. Rows and "
-            "compute are shares of the training."
+            "Multiply-adds are for one image and one call. A stage's numbers include its encoder, shared or not. The last "
+            "four columns are shares of the training: of its noise density, its rows (images with noise), its steps (with mixed "
+            "batches every step trains every stage) and its arithmetic."
         )
     )
 

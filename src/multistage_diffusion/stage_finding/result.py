@@ -133,8 +133,15 @@ class StageResult:
         return tuple(sigma / (1.0 + sigma) for sigma in self.edges_sigma)
 
     def stages(self) -> Stages:
-        """Return the stages, with data range, time measure, rule, kernel and fingerprint as their origin."""
+        """Return the stages; their origin: data range, time measure, rule, kernel, fingerprint, and the density if it counts."""
+        density = {}
+        if self.diffusion is not None:
+            density = {
+                "prior": serialization.to_dict(self.diffusion.prior),
+                "precondition": self.diffusion.precondition,
+            }
         origin = {
+            **density,
             "data_range": self.data_range and list(self.data_range),
             "time_measure": serialization.to_dict(self.time_measure),
             "rule": self.rule,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import DataConfig, RunConfig, TrainingConfig
-from ..config.image_presets import IMAGE_SIZES, preset_name
+from ..config.image_presets import IMAGE_SIZES, fitting_preset, preset_name
 from ..config.presets import PRESETS, preset
 from ..config.serialization import changed, override
 from ..data import ImageData
@@ -108,8 +108,7 @@ def auto_config(
     images = open_data(source)
     if not given.get("codec.source"):
         require_channels(given, images.shape[0])
-    size = max(images.shape[1:])
-    name = preset_name(next((s for s in IMAGE_SIZES if s >= size), IMAGE_SIZES[-1]), kind)
+    name = fitting_preset(max(images.shape[1:]), kind)
     config = _based(preset(name), source, images, given)
     if 0 < config.network.num_classes < images.num_classes:  # told before the choice is printed
         raise UserError(

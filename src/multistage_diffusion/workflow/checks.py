@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..config import CodecConfig, DiffusionConfig, NetworkConfig, RunConfig, TrainingConfig
+from ..config import CodecConfig, NetworkConfig, RunConfig, TrainingConfig
+from ..config.serialization import to_dict
 from ..contracts import Codec
 from ..data import ImageData
 from ..errors import UserError
@@ -19,7 +21,6 @@ from ..nets.cost import network_cost
 from ..nets.network import meta_network
 from ..performance.offload import require_training_memory
 from ..samplers import make_plan
-from ..schedules import SigmaPrior
 from ..shares import row_counts, stage_shares, stage_training
 from ..stage_finding import StageResult
 from ..training import branching
@@ -104,23 +105,23 @@ def require_same_images(result: StageResult, data: ImageData, training: ImageDat
         )
 
 
-def warn_of_density(result: StageResult, diffusion: DiffusionConfig) -> None:
-    """Warn if stages were found for another training density or preconditioning than a run's."""
-    found = result.diffusion
-    if found is None:
+def warn_of_density(config: RunConfig) -> None:
+    """Warn if a run's stages were found for another training density or preconditioning than the run's."""
+    origin, diffusion = config.stages.origin, config.diffusion
+    if "prior" not in origin:  # the edges do not depend on it
         return
-    if (found.prior, found.precondition) != (diffusion.prior, diffusion.precondition):
+    if (origin["prior"], origin["precondition"]) != (to_dict(diffusion.prior), diffusion.precondition):
         warnings.warn(
-            f"the stages were found for {found.precondition} and the density {_words(found.prior)}, but this run trains "
-            f"with {diffusion.precondition} and {_words(diffusion.prior)}; find them with msdiff stages --preset, of this "
-            "run's preset, or set diffusion.prior",
+            f"the stages were found for {origin['precondition']} and the density {_words(origin['prior'])}, but this run "
+            f"trains with {diffusion.precondition} and {_words(to_dict(diffusion.prior))}; find them with msdiff stages "
+            "--preset, of this run's preset, or set diffusion.prior",
             stacklevel=3,
         )
 
 
-def _words(prior: SigmaPrior) -> str:
-    numbers = ", ".join(f"{f.name} {getattr(prior, f.name)}" for f in dataclasses.fields(prior) if f.name != "schedule")  # type: ignore[arg-type]
-    return f"{prior.kind}({numbers})"
+def _words(prior: Mapping[str, Any]) -> str:
+    numbers = ", ".join(f"{name} {value}" for name, value in prior.items() if name not in ("kind", "schedule"))
+    return f"{prior['kind']}({numbers})"
 
 
 def warn_of_starved(config: RunConfig) -> None:

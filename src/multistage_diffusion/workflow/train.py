@@ -149,13 +149,12 @@ def _resolved(
     resolved = resolve_run(config, data, result, device, processes=processes)
     require_channels(changes, resolved.config.network.channels)
     training = resolved.images[0]
-    if result is not None:
-        if not borrow:
-            require_same_images(result, data, training)
-        warn_of_density(result, config.diffusion)
-    warn_of_network(resolved.config.network)
     if result is None:
         warn_of_borrowed(resolved.config)
+    elif not borrow:
+        require_same_images(result, data, training)
+    warn_of_density(resolved.config)
+    warn_of_network(resolved.config.network)
     if resolved.codec is None:
         warn_of_sigma_data(resolved.config, "images", sample_std(training))
     warn_of_few(*resolved.images)
