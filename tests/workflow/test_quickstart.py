@@ -72,7 +72,7 @@ def test_a_finished_run_is_not_sampled_again(images: str, tmp_path: Path, monkey
         yield None
 
     page, scores = quickstart(images, out, config, bar=counted, device="cpu")
-    assert bars == ["finding stages", "sampling", "evaluating", "reporting"]
+    assert bars == ["encoding", "sampling", "evaluating", "reporting"]
     bars.clear()
     assert quickstart(images, out, config, bar=counted, device="cpu") == (page, scores)
     assert bars == ["reporting"]

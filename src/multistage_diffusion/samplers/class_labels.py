@@ -58,7 +58,9 @@ def class_number(config: RunConfig, label: int | str) -> int:
     """
     classes = config.network.num_classes
     if not classes:
-        raise UserError(f"label={label}: the run is unconditional; leave it out")
+        raise UserError(
+            f"label={label}: the run is unconditional; leave it out (network.num_classes at the start of a training makes a run learn classes)"
+        )
     names = config.data.class_names[:classes]
     named = [number for number, name in enumerate(names) if name == label]
     if len(named) > 1:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Conditioning, sigma_rows
+from ..progress import interruptible
 from .gaussian import with_tail
 
 
@@ -25,7 +26,7 @@ class WienerDenoiser:
         rows = images.flatten(1).to(torch.float64)
         count, dim = rows.shape
         self.mean = rows.mean(0)
-        _, singular, right = torch.linalg.svd(rows - self.mean, full_matrices=False)
+        _, singular, right = interruptible(lambda: torch.linalg.svd(rows - self.mean, full_matrices=False))
         known = min(count - 1, dim)
         values = with_tail(singular[:known] ** 2 / (count - 1), count, dim)
         self.basis, self.values = right[:known].T, values[:known]  # (D, r), (r,)

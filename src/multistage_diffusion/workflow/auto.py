@@ -91,7 +91,7 @@ def auto_config(
         changes: dotted keys that the user gives, see `override`; they are not chosen.
         result: stages that the user gives; None: even in the time of the VP kernel.
         device: default CUDA when there is one.
-        progress: called with (done, total) while stages are found.
+        progress: called with (done, total) while images are encoded into latents.
 
     Raises:
         UserError: if the data cannot be read, or a key does not fit.
@@ -147,7 +147,11 @@ def _sized(data: DataConfig, given: Mapping[str, Any], kind: str, reasons: list[
     least = min((min(size) for size in sizes), default=most)
     side = min(most, max(LEAST_SIDE, least - least % 8))
     reasons.append(
-        Reason("data.size", _by((side, side)), f"centre of images of {_range(sizes)}; --size H W for another")
+        Reason(
+            "data.size",
+            _by((side, side)),
+            f"reduced from {_range(sizes)} and cut to the centre; --size H W for another",
+        )
     )
     return dataclasses.replace(data, size=(side, side), fit="crop")
 

@@ -39,7 +39,7 @@ def config_from_run(
         changes: dotted keys that the user gives, see `override`; they are not chosen.
         result: stages that the user gives.
         device: default CUDA when there is one.
-        progress: called with (done, total) while stages are found.
+        progress: called with (done, total) while images are encoded into latents.
 
     Raises:
         UserError: if there is no such run, the data cannot be read, or a key does not fit.

@@ -74,7 +74,7 @@ def quickstart(
         run = continued(run, kept, device=device, callbacks=callbacks)
     else:
         Run.require_room(out, replace=False)
-        with bar("finding stages", "images") as progress:
+        with bar("encoding", "images") as progress:
             auto = auto_config(data, changes, device=device, progress=progress)
         tell(auto)
         with same_command_continues():
