@@ -156,6 +156,9 @@ def require_same(a: Path, b: Path, tolerance: float = 1e-10) -> None:
         pytest.param(*(3, "memory", LEARNED | {"training__update_mode": "one-stage"}), marks=pytest.mark.slow),
         pytest.param(*(3, "memory", LEARNED | {"network__separate": True}), marks=pytest.mark.slow),
         pytest.param(*(3, "fsdp", LEARNED | {"training__accumulate": 3}), marks=pytest.mark.slow),
+        pytest.param(
+            *(2, "time", {"network__decoder_widths": (8, 8, 8), "training__soft_sharing": 2}), marks=pytest.mark.slow
+        ),
     ],
     ids=[
         *("2 time", "3 memory", "2 fsdp", "fsdp one-stage", "fsdp sequential", "fsdp separate branch", "fsdp branch"),
@@ -175,6 +178,7 @@ def require_same(a: Path, b: Path, tolerance: float = 1e-10) -> None:
             "learned weights memory",
             "learned weights separate",
             "learned weights fsdp",
+            "soft sharing",
         ),
     ],
 )

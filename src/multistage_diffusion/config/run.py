@@ -218,6 +218,8 @@ class TrainingConfig:
         branch_at: steps in which all stages train one common decoder; afterwards each stage continues with its own copy
             (0: own decoders from the start). Narrower decoders are slices of the widest: their first channels. That needs
             the families "ncsnpp", "ddpmpp" or "ldm" and a shared encoder; else decoders must be alike.
+        soft_sharing: bases, decoders whose learned mixtures the decoders of the stages are (Fang et al. 2024, Remix-DiT), at most
+            one for each stage; needs decoders that are alike and a shared encoder; 0: none, decoders are trained themselves.
         init_from: a trained run from whose encoder and fitting decoders the network starts; empty: from scratch.
         freeze: "encoder" keeps the shared encoder as init_from gives it, so that only decoders are trained; "nothing".
         precision: "auto" (on CUDA bf16 if supported, else fp16; on the CPU fp32), "fp32", "bf16", "fp16" (with loss
@@ -252,6 +254,7 @@ class TrainingConfig:
     soft_intervals: float | tuple[float, ...] = 0.0
     overlap: float = 0.0
     branch_at: int = 0
+    soft_sharing: int = 0
     init_from: str = ""
     freeze: Literal["nothing", "encoder"] = "nothing"
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
@@ -273,8 +276,8 @@ class TrainingConfig:
             self.accumulate <= self.batch,
             f"training.accumulate={self.accumulate} must not exceed training.batch={self.batch}",
         )
-        counts = ("held_out_every", "keep_every", "sample_every", "sample_count", "seed", "branch_at", "reference_rows")
-        for name in (*counts, "ema_rampup", "overlap"):
+        counts = ("held_out_every", "keep_every", "sample_every", "sample_count", "seed", "branch_at", "soft_sharing")
+        for name in (*counts, "reference_rows", "ema_rampup", "overlap"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"training.{name}={value} must be >= 0 and finite")
         require(self.overlap <= 20, f"training.overlap={self.overlap} must be at most 20 (in ln sigma)")
@@ -386,6 +389,16 @@ class RunConfig:
                 f"network.family={self.network.family} with network.{unshared}={list(getattr(self.network, unshared, ()))} are "
                 "not; make its values equal, or set branch_at to 0",
             )
+        if self.training.soft_sharing:
+            name, bases = f"training.soft_sharing={self.training.soft_sharing}", self.training.soft_sharing
+            require(1 < bases <= decoders, f"{name}: {decoders} stages can share 2 to {decoders} bases; 0 shares none")
+            alike = all(len(set(getattr(self.network, n) or (0,))) == 1 for n in self.network.per_stage)
+            require(
+                alike and not self.network.separate,
+                f"{name} mixes the weights of decoders that are alike, on one encoder: give network.decoder_widths (and "
+                "what else is set for each stage) equal values, or set it to 0",
+            )
+            require(not self.training.branch_at, f"{name} does not go with training.branch_at; set one of them to 0")
         if self.training.freeze != "nothing":
             require(
                 bool(self.training.init_from) and not self.network.separate,

@@ -59,7 +59,8 @@ def class_number(config: RunConfig, label: int | str) -> int:
     classes = config.network.num_classes
     if not classes:
         raise UserError(
-            f"label={label}: the run is unconditional; leave it out (network.num_classes at the start of a training makes a run learn classes)"
+            f"label={label}: the run is unconditional; leave it out (network.num_classes, set when a training starts, lets it "
+            "learn classes)"
         )
     names = config.data.class_names[:classes]
     named = [number for number, name in enumerate(names) if name == label]

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..config import OptimizerConfig
+from ..config import OptimizerConfig, RunConfig
 from ..nets import MultiDecoderNetwork
+from ..performance.devices import autocast_dtype
 from .optimizer_state import make_optimizer
 
 if TYPE_CHECKING:
     from .loss_weighting import LearnedWeighting
+    from .soft_sharing import SoftSharing
 
 
 def learning_rate(settings: OptimizerConfig, step: int) -> float:
@@ -87,6 +89,7 @@ class Optimization:
         device: of the parameters.
         scaling: whether to scale the loss, for fp16; steps whose gradients overflow are skipped.
         weighting: learned weights of the loss, with their own optimiser; None: there are none.
+        sharing: bases whose mixtures the decoders are, with their own optimiser; None: decoders are trained themselves.
 
     Attributes:
         optimizer: over all parameters of the network; made by `watch`.
@@ -104,9 +107,36 @@ class Optimization:
         *,
         scaling: bool,
         weighting: LearnedWeighting | None = None,
+        sharing: SoftSharing | None = None,
     ) -> None:
-        self.settings, self.weighting = settings, weighting
+        self.settings, self.weighting, self.sharing = settings, weighting, sharing
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaling)
+
+    @classmethod
+    def of(cls, config: RunConfig, network: MultiDecoderNetwork, device: torch.device, strategy: str) -> Optimization:
+        """Return the optimisation of a run; most runs train nothing beside the network.
+
+        Args:
+            config: of the run.
+            network: as far as this process holds it; with training.soft_sharing its decoders become alike.
+            device: of the parameters.
+            strategy: name of the strategy.
+
+        Raises:
+            UserError: if training.soft_sharing does not suit the strategy or the precision.
+        """
+        scaling = autocast_dtype(config.training.precision, device) == torch.float16
+        weighting = sharing = None
+        if config.training.loss_weighting == "learned":
+            from .loss_weighting import LearnedWeighting
+
+            weighting = LearnedWeighting(config, device)
+        if config.training.soft_sharing:
+            from .soft_sharing import SoftSharing, require_whole_network
+
+            require_whole_network(strategy, scaling=scaling)
+            sharing = SoftSharing(config, network)
+        return cls(config.optimizer, device, scaling=scaling, weighting=weighting, sharing=sharing)
 
     def watch(self, network: MultiDecoderNetwork) -> None:
         """Make a new optimiser over the parameters of a network."""
@@ -114,15 +144,20 @@ class Optimization:
         self.parts = parameters_by_part(network)
 
     @property
+    def beside(self) -> list[LearnedWeighting | SoftSharing]:
+        """What is trained beside the network, with an optimiser of its own."""
+        return [module for module in (self.weighting, self.sharing) if module is not None]
+
+    @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """The network's optimiser, and that of the learned weights of the loss."""
-        return [self.optimizer] if self.weighting is None else [self.optimizer, self.weighting.optimizer]
+        """The network's optimiser, and those of what is trained beside it."""
+        return [self.optimizer, *(module.optimizer for module in self.beside)]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters of the network, and of the learned weights of the loss."""
+        """Trainable parameters of the network, and of what is trained beside it."""
         own = [parameter for part in self.parts.values() for parameter in part]
-        return own if self.weighting is None else [*own, self.weighting.weight]
+        return [*own, *(parameter for module in self.beside for parameter in module.parameters())]
 
     @property
     def gradients(self) -> list[Tensor]:
@@ -155,6 +190,8 @@ class Optimization:
             step: iteration, from 0; determines the learning rate.
             skip: a float32 scalar on the device: 1 to leave the parameters as they are, else 0. None: 0.
         """
+        if self.sharing is not None:
+            self.sharing.take_gradients()
         match_layouts(self.parameters)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -163,3 +200,5 @@ class Optimization:
                 optimizer.found_inf = skip  # type: ignore[attr-defined]
             self.scaler.step(optimizer)
         self.scaler.update()
+        if self.sharing is not None:
+            self.sharing.mix()

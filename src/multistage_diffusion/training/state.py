@@ -84,12 +84,12 @@ def snapshot(trainer: Checkpointed, *, score: float | None, quality: float | Non
         "scaler": trainer.optimization.scaler.state_dict(),
         "config": trainer.config,
     }
-    collect, weighting = trainer.strategy.gather_state, trainer.optimization.weighting
+    collect, beside = trainer.strategy.gather_state, trainer.optimization.beside
     moments = ckpt.optimizer_tensors(trainer.optimization.optimizer, trainer.denoiser)
     return ckpt.Checkpoint(
         model=collect(trainer.denoiser.state_dict()),
         ema=collect(trainer.ema.module.state_dict()),
-        optimizer=collect(moments if weighting is None else {**moments, **weighting.tensors()}),
+        optimizer=collect({**moments, **{k: v for module in beside for k, v in module.tensors().items()}}),
         state=state,
         profiles=profile_tensors(trainer),
     )
@@ -109,15 +109,15 @@ def restore(trainer: Checkpointed, path: Path) -> None:
         )
     with torch.device("meta"):  # this process may hold only a part of the network
         whole = build_denoiser(config).state_dict()
-    local, weighting = trainer.strategy.local, trainer.optimization.weighting
-    stored = whole if weighting is None else {*whole, *weighting.names}
+    local, beside = trainer.strategy.local, trainer.optimization.beside
+    stored = {*whole, *(name for module in beside for name in module.names)}
     ckpt.restore_module(trainer.denoiser, path, "model", whole, local)
     ckpt.restore_module(trainer.ema.module, path, "ema", whole, local)
     for average in trainer.profiles if state["step"] else ():  # the first step replaces them
         ckpt.restore_module(average.module, path, ckpt.profile_file(average.sigma_rel), whole, local)
     ckpt.restore_moments(trainer.optimization.optimizer, trainer.denoiser, path, stored, local)
-    if weighting is not None:
-        weighting.restore(path, stored)
+    for module in beside:
+        module.restore(path, stored)
     if "scaler" not in state:
         raise UserError(f"{path / 'state.json'}: scaler is missing; was it edited?")
     if state["scaler"]:

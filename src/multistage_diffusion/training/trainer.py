@@ -17,7 +17,7 @@ from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..distributed import ALONE, World
 from ..errors import UserError
 from ..nets import MultiDecoderNetwork
-from ..performance.devices import autocast_dtype, resolve_device
+from ..performance.devices import resolve_device
 from ..performance.execution import settled
 from . import branching
 from . import checkpoint as ckpt
@@ -99,22 +99,17 @@ class Trainer:
         shared = training.branch_at > 0 and (latest is None or ckpt.checkpoint_step(latest) <= training.branch_at)
         torch.manual_seed(rng.fold((training.seed, "initial weights")) >> 1)
         self.denoiser, average = self._new_denoiser(shared=shared), self._new_denoiser(shared=shared)
+        self.optimization = Optimization.of(config, self.denoiser.network, self.device, strategy)
         average.load_state_dict(self.denoiser.state_dict())
         self.ema = EMA(self.denoiser, training.ema_halflife, training.ema_rampup, average)
         self.profiles = [
             PowerEMA(self.denoiser, sigma_rel, self._new_denoiser(shared=shared)) for sigma_rel in training.ema_profiles
         ]
-        scaling = autocast_dtype(training.precision, self.device) == torch.float16
-        weighting = None
-        if training.loss_weighting == "learned":
-            from .loss_weighting import LearnedWeighting  # most runs have fixed weights
-
-            weighting = LearnedWeighting(config, self.device)
-        self.optimization = Optimization(config.optimizer, self.device, scaling=scaling, weighting=weighting)
         self.passes = Passes(config, self.denoiser, source, self.strategy, self.optimization)
         self.passes.compute(settled(config.execution))
         self._watch()
         # fp16 and several processes synchronise with the device in every step anyway
+        scaling = self.optimization.scaler.is_enabled()
         late = self.device.type == "cuda" and world.size == 1 and not scaling
         self.log = TrainingLog(run, self.device, len(config.stages), late=late, scaled=scaling)
         if latest is not None:
@@ -146,6 +141,9 @@ class Trainer:
             own, given = module.state_dict(), self.warm_start.tensors
             module.load_state_dict({n: self.strategy.local(given[n], t) if n in given else t for n, t in own.items()})
             self._ties_of(module).copy_weights()
+        if self.optimization.sharing is not None:
+            self.optimization.sharing.take_decoders()
+            self.ema.module.load_state_dict(self.denoiser.state_dict())
 
     def _watch(self) -> None:
         """Follow the parameters of the network; called again after branching."""
