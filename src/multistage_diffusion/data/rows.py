@@ -123,7 +123,7 @@ class FileRows:
         found = np.empty((len(indices), *self._stored), self._dtype)
         starts = [*np.flatnonzero(np.diff(indices, prepend=-2) != 1).tolist(), len(indices)]
         for start, stop in itertools.pairwise(starts):  # consecutive rows are read at once
-            self._fill(memoryview(found[start:stop].reshape(-1)).cast("B"), int(indices[start]))
+            self._fill(found[start:stop].reshape(-1).data.cast("B"), int(indices[start]))
         return np.ascontiguousarray(found.transpose(0, 3, 1, 2)) if self._channels_last else found
 
     def _last_written(self) -> int:

@@ -11,7 +11,7 @@ are in checkpoints, with the optimiser's state, and nowhere else.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -115,12 +115,12 @@ class SoftSharing(nn.Module):
             gradients = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in own])
             for parameter, gradient in zip(parameters, torch.tensordot(weights.T, gradients, 1), strict=True):
                 parameter.grad = gradient
-            slopes += gradients.flatten(1) @ torch.stack(parameters).flatten(1).T
+            slopes += gradients.flatten(1) @ torch.stack(list(parameters)).flatten(1).T
             for p in own:
                 p.grad = None
         self.logits.grad = weights * (slopes - (weights * slopes).sum(1, keepdim=True))
 
-    def _parameters_of_bases(self) -> dict[str, list[nn.Parameter]]:
+    def _parameters_of_bases(self) -> dict[str, Sequence[nn.Parameter]]:
         """Return the parameters of the bases by their name in a decoder."""
         named = [dict(basis.named_parameters()) for basis in self.bases]
         return {name: [basis[name] for basis in named] for name in named[0]}
