@@ -12,6 +12,7 @@ from multistage_diffusion.data.rows import (
     ArrayRows,
     FileRows,
     KeptRows,
+    ScaledRows,
     View,
     as_rows,
     batches,
@@ -64,6 +65,23 @@ def test_rows_of_an_array_come_in_any_order_as_a_new_contiguous_array(layout):
     assert not np.shares_memory(found, array)
     assert ArrayRows(array).shape == (3, 4, 5)
     assert ArrayRows(array).rows(np.empty(0, np.int64)).shape == (0, 3, 4, 5)
+
+
+def test_scaled_rows_are_the_rows_times_the_factor_and_change_nothing():
+    array = LAYOUTS["floats"].copy()
+    scaled = ScaledRows(ArrayRows(array), 0.3)
+    index = np.array([8, 0, 8])
+    np.testing.assert_array_equal(scaled.rows(index), array[index] * np.float32(0.3))
+    assert (len(scaled), scaled.shape, scaled.rows(index).dtype) == (9, (3, 4, 5), np.float32)
+    np.testing.assert_array_equal(array, LAYOUTS["floats"])
+
+
+def test_rows_of_floats_are_read_from_a_file(tmp_path):
+    array = np.random.default_rng(0).standard_normal((9, 3, 4, 5)).astype(np.float32)
+    path = tmp_path / "floats"
+    path.write_bytes(b"head" + array.tobytes())
+    found = FileRows(path, 4, 9, (3, 4, 5), dtype=np.float32).rows(np.array([8, 3, 4, 5, 0, 0]))
+    np.testing.assert_array_equal(found, array[[8, 3, 4, 5, 0, 0]])
 
 
 def test_views_are_composed_and_copy_nothing():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import warnings
 from pathlib import Path
 
@@ -18,8 +16,7 @@ from multistage_diffusion.contracts import Codec
 from multistage_diffusion.data import ImageData, to_float
 from multistage_diffusion.data.rows import ArrayRows, FileRows, Rows, ScaledRows
 from multistage_diffusion.latent.codecs import IdentityCodec
-from multistage_diffusion.latent.latent_files import read_latents, write_latents
-from multistage_diffusion.latent.latents import LatentData, cached_latents, default_cache, encode_images, encoded
+from multistage_diffusion.latent.latents import LatentData, cached_latents, default_cache, encode_images
 
 
 class Corners:
@@ -191,31 +188,6 @@ def test_latents_beyond_memory_are_read_from_the_file(
     assert drawn.mirrored is not None
     assert held.mirrored is not None
     assert np.array_equal(everything(drawn.mirrored), everything(held.mirrored))
-
-
-def test_what_is_encoded_into_the_file_is_what_is_encoded_into_memory(tmp_path: Path) -> None:
-    codec, path = Corners(), tmp_path / "made.safetensors"
-    pixels = images(20).tensor()
-    rows = write_latents(path, (20, 1, 2, 3), lambda: encoded(codec, pixels, batch=7))
-    expected = encode_images(Corners(), pixels).numpy()
-    assert np.array_equal(everything(rows), expected)
-    assert np.array_equal(load_file(path)["latents"].numpy(), expected)
-    again = read_latents(path, (20, 1, 2, 3))
-    assert again is not None
-    assert np.array_equal(everything(again), expected)
-
-
-def test_a_full_disk_is_told_before_anything_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    codec = Corners()
-    with pytest.warns(UserWarning, match="latents cannot be kept .No space left on device"):
-        latents, _ = cached(codec, images(), tmp_path)
-    assert codec.sizes == [7]
-    assert torch.equal(latents.tensor(), encode_images(Corners(), images().tensor()))
-    assert kept(tmp_path) == []
 
 
 def test_a_cache_that_cannot_be_written_costs_only_a_warning(tmp_path: Path) -> None:
