@@ -21,8 +21,8 @@ from ..nets.ldm import LDMConfig
 from ..reading import brief
 from ..samplers import make_plan
 from ..schedules.discrete import Discrete
-from ..training.checkpoint import trained_config
 from ..training.run import Run
+from .exchange import exported_config
 from .latent import recorded_scale
 
 INDEX = "model_index.json"
@@ -45,7 +45,7 @@ def export_unet2d(
         UserError: if no UNet2DModel computes what the network computes, or the folder may not be written.
     """
     run, folder = run if isinstance(run, Run) else Run.open(Path(run)), Path(folder)
-    config = trained_config(run.checkpoint(checkpoint))
+    config = exported_config(run, checkpoint)
     try:
         files = _files(config)
     except UserError as error:
