@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow.export_diffusers import export_diffusers
-from multistage_diffusion.workflow.import_unet2d import leading_ddim
+from multistage_diffusion.workflow.import_unet2d import diffusers_ddim
 from multistage_diffusion.workflow.push import push
 
 diffusers = pytest.importorskip("diffusers")
@@ -91,11 +92,17 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
         "EDMDPMSolverMultistepScheduler",
         {**EDM_DPM, "sampling__denoise_last": "always", "sampling__spacing": "edm"},
     ),
-    "discrete": ("DDIMScheduler", {**DISCRETE, "sampling": leading_ddim(STEPS, 10, clip=1.0)}),
+    "discrete": ("DDIMScheduler", {**DISCRETE, "sampling": diffusers_ddim(10, clip=1.0)}),
     "discrete, v": (
         "DDIMScheduler",
-        {**DISCRETE, "diffusion__precondition": "vp-v", "sampling": leading_ddim(STEPS, 10, offset=1)},
+        {
+            **DISCRETE,
+            "diffusion__precondition": "vp-v",
+            "sampling": diffusers_ddim(10, low=float(STEPS.sigma(1.0))),
+        },
     ),
+    "discrete, to step 0": ("DDIMScheduler", {**DISCRETE, "sampling": diffusers_ddim(10, lands=False, clip=1.0)}),
+    "discrete, trailing": ("DDIMScheduler", {**DISCRETE, "sampling": diffusers_ddim(10, trailing=True)}),
     "discrete, ldm": (
         "DDIMScheduler",
         {
@@ -138,6 +145,10 @@ OWN: dict[str, dict[str, Any]] = {
     "edm, thresholded": {**EDM_DDIM, "sampling__threshold": 0.9},
     "vp": {"diffusion__precondition": "vp-eps", "diffusion__schedule": VP(), "sampling__spacing": "time", **OPEN},
     "discrete, dpm": {**DISCRETE, **OPEN, "sampling__clip": 1.0},
+    "discrete, leading, thresholded": {
+        **DISCRETE,
+        "sampling": dataclasses.replace(diffusers_ddim(10, lands=False), threshold=0.9),
+    },
     "velocity, heun": {**FLOW, "sampling__solver": "heun", "sampling__calls": 9},
 }
 
