@@ -14,6 +14,7 @@ from torch import Tensor
 
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.latent.codecs import codec_fingerprint, open_codec
+from multistage_diffusion.samplers import make_plan
 from multistage_diffusion.training.run import Run
 from multistage_diffusion.workflow.export_diffusers import export_diffusers
 from multistage_diffusion.workflow.latent import decoder, recorded_scale
@@ -145,8 +146,21 @@ def test_stochastic_solvers_callbacks_compiling_offloading_and_half_precision(
     assert half.dtype == torch.float32
     assert 0 < (half - full).abs().max() < 0.2 * full.abs().max()
     pipe = in_process(folder, monkeypatch)
+    decoders = pipe.unet.network.decoders
+    home = [[parameter.data_ptr() for parameter in decoder.parameters()] for decoder in decoders]
     pipe.unet.keep_one_stage("cpu")
-    assert torch.equal(drawn(1), full)
+    resident = []  # after each call, the decoders that are copies on the device
+
+    def note(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        now = [[parameter.data_ptr() for parameter in decoder.parameters()] for decoder in decoders]
+        resident.append([k for k, (a, b) in enumerate(zip(now, home, strict=True)) if a != b])
+        return {}
+
+    assert torch.equal(drawn(1, callback_on_step_end=note), full)
+    config = run.config()
+    calls = make_plan(config.sampling, config.diffusion.schedule).calls
+    assert resident == [[k] for k in config.stages.index(torch.tensor(calls, dtype=torch.float64)).tolist()]
+    assert len({stages[0] for stages in resident}) == 3
 
 
 @pytest.mark.slow
