@@ -10,7 +10,7 @@ from tiny import tiny_config
 from multistage_diffusion.interop.stock_schedulers import stock_scheduler
 from multistage_diffusion.schedules.discrete import Discrete, UniformSteps
 from multistage_diffusion.schedules.rectified_flow import RectifiedFlow
-from multistage_diffusion.workflow.import_unet2d import leading_ddim
+from multistage_diffusion.workflow.import_unet2d import diffusers_ddim
 
 STEPS = Discrete(steps=100, spacing="linear")
 DISCRETE = {"precondition": "vp-eps", "schedule": STEPS, "prior": UniformSteps(schedule=STEPS)}
@@ -41,7 +41,9 @@ def test_the_scheduler_that_makes_the_same_steps() -> None:
     assert kind(EDM) == "EDMEulerScheduler"
     assert kind({**EDM, "spacing": "log-snr"}) == "EDMEulerScheduler"
     assert kind(DPM) == "EDMDPMSolverMultistepScheduler"
-    assert kind(leading_ddim(STEPS, 10), DISCRETE) == "DDIMScheduler"
+    for trailing in (False, True):
+        for lands in (False, True):
+            assert kind(diffusers_ddim(10, trailing=trailing, lands=lands), DISCRETE) == "DDIMScheduler"
     assert kind(LDM_STEPS, DISCRETE) == "DDIMScheduler"
     assert kind(DISCRETE_DPM, DISCRETE) == "DPMSolverMultistepScheduler"
     assert kind(FLOW_STEPS, FLOW) == "FlowMatchEulerDiscreteScheduler"
@@ -79,10 +81,14 @@ def test_where_ddims_last_step_ends() -> None:
     found = stock_scheduler(to_step_0)
     assert found is not None
     assert (found.settings["set_alpha_to_one"], found.settings["steps_offset"], found.calls) == (False, 1, 10)
-    beyond = leading_ddim(
-        STEPS, 9, offset=11
-    )  # 9 steps of 11: diffusers' last one would end at step 0, not at the image
-    assert (kind(leading_ddim(STEPS, 9, offset=10), DISCRETE), kind(beyond, DISCRETE)) == ("DDIMScheduler", "")
+    # 9 steps of 11: from step 10 diffusers' last one ends at the image, from step 11 at step 0
+    for offset, name in ((10, "DDIMScheduler"), (11, "")):
+        ends = {
+            "sigma_min": float(STEPS.sigma(offset)),
+            "sigma_max": float(STEPS.sigma(offset + 88)),
+            "spacing": "time",
+        }
+        assert kind({**LDM_STEPS, **ends, "calls": 9, "denoise_last": "always"}, DISCRETE) == name
     ends = {"sigma_min": float(STEPS.sigma(0.5)), "sigma_max": float(STEPS.sigma(95.0)), "spacing": "time"}
     assert kind({**LDM_STEPS, **ends}, DISCRETE) == ""
 

@@ -1,4 +1,4 @@
-"""Spacings beyond those that every plan test covers: latent diffusion's own steps."""
+"""Spacings beyond those that every plan test covers: latent diffusion's own steps, and those of diffusers' DDIM."""
 
 from __future__ import annotations
 
@@ -72,4 +72,67 @@ def test_inner_points_of_these_steps_are_even_in_time() -> None:
 def test_what_latent_diffusion_has_no_steps_for_is_refused(changes: dict[str, Any], schedule: Any, words: str) -> None:
     with pytest.raises(UserError) as caught:
         make_plan(SamplingConfig(**{"calls": 20, **OWN, **changes}), schedule)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("lands", [True, False])
+@pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("leading", 7), ("trailing", 0)])
+@pytest.mark.parametrize("calls", [2, 20, 50, 125, 73])
+def test_calls_are_at_the_steps_of_diffusers_ddim(calls: int, spacing: str, offset: int, lands: bool) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    schedule = Discrete(beta_start=1e-4, beta_end=0.02, spacing="linear")
+    low = float(schedule.sigma(float(offset))) if offset else None
+    last = "always" if lands else "never"
+    config = SamplingConfig(solver="ddim", calls=calls, spacing=spacing, sigma_min=low, denoise_last=last)  # type: ignore[arg-type]
+    if 1000 % calls and spacing == "trailing":
+        with pytest.raises(UserError, match=r"sampling.calls=73 must divide the schedule's 1000 steps"):
+            make_plan(config, schedule)
+        return
+    theirs = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
+    theirs.set_timesteps(calls)
+    steps = theirs.timesteps.tolist()
+    plan = make_plan(config, schedule)
+    assert [float(schedule.time(sigma)) for sigma in plan.calls] == pytest.approx(steps, abs=1e-9)
+    ends = [float(schedule.sigma(float(step))) for step in steps[1:]]
+    assert [step.end for step in plan.steps] == pytest.approx([*ends, 0.0 if lands else float(schedule.sigma(0.0))])
+
+
+@pytest.mark.parametrize("solver", ["dpm", "dpm++", "heun"])
+@pytest.mark.parametrize("lands", ["always", "never"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_other_solvers_make_finite_steps_in_this_range(solver: str, lands: str, spacing: str) -> None:
+    schedule = Discrete()
+    config = SamplingConfig(solver=solver, order=2, calls=20, spacing=spacing, denoise_last=lands)  # type: ignore[arg-type]
+    plan = make_plan(config, schedule)
+    assert plan.calls[0] == pytest.approx(float(schedule.sigma(950.0 if spacing == "leading" else 999.0)))
+    assert all(step.length > 0 for step in plan.steps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "schedule", "words"),
+    [
+        ({}, VP(), "sampling.spacing='leading': names steps of a discrete schedule, not of 'vp'; use 'time'"),
+        ({"sigma_max": 20.0}, Discrete(), "sampling.sigma_max=20: spacing 'leading' has its own start"),
+        ({"calls": 1001}, Discrete(), "sampling.calls=1001 must be 2 to 1000, the schedule's steps"),
+        ({"sigma_min": 0.05}, Discrete(), "sampling.sigma_min=0.05: is at no step of the schedule"),
+        (
+            {"sigma_min": float(Discrete().sigma(50.0))},
+            Discrete(),
+            "is step 50, but 20 calls on 1000 steps are 50 apart and leave room for 0 to 49 in spacing 'leading'",
+        ),
+        (
+            {"sigma_min": float(Discrete(steps=1004).sigma(3.0)), "calls": 1003},
+            Discrete(steps=1004),
+            "is step 3, but 1003 calls on 1004 steps are 1 apart and leave room for 0 to 0",
+        ),
+        (
+            {"spacing": "trailing", "sigma_min": 0.05},
+            Discrete(),
+            "sampling.sigma_min=0.05: spacing 'trailing' has its own end",
+        ),
+    ],
+)
+def test_what_diffusers_has_no_steps_for_is_refused(changes: dict[str, Any], schedule: Any, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_plan(SamplingConfig(**{"solver": "ddim", "calls": 20, "spacing": "leading", **changes}), schedule)
     assert words in str(caught.value)

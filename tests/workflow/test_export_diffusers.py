@@ -2,72 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config, tiny_data
+from exported_pipelines import EDM_DDIM, a_run, elsewhere, exported, in_process, our_samples
 from torch import Tensor
 
 from multistage_diffusion import cli
-from multistage_diffusion.config import NetworkConfig, RunConfig
-from multistage_diffusion.contracts import Conditioning
+from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.data import to_uint8
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.latent.codecs import codec_fingerprint
-from multistage_diffusion.samplers import make_plan, sample, start_noise
-from multistage_diffusion.samplers.sampling import _steered
+from multistage_diffusion.samplers import make_plan
 from multistage_diffusion.schedules.discrete import Discrete, UniformSteps
 from multistage_diffusion.schedules.rectified_flow import RectifiedFlow
 from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.training.run import Run
-from multistage_diffusion.training.trainer import Trainer
 from multistage_diffusion.workflow.export_diffusers import export_diffusers
-from multistage_diffusion.workflow.import_unet2d import leading_ddim
-from multistage_diffusion.workflow.push import push
+from multistage_diffusion.workflow.import_unet2d import diffusers_ddim
 
 diffusers = pytest.importorskip("diffusers")
 
-# Runs in a process without this package: each folder holds inputs.pt and gets outputs.pt. After saving, it loads again.
-SCRIPT = """
-import sys
-sys.modules["multistage_diffusion"] = None
-import torch
-from pathlib import Path
-from diffusers import DiffusionPipeline
-for folder in map(Path, sys.argv[1:]):
-    try:
-        DiffusionPipeline.from_pretrained(folder)
-        raise SystemExit("loaded code without being told to trust it")
-    except ValueError as error:
-        assert "trust_remote_code" in str(error), error
-    x, labels = torch.load(folder / "inputs.pt")
-    kinds, seen = [], []
-    for place in (folder, folder / "saved"):
-        pipe = DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
-        pipe.set_progress_bar_config(disable=True)
-        end = lambda p, number, t, kept: seen.append(number) or kept
-        calls = [
-            pipe(latents=x, class_labels=labels, output_type=kind, callback_on_step_end=end).images
-            for kind in ("latent", "pt", "pil")
-        ]
-        pixels = [list(image.getdata()) for image in calls[2]]
-        kinds.append([calls[0], calls[1], pixels])
-        pipe.save_pretrained(folder / "saved")
-    assert torch.equal(kinds[0][0], kinds[1][0]), "a saved pipeline is another"
-    few = pipe(batch_size=2, num_inference_steps=5, class_labels=None if labels is None else 0).images
-    torch.save((kinds[0], type(pipe.scheduler).__name__, len(seen), len(few)), folder / "outputs.pt")
-"""
-
 STEPS = Discrete(steps=100, spacing="linear")
-EDM_DDIM = {"sampling__solver": "ddim", "sampling__spacing": "edm", "sampling__calls": 8}
 EDM_DPM = {
     "sampling__solver": "dpm++",
     "sampling__method": "multistep",
@@ -91,11 +52,17 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
         "EDMDPMSolverMultistepScheduler",
         {**EDM_DPM, "sampling__denoise_last": "always", "sampling__spacing": "edm"},
     ),
-    "discrete": ("DDIMScheduler", {**DISCRETE, "sampling": leading_ddim(STEPS, 10, clip=1.0)}),
+    "discrete": ("DDIMScheduler", {**DISCRETE, "sampling": diffusers_ddim(10, clip=1.0)}),
     "discrete, v": (
         "DDIMScheduler",
-        {**DISCRETE, "diffusion__precondition": "vp-v", "sampling": leading_ddim(STEPS, 10, offset=1)},
+        {
+            **DISCRETE,
+            "diffusion__precondition": "vp-v",
+            "sampling": diffusers_ddim(10, low=float(STEPS.sigma(1.0))),
+        },
     ),
+    "discrete, to step 0": ("DDIMScheduler", {**DISCRETE, "sampling": diffusers_ddim(10, lands=False, clip=1.0)}),
+    "discrete, trailing": ("DDIMScheduler", {**DISCRETE, "sampling": diffusers_ddim(10, trailing=True)}),
     "discrete, ldm": (
         "DDIMScheduler",
         {
@@ -138,52 +105,12 @@ OWN: dict[str, dict[str, Any]] = {
     "edm, thresholded": {**EDM_DDIM, "sampling__threshold": 0.9},
     "vp": {"diffusion__precondition": "vp-eps", "diffusion__schedule": VP(), "sampling__spacing": "time", **OPEN},
     "discrete, dpm": {**DISCRETE, **OPEN, "sampling__clip": 1.0},
+    "discrete, leading, thresholded": {
+        **DISCRETE,
+        "sampling": dataclasses.replace(diffusers_ddim(10, lands=False), threshold=0.9),
+    },
     "velocity, heun": {**FLOW, "sampling__solver": "heun", "sampling__calls": 9},
 }
-
-
-def a_run(path: Path, **changes: Any) -> Run:
-    """A run whose averaged weights are random."""
-    run = Run.create(path, tiny_config(**changes))
-    config = run.config()
-    channels, *_ = config.input_shape
-    trainer = Trainer(run, tiny_data(classes=config.network.num_classes, shape=(channels, 4, 4)), device="cpu")
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.ema.module.parameters():
-            parameter.normal_(std=0.25, generator=g)
-    trainer.save()
-    return run
-
-
-def our_samples(run: Run, x: Tensor, labels: Tensor | None) -> Tensor:
-    config = run.config()
-    plan = make_plan(config.sampling, config.diffusion.schedule)
-    cond = None if labels is None else Conditioning(labels=labels)
-    return sample(_steered(run.denoiser(), config.sampling, latent=False), x * plan.initial_noise_std, plan, cond)
-
-
-def unit_noise(config: RunConfig, count: int) -> Tensor:
-    """The noise from which msdiff sample starts, with a standard deviation of 1."""
-    plan = make_plan(config.sampling, config.diffusion.schedule)
-    return start_noise(0, torch.arange(count), config.input_shape, plan) / plan.initial_noise_std
-
-
-def exported(run: Run, count: int = 3) -> tuple[Path, Tensor, Tensor | None]:
-    folder = export_diffusers(run, run.path.with_name(f"{run.path.name}-pipeline"))
-    x = unit_noise(run.config(), count)
-    labels = torch.tensor([0, 2, 1])[:count] if run.config().network.num_classes else None
-    torch.save((x, labels), folder / "inputs.pt")
-    return folder, x, labels
-
-
-def elsewhere(folders: list[Path], tmp_path: Path) -> list[tuple[Any, ...]]:
-    """Draw samples of pipelines in a process that cannot import this package."""
-    environment = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, *map(str, folders)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / "outputs.pt") for folder in folders]
 
 
 def require_same(found: tuple[Any, ...], run: Run, x: Tensor, labels: Tensor | None, tolerance: float) -> None:
@@ -201,13 +128,6 @@ def require_same(found: tuple[Any, ...], run: Run, x: Tensor, labels: Tensor | N
     assert seen % 6 == 0
     assert seen >= 6 * (len(make_plan(run.config().sampling, run.config().diffusion.schedule).calls))
     assert few == 2
-
-
-def in_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(folder / "modules"))
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.mark.parametrize("name", ["edm", "discrete, ldm", "vp"])
@@ -279,95 +199,6 @@ def test_every_kind_of_run_samples_the_same_images_without_this_package(tmp_path
         assert outputs[1] == (STOCK[name][0] if name in STOCK else "MultistageScheduler"), name
         # diffusers' schedulers keep sigmas in float32
         require_same(outputs, run, *made[name][1:], tolerance=1e-5 if name in STOCK else 1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shift", [0.0, 0.75])
-def test_a_run_on_latents_brings_its_autoencoder_scale_and_shift(
-    shift: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from multistage_diffusion.latent.codecs import open_codec
-    from multistage_diffusion.workflow.latent import decoder
-
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=3,
-        shift_factor=0.3,  # the run's counts, here another and none
-    )
-    vae.save_pretrained(tmp_path / "codec")
-    codec: dict[str, Any] = {"codec__source": str(tmp_path / "codec"), "codec__shape": (3, 4, 4), "codec__scale": 0.4}
-    codec["codec__shift"] = shift
-    run = a_run(tmp_path / "run", **codec, network__channels=3, data__shape=(1, 8, 8))
-    folder, x, _ = exported(run)
-    pipe = in_process(folder, monkeypatch)
-    assert (pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor or 0.0) == (0.4, shift)
-    ours = decoder(open_codec(run.config().codec), 0.4)(our_samples(run, x, None))
-    theirs = pipe(latents=x, output_type="pt").images
-    assert theirs.shape == (3, 1, 8, 8)
-    assert (theirs - (ours / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-6
-
-
-def test_an_autoencoder_of_the_hub_is_copied_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    repository = tmp_path / "hub" / "models--someone--something"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    vae = repository / "snapshots" / ("0" * 40) / "vae"
-    sizes = {"in_channels": 1, "out_channels": 1, "block_out_channels": (8,), "norm_num_groups": 4}
-    diffusers.AutoencoderKL(**sizes, latent_channels=3).save_pretrained(vae)
-    codec: dict[str, Any] = {"codec__source": "hf:someone/something", "codec__subfolder": "vae", "codec__scale": 0.4}
-    codec |= {"codec__shape": (3, 4, 4), "codec__fingerprint": codec_fingerprint(vae)}
-    run = a_run(tmp_path / "run", **EDM_DDIM, **codec, network__channels=3, data__shape=(1, 4, 4))
-    folder = export_diffusers(run, tmp_path / "out")
-    weights = "diffusion_pytorch_model.safetensors"
-    assert (folder / "vae" / weights).read_bytes() == (vae / weights).read_bytes()
-    assert not (folder / "vae" / weights).is_symlink()
-    assert json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"] == 0.4
-    assert json.loads((folder / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKL"]
-    push(run, "me/x", count=1, dry_run=tmp_path / "pushed")
-    assert (tmp_path / "pushed" / "vae" / weights).read_bytes() == (vae / weights).read_bytes()
-    diffusers.AutoencoderKL(**sizes, latent_channels=3).save_pretrained(vae)  # a later version
-    with pytest.raises(UserError, match=r"codec\.fingerprint=.* is recorded"):
-        export_diffusers(run, tmp_path / "other")
-
-
-@pytest.mark.slow
-def test_stochastic_solvers_callbacks_compiling_offloading_and_half_precision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = a_run(tmp_path / "run", sampling__solver="heun", sampling__calls=9, sampling__churn=2.0)
-    folder, x, _ = exported(run)
-    pipe = in_process(folder, monkeypatch)
-
-    def drawn(seed: int, **options: Any) -> Tensor:
-        images: Tensor = pipe(
-            latents=x, generator=torch.Generator().manual_seed(seed), output_type="latent", **options
-        ).images
-        return images
-
-    assert torch.equal(drawn(1), drawn(1))
-    assert not torch.equal(drawn(1), drawn(2))
-    doubled = drawn(1, callback_on_step_end=lambda pipe, i, t, kept: {"latents": kept["latents"] * 1.0})
-    assert not torch.equal(doubled, drawn(1))  # a new state begins the solver's step anew, with new noise
-    full = drawn(1)
-    whole, pipe.unet = pipe.unet, torch.compile(pipe.unet, backend="eager")
-    assert torch.equal(drawn(1), full)
-    pipe.unet = whole
-    pipe.to(torch.float16)
-    half = drawn(1)
-    assert half.dtype == torch.float32
-    assert 0 < (half - full).abs().max() < 0.2 * full.abs().max()
-    pipe = in_process(folder, monkeypatch)
-    pipe.unet.keep_one_stage("cpu")
-    assert torch.equal(drawn(1), full)
 
 
 def test_files_are_complete_and_not_overwritten(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from multistage_diffusion.training.run import Run
 from multistage_diffusion.workflow.export_diffusers import export_diffusers
 from multistage_diffusion.workflow.export_unet2d import _files, codec_folder, export_unet2d
 from multistage_diffusion.workflow.import_run import import_published
-from multistage_diffusion.workflow.import_unet2d import leading_ddim
 from multistage_diffusion.workflow.latent import decoder
 from multistage_diffusion.workflow.sample import sample as sample_run
 
@@ -40,6 +39,15 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "trained": {"trained_betas": [1e-4 + i * 2e-5 for i in range(1000)]},
     "v": {"prediction_type": "v_prediction"},
     "sample": {"prediction_type": "sample", "clip_sample_range": 0.5},
+    "to step 0": {"set_alpha_to_one": False},  # its last call is at step 0, too, and only clips
+    "to step 0, from 1": {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False},
+    "offset": {"steps_offset": 1},
+    "trailing": {"timestep_spacing": "trailing"},
+    "trailing, to step 0": {
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": False,
+        "prediction_type": "v_prediction",
+    },
 }
 
 
@@ -73,21 +81,20 @@ def their_samples(model: Any, scheduler: Any, x: Tensor, steps: int) -> Tensor:
 
 
 def our_samples(config: RunConfig, denoiser: MultiStageDenoiser, x: Tensor, steps: int) -> Tensor:
-    schedule = config.diffusion.schedule
-    assert isinstance(schedule, Discrete)
-    plan = make_plan(leading_ddim(schedule, steps, clip=config.sampling.clip), schedule)
-    return sample(denoiser, x * plan.initial_noise_std, plan)
+    plan = make_plan(dataclasses.replace(config.sampling, calls=steps), config.diffusion.schedule)
+    # diffusers' state is ours, divided by sqrt(1 + sigma²), and is the result
+    return sample(denoiser, x * plan.initial_noise_std, plan) / math.hypot(1.0, plan.steps[-1].end)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in ("ddpm", "v") else [pytest.mark.slow]) for n in SCHEDULERS]
+    "name", [pytest.param(n, marks=[] if n in ("ddpm", "v", "to step 0") else [pytest.mark.slow]) for n in SCHEDULERS]
 )
 def test_twenty_ddim_steps_are_those_of_diffusers(name: str, tmp_path: Path) -> None:
     scheduler = diffusers.DDIMScheduler(**SCHEDULERS[name])
     model = unet()
     run = import_published(pipeline(tmp_path / "theirs", model, scheduler), tmp_path / "run")
     config, denoiser = run.config(), run.denoiser()
-    assert config.sampling.clip == (None if name == "unclipped" else 0.5 if name == "sample" else 1.0)
+    assert config.sampling.clip == (scheduler.config.clip_sample_range if scheduler.config.clip_sample else None)
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     # float32: the output of an untrained network may drive the state far out, so errors count relative to it
     theirs = their_samples(model, scheduler, x.float(), 20)
@@ -97,6 +104,8 @@ def test_twenty_ddim_steps_are_those_of_diffusers(name: str, tmp_path: Path) -> 
     # float64, with the same table of alpha_bar: the two computations are one
     assert isinstance(config.diffusion.schedule, Discrete)
     scheduler.alphas_cumprod = 1 / (1 + config.diffusion.schedule.sigmas**2)
+    if not scheduler.config.set_alpha_to_one:
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     exact = their_samples(Exact(model), scheduler, x, 20)
     again = our_samples(config, denoiser.double(), x, 20)
     assert (again - exact).abs().max() < 1e-7 * max(1.0, float(exact.abs().max()))
@@ -133,6 +142,40 @@ def test_a_model_comes_back_bit_for_bit_and_so_do_its_samples(offset: int, tmp_p
     assert (images[0] == images[1]).all()
     with pytest.raises(UserError, match="exists"):
         export_unet2d(tmp_path / "run", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in ("v", "to step 0", "trailing") else [pytest.mark.slow]) for n in SCHEDULERS],
+)
+def test_a_scheduler_comes_back_in_all_that_diffusers_reads_of_it(name: str, tmp_path: Path) -> None:
+    before = diffusers.DDIMScheduler(**SCHEDULERS[name])
+    run = import_published(pipeline(tmp_path / "theirs", unet(), before), tmp_path / "run")
+    after = diffusers.DDIMPipeline.from_pretrained(export_unet2d(run, tmp_path / "back")).scheduler
+    unread = {"steps_offset"} if before.config.timestep_spacing == "trailing" else set()
+    if before.config.trained_betas is not None or before.config.beta_schedule == "squaredcos_cap_v2":
+        unread |= {"beta_start", "beta_end", "beta_schedule"}
+    unread |= set() if before.config.clip_sample else {"clip_sample_range"}
+    names = [key for key in before.config if not key.startswith("_") and key not in unread]
+    assert len(names) >= 11
+    assert {key: after.config[key] for key in names} == {key: before.config[key] for key in names}
+    assert torch.equal(after.alphas_cumprod, before.alphas_cumprod)
+    assert torch.equal(after.final_alpha_cumprod, before.final_alpha_cumprod)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(*(their_samples(unet(), scheduler, x, 20) for scheduler in (after, before)))
+
+
+def test_other_schedulers_end_where_the_ddim_of_their_configuration_does(tmp_path: Path) -> None:
+    """Stable Diffusion's PNDMScheduler: steps_offset 1, no set_alpha_to_one."""
+    folder = pipeline(tmp_path / "theirs", unet(), diffusers.DDPMScheduler())
+    file = folder / "scheduler" / "scheduler_config.json"
+    diffusers.PNDMScheduler(steps_offset=1, set_alpha_to_one=False).save_pretrained(folder / "scheduler")
+    run = import_published(folder, tmp_path / "run")
+    found = json.loads((export_unet2d(run, tmp_path / "back") / "scheduler" / "scheduler_config.json").read_text())
+    assert (found["steps_offset"], found["set_alpha_to_one"]) == (1, False)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"set_alpha_to_one": 1}))
+    with pytest.raises(UserError, match="set_alpha_to_one=1 must be true or false"):
+        import_published(folder, tmp_path / "other")
 
 
 def test_averaged_weights_of_a_checkpoint_are_the_runs_average(tmp_path: Path) -> None:
@@ -242,8 +285,9 @@ def test_fewer_calls_are_made_where_an_offset_leaves_no_room(tmp_path: Path) -> 
     config = import_published(folder, tmp_path / "run").config()
     schedule, sampling = config.diffusion.schedule, config.sampling
     assert isinstance(schedule, Discrete)
-    assert sampling.calls == 49  # 50 would end at step 30 + 20 * 49 = 1010
-    assert sampling.sigma_max == pytest.approx(float(schedule.sigma(30 + 20 * 48)))
+    assert sampling.calls == 32  # 31 apart: with 33 calls, 30 apart, diffusers' last step would not end at the image
+    calls = make_plan(sampling, schedule).calls
+    assert (calls[0], calls[-1]) == pytest.approx((float(schedule.sigma(30 + 31 * 31)), float(schedule.sigma(30))))
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:

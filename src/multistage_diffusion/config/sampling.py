@@ -25,7 +25,8 @@ class SamplingConfig:
         order: for solvers that have a choice (DPM-Solver families: 1 to 3).
         calls: denoiser calls per image.
         spacing: "log-snr", "time" (of the run's schedule), "edm" (rho), "ldm" (latent diffusion's own steps of a discrete
-            schedule, 951, 901 .. 1 in 20 calls) or another of SPACINGS.
+            schedule, 951, 901 .. 1 in 20 calls), "leading" or "trailing" (those of diffusers' DDIM: 950, 900 .. 0 and 999, 949
+            .. 49) or another of SPACINGS.
         sigma_min, sigma_max: where trajectories end and start; None: the schedule's own range.
         rho: for EDM spacing.
         churn: S_churn of Heun (Karras et al. 2022, Algorithm 2); 0 is deterministic.

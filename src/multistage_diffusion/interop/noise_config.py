@@ -1,4 +1,4 @@
-"""The noise of diffusers' scheduler_config.json: betas, prediction and clipping, to and from our settings."""
+"""What diffusers' scheduler_config.json says, to and from our settings: betas, prediction, clipping, steps of its DDIM."""
 
 from __future__ import annotations
 
@@ -45,12 +45,16 @@ class Noise:
     Attributes:
         diffusion: schedule, density (every step equally often) and meaning of the network's output.
         clip: bound of denoised images; None: no clipping.
-        offset: step of the last denoiser call (steps_offset).
+        offset: step of the last denoiser call (steps_offset), for spacing "leading".
+        trailing: whether timestep_spacing is "trailing"; other values are read as "leading".
+        lands: whether the last output is the image (set_alpha_to_one); else DDIM ends at the noise of step 0.
     """
 
     diffusion: DiffusionConfig
     clip: float | None
     offset: int
+    trailing: bool = False
+    lands: bool = True
 
 
 def read_noise(config: Mapping[str, Any]) -> Noise:
@@ -80,7 +84,16 @@ def read_noise(config: Mapping[str, Any]) -> Noise:
         ),
         clip=_clip(config, clips=kind in _CLIPPING),
         offset=_offset(config, schedule.steps),
+        trailing=config.get("timestep_spacing") == "trailing",
+        lands=_lands(config),
     )
+
+
+def _lands(config: Mapping[str, Any]) -> bool:
+    lands = config.get("set_alpha_to_one", True)
+    if not isinstance(lands, bool):
+        raise UserError(f"set_alpha_to_one={brief(lands)} must be true or false")
+    return lands
 
 
 def _offset(config: Mapping[str, Any], steps: int) -> int:

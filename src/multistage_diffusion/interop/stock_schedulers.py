@@ -2,7 +2,7 @@
 
 EDMEulerScheduler                EDM's preconditioning, DDIM without noise (Euler's method in sigma)
 EDMDPMSolverMultistepScheduler   EDM's preconditioning, DPM-Solver++, multistep, of orders 1, 2, 2, ...
-DDIMScheduler                    discrete steps, DDIM at the steps of timestep_spacing "leading", to the image or to step 0
+DDIMScheduler                    discrete steps, DDIM at the steps of timestep_spacing "leading" or "trailing", to image or step 0
 DPMSolverMultistepScheduler      discrete steps, DPM-Solver++ as above, at its own steps of spacing "leading"
 FlowMatchEulerDiscreteScheduler  velocity, DDIM without noise (Euler's method in rectified flow's time)
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import RunConfig
+from ..config import RunConfig, SamplingConfig
 from ..errors import UserError
 from ..samplers import Plan, Step, make_plan
 from ..schedules.discrete import Discrete
@@ -142,26 +142,32 @@ def _discrete_dpm(config: RunConfig, plan: Plan, schedule: Discrete) -> Stock | 
     return Stock(kind="DPMSolverMultistepScheduler", settings=settings, calls=calls)
 
 
-def leading_offset(plan: Plan, schedule: Discrete) -> int | None:
-    """Return the steps_offset of calls at the steps of timestep_spacing "leading"; None for calls at other steps."""
+def ddim_steps(sampling: SamplingConfig, plan: Plan, schedule: Discrete) -> dict[str, Any] | None:
+    """Return the settings of a DDIMScheduler that calls the network where a plan does and ends there; None if there are none."""
     times = [float(schedule.time(sigma)) for sigma in plan.calls]
-    calls, offset = len(times), round(times[-1])
-    leading = [offset + schedule.steps // calls * (calls - 1 - i) for i in range(calls)]
-    return None if any(abs(a - b) > 1e-6 for a, b in zip(times, leading, strict=True)) else offset
+    calls, offset, ratio = len(times), round(times[-1]), schedule.steps // len(times)
+    leading = [offset + ratio * (calls - 1 - i) for i in range(calls)]
+    if any(abs(a - b) > 1e-6 for a, b in zip(times, leading, strict=True)):
+        return None
+    # its last step ends `ratio` below the last call: before step 0 at the image, or at step 0 without set_alpha_to_one
+    end, first, lands = plan.steps[-1].end, float(schedule.sigma(0.0)), _lands(plan)
+    if not (offset < ratio if lands else offset <= ratio and math.isclose(end, first, rel_tol=1e-9)):
+        return None
+    trailing = sampling.spacing == "trailing"
+    return {
+        "set_alpha_to_one": lands,
+        "steps_offset": 0 if trailing else offset,
+        "timestep_spacing": "trailing" if trailing else "leading",
+    }
 
 
 def _ddim(config: RunConfig, plan: Plan, schedule: Discrete) -> Stock | None:
-    calls, offset = len(plan.calls), leading_offset(plan, schedule)
-    if offset is None:
-        return None
-    end, first, ratio = plan.steps[-1].end, float(schedule.sigma(0.0)), schedule.steps // calls
-    # its last step ends `ratio` below the last call: before step 0 at the image, or at step 0 without set_alpha_to_one
-    if not (offset < ratio if _lands(plan) else offset <= ratio and math.isclose(end, first, rel_tol=1e-9)):
+    steps, calls, end = ddim_steps(config.sampling, plan, schedule), len(plan.calls), plan.steps[-1].end
+    if steps is None:
         return None
     try:
         noise = noise_settings(config.diffusion, config.sampling.clip)
     except UserError:
         return None
     assert math.isclose(plan.initial_noise_std, math.hypot(1.0, plan.calls[0]))  # the scaled state is unit noise
-    settings = {**noise, "set_alpha_to_one": _lands(plan), "steps_offset": offset, "timestep_spacing": "leading"}
-    return Stock(kind="DDIMScheduler", settings=settings, calls=calls, final_scale=math.hypot(1.0, end))
+    return Stock(kind="DDIMScheduler", settings={**noise, **steps}, calls=calls, final_scale=math.hypot(1.0, end))

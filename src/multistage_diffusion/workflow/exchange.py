@@ -14,8 +14,23 @@ from ..nets.network import meta_network
 from ..nets.song import SongUNetConfig
 from ..schedules.discrete import Discrete
 from ..schedules.vp import VP
+from ..training.checkpoint import trained_config
+from ..training.run import Run
 
 PREFIX = "network."  # of the tensor names of a denoiser
+
+
+def exported_config(run: Run, checkpoint: str) -> RunConfig:
+    """Return the configuration with which a checkpoint is exported: that of its training, with the run's sampler of today.
+
+    Args:
+        run: the run.
+        checkpoint: "best", "latest" or a step.
+
+    Raises:
+        UserError: if there is no such checkpoint, or it is damaged.
+    """
+    return dataclasses.replace(trained_config(run.checkpoint(checkpoint)), sampling=run.config().sampling)
 
 
 def layout_of(config: RunConfig) -> str:

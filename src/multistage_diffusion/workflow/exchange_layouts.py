@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,27 @@ from ..config.serialization import from_dict, override, read_json, to_dict
 from ..errors import UserError, require
 from ..files import write_atomic
 from ..interop.diffusers_folder import CONFIG, OLD_WEIGHTS, WEIGHTS, read_mapping, read_weights
+from ..interop.parts import SAMPLING, plain
 from ..interop.published import kind_of, read_torch, torch_bytes
 from ..interop.shapes import require_tensors
 from ..nets.layouts import LAYOUTS, PublishedLayout, Tensors
 from ..nets.network import meta_network
 from ..reading import brief
 from ..stages import Stages
+from .imported import remembered_sampling
+from .latent import recorded_scale
 
 SD_SCALE = (
     0.18215  # of the latents of Stable Diffusion's autoencoder, on which published networks of 4 channels are trained
 )
 VAE = "vae"  # sub-folder of the autoencoder
 SD_FACTOR = 8  # by which it reduces the sides of images
+ARGUMENTS, METADATA = (
+    "arguments",
+    "_metadata",
+)  # of the run, in exports; attribute of a state dict where torch keeps versions
+SCALE, SHIFT, SHAPE = "scale_factor", "shift_factor", "data_shape"  # among them: of latents, and of the images
+_TOLD = ("head_channels", "encoder_depth", "classes")  # among them: of the network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +53,7 @@ class Found:
         told: settings beside the tensors.
         codec: folder of an autoencoder beside them, with a config.json; None: there is none.
         schedule: scheduler_config.json beside them; None: there is none.
+        remembered: what an export says of its run (see `_arguments`); {}: it is a file of other code.
     """
 
     layout: type[PublishedLayout]
@@ -51,6 +62,7 @@ class Found:
     told: dict[str, Any]
     codec: Path | None = None
     schedule: dict[str, Any] | None = None
+    remembered: dict[str, Any] = field(default_factory=dict)
 
 
 def find_layout(path: Path) -> Found | None:
@@ -71,7 +83,15 @@ def find_layout(path: Path) -> Found | None:
     layout = _recognised(model or ema or {})
     if layout is None:
         return None
-    return Found(layout=layout, model=model, ema=ema, told={})
+    return Found(layout=layout, model=model, ema=ema, told={}, remembered=_remembered(content))
+
+
+def _remembered(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an export says of its run, beside parts or in the metadata of a state dict; {} of other files."""
+    modules = getattr(content, METADATA, None)
+    root = modules.get("") if isinstance(modules, Mapping) else None
+    holder = root if isinstance(root, Mapping) and ARGUMENTS in root else content
+    return plain(holder.get(ARGUMENTS))
 
 
 def _recognised(tensors: Mapping[str, Tensor]) -> type[PublishedLayout] | None:
@@ -138,7 +158,11 @@ def network_of(found: Found, asked: Mapping[str, Any]) -> NetworkConfig:
     """
     tensors = found.model if found.model is not None else found.ema
     assert tensors is not None
-    told = {**found.told, **{name: value for name, value in asked.items() if value is not None}}
+    own = {name: found.remembered[name] for name in _TOLD if name in found.remembered}
+    for name, value in own.items():
+        valid = type(value) is int and 0 < value < 10**6
+        require(valid, f"{ARGUMENTS}: {name}={brief(value)} must be a positive whole number")
+    told = {**found.told, **own, **{name: value for name, value in asked.items() if value is not None}}
     return NetworkConfig.of(found.layout.family, **found.layout.settings(tensors, told))
 
 
@@ -183,19 +207,28 @@ def config_of(found: Found, network: NetworkConfig, base: RunConfig | None) -> R
             f"{base.network.family!r}; name another preset"
         )
     height, width = network.size  # type: ignore[attr-defined]
-    codec, data = CodecConfig(), DataConfig(source="", shape=(network.channels, height, width))
-    if found.codec is not None or network.channels == 4:
+    inputs, images = (network.channels, height, width), (3, SD_FACTOR * height, SD_FACTOR * width)
+    codec, latents = CodecConfig(), SCALE in found.remembered if found.remembered else network.channels == 4
+    if found.codec is not None or latents:
         scale, shift = _scale_and_shift(found)
-        codec = CodecConfig(scale=scale, shift=shift, shape=(network.channels, height, width))
+        codec = CodecConfig(scale=scale, shift=shift, shape=inputs)
         if found.codec is not None:
             codec = dataclasses.replace(codec, source=str(found.codec), subfolder=VAE)
-        data = DataConfig(source="", shape=(3, SD_FACTOR * height, SD_FACTOR * width))
+    data = DataConfig(source="", shape=_image_shape(found, images if codec.used else inputs))
     start = base or override(RunConfig(), {"diffusion": diffusion_of(found), "sampling.calls": 20})
     training = dataclasses.replace(
         start.training, shares="uniform", weights="prior", soft_intervals=0.0, augment=0.0, ema_rampup=0.0, branch_at=0
     )
     network = dataclasses.replace(network, dropout=start.network.dropout if base else 0.0)
-    return dataclasses.replace(start, network=network, stages=Stages(), codec=codec, data=data, training=training)
+    return dataclasses.replace(
+        start,
+        network=network,
+        stages=Stages(),
+        codec=codec,
+        data=data,
+        training=training,
+        sampling=remembered_sampling(found.remembered, start.sampling),
+    )
 
 
 def archived_codec(found: Found) -> Tensors | None:
@@ -219,15 +252,31 @@ def write_codec(found: Found, weights: Tensors, folder: Path) -> None:
 
 
 def _scale_and_shift(found: Found) -> tuple[float, float]:
-    """Return those of the latents: the autoencoder's config.json, or Stable Diffusion's."""
-    told = {} if found.codec is None else read_mapping(found.codec / VAE / CONFIG)
-    scale, shift = (told.get(name) for name in ("scaling_factor", "shift_factor"))
+    """Return those of the latents: an exported run's, those of the autoencoder's config.json, or Stable Diffusion's."""
+    told: Mapping[str, Any] = found.remembered
+    names, file = (SCALE, SHIFT), ARGUMENTS
+    if found.codec is not None:
+        told, names, file = (
+            read_mapping(found.codec / VAE / CONFIG),
+            ("scaling_factor", "shift_factor"),
+            "vae/config.json",
+        )
+    scale, shift = (told.get(name) for name in names)
     scale, shift = SD_SCALE if scale is None else scale, 0.0 if shift is None else shift
     valid = type(scale) in (int, float) and 0 < scale < math.inf
-    require(valid, f"vae/config.json: scaling_factor={brief(scale)} must be a positive number")
+    require(valid, f"{file}: {names[0]}={brief(scale)} must be a positive number")
     valid = type(shift) in (int, float) and math.isfinite(shift)
-    require(valid, f"vae/config.json: shift_factor={brief(shift)} must be a finite number")
+    require(valid, f"{file}: {names[1]}={brief(shift)} must be a finite number")
     return float(scale), float(shift)
+
+
+def _image_shape(found: Found, usual: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return the shape of the images: an exported run's, or the usual one of such a network."""
+    said = found.remembered.get(SHAPE, list(usual))
+    valid = isinstance(said, list) and len(said) == 3 and all(type(n) is int and 0 < n < 10**6 for n in said)
+    require(valid, f"{ARGUMENTS}: {SHAPE}={brief(said)} must be [channels, height, width]")
+    channels, height, width = said
+    return channels, height, width
 
 
 def diffusion_of(found: Found) -> dict[str, Any]:
@@ -284,7 +333,20 @@ def export_layout(config: RunConfig, file: Path, *, model: Tensors, ema: Tensors
             f"diffusion.{key}={said[key]}: networks in the layout of {layout.code} are trained with {published[key]}; this run "
             "cannot be exported",
         )
-    average = layout.theirs(ema, config.network)
-    if layout.averaged:
+    average = OrderedDict(layout.theirs(ema, config.network))
+    if layout.averaged:  # a state dict alone, which the published code loads strictly
+        setattr(average, METADATA, OrderedDict({"": {"version": 1, ARGUMENTS: _arguments(config)}}))
         return torch_bytes(average)
-    return torch_bytes({"model": layout.theirs(model, config.network), "ema": average})
+    return torch_bytes(
+        {"model": layout.theirs(model, config.network), "ema": dict(average), ARGUMENTS: _arguments(config)}
+    )
+
+
+def _arguments(config: RunConfig) -> dict[str, Any]:
+    """Return what shapes do not show of a run: heads, depth and classes of its network, its latents, its sampler."""
+    network, codec = config.network, config.codec
+    told = {"head_channels": network.head_channels, "encoder_depth": network.encoder_depth}  # type: ignore[attr-defined]
+    if network.num_classes:
+        told["classes"] = network.num_classes
+    latents = {SCALE: recorded_scale(codec), SHIFT: codec.shift} if codec.used else {}
+    return {**told, **latents, SHAPE: list(config.data.shape), SAMPLING: to_dict(config.sampling)}

@@ -25,9 +25,9 @@ from ..nets.ldm import LDMConfig
 from ..nets.song import SongUNetConfig
 from ..nets.unet import UNetConfig
 from ..schedules.discrete import Discrete
-from ..training.checkpoint import checkpoint_step, trained_config
+from ..training.checkpoint import checkpoint_step
 from ..training.run import Run
-from .exchange import betas_of, layout_of, regrouped
+from .exchange import betas_of, exported_config, layout_of, regrouped
 from .exchange_layouts import export_layout
 
 PARTS: tuple[Literal["model", "ema"], ...] = ("model", "ema")
@@ -41,8 +41,8 @@ def export_published(
     NCSN++ is written as score_sde's .pth, the LDM U-Net as latent diffusion's .ckpt, a one-stage transformer in the layout
     that its family brings along (`nets.layouts.LAYOUTS`). DDPM++ is written as .safetensors
     with EDM's names and arguments, because EDM's pickles would have to contain EDM's source code. The file also holds
-    what shapes do not show (stage edges, channels of an attention head, the run's sampler), so that `import_published`
-    restores the same run. A warning says where the original code would compute something else with the file.
+    what shapes do not show (stage edges, channels of an attention head, scale of latents, the run's sampler), so that
+    `import_published` restores the same run. A warning says where the original code would compute something else with the file.
 
     Args:
         run: a run, or its folder.
@@ -58,7 +58,7 @@ def export_published(
     """
     run, file = run if isinstance(run, Run) else Run.open(Path(run)), Path(file)
     folder = run.checkpoint(checkpoint)
-    config = trained_config(folder)
+    config = exported_config(run, checkpoint)
     own = _in_own_layout(run, checkpoint, config, file)
     if own is not None:
         _require_room(file, overwrite=overwrite)

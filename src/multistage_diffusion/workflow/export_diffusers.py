@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from ..interop.self_contained import self_contained
 from ..interop.stock_schedulers import Stock, stock_scheduler
 from ..preconditioning import make_preconditioning
 from ..samplers import make_plan
-from ..training.checkpoint import trained_config
 from ..training.run import Run
+from .exchange import exported_config
 from .export_unet2d import INDEX, codec_class, codec_folder, copy_codec, json_text, require_replaceable
 
 UNET, OWN_SCHEDULER, PIPELINE = "multistage_unet", "multistage_scheduler", "pipeline"  # modules of interop.hub
@@ -64,7 +63,7 @@ def export_diffusers(
         UserError: if the network is not of this package, or the folder may not be written.
     """
     run, folder = run if isinstance(run, Run) else Run.open(Path(run)), Path(folder)
-    config = dataclasses.replace(trained_config(run.checkpoint(checkpoint)), sampling=run.config().sampling)
+    config = exported_config(run, checkpoint)
     require_replaceable(folder, run, overwrite=overwrite)
     codec, stock = codec_folder(config), stock_scheduler(config)
     state = run.denoiser(checkpoint).state_dict()

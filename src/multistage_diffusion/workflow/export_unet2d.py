@@ -14,15 +14,15 @@ from ..errors import UserError
 from ..files import new_folder, write_file
 from ..interop.diffusers_folder import CONFIG, SCHEDULER, WEIGHTS, read_mapping
 from ..interop.noise_config import noise_settings
-from ..interop.stock_schedulers import leading_offset
+from ..interop.stock_schedulers import ddim_steps
 from ..interop.unet2d import CLASS, unet2d_settings, unet2d_tensors
 from ..latent.codecs import located_folder
 from ..nets.ldm import LDMConfig
 from ..reading import brief
 from ..samplers import make_plan
 from ..schedules.discrete import Discrete
-from ..training.checkpoint import trained_config
 from ..training.run import Run
+from .exchange import exported_config
 from .latent import recorded_scale
 
 INDEX = "model_index.json"
@@ -45,7 +45,7 @@ def export_unet2d(
         UserError: if no UNet2DModel computes what the network computes, or the folder may not be written.
     """
     run, folder = run if isinstance(run, Run) else Run.open(Path(run)), Path(folder)
-    config = trained_config(run.checkpoint(checkpoint))
+    config = exported_config(run, checkpoint)
     try:
         files = _files(config)
     except UserError as error:
@@ -109,18 +109,18 @@ def _files(config: RunConfig) -> dict[str, dict[str, Any]]:
         f"scheduler/{SCHEDULER}": {
             "_class_name": "DDIMScheduler",
             **noise_settings(config.diffusion, config.sampling.clip),
-            "set_alpha_to_one": True,
-            "steps_offset": _offset(config),
-            "timestep_spacing": "leading",
+            **_steps(config),
         },
     }
 
 
-def _offset(config: RunConfig) -> int:
-    """Return the last of the steps at which the network is called; 0 if they are not those of spacing "leading"."""
+def _steps(config: RunConfig) -> dict[str, Any]:
+    """Return the settings of the steps: those of the run's sampler if it makes diffusers' DDIM steps, else diffusers' own."""
     schedule = config.diffusion.schedule
     assert isinstance(schedule, Discrete)  # noise_settings refuses others
-    return leading_offset(make_plan(config.sampling, schedule), schedule) or 0
+    plan = make_plan(config.sampling, schedule)
+    found = ddim_steps(config.sampling, plan, schedule)
+    return found or {"set_alpha_to_one": True, "steps_offset": 0, "timestep_spacing": "leading"}
 
 
 def codec_folder(config: RunConfig) -> Path | None:

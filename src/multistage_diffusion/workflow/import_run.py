@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from ..config import CodecConfig, DiffusionConfig, NetworkConfig, RunConfig, SamplingConfig
+from ..config import CodecConfig, DiffusionConfig, NetworkConfig, RunConfig
 from ..config.paper_presets import PAPER_PRESETS
 from ..config.serialization import from_dict
 from ..errors import UserError
 from ..files import disk_errors, write_json
 from ..interop.autoencoder import downsampling, first_stage
 from ..interop.layouts import read_published
-from ..interop.parts import EDGES, HEADS, ORIGINAL, SAMPLING, Published, Tensors
+from ..interop.parts import EDGES, HEADS, ORIGINAL, Published, Tensors
 from ..interop.shapes import network_of, our_state, resolution_of
 from ..nets.blocks import GROUPS
 from ..nets.song import SongUNetConfig
@@ -29,7 +29,7 @@ from . import exchange_layouts as layouts
 from .exchange import betas_of, layout_of, regrouped
 from .exchange_layouts import Found, find_layout
 from .import_unet2d import import_unet2d
-from .imported import continued_training, data_without_source, save_first_checkpoint
+from .imported import continued_training, data_without_source, remembered_sampling, save_first_checkpoint
 
 ASSUMED = "assumed"  # in the origin of stages that the file did not tell: the preset that they are of
 
@@ -224,20 +224,8 @@ def _config(
         diffusion=_diffusion(published, base.diffusion),
         stages=stages,
         training=continued_training(base.training, network),
-        sampling=_sampling(published, base.sampling),
+        sampling=remembered_sampling(published.arguments, base.sampling),
     )
-
-
-def _sampling(published: Published, base: SamplingConfig) -> SamplingConfig:
-    """Return the sampler that an exported run had; base's if the file does not tell."""
-    said = published.arguments.get(SAMPLING)
-    if not isinstance(said, dict):
-        return base
-    try:
-        return from_dict(SamplingConfig, said, SAMPLING)
-    except UserError as error:  # of a later release, or with a solver that is not registered here
-        warnings.warn(f"the sampling settings of the file are left out: {error}", stacklevel=4)
-        return base
 
 
 def _diffusion(published: Published, base: DiffusionConfig) -> DiffusionConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import save
@@ -26,6 +27,7 @@ from ..interop.unet2d import network_of_unet2d, size_of_unet2d, unet2d_state
 from ..latent.codecs import autoencoder_settings
 from ..nets.ldm import LDMConfig
 from ..reading import brief
+from ..samplers import make_plan
 from ..schedules.discrete import Discrete
 from ..training.run import Run
 from .imported import continued_training, data_without_source, save_first_checkpoint
@@ -46,7 +48,8 @@ def import_unet2d(
     """Create a run from the folder of an unconditional or class-conditional pipeline of diffusers (DDPM, DDIM, ...).
 
     The network computes what UNet2DModel computes. Betas, steps, prediction and clipping are those of the folder's
-    scheduler_config.json; the run is sampled by DDIM. The run has one stage, one checkpoint at step 0, and no data.
+    scheduler_config.json; the run is sampled by the DDIM that diffusers makes of it.
+    The run has one stage, one checkpoint at step 0, and no data.
 
     Args:
         folder: the folder of a pipeline, of a checkpoint of train_unconditional.py (its averaged network in unet_ema is
@@ -80,28 +83,50 @@ def import_unet2d(
     return Run.create(out, config, replace=replace, fill=fill)
 
 
-def leading_ddim(
-    schedule: Discrete, calls: int = CALLS, *, offset: int = 0, clip: float | None = None
+def diffusers_ddim(
+    calls: int = CALLS,
+    *,
+    low: float | None = None,
+    trailing: bool = False,
+    lands: bool = True,
+    clip: float | None = None,
 ) -> SamplingConfig:
-    """Return the sampler of diffusers' DDIMScheduler with `calls` steps and its default timestep_spacing "leading".
+    """Return the sampler of diffusers' DDIMScheduler.
 
-    The steps are offset + steps // calls * (calls - 1), ..., offset; the last output is the image (set_alpha_to_one).
+    Args:
+        calls: its num_inference_steps.
+        low: sigma of steps_offset in timestep_spacing "leading"; None: of step 0.
+        trailing: whether timestep_spacing is "trailing" instead.
+        lands: set_alpha_to_one.
+        clip: clip_sample_range; None: no clip_sample.
     """
-    last = _last(schedule, calls, offset)
     return SamplingConfig(
         solver="ddim",
         calls=calls,
-        spacing="time",
-        sigma_min=float(schedule.sigma(offset)),
-        sigma_max=float(schedule.sigma(last)),
-        denoise_last="always",
+        spacing="trailing" if trailing else "leading",
+        sigma_min=None if trailing else low,
+        denoise_last="always" if lands else "never",
         clip=clip,
     )
 
 
-def _last(schedule: Discrete, calls: int, offset: int) -> int:
-    """Return the noisiest of so many steps of spacing "leading"."""
-    return offset + schedule.steps // calls * (calls - 1)
+def _sampling(noise: Noise, clip: float | None) -> SamplingConfig:
+    """Return the sampler of a scheduler_config.json, with the most calls up to diffusers' 50 that have its steps.
+
+    Raises:
+        UserError: if no number of calls has them.
+    """
+    schedule, offset = noise.diffusion.schedule, noise.offset
+    assert isinstance(schedule, Discrete)
+    low = float(schedule.sigma(float(offset))) if offset else None
+    for calls in range(min(CALLS, schedule.steps), 2, -1):
+        found = diffusers_ddim(calls, low=low, trailing=noise.trailing, lands=noise.lands, clip=clip)
+        with suppress(UserError):
+            make_plan(found, schedule)
+            return found
+    found = diffusers_ddim(2, low=low, trailing=noise.trailing, lands=noise.lands, clip=clip)
+    make_plan(found, schedule)
+    return found
 
 
 def _size(found: DiffusersFolder, given: tuple[int, int] | None) -> tuple[int, int]:
@@ -129,14 +154,9 @@ def _config(
         optimizer=OptimizerConfig(lr=LR, warmup_steps=500),
         training=TrainingConfig(),
     )
-    schedule = noise.diffusion.schedule
-    assert isinstance(schedule, Discrete)
     codec, pixels = CodecConfig(), shape
     if found.codec is not None:
         codec, pixels = _codec(found.codec, shape, out)
-    calls = next(
-        n for n in range(min(CALLS, schedule.steps), 0, -1) if _last(schedule, n, noise.offset) < schedule.steps
-    )
     return dataclasses.replace(
         base,
         name=out.name,
@@ -146,7 +166,7 @@ def _config(
         diffusion=noise.diffusion,
         stages=dataclasses.replace(base.stages, interior=(), origin={}),
         training=continued_training(base.training, network),
-        sampling=leading_ddim(schedule, calls, offset=noise.offset, clip=None if codec.used else noise.clip),
+        sampling=_sampling(noise, None if codec.used else noise.clip),
     )
 
 

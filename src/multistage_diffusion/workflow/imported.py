@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
-from ..config import DataConfig, NetworkConfig, RunConfig, TrainingConfig
-from ..interop.parts import Tensors
+from ..config import DataConfig, NetworkConfig, RunConfig, SamplingConfig, TrainingConfig
+from ..config.serialization import from_dict
+from ..errors import UserError
+from ..interop.parts import SAMPLING, Tensors
 from ..training.checkpoint import Checkpoint, save_checkpoint
 from ..training.metrics import MetricAccumulator
 from ..training.run import Run
@@ -31,6 +35,18 @@ def continued_training(training: TrainingConfig, network: NetworkConfig) -> Trai
     if not network.augment_dim:
         fitting["augment"] = 0.0
     return dataclasses.replace(training, init_from="", freeze="nothing", ema_rampup=0.0, **fitting)
+
+
+def remembered_sampling(arguments: Mapping[str, Any], base: SamplingConfig) -> SamplingConfig:
+    """Return the sampler that an exported run had; base's if the file does not tell."""
+    said = arguments.get(SAMPLING)
+    if not isinstance(said, dict):
+        return base
+    try:
+        return from_dict(SamplingConfig, said, SAMPLING)
+    except UserError as error:  # of a later release, or with a solver that is not registered here
+        warnings.warn(f"the sampling settings of the file are left out: {error}", stacklevel=4)
+        return base
 
 
 def save_first_checkpoint(run: Run, config: RunConfig, *, model: Tensors, ema: Tensors) -> None:
