@@ -29,15 +29,11 @@ from ..stages import Stages
 from .imported import remembered_sampling
 from .latent import recorded_scale
 
-SD_SCALE = (
-    0.18215  # of the latents of Stable Diffusion's autoencoder, on which published networks of 4 channels are trained
-)
+SD_SCALE = 0.18215  # of Stable Diffusion's latents, on which published networks of 4 channels are trained
 VAE = "vae"  # sub-folder of the autoencoder
 SD_FACTOR = 8  # by which it reduces the sides of images
-ARGUMENTS, METADATA = (
-    "arguments",
-    "_metadata",
-)  # of the run, in exports; attribute of a state dict where torch keeps versions
+ARGUMENTS = "arguments"  # of the run, in exports
+METADATA = "_metadata"  # attribute of a state dict, where torch keeps versions
 SCALE, SHIFT, SHAPE = "scale_factor", "shift_factor", "data_shape"  # among them: of latents, and of the images
 _TOLD = ("head_channels", "encoder_depth", "classes")  # among them: of the network
 
