@@ -32,6 +32,7 @@ OTHERS = {
     "--index-url",
     "--rm",
     "--logdir",
+    "--no-deps",
     "--max-restarts",
     "--model",
     "--setting",
