@@ -33,6 +33,7 @@ OTHERS = {
     "--rm",
     "--logdir",
     "--no-deps",
+    "--parts",
     "--max-restarts",
     "--model",
     "--setting",
