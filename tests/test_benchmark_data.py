@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -51,11 +52,57 @@ def test_ratios_are_of_one_round_and_figures_medians(data: ModuleType) -> None:
     assert "first opening / bare loop: 2.00\ntorchvision is not installed" in text
 
 
+def test_memory_below_a_process_is_found(data: ModuleType) -> None:
+    script = "import subprocess, sys; x = bytearray(b'1') * (64 << 20); subprocess.run([sys.executable, '-c', {!r}])"
+    child = "x = bytearray(b'1') * (128 << 20); print(1, flush=True); input()"
+    command = [sys.executable, "-c", script.format(child)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()  # both hold their memory
+        watch = data.Watch(process.pid)
+        watch.start()
+        time.sleep(2.5)
+        process.stdin.write(b"\n")
+    assert 192 < watch.end() < 256
+    assert data._pages(process.pid, "Rss:") == 0.0
+
+
+def test_a_photo_is_decoded_smaller_and_whole_to_nearly_the_same(
+    data: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "PHOTO", (640, 960))
+    monkeypatch.setattr(data, "REPEATS", 3)
+    found = data.drafted(tmp_path, 0)
+    assert found["megapixels"] == pytest.approx(0.6144)
+    assert found["whole_ms"] > found["reduced_ms"] > 0
+    assert 0 < found["grey_levels_apart"] < 1
+    assert "draft   megapixels 0.61, reduced ms" in data.told("draft", {"machine": {}, **found})
+
+
+@pytest.mark.slow
+def test_the_memory_of_both_trainings_is_measured(data: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "data.json"
+    out.write_text('{"images": 3, "memory": 1}')
+    environment = {**os.environ, "PYTHONPATH": str(FILE.parents[1] / "src")}
+    small = ["--parts", "memory", "--count", "270", "--size", "16", "--steps", "2"]
+    command = [sys.executable, str(FILE), *small, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    told = json.loads(out.read_text())
+    assert told["images"] == 3  # parts that are not run keep their figures
+    assert (told["memory"]["few"]["images"], told["memory"]["many"]["images"]) == (data.FEW, 270)
+    for figures in (told["memory"]["few"], told["memory"]["many"]):
+        assert figures["opened_per_second"] > 0
+        assert 100 < figures["process_mib"] < 4096
+        assert figures["all_processes_mib"] > 100
+    assert done.stdout.count("all processes mib") == 2
+
+
 @pytest.mark.slow
 def test_the_whole_run_writes_its_figures(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(FILE.parents[1] / "src")}
     out = tmp_path / "data.json"
-    small = ["--count", "60", "--size", "24", "--rounds", "2", "--batch", "8"]
+    small = ["--parts", "open", "--count", "60", "--size", "24", "--rounds", "2", "--batch", "8"]
     command = [sys.executable, str(FILE), *small, "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     told = json.loads(out.read_text())

@@ -32,6 +32,8 @@ OTHERS = {
     "--index-url",
     "--rm",
     "--logdir",
+    "--no-deps",
+    "--parts",
     "--max-restarts",
     "--model",
     "--setting",

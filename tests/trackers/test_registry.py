@@ -41,4 +41,6 @@ def test_a_damaged_record_is_named(tmp_path, text, message):
 def test_each_tracker_has_an_extra():
     assert set(TRACKERS) >= {"tensorboard", "wandb", "trackio"}
     assert "pip install 'multistage-diffusion[track]'" in str(not_installed("tensorboard"))
-    assert "pip install 'multistage-diffusion[wandb]'" in str(not_installed("wandb"))
+    assert "pip install 'multistage-diffusion[wandb]';" in str(not_installed("wandb"))
+    both = "pip install 'multistage-diffusion[trackio]' && pip install --no-deps trackio;"
+    assert both in str(not_installed("trackio"))

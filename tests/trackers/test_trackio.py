@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import types
 
@@ -23,13 +25,17 @@ class Module(types.ModuleType):
         super().__init__("trackio")
         self.inits, self.logged, self.ended = [], [], 0
         self.Image = lambda image, caption: ("image", image.size, caption)
+        self.current = None
 
     def init(self, **settings):
         print("a greeting")
         self.inits.append(settings)
-        return types.SimpleNamespace(log=lambda values, step: self.logged.append((step, values)), finish=self._finish)
+        self.current = types.SimpleNamespace(log=lambda values, step: self.logged.append((step, values)))
+        return self.current
 
-    def _finish(self):
+    def finish(self):
+        print("a farewell")
+        self.current = None
         self.ended += 1
 
 
@@ -56,7 +62,7 @@ def test_a_training_sends_settings_numbers_and_samples(module, tmp_path, tiny_co
     assert [entry for entry in module.logged if "samples" in entry[1]] == [
         (2, {"samples": ("image", (521, 521), "step 2")})
     ]
-    assert module.ended == 1
+    assert (module.ended, module.current) == (1, None)
     assert recall(run.path, "trackio") == {"name": settings["name"]}
 
 
@@ -76,6 +82,23 @@ def test_evaluations_carry_their_compute(module, tmp_path):
     tracking.trackers[0].config({})
     tracking.logged(None, {"kind": "quality", "step": 3, "frechet": 1.5, "petaflops": 2.0, "metrics": {}})
     assert module.logged == [(3, {"quality/frechet": 1.5, "petaflops": 2.0})]
+
+
+@pytest.mark.slow
+def test_at_exit_nothing_is_written_to_standard_output(tmp_path):
+    pytest.importorskip("trackio")
+    script = (
+        "from pathlib import Path; from multistage_diffusion.training.tracking import Tracking\n"
+        "(tracker,) = Tracking.of(['trackio']).trackers\n"
+        "tracker.open(Path('run'), 0); tracker.config({}); tracker.scalars(1, {'loss': 0.5}); tracker.close()\n"
+    )
+    (tmp_path / "run").mkdir()
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "store")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    assert done.stderr.count("Run finished") == 1
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from crops import make_crops
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
 from multistage_diffusion import find_stages, train
@@ -60,15 +61,61 @@ def test_large_images_of_several_sizes_are_cropped_to_what_the_device_can_train(
     assert all(reason.setting in found.table() and reason.reason in found.table() for reason in found.reasons)
 
 
-def test_sigma_data_is_that_of_the_images_and_no_stage_starves(photos: Path) -> None:
-    config = auto_config(str(photos), device="cpu").config
-    images = open_data(str(photos), size=(32, 32), fit="crop").split(0.1)[0].tensor().double() / 127.5 - 1
-    assert config.diffusion.sigma_data == pytest.approx(
-        float((images - images.mean(0)).square().mean().sqrt()), abs=1e-4
-    )
+def centres(folder: Path) -> list[np.ndarray]:
+    """Return the centres of a folder's images at 32x32, by Pillow alone."""
+    found = []
+    for path in sorted(folder.rglob("*.*")):
+        with Image.open(path) as image:
+            found.append(np.asarray(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS)).transpose(2, 0, 1))
+    return found
+
+
+def deviation(images: list[np.ndarray]) -> float:
+    """Return the standard deviation about the mean image, in the network's range."""
+    values = np.stack(images) / 127.5 - 1
+    return float(np.sqrt(np.square(values - values.mean(0)).mean()))
+
+
+def test_sigma_data_is_that_of_the_images_and_no_stage_starves(crops: Path) -> None:
+    config = auto_config(str(crops), {"data.held_out": 0.0}, device="cpu").config
+    assert config.data.shape == config.input_shape == (3, 32, 32)
+    assert config.diffusion.sigma_data == pytest.approx(deviation(centres(crops)), abs=1e-4)
     assert config.stages.interior == pytest.approx((1.469, 9.596), rel=1e-3)  # even in VP time
     shares = [share for _, share, _ in stage_training(config.training, config.stages, config.diffusion.prior)]
     assert min(shares) > 0.03
+
+
+def test_photographs_that_are_decoded_smaller_have_the_deviation_of_the_whole_ones(tmp_path: Path) -> None:
+    folder = make_crops(tmp_path / "large", 12, (300, 427))
+    whole = centres(folder)
+    config = auto_config(str(folder), {"data.held_out": 0.0}, device="cpu").config
+    assert config.diffusion.sigma_data == pytest.approx(deviation(whole), rel=0.005)
+    read = open_data(str(folder), size=(32, 32), fit="crop").array()
+    apart = [np.abs(row - other.astype(float)).mean() for row, other in zip(read, whole, strict=True)]
+    jpeg = [path.suffix == ".jpg" for path in sorted(folder.rglob("*.*"))]
+    assert [value > 0 for value in apart] == jpeg  # PNG images are decoded whole
+    assert max(apart) < 1.5
+
+
+def test_stages_of_the_gaussian_denoiser_are_those_of_real_images(crops: Path, tmp_path: Path) -> None:
+    def found(source: Path) -> tuple[float, ...]:
+        data = DataConfig(source=str(source), size=(16, 16), fit="crop", held_out=0.0)
+        return find_stages(data, StageSettings(algorithm=2, denoiser="gaussian", stages=3)).edges_sigma
+
+    pixels = open_data(str(crops), size=(16, 16), fit="crop").array()
+    mixed = np.random.default_rng(0).permuted(pixels.reshape(len(pixels), 3, -1), axis=2).reshape(pixels.shape)
+    np.save(tmp_path / "mixed.npy", mixed)  # the same colours without a picture
+    real, none = found(crops), found(tmp_path / "mixed.npy")
+    assert real[0] < 0.9 * none[0]  # detail of pictures is faint
+    assert real[1] < none[1]
+    result = find_stages(
+        DataConfig(source=str(crops), size=(32, 32), fit="crop"),
+        StageSettings(algorithm=2, denoiser="gaussian", stages=3),
+    )
+    config = auto_config(str(crops), result=result, device="cpu").config
+    assert config.stages.interior == result.edges_sigma
+    shares = [share for _, share, _ in stage_training(config.training, config.stages, config.diffusion.prior)]
+    assert min(shares) > 0.2
 
 
 def test_images_smaller_than_a_preset_keep_their_size_and_get_fewer_levels(tmp_path: Path) -> None:

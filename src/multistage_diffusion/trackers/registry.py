@@ -23,6 +23,7 @@ from ..registry import Registry
 
 MEMORY = "trackers.json"  # in the run's folder: the names of its trackers, and what each of them keeps
 EXTRAS = {"tensorboard": "track"}  # the extra that installs a tracker's package, if it has another name
+ALONE = ("trackio",)  # packages that the extra cannot name, because they refuse the Pillow of this one
 
 
 class Tracker:
@@ -68,10 +69,10 @@ TRACKERS: Registry[Callable[[], Tracker]] = Registry("track", __package__)
 
 def not_installed(name: str) -> UserError:
     """Return the error for a tracker whose package is missing."""
-    extra = EXTRAS.get(name, name)
-    return UserError(
-        f"{name} is not installed: pip install 'multistage-diffusion[{extra}]'; or leave it out (--track none)"
-    )
+    command = f"pip install 'multistage-diffusion[{EXTRAS.get(name, name)}]'"
+    if name in ALONE:
+        command += f" && pip install --no-deps {name}"
+    return UserError(f"{name} is not installed: {command}; or leave it out (--track none)")
 
 
 def tracked(folder: Path) -> tuple[str, ...]:

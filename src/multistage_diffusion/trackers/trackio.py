@@ -1,4 +1,4 @@
-"""Trackio (extra `trackio`): a local dashboard, or one on Hugging Face."""
+"""Trackio (extra `trackio`, and the package without its dependencies): a local dashboard, or one on Hugging Face."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Trackio(Tracker):
         self._run.log({"samples": self._trackio.Image(grid, caption=f"step {step}")}, step=step)
 
     def close(self) -> None:
-        """End the run."""
+        """End the run, as the program's current one: else it would be ended, and reported, once more at exit."""
         if self._run is not None:
             with redirect_stdout(sys.stderr):
-                self._run.finish()
+                self._trackio.finish()
