@@ -46,7 +46,7 @@ class Boundary:
     @property
     def log_snr(self) -> float:
         """-2 ln sigma."""
-        return -2.0 * math.log(self.sigma)
+        return -2.0 * math.log(self.sigma) + 0.0  # no minus zero
 
     @property
     def t_vp(self) -> float | None:

@@ -19,7 +19,7 @@ NOISES: list[dict[str, Any]] = [
     {},
     {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "clip_sample": False},
     {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 500},
-    {"trained_betas": [0.1, 0.02, 0.3, 0.4], "prediction_type": "sample"},
+    {"trained_betas": [0.1, 0.02, 0.3, 0.4], "num_train_timesteps": 4, "prediction_type": "sample"},
     {"prediction_type": "v_prediction", "clip_sample_range": 2.0, "steps_offset": 1},
 ]
 
@@ -79,7 +79,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid': only linear, scaled_linear, squaredcos_cap_v2"),
     ({"variance_type": "learned_range"}, "variance_type='learned_range'"),
     ({"trained_betas": "many"}, "trained_betas must be a list of numbers"),
-    ({"trained_betas": [0.1, 1.5]}, "all betas must be in (0, 1)"),
+    ({"trained_betas": [0.1, 1.5], "num_train_timesteps": 2}, "all betas must be in (0, 1)"),
+    ({"trained_betas": [0.1, 0.2]}, "trained_betas has 2 numbers, fewer than num_train_timesteps=1000"),
+    ({"num_train_timesteps": 10**11}, "num_train_timesteps=100000000000 must be 2 to 1000000"),
+    ({"timestep_spacing": "bogus"}, "timestep_spacing='bogus': only leading, trailing, linspace are read"),
+    ({"timestep_spacing": None}, "timestep_spacing=None"),
     ({"beta_start": "low"}, "beta_start='low' must be a number"),
     ({"num_train_timesteps": 10.5}, "num_train_timesteps=10.5 must be a whole number"),
     ({"thresholding": True, "sample_max_value": 3.0}, "sample_max_value=3 with thresholding"),
@@ -96,6 +100,21 @@ def test_noise_that_no_schedule_has_is_refused_by_its_name(change: dict[str, Any
     with pytest.raises(UserError) as error:
         read_noise({**file_of(diffusers.DDPMScheduler()), **change})
     assert message in str(error.value)
+
+
+def test_only_the_steps_of_the_training_have_trained_betas() -> None:
+    betas = [0.001 * (i + 1) for i in range(100)]
+    scheduler = diffusers.DDIMScheduler(trained_betas=betas, num_train_timesteps=50)
+    schedule = read_noise(file_of(scheduler)).diffusion.schedule
+    assert isinstance(schedule, Discrete)
+    kept = 1 / (1 + schedule.sigmas**2)
+    torch.testing.assert_close(kept, scheduler.alphas_cumprod[:50].double(), rtol=2e-4, atol=1e-7)
+
+
+def test_linspace_is_read_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="timestep_spacing=linspace is read as leading"):
+        noise = read_noise(file_of(diffusers.DDIMScheduler(timestep_spacing="linspace")))
+    assert not noise.trailing
 
 
 def test_noise_that_no_scheduler_has_is_refused() -> None:

@@ -220,6 +220,10 @@ def test_faulty_weights_are_named() -> None:
         ({k: v for k, v in weights.items() if k != "conv_in.bias"}, "has no conv_in.bias"),
         ({k: v for k, v in weights.items() if k != name}, "qkv.weight"),
         ({**weights, "conv_out.bias": torch.zeros(4)}, "conv_out.bias has shape [4], not [3]"),
+        (
+            {**weights, "conv_out.bias": torch.zeros(3, dtype=torch.int8)},
+            "conv_out.bias is of torch.int8: quantised weights are not read",
+        ),
     ):
         with pytest.raises(UserError) as error:
             unet2d_state(changed, config)

@@ -24,6 +24,24 @@ from multistage_diffusion.workflow.sample import sample
 diffusers = pytest.importorskip("diffusers")
 
 
+def test_arguments_that_mean_nothing_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, x, labels = exported(a_run(tmp_path / "run", network__num_classes=3))
+    pipe = in_process(folder, monkeypatch)
+    assert labels is not None
+    given = {"latents": x, "class_labels": labels}
+    for change, message in (
+        ({"num_inference_steps": 0}, "num_inference_steps=0 must be positive"),
+        ({"output_type": "bogus"}, "output_type='bogus' must be one of pil, np, pt, latent"),
+        ({"class_labels": 1.5}, "class_labels=1.5 must be whole numbers"),
+        ({"class_labels": [0, 1]}, "class_labels: 2 for 3 images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(**{**given, **change})
+    with pytest.raises(ValueError, match="class_labels: 2 for 5 images"):
+        pipe(class_labels=[0, 1], batch_size=5)
+    assert len(pipe(class_labels=[0, 1], output_type="pt").images) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, 0.75])
 def test_a_run_on_latents_brings_its_autoencoder_scale_and_shift(

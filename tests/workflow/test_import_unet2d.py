@@ -16,6 +16,7 @@ from torch import Tensor
 
 from multistage_diffusion import cli
 from multistage_diffusion.config.run import RunConfig
+from multistage_diffusion.config.serialization import override
 from multistage_diffusion.denoisers import MultiStageDenoiser
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.interop.diffusers_folder import CONFIG, WEIGHTS
@@ -288,6 +289,32 @@ def test_fewer_calls_are_made_where_an_offset_leaves_no_room(tmp_path: Path) -> 
     assert sampling.calls == 32  # 31 apart: with 33 calls, 30 apart, diffusers' last step would not end at the image
     calls = make_plan(sampling, schedule).calls
     assert (calls[0], calls[-1]) == pytest.approx((float(schedule.sigma(30 + 31 * 31)), float(schedule.sigma(30))))
+
+
+def test_trailing_steps_have_a_number_of_calls_that_divides_them(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "theirs", unet(), diffusers.DDPMScheduler())
+    diffusers.DDIMScheduler(timestep_spacing="trailing", num_train_timesteps=97).save_pretrained(folder / "scheduler")
+    assert import_published(folder, tmp_path / "run").config().sampling.calls == 97
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = unet()
+    with torch.no_grad():
+        model.conv_in.weight[0] = math.inf
+    folder = pipeline(tmp_path / "theirs", model, diffusers.DDPMScheduler())
+    with pytest.raises(UserError, match=r"weights of encoders\S+ are not finite"):
+        import_published(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "theirs", unet(), diffusers.DDPMScheduler())
+    plain = import_published(folder, tmp_path / "plain").config()
+    with pytest.warns(UserWarning, match=r"sampling\.threshold=0\.9 is left out"):
+        _files(override(plain, {"sampling.clip": None, "sampling.threshold": 0.9}))
+    diffusers.VQModel(latent_channels=3, block_out_channels=(8,), norm_num_groups=4).save_pretrained(folder / "vqvae")
+    with pytest.warns(UserWarning, match="clip_sample .* is left out: latents are not clipped"):
+        import_published(folder, tmp_path / "latent")
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from ..config.serialization import read_json
 from ..errors import UserError
-from ..reading import require_file
+from ..reading import brief, require_file
 from .published import read_torch
 
 CONFIG, SCHEDULER = "config.json", "scheduler_config.json"
 WEIGHTS, OLD_WEIGHTS = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+SHARDS = f"{WEIGHTS}.index.json"  # names the files of weights that are divided
 AVERAGED = "unet_ema"
 CODECS = ("vae", "vqvae")
 
@@ -60,9 +61,25 @@ def read_folder(folder: Path) -> DiffusersFolder:
     unet = next((place for place in (folder / "unet", averaged) if place.is_dir()), folder)
     if not (unet / CONFIG).is_file():
         raise UserError(f"{folder}: no {CONFIG} of a U-Net in it or in its folder unet; give the folder of a pipeline")
-    config, model = read_mapping(unet / CONFIG), read_weights(unet)
-    ema = read_weights(averaged) if averaged.is_dir() and averaged != unet else model
+    config, model, ema = read_mapping(unet / CONFIG), read_weights(unet), None
+    if averaged.is_dir() and averaged != unet:
+        _require_same_network(config, averaged)
+        ema = read_weights(averaged)
+    ema = model if ema is None else ema
     return DiffusersFolder(network=config, model=model, ema=ema, scheduler=_scheduler(folder), codec=_codec(folder))
+
+
+def _require_same_network(config: Mapping[str, Any], averaged: Path) -> None:
+    """Raise UserError if the config.json of averaged weights, if there is one, is of another network."""
+    if not (averaged / CONFIG).is_file():
+        return
+    other = read_mapping(averaged / CONFIG)
+    for name in sorted(name for name in {*config} & {*other} if not name.startswith("_")):
+        if config[name] != other[name]:
+            raise UserError(
+                f"{averaged / CONFIG}: {name}={brief(other[name])} is not the model's {brief(config[name])}; give the folder of "
+                "the network that is right"
+            )
 
 
 def _scheduler(folder: Path) -> Mapping[str, Any]:
@@ -92,21 +109,45 @@ def read_mapping(file: Path) -> Mapping[str, Any]:
     return found
 
 
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index of divided weights names.
+
+    Raises:
+        UserError: if the index is damaged, or names a file that is not beside it.
+    """
+    names = read_mapping(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index}: has no weight_map of file names")
+    files = [index.parent / name for name in sorted(set(names.values()))]
+    for file in files:
+        if file.name not in names.values() or not file.is_file():
+            raise UserError(f"{index}: names {brief(str(file.name))}, which is not beside it")
+    return files
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    require_file(file)
+    try:
+        return load(file.read_bytes())
+    except SafetensorError as error:
+        raise UserError(f"{file}: is truncated or damaged ({error})") from None
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Read the weights of a part to the CPU: safetensors, or else torch's archive, without running code from it.
 
     Raises:
         UserError: if there are none, or they are damaged.
     """
-    file, old = folder / WEIGHTS, folder / OLD_WEIGHTS
+    file, old, shards = folder / WEIGHTS, folder / OLD_WEIGHTS, folder / SHARDS
+    if shards.is_file():  # diffusers reads them rather than a single file beside them
+        return {name: value for shard in _shards(shards) for name, value in _load(shard).items()}
     if file.is_file():
-        require_file(file)
-        try:
-            return load(file.read_bytes())
-        except SafetensorError as error:
-            raise UserError(f"{file}: is truncated or damaged ({error})") from None
+        return _load(file)
     if not old.is_file():
-        raise UserError(f"{folder}: holds neither {WEIGHTS} nor {OLD_WEIGHTS}")
+        variants = sorted(path.name for path in folder.glob("*.*.safetensors") if path.name != SHARDS)
+        hint = f"; rename the variant that is right ({variants[0]}, ...)" if variants else ""
+        raise UserError(f"{folder}: holds none of {WEIGHTS}, {SHARDS}, {OLD_WEIGHTS}{hint}")
     try:
         found = read_torch(old)
     except UserError as error:

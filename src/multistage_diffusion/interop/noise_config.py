@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,10 @@ _CLIPPING = (
 )  # unless told otherwise
 
 
+_STEPS = ("leading", "trailing", "linspace")  # values of timestep_spacing
+_MOST_STEPS = 1_000_000
+
+
 @dataclass(frozen=True, kw_only=True)
 class Noise:
     """What a scheduler_config.json says of the noise.
@@ -46,7 +51,7 @@ class Noise:
         diffusion: schedule, density (every step equally often) and meaning of the network's output.
         clip: bound of denoised images; None: no clipping.
         offset: step of the last denoiser call (steps_offset), for spacing "leading".
-        trailing: whether timestep_spacing is "trailing"; other values are read as "leading".
+        trailing: whether timestep_spacing is "trailing"; "linspace" is read as "leading", with a warning.
         lands: whether the last output is the image (set_alpha_to_one); else DDIM ends at the noise of step 0.
     """
 
@@ -84,9 +89,21 @@ def read_noise(config: Mapping[str, Any]) -> Noise:
         ),
         clip=_clip(config, clips=kind in _CLIPPING),
         offset=_offset(config, schedule.steps),
-        trailing=config.get("timestep_spacing") == "trailing",
+        trailing=_is_trailing(config),
         lands=_lands(config),
     )
+
+
+def _is_trailing(config: Mapping[str, Any]) -> bool:
+    spacing = config.get("timestep_spacing", "leading")
+    if spacing not in _STEPS:
+        raise UserError(f"timestep_spacing={brief(spacing)}: only {', '.join(_STEPS)} are read")
+    if spacing == "linspace":
+        warnings.warn(
+            "timestep_spacing=linspace is read as leading: samples differ a little from those of diffusers' DDIM",
+            stacklevel=2,
+        )
+    return bool(spacing == "trailing")
 
 
 def _lands(config: Mapping[str, Any]) -> bool:
@@ -108,15 +125,24 @@ def _schedule(config: Mapping[str, Any]) -> Discrete:
     if betas is not None:
         if not isinstance(betas, list) or not all(type(beta) in (int, float) for beta in betas):
             raise UserError("trained_betas must be a list of numbers")
-        return Discrete(steps=len(betas), spacing="given", betas=tuple(float(beta) for beta in betas))
+        steps = _steps(config)
+        if len(betas) < steps:  # diffusers cannot sample such a model
+            raise UserError(f"trained_betas has {len(betas)} numbers, fewer than num_train_timesteps={steps}")
+        return Discrete(steps=steps, spacing="given", betas=tuple(float(beta) for beta in betas[:steps]))
     kind = config.get("beta_schedule", "linear")
     if not isinstance(kind, str) or kind not in SPACINGS:
         raise UserError(f"beta_schedule={brief(kind)}: only {', '.join(SPACINGS)} are read")
-    start, end = _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02)
-    steps = _number(config, "num_train_timesteps", 1000, whole=True)
+    start, end, steps = _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02), _steps(config)
     if kind == "squaredcos_cap_v2":
         return Discrete(steps=steps, spacing="cosine")
     return Discrete(beta_start=start, beta_end=end, steps=steps, spacing=SPACINGS[kind])
+
+
+def _steps(config: Mapping[str, Any]) -> int:
+    steps: int = _number(config, "num_train_timesteps", 1000, whole=True)
+    if not 1 < steps <= _MOST_STEPS:
+        raise UserError(f"num_train_timesteps={steps} must be 2 to {_MOST_STEPS}")
+    return steps
 
 
 def _clip(config: Mapping[str, Any], *, clips: bool) -> float | None:

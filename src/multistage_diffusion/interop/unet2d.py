@@ -269,6 +269,8 @@ def unet2d_state(tensors: Mapping[str, Tensor], config: LDMConfig) -> dict[str, 
             state[ours] = found = found.flatten(1)
         if found.shape != value.shape:
             raise UserError(f"{theirs} has shape {list(found.shape)}, not {list(value.shape)}")
+        if not found.is_floating_point():
+            raise UserError(f"{theirs} is of {found.dtype}: quantised weights are not read")
     if tensors:
         raise UserError(f"{next(iter(tensors))}: no weight of this network ({len(tensors)} unexpected)")
     return {name: state[name].to(torch.float32, copy=True).contiguous() for name in needed}  # type: ignore[union-attr]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,12 @@ def _files(config: RunConfig) -> dict[str, dict[str, Any]]:
         }
     else:
         parts = {"_class_name": "DDIMPipeline", **parts}
+    if config.sampling.threshold is not None:
+        warnings.warn(
+            f"sampling.threshold={config.sampling.threshold:g} is left out: diffusers' DDIM scheduler has another; --format "
+            "diffusers keeps it",
+            stacklevel=3,
+        )
     return {
         INDEX: parts,
         f"unet/{CONFIG}": unet2d_settings(config.network, config.input_shape[1:]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def diffusers_ddim(
 
 
 def _sampling(noise: Noise, clip: float | None) -> SamplingConfig:
-    """Return the sampler of a scheduler_config.json, with the most calls up to diffusers' 50 that have its steps.
+    """Return the sampler of a scheduler_config.json: with diffusers' 50 calls, or the next number that has its steps.
 
     Raises:
         UserError: if no number of calls has them.
@@ -119,7 +120,7 @@ def _sampling(noise: Noise, clip: float | None) -> SamplingConfig:
     schedule, offset = noise.diffusion.schedule, noise.offset
     assert isinstance(schedule, Discrete)
     low = float(schedule.sigma(float(offset))) if offset else None
-    for calls in range(min(CALLS, schedule.steps), 2, -1):
+    for calls in (*range(min(CALLS, schedule.steps), 2, -1), *range(CALLS + 1, schedule.steps + 1)):
         found = diffusers_ddim(calls, low=low, trailing=noise.trailing, lands=noise.lands, clip=clip)
         with suppress(UserError):
             make_plan(found, schedule)
@@ -157,6 +158,12 @@ def _config(
     codec, pixels = CodecConfig(), shape
     if found.codec is not None:
         codec, pixels = _codec(found.codec, shape, out)
+        if noise.clip is not None:
+            warnings.warn(
+                "clip_sample (or thresholding) is left out: latents are not clipped, so samples differ from those of this "
+                "scheduler; it is true by default and rarely meant for latents",
+                stacklevel=3,
+            )
     return dataclasses.replace(
         base,
         name=out.name,

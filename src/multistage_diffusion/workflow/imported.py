@@ -50,7 +50,18 @@ def remembered_sampling(arguments: Mapping[str, Any], base: SamplingConfig) -> S
 
 
 def save_first_checkpoint(run: Run, config: RunConfig, *, model: Tensors, ema: Tensors) -> None:
-    """Write the checkpoint that a trainer resumes from: step 0, a new optimizer."""
+    """Write the checkpoint that a trainer resumes from: step 0, a new optimizer.
+
+    Raises:
+        UserError: if a weight is not finite.
+    """
+    for part in (model, ema):
+        for name, value in part.items():
+            if not value.isfinite().all():
+                raise UserError(
+                    f"weights of {name} are not finite: the file is that of a training that diverged, or of numbers too large "
+                    "for its precision"
+                )
     state = {
         "step": 0,
         "images": 0,

@@ -15,6 +15,8 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+OUTPUTS = ("pil", "np", "pt", "latent")
+
 
 class MultistagePipeline(DiffusionPipeline):  # type: ignore[misc]
     """Draws images with a network whose decoder is chosen by the noise level.
@@ -86,6 +88,10 @@ class MultistagePipeline(DiffusionPipeline):  # type: ignore[misc]
             callback_on_step_end: called with (pipeline, number, timestep, {"latents": state}) after each network call.
             callback_on_step_end_tensor_inputs: names that the callback is given; "latents" is the only one.
         """
+        if output_type not in OUTPUTS:
+            raise ValueError(f"output_type={output_type!r} must be one of {', '.join(OUTPUTS)}")
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be positive")
         device, dtype = self._execution_device, self.unet.dtype
         labels = self._labels(class_labels, batch_size, latents)
         count = len(latents) if latents is not None else len(labels) if labels is not None else batch_size
@@ -93,7 +99,8 @@ class MultistagePipeline(DiffusionPipeline):  # type: ignore[misc]
         if latents is None:
             shape = (count, config.in_channels, *config.sample_size)
             latents = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
-        self._set_timesteps(num_inference_steps or self.config.calls, device)
+        calls = self.config.calls if num_inference_steps is None else num_inference_steps
+        self._set_timesteps(calls, device)
         std = self.config.initial_std
         x = latents.to(device) * (self.scheduler.init_noise_sigma if std is None else std)
         guidance = self.config.guidance if guidance_scale is None else guidance_scale
@@ -127,8 +134,14 @@ class MultistagePipeline(DiffusionPipeline):  # type: ignore[misc]
         """Return the class of every image, int64 (B,)."""
         if given is None:
             return None
-        labels = torch.as_tensor(given, dtype=torch.int64, device=self._execution_device).reshape(-1)
-        return labels.expand(batch_size if latents is None else len(latents)) if len(labels) == 1 else labels
+        labels = torch.as_tensor(given, device=self._execution_device).reshape(-1)
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"class_labels={given!r} must be whole numbers")
+        count = batch_size if latents is None else len(latents)
+        if len(labels) not in (1, count) and (latents is not None or batch_size != 1):
+            raise ValueError(f"class_labels: {len(labels)} for {count} images; give one, or one for each")
+        labels = labels.to(torch.int64)
+        return labels.expand(count) if len(labels) == 1 else labels
 
     def _guided(self, x: Tensor, t: Any, labels: Tensor | None, guidance: float) -> Tensor:
         """Return the network's output, with classifier-free guidance where it acts."""
