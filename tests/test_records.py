@@ -137,7 +137,10 @@ def test_losses_are_one_for_each_stage(tmp_path: Path) -> None:
     [
         ([], r"expected a mapping, got \[\]"),
         ({"device": "cpu"}, "execution: expected a mapping, got None"),
-        ({"device": "cpu", "execution": {"thread_parallel": "2"}}, "execution.thread_parallel='2' must be of type int"),
+        (
+            {"device": "cpu", "execution": {"thread_parallel": "2"}},
+            "execution.thread_parallel='2' must be a whole number",
+        ),
         ({"device": "cpu", "execution": {"thread_parallel": 0}}, "execution.thread_parallel=0 must be positive"),
         ({"device": "cpu", "execution": {"fast": True}}, "execution.fast: unknown key"),
     ],

@@ -11,7 +11,7 @@ def test_choices_are_yes_no_or_auto() -> None:
     config = override(RunConfig(), {"execution.channels_last": True, "execution.compile": False})
     assert (config.execution.channels_last, config.execution.compile) == (True, False)
     assert to_dict(RunConfig())["execution"]["cuda_graphs"] == "auto"
-    with pytest.raises(ValueError, match=r"execution\.compile='on' must be of type bool or one of 'auto'"):
+    with pytest.raises(ValueError, match=r"execution\.compile='on' must be true or false or one of 'auto'"):
         override(RunConfig(), {"execution.compile": "on"})
 
 

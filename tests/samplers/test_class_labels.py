@@ -156,3 +156,12 @@ def test_names_that_are_the_numbers_are_none(tiny_data):
 def test_a_warning_of_empty_classes_names_them():
     with pytest.warns(UserWarning, match=r"2 of 3 classes have no training images \(1 dogs, 2\)"):
         warn_of_empty((5, 0, 0), ("cats", "dogs"))
+
+
+def test_a_class_without_training_images_is_drawn_with_a_warning(tiny_config):
+    config = tiny_config(network__num_classes=3, data__class_counts=(5, 0, 2))
+    with pytest.warns(UserWarning, match="label=1: the run was trained on no image of this class"):
+        assert class_number(config, 1) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [class_number(config, label) for label in (0, 2)] == [0, 2]

@@ -149,6 +149,18 @@ def test_curves_are_those_of_training_and_of_evaluations_by_cost(folder: Path, t
     assert found[1].sampling == ()
 
 
+def test_only_evaluations_of_equal_counts_are_drawn_together(folder: Path, tmp_path: Path) -> None:
+    copies = [Run(Path(shutil.copytree(folder / name, tmp_path / name))) for name in ("one", "other")]
+    for copy in copies:
+        compare(copy, count=12, checkpoint="latest")
+    (few,) = read_json(copies[0].path / "evaluation.json")
+    more = {**few, "count": few["count"] + 5, "metrics": {"frechet": {**few["metrics"]["frechet"], "value": 1e6}}}
+    write_json(copies[0].path / "evaluation.json", [few, more])
+    found = compare_runs(copies, levels=2, checkpoint="latest").runs
+    assert [len(run.sampling) for run in found] == [1, 1]
+    assert found[0].sampling[0][1] == few["metrics"]["frechet"]["value"]  # that of as many images as the other's
+
+
 def test_levels_are_of_the_noise_that_all_runs_are_trained_on(folder: Path) -> None:
     found = compare_runs([folder / "one", folder / "other-noise"], levels=5, count=2)
     ranges = [noise_range(Run.open(folder / name).config()) for name in ("one", "other-noise")]

@@ -10,10 +10,12 @@ from tyro.conf import Positional
 
 from ..config.serialization import to_dict
 from ..console import Bar, TrainingProgress, console
-from ..data.sources import to_path
+from ..data.sources import require_source, to_path
 from ..errors import UserError
 from ..evaluation import EvaluationResult
 from ..evaluation.presentation import result_text
+from ..training.checkpoint import checkpoint_step
+from ..training.run import Run
 from ..workflow.quickstart import quickstart
 from .options import Changes, DataOptions, Device, data_option, dotted_changes, option, print_json, say
 
@@ -57,6 +59,7 @@ class Quickstart(DataOptions):
 
     def folder(self) -> Path:
         """Return the run's folder when none is given."""
+        require_source(self.data)
         name = to_path(self.data).resolve().name.removesuffix(".zip") if to_path(self.data).exists() else self.data
         if not name or any(mark in name for mark in "/:"):
             raise UserError(f"--out is missing: {self.data!r} gives the run's folder no name; name it")
@@ -68,8 +71,18 @@ def show_results(page: Path, result: EvaluationResult | None, *, json: bool) -> 
     if json:
         print_json({**({} if result is None else to_dict(result)), "report": str(page)})
         return
+    run = Run.open(page.parent)
+    step, config = checkpoint_step(run.checkpoint("best")), run.config()
+    say(
+        f"best checkpoint: step {step} of {config.training.steps}; its samples are drawn and compared with held-out images"
+    )
     if result is not None:
         say(result_text(result))
+        if config.evaluation.every:
+            say(
+                f"(distances while training are of {config.evaluation.count} samples to the training images: compare them with "
+                "one another, not with this one)"
+            )
     for name, what in (
         ("samples.png", "samples"),
         ("stages.png", "stages"),

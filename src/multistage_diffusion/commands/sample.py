@@ -78,7 +78,9 @@ class Sample(SamplerOptions):
                 f"--out {self.out}: samples are written as a .png grid, an .npz array or a folder of images (--format)"
             )
         if self.format is not None and not folder:
-            raise UserError(f"--format {self.format}: is of the images in a folder, and --out {self.out} is none")
+            raise UserError(
+                f"--format {self.format}: images in a folder have a format; give --out FOLDER, not {self.out}"
+            )
         check_out(self.out, self.overwrite, folder=folder)
         if suffix == ".png" and self.count > MOST_IN_GRID:
             raise UserError(

@@ -218,8 +218,9 @@ class TrainingConfig:
         branch_at: steps in which all stages train one common decoder; afterwards each stage continues with its own copy
             (0: own decoders from the start). Narrower decoders are slices of the widest: their first channels. That needs
             the families "ncsnpp", "ddpmpp" or "ldm" and a shared encoder; else decoders must be alike.
-        soft_sharing: bases, decoders whose learned mixtures the decoders of the stages are (Fang et al. 2024, Remix-DiT), at most
-            one for each stage; needs decoders that are alike and a shared encoder; 0: none, decoders are trained themselves.
+        soft_sharing: bases, decoders whose learned mixtures the stages' decoders are (Fang et al. 2024, Mixing diffusion
+            transformers for multi-expert denoising), at most one for each stage; needs decoders that are alike and a shared
+            encoder; 0: none, decoders are trained themselves.
         init_from: a trained run from whose encoder and fitting decoders the network starts; empty: from scratch.
         freeze: "encoder" keeps the shared encoder as init_from gives it, so that only decoders are trained; "nothing".
         precision: "auto" (on CUDA bf16 if supported, else fp16; on the CPU fp32), "fp32", "bf16", "fp16" (with loss

@@ -154,9 +154,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is int and type(value) is int and not -(2**63) <= value < 2**63:
         raise UserError(f"{where}={brief(value)} must fit into 64 bits")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        wanted = "null" if hint is types.NoneType else f"of type {hint.__name__}"
+        wanted = _KINDS.get(hint, f"of type {getattr(hint, '__name__', hint)}")
         raise UserError(f"{where}={brief(value)} must be {wanted}")
     return value
+
+
+_KINDS = {types.NoneType: "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def override(config: T, changes: Mapping[str, Any]) -> T:

@@ -134,7 +134,7 @@ class ImageData(LabelledRows):
         if not len(positions) or positions.min() == positions.max():
             raise UserError(
                 f"data.held_out={held_out}: {self.name} has no two different images, so none can be held out; "
-                f"add images, or use 0"
+                "add images, or give --held-out 0"
             )
         below = positions < held_out
         if below.all():

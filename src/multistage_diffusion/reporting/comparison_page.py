@@ -145,6 +145,9 @@ def _draw_curves(axes: Axes, found: RunsComparison, curves: Mapping[str, Sequenc
             colour = stage_colour(number) if number else INK
             axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=label(name))
     axes.legend(frameon=False)
+    costs = [cost for points in curves.values() for cost, _ in points]
+    if costs and max(costs) < 2 * min(costs):  # equal costs look equal
+        axes.set_xlim(min(costs) / 2, max(costs) * 2)
 
 
 def _numbers(found: RunsComparison) -> str:

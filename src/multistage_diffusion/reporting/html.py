@@ -85,6 +85,7 @@ svg.narrow { display: none }
 .bar div { box-shadow: inset 0 -4px 0 var(--e); container-type: inline-size }
 .bar b { margin-right: 8px }
 @container (max-width: 52px) { .bar span { display: none } }
+@container (max-width: 20px) { .bar b { display: none } }
 .measure { margin: 16px 0 4px; font-size: 14px; font-weight: 600 }
 .measure:first-child { margin-top: 0 }
 .ends { display: flex; justify-content: space-between; margin: 6px 0 12px; color: var(--soft); font-size: 13px }

@@ -34,7 +34,7 @@ from ..stage_finding import StageResult
 from ..stage_finding.plots import draw_stages, stages_height
 from .html import NARROW, WIDE, bar, chart, drawing, escape, facts, note, page, picture, table
 from .pictures import STRIP, cell, data_uri, grid
-from .training_charts import evaluation_charts, training_charts
+from .training_charts import evaluation_charts, training_charts, training_seconds
 
 Record = Mapping[str, Any]
 
@@ -151,7 +151,7 @@ def _header(config: RunConfig, train: Sequence[Record], launches: Sequence[Recor
         "Stages": len(config.stages),
         "Images seen": f"{train[-1]['images']:,}" if train else "none logged",
         "Steps": f"{train[-1]['step']:,}" if train else "none logged",
-        "Training time": _duration(sum(r["seconds"] for r in train)) if train else "none logged",
+        "Training time": _duration(training_seconds(train)) if train else "none logged",
         "Device": last.get("device", "not recorded"),
         "Version": f"{release} (torch {last['torch']})" if "torch" in last else release,
         "Report written": datetime.now().strftime("%Y-%m-%d %H:%M"),
@@ -206,6 +206,8 @@ def _curves(stages_png: Path | None, found: StageResult | None) -> str:
     words = (
         "The stages: where the noise was cut, and what was measured over it where the cut was found from the images."
     )
+    if found is not None and found.settings.algorithm == "timestep":
+        return note("No curves: the stages are of equal length in time, whatever the images.")
     if found is not None:
         heights = [stages_height(found, width) for width in (WIDE, NARROW)]
         return chart(lambda figure: draw_stages(figure, found), heights[0], words, heights[1])

@@ -25,8 +25,8 @@ def training_charts(train: Sequence[Record], held_out: Sequence[Record], stages:
     """Draw losses and gradient norms; both arguments are lines of metrics.jsonl."""
     if not train:
         return note("No training was logged.")
-    seconds = sum(r["seconds"] for r in train)
-    rate = sum(r["images_per_s"] * r["seconds"] for r in train) / seconds if seconds > 0 else 0.0
+    seconds = training_seconds(train)
+    rate = train[-1]["images"] / seconds if seconds > 0 else 0.0
     return (
         chart(
             lambda figure: _draw_losses(figure, train, held_out, stages),
@@ -41,6 +41,13 @@ def training_charts(train: Sequence[Record], held_out: Sequence[Record], stages:
         )
         + note(f"{rate:,.0f} images per second on average; last learning rate {train[-1]['lr']:.3g}.")
     )
+
+
+def training_seconds(train: Sequence[Record]) -> float:
+    """Return the time of all steps, of lines of metrics.jsonl: what a stop leaves unlogged counts at the next line's rate."""
+    before = [0, *(r["images"] for r in train)]
+    rates = [(r["images"] - b, r["images_per_s"]) for r, b in zip(train, before, strict=False)]
+    return float(sum(images / rate for images, rate in rates if rate > 0))
 
 
 def _draw_losses(figure: Figure, train: Sequence[Record], held_out: Sequence[Record], stages: int) -> None:

@@ -70,6 +70,8 @@ def class_number(config: RunConfig, label: int | str) -> int:
         return named[0]
     number = label if isinstance(label, int) else int(label) if label.isdecimal() else -1
     if 0 <= number < classes:
+        if config.data.class_counts and not config.data.class_counts[number]:
+            warnings.warn(f"label={number}: the run was trained on no image of this class", stacklevel=2)
         return number
     near = difflib.get_close_matches(str(label), names, 1)
     hint = f"; did you mean {near[0]!r}?" if near else f", or one of {_listed(names)}" if names else ""

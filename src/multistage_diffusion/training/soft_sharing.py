@@ -1,7 +1,7 @@
 """Soft sharing: each stage's decoder is a learned mixture of a few common ones, the bases.
 
-decoder k = sum_j softmax(a_k)_j basis_j, weight by weight, with bases and logits a learned together (the mixing of Fang et
-al. 2024, Remix-DiT: Mixing diffusion transformers for multi-expert denoising, here of convolutional or other decoders). So
+decoder k = sum_j softmax(a_k)_j basis_j, weight by weight, with bases and logits a learned together (Fang et al.
+2024, Mixing diffusion transformers for multi-expert denoising; here of decoders of any kind). So
 a row of one stage trains the weights that others use, too, as far as their mixtures agree. The network's decoders hold the
 mixtures: gradients are computed in them and passed on to bases and logits, whose own optimiser makes the step; then they are
 mixed anew, once per step. Sampling, averages and exports see ordinary decoders. Bases and logits serve training only: they

@@ -128,7 +128,7 @@ def auto_config(
     config = _with_sigma_data(config, images.split(source.held_out)[0], given, reasons)
     config = _with_stages(config, result, given, reasons)
     config = _fitting_memory(config, given, _memory_of_each(world, where), world.size, reasons)
-    reasons += _about(config, images, given)
+    reasons += _about(config, images, given, result)
     return AutoConfig(config=config, result=result, reasons=tuple(reasons))
 
 
@@ -280,7 +280,7 @@ def _halvings(batch: int) -> Iterator[int]:
         parts *= 2
 
 
-def _about(config: RunConfig, images: ImageData, given: Mapping[str, Any]) -> list[Reason]:
+def _about(config: RunConfig, images: ImageData, given: Mapping[str, Any], result: StageResult | None) -> list[Reason]:
     """Return what a user should know of the choices that do not depend on the images."""
     network, training, prior = config.network, config.training, config.diffusion.prior
 
@@ -289,6 +289,11 @@ def _about(config: RunConfig, images: ImageData, given: Mapping[str, Any]) -> li
         return "as given" if asked else default
 
     proposal = "EDM's; msdiff stages DATA --denoiser gaussian proposes one"
+    if result is not None and result.curves.get("proposed_density"):
+        mean, std = result.curves["proposed_density"]
+        proposal = (
+            f"EDM's; the stages' file proposes --set diffusion.prior.p_mean={mean:g} diffusion.prior.p_std={std:g}"
+        )
     density = f"ln sigma {prior.p_mean:g} ± {prior.p_std:g}" if isinstance(prior, LogNormal) else prior.kind
     quality = f"Fréchet distance of {config.evaluation.count} samples on {config.evaluation.features}"
     times = f"every {config.evaluation.every} steps" if config.evaluation.every else "off"

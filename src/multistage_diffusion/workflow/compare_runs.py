@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,11 @@ def compare_runs(
             )
         )
     features, base = _features(opened), found[0] if least is None else least
+    evaluated = [_evaluations(run, step, features) for run, step in zip(opened, steps, strict=True)]
+    kind = _common_kind(evaluated)
     compared = [] if least is None else [_optimal(least)]
-    for run, config, name, step, errors in zip(opened, configs, _names(opened), steps, found, strict=True):
+    each = zip(opened, configs, _names(opened), steps, found, evaluated, strict=True)
+    for run, config, name, step, errors, entries in each:
         differences = relative_differences(errors, base) if least is None else excess_shares(errors, base)
         first = not compared
         compared.append(
@@ -104,7 +107,7 @@ def compare_runs(
                 differences=() if first else differences,
                 bound=None if first else bound_difference(errors, base, sigmas),
                 training=_training_curve(run, features),
-                sampling=_sampling_curve(run, config, step, features),
+                sampling=_sampling_curve(config, [entry for entry in entries if _kind(entry) == kind]),
             )
         )
     return RunsComparison(
@@ -221,14 +224,37 @@ def _training_curve(run: Run, features: str) -> tuple[tuple[float, float], ...]:
     )
 
 
-def _sampling_curve(run: Run, config: RunConfig, step: int, features: str) -> tuple[tuple[float, float], ...]:
-    """Return (gigaFLOPs per image, Fréchet distance) of a checkpoint's evaluations, by cost."""
+def _evaluations(run: Run, step: int, features: str) -> list[dict[str, Any]]:
+    """Return the evaluations of the weights of a checkpoint that have a Fréchet distance on these features."""
+    return [
+        entry
+        for entry in read_evaluations(run.path / "evaluation.json")
+        if _distance(entry) is not None
+        and entry.get("step") == step
+        and "ema" not in entry
+        and entry.get("extractor") == features
+    ]
+
+
+def _kind(entry: Mapping[str, Any]) -> tuple[object, ...]:
+    """Return what must be equal for distances to be comparable: what samples are compared with, and how many images."""
+    return tuple(entry.get(name) for name in ("against", "reference", "reference_count", "count"))
+
+
+def _common_kind(evaluated: Sequence[Sequence[dict[str, Any]]]) -> tuple[object, ...] | None:
+    """Return the kind of evaluation that most runs have, of these the one with most images; None: there is none."""
+    kinds = [{_kind(entry) for entry in entries} for entries in evaluated]
+    known = set[tuple[object, ...]]().union(*kinds)
+    return max(known, key=lambda kind: (sum(kind in own for own in kinds), str(kind[-1]).zfill(12)), default=None)
+
+
+def _sampling_curve(config: RunConfig, entries: Sequence[dict[str, Any]]) -> tuple[tuple[float, float], ...]:
+    """Return (gigaFLOPs per image, Fréchet distance) of evaluations, by cost."""
     found = dict[float, float]()
-    for entry in read_evaluations(run.path / "evaluation.json"):
+    for entry in entries:
         distance = _distance(entry)
-        own = entry.get("step") == step and "ema" not in entry  # of the weights that are compared
-        if distance is not None and own and entry.get("extractor") == features:
-            found[sampling_flops(config, from_dict(SamplingConfig, entry["sampling"])) / 1e9] = distance
+        assert distance is not None
+        found[sampling_flops(config, from_dict(SamplingConfig, entry["sampling"])) / 1e9] = distance
     return tuple(sorted(found.items()))
 
 

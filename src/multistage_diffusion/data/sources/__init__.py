@@ -144,6 +144,12 @@ def located(source: str) -> str:
     return f"{source.partition(':')[0]}:{named.located(rest)}" if rest else source
 
 
+def require_source(source: str) -> None:
+    """Raise UserError if a source is neither a kind of source by name nor an existing path."""
+    if _named(source) is None:
+        _existing(source)
+
+
 def is_folder_or_zip(source: str) -> bool:
     """Return whether a source is an existing folder or zip file of images, whose sizes may differ."""
     return _named(source) is None and (to_path(source).is_dir() or to_path(source).suffix.lower() == ".zip")
