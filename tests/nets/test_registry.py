@@ -223,7 +223,7 @@ def test_it_has_no_published_layout(
     ("change", "message"),
     [
         ("network.depth=0", "network.depth=0 must be from 1 to 8"),
-        ("network.depth=two", "network.depth='two' must be of type int"),
+        ("network.depth=two", "network.depth='two' must be a whole number"),
         ("network.dpeth=2", "network.dpeth: unknown key; did you mean 'depth'?"),
         (
             "network.norm_groups=16",

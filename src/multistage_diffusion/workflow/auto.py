@@ -150,7 +150,7 @@ def _sized(data: DataConfig, given: Mapping[str, Any], kind: str, reasons: list[
         Reason(
             "data.size",
             _by((side, side)),
-            f"reduced from {_range(sizes)} and cut to the centre; --size H W for another",
+            f"images of {_range(sizes)}, reduced and cut to the centre; --size H W for another",
         )
     )
     return dataclasses.replace(data, size=(side, side), fit="crop")
