@@ -313,7 +313,12 @@ class OriginalDiT(_DiTLayout):
     def settings(cls, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings, with the size from the number of positions."""
         found = super().settings(tensors, told)
-        side = found["patch"] * square_side(shape_of(tensors, "pos_embed", 3)[1], "pos_embed")
+        grid = square_side(shape_of(tensors, "pos_embed", 3)[1], "pos_embed")
+        side, fixed = found["patch"] * grid, sincos_positions(found["encoder_width"], (grid, grid), (grid, grid))
+        require(
+            tensors["pos_embed"].is_meta or torch.allclose(tensors["pos_embed"].float(), fixed, atol=1e-2),
+            "pos_embed holds other positions than the sines and cosines of a published DiT",
+        )
         return {**found, "size": (side, side)}
 
     @classmethod
@@ -363,8 +368,20 @@ class DiffusersDiT(_DiTLayout):
             require(told.get(name, value) == value, f"config.json: {name}={told.get(name)!r} is not DiT's {value!r}")
         side = positive_number(told.get("sample_size"), "sample_size")
         head = positive_number(told.get("attention_head_dim"), "attention_head_dim")
-        own = {"size": (side, side), "freq_shift": 1.0, "norm_eps": float(told.get("norm_eps", 1e-5))}
-        return {**super().settings(tensors, {**told, "head_channels": head}), **own}
+        eps = told.get("norm_eps", 1e-5)
+        require(type(eps) in (int, float), f"config.json: norm_eps={eps!r} must be a number")
+        found = super().settings(tensors, {**told, "head_channels": head})
+        patch, width = found["patch"], found["encoder_width"]
+        for name, value in (
+            ("patch_size", patch),
+            ("in_channels", found["channels"]),
+            ("num_attention_heads", width // head),
+        ):
+            require(
+                told.get(name, value) == value, f"config.json: {name}={told.get(name)!r}, but the weights have {value}"
+            )
+        side -= side % patch  # as diffusers counts patches
+        return {**found, "size": (side, side), "freq_shift": 1.0, "norm_eps": float(eps)}
 
     @classmethod
     def ours(cls, tensors: Mapping[str, Tensor], config: NetworkConfig) -> Tensors:

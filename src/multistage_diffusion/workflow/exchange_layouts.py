@@ -35,6 +35,12 @@ SD_FACTOR = 8  # by which it reduces the sides of images
 ARGUMENTS = "arguments"  # of the run, in exports
 METADATA = "_metadata"  # attribute of a state dict, where torch keeps versions
 SCALE, SHIFT, SHAPE = "scale_factor", "shift_factor", "data_shape"  # among them: of latents, and of the images
+_OPTIONS = (
+    "head_channels",
+    "encoder_depth",
+    "classes",
+    "drop_sigma",
+)  # of users and exports, not of a foreign config.json
 _TOLD = ("head_channels", "encoder_depth", "classes")  # among them: of the network
 
 
@@ -123,7 +129,7 @@ def _of_folder(folder: Path) -> Found | None:
         layout=layout,
         model=tensors,
         ema=None,
-        told=told,
+        told={name: value for name, value in told.items() if name not in _OPTIONS},
         codec=folder.resolve() if (folder / VAE / CONFIG).is_file() else None,
         schedule=dict(read_mapping(scheduler)) if inner != folder and scheduler.is_file() else None,
     )
@@ -172,6 +178,8 @@ def states_of(found: Found, network: NetworkConfig) -> list[Tensors]:
     for part in (found.model, found.ema):
         if part is None:
             continue
+        for name, value in part.items():
+            require(value.is_floating_point(), f"{name} is of {value.dtype}: only weights of floating point are read")
         whole = dataclasses.replace(network, **_as_in_file(found, network, part))
         require_tensors(part, found.layout.theirs(meta_network(whole).state_dict(), whole), whole)
         state = found.layout.ours(part, network)
