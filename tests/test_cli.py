@@ -28,6 +28,7 @@ from PIL import Image
 import multistage_diffusion as msd
 from multistage_diffusion import cli
 from multistage_diffusion.commands import COMMANDS
+from multistage_diffusion.commands import quickstart as quickstart_command
 from multistage_diffusion.commands.options import load_config, parse_changes
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import read_json, to_dict
@@ -1206,3 +1207,20 @@ def test_another_codec_than_the_preset_s_has_neither_its_subfolder_nor_its_scale
     assert (chosen["subfolder"], chosen["scale"]) == ("vae", "config")
     code, _, err = msdiff(*base, "codecs/own", "--set", "codec.scale=-1")
     assert (code, err.split(";")[0]) == (2, "msdiff: codec.scale=-1.0 must be positive and finite, or 'config'\n")
+
+
+def test_quickstart_names_a_path_that_is_not_there(msdiff: Call) -> None:
+    refused(msdiff("quickstart", "no/such/photos"), "data.source='no/such/photos': no file, folder or data set")
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_the_results_of_a_quickstart_name_the_checkpoint(
+    scored: bool, made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quickstart_command, "result_text", lambda _: "the scores")
+    result: Any = object() if scored else None
+    quickstart_command.show_results(made / "run" / "report.html", result, json=False)
+    first, *rest = capsys.readouterr().out.splitlines()
+    told = "best checkpoint: step 2 of 2; its samples are drawn"
+    assert first == told + " and compared with held-out images" * scored
+    assert (rest[0] == "the scores") == scored

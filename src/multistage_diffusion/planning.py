@@ -314,14 +314,15 @@ def reasons(stages: Sequence[PlannedStage], budget: float, flops: float) -> list
     """
     worth = [s.weight * s.gain_counted for s in stages]
     first = max(stages, key=lambda s: s.gain)
-    most = (
-        f"A row of stage {first.stage} gains most from a wider decoder: for each factor e of its arithmetic its loss falls by "
-        f"{first.gain:.2g} (± {first.gain_error:.1g}), {first.gain / first.loss_narrow:.0%} of the narrow probe's."
-    )
+    if first.gain > 0:
+        most = (
+            f"A row of stage {first.stage} gains most from a wider decoder: for each factor e of its arithmetic its loss falls "
+            f"by {first.gain:.2g} (± {first.gain_error:.1g}), {first.gain / first.loss_narrow:.0%} of the narrow probe's."
+        )
+    else:
+        most = "In no stage the wide probe has the lower loss: the probes are too short. Give more --probe-steps."
     said = [
-        most
-        if first.gain > 0
-        else "In no stage the wide probe has the lower loss: after so few steps width says nothing. Give more --probe-steps.",
+        most,
         "If loss falls with the logarithm of arithmetic (a model; its slopes are measured), arithmetic per row belongs in "
         f"proportion to weight x gain / share: {_listed(s.flops_ideal / 1e6 for s in stages)} MFLOPs.",
         f"Of the valid widths that cost within {TOLERANCE:.0%} of {budget / 1e6:.4g} MFLOPs a row, "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from multistage_diffusion.config import RunConfig
+from multistage_diffusion.config import NetworkConfig, RunConfig
 from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.denoisers import MultiStageDenoiser
 from multistage_diffusion.nets.cost import network_cost
@@ -85,6 +85,30 @@ def test_as_many_stages_are_cloned_one_by_one(trained, tiny_config) -> None:
     trained_weights = three.denoiser().state_dict()
     assert start.tensors.keys() == trained_weights.keys()
     assert all(torch.equal(start.tensors[name], value) for name, value in trained_weights.items())
+
+
+@pytest.mark.parametrize("family", ["dit", "uvit"])
+def test_a_decoder_is_cloned_only_with_its_own_heads(family: str, tiny_config, tiny_data, tmp_path) -> None:
+    def config(heads: tuple[int, ...], widths: tuple[int, ...] = (16, 16, 16)) -> RunConfig:
+        network = NetworkConfig.of(
+            family,
+            channels=1,
+            encoder_width=16,
+            decoder_widths=widths,
+            encoder_depth=1,
+            head_channels=8,
+            decoder_head_channels=heads,
+            size=(4, 4),
+        )
+        return tiny_config(network=network)
+
+    run = Run.create(tmp_path / "run", config((8, 8, 16)))
+    Trainer(run, tiny_data(), device="cpu").fit()
+    found = warm_start(run.path, config((16, 8, 8)))
+    assert found.cloned == ("encoder", "decoder.2")
+    assert found.fresh == ("decoder.1", "decoder.3")
+    narrow = warm_start(run.path, config((8, 4, 16), (16, 12, 16)))  # a new width may have its own heads
+    assert (narrow.cloned, narrow.fresh) == (("encoder", "decoder.1", "decoder.3"), ("decoder.2",))
 
 
 def test_separate_networks_are_each_a_clone(trained, tiny_config) -> None:

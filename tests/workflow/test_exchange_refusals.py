@@ -11,6 +11,7 @@ import torch
 from foreign_transformers import folder_of, golden, heads, written
 
 from multistage_diffusion.config import NetworkConfig
+from multistage_diffusion.contracts import Conditioning
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.nets.layouts import require_published
 from multistage_diffusion.workflow.import_run import import_published
@@ -70,9 +71,21 @@ def test_a_configuration_that_contradicts_its_weights_is_refused(
 
 
 def test_options_of_users_in_a_foreign_configuration_are_no_options(tmp_path: Path) -> None:
-    folder, model = folder_of(tmp_path / "published", rescale_betas_zero_snr=False, trained_betas=None)
+    folder, _ = folder_of(tmp_path / "published", rescale_betas_zero_snr=False, trained_betas=None)
     plain = import_published(folder, tmp_path / "plain").config()
     file = folder / "transformer" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "encoder_depth": "x", "drop_sigma": True}))
     assert import_published(folder, tmp_path / "run").config().network == plain.network
-    assert model is not None
+
+
+def test_patches_that_do_not_fill_the_images_are_counted_as_diffusers_counts_them(tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path / "published", rescale_betas_zero_snr=False, trained_betas=None)
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sample_size": 9}))
+    theirs = pytest.importorskip("diffusers").DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()
+    run, x = import_published(folder, tmp_path / "run"), torch.randn(2, 4, 8, 8)
+    steps, labels = torch.tensor([3.0, 700.0]), torch.tensor([1, 2])
+    with torch.no_grad():
+        expected = theirs(x, timestep=steps, class_labels=labels).sample[:, :4]
+        found = run.denoiser().network(x, steps, [2], Conditioning(labels=labels))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -73,9 +73,8 @@ def show_results(page: Path, result: EvaluationResult | None, *, json: bool) -> 
         return
     run = Run.open(page.parent)
     step, config = checkpoint_step(run.checkpoint("best")), run.config()
-    say(
-        f"best checkpoint: step {step} of {config.training.steps}; its samples are drawn and compared with held-out images"
-    )
+    compared = "" if result is None else " and compared with held-out images"
+    say(f"best checkpoint: step {step} of {config.training.steps}; its samples are drawn{compared}")
     if result is not None:
         say(result_text(result))
         if config.evaluation.every:

@@ -184,7 +184,7 @@ class FindStages(DataOptions):
 
     def _training(self, result: StageResult, data: DataConfig) -> str:
         """Return what each stage would get of a training on pixels with these stages; else nothing."""
-        if result.data_range != (-1.0, 1.0):
+        if result.data_range != (-1.0, 1.0) or self.trained is not None:  # with --run, of a network that is there
             return ""
         images = open_data(  # says nothing: its line is printed already
             data.source, size=data.size, fit=data.fit, skip_bad=data.skip_bad, max_pixels=data.max_pixels

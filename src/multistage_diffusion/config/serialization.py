@@ -23,6 +23,9 @@ from .network import DEFAULT_FAMILY, FAMILIES, NetworkConfig
 
 T = TypeVar("T")
 
+# types in the words of an error
+_KINDS = {types.NoneType: "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
 
 @dataclass(frozen=True)
 class _Choice:
@@ -157,9 +160,6 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         wanted = _KINDS.get(hint, f"of type {getattr(hint, '__name__', hint)}")
         raise UserError(f"{where}={brief(value)} must be {wanted}")
     return value
-
-
-_KINDS = {types.NoneType: "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def override(config: T, changes: Mapping[str, Any]) -> T:

@@ -141,16 +141,15 @@ class FileRows:
             target, place = target[size:], place + size
 
 
-class ScaledRows:
-    """Rows times a factor.
+class _Around:
+    """What rows that are made of others, one of each, have in common.
 
     Args:
-        source: rows of float values.
-        factor: what each value is multiplied by.
+        source: the others.
     """
 
-    def __init__(self, source: Rows, factor: float) -> None:
-        self.source, self.factor = source, factor
+    def __init__(self, source: Rows) -> None:
+        self.source = source
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -159,6 +158,19 @@ class ScaledRows:
 
     def __len__(self) -> int:
         return len(self.source)
+
+
+class ScaledRows(_Around):
+    """Rows times a factor.
+
+    Args:
+        source: rows of float values.
+        factor: what each value is multiplied by.
+    """
+
+    def __init__(self, source: Rows, factor: float) -> None:
+        super().__init__(source)
+        self.factor = factor
 
     def rows(self, indices: Index) -> npt.NDArray[Any]:
         """Return the rows at `indices`, see `Rows`."""
@@ -196,7 +208,7 @@ class View:
         prefetch(self.source, self.index[indices])
 
 
-class KeptRows:
+class KeptRows(_Around):
     """Rows that are kept in memory once they have been read.
 
     Args:
@@ -204,17 +216,9 @@ class KeptRows:
     """
 
     def __init__(self, source: Rows) -> None:
-        self.source = source
+        super().__init__(source)
         self._known = np.zeros(len(source), bool)
         self._array = np.empty((len(source), *source.shape), row_type(source))  # takes no memory before it is written
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape (C, H, W) of every row."""
-        return self.source.shape
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def rows(self, indices: Index) -> npt.NDArray[Any]:
         """Return the rows at `indices`, see `Rows`."""

@@ -61,11 +61,11 @@ def read_folder(folder: Path) -> DiffusersFolder:
     unet = next((place for place in (folder / "unet", averaged) if place.is_dir()), folder)
     if not (unet / CONFIG).is_file():
         raise UserError(f"{folder}: no {CONFIG} of a U-Net in it or in its folder unet; give the folder of a pipeline")
-    config, model, ema = read_mapping(unet / CONFIG), read_weights(unet), None
+    config, model = read_mapping(unet / CONFIG), read_weights(unet)
+    ema = model
     if averaged.is_dir() and averaged != unet:
         _require_same_network(config, averaged)
         ema = read_weights(averaged)
-    ema = model if ema is None else ema
     return DiffusersFolder(network=config, model=model, ema=ema, scheduler=_scheduler(folder), codec=_codec(folder))
 
 

@@ -37,9 +37,7 @@ _CLIPPING = (
     "DDPMParallelScheduler",
     "DDPMScheduler",
 )  # unless told otherwise
-
-
-_STEPS = ("leading", "trailing", "linspace")  # values of timestep_spacing
+_SPACINGS = ("leading", "trailing", "linspace")  # values of timestep_spacing
 _MOST_STEPS = 1_000_000
 
 
@@ -96,8 +94,8 @@ def read_noise(config: Mapping[str, Any]) -> Noise:
 
 def _is_trailing(config: Mapping[str, Any]) -> bool:
     spacing = config.get("timestep_spacing", "leading")
-    if spacing not in _STEPS:
-        raise UserError(f"timestep_spacing={brief(spacing)}: only {', '.join(_STEPS)} are read")
+    if spacing not in _SPACINGS:
+        raise UserError(f"timestep_spacing={brief(spacing)}: only {', '.join(_SPACINGS)} are read")
     if spacing == "linspace":
         warnings.warn(
             "timestep_spacing=linspace is read as leading: samples differ a little from those of diffusers' DDIM",

@@ -38,9 +38,8 @@ def write_latents(path: Path, shape: tuple[int, int, int, int], encode: Callable
     header, digest = _header(shape), hashlib.sha256()
     try:
         with new_file(path, overwrite=True) as file:
-            os.posix_fallocate(
-                file.fileno(), 0, len(header) + math.prod(shape) * FLOAT32.itemsize
-            )  # a full disk is told now
+            if hasattr(os, "posix_fallocate"):  # a full disk is told now; not on every system
+                os.posix_fallocate(file.fileno(), 0, len(header) + math.prod(shape) * FLOAT32.itemsize)
             file.write(header)
             for part in encode():
                 values = part.contiguous().numpy().astype(FLOAT32, copy=False).reshape(-1).data.cast("B")

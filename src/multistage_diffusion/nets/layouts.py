@@ -131,11 +131,11 @@ def require_published(config: NetworkConfig, **settings: object) -> None:
         f"family {config.family!r} is published with one stage of the encoder's width, without augmentation labels, not with "
         f"decoder widths {list(config.decoder_widths)}; this run cannot be exported",
     )
-    heads = {getattr(config, "head_channels", None), *(getattr(config, "decoder_head_channels", None) or ())}
+    heads = getattr(config, "decoder_head_channels", None)
     require(
-        len(heads - {None}) < 2,
-        f"network.decoder_head_channels={getattr(config, 'decoder_head_channels', None)!r}: the published code has the heads of "
-        "the encoder in all blocks; this run cannot be exported",
+        heads in (None, (getattr(config, "head_channels", None),)),
+        f"network.decoder_head_channels={heads!r}: the published code has the heads of the encoder in all blocks; this run "
+        "cannot be exported",
     )
     for name, value in settings.items():
         found = getattr(config, name)

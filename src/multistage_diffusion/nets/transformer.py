@@ -128,11 +128,6 @@ class TransformerConfig(NetworkConfig):
         fitting = range(math.ceil(right / ALIKE), math.floor(right * ALIKE) + 1)
         return [{"decoder_depths": number} for number in fitting or (max(round(right), 1),)]
 
-    def functional_settings(self) -> dict[str, object]:
-        """Return the settings that must be equal for the same weights to compute the same; heads are not in shapes."""
-        heads = sorted({self.decoder_head(stage) for stage in range(len(self.decoder_widths))})
-        return {**super().functional_settings(), "network.decoder_head_channels": heads}
-
 
 @dataclass(frozen=True)
 class Tokens(Encoded):

@@ -83,10 +83,8 @@ class UViTConfig(TransformerConfig):
     def functional_settings(self) -> dict[str, object]:
         """Return the settings that must be equal for the same weights to compute the same: not how they begin."""
         own = {name: value for name, value in super().functional_settings().items() if name != "network.init_std"}
-        return {
-            **own,
-            "network.size": [self.patch * number for number in self.grid],
-        }  # each position is learnt for a place
+        own["network.size"] = [self.patch * number for number in self.grid]  # each position is learnt for a place
+        return own
 
     def encoder(self, stage: int, width: int) -> nn.Module:
         """Build the encoder of a stage."""

@@ -217,18 +217,7 @@ def _curves(stages_png: Path | None, found: StageResult | None) -> str:
 
 
 def _network(rows: Sequence[ArchitectureRow], svg: str | None) -> str:
-    head = (
-        "",
-        "Width",
-        "σ interval",
-        "Time interval",
-        "Parameters",
-        "Multiply-adds",
-        "Noise",
-        "Rows",
-        "Steps",
-        "Compute",
-    )
+    head = ("", "Width", "σ interval", "Time interval", "Parameters", "Multiply-adds")
     lines = [
         (
             row.name,
@@ -237,7 +226,6 @@ def _network(rows: Sequence[ArchitectureRow], svg: str | None) -> str:
             f"{row.t[0]:.4g} – {row.t[1]:.4g}" if row.t else "",
             _count(row.parameters),
             "" if row.multiply_adds is None else _count(row.multiply_adds),
-            *("" if share is None else f"{share:.1%}" for share in (row.noise, row.rows, row.steps, row.compute)),
         )
         for row in rows
     ]
@@ -245,11 +233,24 @@ def _network(rows: Sequence[ArchitectureRow], svg: str | None) -> str:
     return (
         drawn
         + table(head, lines, name="Parameters and arithmetic of the network")
-        + note(
-            "Multiply-adds are for one image and one call. A stage's numbers include its encoder, shared or not. The last "
-            "four columns are shares of the training: of its noise density, its rows (images with noise), its steps (with mixed "
-            "batches every step trains every stage) and its arithmetic."
-        )
+        + note("Multiply-adds are for one image and one call. A stage's numbers include its encoder, shared or not.")
+        + _shares(rows)
+    )
+
+
+def _shares(rows: Sequence[ArchitectureRow]) -> str:
+    """Tabulate what each stage gets of the training, as far as it is known."""
+    known = [(row.name, (row.noise, row.rows, row.steps, row.compute)) for row in rows]
+    lines = [
+        (name, *(f"{share:.1%}" for share in shares if share is not None))
+        for name, shares in known
+        if None not in shares
+    ]
+    if not lines:
+        return ""
+    return table(("", "Noise", "Rows", "Steps", "Compute"), lines, name="Shares of the training") + note(
+        "Shares of the training's noise density, rows (images with noise), steps (with mixed batches every step trains every "
+        "stage) and arithmetic."
     )
 
 

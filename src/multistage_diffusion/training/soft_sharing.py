@@ -1,11 +1,11 @@
 """Soft sharing: each stage's decoder is a learned mixture of a few common ones, the bases.
 
-decoder k = sum_j softmax(a_k)_j basis_j, weight by weight, with bases and logits a learned together (Fang et al.
-2024, Mixing diffusion transformers for multi-expert denoising; here of decoders of any kind). So
-a row of one stage trains the weights that others use, too, as far as their mixtures agree. The network's decoders hold the
-mixtures: gradients are computed in them and passed on to bases and logits, whose own optimiser makes the step; then they are
-mixed anew, once per step. Sampling, averages and exports see ordinary decoders. Bases and logits serve training only: they
-are in checkpoints, with the optimiser's state, and nowhere else.
+decoder k = sum_j softmax(a_k)_j basis_j, weight by weight, with bases and logits a learned together (Fang et al. 2024, Mixing
+diffusion transformers for multi-expert denoising; here of decoders of any kind). So a row of one stage trains the weights
+that others use, too, as far as their mixtures agree. The network's decoders hold the mixtures: gradients are computed in
+them and passed on to bases and logits, whose own optimiser makes the step; then they are mixed anew, once per step.
+Sampling, averages and exports see ordinary decoders. Bases and logits serve training only: they are in checkpoints, with the
+optimiser's state, and nowhere else.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ class SoftSharing(nn.Module):
     def mix(self) -> None:
         """Give the network's decoders the mixtures."""
         weights = self.weights
-        for name, basis in self._stacked().items():
-            for decoder, mixed in zip(self._decoders, torch.tensordot(weights, basis, 1), strict=True):
+        for name, parameters in self._parameters_of_bases().items():
+            mixtures = torch.tensordot(weights, torch.stack(list(parameters)), 1)
+            for decoder, mixed in zip(self._decoders, mixtures, strict=True):
                 decoder[name].copy_(mixed)
 
     @torch.no_grad()
@@ -124,9 +125,6 @@ class SoftSharing(nn.Module):
         """Return the parameters of the bases by their name in a decoder."""
         named = [dict(basis.named_parameters()) for basis in self.bases]
         return {name: [basis[name] for basis in named] for name in named[0]}
-
-    def _stacked(self) -> dict[str, Tensor]:
-        return {name: torch.stack(list(parameters)) for name, parameters in self._parameters_of_bases().items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return bases, logits and their optimiser's state, for the "optimizer" file of a checkpoint."""

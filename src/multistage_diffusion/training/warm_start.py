@@ -135,7 +135,12 @@ def _resized(
 
 
 def _fits(given: nn.Module, part: nn.Module) -> bool:
-    return _shapes(given) == _shapes(part)
+    return _shapes(given) == _shapes(part) and _heads(given) == _heads(part)
+
+
+def _heads(part: nn.Module) -> list[Any]:
+    """Return the channels of a head of each attention, which shapes do not show."""
+    return [module.head_channels for module in part.modules() if hasattr(module, "head_channels")]
 
 
 def _shapes(part: nn.Module) -> dict[str, torch.Size]:

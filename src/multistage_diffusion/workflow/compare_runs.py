@@ -236,16 +236,16 @@ def _evaluations(run: Run, step: int, features: str) -> list[dict[str, Any]]:
     ]
 
 
-def _kind(entry: Mapping[str, Any]) -> tuple[object, ...]:
+def _kind(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what must be equal for distances to be comparable: what samples are compared with, and how many images."""
     return tuple(entry.get(name) for name in ("against", "reference", "reference_count", "count"))
 
 
-def _common_kind(evaluated: Sequence[Sequence[dict[str, Any]]]) -> tuple[object, ...] | None:
+def _common_kind(evaluated: Sequence[Sequence[dict[str, Any]]]) -> tuple[Any, ...] | None:
     """Return the kind of evaluation that most runs have, of these the one with most images; None: there is none."""
     kinds = [{_kind(entry) for entry in entries} for entries in evaluated]
-    known = set[tuple[object, ...]]().union(*kinds)
-    return max(known, key=lambda kind: (sum(kind in own for own in kinds), str(kind[-1]).zfill(12)), default=None)
+    known = set[tuple[Any, ...]]().union(*kinds)
+    return max(known, key=lambda kind: (sum(kind in own for own in kinds), kind[-1] or 0), default=None)
 
 
 def _sampling_curve(config: RunConfig, entries: Sequence[dict[str, Any]]) -> tuple[tuple[float, float], ...]:
