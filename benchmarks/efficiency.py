@@ -314,7 +314,6 @@ SETTINGS = {
         variants={
             "a": (
                 {},
-                {"diffusion.prior.p_mean": -0.58, "diffusion.prior.p_std": 1.51},
                 {"diffusion.prior.p_mean": -0.7, "diffusion.prior.p_std": 1.0},
             ),
             "c": tuple(  # stages of even length in VP time: edges at lower noise cost quality, see setting "edges"
@@ -327,7 +326,6 @@ SETTINGS = {
                 for encoder, decoders, shares in (
                     (16, [16, 16, 4], (0.88, 0.08, 0.04)),  # 0.84 of (a)'s sampling
                     (12, [20, 8, 4], (0.8, 0.14, 0.06)),  # 0.81
-                    (16, [16, 8, 4], (0.96, 0.03, 0.01)),  # 0.77
                 )
             ),
         },
