@@ -316,20 +316,18 @@ SETTINGS = {
                 {},
                 {"diffusion.prior.p_mean": -0.7, "diffusion.prior.p_std": 1.0},
             ),
-            "c": tuple(  # stages of even length in VP time: edges at lower noise cost quality, see setting "edges"
+            "c": (
+                # decoders, stages and rows of setting V
+                {SPLIT: "algorithm 1", "network.decoder_widths": [24, 16, 4], "training.shares": V_SHARES},
+                # stages of even length in VP time: 0.84 of (a)'s sampling
                 {
-                    "network.encoder_width": encoder,
-                    "network.decoder_widths": decoders,
-                    "training.shares": shares,
+                    "network.decoder_widths": [16, 16, 4],
+                    "training.shares": (0.88, 0.08, 0.04),
                     "training.overlap": 0.25,
-                }
-                for encoder, decoders, shares in (
-                    (16, [16, 16, 4], (0.88, 0.08, 0.04)),  # 0.84 of (a)'s sampling
-                    (12, [20, 8, 4], (0.8, 0.14, 0.06)),  # 0.81
-                )
+                },
             ),
         },
-        chosen={},
+        chosen={"a": 0, "c": 0},
         steps={"tuning": 2048, "final": 8192},
     ),
 }
