@@ -1169,7 +1169,7 @@ def test_ctrl_c_in_the_import_of_a_module_in_c_is_no_bug(monkeypatch: pytest.Mon
 
 def test_the_reading_of_images_is_shown_by_a_bar_during_a_command() -> None:
     assert shown_reading.get() is None
-    with cli._openings_reported():
+    with cli._messages_printed():
         shown = shown_reading.get()
         assert shown is not None
         with shown() as bar:

@@ -184,7 +184,7 @@ def test_a_solver(plant: Plant, tmp_path: Path, capsys: pytest.CaptureFixture[st
         cli.main(["sample", "--help"])
     assert "{ddim,dpm,dpm++,euler,heun}" in capsys.readouterr().out
     assert cli.main(["sample", str(run), "--order", "2"]) == 2
-    assert "--order 2: has no meaning for solver 'euler'" in capsys.readouterr().err
+    assert "sampling.order=2: has no meaning for solver 'euler'" in capsys.readouterr().err
 
 
 def test_a_solver_s_own_order_and_method_are_taken_where_the_run_s_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

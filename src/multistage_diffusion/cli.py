@@ -102,7 +102,7 @@ def _answer(name: str, arguments: Sequence[str], debug: bool) -> int:
         return 0
     if name == "--print-completion":
         return _print_completion(arguments, debug)
-    with warnings.catch_warnings(), _openings_reported():
+    with warnings.catch_warnings(), _messages_printed():
         told: set[str] = set()  # the same from two places is one
 
         def show(message: Warning | str, *_: object, **__: object) -> None:
@@ -275,19 +275,21 @@ class _Reporter(logging.Handler):
 
 
 @contextlib.contextmanager
-def _openings_reported() -> Iterator[None]:
-    """Print the library's log messages about the data sets it opens, and show how far the reading of images is."""
-    logger, teller = logging.getLogger(f"{__package__}.data"), _Reporter()
-    level = logger.level
-    logger.addHandler(teller)
-    logger.setLevel(logging.INFO)
+def _messages_printed() -> Iterator[None]:
+    """Print the library's log messages about data sets and resumed runs, and show how far the reading of images is."""
+    loggers, teller = [logging.getLogger(f"{__package__}.{name}") for name in ("data", "workflow")], _Reporter()
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(teller)
+        logger.setLevel(logging.INFO)
     before = shown_reading.set(_reading_bar)
     try:
         yield
     finally:
         shown_reading.reset(before)
-        logger.removeHandler(teller)
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(teller)
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -104,8 +104,8 @@ class Bar:
         if self._bar:
             self._bar.start()
             self._bar.update(self._task, text=f"{what}{share} ({self._text})")
-        else:
-            self._line(f"{what}{share}")
+        elif time.monotonic() - self._paused >= self.every:  # what takes less needs no line of its own
+            self._line(f"{self._text.partition(',')[0]}, {what}{share}")
 
     def _line(self, text: str) -> None:
         """Print a plain line, unless the last one is too recent."""

@@ -2,6 +2,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -101,3 +102,24 @@ def test_the_strip_stands_below(tmp_path, algorithm):
     assert both.height > upper.height + 200
     lower = np.asarray(both.convert("L"))[upper.height :]
     assert (lower < 100).mean() > 0.1  # pictures, not paper
+
+
+@pytest.mark.parametrize("algorithm", ["timestep", "snr"])
+def test_a_baseline_s_curve_is_the_log_snr_in_which_one_sees_its_edges(algorithm):
+    result = compute_stages(IMAGES, StageSettings(algorithm=algorithm, stages=3))
+    figure = Figure(figsize=(8, stages_height(result, 8)))
+    draw_stages(figure, result)
+    axes = next(a for f in (figure, *figure.subfigs) for a in f.axes if a.get_xlabel())
+    t, shown = next(line.get_data() for line in axes.lines if len(line.get_xdata()) > 2)
+    assert np.allclose(result.time_measure.time(torch.from_numpy(np.exp(-shown / 2))), t)
+    assert axes.get_ylabel() == "log-SNR"
+
+
+def test_edges_of_the_gaussian_denoiser_are_named_as_their_axes():
+    result = compute_stages(IMAGES, StageSettings(algorithm=2, denoiser="gaussian", stages=3))
+    figure = Figure(figsize=(10.4, stages_height(result, 10.4)))
+    draw_stages(figure, result)
+    words = [text.get_text() for f in (figure, *figure.subfigs) for a in f.axes for text in a.texts]
+    assert not [text for text in words if "t =" in text]
+    for sigma in result.edges_sigma:
+        assert any(f"log-SNR = {-2 * np.log(sigma):.3g}   σ = {sigma:.4g}" in text for text in words)

@@ -180,6 +180,16 @@ def test_stages_that_are_given_are_kept(photos: Path) -> None:
     assert found.result is other
 
 
+def test_stages_of_other_images_are_refused_before_the_choice(photos: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (80, 32, 32), dtype=np.uint8)
+    np.save(tmp_path / "others.npy", images)
+    settings = StageSettings(algorithm=2, denoiser="gaussian")
+    other = find_stages(DataConfig(source=str(tmp_path / "others.npy")), settings)
+    with pytest.raises(UserError, match="found on other images"):
+        auto_config(str(photos), result=other, device="cpu")
+    assert auto_config(str(photos), result=other, borrow=True, device="cpu").result is other
+
+
 @pytest.mark.slow
 def test_arrays_of_one_size_are_opened_as_they_are(tmp_path: Path) -> None:
     np.save(tmp_path / "small.npy", PIXELS)
@@ -244,9 +254,12 @@ def test_a_short_training_has_its_intervals_in_proportion(photos: Path) -> None:
     assert config.optimizer.warmup_steps == round(base.optimizer.warmup_steps * share)
     assert config.optimizer.decay_after == round(base.optimizer.decay_after * share)
     assert config.training.checkpoint_every == round(base.training.checkpoint_every * share)
-    assert config.training.sample_every == round(base.training.sample_every * share)
-    assert config.evaluation.every == round(base.evaluation.every * share)
+    assert config.training.sample_every == max(50, round(base.training.sample_every * share))
+    assert config.evaluation.every == max(200, round(base.evaluation.every * share))
     assert config.training.held_out_every == 77
+    least = auto_config(str(photos), {"training.steps": 60}, device="cpu").config
+    assert (least.training.held_out_every, least.training.checkpoint_every) == (20, 20)
+    assert (least.training.sample_every, least.evaluation.every) == (50, 200)
     longer = auto_config(str(photos), {"training.steps": 2 * base.training.steps}, device="cpu").config
     assert (longer.optimizer, longer.evaluation.every) == (base.optimizer, base.evaluation.every)
     assert auto_config(str(photos), {"training.steps": 1}, device="cpu").config.optimizer.warmup_steps == 1

@@ -77,10 +77,15 @@ def test_a_finished_run_is_not_sampled_again(images: str, tmp_path: Path, monkey
     assert bars == ["encoding", "sampling", "evaluating", "reporting"]
     bars.clear()
     assert quickstart(images, out, config, bar=counted, device="cpu") == (page, scores)
+    assert bars == []
+    (out / "evaluation.json").touch()
+    assert quickstart(images, out, config, bar=counted, device="cpu") == (page, scores)
     assert bars == ["reporting"]
     (out / "samples.png").unlink()
-    quickstart(images, out, config, bar=silent, device="cpu")
+    bars.clear()
+    quickstart(images, out, config, bar=counted, device="cpu")
     assert (out / "samples.png").exists()
+    assert bars == ["sampling", "reporting"]
     bars.clear()
     assert quickstart(images, out, {**config, "training.steps": 5}, bar=counted, device="cpu")[1] != scores
     assert bars == ["sampling", "evaluating", "reporting"]

@@ -367,6 +367,7 @@ def test_a_sample_of_a_checkpoint_and_sampler_can_be_asked_for(run: Run) -> None
     assert torch.equal(last, sample(run, 2, checkpoint="4"))
     other = dataclasses.replace(run.config().sampling, solver="ddim", calls=3)
     seen: list[tuple[int, int]] = []
+    assert torch.equal(sample(run, 2, sampling={"solver": "ddim", "calls": 3}), sample(run, 2, sampling=other))
     sample(run, 2, sampling=other, progress=lambda done, total: seen.append((done, total)))
     assert (seen[-1], len(seen)) == ((2, 2), 3)
 

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..config import DataConfig, RunConfig, SamplingConfig
-from ..config.sampling import SOLVERS, SPACINGS
-from ..config.serialization import from_dict, override, read_json
+from ..config.sampling import SOLVERS, SPACINGS, changed_sampler
+from ..config.serialization import from_dict, read_json
 from ..data.sources import forms
 from ..errors import UserError
 from ..escaping import shown
@@ -127,15 +127,7 @@ class SamplerOptions:
     def sampling_config(self, own: SamplingConfig) -> SamplingConfig:
         """Return a run's sampling configuration with these options applied."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplerOptions)}
-        given = {name: value for name, value in values.items() if value is not None}
-        name = given.get("solver", own.solver)
-        solver = SOLVERS[name]
-        for setting, known in (("order", solver.orders), ("method", solver.methods)):
-            if setting in given and not known:
-                raise UserError(f"--{setting} {given[setting]}: has no meaning for solver {name!r}; leave it out")
-            if setting not in given and known and getattr(own, setting) not in known:
-                given[setting] = known[0]  # the run's own is for another solver
-        found = override(own, given)
+        found = changed_sampler(own, {name: value for name, value in values.items() if value is not None})
         if self.guidance_interval is not None and found.guidance == 1:
             raise UserError("--guidance-interval: guidance 1 guides nothing; give another --guidance, too")
         return found

@@ -213,6 +213,8 @@ class Train(DataOptions):
             raise UserError("DATA is missing: name the images (or give --preset NAME, --config FILE or --resume RUN)")
         choose = auto_config if self.init_from is None else partial(config_from_run, str(self.init_from))
         with Bar("encoding", "images") as bar:
-            auto = choose(changes["data.source"], changes, result=result, device=self.device, progress=bar)
+            auto = choose(
+                changes["data.source"], changes, result=result, borrow=self.borrow, device=self.device, progress=bar
+            )
         console.print(auto.table())
         return Chosen(auto.config, {}, auto.result)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import require
+from ..errors import UserError, require
 from ..registry import Registry
+from .serialization import override
 
 SOLVERS: Registry[Any] = Registry("sampling.solver", "multistage_diffusion.samplers.solvers")
 SPACINGS: Registry[Any] = Registry("sampling.spacing", "multistage_diffusion.samplers.spacings")
@@ -110,6 +112,32 @@ class SamplingConfig:
             self.clip is None or self.threshold is None,
             f"sampling.clip={self.clip} and sampling.threshold={self.threshold} both bound the images; give one of them",
         )
+
+
+def changed_sampler(own: SamplingConfig, changes: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:
+    """Return another sampler, or a run's own with changes.
+
+    Args:
+        own: the run's.
+        changes: a whole sampler; or some of its settings, such as {"solver": "heun", "calls": 35}. Order and method that the
+            new solver does not have become its default. None: none.
+
+    Raises:
+        UserError: if a setting is unknown, or the new solver has no such setting.
+    """
+    if changes is None or isinstance(changes, SamplingConfig):
+        return changes or own
+    given = dict(changes)
+    name = given.get("solver", own.solver)
+    solver = SOLVERS[name]
+    for setting, known in (("order", solver.orders), ("method", solver.methods)):
+        if setting in given and not known:
+            raise UserError(
+                f"sampling.{setting}={given[setting]!r}: has no meaning for solver {name!r}; leave it out"
+            )
+        if setting not in given and known and getattr(own, setting) not in known:
+            given[setting] = known[0]
+    return override(own, given)
 
 
 @dataclass(frozen=True, kw_only=True)

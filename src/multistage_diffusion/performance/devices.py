@@ -13,6 +13,7 @@ import torch
 
 from ..distributed import World, join
 from ..errors import UserError
+from ..escaping import counted
 
 
 def joined(device: str | torch.device | None, command: str) -> tuple[World, torch.device]:
@@ -117,4 +118,4 @@ def device_name(device: torch.device) -> str:
     """Return a description of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"

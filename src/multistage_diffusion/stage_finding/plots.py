@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -118,7 +120,12 @@ def _cuts(result: StageResult) -> list[float]:
 
 
 def _edge_labels(result: StageResult, separator: str) -> list[str]:
-    """Return "t = ..., σ = ..." of every edge, with the kernel's name if it differs from the kernel of the axes."""
+    """Return "t = ..., σ = ..." of every edge, with the kernel's name if it differs from the kernel of the axes.
+
+    Of results whose axes are log-SNR (denoiser "gaussian"): "log-SNR = ..., σ = ...".
+    """
+    if result.diffusion is not None:
+        return [f"log-SNR = {-2 * math.log(sigma):.3g}{separator}σ = {sigma:.4g}" for sigma in result.edges_sigma]
     kernel = "" if result.schedule == result.time_measure else f" ({result.schedule.kind})"
     edges = zip(result.edges_t, result.edges_sigma, strict=True)
     return [f"t = {t:.4g}{kernel}{separator}σ = {sigma:.4g}" for t, sigma in edges]
@@ -204,10 +211,11 @@ def _draw_values(axes: Axes, result: StageResult) -> None:
         axes.text(
             cut, 0.02, label, rotation=90, va="bottom", ha="right", fontsize=8, transform=axes.get_xaxis_transform()
         )
-    axes.plot(result.curves["t"], result.curves["value"], color=INK, linewidth=2)
+    t = np.asarray(result.curves["t"])
+    axes.plot(t, -2 * np.log(result.time_measure.sigma(torch.from_numpy(t)).numpy()), color=INK, linewidth=2)
     name = {"timestep": "t", "snr": "log-SNR"}[result.rule]
-    axes.set(xlim=(0, result.time_measure.t_max), xlabel="t (VP)", ylabel=name)
-    _title(axes, _in_words(result, f"Cut by {name} alone, whatever the data,"), "baseline")
+    axes.set(xlim=(0, result.time_measure.t_max), xlabel="t (VP)", ylabel="log-SNR")
+    _title(axes, _in_words(result, f"Even in {name}, whatever the data: cut"), "the curve is the VP kernel's log-SNR")
     _sigma_axis(axes, result.time_measure)
 
 
@@ -321,7 +329,7 @@ def _draw_strip(axes: Axes, result: StageResult, strip: npt.NDArray[np.uint8]) -
     axes.imshow(_on_clear_ground(strip, columns), interpolation="nearest")
     titles = ["image"]
     for k, cut in enumerate(cuts, start=1):
-        titles += [f"noisy,\nedge {k}", f"t = {max(cut - SIDE, 0):.3g}", f"t = {cut + SIDE:.3g}"]
+        titles += [f"noisy,\nedge {k}", *(_time_or_sigma(result, t) for t in (cut - SIDE, cut + SIDE))]
     wide = _wide(axes)
     turned: Any = {"ha": "center", "va": "bottom", "fontsize": 8, "rotation": 0 if wide else 90}
     for i, title in enumerate([*titles, "mean\nimage"]):
@@ -331,6 +339,14 @@ def _draw_strip(axes: Axes, result: StageResult, strip: npt.NDArray[np.uint8]) -
     name = "optimal" if result.diffusion is None else "Wiener"
     words = f"What the {name} denoiser answers{' ' if wide else chr(10)}on both sides of every edge"
     axes.set_title(words, fontsize=10, pad=26 if wide else 58)
+
+
+def _time_or_sigma(result: StageResult, t: float) -> str:
+    """Return a time of the strip, which ends with the kernel's, as text in the units of the result's axes."""
+    t = min(max(t, result.time_measure.t_min), result.time_measure.t_max)
+    if result.diffusion is None:
+        return f"t = {t:.3g}"
+    return f"σ = {float(result.time_measure.sigma(torch.tensor(t, dtype=torch.float64))):.3g}"
 
 
 def _on_clear_ground(strip: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.uint8]:

@@ -28,7 +28,7 @@ from ..progress import Progress
 from ..schedules import LogNormal
 from ..shares import prior_masses
 from ..stage_finding import StageResult, StageSettings
-from .checks import sample_std
+from .checks import require_same_images, sample_std
 from .resolve import require_channels
 from .stages import find_stages
 
@@ -37,14 +37,14 @@ LEAST_SIDE = 8  # of images in a folder
 COARSEST = 4  # least side of a network's coarsest feature maps
 FEW_IMAGES = 1000
 WIDTHS = ("network.family", "network.encoder_width", "network.decoder_widths")
-SCALED = (  # with the steps, where these are fewer than the preset's
-    "optimizer.warmup_steps",
-    "optimizer.decay_after",
-    "training.held_out_every",
-    "training.checkpoint_every",
-    "training.sample_every",
-    "evaluation.every",
-)
+SCALED = {  # with the steps, where these are fewer than the preset's: the least, in steps
+    "optimizer.warmup_steps": 1,
+    "optimizer.decay_after": 1,
+    "training.held_out_every": 20,
+    "training.checkpoint_every": 20,
+    "training.sample_every": 50,
+    "evaluation.every": 200,  # an evaluation takes longer than that many steps of a small network
+}
 
 
 class Reason(NamedTuple):
@@ -81,6 +81,7 @@ def auto_config(
     changes: Mapping[str, Any] | None = None,
     *,
     result: StageResult | None = None,
+    borrow: bool = False,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> AutoConfig:
@@ -90,11 +91,12 @@ def auto_config(
         data: the source, or how it is read.
         changes: dotted keys that the user gives, see `override`; they are not chosen.
         result: stages that the user gives; None: even in the time of the VP kernel.
+        borrow: accept stages that were found on other images.
         device: default CUDA when there is one.
         progress: called with (done, total) while images are encoded into latents.
 
     Raises:
-        UserError: if the data cannot be read, or a key does not fit.
+        UserError: if the data cannot be read, or a key or the stages do not fit.
     """
     given, (world, where) = dict(changes or {}), joined(device, "auto")
     kind = "gpu" if where.type == "cuda" else "cpu"
@@ -116,16 +118,18 @@ def auto_config(
             f"network.num_classes={images.num_classes}"
         )
     reasons.append(Reason("preset", name, f"for images of {images.shape[1]}x{images.shape[2]} on this device"))
-    stages_given = result is not None or any(key.startswith("stages.") for key in given)
-    if not stages_given:
+    training = images.split(source.held_out)[0]
+    if result is not None and not borrow:  # told before the choice is printed
+        require_same_images(result, images, training)
+    if result is None and not any(key.startswith("stages.") for key in given):
         result = find_stages(
-            images.split(source.held_out)[0],
+            training,
             StageSettings(algorithm="timestep", stages=len(config.network.decoder_widths)),
             codec=config.codec if config.codec.used else None,
             device=device,
             progress=progress,
         )
-    config = _with_sigma_data(config, images.split(source.held_out)[0], given, reasons)
+    config = _with_sigma_data(config, training, given, reasons)
     config = _with_stages(config, result, given, reasons)
     config = _fitting_memory(config, given, _memory_of_each(world, where), world.size, reasons)
     reasons += _about(config, images, given, result)
@@ -209,7 +213,7 @@ def _in_proportion(base: RunConfig, training: TrainingConfig) -> dict[str, Any]:
     """Return what follows from a training of another length or batch than the preset's.
 
     The EMA's half-life is a share of the images seen; the learning rate goes with the square root of the batch, as suits
-    Adam. Warm-up, decay and intervals follow fewer steps, but not more.
+    Adam. Warm-up, decay and intervals follow fewer steps, but not more, and not below what pays.
     """
     share, batch = training.steps / base.training.steps, training.batch / base.training.batch
     found: dict[str, Any] = {
@@ -218,7 +222,7 @@ def _in_proportion(base: RunConfig, training: TrainingConfig) -> dict[str, Any]:
     }
     if share < 1:
         there = {key: getattr(getattr(base, part), name) for key in SCALED for part, _, name in [key.partition(".")]}
-        found |= {key: max(1, round(value * share)) for key, value in there.items() if value}
+        found |= {key: min(value, max(SCALED[key], round(value * share))) for key, value in there.items() if value}
     return found
 
 

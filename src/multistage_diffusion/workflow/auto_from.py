@@ -13,6 +13,7 @@ from ..progress import Progress
 from ..stage_finding import StageResult, StageSettings
 from ..training.run import Run
 from .auto import AutoConfig, Reason
+from .checks import require_same_images
 from .latent import codec_like
 from .stages import find_stages
 
@@ -25,6 +26,7 @@ def config_from_run(
     changes: Mapping[str, Any] | None = None,
     *,
     result: StageResult | None = None,
+    borrow: bool = False,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> AutoConfig:
@@ -38,11 +40,12 @@ def config_from_run(
         data: the source of the images.
         changes: dotted keys that the user gives, see `override`; they are not chosen.
         result: stages that the user gives.
+        borrow: accept stages that were found on other images.
         device: default CUDA when there is one.
         progress: called with (done, total) while images are encoded into latents.
 
     Raises:
-        UserError: if there is no such run, the data cannot be read, or a key does not fit.
+        UserError: if there is no such run, the data cannot be read, or a key or the stages do not fit.
     """
     given = {**dict(changes or {}), "training.init_from": path}
     base, reasons = Run.open(path).config(), list[Reason]()
@@ -53,8 +56,11 @@ def config_from_run(
     reasons.append(Reason("network, noise, sampling", base.network.family, f"those of {path}"))
     count = len(given.get("network.decoder_widths") or ()) or STAGES
     named = any(key.startswith("stages.") for key in given)
+    source = override(base.data, {k.removeprefix("data."): v for k, v in given.items() if k.startswith("data.")})
+    if result is not None and not borrow:
+        images = open_data(source)
+        require_same_images(result, images, images.split(source.held_out)[0])
     if result is None and not named and len(base.stages) == 1 and count > 1:
-        source = override(base.data, {k.removeprefix("data."): v for k, v in given.items() if k.startswith("data.")})
         result = find_stages(
             open_data(source).split(source.held_out)[0],
             StageSettings(algorithm="timestep", stages=count),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import DataConfig, RunConfig, SamplingConfig
+from ..config.sampling import changed_sampler
 from ..config.serialization import to_dict
 from ..data import ImageData
 from ..data.sources import open_configured
@@ -73,7 +74,7 @@ def evaluate(
     seed: int = 0,
     checkpoint: str = "best",
     ema: float | None = None,
-    sampling: SamplingConfig | None = None,
+    sampling: SamplingConfig | Mapping[str, Any] | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:
@@ -91,7 +92,7 @@ def evaluate(
         seed: seed of the samples.
         checkpoint: "best", "latest" or a step.
         ema: width of another average of the weights, see `sample`.
-        sampling: another sampler than the run's own.
+        sampling: another sampler than the run's own, or changes to it, see `sample`.
         device: default CUDA when there is one.
         progress: called with (done, total).
 
@@ -132,7 +133,7 @@ def evaluate(
             device=resolved,
             progress=progress,
         )
-        made = _made(step, ema, data or config.data, sampling or config.sampling, seed)
+        made = _made(step, ema, data or config.data, changed_sampler(config.sampling, sampling), seed)
         asked = (data, weights, ema, sampling, *metrics)
         _save(run, result, {**made, **({} if any(one is not None for one in asked) or seed else DEFAULTS)})
         return result
@@ -163,7 +164,7 @@ def compare(
     seed: int = 0,
     checkpoint: str = "best",
     ema: float | None = None,
-    sampling: SamplingConfig | None = None,
+    sampling: SamplingConfig | Mapping[str, Any] | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:
@@ -204,7 +205,8 @@ def compare(
             run, count, seed=seed, sampling=sampling, checkpoint=str(step), ema=ema, device=device, progress=progress
         )
         result = compare_samples(images, found, extractor, metrics=tuple(chosen), device=resolved)
-        _save(run, result, _made(step, ema, data or run.config().data, sampling or run.config().sampling, seed))
+        sampler = changed_sampler(run.config().sampling, sampling)
+        _save(run, result, _made(step, ema, data or known, sampler, seed))
         return result
 
 

@@ -36,6 +36,7 @@ SCORED = 1000  # samples of the evaluation, at most
 FREE = {"name", *RESOLVED, *CHANGEABLE} - {"data.source", "codec.source"}  # keys that do not tell runs apart
 DRAWS = 6  # times as many samples as held-out images: what five random draws of these use
 PICTURE, STEP = "samples.png", "step"  # the samples, and the key of their step in the file
+REPORT, REPORTED = "report.html", ("config.json", "metrics.jsonl", "evaluation.json", PICTURE, "stages.json")
 
 
 def quickstart(
@@ -137,7 +138,7 @@ def _scores(run: Run, *, device: str | None, bar: Bars) -> EvaluationResult | No
 def show(run: Run, *, device: str | None, bar: Bars) -> tuple[Path, EvaluationResult | None]:
     """Write RUN/samples.png, evaluate the run and write its report; return the report's path and the evaluation, if any.
 
-    Nothing is drawn again for a checkpoint that was drawn and evaluated before.
+    Nothing is made again for a checkpoint that was drawn, evaluated and reported before.
     """
     picture, step = run.path / PICTURE, checkpoint_step(run.checkpoint("best"))
     if step_of_picture(picture) != step:
@@ -145,5 +146,14 @@ def show(run: Run, *, device: str | None, bar: Bars) -> tuple[Path, EvaluationRe
             images = sample(run, SAMPLES, in_turn=True, device=device, progress=progress)
             save_png(grid(images, captions=images.class_names), picture, {STEP: str(step)})
     scores = _scores(run, device=device, bar=bar)
+    if up_to_date(page := run.path / REPORT, [run.path / name for name in REPORTED]):
+        return page, scores
     with bar("reporting", "samples") as progress:
         return report(run, device=device, progress=progress), scores
+
+
+def up_to_date(made: Path, sources: Sequence[Path]) -> bool:
+    """Return whether a file exists and is not older than any of those that it is made from; files that are missing do not count."""
+    if not made.exists():
+        return False
+    return all(path.stat().st_mtime_ns <= made.stat().st_mtime_ns for path in sources if path.exists())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from ..training.trainer import Trainer
 from .differences import CHANGEABLE, differences, dotted
 from .resolve import ResolvedRun, resolve_run
 from .train import launch
+
+_LOG = logging.getLogger(__name__)
 
 # Keys that an imported run records when it is first resumed.
 RECORDED = (
@@ -83,6 +86,10 @@ def _resolved(run: Run, changes: Mapping[str, Any], device: torch.device, proces
     _refuse_edited(run, config)
     changed = override(config, changes)
     _refuse_changes(run, config, changed)
+    before, now = dotted(config), dotted(changed)
+    told = [f"{key}={now.get(key)} (was {before.get(key)})" for key in differences(config, changed)]
+    if told:
+        _LOG.info(f"{run.path}: resumed with {', '.join(told)}")
     return resolve_run(changed, run.data(changed.data), None, device, processes=processes)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..config import RunConfig, SamplingConfig
+from ..config.sampling import changed_sampler
 from ..denoisers import MultiStageDenoiser
 from ..errors import UserError, require
 from ..latent.codecs import open_codec
@@ -54,7 +55,7 @@ def sample(
     count: int = 64,
     *,
     seed: int = 0,
-    sampling: SamplingConfig | None = None,
+    sampling: SamplingConfig | Mapping[str, Any] | None = None,
     checkpoint: str = "best",
     ema: float | None = None,
     label: int | str | None = None,
@@ -73,7 +74,7 @@ def sample(
         run: a trained run, or its folder.
         count: number of samples.
         seed: seed of the samples; sample i is the same for any count and batch.
-        sampling: another sampler than the run's own.
+        sampling: another sampler than the run's own, or changes to it, such as {"solver": "heun", "calls": 35}.
         checkpoint: "best", "latest" or a step.
         ema: width sigma_rel of another average of the weights, computed from the run's snapshots, see `Run.denoiser`; None:
             the checkpoint's own.
@@ -98,7 +99,7 @@ def sample(
     run = opened_run(run)
     config, (world, resolved) = run.config(), joined(device, "sample")
     labels = sample_labels(config, count, seed=seed, label=label, in_turn=in_turn)
-    sampling = sampling or config.sampling
+    sampling = changed_sampler(config.sampling, sampling)
     rows = 1 if sampling.guidance in (0, 1) else 2
     require_sampling_memory(config.network, config.input_shape, count, batch, resolved, rows)
     decode = None

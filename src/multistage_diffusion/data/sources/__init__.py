@@ -18,11 +18,13 @@ from ...progress import Progress
 from ...reading import require_regular
 from ...registry import Registry
 from ..dataset import ImageData
+from ..opening import SUFFIXES
 from ..options import Fit, Options
 from ..rows import Rows, fits_memory
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
+_CONFIGURATIONS = (".json", ".yaml", ".yml")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 
 
@@ -100,9 +102,18 @@ def open_data(
     for kind in _all(Files).values():
         if kind.recognises(path):
             return _fitted(kind.open(path, options), options)
+    raise UserError(f"data.source='{source}': {_instead(path)}")
+
+
+def _instead(path: Path) -> str:
+    """Return why a file is not a data set, and what a user may have meant."""
     if path.name.lower().endswith(_COMPRESSED):
-        raise UserError(f"data.source='{source}': archives of this kind are not read; unpack it and give the folder")
-    raise UserError(f"data.source='{source}': not a data set; known: {forms()}")
+        return "archives of this kind are not read; unpack it and give the folder"
+    if path.suffix.lower() in SUFFIXES:
+        return f"is one image; give the folder of all images, such as {path.parent}"
+    if path.suffix.lower() in _CONFIGURATIONS:
+        return f"holds no images; a configuration is given by msdiff train --config {path}"
+    return f"not a data set; known: {forms()}"
 
 
 def open_configured(config: DataConfig, progress: Progress | None = None) -> ImageData:
