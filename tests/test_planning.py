@@ -276,6 +276,8 @@ def planned(stage: int, **changes: object) -> PlannedStage:
         "stage": stage,
         "sigma": (0.0, None),
         "share": 0.5,
+        "calls": 7,
+        "cost_share": 0.5,
         "weight": 0.5,
         "loss_narrow": 1.0,
         "loss_wide": 0.8,

@@ -5,7 +5,9 @@ The model: within the relevant widths, the loss of stage k falls by gain_k when 
     loss_k(c_k) = const - gain_k ln c_k,
 
 with gain_k measured (workflow.plan). The objective's loss is sum_k p_k loss_k, and the budget B of mean FLOPs per row
-requires sum_k s_k c_k = B - encoder. The loss is then least (Lagrange) where c_k is proportional to p_k gain_k / s_k.
+requires sum_k s_k c_k = B - encoder, where s_k is the stage's share of the training rows or, if sampling is to count, a
+weighted mean of that and its share of the sampler's calls. The loss is then least (Lagrange) where c_k is proportional to
+p_k gain_k / s_k.
 The logarithm is a model; its slope is measured.
 """
 
@@ -276,6 +278,8 @@ class PlannedStage:
         stage: 1 for the lowest noise.
         sigma: (low, high) of its noise; None for infinity.
         share: share of the training rows.
+        calls: the sampler's calls of the denoiser, per image.
+        cost_share: share with which the decoder's FLOPs count for the budget.
         weight: lambda_k in the objective.
         loss_narrow, loss_wide: held-out losses of the two probes.
         loss_optimal: loss of the optimal denoiser of the training images on the same rows; None if they are too many.
@@ -290,6 +294,8 @@ class PlannedStage:
     stage: int
     sigma: tuple[float, float | None]
     share: float
+    calls: int
+    cost_share: float
     weight: float
     loss_narrow: float
     loss_wide: float
@@ -321,13 +327,14 @@ def reasons(stages: Sequence[PlannedStage], budget: float, flops: float) -> list
         )
     else:
         most = "In no stage the wide probe has the lower loss: the probes are too short. Give more --probe-steps."
+    costs = [s.cost_share * s.flops for s in stages]
     said = [
         most,
         "If loss falls with the logarithm of arithmetic (a model; its slopes are measured), arithmetic per row belongs in "
         f"proportion to weight x gain / share: {_listed(s.flops_ideal / 1e6 for s in stages)} MFLOPs.",
         f"Of the valid widths that cost within {TOLERANCE:.0%} of {budget / 1e6:.4g} MFLOPs a row, "
         f"{_listed(s.width for s in stages)} serve that best; they cost {flops / 1e6:.4g}, and share k x decoder k is "
-        f"{_listed(100 * s.share * s.flops / sum(o.share * o.flops for o in stages) for s in stages)} % of the decoders'.",
+        f"{_listed(100 * cost / sum(costs) for cost in costs)} % of the decoders'.",
     ]
     said += [f"Their {name} are {_listed(s.others[name] for s in stages)}." for name in stages[0].others]
     worse = [s.stage for s in stages if s.gain < -2 * s.gain_error]

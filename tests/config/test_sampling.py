@@ -28,5 +28,5 @@ def test_unknown_settings_and_values_are_named() -> None:
         changed_sampler(OWN, {"cals": 3})
     with pytest.raises(UserError, match=r"sampling\.calls=0"):
         changed_sampler(OWN, {"calls": 0})
-    with pytest.raises(UserError, match="sampling.solver"):
+    with pytest.raises(UserError, match=r"sampling\.solver"):
         changed_sampler(OWN, {"solver": "best"})

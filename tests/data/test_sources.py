@@ -79,10 +79,12 @@ def test_a_file_of_another_kind(tmp_path):
 
 def test_one_image_or_a_configuration_says_what_was_meant(tmp_path):
     Image.fromarray(np.zeros((2, 3), np.uint8)).save(tmp_path / "cat.JPG")
-    with pytest.raises(ValueError, match=f"cat.JPG': is one image; give the folder of all images, such as {tmp_path}$"):
+    with pytest.raises(
+        ValueError, match=rf"cat\.JPG': is one image; give the folder of all images, such as {tmp_path}$"
+    ):
         open_data(tmp_path / "cat.JPG")
     (tmp_path / "mine.yaml").write_text("name: mine")
-    with pytest.raises(ValueError, match="mine.yaml': holds no images; .* msdiff train --config .*mine.yaml$"):
+    with pytest.raises(ValueError, match=r"mine\.yaml': holds no images; .* msdiff train --config .*mine\.yaml$"):
         open_data(tmp_path / "mine.yaml")
 
 

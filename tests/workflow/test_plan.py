@@ -11,11 +11,14 @@ import torch
 
 from multistage_diffusion import cli
 from multistage_diffusion.commands.options import load_config
+from multistage_diffusion.commands.plan import plan_text
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override, read_json
 from multistage_diffusion.nets.cost import network_cost
 from multistage_diffusion.planning import STEP, TOLERANCE, decoder_flops
+from multistage_diffusion.reporting.describe import calls_per_stage, sampling_flops
+from multistage_diffusion.schedules import LogNormal
 from multistage_diffusion.shares import prior_masses
 from multistage_diffusion.stage_finding import StageSettings
 from multistage_diffusion.training.trainer import Trainer
@@ -190,6 +193,8 @@ def split_of(path: Path) -> Any:
         ("digits --out there.json", "--out there.json: exists"),
         ("digits --out half.json", "--out half.explained.json: exists"),
         ("digits --stages nowhere.json", "nowhere.json: no such file"),
+        ("digits --stages FILE --edges even", "--edges even: --stages FILE gives the edges; leave one of them out"),
+        ("digits --sampling-weight 1", "sampling-weight=1 must be at least 0 and below 1"),
         ("digits --probe-steps 0", "probe-steps=0 must be positive"),
         ("digits --budget -1", "budget=-1 MFLOPs must be positive"),
         ("digits --budget nan", "budget=nan MFLOPs must be positive"),
@@ -232,7 +237,7 @@ def test_a_mistake_is_found_before_any_probe(
     said = [line for line in err.splitlines() if not line.startswith("digits: 1797 images")]
     assert len(said) == 1
     assert said[0].startswith("msdiff: ")
-    assert words in said[0]
+    assert words.replace("FILE", str(edges)) in said[0]
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -254,14 +259,89 @@ def test_without_a_preset_the_configuration_is_chosen_for_the_images(
 ) -> None:
     np.save(tmp_path / "mine.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8))
     planned: list[RunConfig] = []
+    edges: list[object] = []
 
-    def record(config: RunConfig, **_: object) -> None:
+    def record(config: RunConfig, **asked: object) -> None:
         planned.append(config)
+        edges.append(asked["edges"])
         raise KeyboardInterrupt
 
     monkeypatch.setattr("multistage_diffusion.commands.plan.plan", record)
     monkeypatch.chdir(tmp_path)
     assert run("mine.npy", "--set", "training.batch=12") == 2
-    (config,) = planned
+    assert run("mine.npy", "--edges", "gaussian") == run("mine.npy", "--preset", "images-32-cpu") == 2
+    assert edges == ["even", "gaussian", "optimal"]
+    config = planned[0]
     assert (config.name, config.data.size, config.network.channels) == ("images-32-cpu", (8, 8), 1)
     assert config.training.batch == 12
+
+
+# -- edges, density and sampling ----------------------------------------------------------------------------------------
+
+
+def without_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [torch.tensor([1.0, 0.8, 0.9, 1.1]).double() for _ in range(3)]
+    monkeypatch.setattr(plan_module, "probed", lambda *_: [few, [loss - 0.1 for loss in few]])
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 0.9])
+def test_sampling_counts_in_the_budget(weight: float, edges: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_probes(monkeypatch)
+    planned = plan(tiny(), result=split_of(edges), sampling_weight=weight, probe_steps=1)
+    config = planned.config
+    calls = calls_per_stage(config)
+    assert [stage.calls for stage in planned.stages] == calls
+    assert [stage.share for stage in planned.stages] == pytest.approx([0.55, 0.35, 0.1])
+    costs = [(1 - weight) * s + weight * n / 6 for s, n in zip((0.55, 0.35, 0.1), calls, strict=True)]
+    assert [stage.cost_share for stage in planned.stages] == pytest.approx(costs)
+    rows, image = training_and_sampling(config)
+    assert planned.flops == pytest.approx((1 - weight) * rows + weight * image / 6)
+    rows, image = training_and_sampling(tiny(data__shape=[1, 8, 8], stages=config.stages))
+    base = preset("digits").stages
+    own = calls_per_stage(tiny(data__shape=[1, 8, 8], stages=base))
+    each = [stage.true_flops for stage in network_cost(tiny().network, 8, 8).stages]
+    image = sum(n * flops for n, flops in zip(own, each, strict=True))
+    assert planned.budget == pytest.approx((1 - weight) * rows + weight * image / 6)  # the base's, with its own stages
+    assert abs(planned.flops / planned.budget - 1) <= TOLERANCE
+
+
+def training_and_sampling(config: RunConfig) -> tuple[float, float]:
+    """Return the mean forward FLOPs of a row, and those of sampling an image."""
+    flops = [stage.true_flops for stage in network_cost(config.network, 8, 8).stages]
+    rows = sum(share * stage for share, stage in zip((0.55, 0.35, 0.1), flops, strict=True))
+    return rows, sampling_flops(config)
+
+
+def test_edges_are_found_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_probes(monkeypatch)
+    even = plan(tiny(), edges="even", probe_steps=1)
+    wanted = find_stages("digits", StageSettings(algorithm="timestep", stages=3))
+    assert (even.edges_from, even.config.stages.interior) == ("even in VP time", wanted.edges_sigma)
+    config = tiny()
+    gaussian = plan(config, edges="gaussian", probe_steps=1)
+    settings = StageSettings(algorithm=2, denoiser="gaussian", stages=3)
+    wanted = find_stages("digits", settings, diffusion=config.diffusion)
+    assert (gaussian.edges_from, gaussian.config.stages.interior) == ("Gaussian denoiser", wanted.edges_sigma)
+    assert gaussian.config.diffusion == config.diffusion
+
+
+def test_a_density_is_proposed_from_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_probes(monkeypatch)
+    planned = plan(tiny(), edges="even", density="auto", probe_steps=1)
+    settings = StageSettings(algorithm=2, denoiser="gaussian", stages=3, density="auto")
+    found = find_stages("digits", settings, diffusion=tiny().diffusion)
+    assert found.diffusion is not None
+    assert planned.config.diffusion.prior == found.diffusion.prior != tiny().diffusion.prior
+    assert [stage.weight for stage in planned.stages] == pytest.approx(
+        prior_masses(planned.config.stages, found.diffusion.prior)
+    )
+    prior = found.diffusion.prior
+    assert isinstance(prior, LogNormal)
+    words = f"training density proposed from the images: ln sigma {prior.p_mean:g} ± {prior.p_std:g}"
+    assert words in plan_text(planned).splitlines()
+
+
+def test_a_weight_of_sampling_alone_is_refused(edges: Path) -> None:
+    for weight in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"sampling-weight=.* must be at least 0 and below 1"):
+            plan(tiny(), result=split_of(edges), sampling_weight=weight, probe_steps=1)

@@ -33,6 +33,8 @@ class Quickstart(DataOptions):
     """
 
     data: Annotated[Positional[str], data_option()]
+    size: Annotated[tuple[int, int] | None, option("H W", "the images' own, at most 32 on a CPU, 64 on a GPU")] = None
+    """Height and width of the images (one number: a square); larger images are reduced and cut to the centre (--fit)."""
     out: Annotated[Path | None, option("FOLDER", "runs/ and the name of DATA")] = None
     """The run's folder."""
     set: Changes = ()

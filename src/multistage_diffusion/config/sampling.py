@@ -132,9 +132,7 @@ def changed_sampler(own: SamplingConfig, changes: SamplingConfig | Mapping[str, 
     solver = SOLVERS[name]
     for setting, known in (("order", solver.orders), ("method", solver.methods)):
         if setting in given and not known:
-            raise UserError(
-                f"sampling.{setting}={given[setting]!r}: has no meaning for solver {name!r}; leave it out"
-            )
+            raise UserError(f"sampling.{setting}={given[setting]!r}: has no meaning for solver {name!r}; leave it out")
         if setting not in given and known and getattr(own, setting) not in known:
             given[setting] = known[0]
     return override(own, given)

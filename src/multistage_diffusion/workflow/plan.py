@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,12 +29,14 @@ from ..planning import (
     reasons,
 )
 from ..progress import Progress
+from ..reporting.describe import calls_per_stage
 from ..shares import prior_masses, stage_shares, stage_weights
 from ..stage_finding import StageResult, StageSettings
 from .probes import optimal_losses, probed
 from .resolve import PreparedRun, ResolvedRun, open_new, resolve_run
 from .stages import find_stages as find
 
+Edges = Literal["optimal", "gaussian", "even"]
 Bars = Callable[[str], AbstractContextManager[Progress]]
 
 
@@ -46,8 +48,10 @@ class Planned:
         config: configuration of the run to train.
         base: name of the configuration it was made from.
         edges_from: source of the edges, e.g. "algorithm 1", or "given stages".
-        budget: mean forward FLOPs of a row that were requested.
-        flops: mean forward FLOPs of a row in the planned network; `flops_encoder` is the encoder's part.
+        density: whether the training density is the base's ("given") or proposed from the images ("auto").
+        budget: mean forward FLOPs of a call of the network that were requested, over the stages' shares of the cost.
+        flops: the same of the planned network; `flops_encoder` is the encoder's part.
+        sampling_weight: see `plan`.
         probe_widths: decoder widths of the two probes, narrow and wide.
         probe_steps: training steps of each probe.
         held_out_rows: rows per stage on which the probes were compared.
@@ -58,9 +62,11 @@ class Planned:
     config: RunConfig
     base: str
     edges_from: str
+    density: Literal["given", "auto"]
     budget: float
     flops: float
     flops_encoder: int
+    sampling_weight: float
     probe_widths: tuple[int, int]
     probe_steps: int
     held_out_rows: int
@@ -88,19 +94,28 @@ def plan(
     *,
     result: StageResult | None = None,
     stages: int = 3,
+    edges: Edges = "optimal",
+    density: Literal["given", "auto"] = "given",
     budget: float | None = None,
+    sampling_weight: float = 0.0,
     probe_steps: int = 300,
     out: Path | str | None = None,
     device: str | None = None,
     bar: Bars | None = None,
 ) -> Planned:
-    """Propose edges and decoder widths for a data set and a budget.
+    """Propose edges, decoder widths and, if asked, the training density for a data set and a budget.
 
     Args:
         config: the base; its data, encoder, depth, noise and training are kept.
-        result: the result whose edges are used; None finds them (Algorithm 1 for three stages, 2 for other numbers).
+        result: the result whose edges are used; None finds them.
         stages: number of stages to find.
-        budget: mean forward FLOPs of a row (2 per multiply-add, encoder included); None: that of the base's network.
+        edges: how they are found: from the "optimal" denoiser (Algorithm 1 for three stages, 2 for other numbers), from the
+            "gaussian" one, or "even" in the time of the VP kernel.
+        density: "given": the base's; "auto": ln sigma normal, with mean and standard deviation proposed from the images.
+        budget: mean forward FLOPs of a call (2 per multiply-add, encoder included), each stage counted by its share of
+            the cost; None: that of the base's network.
+        sampling_weight: 0 (training alone) to below 1: a stage's share of the cost is 1 - sampling_weight times its share of
+            the training rows plus sampling_weight times its share of the sampler's calls.
         probe_steps: training steps of each of the two probes.
         out: where to write the configuration as JSON, with the explanation beside it.
         device: default CUDA when there is one.
@@ -110,19 +125,26 @@ def plan(
         UserError: if something does not fit, before any probe is trained; or if both probes have the same losses.
     """
     bar = bar or _no_bar
-    _check_arguments(config, budget, probe_steps)
+    _check_arguments(config, budget, sampling_weight, probe_steps)
     place, data = resolve_device(device), open_new(config.data)
     before = resolve_run(config, data, None, place)  # refuses what does not fit before stages are found
     if not len(before.images[1]):
         raise UserError("data.held_out=0: a plan compares losses on held-out images; give a share such as 0.1")
     size = (before.config.input_shape[1], before.config.input_shape[2])
     if budget is None:
-        budget = mean_flops(before.config.network, _shares(before.config), size)
+        budget = mean_flops(before.config.network, _cost_shares(before.config, sampling_weight), size)
+    if density == "auto":
+        proposed = _found(before, _SETTINGS["gaussian"](stages) | {"density": "auto"}, device, bar)
+        assert proposed.diffusion is not None
+        config = override(config, {"diffusion.prior": proposed.diffusion.prior})
+        before = resolve_run(config, data, None, place)
     edges_from = "given stages"
     if result is None:
-        edges_from, result = _found(before, stages, device, bar)
+        settings = _SETTINGS[edges](stages)
+        edges_from, result = _NAMES[edges].format(**settings), _found(before, settings, device, bar)
     run = resolve_run(_staged(config, result), data, result, place)
-    limits, widths = Budget.of(budget, run.config.network, _shares(run.config), size), probe_widths(run.config.network)
+    shares = _cost_shares(run.config, sampling_weight)
+    limits, widths = Budget.of(budget, run.config.network, shares, size), probe_widths(run.config.network)
     with bar("encoding") as progress:
         prepared = run.encoded(place, progress)
     with bar("probing") as progress:
@@ -135,14 +157,16 @@ def plan(
         "training.precision": config.training.precision,
     }
     made = override(prepared.config, chosen)
-    flops = mean_flops(made.network, _shares(made), size)
+    flops = mean_flops(made.network, shares, size)
     planned = Planned(
         config=made,
         base=config.name,
         edges_from=edges_from,
+        density=density,
         budget=budget,
         flops=flops,
         flops_encoder=limits.encoder,
+        sampling_weight=sampling_weight,
         probe_widths=widths,
         probe_steps=probe_steps,
         held_out_rows=len(narrow[0]),
@@ -154,19 +178,31 @@ def plan(
     return planned
 
 
-def _found(before: ResolvedRun, stages: int, device: str | None, bar: Bars) -> tuple[str, StageResult]:
-    """Find the stages of a run's training images or latents; return the name of the algorithm and the result."""
-    settings = StageSettings(algorithm=1 if stages == 3 else 2, stages=stages)
+# Of each way to find edges: the settings for a number of stages, and its name in a plan
+_SETTINGS: dict[Edges, Callable[[int], dict[str, Any]]] = {
+    "optimal": lambda stages: {"algorithm": 1 if stages == 3 else 2, "stages": stages},
+    "gaussian": lambda stages: {"algorithm": 2, "denoiser": "gaussian", "stages": stages},
+    "even": lambda stages: {"algorithm": "timestep", "stages": stages},
+}
+_NAMES: dict[Edges, str] = {
+    "optimal": "algorithm {algorithm}",
+    "gaussian": "Gaussian denoiser",
+    "even": "even in VP time",
+}
+
+
+def _found(before: ResolvedRun, settings: Mapping[str, Any], device: str | None, bar: Bars) -> StageResult:
+    """Find the stages of a run's training images or latents, for its density and preconditioning."""
     with bar("finding stages") as progress:
-        result = find(
+        return find(
             before.images[0],
-            settings,
+            StageSettings(**settings),
             schedule=before.config.diffusion.schedule,
+            diffusion=before.config.diffusion,
             codec=before.config.codec if before.codec is not None else None,
             device=device,
             progress=progress,
         )
-    return f"algorithm {settings.algorithm}", result
 
 
 def _no_bar(title: str) -> AbstractContextManager[Progress]:
@@ -176,9 +212,11 @@ def _no_bar(title: str) -> AbstractContextManager[Progress]:
     return nullcontext(nothing)
 
 
-def _check_arguments(config: RunConfig, budget: float | None, probe_steps: int) -> None:
+def _check_arguments(config: RunConfig, budget: float | None, sampling_weight: float, probe_steps: int) -> None:
     if budget is not None and not 0 < budget < math.inf:
         raise UserError(f"budget={budget / 1e6:g} MFLOPs must be positive and finite")
+    if not 0 <= sampling_weight < 1:
+        raise UserError(f"sampling-weight={sampling_weight:g} must be at least 0 and below 1")
     if probe_steps < 1:
         raise UserError(f"probe-steps={probe_steps} must be positive")
     if not config.data.source:
@@ -192,6 +230,15 @@ def _check_arguments(config: RunConfig, budget: float | None, probe_steps: int) 
 
 def _shares(config: RunConfig) -> tuple[float, ...]:
     return stage_shares(config.training, config.stages, config.diffusion.prior)
+
+
+def _cost_shares(config: RunConfig, sampling_weight: float) -> tuple[float, ...]:
+    """Return the share with which each stage's FLOPs count: of the rows and of the sampler's calls, weighted; they sum to 1."""
+    calls = calls_per_stage(config)
+    return tuple(
+        (1 - sampling_weight) * share + sampling_weight * count / sum(calls)
+        for share, count in zip(_shares(config), calls, strict=True)
+    )
 
 
 def _staged(config: RunConfig, result: StageResult) -> RunConfig:
@@ -230,6 +277,7 @@ def _planned_stages(
     size = (config.input_shape[1], config.input_shape[2])
     weights = stage_weights(config.training, config.stages, config.diffusion.prior)
     optimal = optimal_losses(prepared, device)
+    rows, calls = _shares(config), calls_per_stage(config)
     known: list[dict[str, Any]] = []
     for k, (few, many) in enumerate(zip(narrow, wide, strict=True)):
         flops = [decoder_flops(config.network, k, width, size) or 0 for width in widths]
@@ -241,7 +289,9 @@ def _planned_stages(
             {
                 "stage": k + 1,
                 "sigma": (low, high if math.isfinite(high) else None),
-                "share": limits.shares[k],
+                "share": rows[k],
+                "calls": calls[k],
+                "cost_share": limits.shares[k],
                 "weight": weights[k],
                 "loss_narrow": float(few.mean()),
                 "loss_wide": float(many.mean()),

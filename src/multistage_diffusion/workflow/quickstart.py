@@ -153,7 +153,7 @@ def show(run: Run, *, device: str | None, bar: Bars) -> tuple[Path, EvaluationRe
 
 
 def up_to_date(made: Path, sources: Sequence[Path]) -> bool:
-    """Return whether a file exists and is not older than any of those that it is made from; files that are missing do not count."""
+    """Return whether a file exists and is not older than any of those that it is made from; missing ones do not count."""
     if not made.exists():
         return False
     return all(path.stat().st_mtime_ns <= made.stat().st_mtime_ns for path in sources if path.exists())
