@@ -20,8 +20,9 @@ and a transformer of the same cost (setting T)
 
 Settings: 16 and 32 (pixels a side; EDM's preconditioning and density), and two with networks of width 16 at 16x16 pixels:
 V, the paper's own setting in small: NCSN++ with noise prediction, VP, times drawn evenly, decoders of 24, 16 and 4 channels;
-E, the strong baseline: EDM's preconditioning, a density tuned for (a), stages of the Gaussian denoiser;
+E, the strong baseline: EDM's preconditioning and density; decoders, stages and rows of V;
 T, transformers: (a) and (c) of V, half as long, beside (u) and (v); (a) and (c) are V's runs up to there, bit for bit;
+levers: what is tried to make (c) of V better, for half of its steps, on V's seed 21: to be read beside V's (c) with that seed;
 B, branching: (a) of setting V is trained on, and (c) and (f) start from it, all with a new optimiser (--init-from);
 edges, the pilot of which stages to prefer: as E with EDM's density; decoders of one width, so that only the edges differ: (c) of
 the Gaussian denoiser, (o) of the optimal denoiser, (d) of even length in time; --phase tuning adds variants of them.
@@ -77,7 +78,6 @@ from multistage_diffusion.training.losses import objective, stage_losses
 from multistage_diffusion.training.run import Run
 
 RESULTS = Path(__file__).parent / "results"
-TUNING_SEED = 1
 START = "start from"  # (setting, arm) whose run of the same seed the run starts from
 BRANCH = "branch at"  # share of a run's steps in which all stages train one decoder (training.branch_at)
 SPLIT = "split"  # which of a setting's splits gives the stages
@@ -124,6 +124,7 @@ class Setting:
         variants: of each arm, what is tried on the tuning seed: equally many for all (V's second of (c) is no candidate).
         chosen: of each arm, the variant with the lowest distance at the end of its tuning run.
         steps: of a run, by phase.
+        tuning_seed: of the tuning runs.
     """
 
     size: int
@@ -133,6 +134,7 @@ class Setting:
     variants: Mapping[str, Sequence[Mapping[str, Any]]]
     chosen: Mapping[str, int]
     steps: Mapping[str, int]
+    tuning_seed: int = 1
 
     @property
     def arms(self) -> list[str]:
@@ -312,19 +314,9 @@ SETTINGS = {
             "gaussian": StageSettings(algorithm=2, stages=3, denoiser="gaussian"),
         },
         variants={
-            "a": (
-                {},
-                {"diffusion.prior.p_mean": -0.7, "diffusion.prior.p_std": 1.0},
-            ),
-            "c": (
-                # decoders, stages and rows of setting V
+            "a": ({},),  # its density was compared with another in setting edges
+            "c": (  # decoders, stages and rows of setting V
                 {SPLIT: "algorithm 1", "network.decoder_widths": [24, 16, 4], "training.shares": V_SHARES},
-                # stages of even length in VP time: 0.84 of (a)'s sampling
-                {
-                    "network.decoder_widths": [16, 16, 4],
-                    "training.shares": (0.88, 0.08, 0.04),
-                    "training.overlap": 0.25,
-                },
             ),
         },
         chosen={"a": 0, "c": 0},
@@ -350,6 +342,22 @@ SETTINGS["B"] = dataclasses.replace(
     base={**SETTINGS["V"].base, START: ("V", "a"), "evaluation.every": 512},
     steps={"tuning": 512, "final": 4096},
 )
+_V_CHOICE = SETTINGS["V"].variants["c"][0]
+SETTINGS["levers"] = dataclasses.replace(
+    SETTINGS["V"],
+    variants={
+        "c": (
+            {**_V_CHOICE, "training.overlap": 0.25},
+            {**_V_CHOICE, "training.loss_weighting": "learned"},
+            {**_V_CHOICE, BRANCH: 0.25},
+            {**_V_CHOICE, "training.reference_rows": 1024},
+            {**_V_CHOICE, "training.shares": (0.44, 0.3, 0.26), "network.decoder_widths": [20, 16, 4]},
+        )
+    },
+    chosen={},
+    steps={"tuning": 4096, "final": 8192},
+    tuning_seed=21,
+)
 SETTINGS["edges"] = dataclasses.replace(
     SETTINGS["E"],
     base={
@@ -371,6 +379,7 @@ SETTINGS["edges"] = dataclasses.replace(
     },
     chosen={"a": 0, "c": 0, "o": 0, "d": 0},
     steps={"tuning": 1536, "final": 1536},
+    tuning_seed=21,
 )
 
 
@@ -745,7 +754,7 @@ def collect(name: str, folder: Path, out: Path) -> dict[str, Any]:
             "held_out_loss": [r["loss"] for r in run.records() if r["kind"] == "held_out"][-1:],
             "seconds": sum(r["seconds"] for r in run.records()),
         }
-        if int(seed) == TUNING_SEED:
+        if int(seed) == setting.tuning_seed:
             tuning.setdefault(arm, {})[str(variant)] = {
                 "changes": to_dict(setting.changes(arm, variant)),
                 **entry,
@@ -802,6 +811,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--phase", choices=("tuning", "final"), default="final")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all of the setting")
     parser.add_argument("--seeds", nargs="+", type=int, default=[21, 22, 23])
+    parser.add_argument("--variants", nargs="+", type=int, help="of the tuning; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
     parser.add_argument("--folder", type=Path, default=Path("runs/efficiency"))
     parser.add_argument("--out", type=Path, default=None)
@@ -819,9 +829,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         steps = setting.steps[args.phase]
         if args.phase == "tuning":
             jobs = [
-                Job(args.setting, arm, variant, TUNING_SEED, steps)
+                Job(args.setting, arm, variant, setting.tuning_seed, steps)
                 for variant, arm in itertools.product(range(max(map(len, setting.variants.values()))), arms)
-                if variant < len(setting.variants.get(arm, ()))
+                if variant < len(setting.variants.get(arm, ())) and variant in (args.variants or [variant])
             ]
             facts = {}
         elif missing := [arm for arm in arms if setting.choice(arm) is None]:
