@@ -351,7 +351,7 @@ SETTINGS["levers"] = dataclasses.replace(
             {**_V_CHOICE, "training.loss_weighting": "learned"},
             {**_V_CHOICE, BRANCH: 0.25},
             {**_V_CHOICE, "training.reference_rows": 1024},
-            {**_V_CHOICE, "training.shares": (0.44, 0.3, 0.26), "network.decoder_widths": [20, 16, 4]},
+            {**_V_CHOICE, "training.shares": (0.45, 0.33, 0.22), "network.decoder_widths": [20, 16, 4]},
         )
     },
     chosen={},
