@@ -24,7 +24,8 @@ from ..errors import UserError
 from ..files import disk_errors, write_atomic, write_json
 from ..interop.diffusers_folder import CONFIG, WEIGHTS, DiffusersFolder, read_folder, read_weights
 from ..interop.noise_config import Noise, read_noise
-from ..interop.unet2d import network_of_unet2d, size_of_unet2d, unet2d_state
+from ..interop.unet2d import unet2d_state
+from ..interop.unet2d_config import network_of_unet2d, size_of_unet2d
 from ..latent.codecs import autoencoder_settings
 from ..nets.ldm import LDMConfig
 from ..reading import brief
