@@ -103,10 +103,15 @@ def test_faulty_weights_are_named() -> None:
         ({k: v for k, v in weights.items() if k != name}, f"has no {name}"),
         ({**weights, name: torch.zeros(16, 8)}, f"{name} has shape [16, 8], not [16, 16]"),
         ({**weights, name: torch.zeros(16, 16, dtype=torch.bool)}, f"{name} is of torch.bool"),
+        (
+            {**weights, "conv_in.bias": torch.zeros(16).to(torch.float8_e4m3fn)},
+            "conv_in.bias is of torch.float8_e4m3fn",
+        ),
+        ({**weights, name: torch.full((16, 16), 1e300, dtype=torch.float64)}, f"weights of {name} are not finite"),
         ({**weights, "conv_out.bias": torch.zeros(4)}, "conv_out.bias has shape [4], not [3]"),
         (
             {**weights, "conv_out.bias": torch.zeros(3, dtype=torch.int8)},
-            "conv_out.bias is of torch.int8: quantised weights are not read",
+            "conv_out.bias is of torch.int8: only weights of float16, bfloat16, float32, float64 are read",
         ),
     ):
         with pytest.raises(UserError) as error:
@@ -116,3 +121,11 @@ def test_faulty_weights_are_named() -> None:
     weights = {**labelled.state_dict(), "class_embedding.weight": torch.zeros(6, 64)}
     with pytest.raises(UserError, match=r"class_embedding.weight has shape \[6, 64\], not \[5, 64\]"):
         unet2d_state(weights, network_of_unet2d(file_of(labelled)))
+
+
+def test_a_network_of_thousands_of_blocks_is_not_built_for_a_file_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multistage_diffusion.interop.unet2d.meta_network", None)
+    model = random_model(SMALL)
+    config = network_of_unet2d({**file_of(model), "layers_per_block": 1000})
+    with pytest.raises(UserError, match=r"has no down_blocks\.0\.resnets\.2\.conv1\.weight"):
+        unet2d_state(model.state_dict(), config)

@@ -10,6 +10,8 @@ from ..errors import UserError
 
 _SUBJECT = re.compile(r"[\w.]+( or [\w.]+)?(=(\[[^\]]*\]|[^\s:;]+))?:?\s*")  # "network.dropout=2 ", "network.a or b: "
 
+_VERBS = ("must ", "does ", "is ")  # with which a reason continues the sentence of its subject
+
 
 @contextmanager
 def file_terms(sources: Mapping[str, str]) -> Iterator[None]:
@@ -28,7 +30,8 @@ def file_terms(sources: Mapping[str, str]) -> Iterator[None]:
         text = str(error)
         for ours, theirs in sources.items():
             if re.search(rf"(?<![\w.]){re.escape(ours)}\b", text):
-                raise UserError(f"{theirs}: {_reason(text, ours)}") from None
+                reason = _reason(text, ours)
+                raise UserError(f"{theirs}{' ' if reason.startswith(_VERBS) else ': '}{reason}") from None
         raise
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..nets.ldm import LDMConfig
 from ..nets.network import meta_network
+from .parts import weight
 
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # names before diffusers 0.18
 _LABELS = "encoders.0.embedding.label.weight"  # (4 width, classes); an nn.Embedding (classes, 4 width) in UNet2DModel
@@ -32,6 +33,9 @@ def unet2d_state(tensors: Mapping[str, Tensor], config: LDMConfig) -> dict[str, 
         UserError: naming the first tensor that is missing, unexpected or of another shape.
     """
     tensors = {_current_name(name): value for name, value in tensors.items()}
+    absent = [f"{theirs}.conv1.weight" for theirs, _ in _blocks(config) if f"{theirs}.conv1.weight" not in tensors]
+    if absent:  # before thousands of blocks are built that only config.json has
+        raise UserError(f"has no {absent[0]}")
     needed, state = meta_network(config).state_dict(), {}
     for theirs, ours in _names(config).items():
         if ours == _LABELS and ours in needed:
@@ -45,11 +49,11 @@ def unet2d_state(tensors: Mapping[str, Tensor], config: LDMConfig) -> dict[str, 
             state[f"{a.ours}.qkv.{kind}"] = _by_head(thirds, a.head_channels)
     if tensors:
         raise UserError(f"{next(iter(tensors))}: no weight of this network ({len(tensors)} unexpected)")
-    return {name: state[name].to(torch.float32, copy=True).contiguous() for name in needed}
+    return {name: state[name].contiguous() for name in needed}
 
 
 def _popped(tensors: dict[str, Tensor], name: str, needed: Tensor) -> Tensor:
-    """Take a tensor out of others; raise UserError if it is not there, or unlike the one that is needed."""
+    """Take a weight out of tensors, as float32; raise UserError if it is not there, or unlike the one that is needed."""
     found = tensors.pop(name, None)
     if found is None:
         raise UserError(f"has no {name}")
@@ -57,9 +61,7 @@ def _popped(tensors: dict[str, Tensor], name: str, needed: Tensor) -> Tensor:
         found = found.flatten(1)
     if found.shape != needed.shape:
         raise UserError(f"{name} has shape {list(found.shape)}, not {list(needed.shape)}")
-    if not found.is_floating_point():
-        raise UserError(f"{name} is of {found.dtype}: quantised weights are not read")
-    return found
+    return weight(name, found)
 
 
 def unet2d_tensors(state: Mapping[str, Tensor], config: LDMConfig) -> dict[str, Tensor]:
