@@ -72,14 +72,16 @@ def test_the_first_step_counts_when_it_alone_is_above() -> None:
 @pytest.mark.parametrize(
     ("value", "convention", "options", "words"),
     [
-        (1.0, "boundary-ratio", {}, "boundary-ratio=1 must be between 0 and 1"),
+        (1.0, "boundary-ratio", {}, "boundary-ratio=1 must be above 0 and below 1"),
         (0.0, "sigma", {}, "sigma=0 must be above 0 and finite"),
         (math.nan, "log-snr", {}, "log-snr=nan must be finite"),
         (60.0, "log-snr", {}, "log-snr=60 must be between -55 and 55"),
-        (1000, "step", {}, "step=1000 must be between 0 and 1000"),
+        (1000, "step", {}, "step=1000 must be above 0 and below 1000"),
         (0.5, "flow", {}, "convention='flow' must be one of sigma"),
         (0.5, "t-flow", {"shift": 0}, "shift=0 must be between 0.001 and 1000"),
         (0.5, "t-flow", {"steps": 0}, "steps=0 must be between 1 and 10"),
+        (1e-300, "index", {}, "index=1e-300 is sigma 1e+300, which must be between 1e-12 and 1e12"),
+        (1.5, "t-vp", {}, "t-vp=1.5 must be above 0 and at most 1"),
         (1e13, "sigma", {}, "sigma=1e+13 must be between 1e-12 and 1e12"),
     ],
 )
@@ -100,12 +102,12 @@ def test_the_command_prints_all_conventions(capsys: pytest.CaptureFixture[str]) 
     assert found["steps_above"] == 251
     assert found["t_flow"] == pytest.approx(0.75)
     assert cli.main(["boundary", "2", "--as", "t-flow"]) == 2
-    assert capsys.readouterr().err == "msdiff: t-flow=2 must be between 0 and 1\n"
+    assert capsys.readouterr().err == "msdiff: t-flow=2 must be above 0 and below 1\n"
 
 
 @pytest.mark.parametrize(("value", "name"), [(1e-17, "index"), (1e-14, "step"), (1e-300, "step")])
 def test_noise_beyond_all_bounds_is_refused(value: float, name: str) -> None:
-    with pytest.raises(msd.UserError, match=r"sigma=.* must be between 1e-12 and 1e12"):
+    with pytest.raises(msd.UserError, match=rf"{name}=.* is sigma .*, which must be between 1e-12 and 1e12"):
         boundary(value, name)
 
 

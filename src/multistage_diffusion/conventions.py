@@ -20,6 +20,7 @@ from .schedules.vp import VP
 
 STEPS = 1000  # of the schedulers of most released models
 _ROUNDING = 1e-9  # a step this close to the boundary, as a share of all steps, is on it
+_LEAST, _MOST = 1e-12, 1e12  # sigma of a boundary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Boundary:
 
     def __post_init__(self) -> None:
         _require_shift(self.shift, self.steps)
-        require(1e-12 <= self.sigma <= 1e12, f"sigma={self.sigma:g} must be between 1e-12 and 1e12")
+        require(_LEAST <= self.sigma <= _MOST, f"sigma={self.sigma:g} must be between 1e-12 and 1e12")
 
     @property
     def log_snr(self) -> float:
@@ -143,15 +144,19 @@ def boundary(value: float, convention: str = "sigma", *, shift: float = 1.0, ste
     (low, high), sigma_of = _SIGMA[convention]
     high = float(steps) if convention == "step" else high
     inside = low < value < high or (value == high and convention in _CLOSED)
-    require(inside, f"{convention}={value:g} must be {_range_text(low, high)}")
+    require(inside, f"{convention}={value:g} must be {_range_text(low, high, closed=convention in _CLOSED)}")
     require(convention != "log-snr" or abs(value) <= 55, f"log-snr={value:g} must be between -55 and 55")
-    return Boundary(sigma=sigma_of(float(value), shift, steps), shift=shift, steps=steps)
+    sigma = sigma_of(float(value), shift, steps)
+    if convention != "sigma":
+        within = _LEAST <= sigma <= _MOST
+        require(within, f"{convention}={value!r} is sigma {sigma:g}, which must be between 1e-12 and 1e12")
+    return Boundary(sigma=sigma, shift=shift, steps=steps)
 
 
-def _range_text(low: float, high: float) -> str:
+def _range_text(low: float, high: float, *, closed: bool) -> str:
     if math.isinf(low):
         return "finite"
-    return f"above {low:g} and finite" if math.isinf(high) else f"between {low:g} and {high:g}"
+    return f"above {low:g} and " + ("finite" if math.isinf(high) else f"{'at most' if closed else 'below'} {high:g}")
 
 
 def boundary_lines(found: Boundary) -> list[str]:

@@ -103,5 +103,9 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds none of .*; rename the variant .*fp16\.safetensors"):
         read_weights(tmp_path / "unet")
     torch.save([1, 2], tmp_path / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match="is no state dict"):
+    with pytest.raises(UserError, match="is a list, not a dictionary"):
         read_weights(tmp_path / "unet")
+    for odd in (torch.eye(3).to_sparse(), torch.empty(2, device="meta"), torch.zeros(1).expand(10**6, 10**6)):
+        torch.save({"conv_in.weight": odd}, tmp_path / "unet" / "diffusion_pytorch_model.bin")
+        with pytest.raises(UserError, match=r"'conv_in\.weight' does not hold all of its \d+ numbers"):
+            read_weights(tmp_path / "unet")

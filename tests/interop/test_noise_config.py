@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from multistage_diffusion.config import DiffusionConfig
 from multistage_diffusion.errors import UserError
-from multistage_diffusion.interop.noise_config import noise_settings, read_noise
+from multistage_diffusion.interop.noise_config import SCHEDULERS, noise_settings, read_noise
 from multistage_diffusion.schedules.discrete import Discrete
 
 diffusers = pytest.importorskip("diffusers")
@@ -79,7 +80,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid': only linear, scaled_linear, squaredcos_cap_v2"),
     ({"variance_type": "learned_range"}, "variance_type='learned_range'"),
     ({"trained_betas": "many"}, "trained_betas must be a list of numbers"),
-    ({"trained_betas": [0.1, 1.5], "num_train_timesteps": 2}, "all betas must be in (0, 1)"),
+    (
+        {"trained_betas": [0.1, 1.5], "num_train_timesteps": 2},
+        "trained_betas: number 2 is 1.5, but all must be in (0, 1)",
+    ),
     ({"trained_betas": [0.1, 0.2]}, "trained_betas has 2 numbers, fewer than num_train_timesteps=1000"),
     ({"num_train_timesteps": 10**11}, "num_train_timesteps=100000000000 must be 2 to 1000000"),
     ({"timestep_spacing": "bogus"}, "timestep_spacing='bogus': only leading, trailing, linspace are read"),
@@ -91,6 +95,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"beta_schedule": ["linear"]}, "beta_schedule=['linear']"),
     ({"clip_sample": "no"}, "clip_sample='no' must be true or false"),
     ({"steps_offset": -5}, "steps_offset=-5 must be from 0"),
+    ({"beta_start": 0.5}, "beta_start=0.5 and beta_end=0.02 must be 0 < beta_start <= beta_end < 1"),
+    ({"beta_end": float("nan")}, "beta_start=0.0001 and beta_end=nan must be"),
+    ({"beta_end": 0.99999}, "beta_end=0.99999: leaves no signal at the last steps"),
+    ({"trained_betas": [0.9] * 1000}, "trained_betas=[0.9"),
+    ({"clip_sample_range": 0}, "clip_sample_range=0.0 must be positive and finite"),
+    ({"clip_sample_range": float("inf")}, "clip_sample_range=inf must be positive and finite"),
     ({"steps_offset": 500}, "steps_offset=500 must be from 0 to less than half of the 1000 steps"),
 ]
 
@@ -100,6 +110,20 @@ def test_noise_that_no_schedule_has_is_refused_by_its_name(change: dict[str, Any
     with pytest.raises(UserError) as error:
         read_noise({**file_of(diffusers.DDPMScheduler()), **change})
     assert message in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_a_sampler_that_is_not_read_is_warned_of(kind: str) -> None:
+    settings = {**file_of(getattr(diffusers, kind)()), "timestep_spacing": "leading"}
+    shared = kind in ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        noise = read_noise(settings)
+    assert [f"_class_name='{kind}': its noise is read" in str(w.message) for w in caught] == [True] * (not shared)
+    kept = 1 / (1 + noise.diffusion.schedule.sigma(torch.arange(1000.0)) ** 2)
+    their = getattr(diffusers, kind)().alphas_cumprod
+    torch.testing.assert_close(kept, their.double(), rtol=2e-4, atol=1e-7)
 
 
 def test_only_the_steps_of_the_training_have_trained_betas() -> None:

@@ -573,10 +573,30 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
     for state, words in (
         ({"betas": torch.tensor(0.1)}, "betas has shape []; a schedule has a number for every step"),
         ({"scale_factor": torch.ones(2)}, "scale_factor has shape [2], not one number"),
-        ({"scale_factor": torch.tensor(-1.0)}, "codec.scale=-1.0 must be positive and finite, or 'config'"),
+        ({"scale_factor": torch.tensor(-1.0)}, "scale_factor=-1.0 must be positive and finite, or 'config'"),
     ):
         assert refusal(write_ldm(file, weights, weights, state=state), out, **ldm) == words
-    assert refusal(file, out, size=(8, 8), head_channels=0) == "network.head_channels=0 must be positive"
+    for name in ("head_channels", "norm_groups", "encoder_depth", "classes"):
+        with pytest.raises(UserError, match=f"^{name}=0 must be positive$"):
+            import_published(file, out, **{name: 0})
+    assert (
+        refusal(file, out, size=(8, 8), head_channels=5)
+        == "head_channels=5 does not divide 32 channels that attend; use 32"
+    )
+    for settings, words in (
+        ({"num_head_channels": 8.5}, "num_head_channels=8.5 must be a positive whole number"),
+        ({"num_head_channels": float("nan")}, "num_head_channels=nan must be a positive whole number"),
+        ({"num_head_channels": 5}, "num_head_channels=5 does not divide 32 channels that attend; use 32"),
+        ({"num_head_channels": 16, "sigma_edges": "x"}, "sigma_edges='x' must be a list"),
+    ):
+        file = write_ldm(tmp_path / "y.ckpt", weights, weights, hyper_parameters=settings)
+        assert refusal(file, out, size=(8, 8)) == words
+    for settings, words in (
+        ({"dropout": 2.0}, "dropout=2.0 must be in [0, 1)"),
+        ({"sigma_data": -1}, "sigma_data=-1 must be in [1e-6, 1e6]; scale the data"),
+    ):
+        file = write_edm(tmp_path / "x.pkl", golden("edm")[1], kwargs=settings)
+        assert refusal(file, out) == words
     file = write_edm(tmp_path / "x.pkl", golden("edm")[1], kwargs={"dropout": "much"})
     assert refusal(file, out) == "dropout='much' must be a number"
 

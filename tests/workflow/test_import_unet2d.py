@@ -20,6 +20,7 @@ from multistage_diffusion.config.serialization import override
 from multistage_diffusion.denoisers import MultiStageDenoiser
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.interop.diffusers_folder import CONFIG, WEIGHTS
+from multistage_diffusion.interop.noise_config import read_noise
 from multistage_diffusion.latent.codecs import open_codec
 from multistage_diffusion.samplers import make_plan, sample
 from multistage_diffusion.schedules.discrete import Discrete
@@ -27,6 +28,7 @@ from multistage_diffusion.training.run import Run
 from multistage_diffusion.workflow.export_diffusers import export_diffusers
 from multistage_diffusion.workflow.export_unet2d import _files, codec_folder, export_unet2d
 from multistage_diffusion.workflow.import_run import import_published
+from multistage_diffusion.workflow.import_unet2d import _sampling
 from multistage_diffusion.workflow.latent import decoder
 from multistage_diffusion.workflow.sample import sample as sample_run
 
@@ -85,6 +87,40 @@ def our_samples(config: RunConfig, denoiser: MultiStageDenoiser, x: Tensor, step
     plan = make_plan(dataclasses.replace(config.sampling, calls=steps), config.diffusion.schedule)
     # diffusers' state is ours, divided by sqrt(1 + sigma²), and is the result
     return sample(denoiser, x * plan.initial_noise_std, plan) / math.hypot(1.0, plan.steps[-1].end)
+
+
+STEPS: list[dict[str, Any]] = [
+    {},
+    {"steps_offset": 19},
+    {"steps_offset": 20},
+    {"steps_offset": 499},
+    {"timestep_spacing": "trailing"},
+    {"timestep_spacing": "trailing", "steps_offset": 7},
+    {"timestep_spacing": "trailing", "num_train_timesteps": 106},
+    {"timestep_spacing": "trailing", "num_train_timesteps": 53},
+    {"num_train_timesteps": 2},
+    {"num_train_timesteps": 51, "set_alpha_to_one": False},
+]
+
+
+@pytest.mark.parametrize("settings", STEPS, ids=str)
+def test_calls_are_at_the_steps_of_diffusers(settings: dict[str, Any]) -> None:
+    scheduler = diffusers.DDIMScheduler(**settings)
+    noise = read_noise(json.loads(scheduler.to_json_string()))
+    sampling, schedule = _sampling(noise, None), noise.diffusion.schedule
+    plan = make_plan(sampling, schedule)
+    scheduler.set_timesteps(sampling.calls)
+    assert [float(schedule.time(sigma)) for sigma in plan.calls] == pytest.approx(
+        scheduler.timesteps.tolist(), abs=1e-6
+    )
+    assert sampling.calls <= 50 or scheduler.config.num_train_timesteps % sampling.calls == 0
+
+
+def test_steps_that_no_number_of_calls_has_are_refused_at_once() -> None:
+    file = {"_class_name": "DDIMScheduler", "beta_start": 1e-6, "beta_end": 1e-6, "num_train_timesteps": 999_983}
+    assert _sampling(read_noise({**file, "steps_offset": 499_990}), None).calls == 2  # in milliseconds
+    with pytest.raises(UserError, match="num_train_timesteps=999983: no number of DDIM's calls, up to 100000, fits"):
+        _sampling(read_noise({**file, "timestep_spacing": "trailing"}), None)
 
 
 @pytest.mark.parametrize(

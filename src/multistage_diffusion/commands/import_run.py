@@ -96,3 +96,4 @@ class Import:
         )
         for k, sigma in enumerate(config.stages.interior, start=1):
             say(f"stage {k} | {k + 1}: sigma = {sigma:.4f}")
+        say(f"sampler: {config.sampling.solver}, {config.sampling.calls} calls")

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..config.serialization import read_json
 from ..errors import UserError
 from ..reading import brief, require_file
+from .parts import tensors
 from .published import read_torch
 
 CONFIG, SCHEDULER = "config.json", "scheduler_config.json"
@@ -153,6 +154,4 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     except UserError as error:
         text = str(error)
         raise UserError(text if text.startswith(str(old)) else f"{old}: {text}") from None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{old}: is no state dict")
-    return {str(name): value for name, value in found.items()}
+    return tensors(found, str(old))

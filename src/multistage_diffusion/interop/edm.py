@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..nets.blocks import GROUPS
-from ..reading import parse_json
+from ..reading import brief, parse_json
 from .parts import EDGES, Published, Tensors, learnt, listed, mapping, plain, require_family, said_groups, tensors
 from .published import Record
 
@@ -30,7 +30,7 @@ DDPMPP = {
 }
 STAGE_INTERVAL = "stage_interval"  # of the multi-stage code's network
 _DEPTH = 20  # largest nesting depth of modules
-_OTHER_PRECONDITIONING = ("VPPrecond", "VEPrecond", "iDDPMPrecond")
+_PRECONDITIONING = "EDMPrecond"
 _OTHER_NETWORKS = {"DhariwalUNet": "ADM"}
 _OURS = "msdiff"  # key of the metadata with what exports add
 
@@ -44,8 +44,10 @@ def read_edm_pickle(content: Mapping[Any, Any]) -> Published:
     record = content.get("ema")
     if not isinstance(record, Record):
         raise UserError(f"has no averaged network under 'ema', but {listed(content)}")
-    if record.name in _OTHER_PRECONDITIONING:
-        raise UserError(f"holds a {record.name}; of EDM's networks only those preconditioned as EDMPrecond are read")
+    if record.name != _PRECONDITIONING:
+        raise UserError(
+            f"holds a {brief(record.name)}; of EDM's networks only those preconditioned as EDMPrecond are read"
+        )
     arguments = _pickled_arguments(record)
     groups: dict[str, int] = {}
     found = learnt(dict(_module_tensors(record, "", set(), groups)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,6 +82,12 @@ def read_noise(config: Mapping[str, Any]) -> Noise:
     if "variance_type" in config and str(config["variance_type"]).startswith("learned"):
         raise UserError(f"variance_type={brief(config['variance_type'])}: a learnt variance is not read")
     schedule = _schedule(config)
+    if kind not in _CLIPPING:
+        warnings.warn(
+            f"_class_name={kind!r}: its noise is read, its steps and their settings are not; the run is sampled by the DDIM "
+            "that diffusers makes of this file, so samples differ from those of the pipeline",
+            stacklevel=2,
+        )
     return Noise(
         diffusion=DiffusionConfig(
             precondition=PREDICTIONS[prediction], schedule=schedule, prior=UniformSteps(schedule=schedule)
@@ -119,20 +126,42 @@ def _offset(config: Mapping[str, Any], steps: int) -> int:
 
 
 def _schedule(config: Mapping[str, Any]) -> Discrete:
-    betas = config.get("trained_betas")
-    if betas is not None:
-        if not isinstance(betas, list) or not all(type(beta) in (int, float) for beta in betas):
-            raise UserError("trained_betas must be a list of numbers")
-        steps = _steps(config)
-        if len(betas) < steps:  # diffusers cannot sample such a model
-            raise UserError(f"trained_betas has {len(betas)} numbers, fewer than num_train_timesteps={steps}")
-        return Discrete(steps=steps, spacing="given", betas=tuple(float(beta) for beta in betas[:steps]))
+    given = config.get("trained_betas")
+    if given is None:
+        name, schedule = "beta_end", _computed(config)
+    else:
+        betas, name = _trained(given, _steps(config)), "trained_betas"
+        schedule = Discrete(steps=len(betas), spacing="given", betas=betas)
+    if not (schedule.sigmas.isfinite().all() and schedule.sigmas[0] > 0):
+        raise UserError(
+            f"{name}={brief(config.get(name, 0.02))}: leaves no signal at the last steps, or no noise at the first; only steps "
+            "with both are read"
+        )
+    return schedule
+
+
+def _trained(betas: Any, steps: int) -> tuple[float, ...]:
+    """Return the betas of the training's steps, checked."""
+    if not isinstance(betas, list) or not all(type(beta) in (int, float) for beta in betas):
+        raise UserError("trained_betas must be a list of numbers")
+    if len(betas) < steps:  # diffusers cannot sample such a model
+        raise UserError(f"trained_betas has {len(betas)} numbers, fewer than num_train_timesteps={steps}")
+    for i, beta in enumerate(betas[:steps]):
+        if not 0 < beta < 1:
+            raise UserError(f"trained_betas: number {i + 1} is {beta}, but all must be in (0, 1)")
+    return tuple(float(beta) for beta in betas[:steps])
+
+
+def _computed(config: Mapping[str, Any]) -> Discrete:
+    """Return the schedule of beta_schedule."""
     kind = config.get("beta_schedule", "linear")
     if not isinstance(kind, str) or kind not in SPACINGS:
         raise UserError(f"beta_schedule={brief(kind)}: only {', '.join(SPACINGS)} are read")
     start, end, steps = _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02), _steps(config)
     if kind == "squaredcos_cap_v2":
         return Discrete(steps=steps, spacing="cosine")
+    if not 0 < start <= end < 1:
+        raise UserError(f"beta_start={start} and beta_end={end} must be 0 < beta_start <= beta_end < 1")
     return Discrete(beta_start=start, beta_end=end, steps=steps, spacing=SPACINGS[kind])
 
 
@@ -153,7 +182,12 @@ def _clip(config: Mapping[str, Any], *, clips: bool) -> float | None:
         if most != 1:
             raise UserError(f"sample_max_value={most:g} with thresholding: only 1 is read; set sampling.threshold")
         return 1.0
-    return float(_number(config, "clip_sample_range", 1.0)) if config.get("clip_sample", clips) else None
+    if not config.get("clip_sample", clips):
+        return None
+    bound = float(_number(config, "clip_sample_range", 1.0))
+    if not 0 < bound < math.inf:
+        raise UserError(f"clip_sample_range={bound} must be positive and finite; set clip_sample to false for no bound")
+    return bound
 
 
 def _number(config: Mapping[str, Any], name: str, default: float, *, whole: bool = False) -> Any:

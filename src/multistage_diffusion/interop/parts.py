@@ -25,6 +25,7 @@ _CODE = {
     "ddpmpp": "EDM's DDPM++ (.pkl)",
     "ldm": "latent diffusion's U-Net (.ckpt)",
 }
+_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FIRST = {
     "ncsnpp": ("en_modules.", "all_modules."),
     "ddpmpp": ("model.map_layer", "model.enc."),
@@ -87,6 +88,24 @@ def said_groups(arguments: dict[str, Any]) -> int | None:
     """Remove the largest number of GroupNorm groups from a file's arguments and return it; None if it is not there."""
     said = arguments.pop(NORM_GROUPS, None)
     return said if type(said) is int and said > 0 else None
+
+
+def weight(name: str, value: Tensor) -> Tensor:
+    """Return a copy of a weight in float32.
+
+    Raises:
+        UserError: naming it, if it is quantised or no real number, or not finite in float32.
+    """
+    if value.dtype not in _WEIGHTS:
+        kinds = ", ".join(str(kind).removeprefix("torch.") for kind in _WEIGHTS)
+        raise UserError(f"{name} is of {value.dtype}: only weights of {kinds} are read, none that are quantised")
+    found = value.to(torch.float32, copy=True).contiguous()
+    if not found.isfinite().all():
+        raise UserError(
+            f"weights of {name} are not finite: the file is that of a training that diverged, or of numbers too large for its "
+            "precision"
+        )
+    return found
 
 
 def learnt(values: Tensors) -> Tensors:

@@ -144,6 +144,8 @@ def _refusal(name: str) -> str:
 def _reason(error: Exception) -> str:
     """Return one line with the reason why a checkpoint could not be read."""
     text = str(error)
+    if found := re.search(r"WeightsUnpickler error: *([^\n]*)", text):  # without torch's advice to read it unsafely
+        text = found[1]
     named = re.search(r"GLOBAL (\w[\w.]+)", text)
     if isinstance(error, Refused):
         return text

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config import NetworkConfig
@@ -15,7 +14,7 @@ from ..errors import UserError
 from ..nets.blocks import GROUPS
 from ..nets.network import meta_network
 from .names import convert_published, published_names, restore_published
-from .parts import Family, Tensors
+from .parts import Family, Tensors, weight
 
 
 def network_of(
@@ -61,8 +60,8 @@ def our_state(tensors: Mapping[str, Tensor], config: NetworkConfig, size: tuple[
     """
     names = published_names(config, size)
     require_tensors(tensors, _needed(config, size), config)
-    converted = convert_published(tensors, names)
-    return {name: value.to(torch.float32, copy=True).contiguous() for name, value in converted.items()}
+    converted = convert_published({name: weight(name, value) for name, value in tensors.items()}, names)
+    return {name: value.contiguous() for name, value in converted.items()}
 
 
 def require_tensors(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor], config: NetworkConfig) -> None:

@@ -370,6 +370,11 @@ class DiffusersDiT(_DiTLayout):
         head = positive_number(told.get("attention_head_dim"), "attention_head_dim")
         eps = told.get("norm_eps", 1e-5)
         require(type(eps) in (int, float), f"config.json: norm_eps={eps!r} must be a number")
+        across = shape_of(tensors, f"{cls.first}.weight", 4)[0]
+        require(
+            across % head == 0,
+            f"config.json: attention_head_dim={head} does not divide the width {across} of the weights",
+        )
         found = super().settings(tensors, {**told, "head_channels": head})
         patch, width = found["patch"], found["encoder_width"]
         for name, value in (

@@ -119,8 +119,19 @@ def square_side(patches: int, name: str) -> int:
 
 
 def head_channels(width: int, told: Mapping[str, Any]) -> int:
-    """Return the channels of an attention head: told, or those of the published network of this width."""
-    return int(told.get("head_channels") or SIZES.get(width, 64))
+    """Return the channels of an attention head: told, or those of the published network of this width.
+
+    Raises:
+        UserError: if they do not divide the width.
+    """
+    said = told.get("head_channels")
+    head = SIZES.get(width, 64) if said is None else int(said)
+    assumed = " (assumed)" if said is None else ""
+    require(
+        width % head == 0,
+        f"head_channels={head}{assumed} does not divide the width {width} of the network; give another --head-channels",
+    )
+    return head
 
 
 def require_published(config: NetworkConfig, **settings: object) -> None:

@@ -19,7 +19,8 @@ from ..config.serialization import from_dict, override, read_json, to_dict
 from ..errors import UserError, require
 from ..files import write_atomic
 from ..interop.diffusers_folder import CONFIG, OLD_WEIGHTS, WEIGHTS, read_mapping, read_weights
-from ..interop.parts import SAMPLING, plain
+from ..interop.file_terms import file_terms
+from ..interop.parts import SAMPLING, plain, weight
 from ..interop.published import kind_of, read_torch, torch_bytes
 from ..interop.shapes import require_tensors
 from ..nets.layouts import LAYOUTS, PublishedLayout, Tensors
@@ -165,7 +166,11 @@ def network_of(found: Found, asked: Mapping[str, Any]) -> NetworkConfig:
         valid = type(value) is int and 0 < value < 10**6
         require(valid, f"{ARGUMENTS}: {name}={brief(value)} must be a positive whole number")
     told = {**found.told, **own, **{name: value for name, value in asked.items() if value is not None}}
-    return NetworkConfig.of(found.layout.family, **found.layout.settings(tensors, told))
+    settings = found.layout.settings(tensors, told)
+    eps, side = (f"config.json: {name}={brief(told.get(name))}" for name in ("norm_eps", "sample_size"))
+    sources = {"network.norm_eps": eps, "network.size": side, "network": "the shapes of its tensors"}
+    with file_terms(sources):
+        return NetworkConfig.of(found.layout.family, **settings)
 
 
 def states_of(found: Found, network: NetworkConfig) -> list[Tensors]:
@@ -178,18 +183,17 @@ def states_of(found: Found, network: NetworkConfig) -> list[Tensors]:
     for part in (found.model, found.ema):
         if part is None:
             continue
-        for name, value in part.items():
-            require(value.is_floating_point(), f"{name} is of {value.dtype}: only weights of floating point are read")
         whole = dataclasses.replace(network, **_as_in_file(found, network, part))
         require_tensors(part, found.layout.theirs(meta_network(whole).state_dict(), whole), whole)
-        state = found.layout.ours(part, network)
-        states.append({name: value.to(torch.float32, copy=True).contiguous() for name, value in state.items()})
+        state = found.layout.ours({name: weight(name, value) for name, value in part.items()}, network)
+        states.append({name: value.contiguous() for name, value in state.items()})
     return states
 
 
 def _as_in_file(found: Found, network: NetworkConfig, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the settings that a file has although the user drops them."""
-    own = {"encoder_depth": getattr(network, "encoder_depth", None), "classes": network.num_classes}
+    own = {name: getattr(network, name, None) for name in ("encoder_depth", "head_channels")}
+    own["classes"] = network.num_classes
     full = found.layout.settings(tensors, {**found.told, **own})
     return {name: value for name, value in full.items() if name == "learned_sigma"}
 

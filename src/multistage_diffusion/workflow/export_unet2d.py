@@ -16,7 +16,8 @@ from ..files import new_folder, write_file
 from ..interop.diffusers_folder import CONFIG, SCHEDULER, WEIGHTS, read_mapping
 from ..interop.noise_config import noise_settings
 from ..interop.stock_schedulers import ddim_steps
-from ..interop.unet2d import CLASS, unet2d_settings, unet2d_tensors
+from ..interop.unet2d import unet2d_tensors
+from ..interop.unet2d_config import CLASS, unet2d_settings
 from ..latent.codecs import located_folder
 from ..nets.ldm import LDMConfig
 from ..reading import brief

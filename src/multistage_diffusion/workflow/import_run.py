@@ -16,11 +16,13 @@ from ..config.serialization import from_dict
 from ..errors import UserError
 from ..files import disk_errors, write_json
 from ..interop.autoencoder import downsampling, first_stage
+from ..interop.file_terms import file_terms
 from ..interop.layouts import read_published
 from ..interop.parts import EDGES, HEADS, ORIGINAL, Published, Tensors
 from ..interop.shapes import network_of, our_state, resolution_of
 from ..nets.blocks import GROUPS
 from ..nets.song import SongUNetConfig
+from ..reading import brief
 from ..schedules.discrete import Discrete, UniformSteps
 from ..stage_finding import StageResult
 from ..stages import Stages
@@ -82,6 +84,8 @@ def import_published(
         UserError: in one line: the file is damaged, hostile or does not fit, or its stages are unknown.
     """
     file = Path(file)
+    _require_positive({"head_channels": head_channels, "norm_groups": norm_groups})
+    _require_positive({"encoder_depth": encoder_depth, "classes": classes})
     if Run(file).checkpoints.is_dir():
         raise UserError(f"{file}: is a run already; use it as it is, or start from it: msdiff train --init-from {file}")
     own = {"encoder_depth": encoder_depth, "classes": classes, "drop_sigma": drop_sigma or None}
@@ -100,10 +104,13 @@ def import_published(
     assert weights is not None
     try:
         heads, groups = _heads(published, head_channels), _norm_groups(published, norm_groups)
-        network = network_of(published.family, weights, norm_groups=groups, head_channels=heads)
+        with file_terms(_sources(published, heads, groups, given=head_channels is not None)):
+            network = network_of(published.family, weights, norm_groups=groups, head_channels=heads)
         chosen, base = base is not None, base or _paper_preset(network)
         size = _size(published, weights, size, base)
         tensors = [our_state(part, network, size) for part in (published.model, published.ema) if part is not None]
+        with file_terms({"network": f"size={size}"}):
+            network.require_size(*size)
         stages = _stages(published, network, base, _given_stages(result, edges))
         config = _config(published, network, base, size, stages)
         codec, folder = _first_stage(file, published), Path(out) / "codec"
@@ -157,11 +164,36 @@ def _import_layout(
     return Run.create(out, config, replace=replace, fill=fill)
 
 
+def _require_positive(given: dict[str, int | None]) -> None:
+    """Raise UserError if a number is given that is not positive."""
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be positive")
+
+
+def _sources(published: Published, heads: int, groups: int, *, given: bool) -> dict[str, str]:
+    """Return what settings of the network come from, for messages; `given`: whether the user gave the heads."""
+    if given:
+        told = f"head_channels={heads}"
+    elif HEADS in published.arguments:
+        told = f"{HEADS}={heads}"
+    else:
+        told = f"head_channels={heads} (assumed)"
+    return {
+        "network.head_channels": told,
+        "network.norm_groups": f"norm_groups={groups}",
+        "network": f"the shapes of its tensors, with norm_groups={groups}",
+    }
+
+
 def _heads(published: Published, given: int | None) -> int:
     """Return the channels of an attention head: the given value, the file's value, or latent diffusion's usual 32."""
     if given is not None and published.family != "ldm":
         raise UserError(f"head_channels={given}: a network of family {published.family!r} has one head; leave it out")
-    return int(_number(published, HEADS, 32)) if given is None else given
+    said = published.arguments.get(HEADS, 32) if given is None else given
+    if type(said) is not int or said < 1:
+        raise UserError(f"{HEADS}={brief(said)} must be a positive whole number")
+    return said
 
 
 def _norm_groups(published: Published, given: int | None) -> int:
@@ -179,7 +211,7 @@ def _number(published: Published, name: str, default: float) -> float:
     """Return a number from the arguments of a file."""
     said = published.arguments.get(name, default)
     if not isinstance(said, int | float):
-        raise UserError(f"{name}={said!r} must be a number")
+        raise UserError(f"{name}={brief(said)} must be a number")
     return said
 
 
@@ -217,10 +249,12 @@ def _config(
     dropout = base.network.dropout
     if network.family == "ddpmpp":
         dropout = _number(published, "dropout", dropout)
+    with file_terms({"network.dropout": f"dropout={dropout}"}):
+        network = dataclasses.replace(network, dropout=float(dropout))
     return dataclasses.replace(
         base,
         data=data_without_source(base.data, (network.channels, *size)),
-        network=dataclasses.replace(network, dropout=float(dropout)),
+        network=network,
         diffusion=_diffusion(published, base.diffusion),
         stages=stages,
         training=continued_training(base.training, network),
@@ -231,7 +265,9 @@ def _config(
 def _diffusion(published: Published, base: DiffusionConfig) -> DiffusionConfig:
     """Return the noise settings that a network was trained with, as far as its file contains them."""
     if published.family == "ddpmpp":
-        return dataclasses.replace(base, sigma_data=float(_number(published, "sigma_data", 0.5)))
+        sigma_data = _number(published, "sigma_data", 0.5)
+        with file_terms({"diffusion.sigma_data": f"sigma_data={sigma_data}"}):
+            return dataclasses.replace(base, sigma_data=float(sigma_data))
     betas = published.buffers.get("betas")
     if betas is None or published.family != "ldm":
         return base
@@ -268,8 +304,9 @@ def _stages(published: Published, network: NetworkConfig, base: RunConfig, given
     decoders, said = len(network.decoder_widths), published.arguments.get(EDGES)
     if given is not None:
         stages = given
-    elif isinstance(said, list):
-        stages = from_dict(Stages, {"interior": said, "origin": {"rule": "of the imported network"}}, "stages")
+    elif said is not None:
+        with file_terms({"stages.interior": f"{EDGES}={brief(said)}", "stages": f"{EDGES}={brief(said)}"}):
+            stages = from_dict(Stages, {"interior": said, "origin": {"rule": "of the imported network"}}, "stages")
     elif decoders == 1:
         stages = Stages()
     else:
@@ -361,12 +398,9 @@ def _on_latents(
         # an autoencoder is no matter of channels: unless the preset was named, the user has to name one
         factor, colours = downsampling(published.codec) or base.data.shape[1] // base.codec.shape[1], base.data.shape[0]
         own = own if own.used and own.shape[0] == channels else CodecConfig()
-    latents = dataclasses.replace(
-        own,
-        scale=(own.factor or 1.0) if scale is None else scale.item(),
-        shape=(channels, height, width),
-        fingerprint="",
-    )
+    said = (own.factor or 1.0) if scale is None else scale.item()
+    with file_terms({"codec.scale": f"scale_factor={said}"}):
+        latents = dataclasses.replace(own, scale=said, shape=(channels, height, width), fingerprint="")
     return dataclasses.replace(
         config, codec=latents, data=data_without_source(base.data, (colours, height * factor, width * factor))
     )

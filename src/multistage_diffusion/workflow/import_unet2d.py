@@ -20,11 +20,14 @@ from ..config import (
     SamplingConfig,
     TrainingConfig,
 )
+from ..config.sampling import MOST_CALLS
 from ..errors import UserError
 from ..files import disk_errors, write_atomic, write_json
 from ..interop.diffusers_folder import CONFIG, WEIGHTS, DiffusersFolder, read_folder, read_weights
+from ..interop.file_terms import file_terms
 from ..interop.noise_config import Noise, read_noise
-from ..interop.unet2d import network_of_unet2d, size_of_unet2d, unet2d_state
+from ..interop.unet2d import unet2d_state
+from ..interop.unet2d_config import network_of_unet2d, size_of_unet2d
 from ..latent.codecs import autoencoder_settings
 from ..nets.ldm import LDMConfig
 from ..reading import brief
@@ -67,7 +70,7 @@ def import_unet2d(
     found = read_folder(folder)
     try:
         network, noise = network_of_unet2d(found.network), read_noise(found.scheduler)
-        shape = (network.channels, *_size(found, size))
+        shape = (network.channels, *_size(found, network, size))
         model = unet2d_state(found.model, network)
         ema = model if found.ema is found.model else unet2d_state(found.ema, network)
         config = _config(found, network, noise, shape, base, out)
@@ -120,23 +123,32 @@ def _sampling(noise: Noise, clip: float | None) -> SamplingConfig:
     schedule, offset = noise.diffusion.schedule, noise.offset
     assert isinstance(schedule, Discrete)
     low = float(schedule.sigma(float(offset))) if offset else None
-    for calls in (*range(min(CALLS, schedule.steps), 2, -1), *range(CALLS + 1, schedule.steps + 1)):
+    fewer = range(min(CALLS, schedule.steps), 2, -1)
+    # more calls are closer together, which leaves less room for an offset; they help where calls have to divide the steps
+    more = range(CALLS + 1, min(schedule.steps, MOST_CALLS) + 1) if noise.trailing else range(0)
+    for calls in (*fewer, *(calls for calls in more if schedule.steps % calls == 0), 2):
         found = diffusers_ddim(calls, low=low, trailing=noise.trailing, lands=noise.lands, clip=clip)
         with suppress(UserError):
             make_plan(found, schedule)
             return found
-    found = diffusers_ddim(2, low=low, trailing=noise.trailing, lands=noise.lands, clip=clip)
-    make_plan(found, schedule)
-    return found
+    raise UserError(
+        f"num_train_timesteps={schedule.steps}: no number of DDIM's calls, up to {MOST_CALLS}, fits its timestep_spacing and "
+        "steps_offset"
+    )
 
 
-def _size(found: DiffusersFolder, given: tuple[int, int] | None) -> tuple[int, int]:
+def _size(found: DiffusersFolder, network: LDMConfig, given: tuple[int, int] | None) -> tuple[int, int]:
     own = size_of_unet2d(found.network)
     if own is not None and given not in (None, own):
         raise UserError(f"size={given}: sample_size in {CONFIG} is {list(own)}; leave the size out")
     size = own or given
     if size is None:
         raise UserError(f"sample_size is null in {CONFIG}; give the size of the network's input (--size H W)")
+    name, levels = ("--size" if own is None else "sample_size"), len(network.channel_mult)
+    with file_terms(
+        {"network.channel_mult": f"{name}={list(size)} for a network of {levels} levels (block_out_channels)"}
+    ):
+        network.require_size(*size)
     return size
 
 

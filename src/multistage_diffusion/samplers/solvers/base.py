@@ -72,6 +72,19 @@ class Plan:
         return any(step.noise_std > 0 for step in self.steps)
 
 
+def first_order(x: Tensor, denoised: Tensor, left: float) -> Tensor:
+    """Return the state after a step in which the denoised image is constant: Euler's method in sigma, and DDIM.
+
+    Unlike x + (end - start) (x - denoised) / start, it keeps float32's precision where x is much larger than images.
+
+    Args:
+        x: state at the start.
+        denoised: of it.
+        left: the share of the noise that is left, sigma at the end / sigma at the start.
+    """
+    return left * x + (1.0 - left) * denoised
+
+
 class Solver(ABC):
     """A solver of dx/dsigma = (x - D(x; sigma))/sigma (Karras et al. 2022, eq. 1 and 3).
 

@@ -25,7 +25,7 @@ from ...config import SamplingConfig
 from ...config.sampling import SOLVERS
 from ..orders import lowered_multistep_orders, lowered_singlestep_orders, multistep_orders, singlestep_orders
 from ..spacings import Spacing
-from .base import SLACK, AddNoise, Denoise, Plan, Solver, Step
+from .base import SLACK, AddNoise, Denoise, Plan, Solver, Step, first_order
 
 LONGEST_LAST_STEP = 1.5  # for a last step of order 2 or 3
 
@@ -98,15 +98,13 @@ class DPMSolver(Solver):
         """Make a step from its inner points, or else from earlier steps; of order 1 it needs neither."""
         start, *inner = step.calls
         flow = _flow(start, step.end, self.data)
-        f0 = self._predict(denoise, x, start)
-        change = flow.w1 * f0
+        denoised = denoise(x, start)
+        f0 = self._prediction(x, denoised, start)
+        ahead = first_order(x, denoised, step.end / start)
         if inner:
-            change = change + self._from_inner_points(denoise, x, step, flow, f0)
-        else:
-            self.past = [(-math.log(start), f0), *self.past[:2]]
-            if step.order > 1:
-                change = self._with_past(change, step, flow)
-        return flow.decay * x + change
+            return ahead + self._from_inner_points(denoise, x, step, flow, denoised, f0)
+        self.past = [(-math.log(start), f0), *self.past[:2]]
+        return ahead + self._from_past(step, flow) if step.order > 1 else ahead
 
     @classmethod
     def shortcoming(cls, plan: Plan) -> str | None:
@@ -125,30 +123,31 @@ class DPMSolver(Solver):
                 )
         return None
 
-    def _predict(self, denoise: Denoise, x: Tensor, sigma: float) -> Tensor:
-        denoised = denoise(x, sigma)
+    def _prediction(self, x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
         return denoised if self.data else (x - denoised) / sigma
 
-    def _from_inner_points(self, denoise: Denoise, x: Tensor, step: Step, flow: _Flow, f0: Tensor) -> Tensor:
+    def _from_inner_points(
+        self, denoise: Denoise, x: Tensor, step: Step, flow: _Flow, denoised: Tensor, f0: Tensor
+    ) -> Tensor:
         """Return the derivatives' part of DPM-Solver-2, -3 (2022a, algorithms 1 and 2) or 2S, 3S.
 
         r1, r2 follow from the inner points. Order 3 needs r2 = 2/3 up to O(h). This holds for every smooth spacing, and
         exactly for log-SNR spacing.
         """
         start, *inner = step.calls
-        to1 = _flow(start, inner[0], self.data)
-        r1 = to1.h / flow.h
-        d1 = self._predict(denoise, to1.decay * x + to1.w1 * f0, inner[0]) - f0
+        r1 = _flow(start, inner[0], self.data).h / flow.h
+        x1 = first_order(x, denoised, inner[0] / start)
+        d1 = self._prediction(x1, denoise(x1, inner[0]), inner[0]) - f0
         if step.order == 2:
             return (0.5 / r1 * flow.w1) * d1
         to2 = _flow(start, inner[1], self.data)
         r2 = to2.h / flow.h
-        x2 = to2.decay * x + to2.w1 * f0 + (r2 / r1 * to2.w2) * d1
-        d2 = self._predict(denoise, x2, inner[1]) - f0
+        x2 = first_order(x, denoised, inner[1] / start) + (r2 / r1 * to2.w2) * d1
+        d2 = self._prediction(x2, denoise(x2, inner[1]), inner[1]) - f0
         return (flow.w2 / r2) * d2
 
-    def _with_past(self, change: Tensor, step: Step, flow: _Flow) -> Tensor:
-        """Add the derivatives' part of Adams-Bashforth in lambda (2022b, Algorithm 2).
+    def _from_past(self, step: Step, flow: _Flow) -> Tensor:
+        """Return the derivatives' part of Adams-Bashforth in lambda (2022b, Algorithm 2).
 
         Order 3 estimates f' and f'' by divided differences. f'' is twice the second difference (`step.curvature`);
         without the factor 2, as in the published code, the order is lost.
@@ -156,11 +155,11 @@ class DPMSolver(Solver):
         (lambda0, f0), (lambda1, f1) = self.past[:2]
         first = (f0 - f1) / (lambda0 - lambda1)
         if step.order == 2:
-            return change + (0.5 * flow.w1 * flow.h) * first
+            return (0.5 * flow.w1 * flow.h) * first
         lambda2, f2 = self.past[2]
         second = (first - (f1 - f2) / (lambda1 - lambda2)) / (lambda0 - lambda2)
         slope = first + (lambda0 - lambda1) * second
-        return change + (flow.w2 * flow.h) * slope + (step.curvature * flow.w3 * flow.h**2) * second
+        return (flow.w2 * flow.h) * slope + (step.curvature * flow.w3 * flow.h**2) * second
 
 
 @SOLVERS.add("dpm++")
@@ -174,10 +173,12 @@ class DPMSolverPlusPlus(DPMSolver):
 
 @dataclass(frozen=True)
 class _Flow:
-    """The exact solution over one step: x_t = decay x_s + w1 f + w2 (h f') + w3 (h² f'') + .., derivatives at s."""
+    """The exact solution over one step: x_t = c x_s + w1 f + w2 (h f') + w3 (h² f'') + .., derivatives at s.
+
+    c x_s + w1 f is the same for both predictions, `first_order`.
+    """
 
     h: float
-    decay: float
     w1: float
     w2: float
     w3: float
@@ -186,8 +187,8 @@ class _Flow:
 def _flow(sigma_s: float, sigma_t: float, data: bool) -> _Flow:
     h = math.log(sigma_s / sigma_t)
     z = -h if data else h
-    decay, factor = (sigma_t / sigma_s, h) if data else (1.0, -sigma_t * h)
+    factor = h if data else -sigma_t * h
     phi1 = math.expm1(z) / z
     phi2 = (phi1 - 1.0) / z
     phi3 = (phi2 - 0.5) / z
-    return _Flow(h, decay, factor * phi1, factor * phi2, factor * phi3)
+    return _Flow(h, factor * phi1, factor * phi2, factor * phi3)

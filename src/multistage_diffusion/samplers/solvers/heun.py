@@ -12,7 +12,7 @@ from torch import Tensor
 from ...config import SamplingConfig
 from ...config.sampling import SOLVERS
 from ..spacings import Spacing
-from .base import SLACK, AddNoise, Denoise, Plan, Solver, Step
+from .base import SLACK, AddNoise, Denoise, Plan, Solver, Step, first_order
 
 LONGEST_STEP = 1.5  # the trapezoidal rule is in sigma: in a longer step the end slope has too much weight
 LONGEST_UNCORRECTED = 6.0  # DDIM has one step per call, so it divides a longer step into two
@@ -54,14 +54,16 @@ class Heun(Solver):
         return steps
 
     def step(self, x: Tensor, step: Step, denoise: Denoise, add_noise: AddNoise) -> Tensor:
-        """Make an Euler step and correct it with the slope at its end; with one call there is no correction."""
+        """Make an Euler step and correct it with the slope at its end; with one call there is no correction.
+
+        Slopes are written with the denoised images: in x + (end - start) slope, an x of sigma 1000 would round them to 1e-4.
+        """
         start, *corrected = step.calls
-        x = add_noise(x)
-        slope = (x - denoise(x, start)) / start
-        ahead = x + (step.end - start) * slope
+        x, left = add_noise(x), step.end / start
+        denoised = denoise(x, start)
+        ahead = first_order(x, denoised, left)
         if corrected:
-            slope = 0.5 * (slope + (ahead - denoise(ahead, step.end)) / step.end)
-            ahead = x + (step.end - start) * slope
+            ahead = ahead + (0.5 * (1.0 - left) / left) * (denoise(ahead, step.end) - denoised)
         return ahead
 
     @classmethod
