@@ -233,6 +233,7 @@ def test_settings_are_yaml_values() -> None:
         "f": {"x": 100.0},
         "g": "a=b",
     }
+    assert list(parse_changes(["a.b=1", "a={}", "a.b=2"]).items()) == [("a", {}), ("a.b", 2)]  # the last one wins
 
 
 def test_a_configuration_file_may_be_yaml(tmp_path: Path) -> None:
