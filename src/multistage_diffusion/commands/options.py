@@ -194,7 +194,7 @@ def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: if a setting is not KEY=VALUE with a YAML value.
     """
-    changes = {}
+    changes: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:

@@ -15,10 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..config import CodecConfig, DataConfig, NetworkConfig, RunConfig
-from ..config.serialization import from_dict, override, read_json, to_dict
+from ..config.serialization import override, read_json, to_dict
 from ..errors import UserError, require
 from ..files import write_atomic
-from ..interop.diffusers_folder import CONFIG, OLD_WEIGHTS, WEIGHTS, read_mapping, read_weights
+from ..interop.diffusers_folder import CONFIG, OLD_WEIGHTS, SCHEDULER, WEIGHTS, read_mapping, read_weights
 from ..interop.parts import SAMPLING, plain
 from ..interop.published import kind_of, read_torch, torch_bytes
 from ..interop.shapes import require_tensors
@@ -28,6 +28,7 @@ from ..reading import brief
 from ..stages import Stages
 from .imported import remembered_sampling
 from .latent import recorded_scale
+from .layout_noise import NOISE, OWN, NoiseClues, diffusion_of, name_of, training_options
 
 SD_SCALE = 0.18215  # of Stable Diffusion's latents, on which published networks of 4 channels are trained
 VAE = "vae"  # sub-folder of the autoencoder
@@ -54,7 +55,7 @@ class Found:
         ema: averages by the same names; None if there are none.
         told: settings beside the tensors.
         codec: folder of an autoencoder beside them, with a config.json; None: there is none.
-        schedule: scheduler_config.json beside them; None: there is none.
+        clues: what tells on which noise it was trained.
         remembered: what an export says of its run (see `_arguments`); {}: it is a file of other code.
     """
 
@@ -63,7 +64,7 @@ class Found:
     ema: Tensors | None
     told: dict[str, Any]
     codec: Path | None = None
-    schedule: dict[str, Any] | None = None
+    clues: NoiseClues = field(default_factory=NoiseClues)
     remembered: dict[str, Any] = field(default_factory=dict)
 
 
@@ -85,7 +86,9 @@ def find_layout(path: Path) -> Found | None:
     layout = _recognised(model or ema or {})
     if layout is None:
         return None
-    return Found(layout=layout, model=model, ema=ema, told={}, remembered=_remembered(content))
+    remembered = _remembered(content)
+    clues = NoiseClues(file=path.name, training=training_options(content.get("args")), remembered=remembered.get(NOISE))
+    return Found(layout=layout, model=model, ema=ema, told={}, remembered=remembered, clues=clues)
 
 
 def _remembered(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,14 +127,15 @@ def _of_folder(folder: Path) -> Found | None:
     tensors = _tensors(read_weights(inner))
     if tensors is None:
         raise UserError(f"{inner}: its weights are no state dict of whole tensors; save the model again")
-    scheduler = inner.parent / "scheduler" / "scheduler_config.json"
+    places = [inner / SCHEDULER, inner.resolve().parent / "scheduler" / SCHEDULER]
+    scheduler = next((read_mapping(place) for place in places if place.is_file()), None)
     return Found(
         layout=layout,
         model=tensors,
         ema=None,
         told={name: value for name, value in told.items() if name not in _OPTIONS},
         codec=folder.resolve() if (folder / VAE / CONFIG).is_file() else None,
-        schedule=dict(read_mapping(scheduler)) if inner != folder and scheduler.is_file() else None,
+        clues=NoiseClues(file=folder.name, schedule=scheduler),
     )
 
 
@@ -165,7 +169,17 @@ def network_of(found: Found, asked: Mapping[str, Any]) -> NetworkConfig:
         valid = type(value) is int and 0 < value < 10**6
         require(valid, f"{ARGUMENTS}: {name}={brief(value)} must be a positive whole number")
     told = {**found.told, **own, **{name: value for name, value in asked.items() if value is not None}}
-    return NetworkConfig.of(found.layout.family, **found.layout.settings(tensors, told))
+    network = NetworkConfig.of(found.layout.family, **found.layout.settings(tensors, told))
+    learnt = _as_in_file(found, network, tensors).get("learned_sigma")
+    require(
+        bool(learnt) or not asked.get("drop_sigma"),
+        "drop_sigma: has no effect: the network has no outputs for a learnt variance; leave it out",
+    )
+    require(
+        told.get("classes", network.num_classes) == network.num_classes,
+        f"{ARGUMENTS}: classes={told.get('classes')}, but the class table is of {network.num_classes}",
+    )
+    return network
 
 
 def states_of(found: Found, network: NetworkConfig) -> list[Tensors]:
@@ -194,24 +208,27 @@ def _as_in_file(found: Found, network: NetworkConfig, tensors: Mapping[str, Tens
     return {name: value for name, value in full.items() if name == "learned_sigma"}
 
 
-def config_of(found: Found, network: NetworkConfig, base: RunConfig | None) -> RunConfig:
+def config_of(found: Found, network: NetworkConfig, base: RunConfig | None, noise: str | None = None) -> RunConfig:
     """Return the configuration of a run with a published network, without its name.
 
     Args:
         found: the network.
         network: its configuration.
-        base: gives training and sampling, and the noise; None: the defaults, with the noise of the layout.
+        base: gives training and sampling; None: the defaults.
+        noise: that the user names, see `diffusion_of`.
 
     Raises:
-        UserError: if base is for another network.
+        UserError: if base is for another network, or the noise is not one that is imported.
     """
+    diffusion = diffusion_of(found.layout, found.clues, noise)
     if base is not None and base.network.family != network.family:
         raise UserError(
             f"holds a network of family {network.family!r}, but the preset {base.name!r} is for family "
             f"{base.network.family!r}; name another preset"
         )
     height, width = network.size  # type: ignore[attr-defined]
-    inputs, images = (network.channels, height, width), (3, SD_FACTOR * height, SD_FACTOR * width)
+    factor = _checked_factor(found, network)
+    inputs, images = (network.channels, height, width), (3, factor * height, factor * width)
     codec, latents = CodecConfig(), SCALE in found.remembered if found.remembered else network.channels == 4
     if found.codec is not None or latents:
         scale, shift = _scale_and_shift(found)
@@ -219,7 +236,11 @@ def config_of(found: Found, network: NetworkConfig, base: RunConfig | None) -> R
         if found.codec is not None:
             codec = dataclasses.replace(codec, source=str(found.codec), subfolder=VAE)
     data = DataConfig(source="", shape=_image_shape(found, images if codec.used else inputs))
-    start = base or override(RunConfig(), {"diffusion": diffusion_of(found), "sampling.calls": 20})
+    require(
+        codec.used or data.shape[0] == network.channels,
+        f"{ARGUMENTS}: {SHAPE}={list(data.shape)}, but the network has {network.channels} channels",
+    )
+    start = override(base or override(RunConfig(), {"sampling.calls": 20}), {"diffusion": diffusion})
     training = dataclasses.replace(
         start.training, shares="uniform", weights="prior", soft_intervals=0.0, augment=0.0, ema_rampup=0.0, branch_at=0
     )
@@ -274,6 +295,19 @@ def _scale_and_shift(found: Found) -> tuple[float, float]:
     return float(scale), float(shift)
 
 
+def _checked_factor(found: Found, network: NetworkConfig) -> int:
+    """Return by what sides of images are divided: told by an autoencoder beside the network, whose latents it must fit."""
+    told = {} if found.codec is None else read_mapping(found.codec / VAE / CONFIG)
+    channels, levels = told.get("latent_channels", network.channels), told.get("block_out_channels")
+    require(
+        channels == network.channels,
+        f"vae/config.json: latent_channels={brief(channels)}, but the network has {network.channels} channels",
+    )
+    valid = levels is None or (isinstance(levels, list) and 0 < len(levels) < 10)
+    require(valid, f"vae/config.json: block_out_channels={brief(levels)} must be a list of widths")
+    return SD_FACTOR if levels is None else int(2 ** (len(levels) - 1))
+
+
 def _image_shape(found: Found, usual: tuple[int, int, int]) -> tuple[int, int, int]:
     """Return the shape of the images: an exported run's, or the usual one of such a network."""
     said = found.remembered.get(SHAPE, list(usual))
@@ -281,31 +315,6 @@ def _image_shape(found: Found, usual: tuple[int, int, int]) -> tuple[int, int, i
     require(valid, f"{ARGUMENTS}: {SHAPE}={brief(said)} must be [channels, height, width]")
     channels, height, width = said
     return channels, height, width
-
-
-def diffusion_of(found: Found) -> dict[str, Any]:
-    """Return the noise of a layout's networks; a scheduler_config.json that says something else is refused.
-
-    Raises:
-        UserError: naming the key.
-    """
-    diffusion, said = found.layout.diffusion, found.schedule or {}
-    schedule = diffusion["schedule"]
-    known = {"beta_start": "beta_start", "beta_end": "beta_end", "num_train_timesteps": "steps"}
-    wanted = {theirs: schedule[ours] for theirs, ours in known.items() if ours in schedule}
-    for name, value in {**wanted, "beta_schedule": "linear", "prediction_type": "epsilon"}.items():
-        require(
-            said.get(name, value) == value,
-            f"scheduler_config.json: {name}={said.get(name)!r}: only {value!r} is imported for such a network",
-        )
-    for name in ("rescale_betas_zero_snr", "trained_betas"):
-        require(
-            not said.get(name),
-            f"scheduler_config.json: {name}={brief(said.get(name))}: changes the betas; a network of this layout is imported "
-            "with its published ones only",
-        )
-    kind = "uniform-steps" if schedule["kind"] == "discrete" else "uniform-time"
-    return {**diffusion, "prior": {"kind": kind, "schedule": schedule}}
 
 
 def export_layout(config: RunConfig, file: Path, *, model: Tensors, ema: Tensors) -> bytes | None:
@@ -327,23 +336,14 @@ def export_layout(config: RunConfig, file: Path, *, model: Tensors, ema: Tensors
         file.suffix == layout.suffix,
         f"--out {file}: family {family!r} is written as {layout.suffix}; give that suffix",
     )
-    said = to_dict(config.diffusion)
-    published = to_dict(
-        from_dict(type(config.diffusion), diffusion_of(Found(layout=layout, model=None, ema=None, told={})))
-    )
-    for key in ("precondition", "schedule"):
-        require(
-            said[key] == published[key],
-            f"diffusion.{key}={said[key]}: networks in the layout of {layout.code} are trained with {published[key]}; this run "
-            "cannot be exported",
-        )
+    noise, arguments = name_of(config.diffusion, layout), _arguments(config)
+    if noise != OWN:
+        arguments[NOISE] = noise
     average = OrderedDict(layout.theirs(ema, config.network))
     if layout.averaged:  # a state dict alone, which the published code loads strictly
-        setattr(average, METADATA, OrderedDict({"": {"version": 1, ARGUMENTS: _arguments(config)}}))
+        setattr(average, METADATA, OrderedDict({"": {"version": 1, ARGUMENTS: arguments}}))
         return torch_bytes(average)
-    return torch_bytes(
-        {"model": layout.theirs(model, config.network), "ema": dict(average), ARGUMENTS: _arguments(config)}
-    )
+    return torch_bytes({"model": layout.theirs(model, config.network), "ema": dict(average), ARGUMENTS: arguments})
 
 
 def _arguments(config: RunConfig) -> dict[str, Any]:
