@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ VAE = "vae"  # sub-folder of the autoencoder
 SD_FACTOR = 8  # by which it reduces the sides of images
 ARGUMENTS = "arguments"  # of the run, in exports
 METADATA = "_metadata"  # attribute of a state dict, where torch keeps versions
-SCALE, SHIFT, SHAPE = "scale_factor", "shift_factor", "data_shape"  # among them: of latents, and of the images
+SCALE, SHIFT = "scale_factor", "shift_factor"  # among them: of latents
+INPUT, SHAPE = "input_shape", "data_shape"  # and of the network's inputs and the images
 _OPTIONS = (
     "head_channels",
     "encoder_depth",
@@ -226,16 +227,15 @@ def config_of(found: Found, network: NetworkConfig, base: RunConfig | None, nois
             f"holds a network of family {network.family!r}, but the preset {base.name!r} is for family "
             f"{base.network.family!r}; name another preset"
         )
-    height, width = network.size  # type: ignore[attr-defined]
-    factor = _checked_factor(found, network)
-    inputs, images = (network.channels, height, width), (3, factor * height, factor * width)
+    factor, inputs = _checked_factor(found, network), _input_shape(found, network)
+    images = (3, factor * inputs[1], factor * inputs[2])
     codec, latents = CodecConfig(), SCALE in found.remembered if found.remembered else network.channels == 4
     if found.codec is not None or latents:
         scale, shift = _scale_and_shift(found)
         codec = CodecConfig(scale=scale, shift=shift, shape=inputs)
         if found.codec is not None:
             codec = dataclasses.replace(codec, source=str(found.codec), subfolder=VAE)
-    data = DataConfig(source="", shape=_image_shape(found, images if codec.used else inputs))
+    data = DataConfig(source="", shape=_shape(found, SHAPE, images if codec.used else inputs))
     require(
         codec.used or data.shape[0] == network.channels,
         f"{ARGUMENTS}: {SHAPE}={list(data.shape)}, but the network has {network.channels} channels",
@@ -308,13 +308,30 @@ def _checked_factor(found: Found, network: NetworkConfig) -> int:
     return SD_FACTOR if levels is None else int(2 ** (len(levels) - 1))
 
 
-def _image_shape(found: Found, usual: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Return the shape of the images: an exported run's, or the usual one of such a network."""
-    said = found.remembered.get(SHAPE, list(usual))
+def _shape(found: Found, name: str, usual: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return the shape of images or inputs: an exported run's, or the usual one of such a network."""
+    said = found.remembered.get(name, list(usual))
     valid = isinstance(said, list) and len(said) == 3 and all(type(n) is int and 0 < n < 10**6 for n in said)
-    require(valid, f"{ARGUMENTS}: {SHAPE}={brief(said)} must be [channels, height, width]")
+    require(valid, f"{ARGUMENTS}: {name}={brief(said)} must be [channels, height, width]")
     channels, height, width = said
     return channels, height, width
+
+
+def _input_shape(found: Found, network: NetworkConfig) -> tuple[int, int, int]:
+    """Return the shape of the network's inputs: an exported run's, which may be padded to patches, or the network's size."""
+    height, width = network.size  # type: ignore[attr-defined]
+    shape = _shape(found, INPUT, (network.channels, height, width))
+    require(
+        shape[0] == network.channels and _grid(network, shape[1:]) == network.grid,  # type: ignore[attr-defined]
+        f"{ARGUMENTS}: {INPUT}={list(shape)}, but the network is for {[network.channels, height, width]}",
+    )
+    return shape
+
+
+def _grid(network: NetworkConfig, size: Sequence[int]) -> tuple[int, int]:
+    """Return the rows and columns of patches in an input of a size."""
+    found: tuple[int, int] = dataclasses.replace(network, size=tuple(size)).grid  # type: ignore[call-arg, attr-defined]
+    return found
 
 
 def export_layout(config: RunConfig, file: Path, *, model: Tensors, ema: Tensors) -> bytes | None:
@@ -336,6 +353,12 @@ def export_layout(config: RunConfig, file: Path, *, model: Tensors, ema: Tensors
         file.suffix == layout.suffix,
         f"--out {file}: family {family!r} is written as {layout.suffix}; give that suffix",
     )
+    size, known = config.input_shape[1:], config.network.size  # type: ignore[attr-defined]
+    require(
+        _grid(config.network, size) == _grid(config.network, known),
+        f"network.size={list(known)}: the inputs of this run are {list(size)}, for which positions are "
+        f"interpolated; {layout.code} knows positions of one size only, so that this run cannot be exported",
+    )
     noise, arguments = name_of(config.diffusion, layout), _arguments(config)
     if noise != OWN:
         arguments[NOISE] = noise
@@ -353,4 +376,10 @@ def _arguments(config: RunConfig) -> dict[str, Any]:
     if network.num_classes:
         told["classes"] = network.num_classes
     latents = {SCALE: recorded_scale(codec), SHIFT: codec.shift} if codec.used else {}
-    return {**told, **latents, SHAPE: list(config.data.shape), SAMPLING: to_dict(config.sampling)}
+    return {
+        **told,
+        **latents,
+        INPUT: list(config.input_shape),
+        SHAPE: list(config.data.shape),
+        SAMPLING: to_dict(config.sampling),
+    }
