@@ -233,6 +233,7 @@ def test_settings_are_yaml_values() -> None:
         "f": {"x": 100.0},
         "g": "a=b",
     }
+    assert list(parse_changes(["a.b=1", "a={}", "a.b=2"]).items()) == [("a", {}), ("a.b", 2)]  # the last one wins
 
 
 def test_a_configuration_file_may_be_yaml(tmp_path: Path) -> None:
@@ -713,10 +714,13 @@ def test_the_demo_does_everything_and_goes_on(msdiff: Call, tmp_path: Path, monk
             "train --preset digits --out new --set network.width=3",
             "network.width: unknown key; known: channels",
         ),
-        ("train --preset digits --out new --set network.encoder_width=37", "network: width 37 must be even"),
+        (
+            "train --preset digits --out new --set network.encoder_width=37",
+            "network.encoder_width: width 37 must be even and at least 4, such as 38",
+        ),
         (
             "train --preset digits --out new --set network.encoder_width=68",
-            "network: width 68 x 1 = 68 channels is not",
+            "network.encoder_width: width 68 x 1 = 68 channels is not",
         ),
         ("train --preset digits --out new --set stages.interior=[2,1]", "strictly ascending"),
         ("train --preset digits --out new --set optimizer.lr", "--set optimizer.lr: must be KEY=VALUE"),

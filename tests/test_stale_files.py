@@ -105,3 +105,20 @@ def test_what_a_sweep_takes_before_it_is_held_is_made_again(
             files.write_file(folder / "a", b"new")
     assert len(swept) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["it"]
+
+
+def test_what_is_moved_aside_twice_in_a_second_gets_names_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stale_files.time, "strftime", lambda _: "20260101-120000")
+    for number in range(3):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.json").write_text(str(number))
+        files.move_aside(tmp_path / "run")
+    aside = [tmp_path / f"run.replaced-20260101-120000{end}" for end in ("", "-2", "-3")]
+    assert sorted(tmp_path.iterdir()) == aside
+    assert [(folder / "config.json").read_text() for folder in aside] == ["0", "1", "2"]
+    (tmp_path / "run").write_text("file")  # which a rename would put in the place of another
+    (tmp_path / "run.replaced-20260101-120000-4").symlink_to(tmp_path / "absent")
+    files.move_aside(tmp_path / "run")
+    assert (tmp_path / "run.replaced-20260101-120000-5").read_text() == "file"

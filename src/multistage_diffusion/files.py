@@ -14,14 +14,13 @@ import math
 import os
 import shutil
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import UserError
-from .stale_files import OURS, REPLACED, held, lock_own, sweep, temporary_name
+from .stale_files import OURS, REPLACED, aside_name, held, lock_own, sweep, temporary_name
 
 _OPEN = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: opening a FIFO does not block
 
@@ -295,13 +294,13 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def move_aside(path: Path) -> None:
-    """Rename a file or folder to PATH.replaced-TIME.
+    """Rename a file or folder to PATH.replaced-TIME, or to PATH.replaced-TIME-2, ... if that exists.
 
     Raises:
         UserError: if that fails.
     """
     with disk_errors(path):
-        path.rename(path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
+        path.rename(aside_name(path))
 
 
 @contextmanager

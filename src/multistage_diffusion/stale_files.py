@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,6 +49,13 @@ def temporary_name(path: Path, what: str = WRITING) -> Path:
     """Return a new name beside a path: of its successor while it is written (WRITING), or of the old one (REPLACED)."""
     name = os.fsdecode(os.fsencode(path.name)[:200]) if what == WRITING else path.name  # 255 bytes at most
     return path.with_name(f".{name}.{what}-{secrets.token_hex(4)}")
+
+
+def aside_name(path: Path) -> Path:
+    """Return a free name beside a path for what is moved aside for good: with the time, and a number if that is taken."""
+    stamp = f"{path.name}.{REPLACED}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (path.with_name(stamp if number == 1 else f"{stamp}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 @contextmanager

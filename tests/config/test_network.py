@@ -15,14 +15,18 @@ from multistage_diffusion.errors import UserError
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"channels": 0}, "network.channels=0"),
     ({"channels": 10_001}, "network.channels 10001 is more than 10000, the most that is built"),
-    ({"encoder_width": 0}, "network: width 0 must be positive"),
+    ({"encoder_width": 0}, "network.encoder_width: width 0 must be positive, such as 64"),
+    ({"decoder_widths": (8, -8)}, "network.decoder_widths=[8, -8]: width -8 must be positive"),
     ({"encoder_width": 100_001}, "width 100001 is more than 100000"),
     ({"decoder_widths": ()}, "network.decoder_widths"),
     ({"decoder_widths": (8,) * 1001}, "stages 1001 is more than 1000"),
     ({"dropout": 1.0}, "network.dropout=1.0"),
     ({"num_classes": -1}, "network.num_classes=-1"),
     ({"augment_dim": -1}, "network.augment_dim=-1"),
-    ({"decoder_widths": (8, 8), "tempers": (1.0,)}, "network.tempers=[1.0] needs one value for each of the 2 stages"),
+    (
+        {"decoder_widths": (8, 8), "tempers": (1.0,)},
+        "network.tempers=[1.0] needs one value for each of the 2 stages, such as [1.0, 1.0]",
+    ),
 ]
 
 

@@ -311,6 +311,19 @@ def test_override_takes_a_replacement_and_a_change_to_it_without_touching_the_ca
     assert prior == {"kind": "log-normal", "p_mean": 0.0}
 
 
+def test_of_a_part_as_a_whole_and_its_keys_the_later_wins() -> None:
+    whole = {"network": {"family": "ncsnpp", "encoder_width": 64, "norm_groups": 8}}
+    ldm = NetworkConfig.of("ldm", encoder_width=64)
+    assert override(RunConfig(), {**whole, "network.family": "ldm"}).network == ldm
+    ncsnpp = NetworkConfig.of("ncsnpp", encoder_width=64, norm_groups=8)
+    assert override(RunConfig(), {"network.family": "ldm", "network.dropout": 0.3, **whole}).network == ncsnpp
+    # keys of a whole that does not name them all, and a typing error before a whole
+    some = {"network": {"encoder_width": 64}, "network.head_channels": 16, "network.family": "ldm"}
+    assert override(RunConfig(), some).network == NetworkConfig.of("ldm", encoder_width=64, head_channels=16)
+    with pytest.raises(UserError, match=r"data.sise: unknown key; did you mean 'size'"):
+        override(RunConfig(), {"data.sise": 8, "data": {"source": "digits"}})
+
+
 def test_a_new_family_keeps_what_both_have_and_its_defaults_otherwise() -> None:
     made = RunConfig(network=NetworkConfig.of("ncsnpp", encoder_width=64, channel_mult=(1, 2), norm_groups=32))
     changes = {"network.head_channels": 16, "network.family": "ldm"}  # in any order

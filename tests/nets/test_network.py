@@ -8,7 +8,9 @@ from torch import Tensor
 
 from multistage_diffusion.config import NetworkConfig
 from multistage_diffusion.contracts import Conditioning
+from multistage_diffusion.errors import UserError
 from multistage_diffusion.nets import MultiDecoderNetwork, build_network
+from multistage_diffusion.nets import network as network_module
 
 UNETS = ["ncsnpp", "ddpmpp", "ldm"]
 TRANSFORMERS = ["dit", "uvit"]
@@ -255,3 +257,29 @@ def test_every_group_norm_follows_the_setting(family: str, most: int) -> None:
         norms = [m for m in build_network(config).modules() if isinstance(m, torch.nn.GroupNorm)]
     assert {n.num_groups for n in norms} == {min(n.num_channels // 4, most) for n in norms}
     assert max(n.num_groups for n in norms) == most
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "tensor"),
+    [
+        ("dit", {"size": (100_000, 100_000)}, r"encoders.0.positions, is \[1, 2500000000, 64\]"),
+        ("uvit", {"size": (100_000, 100_000)}, r"encoders.0.positions, is \[1, 2500000000, 64\]"),
+        ("uvit", {"patch": 1000, "encoder_width": 64_000}, r"encoders.0.patches.linear.weight, is \[64000, 3000000\]"),
+        ("ncsnpp", {"encoder_width": 99_200}, r"is \[198400, 198400, 3, 3\]"),
+    ],
+)
+def test_memory_is_checked_before_a_network_is_built(family: str, settings: dict[str, Any], tensor: str) -> None:
+    config = NetworkConfig.of(family, **{"encoder_width": 64, "decoder_widths": (64,), **settings})
+    with pytest.raises(
+        UserError, match=rf"network.family='{family}', whose largest tensor, .*{tensor}, needs at least"
+    ):
+        build_network(config)
+
+
+def test_counting_a_network_leaves_its_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, states = NetworkConfig.of("dit", encoder_width=64, decoder_widths=(64,), num_classes=3), []
+    for least in (1, 10**9):
+        monkeypatch.setattr(network_module, "COUNTED", least)
+        torch.manual_seed(0)
+        states.append(build_network(config).state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())

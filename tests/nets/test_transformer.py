@@ -58,12 +58,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"decoder_head_channels": (8, 8, 0)}, "network.decoder_head_channels=[8, 8, 0] must be positive"),
     ({"mlp_ratio": 0.0}, "network.mlp_ratio=0.0 must be in (0, 100]"),
     ({"size": (0, 8)}, "network.size=[0, 8] must be positive"),
-    ({"encoder_width": 20}, "network: width 20 is not divisible into heads of network.head_channels=8; use a multiple of 8"),
+    ({"encoder_width": 20},
+     "network.encoder_width: width 20 is not divisible into heads of network.head_channels=8; use a multiple of 8, such as 16, "
+     "or head_channels such as 5"),
     (
         {"decoder_head_channels": (8, 8, 3)},
-        "network: width 8 is not divisible into heads of network.decoder_head_channels=3; use a multiple of 3",
+        "network.decoder_widths=[24, 16, 8]: width 8 is not divisible into heads of network.decoder_head_channels=3; use a "
+        "multiple of 12, such as 12, or decoder_head_channels such as 2",
     ),
-    ({"encoder_width": 18, "head_channels": 2}, "network: width 18 must be a multiple of 4"),
+    ({"encoder_width": 18, "head_channels": 2},
+     "network.encoder_width: width 18 must be a multiple of 4, which its positions need; use a multiple of 4, such as 16"),
 ]  # fmt: skip
 
 

@@ -10,15 +10,16 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from multistage_diffusion.cli import main
-from multistage_diffusion.config import RunConfig
+from multistage_diffusion.config import NetworkConfig, RunConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import override
 from multistage_diffusion.palette import STAGE_COLOURS
 from multistage_diffusion.reporting.describe import describe
-from multistage_diffusion.reporting.network_drawing import draw_network
+from multistage_diffusion.reporting.network_drawing import _draw_key, draw_network
 from multistage_diffusion.reporting.network_layout import network_layout
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -100,6 +101,21 @@ def test_the_scale_is_stated_and_true(drawn: Any) -> None:
     (scale,) = [text for text in texts(drawn["shared"][1]) if text.startswith("scale: ")]
     assert scale == "scale: 16 channels wide, 1 pixel high"
     assert has_box(drawn["shared"][1], 16 * layout.channel, layout.pixel)
+
+
+def test_a_legend_of_tokens_names_them_and_stays_clear_of_its_box() -> None:
+    shape = {"decoder_depths": (2, 3, 1), "head_channels": 8, "size": (8, 8), "separate": True}
+    network = NetworkConfig.of(
+        "dit", channels=1, encoder_width=64, decoder_widths=(64, 96, 32), encoder_depth=2, **shape
+    )
+    layout = network_layout(network, 8, 8)
+    axes = Figure().subplots()
+    _draw_key(axes, layout, 20)
+    (scale, height), *others = [(text.get_text(), text.get_position()[1]) for text in axes.texts]
+    assert scale == "scale: 32 channels wide, 1 token high"
+    below = [y for _, y in others if y < height]
+    assert below
+    assert all(height - y >= layout.pixel / 2 + 0.1 for y in below)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -284,6 +284,8 @@ def test_what_the_images_contradict_is_told_at_once(tmp_path: Path) -> None:
         auto_config(source, {"network.num_classes": 2}, device="cpu")
     with pytest.raises(UserError, match=r"network\.channels=3: the images \(or latents\) have 1 channels"):
         auto_config(source, {"network.channels": 3}, device="cpu")
+    with pytest.raises(UserError, match=r"network\.channels=3: the images"):
+        auto_config(source, {"network": {"channels": 3}}, device="cpu")
     with pytest.raises(UserError, match=r"data\.size=100000x100000 has more pixels than data\.max_pixels=178956970"):
         auto_config(source, {"data.size": (100_000, 100_000)}, device="cpu")
     config = auto_config(source, {**SMALL, "network.channels": 1}, device="cpu").config

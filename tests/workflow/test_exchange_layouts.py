@@ -201,6 +201,8 @@ def test_commands_give_a_published_trunk_on_pixels_decoders_of_its_own(tmp_path:
         ("vae/config.json", "[1]", "is no mapping"),
         ("vae/config.json", '{"scaling_factor": true}', "scaling_factor=True must be a positive number"),
         ("vae/config.json", '{"shift_factor": "0.1"}', "shift_factor='0.1' must be a finite number"),
+        ("vae/config.json", '{"latent_channels": 16}', "latent_channels=16, but the network has 4 channels"),
+        ("vae/config.json", '{"block_out_channels": 8}', "block_out_channels=8 must be a list of widths"),
         ("vae/config.json", '{"shift_factor": NaN}', "shift_factor=nan must be a finite number"),
         ("scheduler/scheduler_config.json", '{"rescale_betas_zero_snr": true}', "rescale_betas_zero_snr=True: changes"),
         ("scheduler/scheduler_config.json", '{"trained_betas": [0.1, 0.2]}', r"trained_betas=\[0.1, 0.2\]: changes"),
@@ -212,6 +214,22 @@ def test_a_damaged_file_of_a_folder_is_named(file: str, content: str, message: s
     (folder / file).write_text(content)
     with pytest.raises(UserError, match=message):
         import_published(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["num_layers", "num_embeds_ada_norm", "in_channels", "num_attention_heads"])
+def test_a_config_that_contradicts_the_weights_is_refused(name: str, tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path / "published")
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {name: 7}))
+    with pytest.raises(UserError, match=f"config.json: {name}=7, but the weights have"):
+        import_published(folder, tmp_path / "run")
+
+
+def test_the_levels_of_an_autoencoder_give_the_size_of_images(tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path / "published")
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text('{"latent_channels": 4, "block_out_channels": [8, 8, 8]}')
+    assert import_published(folder, tmp_path / "run").config().data.shape == (3, 32, 32)
 
 
 @pytest.mark.slow
@@ -343,7 +361,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     assert run.config().network.num_classes == 9
     with pytest.raises(UserError, match="encoder_depth=2: a U-ViT is divided at its middle, after 1 blocks"):
         import_published(file, tmp_path / "other", head_channels=heads(settings), classes=9, encoder_depth=2)
-    with pytest.raises(UserError, match="size: has no meaning for a network of one stage whose file tells its size"):
+    with pytest.raises(
+        UserError, match=r"size=\(8, 8\): has no meaning for .* U-ViT \(\.pth\): its file tells its size"
+    ):
         import_published(file, tmp_path / "other", size=(8, 8))
     weights["patch_embed.proj.weight"] = torch.zeros(1152, 4, 2, 2)
     file = written(tmp_path, "uvit_classes", weights)
@@ -371,5 +391,5 @@ def test_what_the_published_code_cannot_read_is_not_exported(tmp_path: Path, tin
 
 def test_options_of_transformers_are_refused_elsewhere(tmp_path: Path) -> None:
     save_file({"net.model.enc.x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="encoder_depth: has no meaning for what is not a transformer"):
+    with pytest.raises(UserError, match="encoder_depth=2: has no meaning for what is not a transformer"):
         import_published(tmp_path / "x.safetensors", tmp_path / "run", encoder_depth=2)

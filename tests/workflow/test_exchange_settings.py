@@ -138,6 +138,21 @@ def test_four_channels_of_pixels_do_not_become_latents(tmp_path: Path) -> None:
     assert (found.codec.used, found.data.shape) == (False, run.config().input_shape)
 
 
+def test_inputs_of_another_size_than_the_positions_are_not_exported_but_padded_ones_are(tmp_path: Path) -> None:
+    file, heads = published(tmp_path, "uvit_classes")
+    run = import_published(file, tmp_path / "run", head_channels=heads)
+    codec = run.config().codec
+    other, padded = (
+        on_latents(run, tmp_path / name, dataclasses.replace(codec, shape=(4, side, 8)), (3, 8 * side, 64))
+        for name, side in (("other", 10), ("padded", 7))
+    )
+    with pytest.raises(UserError, match=r"network.size=\[8, 8\]: the inputs of this run are \[10, 8\]"):
+        export_published(other, tmp_path / "other.pth")
+    assert not (tmp_path / "other.pth").exists()
+    again = import_published(export_published(padded, tmp_path / "padded.pth"), tmp_path / "again").config()
+    assert (again.input_shape, again.data.shape, again.network) == ((4, 7, 8), (3, 56, 64), run.config().network)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -152,6 +167,13 @@ def test_four_channels_of_pixels_do_not_become_latents(tmp_path: Path) -> None:
             {"head_channels": 16, "data_shape": [3, 0, 8]},
             r"arguments: data_shape=\[3, 0, 8\] must be \[channels, height",
         ),
+        ({"head_channels": 16, "classes": 5}, "arguments: classes=5, but the class table is of 6"),
+        ({"head_channels": 16, "data_shape": [3, 8, 8]}, r"data_shape=\[3, 8, 8\], but the network has 4 channels"),
+        (
+            {"head_channels": 16, "input_shape": [4, 10, 8]},
+            r"input_shape=\[4, 10, 8\], but the network is for \[4, 8, 8\]",
+        ),
+        ({"head_channels": 16, "noise": "edm"}, "arguments: noise='edm' must be one of ddpm, sit"),
         ({"head_channels": 16, "data_shape": "a"}, r"arguments: data_shape='a' must be \[channels, height"),
     ],
     ids=str,

@@ -186,11 +186,12 @@ def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: if a setting is not KEY=VALUE with a YAML value.
     """
-    changes = {}
+    changes: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise UserError(f"--set {setting}: must be KEY=VALUE, e.g. optimizer.lr=1e-4")
+        changes.pop(key, None)  # so that the last value also has the last place
         changes[key] = plain_numbers(parse_yaml(value, f"--set {setting}", f": {value!r} is not a YAML value"))
     features = changes.get("evaluation.features")
     if isinstance(features, str):

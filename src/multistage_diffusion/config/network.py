@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -104,10 +104,11 @@ class NetworkConfig(ABC):
             value, stages = getattr(self, name), len(self.decoder_widths)
             require(
                 value is None or len(value) == stages,
-                f"network.{name}={list(value or ())} needs one value for each of the {stages} stages",
+                f"network.{name}={list(value or ())} needs one value for each of the {stages} stages"
+                + (f", such as {[value[0]] * stages}" if value and stages <= 10 else ""),
             )
-        for width in self.widths:
-            require(width > 0, f"network: width {width} must be positive")
+        for name, width in self.named_widths():
+            require(width > 0, f"{name} must be positive, such as 64")
         self.require_buildable(
             ("channels", self.channels, 10_000),
             ("decoder_widths: stages", len(self.decoder_widths), 1000),
@@ -121,6 +122,13 @@ class NetworkConfig(ABC):
         """Refuse (name, size, most) of sizes that no machine can hold, before anything is counted or built."""
         for name, found, most in sizes:
             require(found <= most, f"network.{name} {found} is more than {most}, the most that is built")
+
+    def named_widths(self) -> Iterator[tuple[str, int]]:
+        """Yield each width after the words that name its setting and value: the encoder's if it counts, then the decoders'."""
+        if not self.separate:
+            yield f"network.encoder_width: width {self.encoder_width}", self.encoder_width
+        for width in self.decoder_widths:
+            yield f"network.decoder_widths={list(self.decoder_widths)}: width {width}", width
 
     @property
     def widths(self) -> tuple[int, ...]:

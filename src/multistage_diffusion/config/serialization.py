@@ -9,7 +9,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -166,7 +166,8 @@ def override(config: T, changes: Mapping[str, Any]) -> T:
     """Return a copy of a configuration with dotted keys changed, e.g. {"optimizer.lr": 1e-4}.
 
     A new kind of schedule or prior starts from that kind's defaults. A new family of networks keeps the settings that both
-    families have and starts from its defaults for the others. Other keys may change them in the same call.
+    families have and starts from its defaults for the others. Other keys may change them in the same call, in any order; of a
+    part as a whole and its keys the later wins.
 
     Raises:
         UserError: for keys that do not exist and values of the wrong type.
@@ -181,18 +182,37 @@ def changed(config: object, changes: Mapping[str, Any]) -> Any:
         UserError: for keys that do not exist.
     """
     data, keys = to_dict(config), {choice.key for choice in _CHOICES.values()}
-    for dotted, value in sorted(changes.items(), key=lambda change: change[0].rpartition(".")[2] not in keys):
+    partial = set[str]()  # parts given as a whole, which need not name all their keys
+    for dotted, value in _later_wins(changes, keys):
         node, (*parents, last) = data, dotted.split(".")
         for depth, part in enumerate(parents):
             if not isinstance(node.get(part), dict):
                 fault = "has no keys" if part in node else f"is an unknown key{_suggest(part, list(node))}"
                 raise UserError(f"{dotted}: {'.'.join(parents[: depth + 1])} {fault}")
             node = node[part]
-        if last not in node and not keys & node.keys():
+        if last not in node and ".".join(parents) not in partial and not keys & node.keys():
             raise UserError(f"{dotted}: unknown key{_suggest(last, list(node))}")
         _keep_common(node, last, value)
         node[last] = to_dict(value)
+        if isinstance(value, Mapping):
+            partial.add(dotted)
     return data
+
+
+def _later_wins(changes: Mapping[str, Any], keys: set[str]) -> Iterator[tuple[str, Any]]:
+    """Yield changes so that a later one wins: a part given as a whole before its keys, but after those given earlier.
+
+    Args:
+        changes: values by dotted key, in the order in which they were given.
+        keys: that choose a class; they come before the keys beside them, which belong to the class.
+    """
+    parts: list[dict[str, Any]] = [{}]
+    for dotted, value in changes.items():
+        if any(earlier.startswith(f"{dotted}.") for earlier in parts[-1]):
+            parts.append({})
+        parts[-1][dotted] = value
+    for part in parts:
+        yield from sorted(part.items(), key=lambda c: (c[0].count("."), c[0].rpartition(".")[2] not in keys))
 
 
 def _keep_common(node: dict[str, Any], key: str, value: Any) -> None:

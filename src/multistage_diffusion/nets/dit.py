@@ -226,7 +226,7 @@ class _DiTLayout(PublishedLayout):
         """Return the settings; outputs for a learnt variance are kept unless drop_sigma is told."""
         width, channels, patch, _ = shape_of(tensors, f"{cls.first}.weight", 4)
         outputs, depth = shape_of(tensors, f"{cls.last}.weight", 2)[0], counted_blocks(tensors, cls.blocks)
-        shared = int(told.get("encoder_depth") or depth // 2)
+        shared = int(told.get("encoder_depth", depth // 2))
         require(0 < shared < depth, f"encoder_depth={shared} of {depth} blocks must leave some to encoder and decoder")
         require(
             outputs in (channels * patch**2, 2 * channels * patch**2),
@@ -293,6 +293,7 @@ class OriginalDiT(_DiTLayout):
     """The layout of DiT's own code: a state dict, or a checkpoint of its training with `model` and `ema`."""
 
     code, suffix = "DiT (.pt)", ".pt"
+    options = frozenset({"head_channels", "encoder_depth", "drop_sigma", "noise"})
     first, last, blocks, hidden = "x_embedder.proj", "final_layer.linear", "blocks.", "blocks.0.mlp.fc1.weight"
     table = "y_embedder.embedding_table.weight"
     outer: ClassVar[dict[str, str]] = {
@@ -338,6 +339,7 @@ class DiffusersDiT(_DiTLayout):
     """The layout of diffusers' DiTTransformer2DModel, in which every block has a copy of the embedding."""
 
     code, class_name = "diffusers' DiT (a folder)", "DiTTransformer2DModel"
+    options = frozenset({"encoder_depth", "drop_sigma"})
     first, last, blocks = "pos_embed.proj", "proj_out_2", "transformer_blocks."
     hidden = "transformer_blocks.0.ff.net.0.proj.weight"
     embedding = "transformer_blocks.0.norm1.emb"
@@ -381,6 +383,8 @@ class DiffusersDiT(_DiTLayout):
             ("patch_size", patch),
             ("in_channels", found["channels"]),
             ("num_attention_heads", width // head),
+            ("num_layers", found["encoder_depth"] + found["decoder_depths"][0]),
+            ("num_embeds_ada_norm", found["num_classes"]),
         ):
             require(
                 told.get(name, value) == value, f"config.json: {name}={told.get(name)!r}, but the weights have {value}"

@@ -34,6 +34,8 @@ class PublishedLayout(ABC):
         suffix: of a file that holds it; empty: it is read only.
         class_name: `_class_name` in the config.json of a folder of diffusers; empty: it is a file.
         diffusion: the keys of a run's `diffusion` with which its networks are trained.
+        options: what the user may tell of its networks because files do not: of head_channels, encoder_depth, classes,
+            drop_sigma and noise.
         averaged: whether a file holds the averages alone, as a state dict.
         marks: names of tensors by which the layout is recognised.
     """
@@ -43,6 +45,7 @@ class PublishedLayout(ABC):
     suffix: ClassVar[str] = ""
     class_name: ClassVar[str] = ""
     diffusion: ClassVar[dict[str, Any]]
+    options: ClassVar[frozenset[str]] = frozenset()
     averaged: ClassVar[bool] = False
     marks: ClassVar[frozenset[str]]
 

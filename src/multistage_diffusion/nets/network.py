@@ -14,6 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from ..config.network import NetworkConfig
 from ..contracts import Conditioning
 from ..errors import UserError
+from ..memory import require_memory
+
+COUNTED = 512  # networks with a setting of this size are counted before they are built, which takes a second at most
+BUFFER_COPIES = 3  # buffers such as positions are computed in float64, then rounded
 
 
 class Block(nn.Module):
@@ -152,8 +156,33 @@ def build_network(config: NetworkConfig) -> MultiDecoderNetwork:
 
     Weights are drawn from torch's global generator. One decoder width gives the ordinary network of the family.
     `config.separate` gives one ordinary network per stage.
+
+    Raises:
+        UserError: if its weights need more memory than there is.
     """
+    if torch.get_default_device().type == "cpu" and _largest(dataclasses.astuple(config)) >= COUNTED:
+        _require_room(config)
     return MultiDecoderNetwork(config)
+
+
+def _largest(settings: object) -> float:
+    """Return the largest number in nested settings."""
+    if isinstance(settings, tuple):
+        return max(map(_largest, settings), default=0)
+    return settings if isinstance(settings, int | float) else 0
+
+
+def _require_room(config: NetworkConfig) -> None:
+    """Refuse a network whose weights and buffers do not fit into memory, before any of it is allocated."""
+    with torch.device("meta"):
+        network = MultiDecoderNetwork(config)
+    weights, buffers = dict(network.named_parameters()), dict(network.named_buffers())
+    largest, tensor = max({**weights, **buffers}.items(), key=lambda item: item[1].numel())
+    require_memory(
+        sum(w.nbytes for w in weights.values()) + BUFFER_COPIES * sum(b.nbytes for b in buffers.values()),
+        f"network.family={config.family!r}, whose largest tensor, {largest}, is {list(tensor.shape)},",
+        "take a smaller width, depth, patch or size of the network",
+    )
 
 
 def meta_network(config: NetworkConfig) -> MultiDecoderNetwork:

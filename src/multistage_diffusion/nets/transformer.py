@@ -70,18 +70,18 @@ class TransformerConfig(NetworkConfig):
             ("decoder_depths: depth", max(map(self.depth, stages)), 1000),
             ("size: side", max(self.size), 100_000),
         )
-        for stage, width in enumerate(self.encoder_widths):
-            self._check_width(width, self.encoder_head(stage), "head_channels")
-        for stage in stages:
-            self._check_width(self.decoder_widths[stage], self.decoder_head(stage), "decoder_head_channels")
-
-    def _check_width(self, width: int, head: int, name: str) -> None:
-        name = "head_channels" if self.decoder_head_channels is None else name
-        require(
-            width % head == 0,
-            f"network: width {width} is not divisible into heads of network.{name}={head}; use a multiple of {head}",
-        )
-        require(width % 4 == 0, f"network: width {width} must be a multiple of 4, which its positions need")
+        shared = [] if self.separate else [(self.head_channels, "head_channels")]
+        own = "head_channels" if self.decoder_head_channels is None else "decoder_head_channels"
+        heads = [*shared, *((self.decoder_head(stage), own) for stage in stages)]
+        for (said, width), (head, name) in zip(self.named_widths(), heads, strict=True):
+            step = math.lcm(head, 4)
+            fitting = f"use a multiple of {step}, such as {max(1, round(width / step)) * step}"
+            fits = max(n for n in range(1, min(head, width) + 1) if width % n == 0)
+            require(
+                width % head == 0,
+                f"{said} is not divisible into heads of network.{name}={head}; {fitting}, or {name} such as {fits}",
+            )
+            require(width % 4 == 0, f"{said} must be a multiple of 4, which its positions need; {fitting}")
 
     def depth(self, stage: int) -> int:
         """Return the blocks of a stage's decoder."""

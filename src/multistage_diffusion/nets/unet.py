@@ -60,14 +60,15 @@ class UNetConfig(NetworkConfig):
 
     def _check_widths(self) -> None:
         """Check that the groups of every GroupNorm divide its channels."""
-        for width in set(self.widths):
-            require(width >= 4 and width % 2 == 0, f"network: width {width} must be even and at least 4")
+        for name, width in self.named_widths():
+            even = max(4, width + width % 2)
+            require(width == even, f"{name} must be even and at least 4, such as {even}")
             # The first block of an encoder gets the bare width from the input convolution.
             for mult in (*((1,) if width in self.encoder_widths else ()), *self.channel_mult):
                 channels, groups = width * mult, self.groups(width * mult)
                 require(
                     channels % groups == 0,
-                    f"network: width {width} x {mult} = {channels} channels is not divisible into {groups} groups for "
+                    f"{name} x {mult} = {channels} channels is not divisible into {groups} groups for "
                     f"GroupNorm; use a multiple of {4 if groups < self.max_norm_groups else groups}",
                 )
         for decoder in self.decoder_widths:

@@ -248,6 +248,7 @@ class OriginalUViT(PublishedLayout):
     """The layout of U-ViT's own code: a state dict of the averaged weights (nnet_ema.pth)."""
 
     family, code, suffix, averaged = "uvit", "U-ViT (.pth)", ".pth", True
+    options = frozenset({"head_channels", "encoder_depth", "classes"})
     marks = frozenset({"pos_embed", "mid_block.norm1.weight", "decoder_pred.weight"})
     # noise prediction in the time of VP, told as 999 t
     diffusion: ClassVar[dict[str, Any]] = {"precondition": "vp-eps", "schedule": {"kind": "vp"}}
@@ -269,6 +270,7 @@ class OriginalUViT(PublishedLayout):
         if "label_emb.weight" in tensors:
             rows = shape_of(tensors, "label_emb.weight", 2)[0]
         classes = told.get("classes") or max(rows - 1, 0)
+        require(rows > 0 or not classes, f"classes={classes}: has no class table (label_emb.weight); leave it out")
         require(
             told.get("classes") == rows - 1 or rows == 0 or rows % 10 != 0,
             f"label_emb.weight has {rows} rows; give --classes {rows - 1} if the last of them stands for no label (networks "

@@ -1,4 +1,4 @@
-"""Velocity prediction."""
+"""Velocity prediction, in the time of rectified flow and as SiT counts it."""
 
 from __future__ import annotations
 
@@ -22,3 +22,17 @@ class Velocity(Preconditioning):
         """Return 1-t, -t, 1-t and 999 t."""
         keep = 1.0 / (1.0 + sigma)
         return Coefficients(keep, -sigma * keep, keep, 999.0 * sigma * keep)
+
+
+@PRECONDITIONINGS.add("velocity-sit")
+@dataclass(frozen=True)
+class SiTVelocity(Preconditioning):
+    """SiT (Ma et al. 2024) on its linear path, whose time runs from noise to data: F predicts y - n at x_t = t y + (1-t) n.
+
+    c_noise is t = 1/(1 + sigma) itself.
+    """
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        """Return t, 1-t, t and t."""
+        keep = 1.0 / (1.0 + sigma)
+        return Coefficients(keep, sigma * keep, keep, keep)

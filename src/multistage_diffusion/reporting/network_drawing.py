@@ -19,6 +19,7 @@ from .describe import sampler_words
 from .network_layout import BOTTOM, ROW, Block, Column, Layout, network_layout
 
 SKIP = "#a3abb8"  # of skip connections
+KEY = 0.82  # height of the legend's first line, in inches
 
 
 def draw_network(config: NetworkConfig, described: dict[str, Any], kind: str) -> bytes:
@@ -234,19 +235,23 @@ def _draw_key(axes: Axes, layout: Layout, calls: int) -> None:
     """Draw the legend of the scale, lines, marks and shares, in as many lines as needed."""
     channels, pixels = (2 ** max(int(most).bit_length() - 1, 0) for most in (0.6 / layout.channel, 0.2 / layout.pixel))
     width, skips = channels * layout.channel, [row.skips for row in layout.rows if row.skips]
+    unit = "token" if all(len(row.size) == 1 for row in layout.rows) else "pixel"
     items = [
-        (f"scale: {channels} channels wide, {pixels} pixel{'s' if pixels > 1 else ''} high", width),
+        (f"scale: {channels} channels wide, {pixels} {unit}{'s' if pixels > 1 else ''} high", width),
         ("features", 0.35),
         *([(f"skip connections, {_range(skips)} in each row", 0.35)] if skips else []),
         ("◆ attention", -0.08),
         (_blocks(layout), -0.08),
         (f"percentages: of all parameters; of the multiply-adds of all {calls} calls", -0.08),
     ]
-    x, y = 0.3, 0.82
+    x, y = 0.3, KEY
     for i, (item, mark) in enumerate(items):
         across = mark + 0.08 + 0.068 * len(item)
         if x > 0.3 and x + across > layout.width - 0.1:
-            x, y = 0.3, y - 0.24
+            x, y = (
+                0.3,
+                y - (max(0.24, pixels * layout.pixel / 2 + 0.12) if y == KEY else 0.24),
+            )  # below the box of the scale
         if i == 0:
             _box(axes, x + width / 2, y, width, pixels * layout.pixel, LINE, SOFT)
         elif mark > 0:

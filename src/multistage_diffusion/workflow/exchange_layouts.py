@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..config import CodecConfig, DataConfig, NetworkConfig, RunConfig
-from ..config.serialization import from_dict, override, read_json, to_dict
+from ..config.serialization import override, read_json, to_dict
 from ..errors import UserError, require
 from ..files import write_atomic
-from ..interop.diffusers_folder import CONFIG, OLD_WEIGHTS, WEIGHTS, read_mapping, read_weights
+from ..interop.diffusers_folder import CONFIG, OLD_WEIGHTS, SCHEDULER, WEIGHTS, read_mapping, read_weights
 from ..interop.file_terms import file_terms
 from ..interop.parts import SAMPLING, plain, weight
 from ..interop.published import kind_of, read_torch, torch_bytes
@@ -29,13 +29,15 @@ from ..reading import brief
 from ..stages import Stages
 from .imported import remembered_sampling
 from .latent import recorded_scale
+from .layout_noise import NOISE, OWN, NoiseClues, diffusion_of, name_of, training_options
 
 SD_SCALE = 0.18215  # of Stable Diffusion's latents, on which published networks of 4 channels are trained
 VAE = "vae"  # sub-folder of the autoencoder
 SD_FACTOR = 8  # by which it reduces the sides of images
 ARGUMENTS = "arguments"  # of the run, in exports
 METADATA = "_metadata"  # attribute of a state dict, where torch keeps versions
-SCALE, SHIFT, SHAPE = "scale_factor", "shift_factor", "data_shape"  # among them: of latents, and of the images
+SCALE, SHIFT = "scale_factor", "shift_factor"  # among them: of latents
+INPUT, SHAPE = "input_shape", "data_shape"  # and of the network's inputs and the images
 _OPTIONS = (
     "head_channels",
     "encoder_depth",
@@ -55,7 +57,7 @@ class Found:
         ema: averages by the same names; None if there are none.
         told: settings beside the tensors.
         codec: folder of an autoencoder beside them, with a config.json; None: there is none.
-        schedule: scheduler_config.json beside them; None: there is none.
+        clues: what tells on which noise it was trained.
         remembered: what an export says of its run (see `_arguments`); {}: it is a file of other code.
     """
 
@@ -64,7 +66,7 @@ class Found:
     ema: Tensors | None
     told: dict[str, Any]
     codec: Path | None = None
-    schedule: dict[str, Any] | None = None
+    clues: NoiseClues = field(default_factory=NoiseClues)
     remembered: dict[str, Any] = field(default_factory=dict)
 
 
@@ -86,7 +88,9 @@ def find_layout(path: Path) -> Found | None:
     layout = _recognised(model or ema or {})
     if layout is None:
         return None
-    return Found(layout=layout, model=model, ema=ema, told={}, remembered=_remembered(content))
+    remembered = _remembered(content)
+    clues = NoiseClues(file=path.name, training=training_options(content.get("args")), remembered=remembered.get(NOISE))
+    return Found(layout=layout, model=model, ema=ema, told={}, remembered=remembered, clues=clues)
 
 
 def _remembered(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,14 +129,15 @@ def _of_folder(folder: Path) -> Found | None:
     tensors = _tensors(read_weights(inner))
     if tensors is None:
         raise UserError(f"{inner}: its weights are no state dict of whole tensors; save the model again")
-    scheduler = inner.parent / "scheduler" / "scheduler_config.json"
+    places = [inner / SCHEDULER, inner.resolve().parent / "scheduler" / SCHEDULER]
+    scheduler = next((read_mapping(place) for place in places if place.is_file()), None)
     return Found(
         layout=layout,
         model=tensors,
         ema=None,
         told={name: value for name, value in told.items() if name not in _OPTIONS},
         codec=folder.resolve() if (folder / VAE / CONFIG).is_file() else None,
-        schedule=dict(read_mapping(scheduler)) if inner != folder and scheduler.is_file() else None,
+        clues=NoiseClues(file=folder.name, schedule=scheduler),
     )
 
 
@@ -170,7 +175,17 @@ def network_of(found: Found, asked: Mapping[str, Any]) -> NetworkConfig:
     eps, side = (f"config.json: {name}={brief(told.get(name))}" for name in ("norm_eps", "sample_size"))
     sources = {"network.norm_eps": eps, "network.size": side, "network": "the shapes of its tensors"}
     with file_terms(sources):
-        return NetworkConfig.of(found.layout.family, **settings)
+        network = NetworkConfig.of(found.layout.family, **settings)
+    learnt = _as_in_file(found, network, tensors).get("learned_sigma")
+    require(
+        bool(learnt) or not asked.get("drop_sigma"),
+        "drop_sigma: has no effect: the network has no outputs for a learnt variance; leave it out",
+    )
+    require(
+        told.get("classes", network.num_classes) == network.num_classes,
+        f"{ARGUMENTS}: classes={told.get('classes')}, but the class table is of {network.num_classes}",
+    )
+    return network
 
 
 def states_of(found: Found, network: NetworkConfig) -> list[Tensors]:
@@ -198,32 +213,38 @@ def _as_in_file(found: Found, network: NetworkConfig, tensors: Mapping[str, Tens
     return {name: value for name, value in full.items() if name == "learned_sigma"}
 
 
-def config_of(found: Found, network: NetworkConfig, base: RunConfig | None) -> RunConfig:
+def config_of(found: Found, network: NetworkConfig, base: RunConfig | None, noise: str | None = None) -> RunConfig:
     """Return the configuration of a run with a published network, without its name.
 
     Args:
         found: the network.
         network: its configuration.
-        base: gives training and sampling, and the noise; None: the defaults, with the noise of the layout.
+        base: gives training and sampling; None: the defaults.
+        noise: that the user names, see `diffusion_of`.
 
     Raises:
-        UserError: if base is for another network.
+        UserError: if base is for another network, or the noise is not one that is imported.
     """
+    diffusion = diffusion_of(found.layout, found.clues, noise)
     if base is not None and base.network.family != network.family:
         raise UserError(
             f"holds a network of family {network.family!r}, but the preset {base.name!r} is for family "
             f"{base.network.family!r}; name another preset"
         )
-    height, width = network.size  # type: ignore[attr-defined]
-    inputs, images = (network.channels, height, width), (3, SD_FACTOR * height, SD_FACTOR * width)
+    factor, inputs = _checked_factor(found, network), _input_shape(found, network)
+    images = (3, factor * inputs[1], factor * inputs[2])
     codec, latents = CodecConfig(), SCALE in found.remembered if found.remembered else network.channels == 4
     if found.codec is not None or latents:
         scale, shift = _scale_and_shift(found)
         codec = CodecConfig(scale=scale, shift=shift, shape=inputs)
         if found.codec is not None:
             codec = dataclasses.replace(codec, source=str(found.codec), subfolder=VAE)
-    data = DataConfig(source="", shape=_image_shape(found, images if codec.used else inputs))
-    start = base or override(RunConfig(), {"diffusion": diffusion_of(found), "sampling.calls": 20})
+    data = DataConfig(source="", shape=_shape(found, SHAPE, images if codec.used else inputs))
+    require(
+        codec.used or data.shape[0] == network.channels,
+        f"{ARGUMENTS}: {SHAPE}={list(data.shape)}, but the network has {network.channels} channels",
+    )
+    start = override(base or override(RunConfig(), {"sampling.calls": 20}), {"diffusion": diffusion})
     training = dataclasses.replace(
         start.training, shares="uniform", weights="prior", soft_intervals=0.0, augment=0.0, ema_rampup=0.0, branch_at=0
     )
@@ -278,38 +299,43 @@ def _scale_and_shift(found: Found) -> tuple[float, float]:
     return float(scale), float(shift)
 
 
-def _image_shape(found: Found, usual: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Return the shape of the images: an exported run's, or the usual one of such a network."""
-    said = found.remembered.get(SHAPE, list(usual))
+def _checked_factor(found: Found, network: NetworkConfig) -> int:
+    """Return by what sides of images are divided: told by an autoencoder beside the network, whose latents it must fit."""
+    told = {} if found.codec is None else read_mapping(found.codec / VAE / CONFIG)
+    channels, levels = told.get("latent_channels", network.channels), told.get("block_out_channels")
+    require(
+        channels == network.channels,
+        f"vae/config.json: latent_channels={brief(channels)}, but the network has {network.channels} channels",
+    )
+    valid = levels is None or (isinstance(levels, list) and 0 < len(levels) < 10)
+    require(valid, f"vae/config.json: block_out_channels={brief(levels)} must be a list of widths")
+    return SD_FACTOR if levels is None else int(2 ** (len(levels) - 1))
+
+
+def _shape(found: Found, name: str, usual: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return the shape of images or inputs: an exported run's, or the usual one of such a network."""
+    said = found.remembered.get(name, list(usual))
     valid = isinstance(said, list) and len(said) == 3 and all(type(n) is int and 0 < n < 10**6 for n in said)
-    require(valid, f"{ARGUMENTS}: {SHAPE}={brief(said)} must be [channels, height, width]")
+    require(valid, f"{ARGUMENTS}: {name}={brief(said)} must be [channels, height, width]")
     channels, height, width = said
     return channels, height, width
 
 
-def diffusion_of(found: Found) -> dict[str, Any]:
-    """Return the noise of a layout's networks; a scheduler_config.json that says something else is refused.
+def _input_shape(found: Found, network: NetworkConfig) -> tuple[int, int, int]:
+    """Return the shape of the network's inputs: an exported run's, which may be padded to patches, or the network's size."""
+    height, width = network.size  # type: ignore[attr-defined]
+    shape = _shape(found, INPUT, (network.channels, height, width))
+    require(
+        shape[0] == network.channels and _grid(network, shape[1:]) == network.grid,  # type: ignore[attr-defined]
+        f"{ARGUMENTS}: {INPUT}={list(shape)}, but the network is for {[network.channels, height, width]}",
+    )
+    return shape
 
-    Raises:
-        UserError: naming the key.
-    """
-    diffusion, said = found.layout.diffusion, found.schedule or {}
-    schedule = diffusion["schedule"]
-    known = {"beta_start": "beta_start", "beta_end": "beta_end", "num_train_timesteps": "steps"}
-    wanted = {theirs: schedule[ours] for theirs, ours in known.items() if ours in schedule}
-    for name, value in {**wanted, "beta_schedule": "linear", "prediction_type": "epsilon"}.items():
-        require(
-            said.get(name, value) == value,
-            f"scheduler_config.json: {name}={said.get(name)!r}: only {value!r} is imported for such a network",
-        )
-    for name in ("rescale_betas_zero_snr", "trained_betas"):
-        require(
-            not said.get(name),
-            f"scheduler_config.json: {name}={brief(said.get(name))}: changes the betas; a network of this layout is imported "
-            "with its published ones only",
-        )
-    kind = "uniform-steps" if schedule["kind"] == "discrete" else "uniform-time"
-    return {**diffusion, "prior": {"kind": kind, "schedule": schedule}}
+
+def _grid(network: NetworkConfig, size: Sequence[int]) -> tuple[int, int]:
+    """Return the rows and columns of patches in an input of a size."""
+    found: tuple[int, int] = dataclasses.replace(network, size=tuple(size)).grid  # type: ignore[call-arg, attr-defined]
+    return found
 
 
 def export_layout(config: RunConfig, file: Path, *, model: Tensors, ema: Tensors) -> bytes | None:
@@ -331,23 +357,20 @@ def export_layout(config: RunConfig, file: Path, *, model: Tensors, ema: Tensors
         file.suffix == layout.suffix,
         f"--out {file}: family {family!r} is written as {layout.suffix}; give that suffix",
     )
-    said = to_dict(config.diffusion)
-    published = to_dict(
-        from_dict(type(config.diffusion), diffusion_of(Found(layout=layout, model=None, ema=None, told={})))
+    size, known = config.input_shape[1:], config.network.size  # type: ignore[attr-defined]
+    require(
+        _grid(config.network, size) == _grid(config.network, known),
+        f"network.size={list(known)}: the inputs of this run are {list(size)}, for which positions are "
+        f"interpolated; {layout.code} knows positions of one size only, so that this run cannot be exported",
     )
-    for key in ("precondition", "schedule"):
-        require(
-            said[key] == published[key],
-            f"diffusion.{key}={said[key]}: networks in the layout of {layout.code} are trained with {published[key]}; this run "
-            "cannot be exported",
-        )
+    noise, arguments = name_of(config.diffusion, layout), _arguments(config)
+    if noise != OWN:
+        arguments[NOISE] = noise
     average = OrderedDict(layout.theirs(ema, config.network))
     if layout.averaged:  # a state dict alone, which the published code loads strictly
-        setattr(average, METADATA, OrderedDict({"": {"version": 1, ARGUMENTS: _arguments(config)}}))
+        setattr(average, METADATA, OrderedDict({"": {"version": 1, ARGUMENTS: arguments}}))
         return torch_bytes(average)
-    return torch_bytes(
-        {"model": layout.theirs(model, config.network), "ema": dict(average), ARGUMENTS: _arguments(config)}
-    )
+    return torch_bytes({"model": layout.theirs(model, config.network), "ema": dict(average), ARGUMENTS: arguments})
 
 
 def _arguments(config: RunConfig) -> dict[str, Any]:
@@ -357,4 +380,10 @@ def _arguments(config: RunConfig) -> dict[str, Any]:
     if network.num_classes:
         told["classes"] = network.num_classes
     latents = {SCALE: recorded_scale(codec), SHIFT: codec.shift} if codec.used else {}
-    return {**told, **latents, SHAPE: list(config.data.shape), SAMPLING: to_dict(config.sampling)}
+    return {
+        **told,
+        **latents,
+        INPUT: list(config.input_shape),
+        SHAPE: list(config.data.shape),
+        SAMPLING: to_dict(config.sampling),
+    }

@@ -30,6 +30,7 @@ from ..training.run import Run
 from . import exchange_layouts as layouts
 from .exchange import betas_of, layout_of, regrouped
 from .exchange_layouts import Found, find_layout
+from .import_options import require_options_of, require_positive, require_unused
 from .import_unet2d import import_unet2d
 from .imported import continued_training, data_without_source, remembered_sampling, save_first_checkpoint
 
@@ -49,6 +50,7 @@ def import_published(
     encoder_depth: int | None = None,
     classes: int | None = None,
     drop_sigma: bool = False,
+    noise: str | None = None,
     replace: bool = False,
 ) -> Run:
     """Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt, or an export.
@@ -75,6 +77,7 @@ def import_published(
         encoder_depth: blocks of a transformer that become the encoder which all stages can share; default: half.
         classes: classes of a transformer whose class table does not tell.
         drop_sigma: leave out a transformer's outputs for a learnt variance.
+        noise: on which a DiT's weights were trained, where the file does not tell: "ddpm" (default) or "sit".
         replace: move an existing run aside.
 
     Returns:
@@ -84,20 +87,23 @@ def import_published(
         UserError: in one line: the file is damaged, hostile or does not fit, or its stages are unknown.
     """
     file = Path(file)
-    _require_positive({"head_channels": head_channels, "norm_groups": norm_groups})
-    _require_positive({"encoder_depth": encoder_depth, "classes": classes})
     if Run(file).checkpoints.is_dir():
         raise UserError(f"{file}: is a run already; use it as it is, or start from it: msdiff train --init-from {file}")
-    own = {"encoder_depth": encoder_depth, "classes": classes, "drop_sigma": drop_sigma or None}
+    numbers = {"head_channels": head_channels, "norm_groups": norm_groups}
+    own: dict[str, Any] = {"encoder_depth": encoder_depth, "classes": classes}
+    try:
+        require_positive(size, {**numbers, **own})
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    own |= {"drop_sigma": drop_sigma or None, "noise": noise}
+    given = {**numbers, "stages": result, "edges": None if edges is None else list(edges)}
     found = find_layout(file)
     if found is not None:
-        given = {"size": size, "stages": result, "edges": edges, "norm_groups": norm_groups}
-        _require_nothing(given, "a network of one stage whose file tells its size")
+        require_options_of(found.layout, {**given, **own, "size": size})
         return _import_layout(file, Path(out), found, base, {**own, "head_channels": head_channels}, replace=replace)
-    _require_nothing(own, "what is not a transformer")
+    require_unused(own, "what is not a transformer")
     if file.is_dir():
-        given = {"head_channels": head_channels, "stages": result, "edges": edges, "norm_groups": norm_groups}
-        _require_nothing(given, "a folder of diffusers, which tells all")
+        require_unused(given, "a folder of diffusers, which tells all")
         return import_unet2d(file, out, base=base, size=size, replace=replace)
     published = read_published(file)
     weights = published.model or published.ema
@@ -132,13 +138,6 @@ def import_published(
     return Run.create(Path(out), config, replace=replace, fill=fill)
 
 
-def _require_nothing(given: dict[str, Any], what: str) -> None:
-    """Raise UserError if an option is given that has no meaning for what is imported."""
-    for name, value in given.items():
-        if value is not None:
-            raise UserError(f"{name}: has no meaning for {what}; leave it out")
-
-
 def _import_layout(
     file: Path, out: Path, found: Found, base: RunConfig | None, asked: dict[str, Any], *, replace: bool
 ) -> Run:
@@ -146,7 +145,8 @@ def _import_layout(
     try:
         network = layouts.network_of(found, asked)
         states = layouts.states_of(found, network)
-        config, codec = dataclasses.replace(layouts.config_of(found, network, base), name=out.name), out / "codec"
+        config = layouts.config_of(found, network, base, asked["noise"])
+        config, codec = dataclasses.replace(config, name=out.name), out / "codec"
         archived = layouts.archived_codec(found)
         if archived is not None:
             own = dataclasses.replace(config.codec, source=str(codec.resolve()), subfolder="")
@@ -162,13 +162,6 @@ def _import_layout(
         save_first_checkpoint(run, config, model=states[0], ema=states[-1])
 
     return Run.create(out, config, replace=replace, fill=fill)
-
-
-def _require_positive(given: dict[str, int | None]) -> None:
-    """Raise UserError if a number is given that is not positive."""
-    for name, value in given.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} must be positive")
 
 
 def _sources(published: Published, heads: int, groups: int, *, given: bool) -> dict[str, str]:
@@ -223,8 +216,6 @@ def _paper_preset(network: NetworkConfig) -> RunConfig:
 
 
 def _size(published: Published, weights: Tensors, size: tuple[int, int] | None, base: RunConfig) -> tuple[int, int]:
-    if size is not None and min(size) < 1:
-        raise UserError(f"size={size} must be positive")
     if published.family != "ddpmpp":
         _, height, width = base.input_shape
         return size or (height, width)

@@ -195,7 +195,9 @@ def _of_images(config: RunConfig, data: ImageData, training: ImageData) -> dict[
 
 def require_channels(given: Mapping[str, Any], channels: int) -> None:
     """Raise UserError if the user gives other channels than those of the network's input, which are set from the data."""
-    wanted = given.get("network.channels", channels)
+    network = given.get("network")
+    whole = network.get("channels", channels) if isinstance(network, Mapping) else channels
+    wanted = given.get("network.channels", whole)
     require(
         wanted == channels,
         f"network.channels={wanted}: the images (or latents) have {channels} channels; leave it out, or convert them",

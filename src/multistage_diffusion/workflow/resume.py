@@ -86,11 +86,12 @@ def _resolved(run: Run, changes: Mapping[str, Any], device: torch.device, proces
     _refuse_edited(run, config)
     changed = override(config, changes)
     _refuse_changes(run, config, changed)
+    resolved = resolve_run(changed, run.data(changed.data), None, device, processes=processes)
     before, now = dotted(config), dotted(changed)
     told = [f"{key}={now.get(key)} (was {before.get(key)})" for key in differences(config, changed)]
     if told:
         _LOG.info(f"{run.path}: resumed with {', '.join(told)}")
-    return resolve_run(changed, run.data(changed.data), None, device, processes=processes)
+    return resolved
 
 
 def _refuse_changes(run: Run, config: RunConfig, changed: RunConfig) -> None:
