@@ -772,12 +772,15 @@ def collect(name: str, folder: Path, out: Path) -> dict[str, Any]:
 
 
 def error_table(known: Mapping[str, Any]) -> str:
-    """Return denoising errors by noise level: the optimal denoiser's, the first arm's, and the others' relative to it."""
-    base = base_arm(known["final"])
-    mean = {
-        arm: [statistics.fmean(at) for at in zip(*(run["errors"] for run in seeds.values()), strict=True)]
-        for arm, seeds in known["final"].items()
+    """Return denoising errors by noise level: the optimal denoiser's, the first arm's, and the others' relative to it.
+
+    Arms whose errors were not measured are left out.
+    """
+    measured = {
+        arm: [run["errors"] for run in seeds.values() if "errors" in run] for arm, seeds in known["final"].items()
     }
+    mean = {arm: [statistics.fmean(at) for at in zip(*runs, strict=True)] for arm, runs in measured.items() if runs}
+    base = base_arm(mean)
     others = [arm for arm in mean if arm != base]
     lines = [f"{'sigma':>7}{'optimal':>10}{f'({base})':>10}" + "".join(f"{f'({arm})':>9}" for arm in others)]
     for i, (sigma, best) in enumerate(zip(known["sigmas"], known["optimal_errors"], strict=True)):
