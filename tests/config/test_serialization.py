@@ -313,7 +313,11 @@ def test_override_of_a_kind_and_of_keys_within_its_parts(reverse: bool) -> None:
     steps = {"diffusion.prior.kind": "uniform-steps", "diffusion.prior.schedule.steps": 100}
     for base in (EDM_RUN, override(EDM_RUN, changes)):  # of another prior's schedule nothing is kept
         assert override(base, steps).diffusion.prior == UniformSteps(schedule=Discrete(steps=100))
-    whole = {"diffusion": {"precondition": "edm"}, "diffusion.prior.kind": "log-normal", "diffusion.schedule.kind": "ve"}
+    whole = {
+        "diffusion": {"precondition": "edm"},
+        "diffusion.prior.kind": "log-normal",
+        "diffusion.schedule.kind": "ve",
+    }
     made = override(RunConfig(), whole).diffusion
     assert (made.prior, made.schedule) == (LogNormal(), VE())
 
