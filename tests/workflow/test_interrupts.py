@@ -9,18 +9,21 @@ import pytest
 from multistage_diffusion.workflow.interrupts import stopped_by_signals
 
 
-@pytest.mark.parametrize("ended", [True, False])
-def test_a_compiler_that_ctrl_c_ended_is_an_interruption(ended: bool) -> None:
-    failure = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
-    stops: list[int] = []
-    with pytest.raises(KeyboardInterrupt if ended else failure), stopped_by_signals(lambda: stops.append(1)):
-        if ended:
+def failing(error: Exception, *, signalled: bool) -> None:
+    """Raise an error in work that answers signals, if asked after Ctrl-C."""
+    with stopped_by_signals(lambda: None):
+        if signalled:
             signal.raise_signal(signal.SIGINT)
-        raise failure("C++ compile error")
-    assert len(stops) == ended
+        raise error
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_a_compiler_that_ctrl_c_ended_is_an_interruption(signalled: bool) -> None:
+    failure = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    with pytest.raises(KeyboardInterrupt if signalled else failure):
+        failing(failure("C++ compile error"), signalled=signalled)
 
 
 def test_other_errors_after_ctrl_c_stay_what_they_are() -> None:
-    with pytest.raises(ZeroDivisionError), stopped_by_signals(lambda: None):
-        signal.raise_signal(signal.SIGINT)
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        failing(ZeroDivisionError(), signalled=True)
