@@ -31,13 +31,15 @@ from multistage_diffusion.commands import COMMANDS
 from multistage_diffusion.commands import quickstart as quickstart_command
 from multistage_diffusion.commands.options import load_config, parse_changes
 from multistage_diffusion.config.presets import preset
-from multistage_diffusion.config.serialization import read_json, to_dict
+from multistage_diffusion.config.serialization import override, read_json, to_dict
 from multistage_diffusion.console import Bar, TrainingProgress
 from multistage_diffusion.errors import UserError
 from multistage_diffusion.escaping import shown
 from multistage_diffusion.files import write_json
 from multistage_diffusion.performance import devices
 from multistage_diffusion.progress import shown_reading
+from multistage_diffusion.schedules import UniformTime
+from multistage_diffusion.schedules.vp import VP
 from multistage_diffusion.shares import prior_masses
 from multistage_diffusion.stage_finding import StageSettings, gaussian_stages
 from multistage_diffusion.stages import Stages
@@ -348,6 +350,24 @@ def test_stages_of_the_wiener_denoiser_say_their_shares(
     )
     assert code == 0
     assert json.loads(out)["diffusion"]["prior"] == to_dict(preset("digits").diffusion.prior)
+
+
+def test_stages_for_a_run_are_told_in_its_own_density(
+    msdiff: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gaussian_stages, "RESAMPLES", 5)
+    vp = {"precondition": "vp-eps", "schedule": VP(), "prior": UniformTime()}
+    changes = {"diffusion": vp, "data.source": "digits", "data.shape": (1, 8, 8)}
+    Run.create(tmp_path / "vp", override(preset("digits"), changes))
+    find = ("stages", "digits", "--run", "vp", "--stages", "2")
+    code, out, _ = msdiff(*find, "--algorithm", "timestep")
+    assert code == 0
+    assert "share of the run's training noise in each stage: 49.9%, 50.1%\n" in out  # uniform on [0.001, 1], cut at 0.5
+    wiener = ("--denoiser", "gaussian", "--samples", "300", "--overwrite")
+    assert msdiff(*find, *wiener)[0] == 0
+    assert read_json(tmp_path / "stages.json")["diffusion"]["prior"] == to_dict(UniformTime())
+    assert msdiff(*find, *wiener, "--preset", "digits")[0] == 0
+    assert read_json(tmp_path / "stages.json")["diffusion"]["prior"]["kind"] == "log-normal"
 
 
 @pytest.mark.parametrize(

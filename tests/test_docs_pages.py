@@ -127,9 +127,10 @@ def prose() -> dict[str, str]:
 
 def test_pages_name_settings_that_exist() -> None:
     sections = [name for name, value in CONFIG.items() if isinstance(value, dict)]
+    known = {*KEYS, *(f"network.{f.name}" for family in FAMILIES for f in dataclasses.fields(FAMILIES[family]))}
     for page, code in prose().items():
         for key in re.findall(rf"(?<![\w./])((?:{'|'.join(sections)})\.[a-z_]+)\b(?!\.py|\.png|/)", code):
-            assert key in KEYS or key.endswith((".json", ".png", ".npz", ".jsonl")), f"{page}: {key}"
+            assert key in known or key.endswith((".json", ".png", ".npz", ".jsonl")), f"{page}: {key}"
 
 
 def test_pages_name_options_that_exist(commands: str) -> None:

@@ -304,6 +304,31 @@ def test_override_of_a_kind_starts_from_its_defaults(reverse: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_override_of_a_kind_and_of_keys_within_its_parts(reverse: bool) -> None:
+    changes: dict[str, Any] = {"diffusion.prior.kind": "uniform-time", "diffusion.prior.schedule.kind": "ve"}
+    if reverse:
+        changes = dict(reversed(changes.items()))
+    assert override(EDM_RUN, changes).diffusion.prior == UniformTime(schedule=VE())
+    steps = {"diffusion.prior.kind": "uniform-steps", "diffusion.prior.schedule.steps": 100}
+    for base in (EDM_RUN, override(EDM_RUN, changes)):  # of another prior's schedule nothing is kept
+        assert override(base, steps).diffusion.prior == UniformSteps(schedule=Discrete(steps=100))
+    whole = {
+        "diffusion": {"precondition": "edm"},
+        "diffusion.prior.kind": "log-normal",
+        "diffusion.schedule.kind": "ve",
+    }
+    made = override(RunConfig(), whole).diffusion
+    assert (made.prior, made.schedule) == (LogNormal(), VE())
+
+
+def test_a_part_of_another_kind_is_refused_with_the_kinds_that_have_it() -> None:
+    line = "diffusion.prior.schedule is an unknown key of kind 'log-normal'; it is a setting of uniform-"
+    for given in ({}, {"diffusion.prior.kind": "log-normal"}):
+        with pytest.raises(UserError, match=line):
+            override(EDM_RUN, {**given, "diffusion.prior.schedule.kind": "ve"})
+
+
 def test_override_takes_a_replacement_and_a_change_to_it_without_touching_the_caller() -> None:
     prior = {"kind": "log-normal", "p_mean": 0.0}
     changed = override(RunConfig(), {"diffusion.prior": prior, "diffusion.prior.p_mean": 1.0})

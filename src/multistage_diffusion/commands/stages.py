@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..escaping import counted
 from ..performance.devices import resolve_device
 from ..reporting.describe import training_table
-from ..schedules import SCHEDULES, LogNormal
+from ..schedules import SCHEDULES, LogNormal, SigmaPrior
 from ..shares import prior_masses
 from ..stage_finding import StageResult, StageSettings
 from ..stage_finding.settings import StageDenoiser
@@ -66,13 +66,13 @@ class FindStages(DataOptions):
     """1: three stages by similarity to the limits; 2: any number by clustering; timestep, snr, gradient: baselines."""
     denoiser: StageDenoiser = _DEFAULTS.denoiser
     """optimal: that of the images, as published; gaussian: that of their mean and covariance, which generalises."""
-    preset: Annotated[str | None, option("NAME", "EDM's: ln sigma normal, mean -1.2, std 1.2")] = None
+    preset: Annotated[str | None, option("NAME", "the run's; else EDM's: ln sigma normal, mean -1.2, std 1.2")] = None
     """Whose training density and preconditioning are used (denoiser gaussian)."""
     trained: Annotated[Path | None, tyro.conf.arg(name="run", metavar="RUN")] = None
     """The run whose gradients are compared (algorithm gradient), instead of DATA; with DATA: the run that train --init-from
-    starts from: its image size, and scale and shift of its latents, in which the stages of DATA are found."""
+    starts from: its image size, training density, and scale and shift of its latents, in which the stages of DATA are found."""
     density: Literal["given", "auto"] = _DEFAULTS.density
-    """given: the training density of --preset; auto: the one proposed from the images (denoiser gaussian)."""
+    """given: the training density of --preset or --run; auto: the one proposed from the images (denoiser gaussian)."""
     stages: int = _DEFAULTS.stages
     """Number of stages (all but algorithm 1)."""
     samples: Annotated[
@@ -152,12 +152,13 @@ class FindStages(DataOptions):
                 "memory": self.memory,
                 "progress": bar if is_main_process() else None,
             }
+            trained = None if self.trained is None else Run.open(self.trained).config().diffusion
             if gradients:
                 assert self.trained is not None
                 result = find_stages_by_gradients(self.trained, settings, **where)
             else:
                 config, codec = self._input()
-                diffusion = None if self.preset is None else preset(self.preset).diffusion
+                diffusion = trained if self.preset is None else preset(self.preset).diffusion
                 result = find_stages(
                     config, settings, diffusion=diffusion, codec=codec, image_shards=self.image_shards, **where
                 )
@@ -167,7 +168,7 @@ class FindStages(DataOptions):
             print_json(result.to_dict() | self._conventions(result))
         else:
             training = "" if gradients else self._training(result, config)
-            say(edges_text(result, training))
+            say(edges_text(result, training, None if trained is None else trained.prior))
             for k, found in enumerate(self._boundaries(result), start=1):
                 say("\n".join([f"stage {k} | {k + 1} in other conventions:", *boundary_lines(found)]))
             say(f"written: {self.out}, {picture}")
@@ -218,24 +219,28 @@ class FindStages(DataOptions):
         return "gradients" if self.algorithm == "gradient" else "samples"
 
 
-def _shares(result: StageResult) -> str:
-    """Return the share of the training noise in each stage as text: of the density that the stages were found for, or EDM's."""
-    prior = LogNormal() if result.diffusion is None else result.diffusion.prior
+def _shares(result: StageResult, trained: SigmaPrior | None) -> str:
+    """Return the share of the training noise in each stage as text: of the density of the stages, else the run's, else EDM's."""
+    if result.diffusion is not None:
+        noise, prior = "the training noise", result.diffusion.prior
+    elif trained is not None:
+        noise, prior = "the run's training noise", trained
+    else:
+        prior = LogNormal()
+        noise = f"EDM's training noise (ln sigma {LogNormal().p_mean:g} ± {LogNormal().p_std:g})"
     masses = prior_masses(result.stages(), prior)
-    noise = f"EDM's training noise (ln sigma {LogNormal().p_mean:g} ± {LogNormal().p_std:g})"
-    text = f"share of {noise if result.diffusion is None else 'the training noise'} in each stage: " + ", ".join(
-        f"{share:.1%}" for share in masses
-    )
+    text = f"share of {noise} in each stage: " + ", ".join(f"{share:.1%}" for share in masses)
     starved = f"; below {LEAST_SHARE:.0%} a stage hardly trains (training.floor_share gives it rows)"
     return text + (starved if min(masses) < LEAST_SHARE else "")
 
 
-def edges_text(result: StageResult, training: str = "") -> str:
+def edges_text(result: StageResult, training: str = "", trained: SigmaPrior | None = None) -> str:
     """Return the edges found as text.
 
     Args:
         result: of the stage finding.
-        training: what each stage would get of a training, as text; empty: only the shares of EDM's noise are told.
+        training: what each stage would get of a training, as text; empty: only the shares of the noise are told.
+        trained: the training density of the run that the stages are for; None: that of the result, or EDM's.
     """
     lines = []
     for k, (t, sigma) in enumerate(zip(result.edges_t, result.edges_sigma, strict=True)):
@@ -246,7 +251,7 @@ def edges_text(result: StageResult, training: str = "") -> str:
         lines.append(line)
     in_units_of_training = result.diffusion is not None or result.data_range in (None, (-1.0, 1.0))
     if in_units_of_training and not training:
-        lines.append(_shares(result))
+        lines.append(_shares(result, trained))
     if result.diffusion is not None:
         half = ", ".join(f"{sigma:.4f}" for sigma in result.curves["half_edges_sigma"])
         if result.curves["proposed_density"]:

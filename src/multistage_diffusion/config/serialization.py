@@ -185,11 +185,14 @@ def changed(config: object, changes: Mapping[str, Any]) -> Any:
     partial = set[str]()  # parts given as a whole, which need not name all their keys
     for dotted, value in _later_wins(changes, keys):
         node, (*parents, last) = data, dotted.split(".")
+        kind: Any = type(config)
         for depth, part in enumerate(parents):
+            cls = _named(kind, node)
+            _set_default(cls, node, part)
             if not isinstance(node.get(part), dict):
-                fault = "has no keys" if part in node else f"is an unknown key{_suggest(part, list(node))}"
+                fault = "has no keys" if part in node else f"is an unknown key{_unknown(part, cls, node)}"
                 raise UserError(f"{dotted}: {'.'.join(parents[: depth + 1])} {fault}")
-            node = node[part]
+            node, kind = node[part], _type_hints(cls).get(part) if cls else None
         if last not in node and ".".join(parents) not in partial and not keys & node.keys():
             raise UserError(f"{dotted}: unknown key{_suggest(last, list(node))}")
         _keep_common(node, last, value)
@@ -197,6 +200,31 @@ def changed(config: object, changes: Mapping[str, Any]) -> Any:
         if isinstance(value, Mapping):
             partial.add(dotted)
     return data
+
+
+def _named(hint: Any, node: Mapping[str, Any]) -> type | None:
+    """Return the dataclass that plain data are of, from the annotation of their field; None if they are of none."""
+    choice = _CHOICES.get(hint)
+    if choice is not None:
+        name = node.get(choice.key, choice.default)
+        hint = choice.known[name] if isinstance(name, str) and name in choice.known else None
+    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+
+
+def _set_default(cls: type | None, node: dict[str, Any], key: str) -> None:
+    """Give plain data of a class the default of a part that they do not name, so that keys of the part can be changed."""
+    for field in () if cls is None or key in node else dataclasses.fields(cls):
+        if field.name == key and field.default_factory is not dataclasses.MISSING:
+            node[key] = to_dict(field.default_factory())
+        elif field.name == key and field.default is not dataclasses.MISSING:
+            node[key] = to_dict(field.default)
+
+
+def _unknown(key: str, cls: type | None, node: Mapping[str, Any]) -> str:
+    """Say to what class a key belongs that these data have not, or which keys they have."""
+    if cls is None:
+        return _suggest(key, list(node))
+    return _stranger(key, cls) or _suggest(key, [field.name for field in dataclasses.fields(cls) if field.init])
 
 
 def _later_wins(changes: Mapping[str, Any], keys: set[str]) -> Iterator[tuple[str, Any]]:

@@ -11,12 +11,18 @@ from contextlib import contextmanager
 
 @contextmanager
 def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Make Ctrl-C (or SIGTERM) call stop, which ends the work soon and in order; a second one ends it at once."""
+    """Make Ctrl-C (or SIGTERM) call stop, which ends the work soon and in order; a second one ends it at once.
+
+    Raises:
+        KeyboardInterrupt: if Ctrl-C, which reaches all processes of a terminal, has ended a compiler that torch.compile runs.
+    """
+    stopped: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return
 
-    def handle(*_: object) -> None:
+    def handle(number: int, _: object) -> None:
+        stopped.append(number)
         stop()
         if sys.stderr.isatty():
             print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
@@ -29,5 +35,9 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except Exception as error:
+        if stopped and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise KeyboardInterrupt("interrupted while the network was compiled") from error
+        raise
     finally:
         restore()

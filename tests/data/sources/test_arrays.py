@@ -115,6 +115,14 @@ def test_fitting_an_array_equals_fitting_its_images_in_a_folder(tmp_path, fit, s
             np.linspace(-1, 1, 32, dtype=np.float32).reshape(2, 4, 4),
             r"float32, not uint8: values in about \[-1, 1\].*np\.round\(\(x \+ 1\) \* 127\.5\)",
         ),
+        (
+            np.array([[[0, 1], [np.nan, np.inf]], [[0, 0], [0.5, 1]]]),
+            r"float64, not uint8, and 2 values in them are not finite \(NaN or infinite\); correct these images, then convert",
+        ),
+        (
+            np.full((300, 2, 2), np.nan),
+            r"and 1024 values in the first 256 images are not finite",
+        ),
         (np.zeros((2, 4, 4), np.int64), "int64, not uint8: convert them to uint8"),
     ],
 )

@@ -160,6 +160,13 @@ def _require_pixels(images: npt.NDArray[Any], path: Path) -> None:
     mend = "convert them to uint8 (0..255)"
     if np.issubdtype(images.dtype, np.floating) and images.size:
         part = images[:256]
+        strange = int(np.sum(~np.isfinite(part)))
+        if strange:
+            of = f"the first {len(part)} images" if len(part) < len(images) else "them"
+            raise UserError(
+                f"{path}: images are {images.dtype}, not uint8, and {strange} values in {of} are not finite (NaN or infinite); "
+                f"correct these images, then {mend}"
+            )
         low = float(part.min())
         formula = "np.round(x * 255)" if low >= 0 else "np.round((x + 1) * 127.5)"
         where = f"in about [{low:.3g}, {float(part.max()):.3g}]"

@@ -1,0 +1,29 @@
+"""Ctrl-C during long work."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from multistage_diffusion.workflow.interrupts import stopped_by_signals
+
+
+def failing(error: Exception, *, signalled: bool) -> None:
+    """Raise an error in work that answers signals, if asked after Ctrl-C."""
+    with stopped_by_signals(lambda: None):
+        if signalled:
+            signal.raise_signal(signal.SIGINT)
+        raise error
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_a_compiler_that_ctrl_c_ended_is_an_interruption(signalled: bool) -> None:
+    failure = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    with pytest.raises(KeyboardInterrupt if signalled else failure):
+        failing(failure("C++ compile error"), signalled=signalled)
+
+
+def test_other_errors_after_ctrl_c_stay_what_they_are() -> None:
+    with pytest.raises(ZeroDivisionError):
+        failing(ZeroDivisionError(), signalled=True)
