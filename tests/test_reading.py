@@ -65,11 +65,11 @@ MERGES = "\n".join(
     ],
 )
 def test_yaml_that_is_refused(text: str, words: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UserError, match=words) as caught:
         parse_yaml(text, "file.yaml")
     assert str(caught.value).startswith("file.yaml: ")
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert len(str(caught.value)) < 1000
 
 

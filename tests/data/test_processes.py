@@ -110,3 +110,46 @@ def test_processes_end_with_the_one_that_made_them(tmp_path):
     for process in left:
         os.kill(process, signal.SIGKILL)
     assert not left
+
+
+def test_all_can_be_ended_while_threads_wait_for_answers():
+    def slow(question):
+        time.sleep(60)
+        return question, []
+
+    pool, raised = Processes(slow, 4), []
+
+    def ask():
+        try:
+            pool.ask(1)
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while not pool._idle.empty():
+        time.sleep(0.01)
+    made = list(pool._made)
+    processes._end_all(pool._made, os.getpid())
+    for thread in threads:
+        thread.join(60)
+    assert len(raised) == 4
+    assert all(isinstance(error, OSError | EOFError) for error in raised)  # not a UserError, and no new processes
+    assert not pool._made
+    assert not any(alive(process) for process in made)
+
+
+def test_ctrl_c_while_processes_end_is_no_news(monkeypatch):
+    pool = Processes(doubled, 2)
+    made = list(pool._made)
+    end = processes._end
+
+    def interrupted(process, connection):
+        end(process, connection)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes, "_end", interrupted)
+    processes._end_all(pool._made, os.getpid())
+    assert not pool._made
+    assert not any(alive(process) for process in made)

@@ -30,8 +30,8 @@ RESULT = EvaluationResult(
 def test_text_of_a_comparison_with_held_out_images() -> None:
     assert result_text(RESULT).splitlines() == [
         "Features: pixels (comparable to: pixels only).",
-        "60 samples, 90 training and 40 held-out images; mean of 5 draws of 30 images from each. In brackets: the same "
-        "figure for training images in place of the samples.",
+        "60 samples, 90 training and 40 held-out images; mean of 5 draws of 30 images from each.",
+        "In brackets, real images: the same figure for training images in place of the samples.",
         "Fréchet distance  12.35  (real images: 1.5)",
         "Recall            50.0%  (real images: 62.5%; k = 3, images = 30)",
     ]

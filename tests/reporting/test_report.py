@@ -357,6 +357,9 @@ def test_metrics_are_explained(tmp_path: Path) -> None:
     assert "\nReal images\n" not in text
     text = Page(write_report(tmp_path, **arguments, evaluation=[{**to_dict(against), "ema": 0.08}])).text  # type: ignore[arg-type]
     assert "Weights: the average of width 0.08." in text
+    text = Page(write_report(tmp_path, **arguments, evaluation=[{**to_dict(result), "step": 40}])).text  # type: ignore[arg-type]
+    assert "Checkpoint of step 40." in text
+    assert "Real images: the same figure for training images in place of the samples." in text
     with pytest.raises(ValueError, match="evaluation: against is missing; evaluate"):
         write_report(tmp_path, **arguments, evaluation=[{"extractor": "x"}])  # type: ignore[arg-type]
 

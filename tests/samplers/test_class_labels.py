@@ -137,7 +137,7 @@ def test_a_class_is_given_by_its_name_or_its_number(tiny_config):
         ((), "cats", r"label=cats: it must be in 0\.\.3"),
         (("cats", "dogs"), 4, r"label=4: it must be in 0\.\.3, or one of cats, dogs"),
         (("cats", "dogs"), "-1", r"label=-1: it must be in 0\.\.3, or one of cats, dogs"),
-        (("cats", "dogs"), "cat", r"label=cat: it must be in 0\.\.3; did you mean 'cats'"),
+        (("cats", "dogs"), "cat", r"label=cat: no class of this name; did you mean 'cats'\?"),
         (("crane", "owl", "crane"), "crane", "label=crane: is the name of classes 0, 2; give the number"),
     ],
 )

@@ -260,6 +260,8 @@ def test_a_short_training_has_its_intervals_in_proportion(photos: Path) -> None:
     least = auto_config(str(photos), {"training.steps": 60}, device="cpu").config
     assert (least.training.held_out_every, least.training.checkpoint_every) == (20, 20)
     assert (least.training.sample_every, least.evaluation.every) == (50, 200)
+    told = {r.setting: r.value for r in auto_config(str(photos), {"training.steps": 60}, device="cpu").reasons}
+    assert told["evaluation"] == "at the end"
     longer = auto_config(str(photos), {"training.steps": 2 * base.training.steps}, device="cpu").config
     assert (longer.optimizer, longer.evaluation.every) == (base.optimizer, base.evaluation.every)
     assert auto_config(str(photos), {"training.steps": 1}, device="cpu").config.optimizer.warmup_steps == 1

@@ -374,6 +374,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 
 def test_what_the_published_code_cannot_read_is_not_exported(tmp_path: Path, tiny_config, tiny_data) -> None:
     changes = {"network__head_channels": 4, "network__family": "uvit", "network__encoder_depth": 1}
+    changes |= {"network__size": (4, 4)}
     several = Run.create(tmp_path / "three", tiny_config(**changes))
     Trainer(several, tiny_data(), device="cpu").save()
     with pytest.raises(UserError, match=r"is written as \.pth; give that suffix"):

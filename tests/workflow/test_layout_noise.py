@@ -53,7 +53,7 @@ def test_options_of_a_training_tell_sit_from_dit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["SiT-XL-2-256", "sit_b2", "my-SiT-S"])
 def test_a_name_of_sit_alone_asks_for_the_noise(name: str, tmp_path: Path) -> None:
     file = written(tmp_path, name, golden("dit")[1])
-    with pytest.raises(UserError, match=r"has the name of a SiT.*give --noise sit, or --noise ddpm if it is a DiT"):
+    with pytest.raises(UserError, match=r"has the name of a SiT.*give --noise sit, or --noise ddpm if it is none"):
         import_published(file, tmp_path / "run", head_channels=HEADS)
     for asked, expected in (("sit", SIT), ("ddpm", DDPM)):
         assert noise(import_published(file, tmp_path / asked, head_channels=HEADS, noise=asked)) == expected

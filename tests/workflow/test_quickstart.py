@@ -156,6 +156,19 @@ def test_what_is_stopped_says_that_the_same_command_goes_on(images: str, tmp_pat
             quickstart(images, out, config, bar=silent, device="cpu", callbacks=[Stop()])
 
 
+@pytest.mark.parametrize("step", ["auto_config", "sample", "evaluate", "report"])
+def test_an_interruption_anywhere_says_that_the_same_command_goes_on(
+    step: str, images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, step, interrupted)
+    config = {**SMALL, "training.steps": 2, "data.held_out": 0.2}
+    with pytest.raises(KeyboardInterrupt, match=r"^interrupted; the same command goes on$"):
+        quickstart(images, tmp_path / "run", config, bar=silent, device="cpu")
+
+
 def test_a_run_on_other_images_is_refused(images: str, tmp_path: Path) -> None:
     config = {**SMALL, "training.steps": 3}
     quickstart(images, tmp_path / "run", config, bar=silent, device="cpu")

@@ -50,15 +50,15 @@ class Import:
     norm_groups: Annotated[int | None, option("INT", "the file's, else 32, of the multi-stage code 16")] = None
     """Largest number of groups of a GroupNorm (NCSN++ and DDPM++)."""
     head_channels: Annotated[int | None, option("INT", "32; of a transformer as published")] = None
-    """Channels of an attention head (LDM, DiT and U-ViT; a folder of diffusers tells them)."""
+    """Channels of an attention head (LDM and transformers; a folder of diffusers tells them)."""
     encoder_depth: Annotated[int | None, option("INT", "half")] = None
     """Blocks of a transformer that become the encoder, which all stages can share; the others become the decoder."""
     classes: Annotated[int | None, option("INT", "rows of the class table less one")] = None
-    """Classes of a U-ViT whose class table does not tell whether its last row stands for no label."""
+    """Classes of a transformer whose class table does not tell whether its last row stands for no label."""
     drop_sigma: bool = False
-    """Leave out a DiT's outputs for a learnt variance."""
+    """Leave out a transformer's outputs for a learnt variance."""
     noise: Annotated[Literal["ddpm", "sit"] | None, option("{ddpm,sit}", "the file's, else ddpm")] = None
-    """On which noise a DiT (.pt) was trained: ddpm predicts that of DDPM's steps, sit the velocity of SiT's linear path."""
+    """On which noise a transformer (.pt) was trained: ddpm predicts that of DDPM's steps, sit the velocity of SiT's linear path."""
     replace: bool = False
     """Move an existing run at OUT aside."""
     json: bool = False

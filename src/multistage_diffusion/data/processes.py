@@ -10,7 +10,7 @@ import socket
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
@@ -62,7 +62,10 @@ class Processes:
             _send(connection, question, ())
             return _receive(connection)
         except BaseException as error:  # Ctrl-C too: half an answer may be left
-            _end(process, self._made.pop(process))
+            ours = self._made.pop(process, None)
+            if ours is None:  # all have been ended, with the program, while this thread waited
+                raise
+            _end(process, ours)
             process = self._new()
             if isinstance(error, OSError | EOFError):
                 raise UserError(
@@ -112,11 +115,14 @@ def _serve(connection: socket.socket, answer: Callable[[Any], Answer]) -> None:
         os._exit(code)
 
 
-def _end_all(made: Mapping[int, socket.socket], owner: int) -> None:
-    for process, connection in made.items():
+def _end_all(made: dict[int, socket.socket], owner: int) -> None:
+    """End all processes; threads that wait for an answer may end and make some meanwhile."""
+    while made:
+        process, connection = made.popitem()
         connection.close()
         if os.getpid() == owner:
-            _end(process, connection)
+            with suppress(KeyboardInterrupt):  # the program is ending already
+                _end(process, connection)
 
 
 def _end(process: int, connection: socket.socket) -> None:

@@ -73,8 +73,7 @@ def counts_sentence(result: EvaluationResult) -> str:
     else:
         text = (
             f"{result.samples} samples, {result.training_count} training and {result.reference_count} held-out images; "
-            f"mean of {result.splits} draws of {result.count} images from each. In brackets: the same figure for training "
-            "images in place of the samples."
+            f"mean of {result.splits} draws of {result.count} images from each."
         )
     if result.rank_deficient:
         text += " There are not more images than feature dimensions: compare only figures of equal counts."
@@ -86,6 +85,8 @@ def result_text(result: EvaluationResult) -> str:
     found = rows(result)
     label, value = (max((len(getattr(row, name)) for row in found), default=0) for name in ("label", "value"))
     lines = []
+    if any(row.real for row in found):
+        lines.append("In brackets, real images: the same figure for training images in place of the samples.")
     for row in found:
         notes = [f"real images: {row.real}" if row.real else "", row.settings]
         note = "; ".join(part for part in notes if part)

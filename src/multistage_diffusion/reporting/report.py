@@ -313,7 +313,10 @@ def _metrics(entry: Record) -> str:
     with_real = any(row.real for row in found)
     heads = ["", "Samples", *(["Real images"] if with_real else []), "Settings", "Meaning"]
     lines = [[row.label, row.value, *([row.real] if with_real else []), row.settings, row.words] for row in found]
-    notes = f"{features_sentence(result)} {counts_sentence(result)} Preprocessing: {result.preprocessing}."
+    step = f"Checkpoint of step {brief(entry['step'])}. " if "step" in entry else ""
+    notes = f"{step}{features_sentence(result)} {counts_sentence(result)} Preprocessing: {result.preprocessing}."
+    if with_real:
+        notes += " Real images: the same figure for training images in place of the samples."
     if "ema" in entry:
         notes += f" Weights: the average of width {brief(entry['ema'])}."
     return table(heads, lines, words=len(heads) - 1, name=f"Metrics with features {result.extractor}") + note(notes)

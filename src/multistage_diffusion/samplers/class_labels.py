@@ -74,7 +74,9 @@ def class_number(config: RunConfig, label: int | str) -> int:
             warnings.warn(f"label={number}: the run was trained on no image of this class", stacklevel=2)
         return number
     near = difflib.get_close_matches(str(label), names, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else f", or one of {_listed(names)}" if names else ""
+    if near:
+        raise UserError(f"label={label}: no class of this name; did you mean {near[0]!r}?")
+    hint = f", or one of {_listed(names)}" if names else ""
     raise UserError(f"label={label}: it must be in 0..{classes - 1}{hint}")
 
 

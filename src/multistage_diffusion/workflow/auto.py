@@ -249,6 +249,8 @@ def _with_stages(
     edges = ", ".join(f"{sigma:.3g}" for sigma in result.edges_sigma)
     shares = "/".join(f"{share:.0%}" for share in prior_masses(result.stages(), config.diffusion.prior))
     how = "even in VP time" if result.settings.algorithm == "timestep" else "as given"
+    if result.settings.denoiser == "gaussian":
+        how += ", at low noise, which costs quality in short trainings"
     reasons.append(Reason("stages", f"sigma {edges}", f"{how}; {shares} of the training noise"))
     return config if "stages.interior" in given else override(config, {"stages": result.stages()})
 
@@ -300,7 +302,9 @@ def _about(config: RunConfig, images: ImageData, given: Mapping[str, Any], resul
         )
     density = f"ln sigma {prior.p_mean:g} ± {prior.p_std:g}" if isinstance(prior, LogNormal) else prior.kind
     quality = f"Fréchet distance of {config.evaluation.count} samples on {config.evaluation.features}"
-    times = f"every {config.evaluation.every} steps" if config.evaluation.every else "off"
+    times = "off"
+    if config.evaluation.every:
+        times = f"every {config.evaluation.every} steps" if config.evaluation.every < training.steps else "at the end"
     widths = "/".join(map(str, network.decoder_widths))
     found = [
         Reason("network", f"{network.family} {network.encoder_width}, decoders {widths}", source(*WIDTHS)),

@@ -17,6 +17,7 @@ from .stages import find_stages
 from .train import train
 
 
+@same_command_continues()
 def demo(
     out: Path,
     changes: Mapping[str, Any] | None = None,
@@ -50,6 +51,5 @@ def demo(
         Run.require_room(out, replace=False)
         with bar("finding stages", "samples") as progress:
             result = find_stages(config.data, progress=progress, device=device)
-        with same_command_continues():
-            run = train(config, out, result=result, device=device, callbacks=callbacks)
+        run = train(config, out, result=result, device=device, callbacks=callbacks)
     return show(run, device=device, bar=bar)

@@ -77,7 +77,7 @@ def import_published(
         encoder_depth: blocks of a transformer that become the encoder which all stages can share; default: half.
         classes: classes of a transformer whose class table does not tell.
         drop_sigma: leave out a transformer's outputs for a learnt variance.
-        noise: on which a DiT's weights were trained, where the file does not tell: "ddpm" (default) or "sit".
+        noise: on which a transformer's weights were trained, where the file does not tell: "ddpm" (default) or "sit".
         replace: move an existing run aside.
 
     Returns:

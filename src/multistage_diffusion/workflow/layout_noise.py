@@ -15,7 +15,7 @@ from ..interop.published import Record
 from ..nets.layouts import PublishedLayout
 from ..reading import brief
 
-OWN, SIT = "ddpm", "sit"  # names of a DiT's noise: DiT's, and SiT's, whose tensors have the same names
+OWN, SIT = "ddpm", "sit"  # names of the noise: the layout's, and SiT's, whose tensors have the same names
 NOISE = "noise"  # that name in the arguments of an export; without it, it is the layout's
 _SIT_DIFFUSION: dict[str, Any] = {"precondition": "velocity-sit", "schedule": {"kind": "rectified-flow"}}
 _SIT_NAME = re.compile(r"(?<![a-z])sit[-_]?(xl|l|b|s)(?![a-z])", re.IGNORECASE)
@@ -58,7 +58,7 @@ def diffusion_of(layout: type[PublishedLayout], clues: NoiseClues, asked: str | 
     """
     require(
         asked in (None, OWN, SIT),
-        f"noise={asked!r} is unknown; choose one of {OWN} (the noise of DiT), {SIT} (the velocity of SiT)",
+        f"noise={asked!r} is unknown; choose one of {OWN} (that of DDPM's steps), {SIT} (the velocity of SiT)",
     )
     _check_scheduler(layout.diffusion["schedule"], clues.schedule or {})
     found = _named(clues) if NOISE in layout.options else OWN
@@ -66,8 +66,8 @@ def diffusion_of(layout: type[PublishedLayout], clues: NoiseClues, asked: str | 
         raise UserError(f"noise={asked!r}: the file says that its network was trained with {found!r}; leave it out")
     if found is None and asked is None and _SIT_NAME.search(clues.file):
         raise UserError(
-            "has the name of a SiT, whose tensors are named as those of a DiT, but which predicts another quantity: give "
-            f"--noise {SIT}, or --noise {OWN} if it is a DiT"
+            "has the name of a SiT, which predicts a velocity, but whose tensors are named as those of a network that predicts "
+            f"the noise: give --noise {SIT}, or --noise {OWN} if it is none"
         )
     diffusion = _SIT_DIFFUSION if SIT in (asked, found) else layout.diffusion
     schedule = diffusion["schedule"]

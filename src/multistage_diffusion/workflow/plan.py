@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import RunConfig
 from ..config.serialization import override, to_dict
 from ..errors import UserError
+from ..escaping import counted
 from ..files import write_json
 from ..performance.devices import resolve_device
 from ..planning import (
@@ -36,6 +37,7 @@ from .probes import optimal_losses, probed
 from .resolve import PreparedRun, ResolvedRun, open_new, resolve_run
 from .stages import find_stages as find
 
+FEW_STEPS = 100  # of a probe, below which its gains say little
 Edges = Literal["optimal", "gaussian", "even"]
 Bars = Callable[[str], AbstractContextManager[Progress]]
 
@@ -171,7 +173,7 @@ def plan(
         probe_steps=probe_steps,
         held_out_rows=len(narrow[0]),
         stages=tuple(found),
-        sentences=tuple(reasons(found, budget, flops)),
+        sentences=tuple([*reasons(found, budget, flops), *_few(probe_steps)]),
     )
     if out is not None:
         planned.save(Path(out))
@@ -203,6 +205,15 @@ def _found(before: ResolvedRun, settings: Mapping[str, Any], device: str | None,
             device=device,
             progress=progress,
         )
+
+
+def _few(probe_steps: int) -> list[str]:
+    """Return a warning of probes that hardly train."""
+    if probe_steps >= FEW_STEPS:
+        return []
+    return [
+        f"Probes of {counted(probe_steps, 'step')} hardly train: take 300 (--probe-steps) before you trust their gains."
+    ]
 
 
 def _no_bar(title: str) -> AbstractContextManager[Progress]:

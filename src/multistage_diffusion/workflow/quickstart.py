@@ -39,6 +39,19 @@ PICTURE, STEP = "samples.png", "step"  # the samples, and the key of their step 
 REPORT, REPORTED = "report.html", ("config.json", "metrics.jsonl", "evaluation.json", PICTURE, "stages.json")
 
 
+@contextmanager
+def same_command_continues() -> Iterator[None]:
+    """Say of work that is interrupted inside that the same command goes on with it."""
+    try:
+        yield
+    except TrainingStopped as stopped:
+        raise KeyboardInterrupt(f"{stopped.what}; the same command goes on") from None
+    except KeyboardInterrupt as interrupt:
+        what = interrupt.args[0] if interrupt.args else "interrupted"
+        raise KeyboardInterrupt(f"{what}; the same command goes on") from None
+
+
+@same_command_continues()
 def quickstart(
     data: str,
     out: Path,
@@ -78,8 +91,7 @@ def quickstart(
         with bar("encoding", "images") as progress:
             auto = auto_config(data, changes, device=device, progress=progress)
         tell(auto)
-        with same_command_continues():
-            run = train(auto.config, out, result=auto.result, device=device, callbacks=callbacks)
+        run = train(auto.config, out, result=auto.result, device=device, callbacks=callbacks)
     return show(run, device=device, bar=bar)
 
 
@@ -99,17 +111,7 @@ def continued(
     found = list_checkpoints(run.checkpoints)
     if found and checkpoint_step(found[-1]) >= override(run.config(), changes).training.steps:
         return run
-    with same_command_continues():
-        return resume(run.path, changes, device=device, callbacks=callbacks)
-
-
-@contextmanager
-def same_command_continues() -> Iterator[None]:
-    """Say of a training that is stopped inside that the same command goes on with it."""
-    try:
-        yield
-    except TrainingStopped as stopped:
-        raise KeyboardInterrupt(f"{stopped.what}; the same command goes on") from None
+    return resume(run.path, changes, device=device, callbacks=callbacks)
 
 
 def step_of_picture(path: Path) -> int | None:
