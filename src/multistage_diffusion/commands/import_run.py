@@ -58,7 +58,7 @@ class Import:
     drop_sigma: bool = False
     """Leave out a transformer's outputs for a learnt variance."""
     noise: Annotated[Literal["ddpm", "sit"] | None, option("{ddpm,sit}", "the file's, else ddpm")] = None
-    """On which noise a transformer (.pt) was trained: ddpm predicts that of DDPM's steps, sit the velocity of SiT's linear path."""
+    """On which noise a transformer (.pt) was trained: ddpm predicts that of DDPM's steps, sit the velocity on SiT's path."""
     replace: bool = False
     """Move an existing run at OUT aside."""
     json: bool = False
