@@ -13,7 +13,6 @@ import torch
 
 from ..distributed import World, join
 from ..errors import UserError
-from ..escaping import counted
 
 
 def joined(device: str | torch.device | None, command: str) -> tuple[World, torch.device]:
@@ -118,4 +117,5 @@ def device_name(device: torch.device) -> str:
     """Return a description of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}"
