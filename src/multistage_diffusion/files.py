@@ -15,7 +15,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -268,17 +268,14 @@ def locked(path: Path, busy: str) -> Iterator[None]:
     Raises:
         UserError: with `busy`; or if the file cannot be opened, or is a link or something other than a file.
     """
-    with disk_errors(path):
-        opened = _opened(path, os.O_RDWR)
-        handle = opened.__enter__()
-    try:
+    with ExitStack() as stack:
+        with disk_errors(path):
+            handle = stack.enter_context(_opened(path, os.O_RDWR))
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(busy) from None
         yield
-    finally:
-        opened.__exit__(None, None, None)
 
 
 @contextmanager
@@ -348,18 +345,15 @@ def _led_to(path: Path) -> Path:
 @contextmanager
 def _new_held_folder(path: Path) -> Iterator[Path]:
     """Create the temporary folder for a path, and lock it."""
-    while True:
-        temporary = temporary_name(path)
-        with disk_errors(path):
-            temporary.mkdir()
-        with suppress(FileNotFoundError):  # another process's sweep removed the folder before it was locked
-            holding = held(temporary)
-            holding.__enter__()
-            break
-    try:
+    with ExitStack() as stack:
+        while True:
+            temporary = temporary_name(path)
+            with disk_errors(path):
+                temporary.mkdir()
+            with suppress(FileNotFoundError):  # another process's sweep removed the folder before it was locked
+                stack.enter_context(held(temporary))
+                break
         yield temporary
-    finally:
-        holding.__exit__(None, None, None)
 
 
 def _rename_new(temporary: Path, path: Path) -> None:

@@ -342,6 +342,22 @@ def test_a_density_is_proposed_from_the_images(monkeypatch: pytest.MonkeyPatch) 
     assert words in plan_text(planned).splitlines()
 
 
+def test_edges_for_a_proposed_density_are_those_found_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_probes(monkeypatch)
+    searches: list[StageSettings] = []
+
+    def find(data: Any, settings: StageSettings, **given: Any) -> Any:
+        searches.append(settings)
+        return find_stages(data, settings, **given)
+
+    monkeypatch.setattr(plan_module, "find", find)
+    config = plan(tiny(), edges="gaussian", density="auto", probe_steps=1).config
+    assert len(searches) == 1
+    settings = StageSettings(algorithm=2, denoiser="gaussian", stages=3)
+    again = find_stages("digits", settings, diffusion=config.diffusion)
+    assert config.stages.interior == again.edges_sigma
+
+
 def test_a_weight_of_sampling_alone_is_refused(edges: Path) -> None:
     for weight in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match=r"sampling-weight=.* must be at least 0 and below 1"):

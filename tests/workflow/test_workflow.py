@@ -17,9 +17,9 @@ import torch
 
 from multistage_diffusion.cli import main
 from multistage_diffusion.config import DataConfig, RunConfig
-from multistage_diffusion.config.execution import ExecutionConfig
 from multistage_diffusion.config.presets import preset
 from multistage_diffusion.config.serialization import from_dict, override, read_json, to_dict
+from multistage_diffusion.config.training import ExecutionConfig
 from multistage_diffusion.data import ImageData
 from multistage_diffusion.data.sources import open_data
 from multistage_diffusion.errors import UserError

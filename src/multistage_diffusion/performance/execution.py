@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.execution import ExecutionConfig
+from ..config.training import ExecutionConfig
 from ..contracts import Conditioning
 from ..errors import UserError
 from ..nets import MultiDecoderNetwork
@@ -21,7 +21,7 @@ WARM_UPS = 3  # passes before graph capture, in which kernels are selected
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """Execution of a network; see config/execution.py for the fields."""
+    """Execution of a network; see config/training.py for the fields."""
 
     channels_last: bool = False
     compile: bool = False

@@ -248,10 +248,8 @@ def _draw_key(axes: Axes, layout: Layout, calls: int) -> None:
     for i, (item, mark) in enumerate(items):
         across = mark + 0.08 + 0.068 * len(item)
         if x > 0.3 and x + across > layout.width - 0.1:
-            x, y = (
-                0.3,
-                y - (max(0.24, pixels * layout.pixel / 2 + 0.12) if y == KEY else 0.24),
-            )  # below the box of the scale
+            below_scale = pixels * layout.pixel / 2 + 0.12 if y == KEY else 0.0  # whose box stands in the first line
+            x, y = 0.3, y - max(0.24, below_scale)
         if i == 0:
             _box(axes, x + width / 2, y, width, pixels * layout.pixel, LINE, SOFT)
         elif mark > 0:

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..config.run import WIDEST_PROFILE
+from ..config.training import WIDEST_PROFILE
 from ..errors import UserError, require
 from .checkpoint import checkpoint_step, list_checkpoints, profile_file, restore_module, stored_tensors
 from .ema import power_exponent

@@ -105,6 +105,7 @@ def evaluate(
     with world.report_failures():
         features, extractor = _features(run, features, weights)
         config, opened, share = run.config(), *_compared_data(run, data)
+        sampler = changed_sampler(config.sampling, sampling)
         warn_of_empty(config.data.class_counts, config.data.class_names)
         train, held_out = opened.split(share)
         count = min(max(len(held_out), 500), 5000) if count is None else count
@@ -120,7 +121,7 @@ def evaluate(
         )
         step = checkpoint_step(run.checkpoint(checkpoint))  # fixed here: best may change while the run trains
         images = sample(
-            run, count, seed=seed, sampling=sampling, checkpoint=str(step), ema=ema, device=device, progress=progress
+            run, count, seed=seed, sampling=sampler, checkpoint=str(step), ema=ema, device=device, progress=progress
         )
         result = evaluate_samples(
             images,
@@ -133,7 +134,7 @@ def evaluate(
             device=resolved,
             progress=progress,
         )
-        made = _made(step, ema, data or config.data, changed_sampler(config.sampling, sampling), seed)
+        made = _made(step, ema, data or config.data, sampler, seed)
         asked = (data, weights, ema, sampling, *metrics)
         _save(run, result, {**made, **({} if any(one is not None for one in asked) or seed else DEFAULTS)})
         return result
@@ -190,8 +191,9 @@ def compare(
         features, own = _features(run, features, weights)
         extractor = sharded(own, world)
         opened, share = _compared_data(run, data)
-        known = run.config().data
-        warn_of_empty(known.class_counts, known.class_names)
+        config = run.config()
+        sampler = changed_sampler(config.sampling, sampling)
+        warn_of_empty(config.data.class_counts, config.data.class_names)
         if str(reference) == "train":
             found = part_reference(extractor, opened, "train", share, KEPT, resolved, progress)
         else:
@@ -202,11 +204,10 @@ def compare(
         require_features(f"features={features!r}", extractor, opened.shape, count, resolved)
         step = checkpoint_step(run.checkpoint(checkpoint))
         images = sample(
-            run, count, seed=seed, sampling=sampling, checkpoint=str(step), ema=ema, device=device, progress=progress
+            run, count, seed=seed, sampling=sampler, checkpoint=str(step), ema=ema, device=device, progress=progress
         )
         result = compare_samples(images, found, extractor, metrics=tuple(chosen), device=resolved)
-        sampler = changed_sampler(run.config().sampling, sampling)
-        _save(run, result, _made(step, ema, data or known, sampler, seed))
+        _save(run, result, _made(step, ema, data or config.data, sampler, seed))
         return result
 
 

@@ -135,15 +135,17 @@ def plan(
     size = (before.config.input_shape[1], before.config.input_shape[2])
     if budget is None:
         budget = mean_flops(before.config.network, _cost_shares(before.config, sampling_weight), size)
+    settings, edges_from = _SETTINGS[edges](stages), "given stages"
+    if result is None:
+        edges_from = _NAMES[edges].format(**settings)
     if density == "auto":
         proposed = _found(before, _SETTINGS["gaussian"](stages) | {"density": "auto"}, device, bar)
         assert proposed.diffusion is not None
         config = override(config, {"diffusion.prior": proposed.diffusion.prior})
         before = resolve_run(config, data, None, place)
-    edges_from = "given stages"
+        result = proposed if result is None and edges == "gaussian" else result  # cut over that density
     if result is None:
-        settings = _SETTINGS[edges](stages)
-        edges_from, result = _NAMES[edges].format(**settings), _found(before, settings, device, bar)
+        result = _found(before, settings, device, bar)
     run = resolve_run(_staged(config, result), data, result, place)
     shares = _cost_shares(run.config, sampling_weight)
     limits, widths = Budget.of(budget, run.config.network, shares, size), probe_widths(run.config.network)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from multistage_diffusion.config import RunConfig
-from multistage_diffusion.config.execution import ExecutionConfig
 from multistage_diffusion.config.serialization import override, to_dict
+from multistage_diffusion.config.training import ExecutionConfig
 
 
 def test_choices_are_yes_no_or_auto() -> None:
