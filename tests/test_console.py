@@ -213,16 +213,15 @@ def test_other_work_is_shown_and_does_not_count(clock: Clock, capsys: pytest.Cap
     bar(10, 100)
     clock.now += 5.0
     bar(20, 100)
-    bar.meanwhile("drawing samples", 0, 3)  # short: no line of its own, whenever the last one was
     clock.now += 4.0
+    bar.meanwhile("drawing samples", 0, 3)  # short: no line of its own, although the last line is 12 seconds old
+    clock.now += 3.0
     bar.meanwhile("drawing samples", 1, 3)
-    bar(20, 100)
-    clock.now += 5.0
     bar(30, 100)
     assert capsys.readouterr().err.splitlines() == [
         "training: 10/100, evaluating 20%",
         "training: 10/100, 2.0 steps/s, 45 s left",
-        "training: 30/100, 2.0 steps/s, 35 s left",
+        "training: 30/100, 2.1 steps/s, 33 s left",
     ]
 
 

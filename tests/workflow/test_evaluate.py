@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -132,6 +133,14 @@ def test_an_average_of_another_width_is_measured_and_recorded(tmp_path: Path) ->
     assert found[1].metrics["frechet"] == expected.metrics["frechet"]
     with pytest.raises(UserError, match=r"ema=0\.3 must be above 0 and below"):
         sample(run, COUNT, ema=0.3)
+
+
+def test_another_sampler_is_measured_and_recorded(run: Run) -> None:
+    own = dataclasses.replace(run.config().sampling, calls=6)
+    for measure in (evaluate, compare):
+        found = [measure(run, count=COUNT, sampling=sampling) for sampling in ({"calls": 6}, own, None)]
+        assert found[0].metrics["frechet"] == found[1].metrics["frechet"] != found[2].metrics["frechet"]
+        assert [e["sampling"]["calls"] for e in read_json(run.path / "evaluation.json")[-3:]] == [6, 6, 3]
 
 
 @pytest.mark.parametrize("part", ["all", "train", "held-out"])

@@ -350,6 +350,12 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 missing \(blocks.1.attn.proj.bias\)"):
         import_published(file, tmp_path / "run", head_channels=heads(settings))
     file = written(tmp_path, "dit")
+    with pytest.raises(
+        UserError, match=r"head_channels=5 does not divide the width 32 .*; give another --head-channels"
+    ):
+        import_published(file, tmp_path / "run", head_channels=5)
+    with pytest.raises(UserError, match=r"head_channels=64 \(assumed\) does not divide the width 32"):
+        import_published(file, tmp_path / "run")
     with pytest.raises(UserError, match="encoder_depth=3 of 3 blocks must leave some"):
         import_published(file, tmp_path / "run", head_channels=heads(settings), encoder_depth=3)
     settings, weights, _ = golden("uvit_classes")
