@@ -426,7 +426,7 @@ def test_train_says_what_comes_next(made: Path, msdiff: Call, tmp_path: Path) ->
     assert code == 0
     assert out == "trained: run (next: msdiff sample run, msdiff evaluate run, msdiff report run)\n"
     first, told, *shares = err.removeprefix(DIGITS).splitlines()
-    assert first == "run: resumed with training.steps=3 (was 2)"
+    assert first == "run: resuming with training.steps=3 (was 2)"
     assert told == "training run on cpu: steps 2 to 3, encoder 8, decoders 8/8/8, rows per stage 2/2/2"
     assert [line.split()[0] for line in shares] == ["training", "stage", "stage", "stage"]
     assert read_json(run / "config.json")["stages"]["interior"] == read_json(made / "stages.json")["edges_sigma"]

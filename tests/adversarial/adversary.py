@@ -41,7 +41,11 @@ TINY = (
     "training.sample_every=0",
     "sampling.calls=4",
 )
-_OPENED = re.compile(r".+: \d+ images?, (no labels|\d+ class(es)?), \d+ x \d+, (grey|colour)\b.*")
+_TOLD = (  # what commands tell before they can know that they must refuse
+    re.compile(r".+: \d+ images?, (no labels|\d+ class(es)?), \d+ x \d+, (grey|colour)\b.*"),
+    re.compile(r".+: resuming with [\w.]+=.+ \(was .+\)"),
+    re.compile(r"msdiff: warning: .+"),
+)
 _SECRETS = ("Traceback", "object at 0x", "<class '", "[Errno", "site-packages")
 
 
@@ -127,7 +131,7 @@ def refused(case: Case, folder: Path, material: Path, capsys: pytest.CaptureFixt
         os.chdir(here)
     output, errors = capsys.readouterr()
     lines = [line for line in errors.splitlines() if line.strip()]
-    said = [line for line in lines if not line.startswith("msdiff: warning: ") and not _OPENED.fullmatch(line)]
+    said = [line for line in lines if not any(told.fullmatch(line) for told in _TOLD)]
     assert code == 2, f"exit code {code}\n{output}\n{errors}"
     assert len(said) == 1, errors
     assert lines[-1] == said[0], errors

@@ -53,7 +53,7 @@ def test_what_changes_is_told(tmp_path: Path, images: str, caplog: pytest.LogCap
     caplog.set_level(logging.INFO)
     resume(run.path, {"training.steps": 2, "training.log_every": 1}, device="cpu")
     before = config.training.log_every
-    assert f"{run.path}: resumed with training.steps=2 (was 1), training.log_every=1 (was {before})" in caplog.messages
+    assert f"{run.path}: resuming with training.steps=2 (was 1), training.log_every=1 (was {before})" in caplog.messages
     caplog.clear()
     resume(run.path, {"training.steps": 2}, device="cpu")
-    assert not [text for text in caplog.messages if "resumed with" in text]
+    assert not [text for text in caplog.messages if "resuming with" in text]

@@ -90,7 +90,7 @@ def _resolved(run: Run, changes: Mapping[str, Any], device: torch.device, proces
     before, now = dotted(config), dotted(changed)
     told = [f"{key}={now.get(key)} (was {before.get(key)})" for key in differences(config, changed)]
     if told:
-        _LOG.info(f"{run.path}: resumed with {', '.join(told)}")
+        _LOG.info(f"{run.path}: resuming with {', '.join(told)}")
     return resolved
 
 
