@@ -581,20 +581,20 @@ def test_classes_are_asked_for_and_shown_by_name(pets: Path, msdiff: Call, tmp_p
     assert first[0] == first[1]
     assert first[2].startswith(b"\xff\xd8")
     heights = {}
-    for captions in ("auto", "off", "on"):
+    for captions in ("auto", "off", "on", ""):  # "": --captions alone
         for label in ((), ("--label", "2")):
-            options = ("--count", "4", "--captions", captions, *label, "--out", "g.png", "--overwrite")
+            options = ("--count", "4", *filter(None, ("--captions", captions)), *label, "--out", "g.png", "--overwrite")
             assert msdiff("sample", pets, *options)[0] == 0
             with Image.open(tmp_path / "g.png") as image:
                 heights[captions, len(label)] = image.size[1] - 131
-    assert {key for key, value in heights.items() if value} == {("auto", 0), ("on", 0), ("on", 2)}
+    assert {key for key, value in heights.items() if value} == {("auto", 0), ("on", 0), ("on", 2), ("", 0), ("", 2)}
 
 
 def test_classes_captions_and_formats_that_are_not_there_are_refused(pets: Path, made: Path, msdiff: Call) -> None:
     refused(msdiff("sample", pets, "--label", "eels"), "label=eels: it must be in 0..2, or one of cats, dogs")
     refused(msdiff("sample", pets, "--label", "cat"), "did you mean 'cats'?")
     refused(msdiff("sample", pets, "--captions", "on", "--out", "a.npz"), "only a .png grid has captions")
-    refused(msdiff("sample", made / "run", "--captions", "on"), "the run is unconditional")
+    refused(msdiff("sample", made / "run", "--captions"), "the run is unconditional")
     refused(
         msdiff("sample", pets, "--format", "jpg", "--out", "a.npz"), "--format jpg: images in a folder have a format"
     )

@@ -34,6 +34,8 @@ SUMMARIES = {
     "tables": "Count the networks of the paper's tables and print them beside its figures.",
 }
 
+_ALONE = {"--captions": "on"}  # options that may stand without a value, and what they mean then
+
 
 def parse(name: str, arguments: Sequence[str]) -> Any:
     """Parse a command's arguments into its dataclass; --help prints and exits.
@@ -55,7 +57,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
             return tyro.cli(
                 COMMANDS[name],
                 prog=f"msdiff {name}",
-                args=_gathered(_numbers_last(arguments)),
+                args=_gathered(_numbers_last(_filled(arguments))),
                 description=_help(COMMANDS[name]),
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
@@ -67,6 +69,14 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
             f"; a value that begins with - is given as {dashed}" if text.startswith("Missing value") and dashed else ""
         )
         raise UserError(f"{text}{hint}; for help, run msdiff {name} --help") from None
+
+
+def _filled(arguments: Sequence[str]) -> list[str]:
+    """Give options that stand alone the value that this means."""
+    found = list[str]()
+    for argument, after in itertools.pairwise([*arguments, "--"]):
+        found += [argument, *([_ALONE[argument]] if argument in _ALONE and after.startswith("-") else [])]
+    return found
 
 
 def _numbers_last(arguments: Sequence[str]) -> list[str]:

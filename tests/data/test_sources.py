@@ -107,7 +107,7 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     [
         ({"fit": "crop"}, r"data\.fit='crop' needs data\.size"),
         ({"fit": "squeeze", "size": (4, 4)}, r"data\.fit='squeeze' must be one of exact, crop, resize, pad"),
-        ({"size": (0, 4)}, r"data\.size=\(0, 4\) must be positive"),
+        ({"size": (0, 4)}, r"data\.size=0x4: height and width must be positive"),
     ],
 )
 def test_refuses_options(options, message):

@@ -376,7 +376,7 @@ def test_what_does_not_go_together_is_named(tmp_path: Path) -> None:
         "head_channels=16: a network of family 'ddpmpp' has one head"
     )
     file = write_score_sde(tmp_path / "x.pth", golden("ncsnpp")[1], None)
-    assert refusal(file, out, size=(0, 16)).startswith("size=(0, 16) must be positive")
+    assert refusal(file, out, size=(0, 16)).startswith("size=0x16: height and width must be positive")
     file = write_ldm(tmp_path / "x.ckpt", golden("ldm")[1], None)
     assert "head_channels=48 does not divide" in refusal(file, out, head_channels=48)
     file = write_ldm(tmp_path / "x.ckpt", golden("ldm")[1] | {"label_emb.weight": torch.zeros(10, 128)}, None)

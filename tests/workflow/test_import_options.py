@@ -66,7 +66,7 @@ def test_a_value_that_is_not_positive_is_refused_of_every_file(
         for value in (0, -4, True):
             with pytest.raises(UserError, match=rf"{option}={value} must be a positive whole number"):
                 import_published(files[name], tmp_path / "run", **{option: value})
-    with pytest.raises(UserError, match=r"size=\(8, 0\) must be positive"):
+    with pytest.raises(UserError, match="size=8x0: height and width must be positive"):
         import_published(files[name], tmp_path / "run", size=(8, 0))
 
 

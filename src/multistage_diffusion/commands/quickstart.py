@@ -38,7 +38,8 @@ class Quickstart(DataOptions):
     out: Annotated[Path | None, option("FOLDER", "runs/ and the name of DATA")] = None
     """The run's folder."""
     set: Changes = ()
-    """Settings that are not to be chosen, e.g. training.steps=20000."""
+    """Settings that are not to be chosen, e.g. training.steps=20000. In a folder that holds a run: its steps, intervals, names of
+    classes, metrics and execution.* may change, nothing else."""
     device: Device = None
     """cpu, cuda or cuda:N"""
     json: bool = False

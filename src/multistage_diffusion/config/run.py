@@ -55,7 +55,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(0 <= self.held_out < 1, f"data.held_out={self.held_out} must be in [0, 1)")
         if self.size is not None:
-            require(min(self.size) > 0, f"data.size={self.size} must be positive")
+            height, width = self.size
+            require(min(self.size) > 0, f"data.size={height}x{width}: height and width must be positive")
         require(self.max_pixels > 0, f"data.max_pixels={self.max_pixels} must be positive")
         require(
             not self.class_counts or (min(self.class_counts) >= 0 and sum(self.class_counts) > 0),

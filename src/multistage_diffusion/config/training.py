@@ -44,7 +44,7 @@ class OptimizerConfig:
         for name in ("lr", "eps"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"optimizer.{name}={value} must be positive and finite")
-        require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas={self.betas} must be in [0, 1)")
+        require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas={list(self.betas)} must be in [0, 1)")
         for name in ("warmup_steps", "decay_after"):
             require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must be >= 0")
         require(

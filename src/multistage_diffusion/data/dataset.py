@@ -134,7 +134,7 @@ class ImageData(LabelledRows):
         if not len(positions) or positions.min() == positions.max():
             raise UserError(
                 f"data.held_out={held_out}: {self.name} has no two different images, so none can be held out; "
-                "add images, or give --held-out 0"
+                "add images"
             )
         below = positions < held_out
         if below.all():

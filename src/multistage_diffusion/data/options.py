@@ -40,7 +40,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.size is not None and min(self.size) <= 0:
-            raise UserError(f"data.size={self.size} must be positive")
+            raise UserError(f"data.size={self.size[0]}x{self.size[1]}: height and width must be positive")
         if self.size is not None and self.size[0] * self.size[1] > self.max_pixels:
             raise UserError(
                 f"data.size={self.size[0]}x{self.size[1]} has more pixels than data.max_pixels={self.max_pixels}; give a smaller "

@@ -20,7 +20,8 @@ _OF_LAYOUTS = {
 
 def require_positive(size: tuple[int, int] | None, numbers: Mapping[str, int | None]) -> None:
     """Raise UserError unless the numbers that are given are whole and positive."""
-    require(size is None or min(size) > 0, f"size={size} must be positive")
+    if size is not None:
+        require(min(size) > 0, f"size={size[0]}x{size[1]}: height and width must be positive")
     for name, value in numbers.items():
         valid = value is None or (type(value) is int and 0 < value < MOST)
         require(valid, f"{name}={value} must be a positive whole number below {MOST}; leave it out for its default")

@@ -101,7 +101,7 @@ def refuse_others(run: Run, wanted: RunConfig) -> None:
     others = [key for key in differences(wanted, run.config()) if key not in FREE]
     if others:
         told = "; ".join(f"{key}={there.get(key)}, not {asked.get(key)}" for key in others)
-        raise UserError(f"{run.path}: holds a run with {told}; choose another --out")
+        raise UserError(f"{run.path}: holds a run with {told}; choose another --out (--help tells what may change)")
 
 
 def continued(
