@@ -157,6 +157,11 @@ def test_unequal_arms_are_refused(bench: ModuleType) -> None:
     bench.check_equal({"a": cost, "c": {**cost, "megaflops_per_image": 102.9}})
     with pytest.raises(SystemExit, match=r"\(c\): megaflops_per_image \+3.1% of the first arm's"):
         bench.check_equal({"a": cost, "c": {**cost, "megaflops_per_image": 103.1}})
+    bench.check_equal({"a": cost, "n": {**cost, "megaflops_per_image": 90.0}})  # narrow on purpose
+    with pytest.raises(SystemExit, match=r"\(c\): megaflops_per_image -10.0%"):
+        bench.check_equal({"a": cost, "c": {**cost, "megaflops_per_image": 90.0}})
+    with pytest.raises(SystemExit, match=r"\(n\): megaflops_per_image \+10.0%"):
+        bench.check_equal({"a": cost, "n": {**cost, "megaflops_per_image": 110.0}})
 
 
 def test_what_is_known_is_printed_and_drawn(
@@ -218,13 +223,15 @@ def test_runs_that_are_done_are_sampled_once(
         out, {"final": {"a": {"21": {"curve": power_law(1.0), "errors": [1.0]}, "22": {"curve": power_law(1.0)}}}}
     )
     monkeypatch.setattr(bench.multiprocessing, "get_context", lambda _: AtOnce())
-    bench.sample_all("V", tmp_path / "runs", out, 1, 1)
+    bench.sample_all("V", ["c"], tmp_path / "runs", out, 1, 1)
+    assert "sampling" not in read_json(out)["final"]["a"]["21"]
+    bench.sample_all("V", ["a"], tmp_path / "runs", out, 1, 1)
     found = read_json(out)["final"]["a"]
     assert [point["calls"] for point in found["21"]["sampling"]] == [4, 6]
     assert all(point["frechet"] > 0 for point in found["21"]["sampling"])
     assert "sampling" not in found["22"]  # no run of it is there
     before = out.read_bytes()
-    bench.sample_all("V", tmp_path / "runs", out, 1, 1)
+    bench.sample_all("V", ["a"], tmp_path / "runs", out, 1, 1)
     assert out.read_bytes() == before
 
 
