@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..files import new_folder, write_file
 from ..interop.diffusers_folder import CONFIG, SCHEDULER, WEIGHTS, read_mapping
 from ..interop.noise_config import noise_settings
+from ..interop.pipeline_index import INDEX
 from ..interop.stock_schedulers import ddim_steps
 from ..interop.unet2d import unet2d_tensors
 from ..interop.unet2d_config import CLASS, unet2d_settings
@@ -26,8 +27,6 @@ from ..schedules.discrete import Discrete
 from ..training.run import Run
 from .exchange import exported_config
 from .latent import recorded_scale
-
-INDEX = "model_index.json"
 
 
 def export_unet2d(
