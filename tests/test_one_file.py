@@ -182,7 +182,7 @@ def test_a_solver(plant: Plant, tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     with pytest.raises(SystemExit):
         cli.main(["sample", "--help"])
-    assert "{ddim,dpm,dpm++,euler,heun}" in capsys.readouterr().out
+    assert "{ddim,ddpm,ddpm-large,dpm,dpm++,euler,heun}" in capsys.readouterr().out
     assert cli.main(["sample", str(run), "--order", "2"]) == 2
     assert "sampling.order=2: has no meaning for solver 'euler'" in capsys.readouterr().err
 

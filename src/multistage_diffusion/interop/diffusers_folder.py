@@ -25,10 +25,10 @@ from ..config.serialization import read_json
 from ..errors import UserError
 from ..reading import brief, require_file
 from .parts import tensors
-from .pipeline_index import CODECS, CONFIG, PipelineIndex, read_index, require_class
+from .pipeline_index import CODECS, PipelineIndex, read_index, require_class
 from .published import read_torch
 
-SCHEDULER = "scheduler_config.json"
+CONFIG, SCHEDULER = "config.json", "scheduler_config.json"
 WEIGHTS, OLD_WEIGHTS = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 SHARDS = f"{WEIGHTS}.index.json"  # names the files of weights that are divided
 AVERAGED = "unet_ema"
@@ -77,14 +77,14 @@ def read_folder(folder: Path) -> DiffusersFolder:
     scheduler = _scheduler(folder) if index is None else scheduler_of(index)
     if scheduler is None:
         raise UserError(f"{folder / 'scheduler' / SCHEDULER}: is missing; put the scheduler of the pipeline there")
-    codec = _codec(folder) if index is None else index.codec and index.codec.folder
+    codec = _codec(folder) if index is None else index.codec_folder
     return DiffusersFolder(network=config, model=model, ema=ema, scheduler=scheduler, codec=codec)
 
 
 def scheduler_of(index: PipelineIndex) -> Mapping[str, Any] | None:
     """Return the scheduler_config.json of a pipeline, with the class that its index names; None if it names none.
 
-    diffusers takes that class, too, whatever the file says.
+    diffusers takes that class, too, whatever the file says; its DDIMPipeline makes a DDIMScheduler of any.
 
     Raises:
         UserError: if the file is missing or damaged.
@@ -102,7 +102,7 @@ def scheduler_of(index: PipelineIndex) -> Mapping[str, Any] | None:
             f"{file}: _class_name={brief(said)}, but {index.file.name} says {brief(part.kind)}, which is taken, as by diffusers",
             stacklevel=3,
         )
-    return {**config, "_class_name": part.kind}
+    return {**config, "_class_name": "DDIMScheduler" if index.pipeline == "DDIMPipeline" else part.kind}
 
 
 def beside_transformer(
@@ -120,7 +120,7 @@ def beside_transformer(
     """
     if index is not None:
         require_class(index, index.network)
-        return scheduler_of(index), index.codec and index.codec.folder
+        return scheduler_of(index), index.codec_folder
     places = [inner / SCHEDULER, inner.resolve().parent / "scheduler" / SCHEDULER]
     scheduler = next((read_mapping(place) for place in places if place.is_file()), None)
     return scheduler, folder / "vae" if (folder / "vae" / CONFIG).is_file() else None

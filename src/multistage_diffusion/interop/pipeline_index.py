@@ -14,7 +14,7 @@ from ..reading import brief
 INDEX = "model_index.json"
 READ = "DDPMPipeline, DDIMPipeline, PNDMPipeline, LDMPipeline and DiTPipeline"
 CODECS = ("vae", "vqvae", "movq")  # usual names of the folder of an autoencoder
-CONFIG = "config.json"
+_CONFIG = "config.json"
 
 # Pipelines whose components alone do not show that they are no run.
 _OTHERS = {
@@ -57,6 +57,11 @@ class PipelineIndex:
     network: Component
     scheduler: Component | None
     codec: Component | None
+
+    @property
+    def codec_folder(self) -> Path | None:
+        """The folder of the autoencoder; None: there is none."""
+        return None if self.codec is None else self.codec.folder
 
 
 def read_index(folder: Path) -> PipelineIndex | None:
@@ -149,7 +154,7 @@ def _check_codec(folder: Path, index: PipelineIndex) -> None:
         raise UserError(
             f"{index.file}: names {codec.name} ({codec.kind}), but there is no folder {codec.name}; copy it there"
         )
-    stranger = next((name for name in CODECS if (folder / name / CONFIG).is_file() and codec is None), None)
+    stranger = next((name for name in CODECS if (folder / name / _CONFIG).is_file() and codec is None), None)
     if stranger is not None:
         kind = said_class(folder / stranger)
         raise UserError(
@@ -162,7 +167,7 @@ def _check_codec(folder: Path, index: PipelineIndex) -> None:
 
 def said_class(folder: Path) -> str:
     """Return the class that a component's config.json names; empty if it names none."""
-    said = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    said = read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else None
     return _name_of(said.get("_class_name")) if isinstance(said, dict) else ""
 
 
@@ -175,6 +180,6 @@ def require_class(index: PipelineIndex, part: Component) -> None:
     said = said_class(part.folder)
     if said and said != part.kind and {said, part.kind} != {"Transformer2DModel", "DiTTransformer2DModel"}:
         raise UserError(
-            f"{part.folder / CONFIG}: _class_name={brief(said)}, but {INDEX} says {part.name} is {brief(part.kind)}; put the "
+            f"{part.folder / _CONFIG}: _class_name={brief(said)}, but {INDEX} says {part.name} is {brief(part.kind)}; put the "
             "files of the same pipeline together"
         )
