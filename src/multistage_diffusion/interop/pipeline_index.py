@@ -21,6 +21,7 @@ _OTHERS = {
     "ConsistencyModelPipeline": "its network maps noise to an image at once, which no preconditioning here describes",
     "KarrasVePipeline": "its network was trained on the noise of KarrasVeScheduler, which no schedule here describes",
     "LDMSuperResolutionPipeline": "its network is told of a small image",
+    "MultistagePipeline": "it was exported from one; go on from that run (msdiff train --init-from RUN)",
     "ScoreSdeVePipeline": "its network was trained on the variance exploding noise of ScoreSdeVeScheduler",
 }
 
@@ -78,7 +79,7 @@ def read_index(folder: Path) -> PipelineIndex | None:
         raise UserError(f"{file}: is no mapping")
     pipeline = _name_of(said.get("_class_name"))
     if pipeline in _OTHERS:
-        raise UserError(f"{file}: {pipeline} cannot be a run: {_OTHERS[pipeline]}; {READ} are imported")
+        raise UserError(f"{file}: {pipeline} is not imported: {_OTHERS[pipeline]}; {READ} are imported")
     parts = _components(file, said)
     networks, schedulers, codecs = ([p for p in parts if p.role == role] for role in ("network", "scheduler", "codec"))
     _refuse_others(file, pipeline, [p for p in parts if not p.role])
