@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ def unet(**changes: Any) -> Any:
 
 def pipeline(folder: Path, model: Any, scheduler: Any) -> Path:
     diffusers.DDIMPipeline(model, scheduler).save_pretrained(folder)
+    return folder
+
+
+def with_part(folder: Path, name: str, part: Any) -> Path:
+    """Give a pipeline another component, such as an autoencoder, or another scheduler."""
+    part.save_pretrained(folder / name)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), name: ["diffusers", type(part).__name__]}))
     return folder
 
 

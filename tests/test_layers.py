@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # L0: what everything uses
     ("errors", "escaping", "progress", "version"),
     ("memory", "output_paths", "reading", "registry", "stale_files"),
-    ("files",),
+    ("archives", "files"),
     ("contracts", "distributed"),
     ("rng", "schedules"),
     ("conventions", "stages"),

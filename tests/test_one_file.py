@@ -182,7 +182,7 @@ def test_a_solver(plant: Plant, tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     with pytest.raises(SystemExit):
         cli.main(["sample", "--help"])
-    assert "{ddim,dpm,dpm++,euler,heun}" in capsys.readouterr().out
+    assert "{ddim,ddpm,ddpm-large,dpm,dpm++,euler,heun}" in capsys.readouterr().out
     assert cli.main(["sample", str(run), "--order", "2"]) == 2
     assert "sampling.order=2: has no meaning for solver 'euler'" in capsys.readouterr().err
 
@@ -262,7 +262,9 @@ def test_a_preconditioning(plant: Plant, tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     arguments = ["train", "--config", tmp_path / "known" / "config.json", "--data", tmp_path / "known" / "data.npz"]
     assert cli.main([*map(str, arguments), "--out", "x", "--set", "diffusion.precondition=unti"]) == 2
-    assert f"diffusion.precondition='unti' must be one of {', '.join(PRECONDITIONINGS.names())}" in capsys.readouterr().err
+    assert (
+        f"diffusion.precondition='unti' must be one of {', '.join(PRECONDITIONINGS.names())}" in capsys.readouterr().err
+    )
 
 
 def test_what_was_planted_is_gone() -> None:

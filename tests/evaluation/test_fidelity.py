@@ -120,6 +120,16 @@ def test_no_other_file_is_taken_for_weights(content, message: str, tmp_path: Pat
     assert not Path("exploded").exists()
 
 
+def test_a_flipped_bit_of_weights_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save({"a": torch.full((2,), 3.0)}, file)
+    content = bytearray(file.read_bytes())
+    content[content.index(torch.full((2,), 3.0).numpy().tobytes()) + 1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights\.pth: is truncated or damaged \(entry .*Bad CRC-32"):
+        get_features("inception", file)
+
+
 def test_without_a_network_the_mend_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise urllib.error.URLError("no network")

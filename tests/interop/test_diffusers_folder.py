@@ -109,3 +109,13 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
         torch.save({"conv_in.weight": odd}, tmp_path / "unet" / "diffusion_pytorch_model.bin")
         with pytest.raises(UserError, match=r"'conv_in\.weight' does not hold all of its \d+ numbers"):
             read_weights(tmp_path / "unet")
+
+
+def test_a_flipped_bit_of_old_weights_is_found(tmp_path: Path) -> None:
+    part(tmp_path / "unet", 1.0, old=True)
+    file = tmp_path / "unet" / "diffusion_pytorch_model.bin"
+    content = bytearray(file.read_bytes())
+    content[content.index(torch.full((2,), 1.0).numpy().tobytes()) + 1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.bin: is truncated or damaged \(entry .*Bad CRC-32"):
+        read_weights(tmp_path / "unet")

@@ -79,6 +79,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prediction_type": "flow"}, "prediction_type='flow'"),
     ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid': only linear, scaled_linear, squaredcos_cap_v2"),
     ({"variance_type": "learned_range"}, "variance_type='learned_range'"),
+    ({"_class_name": "DDPMScheduler", "variance_type": "fixed"}, "variance_type='fixed': only fixed_small"),
     ({"trained_betas": "many"}, "trained_betas must be a list of numbers"),
     (
         {"trained_betas": [0.1, 1.5], "num_train_timesteps": 2},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import yaml
 from tiny import tiny_config
@@ -52,6 +54,19 @@ def test_without_evaluations_there_is_no_table_and_foreign_text_is_no_markup() -
     card = model_card(config, name="me/x", step=7, licence="mit")
     assert "## Metrics" not in card
     assert "\\<script\\>\\|\\`x\\`\\\\u202e" in card
+
+
+def test_folders_of_this_machine_are_not_published() -> None:
+    result = dataclasses.replace(RESULT, against="reference", reference="/home/me/secret/reference.npz")
+    config = tiny_config(data__source="/home/me/secret/photos", training__init_from="/home/me/secret/runs/one")
+    card = model_card(config, name="me/x", step=7, licence="mit", results=[result])
+    assert "secret" not in card
+    assert "Data: photos. " in card
+    assert "Started from one." in card
+    assert "reference: reference.npz |" in card
+    assert "Data: hf:me/photos. " in model_card(
+        tiny_config(data__source="hf:me/photos"), name="me/x", step=7, licence="mit"
+    )
 
 
 @pytest.mark.parametrize("licence", ["", "MIT", "my own", "a\nb"])

@@ -116,7 +116,7 @@ def test_churn_lifts_sigma_by_no_more_than_root_two():
         ({"sigma_min": 0.0}, ["sampling.sigma_min=0"]),
         ({"sigma_max": math.inf}, ["sampling.sigma_max=inf", "finite"]),
         ({"sigma_max": math.nan}, ["sampling.sigma_max=nan"]),
-        ({"solver": "euler"}, ["sampling.solver='euler'", "ddim, dpm, dpm++, heun"]),
+        ({"solver": "euler"}, ["sampling.solver='euler'", "ddim, ddpm, ddpm-large, dpm, dpm++, heun"]),
         ({"order": 4}, ["sampling.order=4", "1, 2, 3", "'dpm'"]),
         ({"method": "twostep"}, ["sampling.method='twostep'", "'multistep'"]),
         ({"spacing": "cosine"}, ["sampling.spacing='cosine'", "log-snr"]),

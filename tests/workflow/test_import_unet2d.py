@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_pipelines import pipeline, trained, unet
+from foreign_pipelines import pipeline, trained, unet, with_part
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -206,7 +206,7 @@ def test_other_schedulers_end_where_the_ddim_of_their_configuration_does(tmp_pat
     """Stable Diffusion's PNDMScheduler: steps_offset 1, no set_alpha_to_one."""
     folder = pipeline(tmp_path / "theirs", unet(), diffusers.DDPMScheduler())
     file = folder / "scheduler" / "scheduler_config.json"
-    diffusers.PNDMScheduler(steps_offset=1, set_alpha_to_one=False).save_pretrained(folder / "scheduler")
+    with_part(folder, "scheduler", diffusers.PNDMScheduler(steps_offset=1, set_alpha_to_one=False))
     run = import_published(folder, tmp_path / "run")
     found = json.loads((export_unet2d(run, tmp_path / "back") / "scheduler" / "scheduler_config.json").read_text())
     assert (found["steps_offset"], found["set_alpha_to_one"]) == (1, False)
@@ -255,7 +255,7 @@ def test_a_pipeline_on_latents_keeps_its_autoencoder_and_scale(tmp_path: Path, m
         scaling_factor=0.7,
     )
     folder = pipeline(tmp_path / "theirs", unet(), diffusers.DDPMScheduler(clip_sample=False))
-    vae.save_pretrained(folder / "vae")
+    with_part(folder, "vae", vae)
     run = import_published(folder, tmp_path / "run")
     config = run.config()
     assert (config.codec.scale, config.codec.shape, config.data.shape) == (0.7, (3, 8, 8), (3, 16, 16))
@@ -288,7 +288,8 @@ def test_a_pipeline_on_latents_keeps_its_autoencoder_and_scale(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_class_name": "UNet2DModel"}, "a codec is one of AutoencoderKL or VQModel"),
+        ({"_class_name": "UNet2DModel"}, "but model_index.json says vqvae is 'VQModel'"),
+        ({"_class_name": None}, "a codec is one of AutoencoderKL or VQModel"),
         ({"in_channels": 0}, "is not that of an autoencoder"),
         ({"in_channels": 10**9}, "more than any autoencoder"),
         ({"block_out_channels": []}, "is not that of an autoencoder"),
@@ -304,7 +305,7 @@ def test_an_autoencoder_that_cannot_be_one_is_refused(
 ) -> None:
     folder = pipeline(tmp_path / "theirs", unet(), diffusers.DDPMScheduler())
     sizes = {"latent_channels": 3, "block_out_channels": (8,), "norm_num_groups": 4}
-    diffusers.VQModel(**sizes).save_pretrained(folder / "vqvae")
+    with_part(folder, "vqvae", diffusers.VQModel(**sizes))
     config, weights = (folder / "vqvae" / name for name in (CONFIG, WEIGHTS))
     if change is None:
         weights.write_bytes(weights.read_bytes()[:500])
@@ -348,7 +349,7 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     plain = import_published(folder, tmp_path / "plain").config()
     with pytest.warns(UserWarning, match=r"sampling\.threshold=0\.9 is left out"):
         _files(override(plain, {"sampling.clip": None, "sampling.threshold": 0.9}))
-    diffusers.VQModel(latent_channels=3, block_out_channels=(8,), norm_num_groups=4).save_pretrained(folder / "vqvae")
+    with_part(folder, "vqvae", diffusers.VQModel(latent_channels=3, block_out_channels=(8,), norm_num_groups=4))
     with pytest.warns(UserWarning, match="clip_sample .* is left out: latents are not clipped"):
         import_published(folder, tmp_path / "latent")
 

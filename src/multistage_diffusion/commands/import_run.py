@@ -11,6 +11,7 @@ import tyro
 from ..config.presets import preset
 from ..stage_finding import StageResult
 from ..workflow.import_run import import_published
+from ..workflow.imported import read_own_sampler
 from .options import option, print_json, say
 
 
@@ -59,6 +60,8 @@ class Import:
     """Leave out a transformer's outputs for a learnt variance."""
     noise: Annotated[Literal["ddpm", "sit"] | None, option("{ddpm,sit}", "the file's, else ddpm")] = None
     """On which noise a transformer (.pt) was trained: ddpm predicts that of DDPM's steps, sit the velocity on SiT's path."""
+    sampler: Literal["ddim", "own"] = "ddim"
+    """Of the run of a UNet2DModel: DDIM in 50 calls, or that of the pipeline, such as DDPM's in 1000 calls."""
     replace: bool = False
     """Move an existing run at OUT aside."""
     json: bool = False
@@ -79,6 +82,7 @@ class Import:
             classes=self.classes,
             drop_sigma=self.drop_sigma,
             noise=self.noise,
+            sampler=self.sampler,
             replace=self.replace,
         )
         config = run.config()
@@ -100,3 +104,5 @@ class Import:
         for k, sigma in enumerate(config.stages.interior, start=1):
             say(f"stage {k} | {k + 1}: sigma = {sigma:.4f}")
         say(f"sampler: {config.sampling.solver}, {config.sampling.calls} calls")
+        if (own := read_own_sampler(run)) is not None:
+            say(own.sentence(run.path, config.sampling))

@@ -18,6 +18,7 @@ from ..reporting.pictures import MOST_IN_GRID, folder_of_images, grid, save_npz,
 from ..samplers import make_plan, shortcoming
 from ..samplers.class_labels import names_of, warn_of_empty
 from ..training.run import Run
+from ..workflow.imported import read_own_sampler
 from ..workflow.sample import sample, sample_labels
 from .options import Average, Device, RunFolder, SamplerOptions, check_out, option, print_json, say
 
@@ -130,6 +131,8 @@ class Sample(SamplerOptions):
         else:
             made = f"{counted(self.count, 'sample')}{of}, {sampling.solver}, {counted(sampling.calls, 'call')}"
             say(f"written: {self.out} ({made})")
+            if (own := read_own_sampler(run)) is not None:
+                say(own.sentence(run.path, config.sampling, sampling))
 
     def _captions(self, names: Sequence[str] | None, *, grid: bool) -> Sequence[str] | None:
         """Return the captions of a grid; None for none."""

@@ -22,7 +22,7 @@ class SamplingConfig:
     """The sampler of a run, unless another one is given.
 
     Attributes:
-        solver: "dpm" (DPM-Solver), "dpm++", "ddim", "heun" or another of SOLVERS.
+        solver: "dpm" (DPM-Solver), "dpm++", "ddim", "heun", "ddpm", "ddpm-large" or another of SOLVERS.
         method: "singlestep" or "multistep", for solvers that have a choice (DPM-Solver families).
         order: for solvers that have a choice (DPM-Solver families: 1 to 3).
         calls: denoiser calls per image.

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..archives import require_intact
 from ..errors import UserError
 from ..files import make_folder
 from ..reading import require_file
@@ -170,9 +171,12 @@ def _check_weights(file: Path) -> None:
     if file.exists():
         require_file(file)
     try:
+        require_intact(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}; name a file of weights") from None
+    except UserError:
+        raise
     except Exception:  # a damaged or hostile file can raise any exception type
         raise UserError(
             f"{file}: not a file of weights alone (torch.save of a state_dict); download it again"

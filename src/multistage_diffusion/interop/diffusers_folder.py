@@ -1,15 +1,17 @@
 """Folders that diffusers' save_pretrained writes: an unconditional pipeline, its parts and their files.
 
+    FOLDER/model_index.json  class and components of the pipeline, by whose names they are found (see pipeline_index)
     FOLDER/unet/           config.json and weights of a UNet2DModel; in old files, in FOLDER itself
     FOLDER/unet_ema/       the averaged network, beside checkpoints of training scripts
     FOLDER/scheduler/      scheduler_config.json; in old files, in FOLDER itself
-    FOLDER/vae/ or vqvae/  the autoencoder of a pipeline on latents
+    FOLDER/vae/, vqvae/, movq/  the autoencoder of a pipeline on latents
 
 Checkpoints of diffusers' train_unconditional.py (OUT/checkpoint-N) have no scheduler; that of OUT is taken.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +25,13 @@ from ..config.serialization import read_json
 from ..errors import UserError
 from ..reading import brief, require_file
 from .parts import tensors
+from .pipeline_index import CODECS, PipelineIndex, read_index, require_class
 from .published import read_torch
 
 CONFIG, SCHEDULER = "config.json", "scheduler_config.json"
 WEIGHTS, OLD_WEIGHTS = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 SHARDS = f"{WEIGHTS}.index.json"  # names the files of weights that are divided
 AVERAGED = "unet_ema"
-CODECS = ("vae", "vqvae")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +58,72 @@ def read_folder(folder: Path) -> DiffusersFolder:
     """Read the folder of a pipeline, of a checkpoint of a training script, or of a U-Net beside its scheduler.
 
     Raises:
-        UserError: naming the file that is missing or damaged.
+        UserError: naming the file that is missing or damaged, or what in its model_index.json cannot be a run.
     """
-    averaged = folder / AVERAGED
-    unet = next((place for place in (folder / "unet", averaged) if place.is_dir()), folder)
+    averaged, index = folder / AVERAGED, read_index(folder)
+    name = "unet" if index is None else index.network.name
+    unet = next((place for place in (folder / name, averaged) if place.is_dir()), folder)
     if not (unet / CONFIG).is_file():
-        raise UserError(f"{folder}: no {CONFIG} of a U-Net in it or in its folder unet; give the folder of a pipeline")
+        raise UserError(
+            f"{folder}: no {CONFIG} of a U-Net in it or in its folder {name}; give the folder of a pipeline"
+        )
+    if index is not None:
+        require_class(index, index.network)
     config, model = read_mapping(unet / CONFIG), read_weights(unet)
     ema = model
     if averaged.is_dir() and averaged != unet:
         _require_same_network(config, averaged)
         ema = read_weights(averaged)
-    return DiffusersFolder(network=config, model=model, ema=ema, scheduler=_scheduler(folder), codec=_codec(folder))
+    scheduler = _scheduler(folder) if index is None else scheduler_of(index)
+    if scheduler is None:
+        raise UserError(f"{folder / 'scheduler' / SCHEDULER}: is missing; put the scheduler of the pipeline there")
+    codec = _codec(folder) if index is None else index.codec_folder
+    return DiffusersFolder(network=config, model=model, ema=ema, scheduler=scheduler, codec=codec)
+
+
+def scheduler_of(index: PipelineIndex) -> Mapping[str, Any] | None:
+    """Return the scheduler_config.json of a pipeline, with the class that its index names; None if it names none.
+
+    diffusers takes that class, too, whatever the file says; its DDIMPipeline makes a DDIMScheduler of any.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
+    part = index.scheduler
+    if part is None:
+        return None
+    file = part.folder / SCHEDULER
+    if not file.is_file():
+        raise UserError(f"{file}: is missing, but {index.file.name} names {part.name} ({part.kind}); copy it there")
+    config = read_mapping(file)
+    said = config.get("_class_name", part.kind)
+    if said != part.kind:
+        warnings.warn(
+            f"{file}: _class_name={brief(said)}, but {index.file.name} says {brief(part.kind)}, which is taken, as by diffusers",
+            stacklevel=3,
+        )
+    return {**config, "_class_name": "DDIMScheduler" if index.pipeline == "DDIMPipeline" else part.kind}
+
+
+def beside_transformer(
+    folder: Path, inner: Path, index: PipelineIndex | None
+) -> tuple[Mapping[str, Any] | None, Path | None]:
+    """Return what is beside a transformer: scheduler_config.json and the folder of an autoencoder; None: there is none.
+
+    Args:
+        folder: of the pipeline, or of the transformer.
+        inner: of the transformer.
+        index: of the pipeline, if it has one.
+
+    Raises:
+        UserError: if a file is missing or damaged, or is of another class than the index says.
+    """
+    if index is not None:
+        require_class(index, index.network)
+        return scheduler_of(index), index.codec_folder
+    places = [inner / SCHEDULER, inner.resolve().parent / "scheduler" / SCHEDULER]
+    scheduler = next((read_mapping(place) for place in places if place.is_file()), None)
+    return scheduler, folder / "vae" if (folder / "vae" / CONFIG).is_file() else None
 
 
 def _require_same_network(config: Mapping[str, Any], averaged: Path) -> None:
@@ -83,7 +139,7 @@ def _require_same_network(config: Mapping[str, Any], averaged: Path) -> None:
             )
 
 
-def _scheduler(folder: Path) -> Mapping[str, Any]:
+def _scheduler(folder: Path) -> Mapping[str, Any] | None:
     above = folder.resolve().parent
     places = [folder / "scheduler", folder, above / "scheduler"]
     if folder.name in ("unet", AVERAGED):
@@ -91,7 +147,7 @@ def _scheduler(folder: Path) -> Mapping[str, Any]:
     for place in places:
         if (place / SCHEDULER).is_file():
             return read_mapping(place / SCHEDULER)
-    raise UserError(f"{folder / 'scheduler' / SCHEDULER}: is missing; put the scheduler of the pipeline there")
+    return None
 
 
 def _codec(folder: Path) -> Path | None:

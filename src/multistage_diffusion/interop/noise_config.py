@@ -32,13 +32,12 @@ SCHEDULERS = (
     "PNDMScheduler",
     "UniPCMultistepScheduler",
 )
-_CLIPPING = (
-    "DDIMParallelScheduler",
-    "DDIMScheduler",
-    "DDPMParallelScheduler",
-    "DDPMScheduler",
-)  # unless told otherwise
+DDIM = ("DDIMParallelScheduler", "DDIMScheduler")
+DDPM = ("DDPMParallelScheduler", "DDPMScheduler")
+# Values of variance_type of DDPM's schedulers, and solvers here. With fixed_large_log, diffusers' samples are not finite.
+VARIANCES = {"fixed_small": "ddpm", "fixed_small_log": "ddpm", "fixed_large": "ddpm-large", "fixed_large_log": ""}
 _SPACINGS = ("leading", "trailing", "linspace")  # values of timestep_spacing
+_CLIPPING = (*DDIM, *DDPM)  # unless told otherwise
 _MOST_STEPS = 1_000_000
 
 
@@ -52,6 +51,9 @@ class Noise:
         offset: step of the last denoiser call (steps_offset), for spacing "leading".
         trailing: whether timestep_spacing is "trailing"; "linspace" is read as "leading", with a warning.
         lands: whether the last output is the image (set_alpha_to_one); else DDIM ends at the noise of step 0.
+        linspace: whether timestep_spacing is "linspace".
+        scheduler: its class.
+        solver: the solver here that makes its steps; empty: none does.
     """
 
     diffusion: DiffusionConfig
@@ -59,6 +61,9 @@ class Noise:
     offset: int
     trailing: bool = False
     lands: bool = True
+    linspace: bool = False
+    scheduler: str = "DDIMScheduler"
+    solver: str = "ddim"
 
 
 def read_noise(config: Mapping[str, Any]) -> Noise:
@@ -81,7 +86,7 @@ def read_noise(config: Mapping[str, Any]) -> Noise:
         raise UserError(f"prediction_type={brief(prediction)}: only {', '.join(PREDICTIONS)} are read")
     if "variance_type" in config and str(config["variance_type"]).startswith("learned"):
         raise UserError(f"variance_type={brief(config['variance_type'])}: a learnt variance is not read")
-    schedule = _schedule(config)
+    schedule, solver = _schedule(config), _solver(kind, config)
     if kind not in _CLIPPING:
         warnings.warn(
             f"_class_name={kind!r}: its noise is read, its steps and their settings are not; the run is sampled by the DDIM "
@@ -96,7 +101,20 @@ def read_noise(config: Mapping[str, Any]) -> Noise:
         offset=_offset(config, schedule.steps),
         trailing=_is_trailing(config),
         lands=_lands(config),
+        linspace=config.get("timestep_spacing") == "linspace",
+        scheduler=kind,
+        solver=solver,
     )
+
+
+def _solver(kind: str, config: Mapping[str, Any]) -> str:
+    """Return the solver that makes a scheduler's steps; empty if none does."""
+    if kind not in DDPM:
+        return "ddim" if kind in DDIM else ""
+    variance = config.get("variance_type", "fixed_small")
+    if not isinstance(variance, str) or variance not in VARIANCES:
+        raise UserError(f"variance_type={brief(variance)}: only {', '.join(VARIANCES)} are read")
+    return VARIANCES[variance]
 
 
 def _is_trailing(config: Mapping[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..archives import require_intact
 from ..errors import UserError
 from ..reading import require_file
 
@@ -104,12 +105,15 @@ def read_torch(path: Path) -> Any:
         UserError: one line, if the file is damaged or names something that is neither a tensor nor one of those.
     """
     try:
+        require_intact(path)
         stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
             (_Mapping if name.endswith(_MAPPINGS) else Record, name) for name in _strangers(path)
         ]
         with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
             warnings.simplefilter("ignore")  # about unusual pickles; unreadable ones raise
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # a damaged or hostile file can raise any exception type
         raise UserError(f"{path}: {_reason(error)}") from None
 

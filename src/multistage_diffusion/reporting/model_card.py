@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from ..config import RunConfig
@@ -104,7 +105,7 @@ def _metrics(results: Sequence[EvaluationResult]) -> str:
             real = "" if value.real is None else f"{value.real:.4g}"
             rows.append(
                 f"| {_plain(name)} | {value.value:.4g} | {real} | {_plain(result.extractor)} | {result.samples} | "
-                f"{_plain(result.against)}: {_plain(result.reference)} |"
+                f"{_plain(result.against)}: {_place(result.reference)} |"
             )
     return "## Metrics\n\nOnly values of the same features and numbers of samples compare.\n\n" + "\n".join(rows)
 
@@ -112,13 +113,19 @@ def _metrics(results: Sequence[EvaluationResult]) -> str:
 def _training(config: RunConfig, launches: Sequence[Mapping[str, Any]]) -> str:
     training = config.training
     facts = [
-        f"Data: {_plain(config.data.source or 'unknown')}. Batch {training.batch}, learning rate {config.optimizer.lr:g}, "
+        f"Data: {_place(config.data.source or 'unknown')}. Batch {training.batch}, learning rate {config.optimizer.lr:g}, "
         f"{_plain(config.diffusion.precondition)}, sampler {_plain(config.sampling.solver)} with {config.sampling.calls} calls."
     ]
     if training.init_from:
-        facts.append(f"Started from {_plain(training.init_from)}.")
+        facts.append(f"Started from {_place(training.init_from)}.")
     lines = [f"    {' '.join(shown(launch['command']).split())}" for launch in launches]
     return "## Training\n\n" + "\n".join(facts) + ("\n\n" + "\n".join(lines) if lines else "")
+
+
+def _place(source: str) -> str:
+    """Return what data, weights or a reference are, without the folders of this machine that an absolute path names."""
+    path = PurePath(source)
+    return _plain(path.name if path.is_absolute() else source)
 
 
 def require_licence(licence: str) -> None:

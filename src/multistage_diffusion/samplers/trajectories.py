@@ -62,7 +62,7 @@ def sample(
         start: unscaled starting states (B, ...), e.g. from `start_noise`.
         plan: from `make_plan`.
         cond: labels, passed to every call.
-        noise: maps a step index to unit noise of start's shape, e.g. from `step_noise`; needed for churn or eta.
+        noise: maps a step index to unit noise of start's shape, e.g. from `step_noise`; needed if the plan is stochastic.
         progress: called after each denoiser call with (calls made, total calls).
 
     Returns:
@@ -73,7 +73,7 @@ def sample(
         NotFiniteError: if the result is not finite.
     """
     if plan.stochastic and noise is None:
-        raise UserError(f"noise=None: {plan.solver} with churn or eta draws noise in each step; pass step_noise(...)")
+        raise UserError(f"noise=None: {plan.solver} draws noise in each step; pass step_noise(...)")
     made, total = 0, len(plan.calls)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:

@@ -18,9 +18,10 @@ from ..config import CodecConfig, DataConfig, NetworkConfig, RunConfig
 from ..config.serialization import override, read_json, to_dict
 from ..errors import UserError, require
 from ..files import write_atomic
-from ..interop.diffusers_folder import CONFIG, OLD_WEIGHTS, SCHEDULER, WEIGHTS, read_mapping, read_weights
+from ..interop.diffusers_folder import CONFIG, OLD_WEIGHTS, WEIGHTS, beside_transformer, read_mapping, read_weights
 from ..interop.file_terms import file_terms
 from ..interop.parts import SAMPLING, plain, weight
+from ..interop.pipeline_index import read_index
 from ..interop.published import kind_of, read_torch, torch_bytes
 from ..interop.shapes import require_tensors
 from ..nets.layouts import LAYOUTS, PublishedLayout, Tensors
@@ -32,7 +33,6 @@ from .latent import recorded_scale
 from .layout_noise import NOISE, OWN, NoiseClues, diffusion_of, name_of, training_options
 
 SD_SCALE = 0.18215  # of Stable Diffusion's latents, on which published networks of 4 channels are trained
-VAE = "vae"  # sub-folder of the autoencoder
 SD_FACTOR = 8  # by which it reduces the sides of images
 ARGUMENTS = "arguments"  # of the run, in exports
 METADATA = "_metadata"  # attribute of a state dict, where torch keeps versions
@@ -56,7 +56,7 @@ class Found:
         model: {published name: weight}; None if there are only averages.
         ema: averages by the same names; None if there are none.
         told: settings beside the tensors.
-        codec: folder of an autoencoder beside them, with a config.json; None: there is none.
+        codec: folder of an autoencoder beside them; None: there is none.
         clues: what tells on which noise it was trained.
         remembered: what an export says of its run (see `_arguments`); {}: it is a file of other code.
     """
@@ -118,7 +118,9 @@ def _tensors(value: Any) -> Tensors | None:
 
 
 def _of_folder(folder: Path) -> Found | None:
-    inner = next((f for f in (folder, folder / "transformer") if (f / "config.json").is_file()), None)
+    index = read_index(folder)
+    named = (folder, folder / "transformer") if index is None else (index.network.folder,)
+    inner = next((f for f in named if (f / "config.json").is_file()), None)
     told = read_json(inner / "config.json") if inner is not None else None
     if inner is None or not isinstance(told, dict):
         return None
@@ -126,17 +128,16 @@ def _of_folder(folder: Path) -> Found | None:
     if layout is None:
         _refuse_other(inner / "config.json", told)
         return None
+    scheduler, codec = beside_transformer(folder, inner, index)
     tensors = _tensors(read_weights(inner))
     if tensors is None:
         raise UserError(f"{inner}: its weights are no state dict of whole tensors; save the model again")
-    places = [inner / SCHEDULER, inner.resolve().parent / "scheduler" / SCHEDULER]
-    scheduler = next((read_mapping(place) for place in places if place.is_file()), None)
     return Found(
         layout=layout,
         model=tensors,
         ema=None,
         told={name: value for name, value in told.items() if name not in _OPTIONS},
-        codec=folder.resolve() if (folder / VAE / CONFIG).is_file() else None,
+        codec=codec and codec.resolve(),
         clues=NoiseClues(file=folder.name, schedule=scheduler),
     )
 
@@ -238,7 +239,7 @@ def config_of(found: Found, network: NetworkConfig, base: RunConfig | None, nois
         scale, shift = _scale_and_shift(found)
         codec = CodecConfig(scale=scale, shift=shift, shape=inputs)
         if found.codec is not None:
-            codec = dataclasses.replace(codec, source=str(found.codec), subfolder=VAE)
+            codec = dataclasses.replace(codec, source=str(found.codec.parent), subfolder=found.codec.name)
     data = DataConfig(source="", shape=_shape(found, SHAPE, images if codec.used else inputs))
     require(
         codec.used or data.shape[0] == network.channels,
@@ -266,7 +267,7 @@ def archived_codec(found: Found) -> Tensors | None:
     Raises:
         UserError: if they are damaged.
     """
-    folder = None if found.codec is None else found.codec / VAE
+    folder = found.codec
     if folder is None or (folder / WEIGHTS).is_file() or not (folder / OLD_WEIGHTS).is_file():
         return None
     return {name: value.contiguous() for name, value in read_weights(folder).items()}
@@ -276,7 +277,7 @@ def write_codec(found: Found, weights: Tensors, folder: Path) -> None:
     """Write such an autoencoder to a new folder, as safetensors."""
     assert found.codec is not None
     folder.mkdir()
-    write_atomic(folder / CONFIG, (found.codec / VAE / CONFIG).read_bytes())
+    write_atomic(folder / CONFIG, (found.codec / CONFIG).read_bytes())
     write_atomic(folder / WEIGHTS, save(weights, {"format": "pt"}))
 
 
@@ -286,7 +287,7 @@ def _scale_and_shift(found: Found) -> tuple[float, float]:
     names, file = (SCALE, SHIFT), ARGUMENTS
     if found.codec is not None:
         told, names, file = (
-            read_mapping(found.codec / VAE / CONFIG),
+            read_mapping(found.codec / CONFIG),
             ("scaling_factor", "shift_factor"),
             "vae/config.json",
         )
@@ -301,7 +302,7 @@ def _scale_and_shift(found: Found) -> tuple[float, float]:
 
 def _checked_factor(found: Found, network: NetworkConfig) -> int:
     """Return by what sides of images are divided: told by an autoencoder beside the network, whose latents it must fit."""
-    told = {} if found.codec is None else read_mapping(found.codec / VAE / CONFIG)
+    told = {} if found.codec is None else read_mapping(found.codec / CONFIG)
     channels, levels = told.get("latent_channels", network.channels), told.get("block_out_channels")
     require(
         channels == network.channels,

@@ -17,13 +17,14 @@ from ..config.serialization import to_dict
 from ..files import new_folder, write_file
 from ..interop import hub
 from ..interop.diffusers_folder import CONFIG, SCHEDULER, WEIGHTS
+from ..interop.pipeline_index import INDEX
 from ..interop.self_contained import self_contained
 from ..interop.stock_schedulers import Stock, stock_scheduler
 from ..preconditioning import make_preconditioning
 from ..samplers import make_plan
 from ..training.run import Run
 from .exchange import exported_config
-from .export_unet2d import INDEX, codec_class, codec_folder, copy_codec, json_text, require_replaceable
+from .export_unet2d import codec_class, codec_folder, copy_codec, json_text, require_replaceable
 
 UNET, OWN_SCHEDULER, PIPELINE = "multistage_unet", "multistage_scheduler", "pipeline"  # modules of interop.hub
 UNET_CLASS, SCHEDULER_CLASS, PIPELINE_CLASS = "MultistageUNet", "MultistageScheduler", "MultistagePipeline"

@@ -14,7 +14,8 @@ from ..config import RunConfig
 from ..errors import UserError
 from ..files import new_folder, write_file
 from ..interop.diffusers_folder import CONFIG, SCHEDULER, WEIGHTS, read_mapping
-from ..interop.noise_config import noise_settings
+from ..interop.noise_config import VARIANCES, noise_settings
+from ..interop.pipeline_index import INDEX
 from ..interop.stock_schedulers import ddim_steps
 from ..interop.unet2d import unet2d_tensors
 from ..interop.unet2d_config import CLASS, unet2d_settings
@@ -27,13 +28,13 @@ from ..training.run import Run
 from .exchange import exported_config
 from .latent import recorded_scale
 
-INDEX = "model_index.json"
-
 
 def export_unet2d(
     run: Run | Path | str, folder: Path | str, *, checkpoint: str = "best", overwrite: bool = False
 ) -> Path:
     """Write a one-stage run's averaged network as a UNet2DModel, in a DDIMPipeline (LDMPipeline for a run on latents).
+
+    A run that is sampled by DDPM becomes a DDPMPipeline.
 
     Weights of a run that `import_published` made of a UNet2DModel come back bit for bit.
 
@@ -92,7 +93,8 @@ def json_text(settings: Any) -> bytes:
 
 def _files(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Return the configuration files of the pipeline by name."""
-    parts: dict[str, Any] = {"unet": ["diffusers", CLASS], "scheduler": ["diffusers", "DDIMScheduler"]}
+    scheduler = _scheduler(config)
+    parts: dict[str, Any] = {"unet": ["diffusers", CLASS], "scheduler": ["diffusers", scheduler["_class_name"]]}
     if config.codec.shift:
         raise UserError(
             f"codec.shift={config.codec.shift:g}: diffusers' LDMPipeline has no shift; use --format diffusers"
@@ -104,7 +106,7 @@ def _files(config: RunConfig) -> dict[str, dict[str, Any]]:
             **parts,
         }
     else:
-        parts = {"_class_name": "DDIMPipeline", **parts}
+        parts = {"_class_name": scheduler["_class_name"].replace("Scheduler", "Pipeline"), **parts}
     if config.sampling.threshold is not None:
         warnings.warn(
             f"sampling.threshold={config.sampling.threshold:g} is left out: diffusers' DDIM scheduler has another; --format "
@@ -114,12 +116,18 @@ def _files(config: RunConfig) -> dict[str, dict[str, Any]]:
     return {
         INDEX: parts,
         f"unet/{CONFIG}": unet2d_settings(config.network, config.input_shape[1:]),
-        f"scheduler/{SCHEDULER}": {
-            "_class_name": "DDIMScheduler",
-            **noise_settings(config.diffusion, config.sampling.clip),
-            **_steps(config),
-        },
+        f"scheduler/{SCHEDULER}": scheduler,
     }
+
+
+def _scheduler(config: RunConfig) -> dict[str, Any]:
+    """Return the scheduler_config.json: of DDPM's for a run that is sampled so, else of DDIM's."""
+    noise = noise_settings(config.diffusion, config.sampling.clip)
+    steps, variances = _steps(config), {solver: variance for variance, solver in reversed(VARIANCES.items())}
+    if config.sampling.solver not in variances:
+        return {"_class_name": "DDIMScheduler", **noise, **steps}
+    steps.pop("set_alpha_to_one")  # diffusers' DDPM always ends at the image
+    return {"_class_name": "DDPMScheduler", **noise, **steps, "variance_type": variances[config.sampling.solver]}
 
 
 def _steps(config: RunConfig) -> dict[str, Any]:

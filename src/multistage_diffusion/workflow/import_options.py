@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError, require
+from ..interop.parts import HEADS, Published
 from ..nets.layouts import PublishedLayout
+from ..reading import brief
 
 MOST = 10**6  # of a number that an option gives
 # why options of U-Nets say nothing of a network in a family's own layout
@@ -51,3 +53,24 @@ def require_options_of(layout: type[PublishedLayout], given: Mapping[str, Any]) 
 def _said(name: str, value: object) -> str:
     """Return an option with its value, if that can be written in a word or two."""
     return f"{name}={value}" if isinstance(value, int | float | str | tuple | list) else name
+
+
+def heads_of(published: Published, given: int | None) -> int:
+    """Return the channels of an attention head: the given value, the file's value, or latent diffusion's usual 32."""
+    if given is not None and published.family != "ldm":
+        raise UserError(f"head_channels={given}: a network of family {published.family!r} has one head; leave it out")
+    said = published.arguments.get(HEADS, 32) if given is None else given
+    if type(said) is not int or said < 1:
+        raise UserError(f"{HEADS}={brief(said)} must be a positive whole number")
+    return said
+
+
+def norm_groups_of(published: Published, given: int | None) -> int:
+    """Return the largest number of GroupNorm groups: the given value, or the file's."""
+    if given is None:
+        return published.norm_groups
+    if published.family == "ldm":
+        raise UserError(f"norm_groups={given}: an LDM U-Net always has 32; leave it out")
+    if published.norm_groups_known and published.norm_groups != given and published.family == "ddpmpp":
+        raise UserError(f"norm_groups={given}: the file says {published.norm_groups}; leave it out")
+    return given

@@ -13,7 +13,7 @@ import torch
 from ..config import CodecConfig, DiffusionConfig, NetworkConfig, RunConfig
 from ..config.paper_presets import PAPER_PRESETS
 from ..config.serialization import from_dict
-from ..errors import UserError
+from ..errors import UserError, require
 from ..files import disk_errors, write_json
 from ..interop.autoencoder import downsampling, first_stage
 from ..interop.file_terms import file_terms
@@ -30,7 +30,7 @@ from ..training.run import Run
 from . import exchange_layouts as layouts
 from .exchange import betas_of, layout_of, regrouped
 from .exchange_layouts import Found, find_layout
-from .import_options import require_options_of, require_positive, require_unused
+from .import_options import heads_of, norm_groups_of, require_options_of, require_positive, require_unused
 from .import_unet2d import import_unet2d
 from .imported import continued_training, data_without_source, remembered_sampling, save_first_checkpoint
 
@@ -51,6 +51,7 @@ def import_published(
     classes: int | None = None,
     drop_sigma: bool = False,
     noise: str | None = None,
+    sampler: str = "ddim",
     replace: bool = False,
 ) -> Run:
     """Create a run from a published checkpoint: score_sde's .pth, EDM's .pkl, latent diffusion's .ckpt, or an export.
@@ -78,6 +79,7 @@ def import_published(
         classes: classes of a transformer whose class table does not tell.
         drop_sigma: leave out a transformer's outputs for a learnt variance.
         noise: on which a transformer's weights were trained, where the file does not tell: "ddpm" (default) or "sit".
+        sampler: of the run of a UNet2DModel: "ddim", or "own" for that of its pipeline, such as DDPM's in 1000 calls.
         replace: move an existing run aside.
 
     Returns:
@@ -96,20 +98,24 @@ def import_published(
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     own |= {"drop_sigma": drop_sigma or None, "noise": noise}
+    require(sampler in ("ddim", "own"), f"sampler={sampler!r} is unknown; choose ddim or own")
+    unused = {"sampler": None if sampler == "ddim" else sampler}
     given = {**numbers, "stages": result, "edges": None if edges is None else list(edges)}
     found = find_layout(file)
     if found is not None:
+        require_unused(unused, "a transformer")
         require_options_of(found.layout, {**given, **own, "size": size})
         return _import_layout(file, Path(out), found, base, {**own, "head_channels": head_channels}, replace=replace)
     require_unused(own, "what is not a transformer")
     if file.is_dir():
         require_unused(given, "a folder of diffusers, which tells all")
-        return import_unet2d(file, out, base=base, size=size, replace=replace)
+        return import_unet2d(file, out, base=base, size=size, own_sampler=sampler == "own", replace=replace)
+    require_unused(unused, "what is no folder of diffusers")
     published = read_published(file)
     weights = published.model or published.ema
     assert weights is not None
     try:
-        heads, groups = _heads(published, head_channels), _norm_groups(published, norm_groups)
+        heads, groups = heads_of(published, head_channels), norm_groups_of(published, norm_groups)
         with file_terms(_sources(published, heads, groups, given=head_channels is not None)):
             network = network_of(published.family, weights, norm_groups=groups, head_channels=heads)
         chosen, base = base is not None, base or _paper_preset(network)
@@ -177,27 +183,6 @@ def _sources(published: Published, heads: int, groups: int, *, given: bool) -> d
         "network.norm_groups": f"norm_groups={groups}",
         "network": f"the shapes of its tensors, with norm_groups={groups}",
     }
-
-
-def _heads(published: Published, given: int | None) -> int:
-    """Return the channels of an attention head: the given value, the file's value, or latent diffusion's usual 32."""
-    if given is not None and published.family != "ldm":
-        raise UserError(f"head_channels={given}: a network of family {published.family!r} has one head; leave it out")
-    said = published.arguments.get(HEADS, 32) if given is None else given
-    if type(said) is not int or said < 1:
-        raise UserError(f"{HEADS}={brief(said)} must be a positive whole number")
-    return said
-
-
-def _norm_groups(published: Published, given: int | None) -> int:
-    """Return the largest number of GroupNorm groups: the given value, or the file's."""
-    if given is None:
-        return published.norm_groups
-    if published.family == "ldm":
-        raise UserError(f"norm_groups={given}: an LDM U-Net always has 32; leave it out")
-    if published.norm_groups_known and published.norm_groups != given and published.family == "ddpmpp":
-        raise UserError(f"norm_groups={given}: the file says {published.norm_groups}; leave it out")
-    return given
 
 
 def _number(published: Published, name: str, default: float) -> float:

@@ -22,7 +22,7 @@ from ..config import (
 )
 from ..config.sampling import MOST_CALLS
 from ..errors import UserError
-from ..files import disk_errors, write_atomic, write_json
+from ..files import disk_errors, write_atomic
 from ..interop.diffusers_folder import CONFIG, WEIGHTS, DiffusersFolder, read_folder, read_weights
 from ..interop.file_terms import file_terms
 from ..interop.noise_config import Noise, read_noise
@@ -34,9 +34,16 @@ from ..reading import brief
 from ..samplers import make_plan
 from ..schedules.discrete import Discrete
 from ..training.run import Run
-from .imported import continued_training, data_without_source, save_first_checkpoint
+from .imported import (
+    OwnSampler,
+    continued_training,
+    data_without_source,
+    save_first_checkpoint,
+    write_own_sampler,
+)
 
 CALLS = 50  # denoiser calls of diffusers' DDIMPipeline, unless told otherwise
+DDPM_CALLS = 1000  # of its DDPMPipeline
 LR = 1e-4  # learning rate of diffusers' train_unconditional.py
 _SCALE = 0.18215  # diffusers' scaling_factor of an autoencoder whose config.json has none
 
@@ -47,12 +54,13 @@ def import_unet2d(
     *,
     base: RunConfig | None = None,
     size: tuple[int, int] | None = None,
+    own_sampler: bool = False,
     replace: bool = False,
 ) -> Run:
     """Create a run from the folder of an unconditional or class-conditional pipeline of diffusers (DDPM, DDIM, ...).
 
     The network computes what UNet2DModel computes. Betas, steps, prediction and clipping are those of the folder's
-    scheduler_config.json; the run is sampled by the DDIM that diffusers makes of it.
+    scheduler_config.json; the run is sampled by the DDIM that diffusers makes of it, unless own_sampler is true.
     The run has one stage, one checkpoint at step 0, and no data.
 
     Args:
@@ -61,6 +69,7 @@ def import_unet2d(
         out: the run's new folder.
         base: gives training, optimizer and evaluation; default: the library's defaults, with diffusers' learning rate.
         size: (height, width) of the network's input, if the folder does not hold it.
+        own_sampler: take the pipeline's sampler: DDPM's in 1000 calls for a DDPMScheduler.
         replace: move an existing run aside.
 
     Raises:
@@ -74,6 +83,9 @@ def import_unet2d(
         model = unet2d_state(found.model, network)
         ema = model if found.ema is found.model else unet2d_state(found.ema, network)
         config = _config(found, network, noise, shape, base, out)
+        own = OwnSampler(scheduler=noise.scheduler, sampling=_own_sampling(noise, config.sampling))
+        if own_sampler:
+            config = dataclasses.replace(config, sampling=_required(own))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 
@@ -81,7 +93,7 @@ def import_unet2d(
         if found.codec is not None:
             with disk_errors(out / "codec"):
                 _copy_codec(found.codec, run.path / "codec")
-        write_json(run.imported_file, {"file": folder.name})
+        write_own_sampler(run, folder.name, own)
         save_first_checkpoint(run, config, model=model, ema=ema)
 
     return Run.create(out, config, replace=replace, fill=fill)
@@ -114,8 +126,33 @@ def diffusers_ddim(
     )
 
 
-def _sampling(noise: Noise, clip: float | None) -> SamplingConfig:
-    """Return the sampler of a scheduler_config.json: with diffusers' 50 calls, or the next number that has its steps.
+def _own_sampling(noise: Noise, ddim: SamplingConfig) -> SamplingConfig | None:
+    """Return the sampler of a pipeline, with the calls that it makes unless told otherwise; None if no solver makes its steps.
+
+    Args:
+        noise: of its scheduler.
+        ddim: the DDIM that diffusers makes of it.
+    """
+    if noise.solver == "ddim":
+        return ddim
+    if not noise.solver or (noise.solver == "ddpm-large" and (noise.offset or noise.trailing)):
+        return None  # from a last step above 0, diffusers adds noise of that variance to the image
+    own = dataclasses.replace(
+        _sampling(dataclasses.replace(noise, lands=True), ddim.clip, DDPM_CALLS), solver=noise.solver
+    )
+    schedule = noise.diffusion.schedule
+    assert isinstance(schedule, Discrete)
+    return None if noise.linspace and own.calls != schedule.steps else own
+
+
+def _required(own: OwnSampler) -> SamplingConfig:
+    if own.sampling is None:
+        raise UserError(f"sampler='own': {own.scheduler}: no solver here makes its steps; leave it out for DDIM")
+    return own.sampling
+
+
+def _sampling(noise: Noise, clip: float | None, most: int = CALLS) -> SamplingConfig:
+    """Return the DDIM of a scheduler_config.json: with diffusers' 50 calls, or the next number that has its steps.
 
     Raises:
         UserError: if no number of calls has them.
@@ -123,9 +160,9 @@ def _sampling(noise: Noise, clip: float | None) -> SamplingConfig:
     schedule, offset = noise.diffusion.schedule, noise.offset
     assert isinstance(schedule, Discrete)
     low = float(schedule.sigma(float(offset))) if offset else None
-    fewer = range(min(CALLS, schedule.steps), 2, -1)
+    fewer = range(min(most, schedule.steps), 2, -1)
     # more calls are closer together, which leaves less room for an offset; they help where calls have to divide the steps
-    more = range(CALLS + 1, min(schedule.steps, MOST_CALLS) + 1) if noise.trailing else range(0)
+    more = range(most + 1, min(schedule.steps, MOST_CALLS) + 1) if noise.trailing else range(0)
     for calls in (*fewer, *(calls for calls in more if schedule.steps % calls == 0), 2):
         found = diffusers_ddim(calls, low=low, trailing=noise.trailing, lands=noise.lands, clip=clip)
         with suppress(UserError):

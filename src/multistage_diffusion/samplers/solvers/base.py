@@ -94,7 +94,7 @@ class Solver(ABC):
     Attributes:
         orders: values of sampling.order, its own choice first; empty if it has no choice.
         methods: values of sampling.method, its own choice first; empty if it has no choice.
-        noise: the setting that makes it stochastic, "churn" or "eta"; empty if it is deterministic.
+        noise: the setting that makes it stochastic, "churn" or "eta"; empty if no setting does.
         ends_at_zero: whether its steps end at sigma 0. Otherwise they end at sigma_min, where sampling.denoise_last
             may spend a last call on the noise that is left.
         clips: whether its steps clip the denoised image (sampling.clip) themselves.
