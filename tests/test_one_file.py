@@ -262,7 +262,9 @@ def test_a_preconditioning(plant: Plant, tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     arguments = ["train", "--config", tmp_path / "known" / "config.json", "--data", tmp_path / "known" / "data.npz"]
     assert cli.main([*map(str, arguments), "--out", "x", "--set", "diffusion.precondition=unti"]) == 2
-    assert f"diffusion.precondition='unti' must be one of {', '.join(PRECONDITIONINGS.names())}" in capsys.readouterr().err
+    assert (
+        f"diffusion.precondition='unti' must be one of {', '.join(PRECONDITIONINGS.names())}" in capsys.readouterr().err
+    )
 
 
 def test_what_was_planted_is_gone() -> None:

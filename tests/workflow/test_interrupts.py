@@ -27,3 +27,17 @@ def test_a_compiler_that_ctrl_c_ended_is_an_interruption(signalled: bool) -> Non
 def test_other_errors_after_ctrl_c_stay_what_they_are() -> None:
     with pytest.raises(ZeroDivisionError):
         failing(ZeroDivisionError(), signalled=True)
+
+
+def test_what_the_handler_raises_interrupts_the_work() -> None:
+    class GivenUp(BaseException):
+        pass
+
+    def stop() -> None:
+        answers.append(signal.getsignal(signal.SIGINT))
+        raise GivenUp
+
+    answers, before = [], signal.getsignal(signal.SIGINT)
+    with pytest.raises(GivenUp), stopped_by_signals(stop):
+        signal.raise_signal(signal.SIGINT)
+    assert answers == [before]  # a second Ctrl-C is answered as before

@@ -13,6 +13,9 @@ from contextlib import contextmanager
 def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
     """Make Ctrl-C (or SIGTERM) call stop, which ends the work soon and in order; a second one ends it at once.
 
+    Args:
+        stop: called between two instructions of the work; what it raises interrupts the work there.
+
     Raises:
         KeyboardInterrupt: if Ctrl-C, which reaches all processes of a terminal, has ended a compiler that torch.compile runs.
     """
@@ -23,10 +26,10 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
 
     def handle(number: int, _: object) -> None:
         stopped.append(number)
-        stop()
         if sys.stderr.isatty():
             print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         restore()
+        stop()  # last, because it may raise
 
     def restore() -> None:
         for number, handler in before.items():
