@@ -8,13 +8,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+AGAIN = 0.2  # seconds after which work is interrupted again that went on
+
 
 @contextmanager
 def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
     """Make Ctrl-C (or SIGTERM) call stop, which ends the work soon and in order; a second one ends it at once.
 
     Args:
-        stop: called between two instructions of the work; what it raises interrupts the work there.
+        stop: called between two instructions of the work; what it raises interrupts the work there. It is called again if
+            the work goes on after that, so it must raise only if the work is to be interrupted still.
 
     Raises:
         KeyboardInterrupt: if Ctrl-C, which reaches all processes of a terminal, has ended a compiler that torch.compile runs.
@@ -29,13 +32,21 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
         if sys.stderr.isatty():
             print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         restore()
-        stop()  # last, because it may raise
+        ask()  # last, because it may raise
+
+    def ask(*_: object) -> None:
+        try:
+            stop()
+        except BaseException:
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)  # where Python calls back from C, the exception is dropped
+            raise
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    alarm = signal.signal(signal.SIGALRM, ask)
     try:
         yield
     except Exception as error:
@@ -43,4 +54,6 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
             raise KeyboardInterrupt("interrupted while the network was compiled") from error
         raise
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm)
         restore()
