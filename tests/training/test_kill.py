@@ -157,12 +157,14 @@ def test_a_frozen_run_interrupted_ends_where_an_undisturbed_one_does(tmp_path, c
         }
         settings["network"] |= {"family": "uvit", "encoder_depth": 1, "head_channels": 4, "size": [4, 4]}
         config.write_text(json.dumps(settings))
-    finish(start("--config", config, "--out", first, "--set", "training.steps=4"))
-    frozen = ("--config", config, "--init-from", first, "--set", "training.freeze=encoder", "training.steps=100")
+    short = ("training.steps=40", "evaluation.every=0")
+    finish(start("--config", config, "--out", first, "--set", *short, "training.steps=4"))
+    frozen = ("--config", config, "--init-from", first, "--set", "training.freeze=encoder", *short)
     process = start(*frozen, "--out", run)
     wait_for(lambda: latest(run) >= 3, process)
-    assert f"stopped at step {latest(run)} with a checkpoint" in interrupt(process)
-    assert 3 <= latest(run) < 100
+    said = interrupt(process)
+    assert f"stopped at step {latest(run)} with a checkpoint" in said
+    assert 3 <= latest(run) < 40
     finish(start("--resume", run))
     finish(start(*frozen, "--out", whole))
     assert outcome(run) == outcome(whole)
@@ -187,7 +189,7 @@ def test_ctrl_c_does_not_wait_for_the_compiler(tmp_path, delay):
     time.sleep(delay)
     begun = time.monotonic()
     said = interrupt(process)
-    assert time.monotonic() - begun < 5  # 2 on an idle machine; the first step takes more than half a minute
+    assert time.monotonic() - begun < 10  # 2 on an idle machine; the first step takes a minute more
     assert "stopped before its first step; go on with msdiff train --resume" in said
     assert latest(run) == 0
     finish(start("--resume", run, "--set", "execution.compile=false", "training.steps=2"))

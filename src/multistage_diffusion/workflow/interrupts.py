@@ -23,6 +23,7 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
         KeyboardInterrupt: if Ctrl-C, which reaches all processes of a terminal, has ended a compiler that torch.compile runs.
     """
     stopped: list[int] = []
+    raised: list[BaseException] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return
@@ -37,9 +38,14 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
     def ask(*_: object) -> None:
         try:
             stop()
-        except BaseException:
-            signal.setitimer(signal.ITIMER_REAL, AGAIN)  # where Python calls back from C, the exception is dropped
+        except BaseException as interruption:
+            raised.append(interruption)
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)  # in a finaliser or a call from C, Python drops the exception
             raise
+
+    def report(dropped: sys.UnraisableHookArgs) -> None:
+        if not any(dropped.exc_value is interruption for interruption in raised):
+            hook(dropped)
 
     def restore() -> None:
         for number, handler in before.items():
@@ -47,6 +53,7 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     alarm = signal.signal(signal.SIGALRM, ask)
+    hook, sys.unraisablehook = sys.unraisablehook, report
     try:
         yield
     except Exception as error:
@@ -56,4 +63,5 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, alarm)
+        sys.unraisablehook = hook
         restore()
