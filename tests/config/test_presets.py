@@ -8,6 +8,9 @@ import torch
 from multistage_diffusion.config import RunConfig
 from multistage_diffusion.config.presets import PRESETS, preset
 from multistage_diffusion.config.serialization import from_dict, to_dict
+from multistage_diffusion.evaluation.extraction import dimensions
+from multistage_diffusion.evaluation.features import get_features
+from multistage_diffusion.evaluation.moments import MAX_DIMS
 from multistage_diffusion.samplers import make_plan
 from multistage_diffusion.schedules.vp import VP
 
@@ -30,6 +33,13 @@ def test_a_preset_fits_together(name: str) -> None:
     sigmas = make_plan(config.sampling, config.diffusion.schedule).calls
     assert len(sigmas) == config.sampling.calls
     assert {config.stages.index_of(sigma) for sigma in sigmas} == set(range(len(config.stages)))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_can_be_evaluated_with_its_features(name: str) -> None:
+    config = preset(name)
+    shape = config.data.shape or (1, 28, 28)
+    assert dimensions(get_features(config.evaluation.features), shape) <= MAX_DIMS
 
 
 def test_the_published_edges_are_kept_as_printed() -> None:

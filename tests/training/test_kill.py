@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from multistage_diffusion.files import write_json
 from multistage_diffusion.training.checkpoint import list_checkpoints
@@ -46,9 +49,10 @@ def config(tmp_path, tiny_config, tiny_data) -> Path:
     return tmp_path / "tiny.json"
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
+def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "multistage_diffusion.cli", "train", *map(str, arguments), "--device", "cpu"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    environment = {**ENVIRONMENT, **environment}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def finish(process: subprocess.Popen[str]) -> None:
@@ -131,3 +135,62 @@ def test_interrupted_it_leaves_a_checkpoint_one_line_and_code_2(tmp_path, config
     assert not writing(run)
     finish(start("--resume", run, "--set", f"training.steps={reached + 2}"))
     assert latest(run) == reached + 2
+
+
+def interrupt(process: subprocess.Popen[str]) -> str:
+    """Send Ctrl-C; return the line that says where the training stopped."""
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert "Traceback" not in errors
+    (said,) = (line for line in errors.splitlines() if line.startswith("msdiff:") and "stopped" in line)
+    return said
+
+
+@pytest.mark.parametrize("family", ["ddpmpp", "uvit"])
+def test_a_frozen_run_interrupted_ends_where_an_undisturbed_one_does(tmp_path, config, family):
+    first, whole, run = tmp_path / "first", tmp_path / "whole" / "run", tmp_path / "stopped" / "run"
+    if family == "uvit":
+        settings = json.loads(config.read_text())
+        settings["network"] = {
+            name: settings["network"][name] for name in ("channels", "encoder_width", "decoder_widths")
+        }
+        settings["network"] |= {"family": "uvit", "encoder_depth": 1, "head_channels": 4, "size": [4, 4]}
+        config.write_text(json.dumps(settings))
+    short = ("training.steps=40", "evaluation.every=0")
+    finish(start("--config", config, "--out", first, "--set", *short, "training.steps=4"))
+    frozen = ("--config", config, "--init-from", first, "--set", "training.freeze=encoder", *short)
+    process = start(*frozen, "--out", run)
+    wait_for(lambda: latest(run) >= 3, process)
+    said = interrupt(process)
+    assert f"stopped at step {latest(run)} with a checkpoint" in said
+    assert 3 <= latest(run) < 40
+    finish(start("--resume", run))
+    finish(start(*frozen, "--out", whole))
+    assert outcome(run) == outcome(whole)
+
+    begun = load_file(Run.open(first).checkpoint("best") / "ema.safetensors")
+    for file in ("model.safetensors", "ema.safetensors"):
+        ended = load_file(Run.open(run).checkpoint("latest") / file)
+        encoder = [name for name in ended if ".encoders." in name]
+        assert encoder
+        assert all(torch.equal(ended[name], begun[name]) for name in encoder)
+        assert not all(torch.equal(ended[name], begun[name]) for name in ended)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("delay", [0.0, 15.0])
+def test_ctrl_c_does_not_wait_for_the_compiler(tmp_path, delay):
+    run, cache = tmp_path / "run", tmp_path / "inductor"
+    settings = ("execution.compile=true", "execution.thread_parallel=1", "training.steps=50", "evaluation.every=0")
+    preset = ("--preset", "digits-uvit", "--set", *settings)
+    process = start(*preset, "--out", run, TORCHINDUCTOR_CACHE_DIR=str(cache))
+    wait_for(lambda: any(cache.rglob("*.py")), process, 300)  # the first code of a block, of many
+    time.sleep(delay)
+    begun = time.monotonic()
+    said = interrupt(process)
+    assert time.monotonic() - begun < 10  # 2 on an idle machine; the first step takes a minute more
+    assert "stopped before its first step; go on with msdiff train --resume" in said
+    assert latest(run) == 0
+    finish(start("--resume", run, "--set", "execution.compile=false", "training.steps=2"))
+    assert latest(run) == 2

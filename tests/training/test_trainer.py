@@ -7,6 +7,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from multistage_diffusion.data.options import Options
 from multistage_diffusion.performance import autotune, cpu
 from multistage_diffusion.performance.cpu import dropout
 from multistage_diffusion.performance.devices import autocast_dtype, resolve_device
+from multistage_diffusion.performance.execution import Execution
 from multistage_diffusion.training import checkpoint as ckpt
 from multistage_diffusion.training.batches import BatchSource
 from multistage_diffusion.training.callbacks import Callback, Evaluated
@@ -248,6 +250,75 @@ def test_a_stop_does_not_wait_for_the_trial(new_trainer, monkeypatch):
     trainer = new_trainer(training__steps=6)
     trainer.fit()
     assert [ckpt.checkpoint_step(p) for p in ckpt.list_checkpoints(trainer.run.checkpoints)] == [1]
+
+
+def interrupted(trainer: Trainer, step: int, update: int = 0, *, compiled: bool = True) -> None:
+    """Train until a signal in the passes of this update of this step, as if these were (not) compiled."""
+    computed, updates = trainer.passes.gradients, iter(range(1000))
+
+    def gradients(now: int, *arguments: Any) -> torch.Tensor:
+        if now == step and next(updates) == update:
+            trainer.interrupt()
+        return computed(now, *arguments)
+
+    compute = trainer.passes.compute
+
+    def pretend(execution: Execution) -> None:
+        compute(execution)
+        trainer.passes.execution = dataclasses.replace(execution, compile=compiled)
+
+    trainer.passes.gradients, trainer.passes.compute = gradients, pretend
+    trainer.fit()
+
+
+@pytest.mark.parametrize(
+    ("step", "kept", "changes"),
+    [
+        (0, [], {}),
+        (3, [3], {}),
+        (3, [3], {"training__branch_at": 3, "network__decoder_widths": (8, 8, 8)}),
+        (4, [4], {"training__loss_weighting": "learned"}),
+    ],
+)
+def test_passes_that_may_be_compiled_are_given_up_without_a_loss(new_trainer, tiny_data, step, kept, changes):
+    changes = {"training__steps": 6, "training__log_every": 2, "training__ema_profiles": [0.1], **changes}
+    trainer = new_trainer(**changes)
+    interrupted(trainer, step)
+    assert (trainer.step, trainer.kept, trainer.stopped) == (step, step, True)
+    assert [ckpt.checkpoint_step(p) for p in ckpt.list_checkpoints(trainer.run.checkpoints)] == kept
+    Trainer(trainer.run, tiny_data(), device="cpu").fit()
+    whole = new_trainer("whole", **changes)
+    whole.fit()
+    assert outcome(trainer.run) == outcome(whole.run)
+
+
+@pytest.mark.parametrize(
+    ("step", "update", "compiled", "reached", "kept"),
+    [
+        (3, 0, False, 4, [4]),  # passes that are not compiled are short
+        (3, 1, True, 4, [4]),  # half of the step is in the weights
+        (0, 1, True, 0, []),  # but the run can begin anew
+    ],
+)
+def test_other_passes_are_completed(new_trainer, step, update, compiled, reached, kept):
+    trainer = new_trainer(training__update_mode="sequential", training__steps=6)
+    interrupted(trainer, step, update, compiled=compiled)
+    assert trainer.step == reached
+    assert [ckpt.checkpoint_step(p) for p in ckpt.list_checkpoints(trainer.run.checkpoints)] == kept
+
+
+def test_an_interrupted_trial_is_followed_by_no_compiled_step(new_trainer):
+    trainer = new_trainer(training__steps=3000, execution__channels_last="auto")
+    calls = []
+    computed = trainer.passes.gradients
+
+    def gradients(*arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
+        return computed(*arguments)
+
+    trainer.passes.gradients = gradients
+    interrupted(trainer, 0)
+    assert (trainer.step, len(calls)) == (0, 0)
 
 
 def test_a_finished_run_has_nothing_left_to_do(new_trainer, tiny_data):

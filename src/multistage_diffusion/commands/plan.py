@@ -60,8 +60,7 @@ class Plan(DataOptions):
     edges: Annotated[
         Edges | None, option(one_of(get_args(Edges)), "optimal; even if the preset is chosen for the images")
     ] = None
-    """How they are found: from the optimal denoiser (three stages: algorithm 1, others: 2), from the Gaussian one, or even in
-    VP time, whatever the data."""
+    """From the optimal denoiser (three stages: algorithm 1, others: 2), from the Gaussian one, or even in VP time."""
     density: Literal["given", "auto"] = "given"
     """given: the preset's training density; auto: the one proposed from the images."""
     sampling_weight: float = 0.0

@@ -123,7 +123,9 @@ class FindStages(DataOptions):
         values["algorithm"] = self.algorithm or (2 if self.denoiser == "gaussian" else _DEFAULTS.algorithm)
         settings = StageSettings(**values)
         if self.preset is not None and self.denoiser != "gaussian":
-            raise UserError("--preset: only denoiser gaussian uses a training density; give --denoiser gaussian, too")
+            raise UserError(
+                "--preset: only denoiser gaussian uses a training density; give --denoiser gaussian, too, or leave it out"
+            )
         if self.schedule not in SCHEDULES:
             raise UserError(f"--schedule {self.schedule}: must be one of {', '.join(SCHEDULES)}")
         if self.shift is not None:

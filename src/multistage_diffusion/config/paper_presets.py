@@ -22,6 +22,7 @@ from . import (
     CodecConfig,
     DataConfig,
     DiffusionConfig,
+    EvaluationConfig,
     NetworkConfig,
     OptimizerConfig,
     RunConfig,
@@ -241,6 +242,7 @@ def _ldm(name: str, encoder: int, decoders: tuple[int, ...]) -> RunConfig:
         name=name,
         data=DataConfig(source="", shape=(3, 256, 256)),
         codec=CodecConfig(source="hf:CompVis/ldm-celebahq-256", subfolder="vqvae", scale=1.0, shape=(3, 64, 64)),
+        evaluation=EvaluationConfig(features="thumbnails"),  # pixels are too many
         network=NetworkConfig.of(
             "ldm",
             encoder_width=encoder,

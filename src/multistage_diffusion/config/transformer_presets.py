@@ -13,6 +13,7 @@ from . import (
     CodecConfig,
     DataConfig,
     DiffusionConfig,
+    EvaluationConfig,
     NetworkConfig,
     OptimizerConfig,
     RunConfig,
@@ -98,6 +99,7 @@ def _on_latents(name: str, side: int, network: NetworkConfig, optimizer: Optimiz
         stages=Stages(edges, {"edges_t": list(THIRDS), "schedule": "discrete", "rule": "timestep"}),
         optimizer=optimizer,
         training=_training(steps=400_000, batch=256),
+        evaluation=EvaluationConfig(features="thumbnails"),  # pixels are too many
     )
 
 

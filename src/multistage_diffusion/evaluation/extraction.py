@@ -45,7 +45,9 @@ def require_features(
         raise UserError(f"{field}: {error}") from None
     if dims > MAX_DIMS:
         size = " x ".join(map(str, shape))
-        raise UserError(f"{field}: {dims} dimensions of images of {size} exceed {MAX_DIMS}; use other features")
+        raise UserError(
+            f"{field}: {dims} dimensions of images of {size} exceed {MAX_DIMS}; use other features, such as thumbnails"
+        )
     needed = sets * 20 * count * dims + 5 * 8 * dims * dims  # float32, float64 and centred features; covariances, roots
     if torch.device(device).type == "cpu":
         needed += min(count, EXTRACT_BATCH) * extractor.activation_bytes

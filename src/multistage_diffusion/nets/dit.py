@@ -17,31 +17,30 @@ from torch import Tensor, nn
 from ..config.network import FAMILIES, NetworkConfig
 from ..contracts import Conditioning
 from ..errors import require
-from .blocks import check_augmentation, linear, no_autocast, ordered_sinusoids
+from .blocks import linear
 from .layouts import (
     LAYOUTS,
     PublishedLayout,
     Tensors,
-    as_convolution,
     chunks,
     counted_blocks,
-    head_channels,
     named_back,
     positive_number,
     renamed,
     require_published,
     shape_of,
     square_side,
+    transformer_settings,
 )
 from .network import Block
 from .transformer import (
     LEAST_EPS,
     MLP,
+    NoiseAndLabels,
     Patches,
     SelfAttention,
     Tokens,
     TransformerConfig,
-    label_rows,
     modulated,
     sincos_positions,
     token_norm,
@@ -86,12 +85,11 @@ class DiTConfig(TransformerConfig):
         return DiTDecoder(self, stage, encoder_width)
 
 
-class DiTEmbedding(nn.Module):
-    """Embeds noise level, class labels and augmentation labels into one vector per row."""
+class DiTEmbedding(NoiseAndLabels):
+    """Embeds noise level, class labels and augmentation labels into one vector per row (B, width)."""
 
     def __init__(self, config: DiTConfig, width: int) -> None:
-        super().__init__()
-        self.shift, self.classes = config.freq_shift, config.num_classes
+        super().__init__(config, FREQUENCIES, config.freq_shift)
         self.linear0, self.linear1 = linear(FREQUENCIES, width), linear(width, width)
         self.label = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
         self.augment = linear(config.augment_dim, width, bias=False) if config.augment_dim else None
@@ -99,29 +97,12 @@ class DiTEmbedding(nn.Module):
         for weight in (self.linear0.weight, self.linear1.weight, *tables):
             nn.init.normal_(weight, std=0.02)
 
-    def forward(self, noise: Tensor, cond: Conditioning) -> Tensor:
-        """Return the embedding (B, width) after a SiLU, with which all blocks begin, in the network's dtype.
-
-        Args:
-            noise: (B,), the family's c_noise; any float dtype.
-            cond: labels (B,) int64 in [-1, num_classes), -1 for no label; augment (B, augment_dim).
-
-        Raises:
-            UserError: if labels do not fit the network.
-        """
-        dtype, rows = self.linear0.weight.dtype, len(noise)
-        labels = label_rows(cond, rows, self.classes, noise.device)
-        check_augmentation(cond, rows, self.augment.in_features if self.augment is not None else 0)
-        with no_autocast(noise.device):
-            waves = ordered_sinusoids(
-                noise.to(torch.promote_types(dtype, torch.float32)), FREQUENCIES, shift=self.shift
-            )
-            emb = self.linear1(F.silu(self.linear0(waves.to(dtype))))
-            if self.label is not None:
-                emb = emb + self.label(labels)
-            if self.augment is not None and cond.augment is not None:
-                emb = emb + self.augment(cond.augment.to(dtype))
-            return F.silu(emb)
+    def embed(self, waves: Tensor, labels: Tensor, augment: Tensor | None) -> Tensor:
+        """Return the embedding after a SiLU, with which all blocks begin."""
+        emb = self.linear1(F.silu(self.linear0(waves)))
+        if self.label is not None:
+            emb = emb + self.label(labels)
+        return F.silu(self.augmented(emb, augment))
 
 
 class DiTBlock(Block):
@@ -154,7 +135,7 @@ class DiTEncoder(nn.Module):
 
     def __init__(self, config: DiTConfig, stage: int, width: int) -> None:
         super().__init__()
-        self.patch, self.base = config.patch, config.grid
+        self.base = config.grid
         self.embedding = DiTEmbedding(config, width)
         self.patches = Patches(config.channels, config.patch, width)
         self.register_buffer("positions", sincos_positions(width, self.base, self.base), persistent=False)
@@ -164,7 +145,7 @@ class DiTEncoder(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tokens:
         """Encode x (B, C, H, W) at noise = c_noise (B,): the step of a discrete schedule, 999 t or ln(sigma) / 4."""
-        grid, emb = (x.shape[2] // self.patch, x.shape[3] // self.patch), self.embedding(noise, cond)
+        grid, emb = self.patches.grid(x), self.embedding(noise, cond)
         positions = self.positions
         if grid != self.base:
             positions = sincos_positions(positions.shape[2], grid, self.base, positions.device).to(positions.dtype)
@@ -224,7 +205,7 @@ class _DiTLayout(PublishedLayout):
     @classmethod
     def settings(cls, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings; outputs for a learnt variance are kept unless drop_sigma is told."""
-        width, channels, patch, _ = shape_of(tensors, f"{cls.first}.weight", 4)
+        _, channels, patch, _ = shape_of(tensors, f"{cls.first}.weight", 4)
         outputs, depth = shape_of(tensors, f"{cls.last}.weight", 2)[0], counted_blocks(tensors, cls.blocks)
         shared = int(told.get("encoder_depth", depth // 2))
         require(0 < shared < depth, f"encoder_depth={shared} of {depth} blocks must leave some to encoder and decoder")
@@ -232,16 +213,9 @@ class _DiTLayout(PublishedLayout):
             outputs in (channels * patch**2, 2 * channels * patch**2),
             f"{cls.last}.weight has {outputs} outputs, not {channels} or {2 * channels} for each pixel of a patch",
         )
-        hidden = shape_of(tensors, cls.hidden, 2)[0]
+        depths = (shared, depth - shared)
         return {
-            "channels": channels,
-            "patch": patch,
-            "encoder_width": width,
-            "decoder_widths": (width,),
-            "encoder_depth": shared,
-            "decoder_depths": (depth - shared,),
-            "head_channels": head_channels(width, told),
-            "mlp_ratio": hidden / width,
+            **transformer_settings(tensors, told, patches=f"{cls.first}.weight", hidden=cls.hidden, depths=depths),
             "num_classes": shape_of(tensors, cls.table, 2)[0] - 1,
             "learned_sigma": outputs > channels * patch**2 and not told.get("drop_sigma"),
         }
@@ -251,7 +225,6 @@ class _DiTLayout(PublishedLayout):
         """Return our state dict, without the outputs for a learnt variance if the network has none."""
         assert isinstance(config, DiTConfig)
         state = renamed(tensors, cls.pairs(config)) | {"encoders.0.embedding.label.weight": tensors[cls.table]}
-        state["encoders.0.patches.linear.weight"] = state["encoders.0.patches.linear.weight"].flatten(1)
         for kind in ("weight", "bias"):
             name = f"decoders.0.linear.{kind}"
             parts = state[name].unflatten(0, (config.patch**2, -1))  # type: ignore[no-untyped-call]
@@ -267,9 +240,8 @@ class _DiTLayout(PublishedLayout):
         require(
             config.num_classes > 0, "network.num_classes=0: a published DiT has classes; this run cannot be exported"
         )
-        tensors = named_back(state, cls.pairs(config)) | {cls.table: state["encoders.0.embedding.label.weight"]}
-        weight = f"{cls.first}.weight"
-        return tensors | {weight: as_convolution(tensors[weight], config.patch)}
+        tensors = named_back(state, cls.pairs(config), config.patch)
+        return tensors | {cls.table: state["encoders.0.embedding.label.weight"]}
 
     @classmethod
     def pairs(cls, config: DiTConfig) -> Iterator[tuple[str, str]]:
@@ -327,8 +299,7 @@ class OriginalDiT(_DiTLayout):
         """Return the published tensors, positions included."""
         assert isinstance(config, DiTConfig)
         require_published(config, freq_shift=0.0, norm_eps=LEAST_EPS)
-        side = config.grid[0]
-        require(config.grid == (side, side), f"network.size={list(config.size)}: a published DiT is square")
+        require(len({*config.grid}) == 1, f"network.size={list(config.size)}: a published DiT is square")
         return super().theirs(state, config) | {
             "pos_embed": sincos_positions(config.encoder_width, config.grid, config.grid)
         }
@@ -403,18 +374,15 @@ class DiffusersDiT(_DiTLayout):
                 parts = [tensors[f"{theirs}.attn1.to_{part}.{kind}"] for part in "qkv"]
                 state[f"{ours}.attention.qkv.{kind}"] = torch.cat(parts)
             for name in cls._embedding():
-                copied = tensors[name.replace(".0.", f".{i}.", 1)]
-                require(
-                    torch.equal(copied, tensors[name]),
-                    f"{name.replace('.0.', f'.{i}.', 1)} is not that of block 0: a DiT has one embedding for all blocks",
-                )
+                own = name.replace(".0.", f".{i}.", 1)
+                message = f"{own} is not that of block 0: a DiT has one embedding for all blocks"
+                require(torch.equal(tensors[own], tensors[name]), message)
         return state
 
     @classmethod
     def _embedding(cls) -> Iterator[str]:
-        for layer in ("linear_1", "linear_2"):
-            for kind in ("weight", "bias"):
-                yield f"{cls.embedding}.timestep_embedder.{layer}.{kind}"
+        layers = (f"{cls.embedding}.timestep_embedder.linear_{number}" for number in (1, 2))
+        yield from (f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias"))
         yield cls.table
 
     @classmethod

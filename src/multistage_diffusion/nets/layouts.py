@@ -17,6 +17,7 @@ from ..registry import Registry
 Tensors = dict[str, Tensor]
 Pairs = Iterable[tuple[str, str]]  # (published name, ours), without .weight and .bias
 
+PATCHES = "encoders.0.patches.linear.weight"
 SIZES = {1152: 72}  # channels of an attention head by width, where published networks have others than 64
 
 
@@ -137,6 +138,33 @@ def head_channels(width: int, told: Mapping[str, Any]) -> int:
     return head
 
 
+def transformer_settings(
+    tensors: Mapping[str, Tensor], told: Mapping[str, Any], *, patches: str, hidden: str, depths: tuple[int, int]
+) -> dict[str, Any]:
+    """Return the settings that all families of transformers have.
+
+    Args:
+        tensors: by published name.
+        told: see `PublishedLayout.settings`.
+        patches, hidden: names of the weights of the patches' convolution and of the first layer of an MLP.
+        depths: blocks of encoder and decoder.
+
+    Raises:
+        UserError: if a tensor is missing or has an impossible shape, or heads do not divide the width.
+    """
+    width, channels, patch, _ = shape_of(tensors, patches, 4)
+    return {
+        "channels": channels,
+        "patch": patch,
+        "encoder_width": width,
+        "decoder_widths": (width,),
+        "encoder_depth": depths[0],
+        "decoder_depths": (depths[1],),
+        "head_channels": head_channels(width, told),
+        "mlp_ratio": shape_of(tensors, hidden, 2)[0] / width,
+    }
+
+
 def require_published(config: NetworkConfig, **settings: object) -> None:
     """Raise UserError unless a network has one stage of its encoder's width, no augmentation, and these settings."""
     alike = (config.decoder_widths, config.separate, config.augment_dim) == ((config.encoder_width,), False, 0)
@@ -169,18 +197,17 @@ def with_kinds(pairs: Pairs, names: Collection[str], place: int) -> Iterator[tup
 
 
 def renamed(tensors: Mapping[str, Tensor], pairs: Pairs) -> Tensors:
-    """Return tensors by our names, of those that are there."""
-    return {ours: tensors[theirs] for theirs, ours in with_kinds(pairs, tensors.keys(), 0)}
+    """Return tensors by our names, of those that are there; the convolution of patches as a linear layer on their pixels."""
+    found = {ours: tensors[theirs] for theirs, ours in with_kinds(pairs, tensors.keys(), 0)}
+    return {name: tensor.flatten(1) if name == PATCHES else tensor for name, tensor in found.items()}
 
 
-def named_back(state: Mapping[str, Tensor], pairs: Pairs) -> Tensors:
-    """Return tensors by published names, of those that are there."""
-    return {theirs: state[ours] for theirs, ours in with_kinds(pairs, state.keys(), 1)}
-
-
-def as_convolution(weight: Tensor, patch: int) -> Tensor:
-    """Return the weight of a linear layer on the pixels of a patch as that of a convolution."""
-    return weight.reshape(weight.shape[0], weight.shape[1] // patch**2, patch, patch)
+def named_back(state: Mapping[str, Tensor], pairs: Pairs, patch: int) -> Tensors:
+    """Return tensors by published names, of those that are there; the linear layer of patches as a convolution."""
+    found = {}
+    for theirs, ours in with_kinds(pairs, state.keys(), 1):
+        found[theirs] = state[ours].unflatten(1, (-1, patch, patch)) if ours == PATCHES else state[ours]  # type: ignore[no-untyped-call]
+    return found
 
 
 def positive_number(value: object, name: str) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config.network import NetworkConfig
 from ..contracts import Conditioning
 from ..errors import require
-from .blocks import check_labels, linear
+from .blocks import check_augmentation, check_labels, linear, no_autocast, ordered_sinusoids
 from .network import Encoded
 
 ALIKE = 1.5  # largest factor between the ratios of depth to width that a plan compares
@@ -157,6 +157,10 @@ class Patches(nn.Module):
         self.patch = patch
         self.linear = nn.Linear(channels * patch * patch, width)
 
+    def grid(self, x: Tensor) -> tuple[int, int]:
+        """Return the rows and columns of patches in images (B, C, H, W)."""
+        return x.shape[2] // self.patch, x.shape[3] // self.patch
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W), sides multiples of the patch, to (B, H W / patch², width), row by row."""
         rows, channels, height, width = x.shape
@@ -216,6 +220,57 @@ def label_rows(cond: Conditioning, rows: int, classes: int, device: torch.device
     if cond.labels is None:
         return torch.full((rows,), classes, device=device)
     return torch.where(cond.labels < 0, classes, cond.labels)
+
+
+class NoiseAndLabels(nn.Module):
+    """Embeds noise level, class labels and augmentation labels, once they are checked; subclasses define `embed`.
+
+    Args:
+        config: of the network.
+        waves: number of sines and cosines of the noise.
+        shift: of their frequencies, see `blocks.ordered_sinusoids`.
+    """
+
+    augment: nn.Linear | None  # of augmentation labels; `embed` adds it by `augmented`
+
+    def __init__(self, config: TransformerConfig, waves: int, shift: float = 0) -> None:
+        super().__init__()
+        self.classes, self.augment_dim, self.waves, self.shift = config.num_classes, config.augment_dim, waves, shift
+
+    def forward(self, noise: Tensor, cond: Conditioning) -> Tensor:
+        """Return what `embed` returns, in the network's dtype, also under autocast.
+
+        Args:
+            noise: (B,), the family's c_noise; any float dtype.
+            cond: labels (B,) int64 in [-1, num_classes), -1 for no label; augment (B, augment_dim).
+
+        Raises:
+            UserError: if labels do not fit the network.
+        """
+        dtype, rows = next(self.parameters()).dtype, len(noise)
+        labels = label_rows(cond, rows, self.classes, noise.device)
+        check_augmentation(cond, rows, self.augment_dim)
+        with no_autocast(noise.device):
+            exact = noise.to(torch.promote_types(dtype, torch.float32))
+            waves = ordered_sinusoids(exact, self.waves, shift=self.shift)
+            return self.embed(waves.to(dtype), labels, cond.augment)
+
+    def embed(self, waves: Tensor, labels: Tensor, augment: Tensor | None) -> Tensor:
+        """Return the embedding.
+
+        Args:
+            waves: sines and cosines of the noise (B, waves).
+            labels: rows of the class table (B,), see `label_rows`.
+            augment: augmentation labels (B, augment_dim), or None.
+        """
+        raise NotImplementedError
+
+    def augmented(self, emb: Tensor, augment: Tensor | None) -> Tensor:
+        """Add the map of augmentation labels, if there are any, to an embedding (B, E)."""
+        if self.augment is None or augment is None:
+            return emb
+        out: Tensor = emb + self.augment(augment.to(emb.dtype))
+        return out
 
 
 class SelfAttention(nn.Module):

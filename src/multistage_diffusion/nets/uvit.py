@@ -16,29 +16,27 @@ from torch import Tensor, nn
 from ..config.network import FAMILIES, NetworkConfig
 from ..contracts import Conditioning
 from ..errors import require
-from .blocks import check_augmentation, no_autocast, ordered_sinusoids
 from .layouts import (
     LAYOUTS,
     PublishedLayout,
     Tensors,
-    as_convolution,
     counted_blocks,
-    head_channels,
     named_back,
     renamed,
     require_published,
     shape_of,
     square_side,
+    transformer_settings,
 )
 from .network import Block
 from .transformer import (
     MLP,
+    NoiseAndLabels,
     Patches,
     SelfAttention,
     Tokens,
     TransformerConfig,
     interpolated,
-    label_rows,
     token_norm,
     unpatched,
 )
@@ -130,38 +128,22 @@ class LabelToken(nn.Module):
         return out
 
 
-class UViTEmbedding(nn.Module):
+class UViTEmbedding(NoiseAndLabels):
     """Tokens of noise level and class, with their positions; augmentation labels are added to that of noise."""
 
     def __init__(self, config: UViTConfig, width: int) -> None:
-        super().__init__()
-        self.classes, std = config.num_classes, config.init_std
+        super().__init__(config, width)
+        std = config.init_std
         self.position = _positions(1, width, std)
         layers = [normal_linear(width, 4 * width, std), nn.SiLU(), normal_linear(4 * width, width, std)]
         self.mlp = nn.Sequential(*(layers if config.time_mlp else []))
         self.label = LabelToken(config.num_classes, width, std) if config.num_classes else None
         self.augment = nn.Linear(config.augment_dim, width, bias=False) if config.augment_dim else None
 
-    def forward(self, noise: Tensor, cond: Conditioning) -> Tensor:
-        """Return tokens (B, 1, width), or (B, 2, width) with classes, the class first, in the network's dtype.
-
-        Args:
-            noise: (B,), the family's c_noise; any float dtype.
-            cond: labels (B,) int64 in [-1, num_classes), -1 for no label; augment (B, augment_dim).
-
-        Raises:
-            UserError: if labels do not fit the network.
-        """
-        dtype, rows = self.position.dtype, len(noise)
-        labels = label_rows(cond, rows, self.classes, noise.device)
-        check_augmentation(cond, rows, self.augment.in_features if self.augment is not None else 0)
-        with no_autocast(noise.device):
-            waves = ordered_sinusoids(noise.to(torch.promote_types(dtype, torch.float32)), self.position.shape[2])
-            time = self.mlp(waves.to(dtype))
-            if self.augment is not None and cond.augment is not None:
-                time = time + self.augment(cond.augment.to(dtype))
-            tokens: Tensor = time[:, None] + self.position
-            return tokens if self.label is None else torch.cat([self.label(labels), tokens], dim=1)
+    def embed(self, waves: Tensor, labels: Tensor, augment: Tensor | None) -> Tensor:
+        """Return tokens (B, 1, width), or (B, 2, width) with classes, the class first."""
+        tokens: Tensor = self.augmented(self.mlp(waves), augment)[:, None] + self.position
+        return tokens if self.label is None else torch.cat([self.label(labels), tokens], dim=1)
 
 
 class UViTBlock(Block):
@@ -195,7 +177,7 @@ class UViTEncoder(nn.Module):
 
     def __init__(self, config: UViTConfig, stage: int, width: int) -> None:
         super().__init__()
-        self.patch, self.base = config.patch, config.grid
+        self.base = config.grid
         self.embedding = UViTEmbedding(config, width)
         self.patches = Patches(config.channels, config.patch, width)
         self.positions = _positions(self.base[0] * self.base[1], width, config.init_std)
@@ -205,7 +187,7 @@ class UViTEncoder(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tokens:
         """Encode x (B, C, H, W) at noise = c_noise (B,): the step of a discrete schedule, 999 t or ln(sigma) / 4."""
-        grid, told = (x.shape[2] // self.patch, x.shape[3] // self.patch), self.embedding(noise, cond)
+        grid, told = self.patches.grid(x), self.embedding(noise, cond)
         patches = self.patches(x) + interpolated(self.positions, self.base, grid)
         h, skips = torch.cat([told.to(patches.dtype), patches], dim=1), []
         for block in self.blocks:
@@ -281,15 +263,10 @@ class OriginalUViT(PublishedLayout):
         )
         patches = shape_of(tensors, "pos_embed", 3)[1] - 1 - (rows > 0)
         side = patch * square_side(patches, "pos_embed")
+        names = {"patches": "patch_embed.proj.weight", "hidden": "mid_block.mlp.fc1.weight"}
+        depths = (depth, counted_blocks(tensors, "out_blocks."))
         return {
-            "channels": channels,
-            "patch": patch,
-            "encoder_width": width,
-            "decoder_widths": (width,),
-            "encoder_depth": depth,
-            "decoder_depths": (counted_blocks(tensors, "out_blocks."),),
-            "head_channels": head_channels(width, told),
-            "mlp_ratio": shape_of(tensors, "mid_block.mlp.fc1.weight", 2)[0] / width,
+            **transformer_settings(tensors, told, **names, depths=depths),
             "num_classes": classes,
             "size": (side, side),
             "qkv_bias": "mid_block.attn.qkv.bias" in tensors,
@@ -302,7 +279,6 @@ class OriginalUViT(PublishedLayout):
         """Return our state dict."""
         assert isinstance(config, UViTConfig)
         state, positions = renamed(tensors, cls.pairs(config)), tensors["pos_embed"]
-        state["encoders.0.patches.linear.weight"] = state["encoders.0.patches.linear.weight"].flatten(1)
         if config.num_classes:
             state["encoders.0.embedding.label.position"], positions = positions[:, :1], positions[:, 1:]
         return state | {"encoders.0.embedding.position": positions[:, :1], "encoders.0.positions": positions[:, 1:]}
@@ -313,8 +289,7 @@ class OriginalUViT(PublishedLayout):
         assert isinstance(config, UViTConfig)
         require_published(config, norm="layer", qk_norm=False, decoder_depths=(config.encoder_depth,))
         require(config.grid[0] == config.grid[1], f"network.size={list(config.size)}: a published U-ViT is square")
-        tensors = named_back(state, cls.pairs(config))
-        tensors["patch_embed.proj.weight"] = as_convolution(tensors["patch_embed.proj.weight"], config.patch)
+        tensors = named_back(state, cls.pairs(config), config.patch)
         names = ["encoders.0.embedding.position", "encoders.0.positions"]
         if config.num_classes:
             names.insert(0, "encoders.0.embedding.label.position")

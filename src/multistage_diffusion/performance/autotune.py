@@ -135,7 +135,7 @@ def choose(
         seconds = typical([plain, *others], WARM)
         if compiled and min(seconds.values()) * steps >= COMPILING_PAYS:
             seconds |= typical(compiled, WARM[:1])
-    except Exception:  # such as a stop, after which a step may follow
+    except BaseException:  # such as a stop, after which a step may follow
         compute(plain)
         raise
     best = min(seconds, key=lambda execution: seconds[execution])

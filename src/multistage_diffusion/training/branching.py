@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..denoisers import MultiStageDenoiser
 from ..errors import UserError
 from ..nets import MultiDecoderNetwork
+from .ema import EMA
 from .optimizer_state import Local, whole_tensor
 
 if TYPE_CHECKING:
@@ -143,6 +145,27 @@ def _ties(network: MultiDecoderNetwork) -> Iterator[_Tie]:
             )
         for name, parameter in narrow.named_parameters():
             yield _Tie(parameter, theirs[name], found[name])
+
+
+def untie(
+    denoiser: MultiStageDenoiser,
+    averages: Sequence[EMA[MultiStageDenoiser]],
+    build: Callable[[], MultiDecoderNetwork],
+) -> None:
+    """Give every stage its own copy of the shared weights, in the network and in its averages.
+
+    Args:
+        denoiser: its stages share a decoder, see `tie`.
+        averages: of it.
+        build: returns a new network, a decoder for each stage, as far as this process holds it.
+    """
+    for module in (denoiser, *(average.module for average in averages)):
+        shared, branched = module.network.state_dict(), build()
+        branched.load_state_dict({name: shared[name] for name in branched.state_dict()})
+        module.network = branched
+    for average in averages:
+        average.module.eval().requires_grad_(False)
+        average.follow(denoiser)
 
 
 def load_states(optimizer: torch.optim.Optimizer, module: nn.Module, shared: Mapping[str, Mapping[str, Any]]) -> None:

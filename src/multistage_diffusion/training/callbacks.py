@@ -31,6 +31,10 @@ class StopRequested(Exception):
     """Work between two steps is given up, because the training is to stop."""
 
 
+class StepAbandoned(BaseException):
+    """The passes of a step are given up, because the training is to stop; no Exception, which compilers catch and replace."""
+
+
 def between_steps(trainer: Any, what: str) -> Progress:
     """Return a progress callback for work between two steps: callbacks show it, and a stop ends it by StopRequested.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,9 @@ from ..performance.execution import Execution, Graphs, check_execution, execute
 from ..performance.timing import PassTimer, Timer
 from ..progress import Progress
 from .batches import Batch, BatchSource, TrainingData, held_out_batch
+from .callbacks import StepAbandoned
 from .losses import objective, row_losses, stage_losses, stage_sums
+from .metrics import StepMetrics
 from .optimizer import Optimization
 from .strategies import MicroBatch, Strategy
 
@@ -71,6 +74,7 @@ class Passes:
         self.autocast = autocast_dtype(config.training.precision, source.device)
         self.timer = Timer(source.device)
         self._pass_timer = PassTimer(self.timer)
+        self._abandoned = self._abandonable = False
 
     def watch(self) -> None:
         """Measure the encoders of the network; called again after branching."""
@@ -87,6 +91,38 @@ class Passes:
         self._threads = _threads(execution.thread_parallel)
         execute(self.denoiser.network, execution)
         self.denoiser.graphs = Graphs(self.denoiser.network) if execution.cuda_graphs else None
+
+    def abandon(self) -> None:
+        """Give up abandonable passes, those in progress or else the next; the thread that computes them calls it.
+
+        Raises:
+            StepAbandoned: if such passes are in progress.
+        """
+        self._abandoned = True
+        if self._abandonable:
+            raise StepAbandoned
+
+    @contextmanager
+    def abandonable(self, allowed: bool) -> Iterator[None]:
+        """Let `abandon` end the passes in the block, if they are compiled, which takes minutes, on a single process.
+
+        Args:
+            allowed: whether nothing is lost by it.
+
+        Raises:
+            StepAbandoned: in the place that `abandon` interrupts, or at once.
+        """
+        self._abandonable = allowed and self.execution.compile and self.strategy.world.size == 1
+        try:
+            if self._abandonable and self._abandoned:
+                raise StepAbandoned
+            yield
+        except Exception as error:
+            if self._abandonable and self._abandoned:  # what `abandon` interrupted has put its own error in place
+                raise StepAbandoned from error
+            raise
+        finally:
+            self._abandonable = False
 
     def prefetch(self, step: int, updates: Iterable[tuple[tuple[int, ...], tuple[float, ...]]]) -> None:
         """Begin to read the rows that this process will draw in a step, see `BatchSource.prefetch`.
@@ -133,6 +169,26 @@ class Passes:
             if self.optimization.weighting is not None:
                 self.optimization.weighting.sum_gradient(self.strategy.world)
         return totals
+
+    def clip(self, step: int, counts: tuple[int, ...], totals: Tensor, *, stopping: bool) -> StepMetrics:
+        """Unscale and clip gradients; return the mean losses of the stages and the gradient norms of the parts.
+
+        Args:
+            step: iteration, from 0.
+            counts: rows of each stage in the whole step.
+            totals: see `gradients`.
+            stopping: whether this process has requested a stop.
+        """
+        optimization = self.optimization
+        if optimization.scaler.is_enabled():
+            self.strategy.sync_overflow(optimization.gradients)
+        optimization.unscale()
+        names = list(self.denoiser.network.parts())
+        totals, norms = self.strategy.reduce_metrics(totals, optimization.parts, names, stopping=stopping)
+        optimization.clip(norms)
+        losses = [total / max(c, 1) for total, c in zip(totals, counts, strict=True)]
+        values = torch.cat([torch.stack(losses), torch.stack(list(norms.values()))])
+        return StepMetrics(step + 1, counts, tuple(norms), values)
 
     @torch.no_grad()
     def held_out_losses(self, denoiser: MultiStageDenoiser, data: TrainingData, progress: Progress) -> list[float]:

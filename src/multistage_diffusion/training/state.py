@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,10 +20,15 @@ from .metrics import MetricAccumulator, TrainingLog
 from .optimizer import Optimization
 from .strategies import Strategy
 
+if TYPE_CHECKING:
+    from .run import Run
+
 
 class Checkpointed(Protocol):
     """What a checkpoint holds of a trainer."""
 
+    run: Run
+    world: World
     config: RunConfig
     denoiser: MultiStageDenoiser
     ema: EMA[MultiStageDenoiser]
@@ -63,6 +68,14 @@ def profile_tensors(trainer: Checkpointed) -> dict[str, dict[str, Tensor]]:
     """Return the averages of training.ema_profiles by file name, gathered on the main process; all processes call it."""
     collect = trainer.strategy.gather_state
     return {ckpt.profile_file(a.sigma_rel): collect(a.module.state_dict()) for a in trainer.profiles}
+
+
+def save_profiles(trainer: Checkpointed) -> None:
+    """Write a snapshot of the averages of training.ema_profiles; all processes call it."""
+    profiles = profile_tensors(trainer)
+    with trainer.world.synchronize_errors():
+        if trainer.world.is_main_process:
+            ckpt.save_snapshot(trainer.run.snapshots, trainer.step, profiles)
 
 
 def snapshot(trainer: Checkpointed, *, score: float | None, quality: float | None) -> ckpt.Checkpoint:

@@ -9,26 +9,24 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from .. import rng
 from ..config import RunConfig
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..distributed import ALONE, World
 from ..errors import UserError
-from ..nets import MultiDecoderNetwork
 from ..performance.devices import resolve_device
 from ..performance.execution import settled
 from . import branching
 from . import checkpoint as ckpt
 from .batches import BatchSource, TrainingData
-from .callbacks import Callback, Evaluated, StopRequested, between_steps
+from .callbacks import Callback, Evaluated, StepAbandoned, StopRequested, between_steps
 from .ema import EMA, PowerEMA
 from .losses import StageAllocation
-from .metrics import StepMetrics, TrainingLog, refuse_scale
+from .metrics import TrainingLog, refuse_scale
 from .optimizer import Optimization
 from .passes import Passes, dropout_key
-from .state import latest_checkpoint, profile_tensors, restore, snapshot
+from .state import latest_checkpoint, restore, save_profiles, snapshot
 from .strategies import make_strategy
 
 if TYPE_CHECKING:
@@ -59,6 +57,7 @@ class Trainer:
         optimization: updates the weights.
         log: losses, norms and rate since the last line of the log.
         step: iterations done.
+        kept: the step with which a process would go on: that of the latest checkpoint, 0 without one.
         stopping: whether this process has requested a stop.
         ended: why training ends before its last step; "": it does not.
         autotuned: seconds per step of each candidate, if autotuning ran.
@@ -105,6 +104,7 @@ class Trainer:
         self.profiles = [
             PowerEMA(self.denoiser, sigma_rel, self._new_denoiser(shared=shared)) for sigma_rel in training.ema_profiles
         ]
+        self._averages: list[EMA[MultiStageDenoiser]] = [self.ema, *self.profiles]
         self.passes = Passes(config, self.denoiser, source, self.strategy, self.optimization)
         self.passes.compute(settled(config.execution))
         self._watch()
@@ -116,6 +116,7 @@ class Trainer:
             restore(self, latest)
         elif training.init_from:
             self._start_from(training.init_from)
+        self.kept = self.step
 
     def _new_denoiser(self, *, shared: bool) -> MultiStageDenoiser:
         """Build a network, as far as this process holds it.
@@ -133,13 +134,11 @@ class Trainer:
         return denoiser
 
     def _start_from(self, path: str) -> None:
-        """Start from the weights of a trained run."""
         from .warm_start import warm_start
 
         self.warm_start = warm_start(path, self.config)
         for module in (self.denoiser, self.ema.module):
-            own, given = module.state_dict(), self.warm_start.tensors
-            module.load_state_dict({n: self.strategy.local(given[n], t) if n in given else t for n, t in own.items()})
+            self.warm_start.give(module, self.strategy.local)
             self._ties_of(module).copy_weights()
         if self.optimization.sharing is not None:
             self.optimization.sharing.take_decoders()
@@ -156,10 +155,6 @@ class Trainer:
         return branching.Ties(denoiser.network, self.strategy.whole, self.strategy.local)
 
     @property
-    def _averages(self) -> list[EMA[MultiStageDenoiser]]:
-        return [self.ema, *self.profiles]
-
-    @property
     def images(self) -> int:
         """Number of training images seen so far."""
         return self.step * self.config.training.batch
@@ -172,6 +167,15 @@ class Trainer:
     def stop(self) -> None:
         """Stop `fit` after the current step, with a checkpoint."""
         self.stopping = True
+
+    def interrupt(self) -> None:
+        """Stop, for a handler of signals: passes that may be compiled, which takes minutes, are given up if nothing is lost.
+
+        Raises:
+            StepAbandoned: in such passes, which the calling thread computes; `fit` catches it.
+        """
+        self.stop()
+        self.passes.abandon()
 
     def fit(self) -> None:
         """Train to the end (until `stop`, or until a callback ends it) and save a checkpoint of the last step.
@@ -206,13 +210,12 @@ class Trainer:
         from ..performance.autotune import choose
 
         counts, weights = next(self.allocation.updates(self.step))
-
         told = between_steps(self, "trying executions")
 
         def passes() -> None:
             told(0, 0)
             self.optimization.zero_grad()
-            with self.world.translate_errors():
+            with self.world.translate_errors(), self.passes.abandonable(True):
                 self.passes.gradients(self.step, counts, weights)
 
         remaining = self.config.training.steps - self.step
@@ -220,7 +223,7 @@ class Trainer:
         compute = self.passes.compute
         try:
             self.autotuned = choose(self.run, self.config, self.world, self.device, size, remaining, compute, passes)
-        except StopRequested:  # one step follows, so that there is a checkpoint
+        except (StopRequested, StepAbandoned):  # one step follows, so that there is a checkpoint
             self.optimization.zero_grad()
             return
         self.optimization.zero_grad()
@@ -253,9 +256,15 @@ class Trainer:
         self.log.restart(self.images)
         self._prefetch(self.step)
         while self.step < training.steps and not self.ended:
-            self._iterate()
+            try:
+                self._iterate()
+            except StepAbandoned:
+                if self.step != self.kept:
+                    self.save()
+                return
             if self.profiles and self.step % training.ema_snapshot_every == 0:
-                self._save_profiles()
+                self.log.reporter.settle()
+                save_profiles(self)
             evaluated = self._taken(callback.stepped(self) for callback in self.callbacks)
             last = self.step == training.steps or bool(self.ended)
             if self.step % training.log_every == 0 or last:
@@ -275,24 +284,26 @@ class Trainer:
     def _taken(self, answers: Iterable[Evaluated | None]) -> Evaluated | None:
         """Log the evaluation among the answers of the callbacks, if there is one, and return it."""
         found = None
-        for evaluated in answers:
-            if evaluated is not None:
-                found = evaluated
-                self.ended = evaluated.stop_reason or self.ended
-                self.log.exclude(evaluated.record["seconds"])
-                self._log(evaluated.record)
+        for found in filter(None, answers):
+            self.ended = found.stop_reason or self.ended
+            self.log.exclude(found.record["seconds"])
+            self._log(found.record)
         return found
 
     # -- one iteration ------------------------------------------------------------------------------------------------
 
     def _iterate(self) -> None:
         training = self.config.training
-        if self.step == training.branch_at and self.denoiser.network.tied:
+        untouched = self.step != training.branch_at or not self.denoiser.network.tied
+        if not untouched:
+            if self.passes.execution.compile and self.kept != self.step:
+                self.save()  # a stop can give up this step, too
             self._branch()
         self._prefetch(self.step + 1)
         torch.manual_seed(rng.fold(dropout_key(training.seed, self.step, self.world.rank)) >> 1)
         for counts, weights in self.allocation.updates(self.step):
-            self._optimize(counts, weights)
+            self._optimize(counts, weights, abandonable=untouched or self.kept == self.step)
+            untouched = False
         with self.passes.timer.part("average"):
             for average in self._averages:
                 average.update(training.batch, self.images)
@@ -306,31 +317,22 @@ class Trainer:
     def _branch(self) -> None:
         """Give every stage its own copy of the shared parts, including averaged weights and optimiser state."""
         states = self.ties.states(self.optimization.optimizer, self.denoiser)
-        for module in (self.denoiser, *(average.module for average in self._averages)):
-            module.network = self._branched(module.network)
-        for average in self._averages:
-            average.module.eval().requires_grad_(False)
-            average.follow(self.denoiser)
+        branching.untie(self.denoiser, self._averages, lambda: self._new_denoiser(shared=False).network)
         self.passes.compute(self.passes.execution)
         self._watch()
         branching.load_states(self.optimization.optimizer, self.denoiser, states)
 
-    def _branched(self, network: MultiDecoderNetwork) -> MultiDecoderNetwork:
-        branched = self._new_denoiser(shared=False).network
-        shared = network.state_dict()
-        branched.load_state_dict({name: shared[name] for name in branched.state_dict()})
-        return branched
-
-    def _optimize(self, counts: tuple[int, ...], weights: tuple[float, ...]) -> None:
+    def _optimize(self, counts: tuple[int, ...], weights: tuple[float, ...], *, abandonable: bool) -> None:
         """Make one step of the optimiser on rows of these counts."""
         late, timer, optimization = self.log.reporter.late, self.passes.timer, self.optimization
         self.denoiser.train()
         optimization.zero_grad()
         with self.world.translate_errors():
-            totals = self.passes.gradients(self.step, counts, weights)
+            with self.passes.abandonable(abandonable):
+                totals = self.passes.gradients(self.step, counts, weights)
             with timer.part("gradients"):
                 self.ties.add_gradients()
-                found = self._clipped(totals, counts)
+                found = self.passes.clip(self.step, counts, totals, stopping=self.stopping)
         if not late:
             self.log.reporter.add(found)
         with timer.part("optimizer"), self.world.translate_errors():
@@ -341,19 +343,6 @@ class Trainer:
             self.log.reporter.add(found)
         if optimization.scaler.is_enabled():
             refuse_scale(optimization.scaler.get_scale(), self.step + 1)
-
-    def _clipped(self, totals: Tensor, counts: tuple[int, ...]) -> StepMetrics:
-        """Unscale and clip gradients; return the mean losses of the stages and the gradient norms of the parts."""
-        optimization = self.optimization
-        if optimization.scaler.is_enabled():
-            self.strategy.sync_overflow(optimization.gradients)
-        optimization.unscale()
-        names = list(self.denoiser.network.parts())
-        totals, norms = self.strategy.reduce_metrics(totals, optimization.parts, names, stopping=self.stopping)
-        optimization.clip(norms)
-        losses = [total / max(c, 1) for total, c in zip(totals, counts, strict=True)]
-        values = torch.cat([torch.stack(losses), torch.stack(list(norms.values()))])
-        return StepMetrics(self.step + 1, counts, tuple(norms), values)
 
     # -- held-out losses, logging and checkpoints ---------------------------------------------------------------------
 
@@ -406,11 +395,4 @@ class Trainer:
             if self.world.is_main_process:
                 ckpt.save_checkpoint(self.run.checkpoints, checkpoint)
                 ckpt.prune(self.run.checkpoints, training.keep_last, training.keep_every)
-
-    def _save_profiles(self) -> None:
-        """Write a snapshot of the averages of training.ema_profiles."""
-        self.log.reporter.settle()
-        profiles = profile_tensors(self)
-        with self.world.synchronize_errors():
-            if self.world.is_main_process:
-                ckpt.save_snapshot(self.run.snapshots, self.step, profiles)
+        self.kept = self.step

@@ -15,6 +15,7 @@ from ..config import RunConfig
 from ..denoisers import MultiStageDenoiser, build_denoiser
 from ..errors import UserError
 from ..preconditioning import make_preconditioning
+from .optimizer_state import Local, whole_tensor
 from .resizing import resized as resized_decoder
 from .run import Run
 
@@ -36,6 +37,16 @@ class WarmStart:
     cloned: tuple[str, ...]
     resized: tuple[str, ...]
     fresh: tuple[str, ...]
+
+    def give(self, module: nn.Module, local: Local = whole_tensor) -> None:
+        """Load the tensors into a new denoiser.
+
+        Args:
+            module: the denoiser, as far as this process holds it.
+            local: see Strategy; by default, this process holds whole tensors.
+        """
+        own, given = module.state_dict(), self.tensors
+        module.load_state_dict({n: local(given[n], t) if n in given else t for n, t in own.items()})
 
 
 def warm_start(path: Path | str, config: RunConfig) -> WarmStart:

@@ -51,14 +51,14 @@ Prepared = tuple[PreparedRun, list[Callback[Trainer]]]  # input of the trainer, 
 
 
 class TrainingStopped(KeyboardInterrupt):
-    """A training that Ctrl-C or a signal stopped; its last step is saved.
+    """A training that Ctrl-C or a signal stopped; its last step, if there is one, is saved.
 
     Attributes:
         what: the run's folder and the step, without the command that goes on.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        self.what = f"{path}: stopped at step {step} with a checkpoint"
+        self.what = f"{path}: stopped " + (f"at step {step} with a checkpoint" if step else "before its first step")
         super().__init__(f"{self.what}; go on with msdiff train --resume {path}")
 
 
@@ -254,7 +254,7 @@ def _fit(
             with run.locked():
                 write_json(run.config_file, config)
     try:
-        with stopped_by_signals(trainer.stop):
+        with stopped_by_signals(trainer.interrupt):
             trainer.fit()
     except RankLost:
         raise
