@@ -12,9 +12,10 @@ from ..errors import UserError
 from ..reading import brief
 
 INDEX = "model_index.json"
-READ = "DDPMPipeline, DDIMPipeline, PNDMPipeline, LDMPipeline and DiTPipeline"
+READ = "DDPMPipeline, DDIMPipeline, PNDMPipeline, LDMPipeline and the pipeline of a class-conditional transformer"
 CODECS = ("vae", "vqvae", "movq")  # usual names of the folder of an autoencoder
 _CONFIG = "config.json"
+_TRANSFORMER = "Transformer2DModel"
 
 # Pipelines whose components alone do not show that they are no run.
 _OTHERS = {
@@ -90,9 +91,7 @@ def read_index(folder: Path) -> PipelineIndex | None:
                 f"{file}: {pipeline} has more than one {role} ({names}); a run has one; {READ} are imported"
             )
     if not networks:
-        raise UserError(
-            f"{file}: names no network (a UNet2DModel or a DiTTransformer2DModel); give the folder of a pipeline"
-        )
+        raise UserError(f"{file}: names no network (a UNet2DModel or a transformer); give the folder of a pipeline")
     index = PipelineIndex(
         file=file,
         pipeline=pipeline,
@@ -173,13 +172,14 @@ def said_class(folder: Path) -> str:
 
 
 def require_class(index: PipelineIndex, part: Component) -> None:
-    """Check that a component's config.json is of the class that the index names; DiT has a former name, too.
+    """Check that a component's config.json is of the class that the index names; transformers had one common name before.
 
     Raises:
         UserError: if it is of another.
     """
     said = said_class(part.folder)
-    if said and said != part.kind and {said, part.kind} != {"Transformer2DModel", "DiTTransformer2DModel"}:
+    former = _TRANSFORMER in (said, part.kind) and said.endswith(_TRANSFORMER) and part.kind.endswith(_TRANSFORMER)
+    if said and said != part.kind and not former:
         raise UserError(
             f"{part.folder / _CONFIG}: _class_name={brief(said)}, but {INDEX} says {part.name} is {brief(part.kind)}; put the "
             "files of the same pipeline together"
