@@ -60,6 +60,13 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_size(name: str, size: tuple[int, int] | None) -> None:
+    """Raise UserError unless a user's (height, width) is positive; None is not given."""
+    if size is not None:
+        height, width = size
+        require(min(height, width) > 0, f"{name}={height}x{width}: height and width must be positive")
+
+
 def explained(error: BaseException) -> str | None:
     """Return the one-line message for an error that the user can fix; None for a bug.
 

@@ -210,8 +210,9 @@ def test_what_cannot_be_done_is_passed_over_but_the_plain_way_must_work(tmp_path
         Trial(tmp_path / "two", tiny_config(), monkeypatch, {PLAIN: -1.0, LAST: 1.0}).choose()
 
 
-def test_what_ends_the_trial_leaves_the_plain_way(tmp_path, tiny_config, monkeypatch) -> None:
-    class Ends(Exception):
+@pytest.mark.parametrize("kind", [Exception, BaseException])  # the latter: a step that is given up
+def test_what_ends_the_trial_leaves_the_plain_way(tmp_path, tiny_config, monkeypatch, kind) -> None:
+    class Ends(kind):
         pass
 
     tried = Trial(tmp_path / "run", tiny_config(), monkeypatch, {PLAIN: 2.0, LAST: 1.0})

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..errors import require
+from ..errors import require, require_size
 from ..registry import Registry
 from ..schedules import PRIORS, SCHEDULES, NoiseSchedule, SigmaPrior, UniformTime
 from ..schedules.vp import VP
@@ -54,9 +54,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.held_out < 1, f"data.held_out={self.held_out} must be in [0, 1)")
-        if self.size is not None:
-            height, width = self.size
-            require(min(self.size) > 0, f"data.size={height}x{width}: height and width must be positive")
+        require_size("data.size", self.size)
         require(self.max_pixels > 0, f"data.max_pixels={self.max_pixels} must be positive")
         require(
             not self.class_counts or (min(self.class_counts) >= 0 and sum(self.class_counts) > 0),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..config.run import MAX_PIXELS
-from ..errors import UserError
+from ..errors import UserError, require_size
 from ..progress import Progress
 
 Fit = Literal["exact", "crop", "resize", "pad"]
@@ -39,8 +39,7 @@ class Options:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        if self.size is not None and min(self.size) <= 0:
-            raise UserError(f"data.size={self.size[0]}x{self.size[1]}: height and width must be positive")
+        require_size("data.size", self.size)
         if self.size is not None and self.size[0] * self.size[1] > self.max_pixels:
             raise UserError(
                 f"data.size={self.size[0]}x{self.size[1]} has more pixels than data.max_pixels={self.max_pixels}; give a smaller "

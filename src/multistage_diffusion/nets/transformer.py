@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -222,7 +223,7 @@ def label_rows(cond: Conditioning, rows: int, classes: int, device: torch.device
     return torch.where(cond.labels < 0, classes, cond.labels)
 
 
-class NoiseAndLabels(nn.Module):
+class NoiseAndLabels(nn.Module, ABC):
     """Embeds noise level, class labels and augmentation labels, once they are checked; subclasses define `embed`.
 
     Args:
@@ -255,6 +256,7 @@ class NoiseAndLabels(nn.Module):
             waves = ordered_sinusoids(exact, self.waves, shift=self.shift)
             return self.embed(waves.to(dtype), labels, cond.augment)
 
+    @abstractmethod
     def embed(self, waves: Tensor, labels: Tensor, augment: Tensor | None) -> Tensor:
         """Return the embedding.
 
@@ -263,7 +265,6 @@ class NoiseAndLabels(nn.Module):
             labels: rows of the class table (B,), see `label_rows`.
             augment: augmentation labels (B, augment_dim), or None.
         """
-        raise NotImplementedError
 
     def augmented(self, emb: Tensor, augment: Tensor | None) -> Tensor:
         """Add the map of augmentation labels, if there are any, to an embedding (B, E)."""

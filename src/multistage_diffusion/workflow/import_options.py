@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import UserError, require
+from ..errors import UserError, require, require_size
 from ..interop.parts import HEADS, Published
 from ..nets.layouts import PublishedLayout
 from ..reading import brief
@@ -22,8 +22,7 @@ _OF_LAYOUTS = {
 
 def require_positive(size: tuple[int, int] | None, numbers: Mapping[str, int | None]) -> None:
     """Raise UserError unless the numbers that are given are whole and positive."""
-    if size is not None:
-        require(min(size) > 0, f"size={size[0]}x{size[1]}: height and width must be positive")
+    require_size("size", size)
     for name, value in numbers.items():
         valid = value is None or (type(value) is int and 0 < value < MOST)
         require(valid, f"{name}={value} must be a positive whole number below {MOST}; leave it out for its default")
